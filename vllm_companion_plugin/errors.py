@@ -1,0 +1,159 @@
+"""Every error this project raises, one tree.
+
+A message says what happened, to which model, rank and device, and what to do about it.
+Each class carries two constants: `code`, its stable name on the wire and in docs/errors.md,
+and `grpc_status`, the gRPC status it travels under. This table is the only mapping.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CompanionError(Exception):
+    """Base of all errors. `expected` errors are answers; the others are faults."""
+
+    code: ClassVar[str] = "internal"
+    grpc_status: ClassVar[str] = "INTERNAL"
+    expected: ClassVar[bool] = False
+
+
+class SettingsError(CompanionError, ValueError):
+    """A setting has an unknown name or an impossible value. Mend the setting."""
+
+    code = "settings"
+    grpc_status = "INVALID_ARGUMENT"
+    expected = True
+
+
+class RuntimeDirError(CompanionError):
+    """The runtime directory is not ours, too open, or cannot be written."""
+
+    code = "runtime_dir"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
+class CompanionUnavailableError(CompanionError):
+    """No companion answers for this device, and none could be started."""
+
+    code = "unavailable"
+    grpc_status = "UNAVAILABLE"
+    expected = True
+
+
+class AlreadyRunningError(CompanionError):
+    """Another companion already holds the lock of this device."""
+
+    code = "already_running"
+    grpc_status = "ALREADY_EXISTS"
+    expected = True
+
+
+class ProtocolMismatchError(CompanionError):
+    """Client and companion speak different protocol versions."""
+
+    code = "protocol_mismatch"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
+class BadRequestError(CompanionError):
+    """A message that no correct client sends: wrong order, size, token or content."""
+
+    code = "bad_request"
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class TicketError(CompanionError):
+    """A ticket for file descriptors is unknown, spent or expired."""
+
+    code = "ticket"
+    grpc_status = "PERMISSION_DENIED"
+
+
+class EntryNotFoundError(CompanionError):
+    """Nothing is published under this key or name."""
+
+    code = "not_found"
+    grpc_status = "NOT_FOUND"
+    expected = True
+
+
+class EntryInUseError(CompanionError):
+    """The entry still has leases; nothing was unloaded."""
+
+    code = "in_use"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
+class LeaseLostError(CompanionError):
+    """The companion ended the lease or went away while it was needed."""
+
+    code = "lease_lost"
+    grpc_status = "ABORTED"
+
+
+class WaitTimeoutError(CompanionError, TimeoutError):
+    """A bounded wait ended. The message says who was waited for, for what and how long."""
+
+    code = "wait_timeout"
+    grpc_status = "DEADLINE_EXCEEDED"
+    expected = True
+
+
+class ManifestError(CompanionError):
+    """A manifest is damaged or contradicts itself; nothing was mapped."""
+
+    code = "manifest"
+    grpc_status = "DATA_LOSS"
+
+
+class ArenaError(CompanionError):
+    """Memory could not be created, mapped, exported or imported."""
+
+    code = "arena"
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class NotShareableError(CompanionError):
+    """This model cannot be shared as it is configured; it loads normally instead.
+
+    Args:
+        reason: why, naming the module where there is one.
+    """
+
+    code = "not_shareable"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
+class ParityError(CompanionError):
+    """A restored module tree differs from the published one; it was not used."""
+
+    code = "parity"
+    grpc_status = "DATA_LOSS"
+
+
+class EngineVersionError(CompanionError):
+    """This vLLM version lacks something the companion needs."""
+
+    code = "engine_version"
+    grpc_status = "UNIMPLEMENTED"
+    expected = True
+
+
+def _tree(cls: type[CompanionError]) -> dict[str, type[CompanionError]]:
+    found = {cls.code: cls}
+    for child in cls.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+BY_CODE: dict[str, type[CompanionError]] = _tree(CompanionError)
+
+
+def from_code(code: str, message: str) -> CompanionError:
+    """The typed error that a companion reported; unknown codes become `CompanionError`."""
+    return BY_CODE.get(code, CompanionError)(message)

@@ -1,0 +1,237 @@
+"""The project's data: keys, arenas, manifests, states. Plain values, no behaviour beyond them.
+
+An *entry* is one published model of one rank: key, generation, manifest and arena. Arenas
+know nothing of models; entries know nothing of CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+PROTOCOL_VERSION = 1
+"""Raised by every change that an older client or companion would misread."""
+
+
+class TensorKind(Enum):
+    """Where in a module a tensor lives."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    NON_PERSISTENT_BUFFER = "non_persistent_buffer"
+    ATTRIBUTE = "attribute"
+
+
+class Stage(Enum):
+    """Which state of a model's tensors an entry holds.
+
+    CUDA shares the processed (kernel) layout. On CPU vLLM packs processed weights into
+    handles private to a process, so what the checkpoint loader wrote is shared there.
+    """
+
+    PROCESSED = "processed"
+    UNPROCESSED = "unprocessed"
+
+
+class EntryState(Enum):
+    """Life of an entry: LOADING, then READY, then RETIRED until its last lease ends."""
+
+    LOADING = "loading"
+    READY = "ready"
+    RETIRED = "retired"
+
+
+class LeaseState(Enum):
+    """Life of a lease: WAITING for a loader, LOADING as the elected one, or ATTACHED."""
+
+    WAITING = "waiting"
+    LOADING = "loading"
+    ATTACHED = "attached"
+
+
+@dataclass(frozen=True)
+class EntryKey:
+    """What makes two loads interchangeable.
+
+    Attributes:
+        id: hex sha256 over all `fields`; equal ids mean byte-equal tensors.
+        model: name to show, as the user wrote it. Not part of the identity.
+        role: "target" or "draft".
+        rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without any.
+        fields: everything that went into `id`, for messages that explain a mismatch.
+    """
+
+    id: str
+    model: str
+    role: str = "target"
+    rank: str = "single"
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArenaInfo:
+    """Shape of an arena: data, not a handle; it owns nothing.
+
+    Attributes:
+        kind: "memfd" or "cuda_vmm".
+        block_sizes: bytes of each allocation, in address order; one descriptor each.
+    """
+
+    kind: str
+    block_sizes: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.block_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageInfo:
+    """One storage inside the arena. Tensors that share memory share a storage."""
+
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor object.
+
+    Attributes:
+        storage: index into `Manifest.storages`; -1 if the bytes are `inline`.
+        storage_offset: in elements from the start of that storage.
+        stride: in elements.
+        dtype: torch's name without the prefix, e.g. "bfloat16".
+        class_name: qualified name of the tensor's class.
+        requires_grad: of a parameter.
+        private: engines may write to it, so each clones it instead of mapping it.
+        inline: bytes of a small tensor that lives in host memory beside a device model.
+        attributes: what vLLM hung on the tensor, in canonical text.
+    """
+
+    storage: int
+    storage_offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    class_name: str
+    requires_grad: bool = False
+    private: bool = False
+    inline: bytes | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInfo:
+    """A place in a module that holds a tensor. Ties are slots with the same `tensor`.
+
+    Attributes:
+        name: attribute path inside the module, e.g. "weight" or "impl.scales[0]".
+        tensor: index into `Manifest.tensors`.
+    """
+
+    name: str
+    kind: TensorKind
+    tensor: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One module object of the tree.
+
+    Attributes:
+        path: its first name from the root, "" for the root itself.
+        aliases: further names of the same module object.
+        class_name: qualified name of its class.
+        attributes: primitive attributes and the classes of the others, canonical text.
+        floats: float attributes, restored by value because processing may measure them.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    class_name: str
+    slots: tuple[SlotInfo, ...]
+    attributes: Mapping[str, str]
+    floats: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A module tree described in full, with every tensor placed in an arena."""
+
+    stage: Stage
+    storages: tuple[StorageInfo, ...]
+    tensors: tuple[TensorInfo, ...]
+    modules: tuple[ModuleInfo, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all storages, without padding."""
+        return sum(storage.size_bytes for storage in self.storages)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a loader is. `total_bytes` 0 means unknown."""
+
+    phase: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LoaderInfo:
+    """Who loads, how far and since when; what waiters are shown."""
+
+    pid: int
+    client: str
+    since_unix_s: float
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class LeaseStatus:
+    """One attached, waiting or loading client."""
+
+    pid: int
+    client: str
+    state: LeaseState
+    since_unix_s: float
+
+
+@dataclass(frozen=True)
+class EntryStatus:
+    """One entry as `status` shows it. `ready_unix_s` is 0 while it loads."""
+
+    key: EntryKey
+    state: EntryState
+    generation: int
+    size_bytes: int
+    tensor_count: int
+    arena_kind: str
+    ready_unix_s: float
+    load_s: float
+    loader: LoaderInfo | None
+    leases: tuple[LeaseStatus, ...]
+
+
+@dataclass(frozen=True)
+class CompanionStatus:
+    """One companion as `status` shows it.
+
+    Attributes:
+        device: GPU UUID, or "cpu".
+        version: of the package that the companion runs.
+        linger_s: seconds it stays with nobody attached; negative: until it is stopped.
+        exits_at_unix_s: when it will exit if nobody comes; 0 if nothing is due.
+    """
+
+    device: str
+    pid: int
+    version: str
+    protocol_version: int
+    started_unix_s: float
+    linger_s: float
+    exits_at_unix_s: float
+    entries: tuple[EntryStatus, ...]
