@@ -1,0 +1,217 @@
+"""Talking to a companion: connect, look, attach, unload. Synchronous; no torch, no CUDA.
+
+with connect("cpu", settings, spawn=True) as companion:
+    with companion.attach(key, may_load=True, client_name="engine") as lease:
+        match lease.wait(timeout_s=600): ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from vllm_companion_plugin import __version__
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionUnavailableError,
+    ProtocolMismatchError,
+    WaitTimeoutError,
+)
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.launch.spawn import ensure_companion
+from vllm_companion_plugin.lease import Granted, Lease, Ready
+from vllm_companion_plugin.protocol import mapping, messages
+from vllm_companion_plugin.protocol.rpc import open_channel, typed_error
+from vllm_companion_plugin.protocol.schema import Stub
+from vllm_companion_plugin.publication import Publication
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.types import PROTOCOL_VERSION, CompanionStatus, EntryKey, EntryState, EntryStatus
+
+__all__ = ["CompanionConnection", "Granted", "Lease", "Publication", "Ready", "connect"]
+
+logger = logging.getLogger("vllm.companion.client")
+
+CALL_TIMEOUT_S = 10.0
+
+
+def connect(device: str, settings: Settings, *, spawn: bool) -> CompanionConnection:
+    """A connection to the companion of `device`; the caller closes it.
+
+    Args:
+        device: GPU or MIG UUID, or "cpu".
+        spawn: start a companion if there is none.
+
+    Raises:
+        RuntimeDirError: the runtime directory is unsafe.
+        CompanionUnavailableError: nobody answers, or none could be started.
+        ProtocolMismatchError: it speaks another protocol version.
+    """
+    paths = device_paths(device, settings)
+    deadline = time.monotonic() + settings.spawn_timeout_s
+    while True:
+        if spawn:
+            ensure_companion(device, settings)
+        connection = CompanionConnection(paths)
+        try:
+            connection.check_protocol()
+            return connection
+        except CompanionUnavailableError:
+            connection.close()
+            # It may have been on its way out when it was asked; then a new one is started.
+            if not spawn or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        except BaseException:
+            connection.close()
+            raise
+
+
+class CompanionConnection:
+    """One channel to one companion. Thread-safe. Closing it releases its leases."""
+
+    def __init__(self, paths: DevicePaths) -> None:
+        self._paths = paths
+        self._channel = open_channel(paths.grpc_socket)
+        self._stub = Stub(self._channel)
+        self._leases: list[Lease] = []
+
+    @property
+    def device(self) -> str:
+        return self._paths.device
+
+    def check_protocol(self) -> None:
+        """Raises `ProtocolMismatchError` unless the companion speaks our protocol version."""
+        # By the message, not by the mapped status: another version's states may be unknown here.
+        status = self._call("Status", messages.StatusRequest())
+        if status.protocol_version == PROTOCOL_VERSION:
+            return
+        older = "companion" if status.protocol_version < PROTOCOL_VERSION else "client"
+        mend = (
+            "Stop it with `vllm-companion stop` and start it from this installation"
+            if older == "companion"
+            else "Upgrade vllm-companion-plugin here"
+        )
+        raise ProtocolMismatchError(
+            f"The companion of {self.device} (pid {status.pid}, version {status.version}) speaks protocol "
+            f"{status.protocol_version}, this client (version {__version__}) {PROTOCOL_VERSION}; "
+            f"the {older} is older. {mend}."
+        )
+
+    # ---- looking
+
+    def status(self) -> CompanionStatus:
+        """Raises `CompanionUnavailableError` if the companion is gone."""
+        return mapping.companion_status_from_message(self._call("Status", messages.StatusRequest()))
+
+    def watch(self, timeout_s: float | None = None) -> Iterator[CompanionStatus]:
+        """The status now and after every change, until the companion ends or the caller stops iterating.
+
+        Raises:
+            CompanionUnavailableError: the companion is gone.
+            WaitTimeoutError: `timeout_s` is over.
+        """
+        call = self._stub.Watch(messages.StatusRequest(), timeout=timeout_s)
+        try:
+            for message in call:
+                yield mapping.companion_status_from_message(message)
+        except grpc.RpcError as error:
+            raise typed_error(error, f"Watching the companion of {self.device}") from error
+        finally:
+            call.cancel()
+
+    def wait_ready(self, model: str, *, rank: str | None = None, timeout_s: float) -> EntryStatus:
+        """The READY entry of `model` (and `rank`), as soon as there is one.
+
+        Raises:
+            WaitTimeoutError: there was none for `timeout_s`.
+            CompanionUnavailableError: the companion is gone.
+        """
+        latest = "nothing"
+        try:
+            for status in self.watch(timeout_s):
+                for entry in status.entries:
+                    if entry.key.model == model and rank in (None, entry.key.rank) and entry.state is EntryState.READY:
+                        return entry
+                latest = ", ".join(f"{e.key.model} ({e.key.rank}, {e.state.value})" for e in status.entries) or latest
+        except WaitTimeoutError:
+            pass
+        raise WaitTimeoutError(
+            f"{model} ({rank or 'any rank'}) was not published on {self.device} within {timeout_s:g} s; "
+            f"the companion has: {latest}."
+        )
+
+    # ---- acting
+
+    def attach(
+        self,
+        key: EntryKey | None = None,
+        *,
+        model: str = "",
+        rank: str = "",
+        role: str = "",
+        key_id: str = "",
+        may_load: bool,
+        client_name: str,
+    ) -> Lease:
+        """Ask for the entry of `key`, or for the only one that model, rank, role and key id match.
+
+        Returns at once; `Lease.wait` tells the outcome, errors too. The caller releases the lease.
+
+        Args:
+            may_load: may be elected to load it; needs a key.
+            client_name: who we are, for `status` and other clients' messages.
+        """
+        if key is not None and (model or rank or role or key_id):
+            raise BadRequestError("Attach by key or by query, not by both.")
+        request = messages.AttachRequest(
+            protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name
+        )
+        if key is not None:
+            request.key.CopyFrom(mapping.key_to_message(key))
+        else:
+            request.query.CopyFrom(messages.EntryQuery(model=model, rank=rank, role=role, key_id=key_id))
+        name = key.model if key is not None else model or key_id or "the only entry"
+        lease = Lease(self._stub, self._paths, request, f"{name} on {self.device}")
+        self._leases = [other for other in self._leases if not other.released] + [lease]
+        return lease
+
+    def unload(
+        self, *, model: str = "", rank: str = "", role: str = "", key_id: str = "", force: bool = False
+    ) -> tuple[EntryStatus, ...]:
+        """Unload what matches (everything, by default); what it was.
+
+        Raises:
+            EntryNotFoundError: nothing matches.
+            EntryInUseError: somebody uses it and `force` is false; nothing was unloaded.
+        """
+        query = messages.EntryQuery(model=model, rank=rank, role=role, key_id=key_id)
+        response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
+        return tuple(mapping.entry_status_from_message(entry) for entry in response.unloaded)
+
+    def shutdown(self) -> int:
+        """End the companion; its pid. Clients keep what they have mapped."""
+        return int(self._call("Shutdown", messages.ShutdownRequest()).pid)
+
+    def _call(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._stub, method)(request, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise typed_error(error, f"{method} of the companion of {self.device}") from error
+
+    def close(self) -> None:
+        """Release all leases and close the channel. Idempotent."""
+        for lease in self._leases:
+            lease.release()
+        self._leases = []
+        self._channel.close()
+
+    def __enter__(self) -> CompanionConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,123 @@
+"""`python -m vllm_companion_plugin.companion`: command line, detaching, logging, exit status.
+
+Only light modules are imported before the process has detached: gRPC must not see a fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.settings import BY_NAME, resolve
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a companion. Returns the exit status: 0 ended as asked, 1 error."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        settings = resolve({"runtime_dir": parsed.runtime_dir, "log_level": parsed.log_level})
+        linger_s = resolve({}).linger_s if parsed.linger_s is None else parsed.linger_s
+        paths = device_paths(parsed.device, settings)
+        if parsed.detach:
+            _detach(paths)
+        _configure_logging(settings.log_level)
+        _run(paths, linger_s, parsed.ready_fd)
+    except CompanionError as error:
+        print(f"vllm-companion: {error}", file=sys.stderr, flush=True)
+        _report(parsed.ready_fd, f"{error.code} {error}")
+        return 1
+    return 0
+
+
+def _run(paths: DevicePaths, linger_s: float, ready_fd: int | None) -> None:
+    import asyncio
+
+    from vllm_companion_plugin.companion.process import InstanceLock, raise_file_limit, serve
+
+    async def run() -> None:
+        ready = asyncio.Event()
+        serving = asyncio.ensure_future(serve(paths, linger_s, ready))
+        waiting = asyncio.ensure_future(ready.wait())
+        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if ready.is_set():
+            _report(ready_fd, "ok")
+        await serving
+
+    lock = InstanceLock(paths)
+    try:
+        raise_file_limit()
+        asyncio.run(run())
+    finally:
+        lock.release()
+
+
+def _report(ready_fd: int | None, text: str) -> None:
+    """Tell whoever started us; it may have given up waiting."""
+    if ready_fd is None:
+        return
+    try:
+        os.write(ready_fd, text.encode()[:4000])
+        os.close(ready_fd)
+    except OSError as error:
+        print(f"vllm-companion: nobody waits for our start any more ({error}).", file=sys.stderr, flush=True)
+
+
+def _detach(paths: DevicePaths) -> None:
+    """Leave the caller's process tree, session and terminal; standard streams go to the log.
+
+    vLLM kills the tree of its descendants when it ends; a second fork makes init the parent.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    log = os.open(paths.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for fd in {null, log} - {0, 1, 2}:
+        os.close(fd)
+
+
+def _configure_logging(level: str) -> None:
+    # The format of vLLM's logs (vllm/logger.py), so that both read alike side by side.
+    logging.basicConfig(
+        level=level,
+        stream=sys.stderr,
+        format="%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
+
+
+def _seconds(text: str) -> float:
+    return -1.0 if text == "never" else float(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vllm_companion_plugin.companion", description=__doc__)
+    parser.add_argument("--device", required=True, help="GPU or MIG UUID, or cpu")
+    parser.add_argument("--runtime-dir", help=BY_NAME["runtime_dir"].help)
+    parser.add_argument(
+        "--linger-s",
+        type=_seconds,
+        help="seconds to stay with nobody attached; negative or 'never': until stopped",
+    )
+    parser.add_argument("--log-level", choices=BY_NAME["log_level"].choices, help=BY_NAME["log_level"].help)
+    parser.add_argument("--detach", action="store_true", help="run in the background, with init as parent")
+    parser.add_argument("--ready-fd", type=int, help="descriptor to write 'ok' or the error to")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

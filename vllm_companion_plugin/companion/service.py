@@ -1,0 +1,314 @@
+"""The gRPC service: conversations on one side, the registry's transitions on the other.
+
+Policy lives in `state`; here are streams, limits and the mapping of errors. The handlers write
+through the context instead of yielding: a cancelled handler is then told where it waits, while
+an abandoned generator would keep its lease until it is collected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+
+from vllm_companion_plugin import __version__
+from vllm_companion_plugin.companion.descriptors import check_descriptors
+from vllm_companion_plugin.companion.selection import Query
+from vllm_companion_plugin.companion.state import (
+    Event,
+    FailedEvent,
+    GrantedEvent,
+    Lease,
+    ReadyEvent,
+    Registry,
+    StoredManifest,
+    WaitingEvent,
+)
+from vllm_companion_plugin.companion.tickets import Tickets
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    LeaseLostError,
+    ProtocolMismatchError,
+    TicketError,
+)
+from vllm_companion_plugin.protocol import fd_channel, mapping, messages
+from vllm_companion_plugin.protocol.manifest import MAX_MANIFEST_BYTES
+from vllm_companion_plugin.protocol.rpc import ERROR_METADATA
+from vllm_companion_plugin.types import PROTOCOL_VERSION, ArenaInfo, CompanionStatus
+
+logger = logging.getLogger(__name__)
+
+MAX_ERROR_TEXT = 1500  # gRPC percent-encodes it into metadata, which has 8 KiB
+
+
+class CompanionService:
+    """Servicer of one companion. All methods run on one event loop, so nothing is locked.
+
+    Attributes:
+        stop: set it to end the process.
+        exits_at_unix_s: when the process will exit if nobody comes, or 0; for the status.
+    """
+
+    def __init__(self, device: str, linger_s: float) -> None:
+        self.device = device
+        self.linger_s = linger_s
+        self.stop = asyncio.Event()
+        self.registry = Registry(close_fds=fd_channel.close_all, on_event=self._on_event, on_change=self._on_change)
+        self.tickets = Tickets()
+        self.exits_at_unix_s = 0.0
+        self._started_unix_s = time.time()
+        self._tokens: dict[bytes, Lease] = {}
+        self._wake: dict[int, asyncio.Event] = {}
+        self._changed = asyncio.Event()
+        self._version = 0
+
+    # ---- what the registry and the fd socket call
+
+    def _on_event(self, lease: Lease) -> None:
+        wake = self._wake.get(lease.id)
+        if wake is not None:
+            wake.set()
+
+    def _on_change(self) -> None:
+        self._version += 1
+        # Every watcher waits on the event of its time; the next ones wait on a new one.
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self, timeout_s: float | None = None) -> None:
+        """Return at the next change of the status, or after `timeout_s`."""
+        # Two classes before Python 3.11.
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def redeem(self, ticket: bytes) -> Sequence[int]:
+        lease = self.tickets.spend(fd_channel.REDEEM, ticket)
+        if not lease.entry.fds:
+            raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
+        return lease.entry.fds
+
+    def check_deposit(self, ticket: bytes) -> Any:
+        lease = self.tickets.spend(fd_channel.DEPOSIT, ticket)
+        return lambda fds: self.registry.deposit(lease, fds)
+
+    def status(self) -> CompanionStatus:
+        return CompanionStatus(
+            device=self.device,
+            pid=os.getpid(),
+            version=__version__,
+            protocol_version=PROTOCOL_VERSION,
+            started_unix_s=self._started_unix_s,
+            linger_s=self.linger_s,
+            exits_at_unix_s=self.exits_at_unix_s,
+            entries=self.registry.status(),
+        )
+
+    # ---- RPCs
+
+    async def Attach(self, request: Any, context: Any) -> None:
+        """Errors are events here, as their texts may be too long for a gRPC status."""
+        lease: Lease | None = None
+        try:
+            lease = self._attach(request)
+            await self._serve_lease(lease, context)
+        except CompanionError as error:
+            await context.write(_failed(error))
+        finally:
+            if lease is not None:
+                self._wake.pop(lease.id, None)
+                self._tokens = {token: x for token, x in self._tokens.items() if x is not lease}
+                if not lease.ended:
+                    logger.info("%s (pid %d) left %s.", lease.client, lease.pid, lease.entry.key.model)
+                self.registry.end_lease(lease)
+
+    def _attach(self, request: Any) -> Lease:
+        if request.protocol_version != PROTOCOL_VERSION:
+            older = "client" if request.protocol_version < PROTOCOL_VERSION else "companion"
+            raise ProtocolMismatchError(
+                f"The client speaks protocol {request.protocol_version}, the companion of {self.device} "
+                f"(pid {os.getpid()}, version {__version__}) speaks {PROTOCOL_VERSION}. Upgrade the {older}: "
+                "install the same vllm-companion-plugin everywhere, then `vllm-companion stop`."
+            )
+        selected = request.WhichOneof("select")
+        if selected is None:
+            raise BadRequestError("An attach needs a key or a query.")
+        select = mapping.key_from_message(request.key) if selected == "key" else _query(request.query)
+        client = request.client[:200] or "client"
+        lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client)
+        logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
+        return lease
+
+    async def _serve_lease(self, lease: Lease, context: Any) -> None:
+        wake = self._wake[lease.id] = asyncio.Event()
+        while True:
+            while lease.events:
+                if await self._tell(lease, lease.events.popleft(), context):
+                    return
+            if lease.ended:
+                return
+            await wake.wait()
+            wake.clear()
+
+    async def _tell(self, lease: Lease, event: Event, context: Any) -> bool:
+        """Send `event`; True if it is the last one."""
+        if isinstance(event, WaitingEvent):
+            waiting = messages.Waiting(loader=mapping.loader_to_message(event.loader))
+            await context.write(messages.AttachEvent(waiting=waiting))
+        elif isinstance(event, GrantedEvent):
+            token = secrets.token_bytes(16)
+            self._tokens[token] = lease
+            ticket = self.tickets.issue(fd_channel.DEPOSIT, lease)
+            granted = messages.Granted(lease_token=token, deposit_ticket=ticket)
+            await context.write(messages.AttachEvent(granted=granted))
+        elif isinstance(event, ReadyEvent):
+            await self._tell_ready(lease, context)
+        elif isinstance(event, FailedEvent):
+            await context.write(_failed(event.error))
+            return True
+        return False
+
+    async def _tell_ready(self, lease: Lease, context: Any) -> None:
+        entry = lease.entry
+        assert entry.arena is not None
+        assert entry.manifest is not None
+        ticket = self.tickets.issue(fd_channel.REDEEM, lease)
+        ready = messages.Ready(
+            key=mapping.key_to_message(entry.key),
+            generation=entry.generation,
+            arena=mapping.arena_to_message(entry.arena, ticket),
+            manifest_bytes=entry.manifest.size_bytes,
+            manifest_sha256=entry.manifest.sha256,
+        )
+        await context.write(messages.AttachEvent(ready=ready))
+        for chunk in entry.manifest.chunks:
+            await context.write(messages.AttachEvent(manifest_chunk=chunk))
+
+    async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
+        async with _errors(context):
+            lease: Lease | None = None
+            manifest = _Receiving()
+            async for request in requests:
+                step = request.WhichOneof("step")
+                if (step == "begin") != (lease is None):
+                    raise BadRequestError("A publication begins with exactly one begin.")
+                if lease is None:
+                    lease = self._tokens.get(request.begin.lease_token)
+                    if lease is None:
+                        raise BadRequestError("The lease token is unknown; the lease has ended.")
+                elif step == "progress":
+                    self.registry.progress(lease, mapping.progress_from_message(request.progress))
+                elif step == "manifest_chunk":
+                    manifest.add(request.manifest_chunk)
+                elif step == "commit":
+                    return messages.PublishResponse(generation=self._commit(lease, request.commit, manifest))
+                elif step == "declined":
+                    self._decline(lease, request.declined)
+                    return messages.PublishResponse()
+                else:
+                    raise BadRequestError("A publication step without content.")
+            # The loader reported progress and hung up; it comes back to commit.
+            return messages.PublishResponse()
+
+    def _commit(self, lease: Lease, commit: Any, manifest: _Receiving) -> int:
+        arena, _ = mapping.arena_from_message(commit.arena)
+        stored = manifest.finish(commit)
+        # The loader's lease may have ended while chunks were on their way; the registry says so.
+        if not lease.ended:
+            check_descriptors(arena, lease.deposited)
+        generation = self.registry.commit(lease, arena, stored)
+        self._log_commit(lease, arena, generation)
+        return generation
+
+    def _log_commit(self, lease: Lease, arena: ArenaInfo, generation: int) -> None:
+        entry = lease.entry
+        logger.info(
+            "%s (pid %d) published %s (%s, %s), generation %d: %.2f GiB of %s, loaded in %.1f s.",
+            *(lease.client, lease.pid, entry.key.model, entry.key.role, entry.key.rank, generation),
+            *(arena.size_bytes / (1 << 30), arena.kind, entry.load_s),
+        )
+
+    def _decline(self, lease: Lease, declined: Any) -> None:
+        reason = declined.message[:MAX_ERROR_TEXT] or "no reason given"
+        self.registry.decline(lease, reason)
+        logger.info("%s (pid %d) keeps %s: %s", lease.client, lease.pid, lease.entry.key.model, reason)
+
+    async def Status(self, request: Any, context: Any) -> Any:
+        return mapping.companion_status_to_message(self.status())
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        while True:
+            version = self._version
+            await context.write(mapping.companion_status_to_message(self.status()))
+            while version == self._version:
+                await self._changed.wait()
+
+    async def Unload(self, request: Any, context: Any) -> Any:
+        async with _errors(context):
+            unloaded = self.registry.unload(_query(request.query), force=request.force)
+            for entry in unloaded:
+                logger.info("Unloaded %s, generation %d.", entry.key.model, entry.generation)
+            return messages.UnloadResponse(unloaded=[mapping.entry_status_to_message(entry) for entry in unloaded])
+
+    async def Shutdown(self, request: Any, context: Any) -> Any:
+        logger.info("Shutdown was asked for.")
+        # After the answer is on its way.
+        asyncio.get_running_loop().call_later(0.02, self.stop.set)
+        return messages.ShutdownResponse(pid=os.getpid())
+
+    def close(self) -> None:
+        """Tell all clients and close all descriptors."""
+        text = f"The companion of {self.device} (pid {os.getpid()}) has shut down. Mapped memory stays valid."
+        self.registry.close(LeaseLostError(text))
+
+
+class _Receiving:
+    """A manifest on its way in: bounded, and hashed as it comes."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size_bytes = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, chunk: bytes) -> None:
+        self._size_bytes += len(chunk)
+        if self._size_bytes > MAX_MANIFEST_BYTES:
+            raise BadRequestError(f"The manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
+        self._hash.update(chunk)
+        self._chunks.append(chunk)
+
+    def finish(self, commit: Any) -> StoredManifest:
+        if self._size_bytes != commit.manifest_bytes or self._hash.digest() != commit.manifest_sha256:
+            raise BadRequestError(
+                f"The manifest arrived damaged: {self._size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
+            )
+        return StoredManifest(tuple(self._chunks), self._size_bytes, self._hash.digest(), commit.tensor_count)
+
+
+def _query(message: Any) -> Query:
+    return Query(message.model, message.rank, message.role, message.key_id)
+
+
+def _failed(error: CompanionError) -> Any:
+    return messages.AttachEvent(failed=messages.Failed(code=error.code, message=str(error)))
+
+
+@asynccontextmanager
+async def _errors(context: Any) -> AsyncIterator[None]:
+    try:
+        yield
+    except CompanionError as error:
+        logger.warning("Refused: %s", error)
+        await context.abort(
+            getattr(grpc.StatusCode, error.grpc_status),
+            str(error)[:MAX_ERROR_TEXT],
+            trailing_metadata=((ERROR_METADATA, error.code),),
+        )

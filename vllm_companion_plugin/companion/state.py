@@ -1,0 +1,396 @@
+"""The companion's state: which entries exist, who loads them, who is attached.
+
+Rules
+-----
+* No I/O, no gRPC, no event loop, no clock but the two it is given. The registry owns file
+  descriptors as numbers: it says when they are to be closed (`close_fds`), others close them.
+* A transition either happens completely or raises and changes nothing.
+* Nothing here assumes one entry, one generation or one reader.
+
+Theory of operation
+-------------------
+An *entry* is one published or coming model of one rank:
+
+    LOADING --commit--> READY --unload--> RETIRED --last lease ends--> gone
+       |  decline, or no candidate is left
+       +--> gone
+
+A *lease* is one client's open Attach stream. It belongs to one entry from its first moment:
+
+    WAITING --elected--> LOADING --commit--> ATTACHED
+       |  the entry becomes READY                ^
+       +-----------------------------------------+
+
+At most one lease of an entry is LOADING: the first WAITING one, in order of arrival, that may
+load. If it ends before its commit the next one is elected, and if none may load the others
+fail. Of one key at most one entry is LOADING or READY; any number may be RETIRED.
+
+What a client has to be told is appended to its lease's `events` (a later Waiting replaces an
+unread one, so a slow reader costs nothing), then `on_event(lease)` is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from vllm_companion_plugin.companion.selection import Query, describe, no_match_text
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    EntryInUseError,
+    EntryNotFoundError,
+    LeaseLostError,
+    NotShareableError,
+)
+from vllm_companion_plugin.types import (
+    ArenaInfo,
+    EntryKey,
+    EntryState,
+    EntryStatus,
+    LeaseState,
+    LeaseStatus,
+    LoaderInfo,
+    Progress,
+)
+
+
+STARTING = Progress("starting")
+
+
+@dataclass(frozen=True)
+class StoredManifest:
+    """Opaque bytes in the chunks they came in; joining them would double the peak."""
+
+    chunks: tuple[bytes, ...]
+    size_bytes: int
+    sha256: bytes
+    tensor_count: int
+
+
+@dataclass(frozen=True)
+class WaitingEvent:
+    loader: LoaderInfo
+
+
+@dataclass(frozen=True)
+class GrantedEvent:
+    pass
+
+
+@dataclass(frozen=True)
+class ReadyEvent:
+    pass
+
+
+@dataclass(frozen=True)
+class FailedEvent:
+    error: CompanionError
+
+
+Event = WaitingEvent | GrantedEvent | ReadyEvent | FailedEvent
+
+
+@dataclass(eq=False)
+class Lease:
+    """One client's claim on one entry. `ended` leases take part in nothing any more."""
+
+    id: int
+    pid: int
+    client: str
+    may_load: bool
+    since_unix_s: float
+    entry: Entry
+    state: LeaseState = LeaseState.WAITING
+    ended: bool = False
+    deposited: tuple[int, ...] = ()
+    events: deque[Event] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One model of one rank. `leases` in order of arrival; manifest and arena since READY."""
+
+    key: EntryKey
+    state: EntryState = EntryState.LOADING
+    generation: int = 0
+    leases: list[Lease] = field(default_factory=list)
+    progress: Progress = STARTING
+    load_since_unix_s: float = 0.0
+    load_since: float = 0.0
+    ready_unix_s: float = 0.0
+    load_s: float = 0.0
+    arena: ArenaInfo | None = None
+    manifest: StoredManifest | None = None
+    fds: tuple[int, ...] = ()
+
+    @property
+    def loading_lease(self) -> Lease | None:
+        return next((lease for lease in self.leases if lease.state is LeaseState.LOADING), None)
+
+    def loader_info(self) -> LoaderInfo | None:
+        lease = self.loading_lease
+        if lease is None:
+            return None
+        return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress)
+
+    def status(self) -> EntryStatus:
+        return EntryStatus(
+            key=self.key,
+            state=self.state,
+            generation=self.generation,
+            size_bytes=self.arena.size_bytes if self.arena else 0,
+            tensor_count=self.manifest.tensor_count if self.manifest else 0,
+            arena_kind=self.arena.kind if self.arena else "",
+            ready_unix_s=self.ready_unix_s,
+            load_s=self.load_s,
+            loader=self.loader_info(),
+            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.leases),
+        )
+
+
+class Registry:
+    """All entries and leases of one companion.
+
+    Args:
+        close_fds: closes descriptors that the registry no longer needs.
+        on_event: a lease has something new in `events`.
+        on_change: the status has changed.
+        wall, monotonic: clocks, in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        close_fds: Callable[[Sequence[int]], None],
+        on_event: Callable[[Lease], None] = lambda lease: None,
+        on_change: Callable[[], None] = lambda: None,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._close_fds = close_fds
+        self._on_event = on_event
+        self._on_change = on_change
+        self._wall = wall
+        self._monotonic = monotonic
+        self._lease_ids = count(1)
+        self._generations: dict[str, int] = {}
+        self.entries: list[Entry] = []
+        self.idle_since: float | None = monotonic()
+        """Monotonic time since which no lease exists (a load is a lease too); None while one does."""
+
+    def status(self) -> tuple[EntryStatus, ...]:
+        return tuple(entry.status() for entry in self.entries)
+
+    @property
+    def leases(self) -> list[Lease]:
+        return [lease for entry in self.entries for lease in entry.leases]
+
+    # ---- leases
+
+    def attach(self, select: EntryKey | Query, *, may_load: bool, pid: int, client: str) -> Lease:
+        """A new lease on the entry that `select` names.
+
+        Raises:
+            EntryNotFoundError: nothing matches and this client may not load it.
+            BadRequestError: a query that matches several entries, or one that would have to load.
+        """
+        entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
+        if entry is None:
+            if not may_load:
+                raise EntryNotFoundError(no_match_text(select, [e for e in self.entries if _current(e)]))
+            if not isinstance(select, EntryKey):
+                raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
+            entry = Entry(select)
+            self.entries.append(entry)
+        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry)
+        entry.leases.append(lease)
+        self.idle_since = None
+        if entry.state is EntryState.READY:
+            self._attach_ready(lease)
+        else:
+            self._elect(entry)
+            self._tell_waiting(entry, [lease])
+        self._on_change()
+        return lease
+
+    def _by_key(self, key: EntryKey) -> Entry | None:
+        return next((e for e in self.entries if _current(e) and e.key.id == key.id), None)
+
+    def _by_query(self, query: Query) -> Entry | None:
+        for state in (EntryState.READY, EntryState.LOADING):
+            found = [e for e in self.entries if e.state is state and query.matches(e.key)]
+            if len(found) > 1:
+                raise BadRequestError(f"{query} matches {len(found)} entries; name one of: {describe(found)}.")
+            if found:
+                return found[0]
+        return None
+
+    def end_lease(self, lease: Lease) -> None:
+        """The client is gone or done. Harmless when the lease has ended already."""
+        if lease.ended:
+            return
+        self._remove(lease)
+        entry = lease.entry
+        if entry.state is EntryState.LOADING:
+            self._elect(entry)
+            if entry.loading_lease is None:
+                error = EntryNotFoundError(
+                    f"{lease.client} (pid {lease.pid}) stopped loading {describe([entry])}; nobody else may load it."
+                )
+                self._discard(entry, error)
+        elif entry.state is EntryState.RETIRED and not entry.leases:
+            self._discard(entry, None)
+        self._changed()
+
+    # ---- loading
+
+    def deposit(self, lease: Lease, fds: Sequence[int]) -> None:
+        """The loader's descriptors arrived; the registry owns them now, whatever comes.
+
+        Raises:
+            BadRequestError: not the loader, or a second deposit. The caller still owns `fds`.
+        """
+        self._require_loading(lease)
+        if lease.deposited:
+            raise BadRequestError("The descriptors of this arena were deposited already.")
+        lease.deposited = tuple(fds)
+
+    def progress(self, lease: Lease, progress: Progress) -> None:
+        """Raises `BadRequestError` unless `lease` is loading."""
+        entry = self._require_loading(lease)
+        if progress != entry.progress:
+            entry.progress = progress
+            self._tell_waiting(entry, entry.leases)
+            self._on_change()
+
+    def commit(self, lease: Lease, arena: ArenaInfo, manifest: StoredManifest) -> int:
+        """The entry becomes READY with the deposited descriptors; returns its generation.
+
+        Raises:
+            BadRequestError: not the loader, or not one descriptor for each block.
+        """
+        entry = self._require_loading(lease)
+        if len(lease.deposited) != len(arena.block_sizes):
+            raise BadRequestError(
+                f"The arena has {len(arena.block_sizes)} blocks; {len(lease.deposited)} descriptors were deposited."
+            )
+        entry.fds, lease.deposited = lease.deposited, ()
+        entry.arena, entry.manifest = arena, manifest
+        entry.state = EntryState.READY
+        entry.generation = self._generations[entry.key.id] = self._generations.get(entry.key.id, 0) + 1
+        entry.ready_unix_s = self._wall()
+        entry.load_s = self._monotonic() - entry.load_since
+        lease.state = LeaseState.ATTACHED
+        for other in entry.leases:
+            if other is not lease:
+                self._attach_ready(other)
+        self._on_change()
+        return entry.generation
+
+    def decline(self, lease: Lease, reason: str) -> None:
+        """The loader keeps its model to itself: all waiters are told why, the entry vanishes."""
+        entry = self._require_loading(lease)
+        self._remove(lease)
+        self._on_event(lease)  # nothing to read, but it has ended
+        self._discard(entry, NotShareableError(reason))
+        self._changed()
+
+    # ---- unloading
+
+    def unload(self, query: Query, *, force: bool = False) -> tuple[EntryStatus, ...]:
+        """Drop all current entries that match; their status before. Attached clients keep mapping.
+
+        Raises:
+            EntryNotFoundError: nothing matches.
+            EntryInUseError: without `force`, one of them has leases. Nothing was unloaded.
+        """
+        found = [e for e in self.entries if _current(e) and query.matches(e.key)]
+        if not found:
+            raise EntryNotFoundError(no_match_text(query, [e for e in self.entries if _current(e)]))
+        used = [e for e in found if e.leases]
+        if used and not force:
+            users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.leases)
+            raise EntryInUseError(f"{describe(used)} is in use by {users}. Stop them, or force the unload.")
+        before = tuple(entry.status() for entry in found)
+        for entry in found:
+            if entry.state is EntryState.LOADING:
+                self._discard(entry, LeaseLostError(f"{describe([entry])} was unloaded while it was loading."))
+                continue
+            entry.state = EntryState.RETIRED
+            self._close_fds(entry.fds)
+            entry.fds = ()
+            if not entry.leases:
+                self._discard(entry, None)
+        self._changed()
+        return before
+
+    def close(self, error: CompanionError) -> None:
+        """End everything: every lease fails with `error`, every descriptor is closed."""
+        for entry in list(self.entries):
+            self._discard(entry, error)
+        self._changed()
+
+    # ---- inside
+
+    def _require_loading(self, lease: Lease) -> Entry:
+        if lease.ended or lease.state is not LeaseState.LOADING:
+            state = "ended" if lease.ended else lease.state.value
+            raise BadRequestError(f"The lease of {lease.client} (pid {lease.pid}) is {state}, not loading.")
+        return lease.entry
+
+    def _elect(self, entry: Entry) -> None:
+        if entry.loading_lease is not None:
+            return
+        heir = next((lease for lease in entry.leases if lease.may_load), None)
+        if heir is None:
+            return
+        heir.state = LeaseState.LOADING
+        entry.progress = STARTING
+        entry.load_since_unix_s, entry.load_since = self._wall(), self._monotonic()
+        self._tell(heir, GrantedEvent())
+        self._tell_waiting(entry, entry.leases)
+
+    def _attach_ready(self, lease: Lease) -> None:
+        lease.state = LeaseState.ATTACHED
+        self._tell(lease, ReadyEvent())
+
+    def _tell_waiting(self, entry: Entry, leases: Sequence[Lease]) -> None:
+        loader = entry.loader_info()
+        for lease in leases:
+            if loader is not None and lease.state is LeaseState.WAITING:
+                self._tell(lease, WaitingEvent(loader))
+
+    def _tell(self, lease: Lease, event: Event) -> None:
+        if lease.events and isinstance(lease.events[-1], WaitingEvent):
+            lease.events.pop()
+        lease.events.append(event)
+        self._on_event(lease)
+
+    def _remove(self, lease: Lease) -> None:
+        lease.ended = True
+        lease.entry.leases.remove(lease)
+        self._close_fds(lease.deposited)
+        lease.deposited = ()
+
+    def _discard(self, entry: Entry, error: CompanionError | None) -> None:
+        """The entry is gone; leases that it still has fail with `error`."""
+        for lease in list(entry.leases):
+            self._remove(lease)
+            if error is not None:
+                self._tell(lease, FailedEvent(error))
+        self._close_fds(entry.fds)
+        entry.fds = ()
+        self.entries.remove(entry)
+
+    def _changed(self) -> None:
+        if self.idle_since is None and not self.leases:
+            self.idle_since = self._monotonic()
+        self._on_change()
+
+
+def _current(entry: Entry) -> bool:
+    return entry.state is not EntryState.RETIRED

@@ -1,0 +1,146 @@
+"""The runtime directory: sockets, locks and logs of each device, private to one user.
+
+Whoever can write here can impersonate a companion, so the directory must be a real directory,
+ours, and closed to others. It is never repaired silently: a wrong owner or mode may mean that
+somebody else prepared it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+
+from vllm_companion_plugin.errors import RuntimeDirError
+from vllm_companion_plugin.settings import Settings
+
+MAX_SOCKET_PATH = 107
+"""Bytes of sockaddr_un.sun_path without its NUL (man 7 unix)."""
+
+_UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+_DEVICE = re.compile(rf"cpu|(GPU|MIG)-{_UUID}|MIG-GPU-{_UUID}/[0-9]{{1,3}}/[0-9]{{1,3}}")
+
+
+@dataclass(frozen=True)
+class DevicePaths:
+    """Files of one device. `directory` exists; the files may not."""
+
+    device: str
+    directory: str
+
+    def _at(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    @property
+    def grpc_socket(self) -> str:
+        return self._at("companion.sock")
+
+    @property
+    def fd_socket(self) -> str:
+        return self._at("fd.sock")
+
+    @property
+    def companion_lock(self) -> str:
+        return self._at("companion.lock")
+
+    @property
+    def spawn_lock(self) -> str:
+        return self._at("spawn.lock")
+
+    @property
+    def loader_lock(self) -> str:
+        return self._at("loader.lock")
+
+    @property
+    def log(self) -> str:
+        return self._at("companion.log")
+
+
+def check_device(device: str) -> str:
+    """`device` if it is "cpu" or a GPU or MIG UUID; else `RuntimeDirError`."""
+    if not _DEVICE.fullmatch(device):
+        raise RuntimeDirError(
+            f"{device!r} is no device name: expected 'cpu', GPU-<uuid> or MIG-<uuid>, as `nvidia-smi -L` shows them."
+        )
+    return device
+
+
+def device_paths(device: str, settings: Settings) -> DevicePaths:
+    """Paths of `device`, with its directory made and checked.
+
+    Raises:
+        RuntimeDirError: bad device name, directory not safe or not writable, path too long.
+    """
+    check_device(device)
+    root = os.path.abspath(settings.runtime_dir)
+    # MIG-GPU-<uuid>/<gi>/<ci> is one name, not three directories.
+    paths = DevicePaths(device, os.path.join(root, device.replace("/", "_")))
+    if len(os.fsencode(paths.grpc_socket)) > MAX_SOCKET_PATH:
+        raise RuntimeDirError(
+            f"The socket path {paths.grpc_socket} has {len(os.fsencode(paths.grpc_socket))} bytes; Linux allows "
+            f"{MAX_SOCKET_PATH}. Set COMPANION_RUNTIME_DIR to something shorter."
+        )
+    ensure_private_directory(root)
+    ensure_private_directory(paths.directory)
+    return paths
+
+
+def ensure_private_directory(path: str) -> None:
+    """Make `path` with mode 0700 if it is missing; raise `RuntimeDirError` unless it is private."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise RuntimeDirError(
+            f"Cannot make the runtime directory {path}: {error.strerror}. "
+            "Free space there, or set COMPANION_RUNTIME_DIR to a directory that you can write."
+        ) from error
+    check_private_directory(path)
+
+
+def check_private_directory(path: str) -> None:
+    """Raise `RuntimeDirError` unless `path` is a real directory of ours, mode 0700, writable."""
+    try:
+        info = os.lstat(path)
+    except OSError as error:
+        raise RuntimeDirError(f"Cannot look at the runtime directory {path}: {error.strerror}.") from error
+    if stat.S_ISLNK(info.st_mode):
+        raise RuntimeDirError(f"The runtime directory {path} is a symbolic link. Remove it: rm {path}")
+    if not stat.S_ISDIR(info.st_mode):
+        raise RuntimeDirError(f"The runtime directory {path} is not a directory. Move it away: mv {path} {path}.old")
+    if info.st_uid != os.getuid():
+        raise RuntimeDirError(
+            f"The runtime directory {path} belongs to uid {info.st_uid}, not to uid {os.getuid()}. "
+            f"Set COMPANION_RUNTIME_DIR to another one, or as its owner: rm -r {path}"
+        )
+    mode = stat.S_IMODE(info.st_mode)
+    if mode & 0o077:
+        raise RuntimeDirError(
+            f"The runtime directory {path} has mode {mode:04o}, so others can reach it. Close it: chmod 0700 {path}"
+        )
+    if mode & 0o700 != 0o700:
+        raise RuntimeDirError(
+            f"The runtime directory {path} has mode {mode:04o}; its owner needs all. Open it: chmod 0700 {path}"
+        )
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RuntimeDirError(
+            f"The runtime directory {path} cannot be written (read-only file system?). "
+            "Set COMPANION_RUNTIME_DIR to a directory that you can write."
+        )
+
+
+def list_devices(settings: Settings) -> list[str]:
+    """Devices that have a directory, sorted; none if there is no runtime directory yet.
+
+    Raises:
+        RuntimeDirError: the runtime directory is not safe.
+    """
+    root = os.path.abspath(settings.runtime_dir)
+    if not os.path.lexists(root):
+        return []
+    check_private_directory(root)
+    names = (entry.name.replace("_", "/") for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+    return sorted(name for name in names if _DEVICE.fullmatch(name))

@@ -1,0 +1,225 @@
+"""A manifest as bytes and back. Whoever maps an arena trusts what passes `manifest_from_bytes`.
+
+Nothing read here is believed: a tensor that reaches outside its storage would read another
+tensor's bytes or fault the engine. The reading is written for speed (an engine attaches in
+tens of milliseconds and a large MoE has 100,000 tensors): extents are computed once per
+distinct layout, and the garbage collector, which would walk the growing result again and
+again, pauses.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from vllm_companion_plugin.errors import ManifestError
+from vllm_companion_plugin.protocol import messages
+from vllm_companion_plugin.types import (
+    ArenaInfo,
+    Manifest,
+    ModuleInfo,
+    SlotInfo,
+    Stage,
+    StorageInfo,
+    TensorInfo,
+    TensorKind,
+)
+
+MAX_MANIFEST_BYTES = 1 << 30
+MAX_STORAGE_END = 1 << 50
+MAX_DIMENSIONS = 64
+_MAX_INT64 = (1 << 63) - 1
+
+ITEM_SIZES: dict[str, int] = {
+    **dict.fromkeys(("bool", "uint8", "int8", "float4_e2m1fn_x2", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), 1),
+    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+"""Bytes of one element by torch's dtype name."""
+
+_KINDS = {kind.value: kind for kind in TensorKind}
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def manifest_to_bytes(manifest: Manifest) -> bytes:
+    """Equal manifests give equal bytes within one protobuf version."""
+    message = messages.Manifest(stage=manifest.stage.value)
+    with _collector_paused():
+        for storage in manifest.storages:
+            message.storages.add(offset_bytes=storage.offset_bytes, size_bytes=storage.size_bytes)
+        for tensor in manifest.tensors:
+            message.tensors.add(
+                storage=tensor.storage,
+                storage_offset=tensor.storage_offset,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                stride=tensor.stride,
+                class_name=tensor.class_name,
+                requires_grad=tensor.requires_grad,
+                private=tensor.private,
+                inline=tensor.inline,
+                attributes=dict(tensor.attributes),
+            )
+        for module in manifest.modules:
+            target = message.modules.add(
+                path=module.path,
+                aliases=module.aliases,
+                class_name=module.class_name,
+                attributes=dict(module.attributes),
+                floats=dict(module.floats),
+            )
+            for slot in module.slots:
+                target.slots.add(name=slot.name, kind=slot.kind.value, tensor=slot.tensor)
+        return bytes(message.SerializeToString(deterministic=True))
+
+
+def manifest_from_bytes(data: bytes) -> Manifest:
+    """The manifest in `data`, with every index, size and layout checked.
+
+    Raises:
+        ManifestError: anything that `manifest_to_bytes` of a correct manifest cannot produce.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"Manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed.")
+    with _collector_paused():
+        try:
+            message = messages.Manifest.FromString(bytes(data))
+        except DecodeError as error:
+            raise ManifestError(f"Manifest of {len(data)} bytes cannot be decoded: {error}.") from error
+        try:
+            stage = Stage(message.stage)
+        except ValueError:
+            raise ManifestError(f"Manifest of unknown stage {message.stage!r}.") from None
+        storages = tuple(_storages(message))
+        tensors = tuple(_tensors(message, storages))
+        return Manifest(stage, storages, tensors, tuple(_modules(message, len(tensors))))
+
+
+def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:
+    """Raises `ManifestError` unless every storage lies inside `arena`."""
+    # Storages are in address order, so the last one ends last.
+    if not manifest.storages:
+        return
+    last = manifest.storages[-1]
+    end = last.offset_bytes + last.size_bytes
+    if end > arena.size_bytes:
+        raise ManifestError(f"Manifest reaches byte {end} of an arena of {arena.size_bytes} bytes.")
+
+
+def _storages(message: Any) -> Iterator[StorageInfo]:
+    end = 0
+    for index, item in enumerate(message.storages):
+        offset, size = item.offset_bytes, item.size_bytes
+        if offset < end:
+            raise ManifestError(f"Storage {index} begins at byte {offset}, before the previous one ends ({end}).")
+        end = offset + size
+        if end > MAX_STORAGE_END:
+            raise ManifestError(f"Storage {index} ends at byte {end}; no arena is larger than {MAX_STORAGE_END}.")
+        yield StorageInfo(offset, size)
+
+
+def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
+    """Bytes an element, elements from the first to the last one inclusive, number of elements."""
+    item_size = ITEM_SIZES.get(dtype)
+    if item_size is None:
+        raise ManifestError(f"unknown dtype {dtype!r}")
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+        raise ManifestError(f"{len(shape)} dimensions and {len(stride)} strides")
+    count, span = 1, 1
+    for length, step in zip(shape, stride, strict=True):
+        if step < 0:
+            raise ManifestError(f"negative stride {step}")
+        count *= length
+        span += (length - 1) * step
+    if count == 0:
+        span = 0
+    if count > _MAX_INT64 or span > _MAX_INT64 or max(shape, default=0) > _MAX_INT64:
+        raise ManifestError(f"absurd shape {shape}")
+    return item_size, span, count
+
+
+def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[TensorInfo]:
+    layouts: dict[tuple[str, tuple[int, ...], tuple[int, ...]], tuple[int, int, int]] = {}
+    sizes = [storage.size_bytes for storage in storages]
+    storage_count = len(sizes)
+    for index, item in enumerate(message.tensors):
+        storage, offset, dtype = item.storage, item.storage_offset, item.dtype
+        shape, stride = tuple(item.shape[:]), tuple(item.stride[:])
+        layout = layouts.get((dtype, shape, stride))
+        if layout is None:
+            try:
+                layout = layouts[dtype, shape, stride] = _layout(dtype, shape, stride)
+            except ManifestError as error:
+                raise ManifestError(f"Tensor {index}: {error}.") from None
+        item_size, span, count = layout
+        inline = item.inline if item.HasField("inline") else None
+        if 0 <= storage < storage_count and inline is None:
+            if (offset + span) * item_size > sizes[storage]:
+                raise ManifestError(
+                    f"Tensor {index} ({dtype}, shape {shape}, stride {stride}, offset {offset}) reaches byte "
+                    f"{(offset + span) * item_size} of storage {storage}, which has {sizes[storage]}."
+                )
+        elif storage != -1 or inline is None:
+            raise ManifestError(
+                f"Tensor {index} is in storage {storage} of {storage_count}, "
+                f"{'with' if inline is not None else 'without'} inline bytes."
+            )
+        elif len(inline) != count * item_size or offset != 0:
+            raise ManifestError(
+                f"Tensor {index} ({dtype}, shape {shape}) needs {count * item_size} inline bytes from offset 0; "
+                f"it has {len(inline)} and offset {offset}."
+            )
+        attributes = item.attributes
+        yield TensorInfo(
+            storage,
+            offset,
+            dtype,
+            shape,
+            stride,
+            item.class_name,
+            item.requires_grad,
+            item.private,
+            inline,
+            dict(attributes) if attributes else {},
+        )
+
+
+def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
+    paths: set[str] = set()
+    for item in message.modules:
+        path = item.path
+        for name in (path, *item.aliases):
+            if name in paths:
+                raise ManifestError(f"Two modules have the path {name!r}.")
+            paths.add(name)
+        slots = []
+        for slot in item.slots:
+            kind, tensor = _KINDS.get(slot.kind), slot.tensor
+            if kind is None:
+                raise ManifestError(f"Slot {slot.name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
+            if tensor >= tensor_count:
+                raise ManifestError(f"Slot {slot.name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
+            slots.append(SlotInfo(slot.name, kind, tensor))
+        if len({slot.name for slot in slots}) != len(slots) or any(not slot.name for slot in slots):
+            raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
+        yield ModuleInfo(
+            path, tuple(item.aliases), item.class_name, tuple(slots), dict(item.attributes), dict(item.floats)
+        )

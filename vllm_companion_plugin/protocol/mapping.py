@@ -1,0 +1,172 @@
+"""Types to protobuf messages and back. The only module that knows both sides.
+
+Reading is strict where a value decides something (states, kinds, ids) and raises
+`BadRequestError`; text is taken as it is. Manifests have a module of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.protocol import messages
+from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
+from vllm_companion_plugin.types import (
+    ArenaInfo,
+    CompanionStatus,
+    EntryKey,
+    EntryState,
+    EntryStatus,
+    LeaseState,
+    LeaseStatus,
+    LoaderInfo,
+    Progress,
+)
+
+__all__ = [
+    "ARENA_KINDS",
+    "MAX_BLOCKS",
+    "arena_from_message",
+    "arena_to_message",
+    "check_manifest_fits",
+    "companion_status_from_message",
+    "companion_status_to_message",
+    "entry_status_from_message",
+    "entry_status_to_message",
+    "key_from_message",
+    "key_to_message",
+    "loader_from_message",
+    "loader_to_message",
+    "manifest_from_bytes",
+    "manifest_to_bytes",
+    "progress_from_message",
+    "progress_to_message",
+]
+
+ARENA_KINDS = frozenset({"memfd", "cuda_vmm", "cuda_ipc"})
+MAX_BLOCKS = 4096
+"""Most allocations, so descriptors, of one arena."""
+MAX_ARENA_BYTES = 1 << 50
+MAX_TEXT = 4096
+
+
+def key_to_message(key: EntryKey) -> Any:
+    return messages.EntryKey(id=key.id, model=key.model, role=key.role, rank=key.rank, fields=dict(key.fields))
+
+
+def key_from_message(message: Any) -> EntryKey:
+    """Raises `BadRequestError` unless id, model, role and rank are present and of sane length."""
+    for name in ("id", "model", "role", "rank"):
+        value = getattr(message, name)
+        if not value or len(value) > MAX_TEXT:
+            raise BadRequestError(f"Entry key: {name!r} has {len(value)} characters; expected 1 to {MAX_TEXT}.")
+    return EntryKey(
+        id=message.id, model=message.model, role=message.role, rank=message.rank, fields=dict(message.fields)
+    )
+
+
+def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> Any:
+    """`handle` is what gives access to the arena, e.g. a ticket of the fd socket."""
+    return messages.ArenaDescriptor(kind=arena.kind, block_sizes=arena.block_sizes, handle=handle)
+
+
+def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
+    """Arena and handle. Raises `BadRequestError` for unknown kinds and impossible sizes."""
+    if message.kind not in ARENA_KINDS:
+        raise BadRequestError(f"Arena kind {message.kind!r} is unknown; known: {', '.join(sorted(ARENA_KINDS))}.")
+    sizes = tuple(message.block_sizes)
+    if not 1 <= len(sizes) <= MAX_BLOCKS:
+        raise BadRequestError(f"Arena of {len(sizes)} blocks; 1 to {MAX_BLOCKS} are allowed.")
+    if min(sizes) == 0 or sum(sizes) > MAX_ARENA_BYTES:
+        raise BadRequestError(f"Arena with impossible block sizes: smallest {min(sizes)}, sum {sum(sizes)} bytes.")
+    return ArenaInfo(message.kind, sizes), message.handle
+
+
+def progress_to_message(progress: Progress) -> Any:
+    return messages.Progress(phase=progress.phase, done_bytes=progress.done_bytes, total_bytes=progress.total_bytes)
+
+
+def progress_from_message(message: Any) -> Progress:
+    return Progress(message.phase[:MAX_TEXT], message.done_bytes, message.total_bytes)
+
+
+def loader_to_message(loader: LoaderInfo) -> Any:
+    return messages.LoaderInfo(
+        pid=loader.pid,
+        client=loader.client,
+        since_unix_s=loader.since_unix_s,
+        progress=progress_to_message(loader.progress),
+    )
+
+
+def loader_from_message(message: Any) -> LoaderInfo:
+    return LoaderInfo(message.pid, message.client, message.since_unix_s, progress_from_message(message.progress))
+
+
+def entry_status_to_message(entry: EntryStatus) -> Any:
+    return messages.EntryStatus(
+        key=key_to_message(entry.key),
+        state=entry.state.value,
+        generation=entry.generation,
+        size_bytes=entry.size_bytes,
+        tensor_count=entry.tensor_count,
+        arena_kind=entry.arena_kind,
+        ready_unix_s=entry.ready_unix_s,
+        load_s=entry.load_s,
+        loader=loader_to_message(entry.loader) if entry.loader else None,
+        leases=[
+            messages.LeaseStatus(
+                pid=lease.pid, client=lease.client, state=lease.state.value, since_unix_s=lease.since_unix_s
+            )
+            for lease in entry.leases
+        ],
+    )
+
+
+def entry_status_from_message(message: Any) -> EntryStatus:
+    """Raises `BadRequestError` for a state that this version does not know."""
+    try:
+        return EntryStatus(
+            key=key_from_message(message.key),
+            state=EntryState(message.state),
+            generation=message.generation,
+            size_bytes=message.size_bytes,
+            tensor_count=message.tensor_count,
+            arena_kind=message.arena_kind,
+            ready_unix_s=message.ready_unix_s,
+            load_s=message.load_s,
+            loader=loader_from_message(message.loader) if message.HasField("loader") else None,
+            leases=tuple(
+                LeaseStatus(lease.pid, lease.client, LeaseState(lease.state), lease.since_unix_s)
+                for lease in message.leases
+            ),
+        )
+    except ValueError as error:
+        raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error
+
+
+def companion_status_to_message(status: CompanionStatus) -> Any:
+    return messages.CompanionStatus(
+        device=status.device,
+        pid=status.pid,
+        version=status.version,
+        protocol_version=status.protocol_version,
+        started_unix_s=status.started_unix_s,
+        linger_s=status.linger_s,
+        exits_at_unix_s=status.exits_at_unix_s,
+        entries=[entry_status_to_message(entry) for entry in status.entries],
+    )
+
+
+def companion_status_from_message(message: Any) -> CompanionStatus:
+    """Raises `BadRequestError` for a state that this version does not know."""
+    return CompanionStatus(
+        device=message.device,
+        pid=message.pid,
+        version=message.version,
+        protocol_version=message.protocol_version,
+        started_unix_s=message.started_unix_s,
+        linger_s=message.linger_s,
+        exits_at_unix_s=message.exits_at_unix_s,
+        entries=tuple(entry_status_from_message(entry) for entry in message.entries),
+    )

@@ -1,0 +1,52 @@
+"""Client side of gRPC: the channel's options, and RpcError as our typed errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from vllm_companion_plugin.errors import (
+    CompanionError,
+    CompanionUnavailableError,
+    LeaseLostError,
+    WaitTimeoutError,
+    from_code,
+)
+
+CHUNK_BYTES = 1 << 20
+"""Of a manifest on its way, in either direction."""
+MAX_MESSAGE_BYTES = 4 << 20
+ERROR_METADATA = "companion-error-code"
+
+
+def open_channel(socket_path: str) -> grpc.Channel:
+    """A channel of its own, whatever else in the process uses gRPC. Connects at the first call."""
+    return grpc.insecure_channel(
+        f"unix:{socket_path}",
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            # Shared subchannels would bring another channel's connection backoff with them.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+        ],
+    )
+
+
+def typed_error(error: grpc.RpcError, doing: str) -> CompanionError:
+    """`error` as the companion meant it, or by its status where gRPC itself failed.
+
+    Args:
+        doing: what was tried, and of which companion; begins the message of gRPC's own failures.
+    """
+    call: Any = error  # every RpcError that reaches a caller is a grpc.Call too
+    for name, value in call.trailing_metadata() or ():
+        if name == ERROR_METADATA:
+            return from_code(value, call.details() or value)
+    kinds: dict[grpc.StatusCode, type[CompanionError]] = {
+        grpc.StatusCode.UNAVAILABLE: CompanionUnavailableError,
+        grpc.StatusCode.DEADLINE_EXCEEDED: WaitTimeoutError,
+        grpc.StatusCode.CANCELLED: LeaseLostError,
+    }
+    return kinds.get(call.code(), CompanionError)(f"{doing} failed: {call.details() or call.code().name}.")

@@ -1,0 +1,107 @@
+"""What an elected loader does: report progress, then publish or decline."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.protocol import fd_channel, mapping, messages
+from vllm_companion_plugin.protocol.rpc import CHUNK_BYTES, typed_error
+from vllm_companion_plugin.protocol.schema import Stub
+from vllm_companion_plugin.types import ArenaInfo, Progress
+
+logger = logging.getLogger("vllm.companion.publication")
+
+REPORT_INTERVAL_S = 0.25
+REPORT_TIMEOUT_S = 5.0
+PUBLISH_TIMEOUT_S = 120.0
+
+
+class Publication:
+    """The duty that comes with a granted lease. It ends with `publish`, `decline` or the lease."""
+
+    def __init__(self, stub: Stub, fd_socket: str, token: bytes, ticket: bytes, label: str) -> None:
+        self.declined = False
+        self._stub = stub
+        self._fd_socket = fd_socket
+        self._token = token
+        self._ticket = ticket
+        self._label = label
+        self._last: Progress | None = None
+        self._next_report = 0.0
+        self._in_flight: Any = None
+
+    def report(self, progress: Progress) -> None:
+        """Tell the waiters how far we are. Never blocks and never fails: about four a second
+        are sent, and a new phase at once; others are dropped."""
+        now = time.monotonic()
+        new_phase = self._last is None or progress.phase != self._last.phase
+        busy = self._in_flight is not None and not self._in_flight.done()
+        if not new_phase and (busy or now < self._next_report):
+            return
+        self._last, self._next_report = progress, now + REPORT_INTERVAL_S
+        step = messages.PublishRequest(progress=mapping.progress_to_message(progress))
+        self._in_flight = self._stub.Publish.future(iter([self._begin(), step]), timeout=REPORT_TIMEOUT_S)  # type: ignore[attr-defined]
+        self._in_flight.add_done_callback(_log_failed_report)
+
+    def publish(self, arena: ArenaInfo, fds: Sequence[int], manifest: bytes, tensor_count: int) -> int:
+        """Hand arena and manifest over; return the generation. The lease is attached from now on.
+
+        Args:
+            fds: one descriptor for each block, in order; the companion gets duplicates and the
+                caller keeps its own.
+
+        Raises:
+            BadRequestError: the companion refuses descriptors or manifest.
+            TicketError: a second publication.
+            CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
+        """
+        if len(fds) != len(arena.block_sizes):
+            raise BadRequestError(f"{self._label}: {len(fds)} descriptors for {len(arena.block_sizes)} blocks.")
+        fd_channel.deposit(self._fd_socket, self._ticket, fds, PUBLISH_TIMEOUT_S)
+        response = self._send(self._steps(arena, manifest, tensor_count), "publishing")
+        return int(response.generation)
+
+    def _steps(self, arena: ArenaInfo, manifest: bytes, tensor_count: int) -> Iterator[Any]:
+        yield self._begin()
+        for start in range(0, len(manifest), CHUNK_BYTES):
+            yield messages.PublishRequest(manifest_chunk=manifest[start : start + CHUNK_BYTES])
+        commit = messages.PublishRequest.Commit(
+            arena=mapping.arena_to_message(arena),
+            manifest_bytes=len(manifest),
+            manifest_sha256=hashlib.sha256(manifest).digest(),
+            tensor_count=tensor_count,
+        )
+        yield messages.PublishRequest(commit=commit)
+
+    def decline(self, reason: str) -> None:
+        """Keep the model to ourselves. All waiters are told `reason`; the lease has ended.
+
+        Raises:
+            BadRequestError: this lease does not load any more.
+            CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
+        """
+        self.declined = True
+        declined = messages.Failed(code="not_shareable", message=reason)
+        self._send(iter([self._begin(), messages.PublishRequest(declined=declined)]), "declining")
+
+    def _begin(self) -> Any:
+        return messages.PublishRequest(begin=messages.PublishRequest.Begin(lease_token=self._token))
+
+    def _send(self, steps: Iterator[Any], doing: str) -> Any:
+        try:
+            return self._stub.Publish(steps, timeout=PUBLISH_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise typed_error(error, f"{self._label}: {doing}") from error
+
+
+def _log_failed_report(call: Any) -> None:
+    # A lost report costs nobody anything; the next call that matters tells what is wrong.
+    if call.code() is not grpc.StatusCode.OK:
+        logger.debug("A progress report was not taken: %s", call.details())
