@@ -57,7 +57,6 @@ from vllm_companion_plugin.types import (
     Progress,
 )
 
-
 STARTING = Progress("starting")
 
 

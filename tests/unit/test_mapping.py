@@ -1,0 +1,188 @@
+"""Types to messages and back; and every way in which a manifest can lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vllm_companion_plugin.errors import BadRequestError, ManifestError
+from vllm_companion_plugin.protocol import mapping, messages
+from vllm_companion_plugin.types import (
+    ArenaInfo,
+    CompanionStatus,
+    EntryKey,
+    EntryState,
+    EntryStatus,
+    LeaseState,
+    LeaseStatus,
+    LoaderInfo,
+    Manifest,
+    ModuleInfo,
+    Progress,
+    SlotInfo,
+    Stage,
+    StorageInfo,
+    TensorInfo,
+    TensorKind,
+)
+
+KEY = EntryKey("ab", "Qwen/Qwen3-8B", "target", "tp0/2", {"dtype": "bfloat16", "é": "ü"})
+LOADER = LoaderInfo(7, "engine", 12.5, Progress("reading", 5, 9))
+ENTRY = EntryStatus(
+    KEY, EntryState.LOADING, 2, 4096, 17, "memfd", 3.5, 1.25, LOADER, (LeaseStatus(7, "engine", LeaseState.LOADING, 1.5),)
+)  # fmt: skip
+
+
+def tensor(storage: int = 0, **changes: Any) -> TensorInfo:
+    base = TensorInfo(storage, 0, "bfloat16", (4, 8), (8, 1), "torch.nn.parameter.Parameter")
+    return dataclasses.replace(base, **changes)
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        Stage.PROCESSED,
+        (StorageInfo(0, 64), StorageInfo(256, 128)),
+        (
+            tensor(0, requires_grad=True, attributes={"output_dim": "int:0"}),
+            tensor(1, storage_offset=32, stride=(1, 4)),
+            tensor(-1, dtype="float32", shape=(), stride=(), inline=b"\0\0\x80?", private=True),
+            tensor(0, shape=(0, 8)),
+            tensor(0, shape=(9, 32), stride=(0, 1)),
+        ),
+        (
+            ModuleInfo("", (), "Model", (), {"training": "bool:False"}, {"scale": 0.5}),
+            ModuleInfo(
+                "embed", ("lm_head",), "Embedding",
+                (SlotInfo("weight", TensorKind.PARAMETER, 0), SlotInfo("tied[0]", TensorKind.ATTRIBUTE, 0)), {}, {},
+            ),
+        ),
+    )  # fmt: skip
+
+
+def test_a_manifest_survives_the_wire_in_full() -> None:
+    data = mapping.manifest_to_bytes(manifest())
+    assert mapping.manifest_from_bytes(data) == manifest()
+    assert mapping.manifest_to_bytes(mapping.manifest_from_bytes(data)) == data
+
+
+def _edited(edit: Callable[[Any], object]) -> bytes:
+    message = messages.Manifest.FromString(mapping.manifest_to_bytes(manifest()))
+    edit(message)
+    return bytes(message.SerializeToString())
+
+
+def _set(name: str, index: int, **values: Any) -> Callable[[Any], None]:
+    def edit(message: Any) -> None:
+        item = getattr(message, name)[index]
+        for field, value in values.items():
+            if isinstance(value, list):
+                del getattr(item, field)[:]
+                getattr(item, field).extend(value)
+            else:
+                setattr(item, field, value)
+
+    return edit
+
+
+LIES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "unknown stage": (lambda m: setattr(m, "stage", "raw"), "unknown stage 'raw'"),
+    "unknown kind": (lambda m: setattr(m.modules[1].slots[0], "kind", "magic"), "unknown kind 'magic'"),
+    "overlapping storages": (_set("storages", 1, offset_bytes=63), "before the previous one ends"),
+    "unordered storages": (_set("storages", 0, offset_bytes=512), "before the previous one ends"),
+    "absurd storage": (_set("storages", 1, size_bytes=1 << 60), "no arena is larger"),
+    "storage index too large": (_set("tensors", 0, storage=2), "storage 2 of 2"),
+    "storage index negative": (_set("tensors", 0, storage=-2), "storage -2 of 2"),
+    "no storage and no bytes": (_set("tensors", 0, storage=-1), "without inline bytes"),
+    "storage and bytes": (_set("tensors", 0, inline=b"x"), "with inline bytes"),
+    "tensor beyond its storage": (_set("tensors", 0, shape=[4, 9]), "reaches byte 66 of storage 0, which has 64"),
+    "stride beyond the storage": (_set("tensors", 0, stride=[9, 1]), "reaches byte 70"),
+    "offset beyond the storage": (_set("tensors", 0, storage_offset=1), "reaches byte 66"),
+    "empty tensor beyond its storage": (_set("tensors", 3, storage_offset=33), "reaches byte 66"),
+    "larger dtype": (_set("tensors", 0, dtype="float32"), "reaches byte 128"),
+    "unknown dtype": (_set("tensors", 0, dtype="float7"), "unknown dtype 'float7'"),
+    "negative stride": (_set("tensors", 0, stride=[-8, 1]), "negative stride"),
+    "missing stride": (_set("tensors", 0, stride=[1]), "2 dimensions and 1 strides"),
+    "absurd shape": (_set("tensors", 0, shape=[1 << 40, 1 << 40]), "absurd shape"),
+    "inline bytes too short": (_set("tensors", 2, inline=b"x"), "needs 4 inline bytes"),
+    "slot of a tensor that is not there": (lambda m: setattr(m.modules[1].slots[0], "tensor", 5), "tensor 5 of 5"),
+    "two modules of one path": (_set("modules", 1, path=""), "Two modules"),
+    "an alias that is a path": (_set("modules", 1, aliases=[""]), "Two modules"),
+    "two slots of one name": (lambda m: setattr(m.modules[1].slots[1], "name", "weight"), "share a name"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_manifest_that_lies_is_refused(name: str) -> None:
+    edit, text = LIES[name]
+    with pytest.raises(ManifestError, match=text):
+        mapping.manifest_from_bytes(_edited(edit))
+
+
+def test_bytes_that_are_no_manifest_are_refused() -> None:
+    with pytest.raises(ManifestError, match="cannot be decoded"):
+        mapping.manifest_from_bytes(b"\xff\xff\xff\xff")
+    with pytest.raises(ManifestError):
+        mapping.manifest_from_bytes(mapping.manifest_to_bytes(manifest())[:-3])
+    with pytest.raises(ManifestError, match="unknown stage"):
+        mapping.manifest_from_bytes(b"")
+
+
+def test_a_manifest_fits_an_arena_that_holds_its_last_byte() -> None:
+    mapping.check_manifest_fits(manifest(), ArenaInfo("memfd", (300, 84)))
+    with pytest.raises(ManifestError, match="byte 384 of an arena of 383"):
+        mapping.check_manifest_fits(manifest(), ArenaInfo("memfd", (300, 83)))
+
+
+def test_a_hundred_thousand_tensors_are_read_without_quadratic_cost() -> None:
+    count = 100_000
+    slots = tuple(SlotInfo(f"w{i}", TensorKind.PARAMETER, i) for i in range(count))
+    large = Manifest(
+        Stage.PROCESSED,
+        tuple(StorageInfo(i * 256, 64) for i in range(count)),
+        tuple(tensor(i) for i in range(count)),
+        (ModuleInfo("", (), "Model", slots, {}, {}),),
+    )
+    data = mapping.manifest_to_bytes(large)
+    began = time.process_time()
+    assert len(mapping.manifest_from_bytes(data).tensors) == count
+    assert time.process_time() - began < 3  # about 0.4 s; the rest is room for a slow machine
+
+
+def test_status_survives_the_wire() -> None:
+    ready = dataclasses.replace(ENTRY, state=EntryState.READY, loader=None, leases=())
+    status = CompanionStatus("cpu", 4, "0.1", 1, 1.5, -1.0, 0.0, (ENTRY, ready))
+    message = mapping.companion_status_to_message(status)
+    assert mapping.companion_status_from_message(type(message).FromString(message.SerializeToString())) == status
+
+
+def test_arena_and_handle_survive_the_wire() -> None:
+    arena = ArenaInfo("cuda_vmm", (1 << 21, 1 << 36))
+    assert mapping.arena_from_message(mapping.arena_to_message(arena, b"ticket")) == (arena, b"ticket")
+
+
+@pytest.mark.parametrize(
+    "arena",
+    [ArenaInfo("tape", (1,)), ArenaInfo("memfd", ()), ArenaInfo("memfd", (1, 0)), ArenaInfo("memfd", (1,) * 4097),
+     ArenaInfo("memfd", (1 << 51,))],
+    ids=["unknown-kind", "no-block", "empty-block", "too-many-blocks", "too-large"],
+)  # fmt: skip
+def test_an_impossible_arena_is_refused(arena: ArenaInfo) -> None:
+    with pytest.raises(BadRequestError):
+        mapping.arena_from_message(mapping.arena_to_message(arena))
+
+
+@pytest.mark.parametrize("name", ["id", "model", "role", "rank"])
+def test_a_key_without_its_parts_is_refused(name: str) -> None:
+    with pytest.raises(BadRequestError, match=name):
+        mapping.key_from_message(mapping.key_to_message(dataclasses.replace(KEY, **{name: ""})))
+
+
+def test_an_unknown_state_is_a_typed_error() -> None:
+    message = mapping.entry_status_to_message(ENTRY)
+    message.state = "dreaming"
+    with pytest.raises(BadRequestError, match="dreaming"):
+        mapping.entry_status_from_message(message)

@@ -1,0 +1,290 @@
+"""The companion's registry as a specification: every rule of its docstring, without a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from vllm_companion_plugin.companion.selection import Query
+from vllm_companion_plugin.companion.state import (
+    FailedEvent,
+    GrantedEvent,
+    Lease,
+    ReadyEvent,
+    Registry,
+    StoredManifest,
+    WaitingEvent,
+)
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    EntryInUseError,
+    EntryNotFoundError,
+    LeaseLostError,
+    NotShareableError,
+)
+from vllm_companion_plugin.types import ArenaInfo, EntryKey, EntryState, LeaseState, Progress
+
+ARENA = ArenaInfo("memfd", (4096, 8192))
+MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32, 3)
+
+
+class World:
+    """A registry with a clock of its own and a record of what it asked for."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.closed: list[int] = []
+        self.changes = 0
+        self.registry = Registry(
+            close_fds=self.closed.extend, on_change=self._changed, wall=lambda: self.now, monotonic=lambda: self.now
+        )
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def attach(self, key: EntryKey | Query, *, may_load: bool = True, pid: int = 1) -> Lease:
+        return self.registry.attach(key, may_load=may_load, pid=pid, client=f"client{pid}")
+
+    def publish(self, key: EntryKey, *, pid: int = 1, fds: Sequence[int] = (7, 8)) -> Lease:
+        lease = self.attach(key, pid=pid)
+        self.registry.deposit(lease, fds)
+        self.registry.commit(lease, ARENA, MANIFEST)
+        return lease
+
+    def snapshot(self) -> object:
+        return self.registry.status(), list(self.closed), [list(x.events) for x in self.registry.leases], self.changes
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def key(identity: str = "k1", model: str = "m", rank: str = "single", **fields: str) -> EntryKey:
+    return EntryKey(identity, model, rank=rank, fields=fields)
+
+
+def kinds(lease: Lease) -> list[type]:
+    return [type(event) for event in lease.events]
+
+
+def test_the_first_client_that_may_load_is_granted_and_the_second_waits_for_it(world: World) -> None:
+    first, second = world.attach(key(), pid=1), world.attach(key(), pid=2)
+    assert kinds(first) == [GrantedEvent]
+    assert kinds(second) == [WaitingEvent]
+    assert second.events[0].loader.pid == 1  # type: ignore[union-attr]
+    assert [x.state for x in (first, second)] == [LeaseState.LOADING, LeaseState.WAITING]
+
+
+def test_a_commit_makes_the_entry_ready_and_attaches_everybody(world: World) -> None:
+    first, second, third = world.attach(key()), world.attach(key(), pid=2), world.attach(key(), may_load=False, pid=3)
+    world.registry.deposit(first, (7, 8))
+    world.now += 5
+    assert world.registry.commit(first, ARENA, MANIFEST) == 1
+    assert kinds(second) == kinds(third) == [ReadyEvent]
+    (entry,) = world.registry.status()
+    assert (entry.state, entry.generation, entry.load_s) == (EntryState.READY, 1, 5)
+    assert (entry.size_bytes, entry.tensor_count, entry.arena_kind) == (12288, 3, "memfd")
+    assert {x.state for x in entry.leases} == {LeaseState.ATTACHED}
+    assert world.closed == []
+
+
+def test_a_client_that_comes_after_the_commit_is_ready_at_once(world: World) -> None:
+    world.publish(key())
+    assert kinds(world.attach(key(), may_load=False, pid=2)) == [ReadyEvent]
+
+
+def test_when_the_loader_dies_the_next_that_may_load_is_granted_in_order_of_arrival(world: World) -> None:
+    loader = world.attach(key(), pid=1)
+    reader, heir, last = (
+        world.attach(key(), may_load=False, pid=2),
+        world.attach(key(), pid=3),
+        world.attach(key(), pid=4),
+    )
+    world.registry.deposit(loader, (7, 8))
+    world.registry.end_lease(loader)
+    assert world.closed == [7, 8]
+    assert kinds(heir) == [GrantedEvent]
+    assert kinds(reader) == kinds(last) == [WaitingEvent]
+    assert reader.events[-1].loader.pid == 3  # type: ignore[union-attr]
+
+
+def test_when_the_loader_dies_and_nobody_else_may_load_the_waiters_fail(world: World) -> None:
+    loader, reader = world.attach(key()), world.attach(key(), may_load=False, pid=2)
+    world.registry.end_lease(loader)
+    assert isinstance(reader.events[-1], FailedEvent)
+    assert isinstance(reader.events[-1].error, EntryNotFoundError)
+    assert reader.ended
+    assert world.registry.status() == ()
+
+
+def test_a_waiter_that_leaves_changes_nothing_for_the_others(world: World) -> None:
+    loader, waiter = world.attach(key()), world.attach(key(), pid=2)
+    world.registry.end_lease(waiter)
+    world.registry.end_lease(waiter)
+    assert loader.state is LeaseState.LOADING
+    assert [x.pid for x in world.registry.leases] == [1]
+
+
+def test_progress_reaches_all_waiters_and_a_slow_reader_keeps_only_the_latest(world: World) -> None:
+    loader, waiter = world.attach(key()), world.attach(key(), pid=2)
+    for done in range(100):
+        world.registry.progress(loader, Progress("reading", done, 100))
+    assert kinds(waiter) == [WaitingEvent]
+    assert waiter.events[0].loader.progress.done_bytes == 99  # type: ignore[union-attr]
+
+
+def test_a_decline_tells_all_waiters_why_and_the_entry_vanishes(world: World) -> None:
+    loader, waiter = world.attach(key()), world.attach(key(), pid=2)
+    world.registry.decline(loader, "GGUF layer")
+    assert isinstance(waiter.events[-1], FailedEvent)
+    assert isinstance(waiter.events[-1].error, NotShareableError)
+    assert "GGUF layer" in str(waiter.events[-1].error)
+    assert loader.ended
+    assert world.registry.status() == ()
+    assert kinds(world.attach(key(), pid=3)) == [GrantedEvent]
+
+
+def test_an_unload_with_clients_is_refused_and_names_their_pids(world: World) -> None:
+    world.publish(key(), pid=11)
+    world.attach(key(), pid=12)
+    with pytest.raises(EntryInUseError, match=r"pid 11.*pid 12"):
+        world.registry.unload(Query())
+    assert world.registry.status()[0].state is EntryState.READY
+
+
+def test_a_forced_unload_drops_descriptors_at_once_and_the_entry_with_its_last_client(world: World) -> None:
+    lease = world.publish(key())
+    (before,) = world.registry.unload(Query(model="m"), force=True)
+    assert before.state is EntryState.READY
+    assert world.closed == [7, 8]
+    assert world.registry.status()[0].state is EntryState.RETIRED
+    with pytest.raises(EntryNotFoundError):
+        world.attach(key(), may_load=False, pid=2)
+    world.registry.end_lease(lease)
+    assert world.registry.status() == ()
+    assert world.closed == [7, 8]
+
+
+def test_generations_count_up_and_survive_an_unload(world: World) -> None:
+    old = world.publish(key())
+    world.registry.unload(Query(), force=True)
+    new = world.publish(key(), pid=2, fds=(17, 18))
+    assert (old.entry.generation, new.entry.generation) == (1, 2)
+    assert [e.state for e in world.registry.status()] == [EntryState.RETIRED, EntryState.READY]
+    assert world.publish(key("other"), pid=3, fds=(27, 28)).entry.generation == 1
+
+
+def test_unloading_what_is_loading_needs_force_and_fails_its_clients(world: World) -> None:
+    loader = world.attach(key())
+    with pytest.raises(EntryInUseError):
+        world.registry.unload(Query())
+    world.registry.unload(Query(), force=True)
+    assert isinstance(loader.events[-1], FailedEvent)
+    with pytest.raises(BadRequestError):
+        world.registry.commit(loader, ARENA, MANIFEST)
+
+
+def test_several_entries_of_one_query_are_unloaded_together_or_not_at_all(world: World) -> None:
+    world.registry.end_lease(world.publish(key("a")))
+    world.publish(key("b", rank="tp1/2"), pid=2, fds=(17, 18))
+    with pytest.raises(EntryInUseError):
+        world.registry.unload(Query(model="m"))
+    assert len(world.registry.status()) == 2
+    assert len(world.registry.unload(Query(model="m"), force=True)) == 2
+
+
+def test_a_query_finds_the_only_entry_or_waits_for_the_one_that_loads(world: World) -> None:
+    loader = world.attach(key())
+    waiter = world.attach(Query(model="m"), may_load=False, pid=2)
+    assert kinds(waiter) == [WaitingEvent]
+    world.registry.deposit(loader, (7, 8))
+    world.registry.commit(loader, ARENA, MANIFEST)
+    assert kinds(waiter) == [ReadyEvent]
+    assert kinds(world.attach(Query(rank="single"), may_load=False, pid=3)) == [ReadyEvent]
+
+
+@pytest.mark.parametrize(
+    ("select", "may_load", "error", "text"),
+    [
+        pytest.param(Query(model="x"), False, EntryNotFoundError, r"model 'x'.*Here: m \(target, tp0/2", id="lists-all"),
+        pytest.param(Query(model="m"), False, BadRequestError, "tp0/2.*tp1/2", id="ambiguous"),
+        pytest.param(Query(model="x"), True, BadRequestError, "full key", id="query-cannot-load"),
+        pytest.param(key("z", model="x"), False, EntryNotFoundError, "not published", id="unknown-model"),
+        pytest.param(
+            key("z", rank="tp0/2", dtype="half"), False, EntryNotFoundError, "dtype is 'bf16' there and 'half' here",
+            id="differing-field",
+        ),
+    ],
+)  # fmt: skip
+def test_an_attach_that_cannot_be_served_says_why(
+    world: World, select: EntryKey | Query, may_load: bool, error: type[CompanionError], text: str
+) -> None:
+    world.publish(key("a", rank="tp0/2", dtype="bf16"))
+    world.publish(key("b", rank="tp1/2", dtype="bf16"), pid=2, fds=(17, 18))
+    before = world.snapshot()
+    with pytest.raises(error, match=text):
+        world.attach(select, may_load=may_load, pid=9)
+    assert world.snapshot() == before
+
+
+def test_another_key_of_a_published_model_may_be_loaded_beside_it(world: World) -> None:
+    world.publish(key("a"))
+    assert kinds(world.attach(key("b"), pid=2)) == [GrantedEvent]
+
+
+ILLEGAL: list[tuple[str, Callable[[Registry, Lease, Lease], object]]] = [
+    ("a waiter commits", lambda r, loader, waiter: r.commit(waiter, ARENA, MANIFEST)),
+    ("a waiter reports", lambda r, loader, waiter: r.progress(waiter, Progress("x"))),
+    ("a waiter declines", lambda r, loader, waiter: r.decline(waiter, "x")),
+    ("a waiter deposits", lambda r, loader, waiter: r.deposit(waiter, (1,))),
+    ("a second deposit", lambda r, loader, waiter: r.deposit(loader, (1, 2))),
+    ("too few descriptors", lambda r, loader, waiter: r.commit(loader, ArenaInfo("memfd", (1, 2, 3)), MANIFEST)),
+]
+
+
+@pytest.mark.parametrize(("name", "step"), ILLEGAL, ids=[name for name, _ in ILLEGAL])
+def test_illegal_transitions_raise_and_nothing_happens(
+    world: World, name: str, step: Callable[[Registry, Lease, Lease], object]
+) -> None:
+    loader, waiter = world.attach(key()), world.attach(key(), pid=2)
+    world.registry.deposit(loader, (7, 8))
+    before = world.snapshot()
+    with pytest.raises(BadRequestError):
+        step(world.registry, loader, waiter)
+    assert world.snapshot() == before
+
+
+def test_a_second_commit_is_illegal(world: World) -> None:
+    lease = world.publish(key())
+    before = world.snapshot()
+    with pytest.raises(BadRequestError):
+        world.registry.commit(lease, ARENA, MANIFEST)
+    assert world.snapshot() == before
+
+
+def test_idle_time_runs_while_no_lease_exists(world: World) -> None:
+    assert world.registry.idle_since == 1000
+    lease = world.publish(key())
+    assert world.registry.idle_since is None
+    other = world.attach(key(), pid=2)
+    world.registry.end_lease(lease)
+    assert world.registry.idle_since is None
+    world.now = 1234
+    world.registry.end_lease(other)
+    assert world.registry.idle_since == 1234
+    world.now = 1300
+    world.registry.unload(Query())
+    assert world.registry.idle_since == 1234
+
+
+def test_closing_fails_all_leases_and_closes_each_descriptor_once(world: World) -> None:
+    attached = world.publish(key("a"))
+    loader = world.attach(key("b"), pid=2)
+    world.registry.deposit(loader, (17, 18))
+    world.registry.close(LeaseLostError("bye"))
+    assert sorted(world.closed) == [7, 8, 17, 18]
+    assert all(isinstance(x.events[-1], FailedEvent) for x in (attached, loader))
+    assert world.registry.status() == ()
