@@ -33,7 +33,8 @@ from vllm_companion_plugin.types import (
 KEY = EntryKey("ab", "Qwen/Qwen3-8B", "target", "tp0/2", {"dtype": "bfloat16", "é": "ü"})
 LOADER = LoaderInfo(7, "engine", 12.5, Progress("reading", 5, 9))
 ENTRY = EntryStatus(
-    KEY, EntryState.LOADING, 2, 4096, 17, "memfd", 3.5, 1.25, LOADER, (LeaseStatus(7, "engine", LeaseState.LOADING, 1.5),)
+    KEY, EntryState.LOADING, 2, 4096, 17, "memfd", 3.5, 1.25, LOADER,
+    (LeaseStatus(7, "engine", LeaseState.LOADING, 1.5),),
 )  # fmt: skip
 
 

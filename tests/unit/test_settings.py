@@ -40,7 +40,7 @@ def test_given_values_win_over_the_environment_and_that_over_defaults(monkeypatc
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_origin(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(SettingsError, match="flag: .*") as caught:
+    with pytest.raises(SettingsError, match=r"flag: .*") as caught:
         resolve(given)
     assert text in str(caught.value)
 

@@ -209,7 +209,7 @@ def test_a_query_finds_the_only_entry_or_waits_for_the_one_that_loads(world: Wor
 @pytest.mark.parametrize(
     ("select", "may_load", "error", "text"),
     [
-        pytest.param(Query(model="x"), False, EntryNotFoundError, r"model 'x'.*Here: m \(target, tp0/2", id="lists-all"),
+        pytest.param(Query(model="x"), False, EntryNotFoundError, r"'x'.*Here: m \(target, tp0/2", id="lists-all"),
         pytest.param(Query(model="m"), False, BadRequestError, "tp0/2.*tp1/2", id="ambiguous"),
         pytest.param(Query(model="x"), True, BadRequestError, "full key", id="query-cannot-load"),
         pytest.param(key("z", model="x"), False, EntryNotFoundError, "not published", id="unknown-model"),

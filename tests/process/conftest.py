@@ -1,0 +1,119 @@
+"""A real companion for each test, in a runtime directory of its own, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.settings import Settings, resolve, to_environment
+from vllm_companion_plugin.types import ArenaInfo, EntryKey
+
+KEY = EntryKey("ab" * 32, "test/model", fields={"dtype": "bfloat16"})
+SEALS = 0x1 | 0x2 | 0x4 | 0x8
+
+
+def until(condition: Callable[[], object], within_s: float, what: str) -> float:
+    """Seconds until `condition` held; fails the test after `within_s`."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < within_s, f"not within {within_s} s: {what}"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def memfd(content: bytes, *, seals: int = SEALS) -> int:
+    fd = os.memfd_create("arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def arena_of(*contents: bytes) -> tuple[ArenaInfo, list[int]]:
+    return ArenaInfo("memfd", tuple(map(len, contents))), [memfd(content) for content in contents]
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Place:
+    """A runtime directory, and every process started in it."""
+
+    def __init__(self, root: str) -> None:
+        self.settings: Settings = resolve({"runtime_dir": f"{root}/r", "linger_s": 60, "spawn_timeout_s": 20})
+        self.processes: list[subprocess.Popen[str]] = []
+
+    @property
+    def paths(self) -> DevicePaths:
+        return device_paths("cpu", self.settings)
+
+    def companion_pid(self) -> int:
+        # Not through `paths`, which refuses the directories that some tests make.
+        with contextlib.suppress(OSError, ValueError):
+            return int(Path(self.settings.runtime_dir, "cpu", "companion.lock").read_text())
+        return 0
+
+    def run(self, *arguments: str) -> subprocess.Popen[str]:
+        """A Python process with this place's settings, its output in pipes."""
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **to_environment(self.settings)},
+        )
+        self.processes.append(process)
+        return process
+
+    def companion(self, *options: str) -> subprocess.Popen[str]:
+        """A companion as a child of the test, answering."""
+        process = self.run("-m", "vllm_companion_plugin.companion", "--device", "cpu", *options)
+        until(lambda: process.poll() is not None or os.path.exists(self.paths.fd_socket), 20, "the companion listens")
+        assert process.poll() is None, process.communicate()[1]
+        return process
+
+    def client(self, name: str, *options: str) -> subprocess.Popen[str]:
+        """A child that runs tests/process/client_child.py."""
+        return self.run(str(Path(__file__).with_name("client_child.py")), name, *options)
+
+    def clean(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate(timeout=10)
+        pid = self.companion_pid()
+        if pid and alive(pid) and b"vllm_companion_plugin" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: not alive(pid), 5, "the companion is gone")
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    # Not tmp_path: its name would take most of a socket path's 107 bytes.
+    root = tempfile.mkdtemp(prefix="vc", dir="/tmp")
+    made = Place(root)
+    try:
+        yield made
+    finally:
+        made.clean()
+        shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,426 @@
+"""Clients of a real companion: leases, publications, descriptors, and everybody's death."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.process.conftest import KEY, Place, arena_of, memfd, open_fds, until
+from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Publication, Ready, connect
+from vllm_companion_plugin.companion import tickets as ticket_module
+from vllm_companion_plugin.companion.tickets import Tickets
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    CompanionUnavailableError,
+    EntryInUseError,
+    EntryNotFoundError,
+    LeaseLostError,
+    NotShareableError,
+    ProtocolMismatchError,
+    TicketError,
+    WaitTimeoutError,
+)
+from vllm_companion_plugin.launch.election import LoaderElection
+from vllm_companion_plugin.protocol import fd_channel, messages, schema
+from vllm_companion_plugin.types import ArenaInfo, EntryState, LeaseState, Progress
+
+
+@pytest.fixture
+def connection(place: Place) -> Iterator[CompanionConnection]:
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as made:
+        yield made
+
+
+def elected(connection: CompanionConnection, **changes: Any) -> tuple[Lease, Publication]:
+    lease = connection.attach(replace(KEY, **changes), may_load=True, client_name="loader")
+    outcome = lease.wait(5)
+    assert isinstance(outcome, Granted)
+    return lease, outcome.publication
+
+
+def publish(connection: CompanionConnection, *contents: bytes, manifest: bytes = b"manifest", **changes: Any) -> Lease:
+    lease, publication = elected(connection, **changes)
+    arena, fds = arena_of(*(contents or (b"weights",)))
+    publication.publish(arena, fds, manifest, 3)
+    fd_channel.close_all(fds)
+    return lease
+
+
+def attached(connection: CompanionConnection) -> tuple[Lease, Ready]:
+    lease = connection.attach(KEY, may_load=False, client_name="reader")
+    outcome = lease.wait(5)
+    assert isinstance(outcome, Ready)
+    return lease, outcome
+
+
+def line(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 600], ids=lambda n: f"{n}-blocks")
+@pytest.mark.parametrize("manifest_bytes", [0, 100_000, 5 << 20])
+def test_what_was_published_is_what_is_redeemed(
+    connection: CompanionConnection, blocks: int, manifest_bytes: int
+) -> None:
+    contents = [f"block {i}".encode() for i in range(blocks)]
+    manifest = os.urandom(manifest_bytes)
+    publish(connection, *contents, manifest=manifest)
+    before = open_fds()
+    _, ready = attached(connection)
+    assert (ready.key, ready.generation, ready.manifest) == (KEY, 1, manifest)
+    fds = ready.redeem()
+    assert [os.pread(fd, 100, 0) for fd in fds] == contents
+    assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds)
+    fd_channel.close_all(fds)
+    assert open_fds() == before
+
+
+def test_of_two_clients_at_once_exactly_one_is_elected(place: Place) -> None:
+    place.companion()
+    connections = [connect("cpu", place.settings, spawn=False) for _ in range(2)]
+    barrier = threading.Barrier(2)
+
+    def attach(connection: CompanionConnection) -> Granted | Ready:
+        barrier.wait(5)
+        outcome = connection.attach(KEY, may_load=True, client_name="racer").wait(20)
+        if isinstance(outcome, Granted):
+            arena, fds = arena_of(b"weights")
+            outcome.publication.publish(arena, fds, b"m", 1)
+            fd_channel.close_all(fds)
+        return outcome
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(attach, connections))
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Granted", "Ready"]
+    for connection in connections:
+        connection.close()
+
+
+def test_when_the_loader_is_killed_the_next_is_elected_within_a_second(
+    place: Place, connection: CompanionConnection
+) -> None:
+    loader = place.client("loader", "attach")
+    assert (line(loader), line(loader)) == ("connected", "granted")
+    heir = place.client("heir", "attach")
+    assert (line(heir), line(heir)) == ("connected", f"waiting {loader.pid}")
+    loader.kill()
+    began = time.monotonic()
+    assert line(heir) == "granted"
+    assert time.monotonic() - began < 1
+
+
+def test_the_lease_of_a_killed_client_ends_within_a_second(place: Place, connection: CompanionConnection) -> None:
+    publish(connection)
+    child = place.client("reader", "attach", "reader")
+    assert (line(child), line(child)) == ("connected", "ready")
+    assert {x.pid for x in connection.status().entries[0].leases} == {os.getpid(), child.pid}
+    child.kill()
+    until(lambda: [x.pid for x in connection.status().entries[0].leases] == [os.getpid()], 1, "the lease has ended")
+
+
+def test_a_client_that_exits_without_closing_anything_does_not_hang(place: Place) -> None:
+    place.companion()
+    child = place.client("careless", "attach", "exit")
+    _, err = child.communicate(timeout=10)
+    assert (child.returncode, err) == (0, "")
+
+
+def test_progress_restarts_the_timeout_and_silence_ends_the_wait(connection: CompanionConnection) -> None:
+    _, publication = elected(connection)
+    seen: list[Progress] = []
+    waiter = connection.attach(KEY, may_load=True, client_name="waiter")
+
+    def report() -> None:
+        for done in range(4):
+            publication.report(Progress("reading", done << 30, 8 << 30))
+            time.sleep(0.3)
+
+    reporting = threading.Thread(target=report)
+    reporting.start()
+    began = time.monotonic()
+    with pytest.raises(WaitTimeoutError, match=rf"pid {os.getpid()}.*'reading', 3.00 of 8.00 GiB") as caught:
+        waiter.wait(0.6, lambda loader: seen.append(loader.progress))
+    reporting.join(5)
+    assert time.monotonic() - began > 1.2
+    assert "0.6 s without progress" in str(caught.value)
+    assert [p.done_bytes >> 30 for p in seen if p.phase == "reading"] == [0, 1, 2, 3]
+
+
+def test_reports_are_limited_in_rate_and_never_block(connection: CompanionConnection) -> None:
+    _, publication = elected(connection)
+    began = time.monotonic()
+    for done in range(10_000):
+        publication.report(Progress("reading", done, 10_000))
+    assert time.monotonic() - began < 1
+
+
+def test_a_declined_model_is_refused_to_all_waiters_with_the_reason(connection: CompanionConnection) -> None:
+    loader, publication = elected(connection)
+    waiter = connection.attach(KEY, may_load=True, client_name="waiter")
+    publication.decline("layer 3 is not shareable")
+    with pytest.raises(NotShareableError, match="layer 3"):
+        waiter.wait(5)
+    assert not loader.lost.is_set()
+    assert connection.status().entries == ()
+
+
+def test_after_its_publication_the_loader_counts_as_attached(connection: CompanionConnection) -> None:
+    lease = publish(connection)
+    (entry,) = connection.status().entries
+    assert entry.state is EntryState.READY
+    assert [x.state for x in entry.leases] == [LeaseState.ATTACHED]
+    assert connection.wait_ready(KEY.model, rank="single", timeout_s=5).generation == 1
+    lease.release()
+    lease.release()
+    until(lambda: not connection.status().entries[0].leases, 2, "the lease has ended")
+
+
+def test_waiting_for_a_model_ends_when_it_is_published_or_time_is_over(connection: CompanionConnection) -> None:
+    with pytest.raises(WaitTimeoutError, match="the companion has: nothing"):
+        connection.wait_ready(KEY.model, timeout_s=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connection.wait_ready, KEY.model, timeout_s=10)
+        publish(connection)
+        assert waiting.result(10).key == KEY
+
+
+def test_an_unload_in_use_is_refused_and_a_forced_one_gives_a_new_generation(connection: CompanionConnection) -> None:
+    publish(connection)
+    with pytest.raises(EntryInUseError, match=f"pid {os.getpid()}"):
+        connection.unload(model=KEY.model)
+    _, ready = attached(connection)
+    assert connection.unload(model=KEY.model, force=True)[0].generation == 1
+    with pytest.raises(TicketError, match="unloaded"):
+        ready.redeem()
+    publish(connection)
+    assert attached(connection)[1].generation == 2
+
+
+def test_what_is_not_there_is_a_typed_error(connection: CompanionConnection) -> None:
+    with pytest.raises(EntryNotFoundError):
+        connection.unload(model="nothing")
+    with pytest.raises(EntryNotFoundError, match="nothing"):
+        connection.attach(model="none", may_load=False, client_name="x").wait(5)
+    publish(connection)
+    other = replace(KEY, id="cd" * 32, fields={"dtype": "half"})
+    with pytest.raises(EntryNotFoundError, match="dtype is 'bfloat16' there and 'half' here"):
+        connection.attach(other, may_load=False, client_name="x").wait(5)
+
+
+@pytest.mark.parametrize("how", ["kill", "shutdown"])
+def test_a_companion_that_goes_away_is_noticed_by_idle_clients(place: Place, how: str) -> None:
+    process = place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        lease, errors = publish(connection), []
+        lease.on_lost(errors.append)
+        if how == "kill":
+            process.kill()
+        else:
+            assert connection.shutdown() == process.pid
+        assert lease.lost.wait(2)
+        process.wait(5)
+        until(lambda: errors, 1, "the callback is called")
+        lease.on_lost(errors.append)
+        assert len(errors) == 2
+        assert isinstance(errors[0], (LeaseLostError, CompanionUnavailableError))
+        with pytest.raises(CompanionUnavailableError):
+            connection.status()
+
+
+def test_nothing_is_left_in_the_client_after_many_leases(connection: CompanionConnection) -> None:
+    publish(connection)
+    lease, _ = attached(connection)
+    lease.release()
+    fds, threads = open_fds(), threading.active_count()
+    for _ in range(20):
+        lease, ready = attached(connection)
+        fd_channel.close_all(ready.redeem())
+        lease.release()
+    until(lambda: (open_fds(), threading.active_count()) <= (fds, threads), 2, "descriptors and threads are gone")
+
+
+# ---- what the companion refuses
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "text"),
+    [
+        pytest.param(lambda: memfd(b"12345", seals=0), (5,), "not sealed", id="unsealed"),
+        pytest.param(lambda: memfd(b"12345", seals=8), (5,), "not sealed", id="can-shrink"),
+        pytest.param(lambda: memfd(b"1234"), (5,), "has 4", id="too-small"),
+        pytest.param(lambda: os.open("/etc/hostname", os.O_RDONLY), (1,), "not a memfd|should have", id="a-file"),
+    ],
+)
+def test_descriptors_that_could_change_under_a_reader_are_refused(
+    connection: CompanionConnection, make: Callable[[], int], sizes: tuple[int, ...], text: str
+) -> None:
+    lease, publication = elected(connection)
+    fd = make()
+    with pytest.raises(BadRequestError, match=text):
+        publication.publish(ArenaInfo("memfd", sizes), [fd], b"m", 1)
+    os.close(fd)
+    assert connection.status().entries[0].state is EntryState.LOADING
+    lease.release()
+
+
+def test_a_publication_whose_manifest_is_damaged_is_refused(connection: CompanionConnection) -> None:
+    lease, publication = elected(connection)
+    arena, fds = arena_of(b"x")
+    steps = list(publication._steps(arena, b"manifest", 1))
+    steps[1].manifest_chunk = b"manifesT"
+    fd_channel.deposit(connection._paths.fd_socket, publication._ticket, fds, 5)
+    with pytest.raises(BadRequestError, match="damaged"):
+        publication._send(iter(steps), "publishing")
+    fd_channel.close_all(fds)
+    lease.release()
+
+
+def test_a_ticket_works_once(connection: CompanionConnection) -> None:
+    publish(connection)
+    _, ready = attached(connection)
+    fd_channel.close_all(ready.redeem())
+    with pytest.raises(TicketError, match="spent"):
+        ready.redeem()
+
+
+def test_a_guessed_ticket_and_one_of_the_other_kind_are_refused(connection: CompanionConnection, place: Place) -> None:
+    _, publication = elected(connection)
+    for ticket in (b"0" * 16, publication._ticket):
+        with pytest.raises(TicketError):
+            fd_channel.redeem(place.paths.fd_socket, ticket, 1, 5)
+
+
+def test_a_ticket_of_an_ended_lease_is_refused(connection: CompanionConnection) -> None:
+    publish(connection)
+    lease, ready = attached(connection)
+    lease.release()
+    until(lambda: len(connection.status().entries[0].leases) == 1, 2, "the lease has ended")
+    with pytest.raises(TicketError):
+        ready.redeem()
+
+
+def test_a_redeem_ticket_expires_and_a_deposit_ticket_lasts_as_long_as_its_lease() -> None:
+    class FakeLease:
+        ended = False
+
+    now = [0.0]
+    tickets = Tickets(lambda: now[0])
+    lease: Any = FakeLease()
+    redeem, deposit = tickets.issue(fd_channel.REDEEM, lease), tickets.issue(fd_channel.DEPOSIT, lease)
+    now[0] = ticket_module.EXPIRY_S + 1
+    with pytest.raises(TicketError, match="expired"):
+        tickets.spend(fd_channel.REDEEM, redeem)
+    assert tickets.spend(fd_channel.DEPOSIT, deposit) is lease
+
+
+def test_fewer_descriptors_than_announced_are_an_error_and_none_stays_open(connection: CompanionConnection) -> None:
+    publish(connection)
+    _, ready = attached(connection)
+    before = open_fds()
+    with pytest.raises(CompanionError):
+        fd_channel.redeem(ready._fd_socket, ready._ticket, 2, 5)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("packet", [b"", b"hello", b"R" + b"0" * 15, b"D" + b"0" * 16, b"x" * 4000])
+def test_nonsense_on_the_fd_socket_harms_nobody(connection: CompanionConnection, place: Place, packet: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(5)
+        sock.connect(place.paths.fd_socket)
+        sock.send(packet)
+        answer = sock.recv(4096)
+    assert answer == b"" or answer.startswith(b"Ebad_request")
+    publish(connection)
+    fd_channel.close_all(attached(connection)[1].redeem())
+
+
+def test_a_client_that_says_nothing_on_the_fd_socket_does_not_block_others(
+    connection: CompanionConnection, place: Place
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(place.paths.fd_socket)
+        publish(connection)
+        fd_channel.close_all(attached(connection)[1].redeem())
+
+
+def test_an_attach_of_another_protocol_version_is_refused_naming_both(connection: CompanionConnection) -> None:
+    request = messages.AttachRequest(protocol_version=99, client="future")
+    request.query.SetInParent()
+    (event,) = connection._stub.Attach(request, timeout=5)
+    assert event.failed.code == "protocol_mismatch"
+    assert "protocol 99" in event.failed.message
+    assert "speaks 1" in event.failed.message
+
+
+@pytest.mark.parametrize(("version", "older"), [(0, "companion is older"), (2, "client is older")])
+def test_a_companion_of_another_protocol_version_is_refused(place: Place, version: int, older: str) -> None:
+    class Other:
+        def __getattr__(self, name: str) -> Any:
+            return lambda request, context: messages.CompanionStatus(pid=5, version="9.9", protocol_version=version)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((schema.handlers(Other()),))
+    server.add_insecure_port(f"unix:{place.paths.grpc_socket}")
+    server.start()
+    try:
+        with pytest.raises(ProtocolMismatchError, match=f"protocol {version}.*{older}"):
+            connect("cpu", place.settings, spawn=False)
+    finally:
+        server.stop(0).wait(5)
+
+
+# ---- the election of one loader a device
+
+
+def test_the_loader_lock_is_exclusive_and_names_its_holder(place: Place) -> None:
+    first, second = LoaderElection(place.paths), LoaderElection(place.paths)
+    heard: list[str] = []
+    with first.acquire(1, "model A"):
+        with pytest.raises(WaitTimeoutError, match=f"pid {os.getpid()} \\(model A\\)"):
+            second.acquire(0.2, "model B", heard.append)
+        with pytest.raises(RuntimeError, match="not reentrant"):
+            first.acquire(1)
+    assert heard == [f"pid {os.getpid()} (model A)"]
+    with second.acquire(1, "model B"):
+        assert first.holder().endswith("(model B)")
+
+
+def test_the_loader_lock_may_be_released_by_another_thread(place: Place) -> None:
+    election = LoaderElection(place.paths).acquire(1)
+    thread = threading.Thread(target=election.release)
+    thread.start()
+    thread.join(5)
+    LoaderElection(place.paths).acquire(1).release()
+
+
+def test_the_loader_lock_falls_with_a_killed_holder(place: Place) -> None:
+    code = (
+        "import sys\n"
+        "from vllm_companion_plugin.launch.election import LoaderElection\n"
+        "from vllm_companion_plugin.launch.runtime_dir import device_paths\n"
+        "from vllm_companion_plugin.settings import resolve\n"
+        "held = LoaderElection(device_paths('cpu', resolve())).acquire(5, 'child')\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    child = place.run("-c", code)
+    assert line(child) == "held"
+    with pytest.raises(WaitTimeoutError):
+        LoaderElection(place.paths).acquire(0.1)
+    child.kill()
+    with LoaderElection(place.paths).acquire(2):
+        pass

@@ -1,0 +1,252 @@
+"""The companion as a process: its start, its signals, its exit, what it is made of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.process.conftest import KEY, Place, arena_of, until
+from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
+from vllm_companion_plugin.launch.spawn import ensure_companion
+from vllm_companion_plugin.protocol import schema
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_within_two_seconds_with_streams_open(place: Place, number: int) -> None:
+    process = place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        watching = connection.watch()
+        next(watching)
+        lease = connection.attach(KEY, may_load=True, client_name="test")
+        assert isinstance(lease.wait(5), Granted)
+        began = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(5) == 0
+        assert time.monotonic() - began < 2
+        assert lease.lost.wait(2)
+        with pytest.raises(CompanionUnavailableError):
+            list(watching)
+    assert not os.path.exists(place.paths.grpc_socket)
+    assert not os.path.exists(place.paths.fd_socket)
+
+
+def test_a_second_one_is_refused_and_names_the_first(place: Place) -> None:
+    first = place.companion()
+    second = place.run("-m", "vllm_companion_plugin.companion", "--device", "cpu")
+    _, text = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert f"runs already (pid {first.pid})" in text
+    assert first.poll() is None
+
+
+def test_it_is_no_descendant_of_its_spawner_and_survives_its_death(place: Place) -> None:
+    spawner = place.client("spawner", "spawn")
+    assert spawner.stdout is not None
+    assert spawner.stdout.readline() == "connected\n"
+    pid = place.companion_pid()
+    ancestors, current = [], pid
+    while current > 1:
+        fields = Path(f"/proc/{current}/stat").read_text().rpartition(")")[2].split()
+        current = int(fields[1])
+        ancestors.append(current)
+    assert spawner.pid not in ancestors
+    assert os.getsid(pid) != os.getsid(spawner.pid)
+    spawner.kill()
+    spawner.wait(5)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        assert connection.status().pid == pid
+
+
+def test_its_environment_is_only_what_it_needs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    monkeypatch.setenv("SOME_TOKEN", "x")
+    ensure_companion("cpu", place.settings)
+    names = {item.split(b"=")[0] for item in Path(f"/proc/{place.companion_pid()}/environ").read_bytes().split(b"\0")}
+    assert not {b"CUDA_VISIBLE_DEVICES", b"LD_PRELOAD", b"SOME_TOKEN"} & names
+    assert b"COMPANION_RUNTIME_DIR" in names
+
+
+def test_many_spawners_at_once_get_one_companion(place: Place) -> None:
+    children = [place.client(f"c{i}", "spawn", "exit") for i in range(4)]
+    for child in children:
+        out, err = child.communicate(timeout=40)
+        assert out == "connected\n", err
+    log = Path(place.paths.log).read_text()
+    assert log.count("is ready at") == 1, log
+
+
+def test_it_exits_after_its_linger_time_and_says_so(place: Place) -> None:
+    process = place.companion("--linger-s", "0.5")
+    with connect("cpu", place.settings, spawn=False) as connection:
+        lease = connection.attach(KEY, may_load=True, client_name="test")
+        lease.wait(5)
+        time.sleep(0.8)
+        assert process.poll() is None
+        assert connection.status().exits_at_unix_s == 0
+        lease.release()
+        _, text = process.communicate(timeout=5)
+    assert process.returncode == 0
+    assert "are held until" in text
+    assert "Nobody was attached for 0.5 s" in text
+
+
+@pytest.mark.parametrize("linger", ["never", "-1"])
+def test_one_that_lingers_for_ever_has_no_exit_time(place: Place, linger: str) -> None:
+    place.companion(f"--linger-s={linger}")
+    with connect("cpu", place.settings, spawn=False) as connection:
+        status = connection.status()
+    assert (status.linger_s, status.exits_at_unix_s) == (-1, 0)
+
+
+def test_a_socket_that_a_killed_one_left_does_not_disturb(place: Place) -> None:
+    first = place.companion()
+    first.kill()
+    first.wait(5)
+    assert os.path.exists(place.paths.grpc_socket)
+    with pytest.raises(CompanionUnavailableError):
+        connect("cpu", replace(place.settings, spawn_timeout_s=1), spawn=False)
+    with connect("cpu", place.settings, spawn=True) as connection:
+        assert connection.status().pid != first.pid
+
+
+def test_a_start_that_fails_says_why_with_the_log(place: Place) -> None:
+    os.mkdir(place.paths.grpc_socket)  # cannot be removed as a socket
+    with pytest.raises(CompanionUnavailableError, match="could not be started") as caught:
+        ensure_companion("cpu", place.settings)
+    assert "companion.log" in str(caught.value)
+
+
+def test_its_sockets_are_for_the_owner_alone_and_health_is_served(place: Place) -> None:
+    place.companion()
+    for path in (place.paths.grpc_socket, place.paths.fd_socket):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    with grpc.insecure_channel(f"unix:{place.paths.grpc_socket}") as channel:
+        checks = health_pb2_grpc.HealthStub(channel)
+        for service in ("", schema.SERVICE):
+            answer = checks.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, vllm_companion_plugin.companion.__main__, vllm_companion_plugin.companion.process\n"
+        "names = {name.split('.')[0] for name in sys.modules}\n"
+        "print(sorted(names & {'torch', 'cuda', 'vllm', 'numpy'}),\n"
+        "  [n for n in sys.modules if n.startswith(('vllm_companion_plugin.arena', 'vllm_companion_plugin.engine',"
+        " 'vllm_companion_plugin.module_tree'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[] []\n"
+
+
+def test_it_is_small_and_maps_no_cuda_while_it_serves(place: Place) -> None:
+    process = place.companion()
+    arena, fds = arena_of(b"x" * 4096)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        granted = connection.attach(KEY, may_load=True, client_name="test").wait(5)
+        assert isinstance(granted, Granted)
+        granted.publication.publish(arena, fds, b"m" * 1000, 1)
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    os.close(fds[0])
+    assert not [name for name in ("libtorch", "libcuda", "libcudart", "_multiarray") if name in maps]
+    rss_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+    assert rss_kib < 80 * 1024
+
+
+def test_all_descriptors_are_closed_when_an_entry_is_unloaded(place: Place) -> None:
+    process = place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        before = len(os.listdir(f"/proc/{process.pid}/fd"))
+        arena, fds = arena_of(*[b"x" * 4096] * 5)
+        lease = connection.attach(KEY, may_load=True, client_name="test")
+        granted = lease.wait(5)
+        assert isinstance(granted, Granted)
+        granted.publication.publish(arena, fds, b"m", 1)
+        held = [os.readlink(f"/proc/{process.pid}/fd/{n}") for n in os.listdir(f"/proc/{process.pid}/fd")]
+        assert sum("memfd:arena" in name for name in held) == 5
+        connection.unload(force=True)
+        until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) == before, 2, "descriptors are closed")
+    for fd in fds:
+        os.close(fd)
+
+
+# ---- the runtime directory
+
+
+def _root(place: Place) -> Path:
+    return Path(place.settings.runtime_dir)
+
+
+def test_a_directory_that_others_can_reach_is_refused_with_the_command_that_mends_it(place: Place) -> None:
+    _root(place).mkdir(0o755)
+    with pytest.raises(RuntimeDirError, match="chmod 0700"):
+        connect("cpu", place.settings, spawn=True)
+
+
+def test_a_symbolic_link_is_refused(place: Place, tmp_path: Path) -> None:
+    _root(place).symlink_to(tmp_path)
+    with pytest.raises(RuntimeDirError, match="symbolic link"):
+        connect("cpu", place.settings, spawn=True)
+
+
+def test_a_file_in_its_place_is_refused(place: Place) -> None:
+    _root(place).write_text("")
+    with pytest.raises(RuntimeDirError, match="not a directory"):
+        connect("cpu", place.settings, spawn=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("which", ["root", "device"])
+def test_a_directory_of_somebody_else_is_refused(place: Place, which: str) -> None:
+    target = Path(place.paths.directory) if which == "device" else _root(place)
+    target.mkdir(0o700, parents=True, exist_ok=True)
+    os.chown(target, 12345, 12345)
+    with pytest.raises(RuntimeDirError, match="belongs to uid 12345"):
+        connect("cpu", place.settings, spawn=True)
+
+
+def test_a_directory_that_cannot_be_made_is_refused(place: Place) -> None:
+    with pytest.raises(RuntimeDirError, match="COMPANION_RUNTIME_DIR"):
+        device_paths("cpu", replace(place.settings, runtime_dir="/proc/none/r"))
+
+
+def test_a_directory_closed_to_its_owner_is_refused(place: Place) -> None:
+    _root(place).mkdir(0o500)
+    with pytest.raises(RuntimeDirError, match="its owner needs all"):
+        device_paths("cpu", place.settings)
+
+
+def test_a_socket_path_that_is_too_long_is_refused(place: Place) -> None:
+    with pytest.raises(RuntimeDirError, match="COMPANION_RUNTIME_DIR to something shorter"):
+        device_paths("cpu", replace(place.settings, runtime_dir=place.settings.runtime_dir + "x" * 100))
+
+
+@pytest.mark.parametrize("name", ["", "..", "cpu/..", "0", "GPU-../../etc", "cpu\n", "GPU-1234"])
+def test_a_device_name_that_is_none_is_refused(place: Place, name: str) -> None:
+    with pytest.raises(RuntimeDirError, match="no device name"):
+        device_paths(name, place.settings)
+
+
+def test_devices_with_a_directory_are_listed(place: Place) -> None:
+    assert list_devices(place.settings) == []
+    names = ["GPU-12345678-1234-1234-1234-123456789abc", "cpu"]
+    for name in names:
+        device_paths(name, place.settings)
+    (_root(place) / "other").mkdir()
+    assert list_devices(place.settings) == names
+    shutil.rmtree(_root(place))
