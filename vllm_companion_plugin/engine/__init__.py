@@ -1,0 +1,1 @@
+"""Inside vLLM: the load format `companion`. The only layer that knows vLLM."""

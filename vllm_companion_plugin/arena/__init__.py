@@ -1,0 +1,118 @@
+"""Arenas: one contiguous range of memory, mapped read-only by every process but its writer.
+
+An arena knows nothing of models. It is made of blocks, one file descriptor each, mapped one
+behind the other. A writer fills blocks in order and seals them; from then on nobody writes.
+Kinds: `memfd` for host memory, `cuda_vmm` for device memory. Both are used through the two
+protocols below, so everything but the driver calls runs anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.types import ArenaInfo
+
+MEMFD = "memfd"
+CUDA_VMM = "cuda_vmm"
+
+
+class Arena(Protocol):
+    """A sealed arena, mapped read-only in this process.
+
+    It owns its mapping and its descriptors, which keep the memory alive and can be handed on.
+    A tensor that views the arena must not outlive `close`.
+    """
+
+    info: ArenaInfo
+
+    @property
+    def address(self) -> int:
+        """Where offset 0 is mapped; stays reserved until `close`."""
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """One descriptor a block, owned by the arena."""
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent."""
+
+
+class ArenaWriter(Protocol):
+    """An arena that is being filled. `address` is where it will stay mapped."""
+
+    @property
+    def address(self) -> int:
+        """Where offset 0 is, or will be, mapped."""
+
+    def add_block(self, size_bytes: int) -> None:
+        """Allocate the next `size_bytes` and map them behind the blocks so far.
+
+        Raises:
+            ArenaError: no memory, or more than what was reserved.
+        """
+
+    def write(self, offset_bytes: int, source_address: int, size_bytes: int) -> None:
+        """Copy from this process's memory (of the arena's device) into a block. May be asynchronous."""
+
+    def flush(self) -> None:
+        """Wait until every write has landed."""
+
+    def seal(self) -> Arena:
+        """Finish: nobody can write any more, this process included. The writer is spent."""
+
+    def abort(self) -> None:
+        """Free everything. Idempotent; harmless after `seal`."""
+
+
+def granularity(kind: str, device_index: int | None) -> int:
+    """Bytes that block sizes must be a multiple of."""
+    if kind == CUDA_VMM:
+        from vllm_companion_plugin.arena import cuda_vmm
+
+        return cuda_vmm.granularity(_device(device_index))
+    return 4096
+
+
+def create(kind: str, size_bytes: int, device_index: int | None = None) -> ArenaWriter:
+    """A writer with `size_bytes` of address space reserved and no memory yet.
+
+    Raises:
+        ArenaError: the device cannot do it, or the kind is unknown.
+    """
+    if kind == CUDA_VMM:
+        from vllm_companion_plugin.arena import cuda_vmm
+
+        return cuda_vmm.CudaVmmWriter(size_bytes, _device(device_index))
+    from vllm_companion_plugin.arena import memfd
+
+    _require_memfd(kind)
+    return memfd.MemfdWriter(size_bytes)
+
+
+def open_arena(info: ArenaInfo, fds: Sequence[int], device_index: int | None = None) -> Arena:
+    """Map a sealed arena read-only. Takes ownership of `fds`, also on failure.
+
+    Raises:
+        ArenaError: the descriptors are not what `info` says, or cannot be mapped.
+    """
+    if info.kind == CUDA_VMM:
+        from vllm_companion_plugin.arena import cuda_vmm
+
+        return cuda_vmm.CudaVmmArena(info, fds, _device(device_index))
+    from vllm_companion_plugin.arena import memfd
+
+    _require_memfd(info.kind)
+    return memfd.MemfdArena(info, fds)
+
+
+def _device(device_index: int | None) -> int:
+    if device_index is None:
+        raise ArenaError("A cuda_vmm arena needs a device index.")
+    return device_index
+
+
+def _require_memfd(kind: str) -> None:
+    if kind != MEMFD:
+        raise ArenaError(f"Unknown arena kind {kind!r}; this version knows {MEMFD} and {CUDA_VMM}.")

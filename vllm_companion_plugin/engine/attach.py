@@ -1,0 +1,117 @@
+"""Restore a published model inside this engine, and prove it equal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+
+from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.engine.session import Attach
+from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
+from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.types import Stage
+
+logger = init_logger("vllm.companion")
+
+
+def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: str, settings: Settings) -> nn.Module:
+    """The model, bound to the companion's copy of the weights.
+
+    Raises:
+        CompanionError: it could not be built or is not provably equal; nothing of it is left.
+    """
+    started = time.perf_counter()
+    device = decision.device.torch_device
+    copy = settings.share == "copy"
+    try:
+        with compat.model_on_meta(vllm_config, model_config, prefix, device) as model:
+            built = time.perf_counter()
+            source = Source(decision.manifest, ArenaViews(decision.arena, device), device, copy=copy)
+            restorer = Restorer(model, source, device)
+            if decision.device.stage is Stage.UNPROCESSED:
+                restorer.bind_early(lambda module: Strategy.HIDE)
+                restorer.finish()
+                with process_privately(model, settings):
+                    compat.post_process(model, model_config, device)
+            else:
+                restorer.bind_early(compat.strategy)
+                with compat.around_post_processing(model, around_restore(restorer)):
+                    compat.post_process(model, model_config, device)
+                restorer.finish()
+    except CompanionError:
+        raise
+    except Exception as error:  # vLLM's own code ran where it never runs: on the meta device
+        logger.debug("Restoring failed", exc_info=True)
+        raise NotShareableError(
+            f"the model cannot be built without its weights: {type(error).__name__}: {error}"
+        ) from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what replayed modules used
+    finished = time.perf_counter()
+    logger.info(
+        "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): %.2f GiB, %d tensors, generation %d",
+        "Copied" if copy else "Attached to",
+        "single-rank" if decision.key.rank == "single" else decision.key.rank,
+        decision.key.model,
+        decision.seconds + finished - started,
+        built - started,
+        finished - built,
+        decision.arena.info.size_bytes / 2**30,
+        len(decision.manifest.tensors),
+        decision.ready.generation,
+    )
+    return model.eval()
+
+
+def around_restore(restorer: Restorer) -> Callable[[nn.Module], AbstractContextManager[None]]:
+    """What surrounds each module's post-processing on the way to the processed state."""
+
+    @contextmanager
+    def around(module: nn.Module) -> Iterator[None]:
+        if compat.strategy(module) is Strategy.HIDE:
+            with hidden(module):
+                yield
+            return
+        compat.end_online_loading(module)
+        with restorer.replaying(module):
+            yield
+
+    return around
+
+
+@contextmanager
+def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
+    """Keep post-processing away from shared memory that holds unprocessed weights.
+
+    Methods that would only pack a private copy see meta tensors and leave the shared weights
+    in use, unless `cpu_prepack` asks for the packed kernel. All others get a copy of the
+    module's weights first, because nothing says that they do not write to them.
+    """
+    copied: list[int] = []
+
+    @contextmanager
+    def around(module: nn.Module) -> Iterator[None]:
+        if settings.share == "copy" or (settings.cpu_prepack and compat.strategy(module) is Strategy.HIDE):
+            yield
+        elif compat.strategy(module) is Strategy.HIDE:
+            with hidden(module):
+                yield
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
+                copied.append(parameter.nbytes)
+            yield
+
+    with ExitStack() as stack:
+        stack.enter_context(compat.around_post_processing(model, around))
+        yield
+    if copied:
+        logger.info("%d tensors (%.2f GiB) are private: their kernels process them.", len(copied), sum(copied) / 2**30)

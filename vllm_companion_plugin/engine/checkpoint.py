@@ -1,0 +1,89 @@
+"""What a checkpoint contains, known without reading it.
+
+A file is named by its content hash where the hub cache gives one (its blobs are named so), and
+else by device, inode, size and times: a different file, or a file edited in place, never has
+the same identity. Copies of one file have different identities, which costs a load and is
+never wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from vllm_companion_plugin.errors import NotShareableError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".npy", ".tensors", ".ckpt")
+_CODE_SUFFIXES = (".py", ".index.json")
+_CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def checkpoint_dir(model: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """Local directory (or single file) of `model`, or None if it is not on this machine yet."""
+    local = Path(model)
+    if local.exists():
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files whose content decides the weights, in a stable order."""
+    if checkpoint.is_file():
+        return [checkpoint]
+    suffixes = WEIGHT_SUFFIXES + _CODE_SUFFIXES
+    return sorted(
+        path
+        for path in checkpoint.rglob("*")
+        if path.name.endswith(suffixes) and not any(part.startswith(".") for part in path.relative_to(checkpoint).parts)
+    )
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Bytes of the weight files, for progress."""
+    return sum(path.stat().st_size for path in files_of(checkpoint) if path.name.endswith(WEIGHT_SUFFIXES))
+
+
+def identity(checkpoint: Path) -> dict[str, str]:
+    """Identity of each file of the checkpoint by its relative name.
+
+    Raises:
+        NotShareableError: there are no weight files, so nothing is known about the content.
+    """
+    files = files_of(checkpoint)
+    if not any(path.name.endswith(WEIGHT_SUFFIXES) for path in files):
+        raise NotShareableError(f"{checkpoint} has no weight files, so two of them cannot be told apart.")
+    base = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return {str(path.relative_to(base)): file_identity(path) for path in files}
+
+
+def file_identity(path: Path) -> str:
+    """Content hash of a hub blob, else the stat signature of the file itself, links resolved."""
+    real = Path(os.path.realpath(path))
+    if real.parent.name == "blobs" and _CONTENT_HASH.fullmatch(real.name):
+        return f"blob {real.name}"
+    status = real.stat()
+    return f"stat {status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+def ensure_downloaded(source: Any, model_config: Any, load_config: Any) -> Path:
+    """The checkpoint's directory, downloaded by vLLM's own loader if it is not here yet.
+
+    Raises:
+        NotShareableError: the checkpoint is not a local directory even then.
+    """
+    name = getattr(model_config, "model_weights", "") or model_config.model
+    for attempt in range(2):
+        found = checkpoint_dir(name, model_config.revision, load_config.download_dir)
+        if found is not None:
+            return found
+        if attempt == 0:
+            source.download_model(model_config)
+    raise NotShareableError(f"checkpoint {name!r} is neither a local directory nor in the hub cache.")

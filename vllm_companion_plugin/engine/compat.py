@@ -1,0 +1,233 @@
+"""All differences between vLLM versions, found by looking, not by comparing versions.
+
+Supports vLLM 0.26 to 0.33. Everything that reaches below vLLM's public surface is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.errors import EngineVersionError, NotShareableError
+from vllm_companion_plugin.module_tree.restore import Strategy
+from vllm_companion_plugin.types import Stage
+
+# Their post-processing changes no tensor on CUDA, and on CPU only packs a private copy.
+_LEAVES_TENSORS_ALONE = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineDevice:
+    """Where this worker runs.
+
+    Attributes:
+        id: GPU UUID, or "cpu": the name of its companion.
+        arena_kind: what its companion holds.
+        stage: which state of the tensors is shared there.
+    """
+
+    id: str
+    torch_device: torch.device
+    arena_kind: str
+    stage: Stage
+
+
+def engine_device(vllm_config: Any) -> EngineDevice:
+    """The device of this worker.
+
+    Raises:
+        NotShareableError: a platform that has no arenas here.
+    """
+    if current_platform.is_cpu():
+        return EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
+    if current_platform.is_cuda():
+        index = torch.cuda.current_device()
+        uuid = current_platform.get_device_uuid(index)
+        return EngineDevice(uuid, torch.device("cuda", index), arenas.CUDA_VMM, Stage.PROCESSED)
+    raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")
+
+
+def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
+    """vLLM's own loader of `source_format`."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if source_format == "companion":
+        raise EngineVersionError("source_format is how the checkpoint is read; it cannot be 'companion' itself.")
+    config = dataclasses.replace(load_config, load_format=source_format, model_loader_extra_config={})
+    return get_model_loader(config)
+
+
+def unshareable_reason(vllm_config: Any, model_config: Any) -> str | None:
+    """Why this configuration must own its weights, or None."""
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_eplb", False):
+        return "EPLB moves expert weights in place while serving"
+    if getattr(parallel, "enable_elastic_ep", False):
+        return "elastic expert parallelism rewrites expert weights while serving"
+    offload = getattr(vllm_config, "offload_config", None)
+    if offload is not None and offload != type(offload)():
+        return "weight offloading moves weights between host and device"
+    if is_draft(vllm_config, model_config):
+        return "draft models are loaded by each engine"
+    if getattr(vllm_config.load_config, "device", None) not in (None, vllm_config.device_config.device_type):
+        return "weights are loaded on another device than the engine's"
+    return None
+
+
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    speculative = vllm_config.speculative_config
+    return speculative is not None and model_config is speculative.draft_model_config
+
+
+@contextmanager
+def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torch.device) -> Iterator[nn.Module]:
+    """Build the model without memory, and undo every trace of it if the body fails.
+
+    A build leaves three traces: modules register themselves in the compilation config, rope
+    modules in a cache of the process, and a reload would restore tensors on the build's device.
+    """
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    compilation = vllm_config.compilation_config
+    forward_context = dict(compilation.static_forward_context)
+    moe_layers = list(getattr(compilation, "static_all_moe_layers", ()))
+    ropes = dict(_ROPE_DICT)
+    try:
+        with set_default_torch_dtype(model_config.dtype):
+            with torch.device("meta"):
+                model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            for module in model.modules():
+                if module in layerwise.LAYERWISE_INFO:
+                    layerwise.LAYERWISE_INFO[module].restore_device = device
+            yield model
+    except BaseException:
+        compilation.static_forward_context.clear()
+        compilation.static_forward_context.update(forward_context)
+        if hasattr(compilation, "static_all_moe_layers"):
+            compilation.static_all_moe_layers[:] = moe_layers
+        for key in set(_ROPE_DICT) - set(ropes):
+            del _ROPE_DICT[key]
+        raise
+
+
+def strategy(module: nn.Module) -> Strategy:
+    """How to run this module's post-processing without its unprocessed weights."""
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, QuantizeMethodBase) and type(method).__name__ not in _LEAVES_TENSORS_ALONE:
+        return Strategy.REPLAY
+    return Strategy.HIDE
+
+
+def post_process(model: nn.Module, model_config: Any, device: torch.device) -> None:
+    """vLLM's own post-processing of all modules."""
+    process_weights_after_loading(model, model_config, device)
+
+
+@contextmanager
+def around_post_processing(
+    model: nn.Module, around: Callable[[nn.Module], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """While open, each quantization method of `model` processes a module inside `around(module)`.
+
+    Hooked on the method objects, so that vLLM's own loop, which differs between versions,
+    drives it.
+    """
+    methods: list[Any] = []
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase) and "process_weights_after_loading" not in vars(method):
+            _wrap(method, around)
+            methods.append(method)
+    try:
+        yield
+    finally:
+        for method in methods:
+            del method.process_weights_after_loading
+
+
+def _wrap(method: Any, around: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    process = method.process_weights_after_loading
+
+    def wrapped(layer: nn.Module) -> None:
+        with around(layer):
+            process(layer)
+
+    method.process_weights_after_loading = wrapped
+
+
+def end_online_loading(module: nn.Module) -> None:
+    """Leave a module of an online quantization method as loading would have left it.
+
+    Such modules wrap their weight loaders to be processed as soon as they are loaded; a replay
+    never loads, so the wrappers have to go.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.LAYERWISE_INFO.get(module)
+    if info is None or not info.can_load():
+        return
+    for tensor in layerwise.get_layer_tensors(module).values():
+        tensor.weight_loader = layerwise._get_original_loader(tensor)
+    info.reset()
+
+
+def repay_budget(external_bytes: int) -> None:
+    """Give back to the worker's memory budget what was set aside for shared weights.
+
+    For an engine that announced shared weights and then has to load its own. No hook hands
+    the worker to a loader, but the worker is a caller of it.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        worker = frame.f_locals.get("self")
+        if hasattr(worker, "requested_memory") and hasattr(worker, "model_runner"):
+            worker.requested_memory += external_bytes
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def has_external_memory_hook(request_memory: Callable[..., int]) -> bool:
+    """Whether this vLLM asks loaders for weights held outside (0.32 and later)."""
+    return "external_weight_memory" in inspect.signature(request_memory).parameters
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide how weights are laid out."""
+    return {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+
+
+def device_kind(device: EngineDevice) -> str:
+    """What two devices must have in common for one layout to fit both."""
+    if device.torch_device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device.torch_device)
+        return f"sm_{major}{minor} {torch.cuda.get_device_name(device.torch_device)}"
+    return f"{current_platform.get_cpu_architecture()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def ranks(vllm_config: Any) -> dict[str, str]:
+    """ "rank/size" of this worker in each parallel group that splits weights."""
+    from vllm.distributed import parallel_state
+
+    groups = {"tp": parallel_state.get_tp_group(), "pp": parallel_state.get_pp_group()}
+    for name in ("pcp", "dcp"):
+        get = getattr(parallel_state, f"get_{name}_group", None)
+        if get is not None:
+            groups[name] = get()
+    if vllm_config.parallel_config.enable_expert_parallel:
+        groups["dp"] = parallel_state.get_dp_group()
+    return {name: f"{group.rank_in_group}/{group.world_size}" for name, group in groups.items()}

@@ -1,0 +1,130 @@
+"""The key of an entry: everything that decides the bytes of a rank's tensors.
+
+Computed before the model is built, because building changes vLLM's config objects. What is
+left out of the key (context length, batch limits, scheduling) cannot change shared tensors;
+if it ever did, parity would refuse the entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.types import EntryKey
+
+MANIFEST_VERSION = 1
+"""Raised when capture or packing changes in a way that an older manifest would fail."""
+
+# Switches that choose kernels or layouts.
+_ENVIRONMENT = (
+    "VLLM_BATCH_INVARIANT",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER",
+    "VLLM_B12X_MOE_FP4_FORCE_A16",
+    "VLLM_CPU_INT4_W4A8",
+    "VLLM_CPU_SGL_KERNEL",
+    "VLLM_DEEPEPLL_NVFP4_DISPATCH",
+    "VLLM_DISABLED_KERNELS",
+    "VLLM_MARLIN_INPUT_DTYPE",
+    "VLLM_MOE_SKIP_PADDING",
+    "VLLM_MOE_USE_DEEP_GEMM",
+    "VLLM_MXFP4_EMULATION_DEQUANT_AT_LOAD",
+    "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD",
+    "VLLM_PP_LAYER_PARTITION",
+    "VLLM_TEST_FORCE_FP8_MARLIN",
+    "VLLM_USE_DEEP_GEMM",
+    "VLLM_USE_DEEP_GEMM_E8M0",
+    "VLLM_USE_DEEP_GEMM_TMA_ALIGNED_SCALES",
+    "VLLM_USE_FLASHINFER_MOE_INT4",
+    "VLLM_ZENTORCH_WEIGHT_PREPACK",
+)
+_ENVIRONMENT_PREFIXES = ("VLLM_HUMMING_",)
+
+_MODEL_FIELDS = (
+    "dtype",
+    "quantization",
+    "quantization_config",
+    "model_impl",
+    "runner_type",
+    "convert_type",
+    "config_format",
+    "code_revision",
+    "is_attention_free",
+    "word_embeddings_untied_by_checkpoint",
+    "pooler_config",
+)
+_MULTIMODAL_FIELDS = ("language_model_only", "limit_per_prompt", "mm_encoder_only", "mm_encoder_tp_mode")
+_PARALLEL_FIELDS = (
+    "enable_expert_parallel",
+    "expert_placement_strategy",
+    "all2all_backend",
+    "enable_ep_weight_filter",
+    "dcp_q_replicate",
+    "enable_hc_sp",
+)
+_KERNEL_FIELDS = ("moe_backend", "linear_backend", "linear_backend_per_quant", "monokernel")
+_CACHE_FIELDS = ("cache_dtype", "kv_cache_dtype_skip_layers", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
+# Where the checkpoint was found is not what it contains.
+_HF_NAMES = ("_name_or_path", "transformers_version", "_commit_hash")
+
+
+def compute(
+    vllm_config: Any,
+    model_config: Any,
+    device: compat.EngineDevice,
+    source_format: str,
+    content: dict[str, str],
+) -> EntryKey:
+    """The key of this rank's entry.
+
+    Args:
+        content: identity of each file of the checkpoint; empty for a format that reads none.
+    """
+    ranks = compat.ranks(vllm_config)
+    parallel = vllm_config.parallel_config
+    fields = {
+        "manifest": str(MANIFEST_VERSION),
+        "source_format": source_format,
+        "checkpoint": _digest(content),
+        "hf_config": _digest(_hf_config(model_config.hf_config)),
+        "architectures": _text(getattr(model_config.hf_config, "architectures", None)),
+        "stage": device.stage.value,
+        "device": compat.device_kind(device),
+        "lora": str(vllm_config.lora_config is not None),
+        "attention_backend": _text(getattr(getattr(vllm_config, "attention_config", None), "backend", None)),
+        "redundant_experts": _text(getattr(getattr(parallel, "eplb_config", None), "num_redundant_experts", None)),
+    }
+    fields |= {f"version.{name}": value for name, value in compat.versions().items()}
+    fields |= {f"rank.{name}": value for name, value in ranks.items()}
+    fields |= _pick("model", model_config, _MODEL_FIELDS)
+    fields |= _pick("multimodal", getattr(model_config, "multimodal_config", None), _MULTIMODAL_FIELDS)
+    fields |= _pick("parallel", parallel, _PARALLEL_FIELDS)
+    fields |= _pick("kernel", getattr(vllm_config, "kernel_config", None), _KERNEL_FIELDS)
+    fields |= _pick("cache", vllm_config.cache_config, _CACHE_FIELDS)
+    fields |= {
+        f"env.{name}": value
+        for name, value in sorted(os.environ.items())
+        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
+    }
+    split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
+    return EntryKey(_digest(fields), model_config.model, "target", " ".join(split) or "single", fields)
+
+
+def _hf_config(config: Any) -> dict[str, Any]:
+    values = config.to_dict()
+    return {name: value for name, value in values.items() if name not in _HF_NAMES}
+
+
+def _pick(prefix: str, config: Any, names: tuple[str, ...]) -> dict[str, str]:
+    return {f"{prefix}.{name}": _text(getattr(config, name)) for name in names if hasattr(config, name)}
+
+
+def _text(value: Any) -> str:
+    """Canonical text: JSON where possible, so that dict order does not matter."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_text(value).encode()).hexdigest()

@@ -1,0 +1,99 @@
+"""`--load-format companion`: vLLM's model loader that maps weights instead of loading them."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm_companion_plugin.engine import compat, session
+from vllm_companion_plugin.engine.attach import attach_model
+from vllm_companion_plugin.engine.publish import load_and_publish
+from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.settings import resolve_extra_config
+
+logger = init_logger("vllm.companion")
+
+
+class CompanionModelLoader(BaseModelLoader):
+    """Attaches to weights that a companion holds, or loads and publishes them for the others.
+
+    vLLM makes several of these in a process and throws them away; what must stay is in
+    `session`.
+
+    Raises:
+        SettingsError: an unknown key or bad value in `--model-loader-extra-config`.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self._settings = resolve_extra_config(load_config.model_loader_extra_config)
+
+    def download_model(self, model_config: Any) -> None:
+        self._source().download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Reloading in place would write to weights that other engines use.
+
+        Raises:
+            NotShareableError: always, unless this engine owns its weights (`share=copy`).
+        """
+        if self._settings.share != "copy":
+            raise NotShareableError(
+                f"weights of {model_config.model} are shared read-only and cannot be reloaded in place; start the "
+                """engine with --model-loader-extra-config '{"share": "copy"}' to let it own its weights."""
+            )
+        self._source().load_weights(model, model_config)
+
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes of weights held by the companion (asked by vLLM 0.32 and later before it measures memory)."""
+        return session.external_bytes(vllm_config, self._settings)
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """The model with its weights: attached, loaded for all, or loaded alone."""
+        decision = session.decide(vllm_config, model_config, self._settings)
+        session.forget(model_config)
+        if isinstance(decision, session.Attach):
+            try:
+                model = attach_model(decision, vllm_config, model_config, prefix, self._settings)
+            except CompanionError as error:
+                decision = self._give_up(decision, error)
+            else:
+                self._keep(decision)
+                return model
+        if isinstance(decision, session.Load):
+            try:
+                model = load_and_publish(decision, self._source(), vllm_config, model_config, prefix, self._settings)
+            except BaseException:
+                decision.close()
+                raise
+            session.keep(decision)
+            return model
+        logger.warning("Weights of %s are not shared: %s", model_config.model, decision.reason)
+        return self._source().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
+    def _source(self) -> BaseModelLoader:
+        return compat.source_loader(self.load_config, self._settings.source_format)
+
+    def _keep(self, decision: session.Attach) -> None:
+        if self._settings.share == "copy":
+            decision.close()
+        else:
+            session.keep(decision)
+
+    def _give_up(self, decision: session.Attach, error: CompanionError) -> session.Alone:
+        """Undo an attach that failed, so that a normal load finds what it needs."""
+        external = decision.arena.info.size_bytes
+        gc.collect()  # the half-built model must not view the arena any more
+        decision.close()
+        if not self._settings.fallback:
+            raise error
+        if self._settings.share != "copy":
+            compat.repay_budget(external)
+        if decision.device.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        return session.Alone(str(error))

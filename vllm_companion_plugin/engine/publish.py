@@ -1,0 +1,162 @@
+"""Load a model as vLLM does, hand its weights to the companion, and keep using that copy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.engine.progress import ProgressBar
+from vllm_companion_plugin.engine.session import Load
+from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import pack
+from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.types import Progress, Stage
+
+logger = init_logger("vllm.companion")
+
+
+def load_and_publish(
+    decision: Load, source: BaseModelLoader, vllm_config: Any, model_config: Any, prefix: str, settings: Settings
+) -> nn.Module:
+    """Load through `source`, publish, and return the model bound to the published copy.
+
+    Raises:
+        CompanionError: the weights could not be shared and `fallback` is off.
+    """
+    publisher = _Publisher(decision, settings)
+    with ExitStack() as after_processing:
+        _hook_load_weights(source, publisher, after_processing)
+        model = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+    if decision.device.stage is Stage.PROCESSED:
+        publisher.publish(model)
+    publisher.finish()
+    return model
+
+
+class _Publisher:
+    """Publishes once, and turns what prevents it into a log line or an error, as configured."""
+
+    def __init__(self, decision: Load, settings: Settings) -> None:
+        self._decision = decision
+        self._settings = settings
+        self._publication = decision.granted.publication
+        self.published = False
+        self._reason: CompanionError | None = None
+
+    def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
+        self._publication.report(Progress(phase, done_bytes, total_bytes))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return self._decision.checkpoint_bytes
+
+    def publish(self, model: nn.Module) -> None:
+        """Pack and publish `model`; it is bound to the arena afterwards."""
+        try:
+            self._publish(model)
+        except CompanionError as error:
+            self._reason = error
+
+    def _publish(self, model: nn.Module) -> None:
+        device = self._decision.device
+        started = time.perf_counter()
+        with ProgressBar("Packing weights") as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.update(done, total)
+                self.report("packing", done, total)
+
+            manifest, arena = pack(
+                capture(model),
+                device.stage,
+                device.arena_kind,
+                device.torch_device,
+                rebind=self._settings.share == "readonly",
+                release=_release(device.torch_device),
+                report=report,
+            )
+        packed = time.perf_counter()
+        self._arena: arenas.Arena = arena  # the model views it, published or not
+        generation = self._publication.publish(
+            arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors)
+        )
+        self.published = True
+        logger.info(
+            "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
+            self._decision.key.model,
+            arena.info.size_bytes / 2**30,
+            len(manifest.tensors),
+            generation,
+            packed - started,
+            time.perf_counter() - packed,
+        )
+
+    def finish(self) -> None:
+        """Account for a model that was loaded but not published."""
+        if self.published:
+            self._decision.election.release()
+            return
+        reason = self._reason or NotShareableError(
+            f"source format {self._settings.source_format!r} loads in a way that cannot be shared on this device"
+        )
+        self._publication.decline(str(reason))
+        self._decision.close()
+        if not self._settings.fallback:
+            raise reason
+        logger.warning("Weights of %s are not shared: %s", self._decision.key.model, reason)
+
+
+def _release(device: torch.device) -> Any:
+    return torch.cuda.empty_cache if device.type == "cuda" else lambda: None
+
+
+def _hook_load_weights(source: BaseModelLoader, publisher: _Publisher, after_processing: ExitStack) -> None:
+    """Watch `source` load, and publish before post-processing where that is what is shared."""
+    load_weights = source.load_weights
+
+    def hooked(model: nn.Module, model_config: Any) -> None:
+        with _counted(model, publisher):
+            load_weights(model, model_config)
+        if publisher._decision.device.stage is Stage.UNPROCESSED:
+            publisher.publish(model)
+            if publisher.published:
+                after_processing.enter_context(process_privately(model, publisher._settings))
+
+    source.load_weights = hooked  # type: ignore[method-assign]
+
+
+@contextmanager
+def _counted(model: nn.Module, publisher: _Publisher) -> Iterator[None]:
+    """Report the bytes of checkpoint tensors as the model takes them."""
+    inner = getattr(model, "load_weights", None)
+    if inner is None:
+        yield
+        return
+
+    def counting(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        return inner(_count(weights, publisher), *args, **kwargs)
+
+    model.load_weights = counting
+    try:
+        yield
+    finally:
+        del model.load_weights
+
+
+def _count(weights: Iterable[tuple[str, torch.Tensor]], publisher: _Publisher) -> Iterator[tuple[str, torch.Tensor]]:
+    done = 0
+    for name, tensor in weights:
+        yield name, tensor
+        done += tensor.nbytes
+        publisher.report("loading", done, publisher.checkpoint_bytes)

@@ -1,0 +1,185 @@
+"""One decision per model and process: attach, load for all, or load alone.
+
+Taken once, before vLLM measures free memory, and kept until `load_model`: the KV cache is
+sized by it. What an engine maps it keeps mapped for the life of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.engine import checkpoint, compat, key
+from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.launch.election import LoaderElection
+from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.types import EntryKey, LoaderInfo, Manifest
+
+logger = init_logger("vllm.companion")
+
+# Source formats that read no checkpoint.
+_WITHOUT_CHECKPOINT = ("dummy",)
+
+
+@dataclass
+class Attach:
+    """The weights are held: map them. Owns lease and arena."""
+
+    device: compat.EngineDevice
+    key: EntryKey
+    lease: Lease
+    ready: Ready
+    manifest: Manifest
+    arena: arenas.Arena
+    seconds: float
+
+    def close(self) -> None:
+        self.arena.close()
+        self.lease.release()
+
+
+@dataclass
+class Load:
+    """Elected: load, publish, keep. Owns lease and election."""
+
+    device: compat.EngineDevice
+    key: EntryKey
+    lease: Lease
+    granted: Granted
+    election: LoaderElection
+    checkpoint_bytes: int
+
+    def close(self) -> None:
+        self.election.release()
+        self.lease.release()
+
+
+@dataclass
+class Alone:
+    """Load normally, without the companion, for `reason`."""
+
+    reason: str
+
+
+Decision = Attach | Load | Alone
+
+# By id of the model config, which lives as long as the process.
+_decisions: dict[int, Decision] = {}
+_connections: dict[str, CompanionConnection] = {}
+# What this process maps or published; dropped only by the end of the process.
+_kept: list[Attach | Load] = []
+
+
+def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
+    """The decision for this model, taken at the first call. Blocks while another engine loads.
+
+    Raises:
+        CompanionError: sharing is impossible and `fallback` is off.
+    """
+    known = _decisions.get(id(model_config))
+    if known is None:
+        try:
+            known = _decide(vllm_config, model_config, settings)
+        except CompanionError as error:
+            if not settings.fallback:
+                raise
+            known = Alone(str(error))
+        _decisions[id(model_config)] = known
+    return known
+
+
+def forget(model_config: Any) -> None:
+    """The decision was carried out or has failed; a later load decides anew."""
+    _decisions.pop(id(model_config), None)
+
+
+def keep(decision: Attach | Load) -> None:
+    """Hold lease and memory until the process ends."""
+    _kept.append(decision)
+
+
+def external_bytes(vllm_config: Any, settings: Settings) -> int:
+    """Bytes of this engine's weights that the companion already holds on its device.
+
+    vLLM subtracts them from the engine's memory budget, so that an attached engine gets the
+    KV cache it would have got had it loaded the weights itself.
+    """
+    if settings.share == "copy":
+        return 0
+    decision = decide(vllm_config, vllm_config.model_config, settings)
+    return decision.arena.info.size_bytes if isinstance(decision, Attach) else 0
+
+
+def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
+    if reason := compat.unshareable_reason(vllm_config, model_config):
+        return Alone(reason)
+    device = compat.engine_device(vllm_config)
+    content, checkpoint_bytes = _content(vllm_config, model_config, settings)
+    entry_key = key.compute(vllm_config, model_config, device, settings.source_format, content)
+    started = time.perf_counter()
+    lease = _connection(device.id, settings).attach(
+        entry_key, may_load=True, client_name=f"vLLM {compat.versions()['vllm']}"
+    )
+    try:
+        with ProgressBar("Waiting for weights") as bar:
+            outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
+        if isinstance(outcome, Ready):
+            return _open(device, entry_key, lease, outcome, started)
+        election = _elect(device.id, entry_key, settings)
+        return Load(device, entry_key, lease, outcome, election, checkpoint_bytes)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _content(vllm_config: Any, model_config: Any, settings: Settings) -> tuple[dict[str, str], int]:
+    if settings.source_format in _WITHOUT_CHECKPOINT:
+        return {}, 0
+    load_config = vllm_config.load_config
+    source = compat.source_loader(load_config, settings.source_format)
+    path = checkpoint.ensure_downloaded(source, model_config, load_config)
+    return checkpoint.identity(path), checkpoint.weight_bytes(path)
+
+
+def _connection(device_id: str, settings: Settings) -> CompanionConnection:
+    known = _connections.get(device_id)
+    if known is None:
+        known = _connections[device_id] = connect(device_id, settings, spawn=True)
+    return known
+
+
+def _open(device: compat.EngineDevice, entry_key: EntryKey, lease: Lease, ready: Ready, started: float) -> Attach:
+    manifest = manifest_from_bytes(ready.manifest)
+    check_manifest_fits(manifest, ready.arena)
+    arena = arenas.open_arena(ready.arena, ready.redeem(), device.torch_device.index)
+    return Attach(device, entry_key, lease, ready, manifest, arena, time.perf_counter() - started)
+
+
+def _elect(device_id: str, entry_key: EntryKey, settings: Settings) -> LoaderElection:
+    election = LoaderElection(device_paths(device_id, settings))
+    election.acquire(
+        settings.wait_timeout_s,
+        f"pid {os.getpid()} loading {entry_key.model} ({entry_key.rank})",
+        lambda holder: logger.info("Waiting to load on %s: %s", device_id, holder),
+    )
+    return election
+
+
+def _show_waiting(bar: ProgressBar, loader: LoaderInfo) -> None:
+    progress = loader.progress
+    age_s = max(0.0, time.time() - loader.since_unix_s)
+    bar.update(
+        progress.done_bytes,
+        progress.total_bytes,
+        f"Waiting for weights: pid {loader.pid} is {progress.phase} for {age_s:.0f} s",
+    )
+    logger.debug("Waiting: %s", format_bytes(progress.done_bytes, progress.total_bytes))

@@ -1,0 +1,248 @@
+"""Copy a captured tree into an arena, chunk by chunk, and rebind the model to the copy.
+
+After each chunk the originals of that chunk are dropped, so packing needs at most one chunk of
+extra memory: a model that fills most of a device can still be packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.arena.layout import ALIGNMENT, Layout, plan
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, class_name, describe_value
+from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.types import (
+    Manifest,
+    ModuleInfo,
+    SlotInfo,
+    Stage,
+    StorageInfo,
+    TensorInfo,
+    TensorKind,
+)
+
+INLINE_BYTES = 64 << 10
+"""Host tensors beside a device model travel in the manifest up to this size."""
+
+PRIVATE_ATTRIBUTE_BYTES = 1 << 20
+"""Tensors in plain attributes are cloned by each engine up to this size, and shared above it."""
+
+
+@dataclass(slots=True)
+class _Storage:
+    """The part of one storage that tensors of the tree use."""
+
+    start: int  # address
+    stop: int
+    tensors: list[int] = field(default_factory=list)
+    private: bool = True
+
+
+@dataclass(slots=True)
+class Packing:
+    """What will be packed: unique tensors, the storages under them, and their description."""
+
+    tensors: list[torch.Tensor]
+    storages: list[_Storage]
+    infos: list[TensorInfo]
+    modules: tuple[ModuleInfo, ...]
+
+
+def survey(tree: Tree, device: torch.device) -> Packing:
+    """Describe every tensor of `tree` and group them by the memory they use.
+
+    Raises:
+        NotShareableError: a tensor that cannot be placed in an arena of `device`.
+    """
+    tensors: list[torch.Tensor] = []
+    index_of: dict[int, int] = {}
+    slot_tensors: list[list[int]] = []
+    first_slots: list[LiveSlot] = []
+    private: list[bool] = []
+    for module in tree.modules:
+        indexes = []
+        for slot in module.slots:
+            index = index_of.setdefault(id(slot.tensor), len(tensors))
+            if index == len(tensors):
+                tensors.append(slot.tensor)
+                first_slots.append(slot)
+                private.append(True)
+            private[index] &= is_private(slot)
+            indexes.append(index)
+        slot_tensors.append(indexes)
+
+    by_storage: dict[int, _Storage] = {}
+    placed: list[_Storage | None] = []
+    for index, tensor in enumerate(tensors):
+        name = tree.describe(first_slots[index])
+        start, stop = _span(tensor, name)
+        if start == stop or (tensor.device.type == "cpu" and device.type != "cpu"):
+            if stop - start > INLINE_BYTES:
+                raise NotShareableError(f"{name}: a host tensor of {stop - start} bytes beside a {device.type} model.")
+            placed.append(None)
+            continue
+        if tensor.device.type != device.type:
+            raise NotShareableError(f"{name} is on {tensor.device}, not on {device}.")
+        storage = by_storage.setdefault(tensor.untyped_storage().data_ptr(), _Storage(start, stop))
+        storage.start, storage.stop = min(storage.start, start), max(storage.stop, stop)
+        storage.tensors.append(index)
+        storage.private &= private[index]
+        placed.append(storage)
+
+    storages = list(by_storage.values())
+    number = {id(storage): position for position, storage in enumerate(storages)}
+    infos = [
+        _describe(tensor, storage, number[id(storage)] if storage else -1)
+        for tensor, storage in zip(tensors, placed, strict=True)
+    ]
+    modules = tuple(
+        ModuleInfo(
+            live.path,
+            tuple(live.aliases),
+            class_name(type(live.module)),
+            tuple(SlotInfo(s.name, s.kind, t) for s, t in zip(live.slots, indexes, strict=True)),
+            live.attributes,
+            {name: number.value for name, number in live.floats.items()},
+        )
+        for live, indexes in zip(tree.modules, slot_tensors, strict=True)
+    )
+    return Packing(tensors, storages, infos, modules)
+
+
+def is_private(slot: LiveSlot) -> bool:
+    """Whether engines may write to this tensor while serving, so that each needs its own.
+
+    Buffers and small attribute tensors hold caches, scales and maps; weights are parameters,
+    or large attributes that processing made from them.
+    """
+    if slot.kind is TensorKind.PARAMETER:
+        return False
+    return slot.kind is not TensorKind.ATTRIBUTE or slot.tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
+
+
+def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
+    """What was hung on a tensor, as canonical text."""
+    hung = getattr(tensor, "__dict__", {})
+    return {name: describe_value(value) or class_name(type(value)) for name, value in hung.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _span(tensor: torch.Tensor, name: str) -> tuple[int, int]:
+    """First and last address (exclusive) that `tensor` can touch."""
+    if tensor.is_meta or is_lazy(tensor):
+        raise NotShareableError(f"{name} has no data (it is on the meta device).")
+    if tensor.layout is not torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
+        raise NotShareableError(f"{name} is not a plain tensor but a {class_name(type(tensor))} ({tensor.layout}).")
+    if tensor.numel() == 0:
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int) -> TensorInfo:
+    inline, offset = None, 0
+    if storage is None:
+        # as_strided keeps gaps between elements, so that the strides stay true.
+        flat = tensor.detach().flatten().view(torch.uint8) if tensor.numel() else None
+        if flat is not None and not tensor.is_contiguous():
+            raise NotShareableError("a host tensor beside a device model is not contiguous.")
+        inline = bytes(flat.numpy()) if flat is not None else b""
+    else:
+        offset, rest = divmod(tensor.data_ptr() - storage.start, tensor.element_size())
+        if rest:
+            raise NotShareableError("tensors of different dtypes overlap at odd addresses.")
+    return TensorInfo(
+        storage=number,
+        storage_offset=offset,
+        dtype=dtype_name(tensor.dtype),
+        shape=tuple(tensor.shape),
+        stride=tensor.stride(),
+        class_name=class_name(type(tensor)),
+        requires_grad=tensor.requires_grad,
+        private=storage.private if storage else True,
+        inline=inline,
+        attributes=tensor_attributes(tensor),
+    )
+
+
+def pack(
+    tree: Tree,
+    stage: Stage,
+    kind: str,
+    device: torch.device,
+    *,
+    rebind: bool,
+    release: Callable[[], None],
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Manifest, arenas.Arena]:
+    """Copy all tensors of `tree` into a new arena.
+
+    Args:
+        kind: of the arena.
+        device: of the model.
+        rebind: let the model's shared tensors view the arena and drop the originals. Private
+            ones stay as they are.
+        release: returns freed memory to the device, called after each chunk.
+        report: told bytes done and in all.
+
+    Returns:
+        The manifest, and the sealed arena, which the caller owns.
+
+    Raises:
+        NotShareableError: nothing was changed.
+        ArenaError: no memory; the model is back in memory of its own.
+    """
+    packing = survey(tree, device)
+    if not packing.storages:
+        raise NotShareableError("the model has no tensors.")
+    layout = plan(
+        [s.stop - s.start for s in packing.storages],
+        [s.start % ALIGNMENT for s in packing.storages],
+        arenas.granularity(kind, device.index),
+    )
+    writer = arenas.create(kind, layout.size_bytes, device.index)
+    rebound: list[torch.Tensor] = []
+    try:
+        views = ArenaViews(writer, device)
+        for chunk in layout.chunks:
+            writer.add_block(chunk.size_bytes)
+            for index in range(chunk.first, chunk.last):
+                storage = packing.storages[index]
+                writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
+            writer.flush()
+            if rebind:
+                for index in range(chunk.first, chunk.last):
+                    rebound += _rebind(packing, index, layout, views)
+                release()
+            report(chunk.offset_bytes + chunk.size_bytes, layout.size_bytes)
+        arena = writer.seal()
+    except BaseException:
+        for tensor in rebound:
+            tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        writer.abort()
+        raise
+    storages = tuple(
+        StorageInfo(offset, s.stop - s.start) for offset, s in zip(layout.offsets, packing.storages, strict=True)
+    )
+    return Manifest(stage, storages, tuple(packing.infos), packing.modules), arena
+
+
+def _rebind(packing: Packing, index: int, layout: Layout, views: ArenaViews) -> list[torch.Tensor]:
+    storage = packing.storages[index]
+    if storage.private:
+        return []
+    place = StorageInfo(layout.offsets[index], storage.stop - storage.start)
+    for number in storage.tensors:
+        packing.tensors[number].data = views.tensor(packing.infos[number], place)
+    return [packing.tensors[number] for number in storage.tensors]

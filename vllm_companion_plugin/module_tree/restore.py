@@ -1,0 +1,231 @@
+"""Bring a model that was built on the meta device to the published state.
+
+The state that is not tensors (kernels chosen, layouts, flags) comes from running the engine's
+own post-processing, module by module:
+
+- `HIDE`: the module's tensors are bound first and stand aside as meta tensors while its method
+  runs. For methods that leave tensors as they are; nothing can be written.
+- `REPLAY`: the module's unprocessed tensors are materialized with benign values, its real
+  method runs on them, and the results are replaced by the published tensors. Works for every
+  method, at one module's memory.
+
+Tensors are replaced inside their Python objects, so whatever holds a reference (a kernel, a
+tuple, a closure) sees the published ones. Then everything is compared, and any difference
+raises before the model is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import nn
+
+from vllm_companion_plugin.errors import NotShareableError, ParityError
+from vllm_companion_plugin.module_tree.capture import LiveSlot, capture, class_name
+from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
+from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
+from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline, view
+from vllm_companion_plugin.types import Manifest, SlotInfo, StorageInfo, TensorInfo, TensorKind
+
+
+class Strategy(Enum):
+    """How a module's post-processing is run without its weights."""
+
+    HIDE = "hide"
+    REPLAY = "replay"
+
+
+class Source:
+    """Published tensors, made on demand: shared ones view the arena, private ones are clones.
+
+    Args:
+        manifest: describes them.
+        views: of the arena that holds them.
+        device: of the model.
+        copy: clone the shared ones too.
+    """
+
+    def __init__(self, manifest: Manifest, views: ArenaViews, device: torch.device, *, copy: bool) -> None:
+        self.manifest = manifest
+        self._views = views
+        self._device = device
+        self._copy = copy
+        self._clones: dict[int, torch.UntypedStorage] = {}
+
+    def tensor(self, index: int) -> torch.Tensor:
+        """Tensor `index` of the manifest. Ties between private tensors survive the cloning."""
+        info = self.manifest.tensors[index]
+        if info.storage < 0:
+            return from_inline(info)
+        storage = self.manifest.storages[info.storage]
+        if not (info.private or self._copy):
+            return self._views.tensor(info, storage)
+        return view(self._clone(info.storage, storage), info, self._device)
+
+    def _clone(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
+        known = self._clones.get(index)
+        if known is None:
+            shared = self._views.bytes_at(storage.offset_bytes, storage.size_bytes)
+            known = self._clones[index] = shared.clone().untyped_storage()
+        return known
+
+
+class Restorer:
+    """Binds one model to one published manifest."""
+
+    def __init__(self, model: nn.Module, source: Source, device: torch.device) -> None:
+        self._model = model
+        self._source = source
+        self._device = device
+        self._modules = {module.path: module for module in source.manifest.modules}
+        self._paths: dict[int, str] = {}
+        # By id of the tensor object: its index, the version it was bound at, and the object itself,
+        # which keeps the id valid.
+        self._bound: dict[int, tuple[int, int, torch.Tensor]] = {}
+
+    def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
+        """Bind all tensors that exist before post-processing and are not remade by it."""
+        for path, module in self._model.named_modules():
+            self._paths[id(module)] = path
+        for live in capture(self._model).modules:
+            remade = strategy(live.module) is Strategy.REPLAY
+            published = self._published(live.path)
+            for slot in live.slots:
+                want = published.get((slot.kind, slot.name))
+                if want is not None and not (remade and slot.kind is TensorKind.PARAMETER):
+                    self._bind_if_equal(slot, want)
+
+    def bind_module(self, module: nn.Module) -> None:
+        """Bind one module's own parameters, just after its post-processing ran."""
+        published = self._published(self._paths[id(module)])
+        for name, parameter in module._parameters.items():
+            want = published.get((TensorKind.PARAMETER, name))
+            if parameter is not None and want is not None:
+                self._bind_if_equal(LiveSlot(name, TensorKind.PARAMETER, parameter, -1), want)
+
+    def _published(self, path: str) -> dict[tuple[TensorKind, str], SlotInfo]:
+        module = self._modules.get(path)  # None: post-processing may still rename or retie it
+        return {(slot.kind, slot.name): slot for slot in module.slots} if module else {}
+
+    @contextmanager
+    def replaying(self, module: nn.Module) -> Iterator[None]:
+        """While open, the module's own tensors are real, private and benign. Then they are bound."""
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and tensor.is_meta:
+                _replace(tensor, _benign(tensor, self._device), self._name(module))
+        yield
+        self.bind_module(module)
+
+    def finish(self) -> None:
+        """Bind all that is left, set measured floats, and prove the tree equal.
+
+        Raises:
+            ParityError: the tree differs; the model must not be used.
+        """
+        tree = capture(self._model)
+        compare_modules(tree, self._source.manifest)
+        carriers: dict[int, torch.Tensor] = {}
+        indexes: dict[int, int] = {}
+        for live, published in zip(tree.modules, self._source.manifest.modules, strict=True):
+            wanted = {(slot.kind, slot.name): slot for slot in published.slots}
+            for slot in live.slots:
+                name = tree.describe(slot)
+                want = wanted.pop((slot.kind, slot.name), None)
+                if want is None:
+                    raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.")
+                if difference := tensor_difference(slot.tensor, self._source.manifest.tensors[want.tensor]):
+                    raise ParityError(f"{name}: {difference}.")
+                carrier = carriers.setdefault(want.tensor, slot.tensor)
+                if carrier is not slot.tensor or indexes.setdefault(id(slot.tensor), want.tensor) != want.tensor:
+                    raise ParityError(f"{name} is not tied to the same tensors here as in the published model.")
+                self._ensure_bound(slot, want)
+            if wanted:
+                kind, missing = next(iter(wanted))
+                raise ParityError(f"{published.path}.{missing} ({kind.value}) was published but does not exist here.")
+            for name, number in live.floats.items():
+                if name in published.floats:
+                    number.set(published.floats[name])
+        compare_structure(tree, self._source.manifest)
+
+    def _ensure_bound(self, slot: LiveSlot, want: SlotInfo) -> None:
+        index, version, _ = self._bound.get(id(slot.tensor), (-1, -1, None))
+        if index != want.tensor:
+            self._bind(slot, want)
+        elif version != slot.tensor._version:  # post-processing wrote to it, on a guess
+            slot.tensor.data.copy_(self._source.tensor(want.tensor))
+
+    def _bind_if_equal(self, slot: LiveSlot, want: SlotInfo) -> None:
+        info = self._source.manifest.tensors[want.tensor]
+        if id(slot.tensor) not in self._bound and _layout_of(slot.tensor) == (info.dtype, info.shape, info.stride):
+            self._bind(slot, want)
+
+    def _bind(self, slot: LiveSlot, want: SlotInfo) -> None:
+        _replace(slot.tensor, self._source.tensor(want.tensor), slot.name)
+        self._bound[id(slot.tensor)] = want.tensor, slot.tensor._version, slot.tensor
+
+    def _name(self, module: nn.Module) -> str:
+        return self._paths[id(module)]
+
+
+@contextmanager
+def hidden(module: nn.Module) -> Iterator[None]:
+    """While open, the module's own parameters are meta tensors. Then they are back."""
+    kept = dict(module._parameters)
+    for name, parameter in kept.items():
+        if isinstance(parameter, nn.Parameter):
+            twin = _with_data(parameter, parameter.detach().to("meta"))
+            assert isinstance(twin, nn.Parameter)
+            module._parameters[name] = twin
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)
+
+
+def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
+    """How `tensor` differs from what was published, values aside; None if it does not."""
+    checks = (
+        ("dtype", dtype_name(tensor.dtype), info.dtype),
+        ("shape", tuple(tensor.shape), info.shape),
+        ("stride", tensor.stride(), info.stride),
+        ("class", class_name(type(tensor)), info.class_name),
+        ("requires_grad", tensor.requires_grad, info.requires_grad),
+        ("attributes", tensor_attributes(tensor), dict(info.attributes)),
+    )
+    for what, here, published in checks:
+        if here != published:
+            return f"{what} is {here} here and {published} in the published model"
+    return None
+
+
+def _layout_of(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    return dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride()
+
+
+def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """A tensor of the class and attributes of `like` on other data."""
+    if type(like) is not torch.Tensor:
+        data = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
+    data.__dict__.update(like.__dict__)
+    return data
+
+
+def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
+    """Let the object `tensor` carry `data` from now on, whoever holds a reference to it."""
+    try:
+        torch.utils.swap_tensors(tensor, _with_data(tensor, data))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise NotShareableError(f"{name} cannot be replaced in place: {error}.") from error
+
+
+def _benign(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Ones, which no scale, norm or permutation chokes on; zeros for integers, which index."""
+    fill = 1 if tensor.is_floating_point() else 0
+    out = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+    if tensor.element_size() == 1:
+        out.view(torch.uint8).fill_(0x38 if tensor.is_floating_point() else 0)  # 1.0 in float8_e4m3
+        return out
+    return out.fill_(fill)

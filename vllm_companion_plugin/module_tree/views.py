@@ -1,0 +1,85 @@
+"""Tensors that view an arena, without a copy. Each keeps the arena's mapping in use."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from vllm_companion_plugin.arena import Arena, ArenaWriter
+from vllm_companion_plugin.types import StorageInfo, TensorInfo
+
+
+class _DeviceBytes:
+    """Device memory for `torch.as_tensor`, by the CUDA array interface (version 3).
+
+    PyTorch rejects the interface's read-only flag, so it is not set: the mapping itself
+    refuses writes.
+    """
+
+    def __init__(self, address: int, size_bytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "strides": None,
+            "version": 3,
+        }
+
+
+class ArenaViews:
+    """Makes tensors on an arena. Storages are created once, so ties share them.
+
+    Args:
+        arena: sealed, or still being written.
+        device: where the arena's memory is.
+    """
+
+    def __init__(self, arena: Arena | ArenaWriter, device: torch.device) -> None:
+        self._arena = arena
+        self._device = device
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def bytes_at(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """A uint8 tensor of `size_bytes` at `offset_bytes`; its storage is exactly that."""
+        address = self._arena.address + offset_bytes
+        if self._device.type == "cpu":
+            buffer: Any = (ctypes.c_ubyte * size_bytes).from_address(address)
+            buffer._owner = self._arena
+            return torch.frombuffer(buffer, dtype=torch.uint8)
+        return torch.as_tensor(_DeviceBytes(address, size_bytes, self._arena), device=self._device)
+
+    def tensor(self, info: TensorInfo, storage: StorageInfo) -> torch.Tensor:
+        """The tensor that `info` describes, viewing `storage` in the arena."""
+        return view(self._storage(info.storage, storage), info, self._device)
+
+    def _storage(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
+        known = self._storages.get(index)
+        if known is None:
+            known = self.bytes_at(storage.offset_bytes, storage.size_bytes).untyped_storage()
+            self._storages[index] = known
+        return known
+
+
+def view(storage: torch.UntypedStorage, info: TensorInfo, device: torch.device) -> torch.Tensor:
+    """A tensor of `info`'s dtype, shape and stride on `storage`."""
+    empty = torch.empty(0, dtype=dtype_of(info.dtype), device=device)
+    return empty.set_(storage, info.storage_offset, info.shape, info.stride)
+
+
+def from_inline(info: TensorInfo) -> torch.Tensor:
+    """The host tensor whose bytes travel in the manifest."""
+    dtype = dtype_of(info.dtype)
+    if not info.inline:
+        return torch.empty(info.shape, dtype=dtype, device="cpu")
+    flat = torch.frombuffer(bytearray(info.inline), dtype=dtype)
+    return flat.as_strided(info.shape, info.stride)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of that name. Raises `AttributeError` for a name torch does not know."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
