@@ -1,0 +1,281 @@
+"""Llama-8B on one GPU: equality, cost of packing, cost of attaching, memory. Writes a report.
+
+    python benchmarks/gpu_acceptance.py --out DIR [--quick]
+
+Makes the model itself (random weights). Prints one line per check and exits with 1 if one
+failed; figures go to DIR/acceptance-<vllm version>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ENGINE = Path(__file__).with_name("gpu_engine.py")
+GIB = 2**30
+
+
+def make_model(path: Path, layers: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(path, max_shard_size="4GB")
+
+
+class Run:
+    """Checks and figures of one vLLM version."""
+
+    def __init__(self, model: Path, out: Path) -> None:
+        self.model = model
+        self.out = out
+        self.results: dict[str, dict] = {}
+        self.checks: list[tuple[str, bool, str]] = []
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        log = (self.out / f"{name}.log").open("w")
+        return subprocess.Popen(
+            [sys.executable, str(ENGINE), str(self.model), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+
+    def result(self, name: str, process: subprocess.Popen[str]) -> dict:
+        assert process.stdout is not None
+        for line in process.stdout:
+            with (self.out / f"{name}.log").open("a") as log:
+                log.write(line)
+            if line.startswith("RESULT "):
+                self.results[name] = json.loads(line.removeprefix("RESULT "))
+                figures = {k: round(v, 4) for k, v in self.results[name].items() if isinstance(v, float)}
+                print(f"{name}: {figures} kv {self.results[name]['kv_tokens']}", flush=True)
+                return self.results[name]
+        raise SystemExit(f"{name} failed:\n" + (self.out / f"{name}.log").read_text()[-6000:])
+
+    def engine(self, name: str, *arguments: str) -> dict:
+        process = self.start(name, *arguments)
+        try:
+            return self.result(name, process)
+        finally:
+            process.kill()
+            process.wait()
+
+    def check(self, what: str, good: bool, figure: str) -> None:
+        self.checks.append((what, bool(good), figure))
+        print(f"{'ok  ' if good else 'FAIL'} {what}: {figure}", flush=True)
+
+
+def companion(command: str) -> None:
+    """Unload everything, or stop, on every device that has a companion."""
+    from vllm_companion_plugin.client import connect
+    from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError
+    from vllm_companion_plugin.launch.runtime_dir import list_devices
+    from vllm_companion_plugin.settings import resolve
+
+    settings = resolve()
+    for device in list_devices(settings):
+        with contextlib.suppress(CompanionUnavailableError, EntryNotFoundError):
+            with connect(device, settings, spawn=False) as connection:
+                if command == "status":
+                    print(connection.status())
+                elif command == "unload":
+                    connection.unload(force=True)
+                else:
+                    connection.shutdown()
+
+
+def holders() -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"vllm_companion_plugin.companion" in command:
+                found.append(int(entry.name))
+    return found
+
+
+def smi(query: str, fields: str) -> list[list[str]]:
+    out = subprocess.run(
+        ["nvidia-smi", f"--query-{query}={fields}", "--format=csv,noheader,nounits"],
+        text=True,
+        capture_output=True,
+        timeout=30,
+    ).stdout
+    return [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
+
+
+def used_mib() -> int:
+    return int(smi("gpu", "memory.used")[0][0])
+
+
+def compare(run: Run, label: str, *flags: str) -> None:
+    """auto, then load and publish, then attach: tokens, KV cache, costs."""
+    auto = run.engine(f"{label}-auto", "--format", "auto", *flags)
+    companion("unload")
+    loaded = run.engine(f"{label}-loaded", *flags)
+    attached = run.engine(f"{label}-attached", *flags)
+    run.check(f"{label}: 64 tokens of 16 prompts, loaded = auto", loaded["tokens"] == auto["tokens"], loaded["tokens"])
+    run.check(
+        f"{label}: 64 tokens of 16 prompts, attached = auto", attached["tokens"] == auto["tokens"], attached["tokens"]
+    )
+    run.check(
+        f"{label}: the second engine attached", "build_s" in attached and "pack_s" not in attached, "from its figures"
+    )
+    if "pack_s" not in loaded:
+        run.check(f"{label}: the first engine published", False, "it did not")
+        return
+    extra = loaded["free_before_pack"] - loaded["lowest_free"]
+    run.check(f"{label}: extra device memory while packing <= 1.05 GiB", extra <= 1.05 * GIB, f"{extra / GIB:.3f} GiB")
+    run.check(
+        f"{label}: packing and publishing <= 50 ms",
+        loaded["pack_and_publish_s"] <= 0.050,
+        f"{1e3 * loaded['pack_and_publish_s']:.1f} ms for {loaded['weights'] / GIB:.2f} GiB",
+    )
+    run.check(
+        f"{label}: load_model, loaded against auto",
+        True,
+        f"{loaded['load_model_s']:.3f} s against {auto['load_model_s']:.3f} s",
+    )
+    outside = attached["load_model_s"] - attached["build_s"]
+    run.check(
+        f"{label}: attach inside load_model <= 0.30 s",
+        attached["load_model_s"] <= 0.30,
+        f"{attached['load_model_s']:.3f} s",
+    )
+    run.check(f"{label}: of it outside the meta model <= 40 ms", outside <= 0.040, f"{1e3 * outside:.1f} ms")
+    for name, other in (("loaded", loaded), ("attached", attached)):
+        ratio = other["kv_tokens"] / auto["kv_tokens"]
+        run.check(
+            f"{label}: KV cache, {name} = auto within 0.5%",
+            abs(ratio - 1) <= 0.005,
+            f"{other['kv_tokens']} against {auto['kv_tokens']} ({100 * (ratio - 1):+.3f}%)",
+        )
+
+
+def three_engines(run: Run) -> None:
+    """Three engines at once on one copy; what the companion itself uses."""
+    companion("unload")
+    before = used_mib()
+    deltas, processes = [], []
+    try:
+        for number in range(3):
+            process = run.start(f"three-{number}", "--eager", "--kv-gib", "1", "--utilization", "0.3", "--stay")
+            processes.append(process)
+            run.result(f"three-{number}", process)
+            deltas.append(used_mib() - before - sum(deltas))
+        weights = run.results["three-0"]["weights"] / 2**20
+        run.check(
+            "three engines: weights once",
+            max(deltas[1:]) < deltas[0] - 0.98 * weights,
+            f"GPU memory grew by {deltas} MiB; weights are {weights:.0f} MiB",
+        )
+        run.check(
+            "three engines: equal tokens",
+            len({r["tokens"] for n, r in run.results.items() if n.startswith("three")}) == 1,
+            "",
+        )
+        pids = holders()
+        on_gpu = {int(row[0]) for row in smi("compute-apps", "pid") if row[0].isdigit()}
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+        run.check("one companion", len(pids) == 1, str(pids))
+        run.check(
+            "companion has no GPU memory and no CUDA",
+            not on_gpu & set(pids) and "libcuda" not in maps,
+            f"compute apps {sorted(on_gpu)}",
+        )
+        status = Path(f"/proc/{pids[0]}/status").read_text()
+        rss = int(status.split("VmRSS:")[1].split()[0]) / 1024
+        run.check("companion RSS <= 80 MB", rss <= 80, f"{rss:.1f} MiB")
+        companion("status")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    time.sleep(2)
+    idle = used_mib()
+    run.check(
+        "engines killed: memory of the weights stays", abs(idle - before - weights) < 600, f"{idle - before} MiB held"
+    )
+    companion("stop")
+    time.sleep(2)
+    run.check(
+        "companion stopped: memory is free", used_mib() - before < 100, f"{used_mib() - before} MiB more than before"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "llama-8b-random")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only", nargs="*", default=["eager", "graphs", "three", "fp8"])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("COMPANION_RUNTIME_DIR", tempfile.mkdtemp(prefix="vc-"))
+    if not (args.model / "config.json").exists():
+        started = time.perf_counter()
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import gpu_acceptance as g; "
+                f"from pathlib import Path; g.make_model(Path({str(args.model)!r}), {args.layers})",
+            ],
+            check=True,
+        )
+        print(f"model made in {time.perf_counter() - started:.0f} s", flush=True)
+    run = Run(args.model, args.out)
+    try:
+        if "eager" in args.only:
+            compare(run, "eager", "--eager")
+        if "graphs" in args.only:
+            compare(run, "graphs")
+        if "three" in args.only:
+            three_engines(run)
+        if "fp8" in args.only:
+            compare(run, "fp8", "--eager", "--quantization", "fp8")
+    finally:
+        companion("stop")
+        version = next(iter(run.results.values()), {}).get("vllm", "none")
+        report = {
+            "vllm": version,
+            "date": time.strftime("%Y-%m-%d"),
+            "command": " ".join(sys.argv),
+            "gpu": smi("gpu", "name,driver_version,memory.total"),
+            "checks": run.checks,
+            "results": run.results,
+        }
+        (args.out / f"acceptance-{version}.json").write_text(json.dumps(report, indent=1))
+    failed = [what for what, good, _ in run.checks if not good]
+    print(f"{len(run.checks) - len(failed)} passed, {len(failed)} failed", flush=True)
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""One vLLM engine on the GPU, measured from outside the loader: a child of gpu_acceptance.py.
+
+Prints one JSON line, then stays until standard input closes if --stay is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def watch_loader(name: str, figures: dict[str, float]) -> None:
+    """Time `load_model` of the loader in use, and note free memory around packing."""
+    import torch
+    from vllm.model_executor.model_loader import base_loader
+
+    if name == "companion":
+        from vllm_companion_plugin.engine import attach, loader, publish
+
+        owner = loader.CompanionModelLoader
+        inner_attach = attach.compat.initialize_model
+
+        def timed_build(*args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return inner_attach(*args, **kwargs)
+            finally:
+                figures["build_s"] = time.perf_counter() - started
+
+        attach.compat.initialize_model = timed_build
+        make_release = publish._release
+
+        def release(device):
+            inner = make_release(device)
+
+            def measured():
+                free = torch.cuda.mem_get_info()[0]
+                figures["lowest_free"] = min(figures.get("lowest_free", free), free)
+                inner()
+
+            return measured
+
+        publish._release = release
+        inner_pack = publish.pack
+
+        def pack(*args, **kwargs):
+            torch.cuda.synchronize()
+            figures["free_before_pack"] = torch.cuda.mem_get_info()[0]
+            figures["torch_reserved_before_pack"] = torch.cuda.memory_reserved()
+            started = time.perf_counter()
+            result = inner_pack(*args, **kwargs)
+            torch.cuda.synchronize()
+            figures["pack_s"] = time.perf_counter() - started
+            figures["weights"] = result[0].tensor_bytes
+            return result
+
+        publish.pack = pack
+        inner_publish = publish._Publisher._publish
+
+        def publish_all(self, model):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            inner_publish(self, model)
+            figures["pack_and_publish_s"] = time.perf_counter() - started
+
+        publish._Publisher._publish = publish_all
+    else:
+        owner = base_loader.BaseModelLoader
+    inner = owner.load_model
+
+    def load_model(self, *args, **kwargs):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        model = inner(self, *args, **kwargs)
+        torch.cuda.synchronize()
+        figures.setdefault("load_model_s", 0.0)
+        figures["load_model_s"] = time.perf_counter() - started
+        return model
+
+    owner.load_model = load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--format", default="companion")
+    parser.add_argument("--extra", default="{}")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--quantization")
+    parser.add_argument("--utilization", type=float, default=0.5)
+    parser.add_argument("--kv-gib", type=float)
+    parser.add_argument("--stay", action="store_true")
+    args = parser.parse_args()
+
+    import torch
+    from vllm import LLM, SamplingParams
+
+    figures: dict[str, float] = {}
+    watch_loader(args.format, figures)
+    started = time.perf_counter()
+    llm = LLM(
+        args.model,
+        load_format=args.format,
+        model_loader_extra_config=json.loads(args.extra),
+        skip_tokenizer_init=True,
+        enforce_eager=args.eager,
+        quantization=args.quantization,
+        max_model_len=2048,
+        gpu_memory_utilization=args.utilization,
+        kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
+        compilation_config=None if args.eager else {"cudagraph_capture_sizes": [1, 8, 16]},
+    )
+    figures["engine_start_s"] = time.perf_counter() - started
+    generator = torch.Generator().manual_seed(7)
+    prompts = [
+        {"prompt_token_ids": torch.randint(10, 30000, (16 + 8 * i,), generator=generator).tolist()} for i in range(16)
+    ]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0, detokenize=False, ignore_eos=True))
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    cache = llm.llm_engine.vllm_config.cache_config
+    import vllm
+
+    print(
+        "RESULT "
+        + json.dumps(
+            {
+                "vllm": vllm.__version__,
+                "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+                "token_lengths": sorted({len(t) for t in tokens}),
+                "first": tokens[0][:8],
+                "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+                "free": torch.cuda.mem_get_info()[0],
+                "pid": os.getpid(),
+                **figures,
+            }
+        ),
+        flush=True,
+    )
+    if args.stay:
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
