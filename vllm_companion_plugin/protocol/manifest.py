@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -46,6 +47,8 @@ ITEM_SIZES: dict[str, int] = {
 """Bytes of one element by torch's dtype name."""
 
 _KINDS = {kind.value: kind for kind in TensorKind}
+# A frozen dataclass's own __init__ takes twice as long as setting its slots.
+_SET_TENSOR = tuple(getattr(TensorInfo, f.name).__set__ for f in fields(TensorInfo))
 
 
 @contextmanager
@@ -157,7 +160,12 @@ def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
 
 
 def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[TensorInfo]:
-    layouts: dict[tuple[str, tuple[int, ...], tuple[int, ...]], tuple[int, int, int]] = {}
+    layouts: dict[tuple[str, tuple[int, ...], tuple[int, ...]], tuple[Any, ...]] = {}
+    new = object.__new__
+    (
+        set_storage, set_offset, set_dtype, set_shape, set_stride,
+        set_class, set_grad, set_private, set_inline, set_attributes,
+    ) = _SET_TENSOR  # fmt: skip
     sizes = [storage.size_bytes for storage in storages]
     storage_count = len(sizes)
     for index, item in enumerate(message.tensors):
@@ -166,10 +174,11 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         layout = layouts.get((dtype, shape, stride))
         if layout is None:
             try:
-                layout = layouts[dtype, shape, stride] = _layout(dtype, shape, stride)
+                layout = layouts[dtype, shape, stride] = (*_layout(dtype, shape, stride), dtype, shape, stride)
             except ManifestError as error:
                 raise ManifestError(f"Tensor {index}: {error}.") from None
-        item_size, span, count = layout
+        # Tensors of one layout share its tuples: less memory to touch.
+        item_size, span, count, dtype, shape, stride = layout
         inline = item.inline if item.HasField("inline") else None
         if 0 <= storage < storage_count and inline is None:
             if (offset + span) * item_size > sizes[storage]:
@@ -188,18 +197,18 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
                 f"it has {len(inline)} and offset {offset}."
             )
         attributes = item.attributes
-        yield TensorInfo(
-            storage,
-            offset,
-            dtype,
-            shape,
-            stride,
-            item.class_name,
-            item.requires_grad,
-            item.private,
-            inline,
-            dict(attributes) if attributes else {},
-        )
+        tensor = new(TensorInfo)
+        set_storage(tensor, storage)
+        set_offset(tensor, offset)
+        set_dtype(tensor, dtype)
+        set_shape(tensor, shape)
+        set_stride(tensor, stride)
+        set_class(tensor, item.class_name)
+        set_grad(tensor, item.requires_grad)
+        set_private(tensor, item.private)
+        set_inline(tensor, inline)
+        set_attributes(tensor, dict(attributes) if attributes else {})
+        yield tensor
 
 
 def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
