@@ -97,14 +97,14 @@ def companion(command: str) -> None:
 
     settings = resolve()
     for device in list_devices(settings):
-        with contextlib.suppress(CompanionUnavailableError, EntryNotFoundError):
-            with connect(device, settings, spawn=False) as connection:
-                if command == "status":
-                    print(connection.status())
-                elif command == "unload":
-                    connection.unload(force=True)
-                else:
-                    connection.shutdown()
+        nothing_there = contextlib.suppress(CompanionUnavailableError, EntryNotFoundError)
+        with nothing_there, connect(device, settings, spawn=False) as connection:
+            if command == "status":
+                print(connection.status())
+            elif command == "unload":
+                connection.unload(force=True)
+            else:
+                connection.shutdown()
 
 
 def holders() -> list[int]:

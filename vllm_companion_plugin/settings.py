@@ -230,12 +230,17 @@ def to_environment(settings: Settings) -> dict[str, str]:
 
 def to_markdown() -> str:
     """The table of docs/settings.md."""
-    lines = ["| setting | default | environment | extra config | flag | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| setting | default | environment | extra config | flag | meaning |", "| --- " * 6 + "|"]
     for setting in TABLE:
-        default = "" if setting.default is None else f"`{str(setting.default).lower() if setting.type is bool else setting.default}`"
-        meaning = setting.help + (f" One of: {', '.join(f'`{c}`' for c in setting.choices)}." if setting.choices else "")
-        lines.append(
-            f"| `{setting.name}` | {default} | `{setting.env}` | {'yes' if setting.engine else ''} "
-            f"| {f'`{setting.option}`' if setting.flag else ''} | {meaning} |"
+        value = str(setting.default).lower() if setting.type is bool else str(setting.default)
+        choices = ", ".join(f"`{choice}`" for choice in setting.choices)
+        cells = (
+            f"`{setting.name}`",
+            "" if setting.default is None else f"`{value}`",
+            f"`{setting.env}`",
+            "yes" if setting.engine else "",
+            f"`{setting.option}`" if setting.flag else "",
+            setting.help + (f" One of: {choices}." if choices else ""),
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

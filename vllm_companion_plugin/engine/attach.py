@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
+from vllm_companion_plugin.collector import collector_paused
 from vllm_companion_plugin.engine import compat
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
@@ -22,6 +23,7 @@ from vllm_companion_plugin.types import Stage
 logger = init_logger("vllm.companion")
 
 
+@collector_paused()
 def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: str, settings: Settings) -> nn.Module:
     """The model, bound to the companion's copy of the weights.
 
@@ -45,6 +47,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 restorer.bind_early(compat.strategy)
                 with compat.around_post_processing(model, around_restore(restorer)):
                     compat.post_process(model, model_config, device)
+                model.eval()  # as loaders return it
                 restorer.finish()
     except CompanionError:
         raise

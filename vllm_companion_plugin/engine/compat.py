@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -192,13 +193,13 @@ def repay_budget(external_bytes: int) -> None:
     For an engine that announced shared weights and then has to load its own. No hook hands
     the worker to a loader, but the worker is a caller of it.
     """
-    frame = sys._getframe()
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None:
-        worker = frame.f_locals.get("self")
+        worker: Any = frame.f_locals.get("self")
         if hasattr(worker, "requested_memory") and hasattr(worker, "model_runner"):
             worker.requested_memory += external_bytes
             return
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def has_external_memory_hook(request_memory: Callable[..., int]) -> bool:

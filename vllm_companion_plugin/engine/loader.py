@@ -74,7 +74,10 @@ class CompanionModelLoader(BaseModelLoader):
             session.keep(decision)
             return model
         logger.warning("Weights of %s are not shared: %s", model_config.model, decision.reason)
-        return self._source().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        alone: nn.Module = self._source().load_model(
+            vllm_config=vllm_config, model_config=model_config, prefix=prefix
+        )
+        return alone
 
     def _source(self) -> BaseModelLoader:
         return compat.source_loader(self.load_config, self._settings.source_format)

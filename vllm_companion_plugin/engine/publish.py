@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.collector import collector_paused
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
@@ -37,7 +38,7 @@ def load_and_publish(
     publisher = _Publisher(decision, settings)
     with ExitStack() as after_processing:
         _hook_load_weights(source, publisher, after_processing)
-        model = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
         publisher.publish(model)
     publisher.finish()
@@ -68,6 +69,7 @@ class _Publisher:
         except CompanionError as error:
             self._reason = error
 
+    @collector_paused()
     def _publish(self, model: nn.Module) -> None:
         device = self._decision.device
         started = time.perf_counter()
@@ -133,7 +135,7 @@ def _hook_load_weights(source: BaseModelLoader, publisher: _Publisher, after_pro
             if publisher.published:
                 after_processing.enter_context(process_privately(model, publisher._settings))
 
-    source.load_weights = hooked  # type: ignore[method-assign]
+    source.load_weights = hooked
 
 
 @contextmanager
@@ -147,11 +149,11 @@ def _counted(model: nn.Module, publisher: _Publisher) -> Iterator[None]:
     def counting(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         return inner(_count(weights, publisher), *args, **kwargs)
 
-    model.load_weights = counting
+    vars(model)["load_weights"] = counting  # shadows the method on this one object
     try:
         yield
     finally:
-        del model.load_weights
+        del vars(model)["load_weights"]
 
 
 def _count(weights: Iterable[tuple[str, torch.Tensor]], publisher: _Publisher) -> Iterator[tuple[str, torch.Tensor]]:

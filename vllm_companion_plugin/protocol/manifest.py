@@ -9,14 +9,13 @@ again, pauses.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from vllm_companion_plugin.collector import collector_paused
 from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.protocol import messages
 from vllm_companion_plugin.types import (
@@ -51,21 +50,10 @@ _KINDS = {kind.value: kind for kind in TensorKind}
 _SET_TENSOR = tuple(getattr(TensorInfo, f.name).__set__ for f in fields(TensorInfo))
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """Equal manifests give equal bytes within one protobuf version."""
     message = messages.Manifest(stage=manifest.stage.value)
-    with _collector_paused():
+    with collector_paused():
         for storage in manifest.storages:
             message.storages.add(offset_bytes=storage.offset_bytes, size_bytes=storage.size_bytes)
         for tensor in manifest.tensors:
@@ -102,7 +90,7 @@ def manifest_from_bytes(data: bytes) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"Manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed.")
-    with _collector_paused():
+    with collector_paused():
         try:
             message = messages.Manifest.FromString(bytes(data))
         except DecodeError as error:
