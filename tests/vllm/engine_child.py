@@ -1,0 +1,98 @@
+"""One real vLLM engine on CPU, as a child process of the tests.
+
+Reads a JSON object of options from argv, prints "RESULT {...}", then waits until standard
+input closes, so that the parent can look at a living engine. The model runs in worker
+processes of vLLM's own; `describe` and `reference` are sent there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+
+def describe(worker) -> dict:
+    """In a worker: every tensor of the model's tree, and whether it lies in the arena."""
+    import hashlib
+    import os
+    from pathlib import Path
+
+    import torch
+
+    from vllm_companion_plugin.module_tree.capture import capture
+
+    arena = [
+        [int(address, 16) for address in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "memfd:vllm-companion" in line
+    ]
+    tree = capture(worker.model_runner.model)
+    tensors = {}
+    for slot in tree.slots():
+        tensor = slot.tensor.detach()
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        tensors[tree.describe(slot)] = {
+            "value": [
+                str(tensor.dtype),
+                list(tensor.shape),
+                list(tensor.stride()),
+                slot.kind.value,
+                hashlib.sha256(data).hexdigest(),
+            ],
+            "object": id(slot.tensor),
+            "in_arena": any(start <= tensor.data_ptr() < stop for start, stop in arena),
+        }
+    return {"pid": os.getpid(), "tensors": tensors}
+
+
+def reference(worker) -> dict:
+    """In a worker: the tensors of a second model, loaded by vLLM's default loader alone.
+
+    As they are before post-processing, which on CPU moves weights into handles that nothing
+    can compare.
+    """
+    import types
+
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    config = worker.vllm_config
+    layers = config.compilation_config.static_forward_context
+    kept = dict(layers)
+    layers.clear()
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        model = initialize_model(vllm_config=config, model_config=config.model_config)
+        DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+    layers.clear()
+    layers.update(kept)
+    return describe(types.SimpleNamespace(model_runner=types.SimpleNamespace(model=model)))
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    prompts = options.pop("prompts", None)
+    texts = options.pop("texts", None)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(dtype="float32", enforce_eager=True, max_model_len=128, **options)
+    look = reference if options["load_format"] == "auto" else describe
+    result = {"workers": llm.collective_rpc(look)}
+    if prompts:
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in prompts],
+            SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True),
+        )
+        result["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+    if texts:
+        result["vectors"] = [output.outputs.embedding for output in llm.embed(texts)]
+    print("RESULT " + json.dumps(result), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The main promise, with real engines: one copy, any number of engines, equal to a normal load."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.process.conftest import Place, until
+from tests.vllm.conftest import Engine
+from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.types import EntryState, EntryStatus
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+PROMPTS = [[1, 2, 3, 4], [9, 8, 7], [11] * 20, [100, 200, 300, 400, 500]]
+TEXTS = ["A cat sits on the mat.", "Ein Hund bellt im Garten.", "GPUs multiply matrices.", "x"]
+
+StartEngine = Callable[..., Engine]
+
+
+def values(worker: dict[str, Any]) -> dict[str, Any]:
+    """Name to dtype, shape, stride, kind and digest; the KV cache, which comes later, aside."""
+    return {name: tensor["value"] for name, tensor in worker["tensors"].items() if not name.endswith(".kv_cache")}
+
+
+def entries(place: Place) -> tuple[EntryStatus, ...]:
+    with connect("cpu", place.settings, spawn=False) as connection:
+        return connection.status().entries
+
+
+def arena_pss_bytes(pid: int) -> tuple[int, int]:
+    """Proportional and private bytes of the arena's mappings in a process."""
+    pss = private = 0
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = "memfd:vllm-companion" in line
+            assert not inside or line.split()[1] == "r--s", line  # read-only and shared
+        elif inside and line.startswith("Pss:"):
+            pss += int(line.split()[1]) << 10
+        elif inside and line.startswith("Anonymous:"):
+            private += int(line.split()[1]) << 10
+    return pss, private
+
+
+def check_equal_and_shared(reference: dict[str, Any], *engines: dict[str, Any]) -> None:
+    for engine in engines:
+        for normal, worker in zip(reference["workers"], engine["workers"], strict=True):
+            assert values(worker) == values(normal)
+            outside = [
+                name
+                for name, tensor in worker["tensors"].items()
+                if tensor["value"][3] == "parameter" and not tensor["in_arena"]
+            ]
+            assert outside == []
+
+
+def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    first, second = (
+        start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, prompts=PROMPTS)
+        for _ in range(2)
+    )
+    results = [first.result(), second.result()]
+
+    outputs = [first.output(), second.output()]
+    assert sorted("Published weights of" in output for output in outputs) == [False, True]
+    assert sorted("Attached to" in output for output in outputs) == [False, True]
+    assert sorted("Loading weights took" in output for output in outputs) == [False, True]
+
+    (entry,) = entries(place)
+    pids = [result["workers"][0]["pid"] for result in results]
+    assert sorted(lease.pid for lease in entry.leases) == sorted(pids)
+    sizes = [arena_pss_bytes(pid) for pid in pids]
+    assert sum(pss for pss, _ in sizes) == pytest.approx(entry.size_bytes, rel=0.02)
+    assert [private for _, private in sizes] == [0, 0]
+
+    second.kill()
+    took_s = until(lambda: len(entries(place)[0].leases) == 1, 1.0, "the killed engine's lease ends")
+    assert took_s < 1.0
+    assert first.process.poll() is None
+
+    first.stop()
+    auto = start_engine(model=tiny_llama, load_format="auto", skip_tokenizer_init=True, prompts=PROMPTS).result()
+    check_equal_and_shared(auto, *results)
+    assert results[0]["tokens"] == results[1]["tokens"] == auto["tokens"]
+
+
+def test_minilm_embeds_as_without_the_companion(start_engine: StartEngine, place: Place, minilm: Path) -> None:
+    options = {"model": minilm, "runner": "pooling", "texts": TEXTS}
+    auto = start_engine(load_format="auto", **options).result()
+    loaded = start_engine(load_format="companion", **options)
+    results = [loaded.result()]
+    loaded.stop()
+    attached = start_engine(load_format="companion", **options)
+    results.append(attached.result())
+    assert "Attached to" in attached.output()
+    check_equal_and_shared(auto, *results)
+    for result in results:
+        for vector, normal in zip(result["vectors"], auto["vectors"], strict=True):
+            assert vector == pytest.approx(normal, abs=1e-5)
+    (entry,) = entries(place)
+    assert entry.size_bytes > 80 << 20
+
+
+def test_ties_are_kept_and_copies_and_packed_weights_give_the_same_tokens(
+    start_engine: StartEngine, place: Place, tied_llama: Path
+) -> None:
+    options = {"model": tied_llama, "skip_tokenizer_init": True, "prompts": PROMPTS}
+    auto = start_engine(load_format="auto", **options)
+    reference = auto.result()
+    auto.stop()
+    loaded = start_engine(load_format="companion", **options).result()
+    attached = start_engine(load_format="companion", **options).result()
+    check_equal_and_shared(reference, loaded, attached)
+    for result in (loaded, attached):
+        tensors = result["workers"][0]["tensors"]
+        assert len({tensors[name]["object"] for name in tensors if name.endswith("embed_tokens.weight")}) == 1
+
+    copied = start_engine(load_format="companion", model_loader_extra_config={"share": "copy"}, **options)
+    packed = start_engine(load_format="companion", model_loader_extra_config={"cpu_prepack": True}, **options)
+    assert copied.result()["tokens"] == reference["tokens"]
+    assert packed.result()["tokens"] == reference["tokens"]
+    assert "Copied" in copied.output()
+    assert not any(tensor["in_arena"] for tensor in copied.result()["workers"][0]["tensors"].values())
+    assert loaded["tokens"] == attached["tokens"] == reference["tokens"]
+
+
+def test_tensor_parallel_ranks_share_each_their_own_part(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    options = {"model": tiny_llama, "skip_tokenizer_init": True, "prompts": PROMPTS, "tensor_parallel_size": 2}
+    auto = start_engine(load_format="auto", **options)
+    reference = auto.result()
+    auto.stop()
+    first = start_engine(load_format="companion", **options)
+    loaded = first.result()
+    first.stop()
+    second = start_engine(load_format="companion", **options)
+    attached = second.result()
+    assert second.output().count("Attached to") == 2
+    assert sorted(entry.key.rank for entry in entries(place)) == ["tp0/2", "tp1/2"]
+    check_equal_and_shared(reference, loaded, attached)
+    assert loaded["tokens"] == attached["tokens"] == reference["tokens"]
+
+
+def test_another_checkpoint_of_the_same_shape_is_never_attached(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    first = start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, prompts=PROMPTS)
+    before = first.result()
+    first.stop()
+    weights = tiny_llama / "model.safetensors"
+    original = weights.read_bytes()
+    edited = bytearray(original)
+    edited[-4096:] = bytes(4096)
+    try:
+        weights.write_bytes(edited)
+        second = start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, prompts=PROMPTS)
+        after = second.result()
+    finally:
+        weights.write_bytes(original)
+    assert "Published weights of" in second.output()
+    assert values(after["workers"][0]) != values(before["workers"][0])
+    assert [entry.state for entry in entries(place)] == [EntryState.READY] * 2
+
+
+def test_a_killed_loader_is_replaced_by_the_one_that_waits(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    """The first engine is killed as soon as it is elected; the second loads and serves."""
+    options = {"model": tiny_llama, "load_format": "companion", "skip_tokenizer_init": True}
+    first = start_engine(**options)
+    second = start_engine(prompts=PROMPTS, **options)
+    deadline = time.monotonic() + 120
+    victim = None
+    while victim is None and time.monotonic() < deadline:
+        log = Path(place.settings.runtime_dir, "cpu", "companion.log")
+        elected = re.findall(r"pid (\d+)\) asks for .*: loading", log.read_text()) if log.exists() else []
+        victim = elected[0] if elected else None
+    assert victim is not None
+    loser, winner = (first, second) if f"pid={victim}" in first.output() else (second, first)
+    loser.kill()
+    winner.result()
+    assert "Published weights of" in winner.output() or "Attached to" in winner.output()
