@@ -1,0 +1,138 @@
+"""Child processes of `serve`: companions, started and ended together, and the signals that end them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from vllm_companion_plugin.errors import CompanionUnavailableError, from_code
+from vllm_companion_plugin.launch.spawn import child_environment
+from vllm_companion_plugin.settings import Settings
+
+TERMINATE_S = 1.5
+"""Until a child that was asked to end is killed; `serve` promises to be gone within 2 s."""
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came."""
+
+
+class Signals:
+    """Turns SIGTERM, SIGINT and SIGCHLD into something to wait for. Use in the main thread."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+        self._receive, self._send = socket.socketpair()
+        self._receive.setblocking(False)
+        self._send.setblocking(False)
+
+    def __enter__(self) -> Signals:
+        self._wakeup = signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._receive.close()
+        self._send.close()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number != signal.SIGCHLD:
+            self._stopped = True
+
+    def wait(self, *fds: int, timeout_s: float | None = None) -> None:
+        """Return when a child changed, one of `fds` is readable, or the time is over.
+
+        Raises:
+            Stopped: a signal asked us to end, now or before.
+        """
+        if not self._stopped:
+            select.select([self._receive.fileno(), *fds], [], [], timeout_s)
+            with contextlib.suppress(BlockingIOError):
+                self._receive.recv(4096)
+        if self._stopped:
+            raise Stopped
+
+
+class Child:
+    """A companion that runs as our child until we end it."""
+
+    def __init__(self, device: str, settings: Settings, linger_s: float | None) -> None:
+        self.device = device
+        self._ready_fd, write_fd = os.pipe()
+        linger = "never" if linger_s is None else str(linger_s)
+        command = [sys.executable, "-m", "vllm_companion_plugin.companion", "--device", device]
+        command += ["--linger-s", linger, "--ready-fd", str(write_fd)]
+        try:
+            # A session of its own: Ctrl-C must reach it through us, with the rest of the work undone first.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                env=child_environment(settings),
+                pass_fds=(write_fd,),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._ready_fd)
+            raise
+        finally:
+            os.close(write_fd)
+
+    def wait_ready(self, signals: Signals, timeout_s: float) -> None:
+        """Return once it answers. Raises what it could not start for."""
+        deadline = time.monotonic() + timeout_s
+        text = b""
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise CompanionUnavailableError(f"The companion of {self.device} did not start in {timeout_s:g} s.")
+                signals.wait(self._ready_fd, timeout_s=left)
+                if not select.select([self._ready_fd], [], [], 0)[0]:
+                    continue
+                chunk = os.read(self._ready_fd, 4096)
+                text += chunk
+                if not chunk:
+                    break
+        finally:
+            os.close(self._ready_fd)
+        if text != b"ok":
+            code, _, message = text.decode(errors="replace").partition(" ")
+            if not code:
+                raise CompanionUnavailableError(f"The companion of {self.device} ended at once; see the lines above.")
+            raise from_code(code, message)
+
+
+def end(processes: list[subprocess.Popen[bytes]], *, whole_group: bool = False) -> None:
+    """End these processes and collect them, within `TERMINATE_S` or by force.
+
+    Args:
+        whole_group: each leads a process group; all in it are ended, also if the leader is gone.
+    """
+
+    def tell(process: subprocess.Popen[bytes], number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if whole_group:
+                os.killpg(process.pid, number)
+            elif process.poll() is None:
+                process.send_signal(number)
+
+    for process in processes:
+        tell(process, signal.SIGTERM)
+    deadline = time.monotonic() + TERMINATE_S
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        tell(process, signal.SIGKILL)
+        process.wait()

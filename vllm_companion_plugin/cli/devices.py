@@ -1,0 +1,62 @@
+"""Which device is meant, and who answers there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from vllm_companion_plugin.client import CompanionConnection
+from vllm_companion_plugin.errors import ArenaError, SettingsError
+from vllm_companion_plugin.launch.runtime_dir import check_device, device_paths, list_devices
+from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.settings import Settings
+
+
+def visible_gpus() -> list[str]:
+    """UUIDs of the GPUs that this process may use, by index; none without a driver or cuda.bindings."""
+    try:
+        if find_spec("cuda.bindings") is None:
+            return []
+        from vllm_companion_plugin.arena import cuda_vmm
+
+        return cuda_vmm.device_uuids()
+    except (ImportError, RuntimeError, ArenaError):  # RuntimeError: cuda.bindings finds no libcuda
+        return []
+
+
+def devices_named(text: str | None) -> list[str]:
+    """Devices that `--device` names: UUID, "cpu", index, or "all" (also the default): GPUs, else "cpu".
+
+    Raises:
+        SettingsError: no such index.
+        RuntimeDirError: no device name at all.
+    """
+    if text is None or text == "all":
+        return visible_gpus() or ["cpu"]
+    if text.isdecimal():
+        gpus = visible_gpus()
+        if int(text) >= len(gpus):
+            raise SettingsError(
+                f"--device {text}: this process sees {len(gpus)} GPUs. Name an index below that, or cpu."
+            )
+        return [gpus[int(text)]]
+    return [check_device(text)]
+
+
+@contextmanager
+def running(settings: Settings, device: str | None) -> Iterator[list[CompanionConnection]]:
+    """Connections to the companions that answer, of any protocol version; all devices by default."""
+    names = list_devices(settings)
+    if device not in (None, "all"):
+        names = [name for name in devices_named(device) if name in names]
+    connections = []
+    try:
+        for name in names:
+            paths = device_paths(name, settings)
+            if is_listening(paths):
+                connections.append(CompanionConnection(paths))
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()

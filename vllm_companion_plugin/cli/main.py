@@ -1,0 +1,91 @@
+"""`vllm-companion`: parses the command line, and turns errors into one line and a status.
+
+Exit status: 0 as asked, 1 an error (or a failed check of `doctor`), 2 a wrong command line,
+130 Ctrl-C. Neither torch nor vLLM is imported; what needs them runs as a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vllm_companion_plugin import __version__
+from vllm_companion_plugin.errors import CompanionError
+
+_DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU, cpu, or all (default)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    try:
+        return _run(arguments)
+    except CompanionError as error:
+        print(f"vllm-companion: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # our reader has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command == "doctor":  # the others need packages whose absence doctor reports
+        _refuse(parser, rest)
+        from vllm_companion_plugin.cli import doctor
+
+        return doctor.main(parsed)
+    from vllm_companion_plugin.cli import look, serve
+
+    if parsed.command == "serve":
+        return serve.serve(parsed, rest)
+    _refuse(parser, rest)
+    commands = {"status": look.status, "watch": look.watch, "unload": look.unload, "stop": look.stop}
+    return commands[parsed.command](parsed)
+
+
+def _refuse(parser: argparse.ArgumentParser, rest: list[str]) -> None:
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from vllm_companion_plugin.cli.settings_options import add_settings
+
+    parser = argparse.ArgumentParser(prog="vllm-companion", description="Model weights, held once for all engines.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, *settings: str, usage: str | None = None) -> argparse.ArgumentParser:
+        # No abbreviations: --li could be a flag of vLLM that is to be passed on.
+        made = commands.add_parser(name, help=help, description=help, usage=usage, allow_abbrev=False)
+        if name != "doctor":
+            made.add_argument("--device", help=_DEVICE_HELP)
+        add_settings(made, "runtime_dir", *settings)
+        return made
+
+    command(
+        "serve",
+        "Run companions until stopped. With MODEL: load it into them, as an engine with these flags would. "
+        "If all of them run already, leave it with them and end.",
+        *("linger_s", "log_level", "spawn_timeout_s", "wait_timeout_s"),
+        usage="vllm-companion serve [MODEL] [--device DEVICE] [settings] [flags of vLLM]",
+    )
+    command("status", "Show what is held, for whom and how long.").add_argument("--json", action="store_true")
+    command("watch", "Show the status at every change, until Ctrl-C.")
+    unload = command("unload", "Let go of a model; attached engines keep what they have mapped.")
+    unload.add_argument("model", nargs="?", metavar="MODEL")
+    unload.add_argument("--rank", help="only this rank, e.g. tp0/2")
+    unload.add_argument("--force", action="store_true", help="also while engines are attached")
+    unload.add_argument("--all", action="store_true", help="every model")
+    command("stop", "End companions; attached engines keep serving.")
+    command("doctor", "Check this installation, and say how to mend it.").add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""The rows of the settings table as options of a command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm_companion_plugin.settings import BY_NAME, TABLE, Settings, resolve
+
+
+def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options for these settings. Their values are checked by `settings_of`, like any other origin."""
+    group = parser.add_argument_group("settings")
+    for name in names:
+        setting = BY_NAME[name]
+        assert setting.flag, name
+        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.name.upper()
+        group.add_argument(setting.option, dest=name, metavar=metavar, help=setting.help)
+
+
+def settings_of(parsed: argparse.Namespace) -> Settings:
+    """The settings of this command line. Raises `SettingsError`."""
+    return resolve({s.name: getattr(parsed, s.name, None) for s in TABLE if s.flag}, origin="command line")
