@@ -58,7 +58,7 @@ def _row(status: CompanionStatus, entry: EntryStatus | None, now: float) -> tupl
 
 def _state(entry: EntryStatus) -> str:
     if entry.state is EntryState.LOADING and entry.loader is not None:
-        return f"loading: {progress_text(entry.loader)}"
+        return progress_text(entry.loader)
     return entry.state.value
 
 

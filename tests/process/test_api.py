@@ -1,0 +1,152 @@
+"""Programs that are not vLLM: the client API, and its example in the documentation."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.process.conftest import KEY, Place, open_fds
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, SettingsError, WaitTimeoutError
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.types import EntryState, Stage
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "attach.py"
+
+
+class Small(nn.Module):
+    """Parameters, a tie, a shared module, a buffer, an attribute, an empty tensor, a strided one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 16, dtype=torch.bfloat16)
+        self.head = nn.Linear(16, 64, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+        self.first = nn.Linear(16, 16)
+        self.again = self.first
+        self.register_buffer("steps", torch.arange(5))
+        self.scale = torch.tensor(0.5)
+        self.none = nn.Parameter(torch.empty(0, 4))
+        self.turned = nn.Parameter(torch.randn(6, 3).t())
+
+
+def contents(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {**found, "scale": model.get_buffer("steps").new_tensor(0.5, dtype=torch.float32)}
+
+
+@pytest.fixture
+def model(place: Place) -> Iterator[nn.Module]:
+    """A model that is published for the length of the test."""
+    place.companion()
+    made = Small()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection, made)
+        yield made
+
+
+def publish(connection: object, model: nn.Module) -> None:
+    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)  # type: ignore[attr-defined]
+    assert isinstance(outcome, Granted)
+    cpu = torch.device("cpu")
+    packed = prepare(capture(model), Stage.PROCESSED, "memfd", cpu)
+    arena = copy(packed, "memfd", cpu, rebind=False, release=lambda: None)
+    manifest = packed.manifest
+    outcome.publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors))
+    arena.close()
+
+
+def client(place: Place) -> CompanionClient:
+    return CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+
+
+def test_attached_tensors_are_byte_equal_under_every_name(place: Place, model: nn.Module) -> None:
+    wanted = contents(model)
+    with client(place).attach(KEY.model) as weights:
+        assert weights.tensors.keys() == wanted.keys()
+        for name, tensor in weights.tensors.items():
+            assert (tensor.dtype, tensor.stride()) == (wanted[name].dtype, wanted[name].stride()), name
+            assert torch.equal(tensor, wanted[name]), name
+        assert weights.tensors["head.weight"] is weights.tensors["embed.weight"]
+        assert weights.tensors["again.bias"] is weights.tensors["first.bias"]
+        assert (weights.model, weights.rank, weights.generation, weights.lost) == (KEY.model, KEY.rank, 1, False)
+        assert {module.path for module in weights.manifest.modules} == {"", "embed", "head", "first"}
+        del tensor
+
+
+def test_the_tensors_are_views_of_one_mapping(place: Place, model: nn.Module) -> None:
+    with client(place).attach(KEY.model) as weights:
+        addresses = [tensor.data_ptr() for tensor in weights.tensors.values() if tensor.numel()]
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line]
+    assert not lines, lines
+    assert max(addresses) - min(addresses) < 1 << 20
+
+
+def test_close_returns_lease_mapping_and_descriptors(place: Place, model: nn.Module) -> None:
+    with client(place).attach(KEY.model):  # gRPC opens some for good
+        pass
+    before = open_fds()
+    with client(place).attach(KEY.model, name="reader") as weights:
+        leases = client(place).status().entries[0].leases
+        assert "reader" in [lease.client for lease in leases]
+    assert weights.tensors == {}
+    weights.close()
+    assert open_fds() == before
+    for status in client(place).watch(10):
+        if len(status.entries[0].leases) == 1:
+            break
+
+
+def test_the_mapping_survives_the_companion(place: Place, model: nn.Module) -> None:
+    with client(place).attach(KEY.model) as weights:
+        place.processes[0].kill()
+        assert weights._lease.lost.wait(5)
+        assert weights.lost
+        assert torch.equal(weights.tensors["embed.weight"], contents(model)["embed.weight"])
+
+
+def test_what_is_missing_is_said(place: Place, model: nn.Module) -> None:
+    with pytest.raises(EntryNotFoundError, match="other/model"):
+        client(place).attach("other/model")
+    with pytest.raises(EntryNotFoundError, match="tp1/2"):
+        client(place).attach(KEY.model, rank="tp1/2")
+    with pytest.raises(WaitTimeoutError, match="other/model"):
+        client(place).wait_ready("other/model", timeout_s=0.2)
+
+
+def test_without_a_companion_it_says_so(place: Place) -> None:
+    with pytest.raises(CompanionUnavailableError):
+        client(place).attach(KEY.model)
+    with pytest.raises(WaitTimeoutError):
+        client(place).wait_ready(KEY.model, timeout_s=0.2)
+    with pytest.raises(SettingsError, match="colour"):
+        CompanionClient("cpu", colour="red")
+
+
+def test_wait_ready_waits_for_companion_and_publication(place: Place) -> None:
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.append(client(place).wait_ready(KEY.model, timeout_s=20)))
+    waiting.start()
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection, Small())
+        waiting.join(10)
+    [entry] = found
+    assert entry.state is EntryState.READY  # type: ignore[attr-defined]
+
+
+def test_the_example_of_the_documentation_runs(place: Place, model: nn.Module) -> None:
+    process: subprocess.Popen[str] = place.run(str(EXAMPLE), KEY.model, "cpu")
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "embed.weight: torch.bfloat16 (64, 16)" in out
+    assert "the largest has 2048 bytes" in out

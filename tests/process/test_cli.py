@@ -1,0 +1,278 @@
+"""The command line against real companions: what it prints, its exit status, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import KEY, Place, alive, arena_of, until
+from vllm_companion_plugin.client import CompanionConnection, Granted, connect
+from vllm_companion_plugin.launch.spawn import ensure_companion, is_listening
+from vllm_companion_plugin.protocol import fd_channel
+
+CLI = ("-m", "vllm_companion_plugin.cli.main")
+WITHIN_S = 30
+
+
+@pytest.fixture(autouse=True)
+def _serve_ends_its_companions(place: Place) -> Iterator[None]:
+    """`place` kills what it started, and a killed `serve` cannot end its companions."""
+    yield
+    for process in place.processes:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(5)
+
+
+def cli(place: Place, *arguments: str) -> tuple[int, str, str]:
+    process = place.run(*CLI, *arguments)
+    out, error = process.communicate(timeout=WITHIN_S)
+    assert "Traceback" not in error, error
+    return process.returncode, out, error
+
+
+def serve(place: Place, *arguments: str) -> subprocess.Popen[str]:
+    """`serve` that has said it is ready."""
+    process = place.run(*CLI, "serve", "--device", "cpu", *arguments)
+    read_until(process, "Ready")
+    return process
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """Output up to a line that contains `wanted`; fails if the process ends or takes too long first."""
+    assert process.stdout is not None
+    timer = threading.Timer(WITHIN_S, process.kill)
+    timer.start()
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if wanted in line:
+                return "".join(lines)
+    finally:
+        timer.cancel()
+    raise AssertionError(f"no {wanted!r} in {lines}")
+
+
+def publish(connection: CompanionConnection) -> None:
+    """An entry whose lease lives as long as `connection`."""
+    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+    assert isinstance(outcome, Granted)
+    arena, fds = arena_of(b"weights")
+    outcome.publication.publish(arena, fds, b"manifest", 3)
+    fd_channel.close_all(fds)
+
+
+def published(place: Place) -> None:
+    """An entry that nobody is attached to any more."""
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection)
+    until(lambda: '"leases": []' in cli(place, "status", "--json")[1], WITHIN_S, "the lease has ended")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_within_two_seconds_of_a_signal_and_leaves_nothing(place: Place, number: int) -> None:
+    process = serve(place)
+    pid = place.companion_pid()
+    assert alive(pid)
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(5) == 0
+    assert time.monotonic() - began < 2
+    assert not alive(pid)
+    assert not os.path.exists(place.paths.grpc_socket)
+
+
+def test_what_serve_starts_stays_until_it_is_stopped(place: Place) -> None:
+    serve(place)
+    [companion] = json.loads(cli(place, "status", "--json")[1])
+    assert companion["linger_s"] is None
+    assert companion["pid"] == place.companion_pid()
+    assert "until stopped" in cli(place, "status")[1]
+
+
+def test_a_second_serve_is_refused_and_the_first_one_stays(place: Place) -> None:
+    first = serve(place)
+    code, _, error = cli(place, "serve", "--device", "cpu")
+    assert code == 1
+    assert re.fullmatch(
+        rf"vllm-companion: error: A companion of cpu runs already \(pid {place.companion_pid()}\).*\n", error
+    )
+    assert first.poll() is None
+
+
+def test_serve_ends_when_its_companion_is_stopped_or_killed(place: Place) -> None:
+    process = serve(place)
+    assert cli(place, "stop")[0] == 0
+    assert process.wait(5) == 0
+    process = serve(place)
+    os.kill(place.companion_pid(), signal.SIGKILL)
+    assert process.wait(5) == 1
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["joined", "started"])
+def test_when_loading_fails_serve_stops_only_what_it_started(place: Place, running: bool) -> None:
+    if running:
+        ensure_companion("cpu", place.settings)
+    # No engine flag of that name: vLLM's parser refuses before it loads anything.
+    process = place.run(*CLI, "serve", "/nonexistent/model", "--device", "cpu", "--no-such-flag-of-vllm")
+    out, error = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "/nonexistent/model was not loaded: vLLM ended with status" in error.splitlines()[-1]
+    assert ("Using the companion of cpu" in out) is running
+    assert is_listening(place.paths) is running
+
+
+def test_serve_stopped_while_loading_leaves_no_process(place: Place) -> None:
+    process = place.run(*CLI, "serve", "/nonexistent/model", "--device", "cpu")
+    read_until(process, "Loading")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: len(children.read_text().split()) == 2, WITHIN_S, "companion and loader run")
+    pids = [int(pid) for pid in children.read_text().split()]
+    process.terminate()
+    began = time.monotonic()
+    assert process.wait(5) == 0
+    assert time.monotonic() - began < 2
+    assert not any(map(alive, pids))
+
+
+def test_without_a_companion_status_and_stop_say_so(place: Place) -> None:
+    assert cli(place, "status") == (0, "No companion is running.\n", "")
+    assert cli(place, "status", "--json") == (0, "[]\n", "")
+    assert cli(place, "stop") == (0, "No companion is running.\n", "")
+    assert cli(place, "unload", "--all")[0] == 1
+    assert cli(place, "watch")[0] == 1
+
+
+def test_a_killed_companion_is_not_shown(place: Place) -> None:
+    companion = place.companion()
+    companion.kill()
+    companion.wait(5)
+    assert os.path.exists(place.paths.grpc_socket)
+    assert cli(place, "status")[1] == "No companion is running.\n"
+
+
+def test_status_shows_entries_and_who_holds_them(place: Place) -> None:
+    serve(place)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection)
+        [companion] = json.loads(cli(place, "status", "--json", "--device", "cpu")[1])
+        [entry] = companion["entries"]
+        assert (entry["model"], entry["state"], entry["generation"], entry["tensor_count"]) == (
+            KEY.model,
+            "ready",
+            1,
+            3,
+        )
+        assert [lease["pid"] for lease in entry["leases"]] == [os.getpid()]
+        assert re.search(rf"{KEY.model} .* ready .* {os.getpid()} \(\d+s\)", cli(place, "status")[1])
+
+
+def test_unload_refuses_what_is_in_use_unless_forced(place: Place) -> None:
+    serve(place)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection)
+        code, _, error = cli(place, "unload", KEY.model)
+        assert (code, f"pid {os.getpid()}" in error) == (1, True)
+        code, out, _ = cli(place, "unload", KEY.model, "--force")
+        assert (code, "keeps its mapping" in out) == (0, True)
+
+
+def test_unload_by_model_rank_and_all(place: Place) -> None:
+    serve(place)
+    published(place)
+    assert cli(place, "unload", "other/model")[0] == 1
+    assert cli(place, "unload", KEY.model, "--rank", "tp1/2")[0] == 1
+    assert cli(place, "unload", KEY.model, "--rank", "single")[:2] == (0, "Unloaded test/model (single) from cpu.\n")
+    assert cli(place, "unload", "--all")[:2] == (0, "Nothing was loaded.\n")
+    published(place)
+    assert cli(place, "unload", "--all")[:2] == (0, "Unloaded test/model (single) from cpu.\n")
+
+
+def test_stop_names_who_keeps_serving_and_waits_for_the_end(place: Place) -> None:
+    ensure_companion("cpu", place.settings)
+    pid = place.companion_pid()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection)
+        code, out, _ = cli(place, "stop")
+    assert not alive(pid)
+    assert (code, f"pid {pid}" in out) == (0, True)
+    assert f"loader (pid {os.getpid()}) keeps serving {KEY.model}" in out
+
+
+def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
+    serve(place)
+    watching = place.run("-u", *CLI, "watch")
+    assert "empty" in read_until(watching, "empty")
+    published(place)
+    read_until(watching, "ready")
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(5) == 130
+    watching = place.run("-u", *CLI, "watch")
+    read_until(watching, "ready")
+    assert cli(place, "stop")[0] == 0
+    assert watching.wait(10) == 0
+
+
+# ---- doctor
+
+
+def findings(place: Place, **environment: str) -> tuple[int, dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, *CLI, "doctor", "--json", "--runtime-dir", place.settings.runtime_dir],
+        **{"capture_output": True, "text": True, "timeout": WITHIN_S, "check": False},
+        env={**os.environ, **environment},
+    )
+    assert not done.stderr
+    return done.returncode, {check["name"]: check["level"] for check in json.loads(done.stdout)}
+
+
+def test_doctor_finds_nothing_wrong_here(place: Place) -> None:
+    serve(place)
+    code, found = findings(place)
+    assert (code, set(found.values())) == (0, {"ok"})
+    assert "companion of cpu" in found
+
+
+def test_doctor_prints_the_command_that_mends(place: Place) -> None:
+    os.mkdir(place.settings.runtime_dir)
+    os.chmod(place.settings.runtime_dir, 0o755)
+    code, out, _ = cli(place, "doctor")
+    assert code == 1
+    assert "FAIL  runtime directory: " in out
+    assert f"chmod 0700 {place.settings.runtime_dir}" in out
+    os.chmod(place.settings.runtime_dir, 0o700)
+    assert cli(place, "doctor")[0] == 0
+
+
+def test_doctor_sees_that_vllm_leaves_the_plugin_out(place: Place) -> None:
+    code, found = findings(place, VLLM_PLUGINS="lora")
+    assert (code, found["VLLM_PLUGINS"]) == (1, "FAIL")
+
+
+def test_doctor_works_without_grpc(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "grpc.py").write_text("raise ImportError('broken on purpose')")
+    code, found = findings(place, PYTHONPATH=str(tmp_path))
+    assert (code, found["grpcio"]) == (1, "FAIL")
+
+
+def test_doctor_sees_something_that_is_no_companion_of_ours(place: Place) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(place.paths.grpc_socket)
+        sock.listen()
+        sock.settimeout(WITHIN_S)
+        accepting = threading.Thread(target=lambda: sock.accept()[0].close(), daemon=True)
+        accepting.start()
+        code, found = findings(place)
+    assert (code, found["companion of cpu"]) == (1, "FAIL")

