@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_companion_plugin.cli import doctor, main, table
+from vllm_companion_plugin.cli import doctor, look, main, table
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
 from vllm_companion_plugin.errors import CompanionError
@@ -263,3 +263,15 @@ def test_vllm_plugins_without_us_fails(value: str, mend: str, monkeypatch: pytes
 def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "filelock", None)
     assert levels(list(doctor.check_libraries()))["filelock"] == FAIL
+
+
+def test_stop_waits_for_the_process_and_not_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
+        look._wait_gone("cpu", process.pid)
+        assert process.poll() == 0
+    look._wait_gone("cpu", process.pid)
+    monkeypatch.setattr(look, "STOP_TIMEOUT_S", 0.1)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        with pytest.raises(CompanionError, match=f"kill -9 {process.pid}"):
+            look._wait_gone("cpu", process.pid)
+        process.kill()
