@@ -145,9 +145,9 @@ def compare(run: Run, label: str, *flags: str) -> None:
         f"{label}: 64 tokens of 16 prompts, attached = auto", attached["tokens"] == auto["tokens"], attached["tokens"]
     )
     run.check(
-        f"{label}: the second engine attached", "build_s" in attached and "pack_s" not in attached, "from its figures"
+        f"{label}: the second engine attached", "build_s" in attached and "copy_s" not in attached, "from its figures"
     )
-    if "pack_s" not in loaded:
+    if "copy_s" not in loaded:
         run.check(f"{label}: the first engine published", False, "it did not")
         return
     extra = loaded["free_before_pack"] - loaded["lowest_free"]

@@ -47,20 +47,20 @@ def watch_loader(name: str, figures: dict[str, float]) -> None:
             return measured
 
         publish._release = release
-        inner_pack = publish.pack
+        inner_copy = publish.copy
 
-        def pack(*args, **kwargs):
+        def copy(packed, *args, **kwargs):
             torch.cuda.synchronize()
             figures["free_before_pack"] = torch.cuda.mem_get_info()[0]
             figures["torch_reserved_before_pack"] = torch.cuda.memory_reserved()
             started = time.perf_counter()
-            result = inner_pack(*args, **kwargs)
+            arena = inner_copy(packed, *args, **kwargs)
             torch.cuda.synchronize()
-            figures["pack_s"] = time.perf_counter() - started
-            figures["weights"] = result[0].tensor_bytes
-            return result
+            figures["copy_s"] = time.perf_counter() - started
+            figures["weights"] = packed.manifest.tensor_bytes
+            return arena
 
-        publish.pack = pack
+        publish.copy = copy
         inner_publish = publish._Publisher._publish
 
         def publish_all(self, model):

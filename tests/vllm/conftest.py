@@ -133,7 +133,7 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory,
         "tied",
         "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
-        "config = C(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,"
+        "config = C(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,"
         " num_key_value_heads=4, vocab_size=512, max_position_embeddings=256, tie_word_embeddings=True)\n",
     )
 

@@ -56,8 +56,8 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         raise NotShareableError(
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
         ) from error
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what replayed modules used
+    if restorer.replayed and device.type == "cuda":
+        torch.cuda.empty_cache()
     finished = time.perf_counter()
     logger.info(
         "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): %.2f GiB, %d tensors, generation %d",

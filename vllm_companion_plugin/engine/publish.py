@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,12 +20,15 @@ from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import pack
+from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import Progress, Stage
 
 logger = init_logger("vllm.companion")
+
+REPORT_AFTER_S = 0.25
+"""Packing is usually over before anybody could read about it."""
 
 
 def load_and_publish(
@@ -53,6 +57,7 @@ class _Publisher:
         self._settings = settings
         self._publication = decision.granted.publication
         self.published = False
+        self._arena: arenas.Arena | None = None
         self._reason: CompanionError | None = None
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -73,35 +78,37 @@ class _Publisher:
     def _publish(self, model: nn.Module) -> None:
         device = self._decision.device
         started = time.perf_counter()
-        with ProgressBar("Packing weights") as bar:
+        packed = prepare(capture(model), device.stage, device.arena_kind, device.torch_device)
+        with ThreadPoolExecutor(1) as executor, ProgressBar("Packing weights") as bar:
+            # While the device copies: writing the manifest takes as long as a third of the copying.
+            manifest = executor.submit(manifest_to_bytes, packed.manifest)
 
             def report(done: int, total: int) -> None:
                 bar.update(done, total)
-                self.report("packing", done, total)
+                if time.perf_counter() - started > REPORT_AFTER_S:
+                    self.report("packing", done, total)
 
-            manifest, arena = pack(
-                capture(model),
-                device.stage,
+            arena = copy(
+                packed,
                 device.arena_kind,
                 device.torch_device,
                 rebind=self._settings.share == "readonly",
                 release=_release(device.torch_device),
                 report=report,
             )
-        packed = time.perf_counter()
-        self._arena: arenas.Arena = arena  # the model views it, published or not
-        generation = self._publication.publish(
-            arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors)
-        )
+            self._arena = arena  # the model views it, published or not
+        copied = time.perf_counter()
+        tensor_count = len(packed.manifest.tensors)
+        generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count)
         self.published = True
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
             self._decision.key.model,
             arena.info.size_bytes / 2**30,
-            len(manifest.tensors),
+            tensor_count,
             generation,
-            packed - started,
-            time.perf_counter() - packed,
+            copied - started,
+            time.perf_counter() - copied,
         )
 
     def finish(self) -> None:

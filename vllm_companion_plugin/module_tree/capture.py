@@ -22,6 +22,7 @@ from vllm_companion_plugin.types import TensorKind
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 _PRIMITIVES = (bool, int, str, bytes, type(None))
+_EXACT_PRIMITIVES = frozenset(_PRIMITIVES)
 _TEXT_TYPES = (torch.dtype, torch.Size, torch.memory_format, torch.layout, enum.Enum)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _MAX_DEPTH = 4
@@ -101,11 +102,14 @@ def capture(model: nn.Module) -> Tree:
 
 
 def class_name(cls: type) -> str:
+    """Qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def describe_value(value: Any) -> str | None:
     """Canonical text of a value without parts, or None for everything else."""
+    if type(value) in _EXACT_PRIMITIVES:  # nearly all of them, and this runs 10,000 times in an attach
+        return repr(value)
     if isinstance(value, _TEXT_TYPES):
         return str(value)
     if isinstance(value, _PRIMITIVES):
@@ -145,7 +149,11 @@ class _Walk:
             kind = TensorKind.NON_PERSISTENT_BUFFER if transient else TensorKind.BUFFER
             live.slots.append(LiveSlot(name, kind, buffer, index))
         for name, value in module.__dict__.items():
-            if name not in _MODULE_INTERNALS:
+            if name in _MODULE_INTERNALS:
+                continue
+            if type(value) in _EXACT_PRIMITIVES:
+                live.attributes[name] = repr(value)
+            else:
                 self._value(live, index, name, value, module.__dict__, name, 0)
 
     def _value(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.arena.layout import ALIGNMENT, Layout, plan
+from vllm_companion_plugin.arena.layout import ALIGNMENT, Chunk, Layout, plan
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, class_name, describe_value
 from vllm_companion_plugin.module_tree.views import ArenaViews
@@ -81,15 +81,16 @@ def survey(tree: Tree, device: torch.device) -> Packing:
     by_storage: dict[int, _Storage] = {}
     placed: list[_Storage | None] = []
     for index, tensor in enumerate(tensors):
-        name = tree.describe(first_slots[index])
-        start, stop = _span(tensor, name)
+        slot = first_slots[index]
+        start, stop = _span(tensor, tree, slot)
         if start == stop or (tensor.device.type == "cpu" and device.type != "cpu"):
             if stop - start > INLINE_BYTES:
+                name = tree.describe(slot)
                 raise NotShareableError(f"{name}: a host tensor of {stop - start} bytes beside a {device.type} model.")
             placed.append(None)
             continue
         if tensor.device.type != device.type:
-            raise NotShareableError(f"{name} is on {tensor.device}, not on {device}.")
+            raise NotShareableError(f"{tree.describe(slot)} is on {tensor.device}, not on {device}.")
         storage = by_storage.setdefault(tensor.untyped_storage().data_ptr(), _Storage(start, stop))
         storage.start, storage.stop = min(storage.start, start), max(storage.stop, stop)
         storage.tensors.append(index)
@@ -137,14 +138,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _span(tensor: torch.Tensor, name: str) -> tuple[int, int]:
+def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
     """First and last address (exclusive) that `tensor` can touch."""
     if tensor.is_meta or is_lazy(tensor):
-        raise NotShareableError(f"{name} has no data (it is on the meta device).")
+        raise NotShareableError(f"{tree.describe(slot)} has no data (it is on the meta device).")
     if tensor.layout is not torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
-        raise NotShareableError(f"{name} is not a plain tensor but a {class_name(type(tensor))} ({tensor.layout}).")
+        what = f"a {class_name(type(tensor))} ({tensor.layout})"
+        raise NotShareableError(f"{tree.describe(slot)} is not a plain tensor but {what}.")
     if tensor.numel() == 0:
         return 0, 0
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (reach + 1) * tensor.element_size()
@@ -176,17 +181,44 @@ def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int) -> Te
     )
 
 
-def pack(
-    tree: Tree,
-    stage: Stage,
+@dataclass(slots=True)
+class Packed:
+    """A tree that is ready to be copied: what it will look like in an arena, and where."""
+
+    packing: Packing
+    layout: Layout
+    manifest: Manifest
+
+
+def prepare(tree: Tree, stage: Stage, kind: str, device: torch.device) -> Packed:
+    """Place all tensors of `tree` in an arena of `kind` that does not exist yet.
+
+    Raises:
+        NotShareableError: a tensor cannot be placed; nothing was changed.
+    """
+    packing = survey(tree, device)
+    if not packing.storages:
+        raise NotShareableError("the model has no tensors.")
+    layout = plan(
+        [s.stop - s.start for s in packing.storages],
+        [s.start % ALIGNMENT for s in packing.storages],
+        arenas.granularity(kind, device.index),
+    )
+    places = zip(layout.offsets, packing.storages, strict=True)
+    storages = tuple(StorageInfo(offset, s.stop - s.start) for offset, s in places)
+    return Packed(packing, layout, Manifest(stage, storages, tuple(packing.infos), packing.modules))
+
+
+def copy(
+    packed: Packed,
     kind: str,
     device: torch.device,
     *,
     rebind: bool,
     release: Callable[[], None],
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Manifest, arenas.Arena]:
-    """Copy all tensors of `tree` into a new arena.
+) -> arenas.Arena:
+    """Copy the tensors into a new arena, chunk by chunk.
 
     Args:
         kind: of the arena.
@@ -197,20 +229,12 @@ def pack(
         report: told bytes done and in all.
 
     Returns:
-        The manifest, and the sealed arena, which the caller owns.
+        The sealed arena, which the caller owns.
 
     Raises:
-        NotShareableError: nothing was changed.
         ArenaError: no memory; the model is back in memory of its own.
     """
-    packing = survey(tree, device)
-    if not packing.storages:
-        raise NotShareableError("the model has no tensors.")
-    layout = plan(
-        [s.stop - s.start for s in packing.storages],
-        [s.start % ALIGNMENT for s in packing.storages],
-        arenas.granularity(kind, device.index),
-    )
+    packing, layout = packed.packing, packed.layout
     writer = arenas.create(kind, layout.size_bytes, device.index)
     rebound: list[torch.Tensor] = []
     try:
@@ -220,29 +244,28 @@ def pack(
             for index in range(chunk.first, chunk.last):
                 storage = packing.storages[index]
                 writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
+            replacements = _replacements(packed, chunk, views) if rebind else []  # while the device copies
             writer.flush()
-            if rebind:
-                for index in range(chunk.first, chunk.last):
-                    rebound += _rebind(packing, index, layout, views)
-                release()
+            for tensor, replacement in replacements:
+                tensor.data = replacement
+                rebound.append(tensor)
+            del replacements
+            release()
             report(chunk.offset_bytes + chunk.size_bytes, layout.size_bytes)
-        arena = writer.seal()
+        return writer.seal()
     except BaseException:
         for tensor in rebound:
             tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
         writer.abort()
         raise
-    storages = tuple(
-        StorageInfo(offset, s.stop - s.start) for offset, s in zip(layout.offsets, packing.storages, strict=True)
-    )
-    return Manifest(stage, storages, tuple(packing.infos), packing.modules), arena
 
 
-def _rebind(packing: Packing, index: int, layout: Layout, views: ArenaViews) -> list[torch.Tensor]:
-    storage = packing.storages[index]
-    if storage.private:
-        return []
-    place = StorageInfo(layout.offsets[index], storage.stop - storage.start)
-    for number in storage.tensors:
-        packing.tensors[number].data = views.tensor(packing.infos[number], place)
-    return [packing.tensors[number] for number in storage.tensors]
+def _replacements(packed: Packed, chunk: Chunk, views: ArenaViews) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The shared tensors of a chunk, each with its view of the arena."""
+    packing = packed.packing
+    return [
+        (packing.tensors[number], views.tensor(packing.infos[number], packed.manifest.storages[index]))
+        for index in range(chunk.first, chunk.last)
+        if not packing.storages[index].private
+        for number in packing.storages[index].tensors
+    ]

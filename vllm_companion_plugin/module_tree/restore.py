@@ -16,7 +16,7 @@ raises before the model is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.module_tree.capture import LiveSlot, capture, class_name
+from vllm_companion_plugin.module_tree.capture import capture, class_name
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline, view
-from vllm_companion_plugin.types import Manifest, SlotInfo, StorageInfo, TensorInfo, TensorKind
+from vllm_companion_plugin.types import Manifest, StorageInfo, TensorInfo, TensorKind
 
 
 class Strategy(Enum):
@@ -74,12 +74,17 @@ class Source:
 
 
 class Restorer:
-    """Binds one model to one published manifest."""
+    """Binds one model to one published manifest.
+
+    Attributes:
+        replayed: some module was replayed, so freed memory of it may be in torch's cache.
+    """
 
     def __init__(self, model: nn.Module, source: Source, device: torch.device) -> None:
         self._model = model
         self._source = source
         self._device = device
+        self.replayed = False
         self._modules = {module.path: module for module in source.manifest.modules}
         self._paths: dict[int, str] = {}
         # By id of the tensor object: its index, the version it was bound at, and the object itself,
@@ -87,32 +92,41 @@ class Restorer:
         self._bound: dict[int, tuple[int, int, torch.Tensor]] = {}
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
-        """Bind all tensors that exist before post-processing and are not remade by it."""
+        """Bind all parameters and buffers that exist before post-processing and are not remade by it."""
         for path, module in self._model.named_modules():
             self._paths[id(module)] = path
-        for live in capture(self._model).modules:
-            remade = strategy(live.module) is Strategy.REPLAY
-            published = self._published(live.path)
-            for slot in live.slots:
-                want = published.get((slot.kind, slot.name))
-                if want is not None and not (remade and slot.kind is TensorKind.PARAMETER):
-                    self._bind_if_equal(slot, want)
+            published = self._published(path)
+            if strategy(module) is not Strategy.REPLAY:
+                self._bind_all(module._parameters.items(), published)
+            self._bind_all(module._buffers.items(), published)
 
     def bind_module(self, module: nn.Module) -> None:
         """Bind one module's own parameters, just after its post-processing ran."""
-        published = self._published(self._paths[id(module)])
-        for name, parameter in module._parameters.items():
-            want = published.get((TensorKind.PARAMETER, name))
-            if parameter is not None and want is not None:
-                self._bind_if_equal(LiveSlot(name, TensorKind.PARAMETER, parameter, -1), want)
+        self._bind_all(module._parameters.items(), self._published(self._paths[id(module)]))
 
-    def _published(self, path: str) -> dict[tuple[TensorKind, str], SlotInfo]:
+    def _published(self, path: str) -> dict[str, int]:
+        """Names of the parameters and buffers of a module, with their tensors."""
         module = self._modules.get(path)  # None: post-processing may still rename or retie it
-        return {(slot.kind, slot.name): slot for slot in module.slots} if module else {}
+        slots = module.slots if module else ()
+        return {slot.name: slot.tensor for slot in slots if slot.kind is not TensorKind.ATTRIBUTE}
+
+    def _bind_all(self, named: Iterable[tuple[str, torch.Tensor | None]], published: dict[str, int]) -> None:
+        for name, tensor in named:
+            index = published.get(name)
+            if tensor is None or index is None or id(tensor) in self._bound:
+                continue
+            info = self._source.manifest.tensors[index]
+            if (dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride()) == (
+                info.dtype,
+                info.shape,
+                info.stride,
+            ):
+                self._bind(tensor, index, name)
 
     @contextmanager
     def replaying(self, module: nn.Module) -> Iterator[None]:
         """While open, the module's own tensors are real, private and benign. Then they are bound."""
+        self.replayed = True
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.is_meta:
                 _replace(tensor, _benign(tensor, self._device), self._name(module))
@@ -141,7 +155,7 @@ class Restorer:
                 carrier = carriers.setdefault(want.tensor, slot.tensor)
                 if carrier is not slot.tensor or indexes.setdefault(id(slot.tensor), want.tensor) != want.tensor:
                     raise ParityError(f"{name} is not tied to the same tensors here as in the published model.")
-                self._ensure_bound(slot, want)
+                self._ensure_bound(slot.tensor, want.tensor, name)
             if wanted:
                 kind, missing = next(iter(wanted))
                 raise ParityError(f"{published.path}.{missing} ({kind.value}) was published but does not exist here.")
@@ -150,21 +164,16 @@ class Restorer:
                     number.set(published.floats[name])
         compare_structure(tree, self._source.manifest)
 
-    def _ensure_bound(self, slot: LiveSlot, want: SlotInfo) -> None:
-        index, version, _ = self._bound.get(id(slot.tensor), (-1, -1, None))
-        if index != want.tensor:
-            self._bind(slot, want)
-        elif version != slot.tensor._version:  # post-processing wrote to it, on a guess
-            slot.tensor.data.copy_(self._source.tensor(want.tensor))
+    def _ensure_bound(self, tensor: torch.Tensor, index: int, name: str) -> None:
+        bound, version, _ = self._bound.get(id(tensor), (-1, -1, None))
+        if bound != index:
+            self._bind(tensor, index, name)
+        elif version != tensor._version:  # post-processing wrote to it, on a guess
+            tensor.data.copy_(self._source.tensor(index))
 
-    def _bind_if_equal(self, slot: LiveSlot, want: SlotInfo) -> None:
-        info = self._source.manifest.tensors[want.tensor]
-        if id(slot.tensor) not in self._bound and _layout_of(slot.tensor) == (info.dtype, info.shape, info.stride):
-            self._bind(slot, want)
-
-    def _bind(self, slot: LiveSlot, want: SlotInfo) -> None:
-        _replace(slot.tensor, self._source.tensor(want.tensor), slot.name)
-        self._bound[id(slot.tensor)] = want.tensor, slot.tensor._version, slot.tensor
+    def _bind(self, tensor: torch.Tensor, index: int, name: str) -> None:
+        _replace(tensor, self._source.tensor(index), name)
+        self._bound[id(tensor)] = index, tensor._version, tensor
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
@@ -199,10 +208,6 @@ def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
         if here != published:
             return f"{what} is {here} here and {published} in the published model"
     return None
-
-
-def _layout_of(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    return dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride()
 
 
 def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
