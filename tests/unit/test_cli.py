@@ -111,10 +111,10 @@ def test_the_json_schema_is_this_one() -> None:
 
 
 def test_what_serve_does_not_know_is_passed_on_verbatim_and_in_order() -> None:
-    line = ["serve", "--device", "cpu", "org/m", "-tp", "2", "--linger-s=5", "--dtype", "float32", "--lora", '{"a": 1}']
+    line = ["serve", "--device", "cpu", "org/m", "-tp", "2", "--linger-s=5", "--log", "x", "--lora", '{"a": 1}']
     parsed, rest = main._parser().parse_known_args(line)
     assert (parsed.device, parsed.linger_s) == ("cpu", "5")
-    assert rest == ["org/m", "-tp", "2", "--dtype", "float32", "--lora", '{"a": 1}']
+    assert rest == ["org/m", "-tp", "2", "--log", "x", "--lora", '{"a": 1}']
 
 
 def test_every_setting_that_is_a_flag_is_an_option_of_serve() -> None:
