@@ -1,5 +1,34 @@
-# Recipes of the project. `make demo` and `make test` need Python 3.11 and a package index.
+# Recipes of the project. `make demo` and `make test` need Python 3.11 and a package index, nothing else.
 PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
 
-stubs: ## regenerate vllm_companion_plugin/protocol/schema.binpb and messages.py from protos/
-	$(PYTHON) tools/make_stubs.py
+.PHONY: help test lint types demo stubs docs test-gpu clean
+
+help: ## list the recipes
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml tools/make_venv.sh
+	PYTHON=$(PYTHON) tools/make_venv.sh
+
+test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+demo: $(STAMP) ## two real vLLM servers on one copy of a real model, on CPU
+	$(BIN)/python tools/demo.py
+
+stubs: $(STAMP) ## regenerate vllm_companion_plugin/protocol/schema.binpb and messages.py from protos/
+	$(BIN)/python tools/make_stubs.py
+
+test-gpu: ## the acceptance figures on a machine with a GPU and a CUDA build of vLLM
+	$(PYTHON) benchmarks/gpu_acceptance.py --out out/gpu
+
+clean: ## remove what the recipes made
+	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache

