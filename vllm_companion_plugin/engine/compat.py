@@ -101,13 +101,12 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
     A build leaves three traces: modules register themselves in the compilation config, rope
     modules in a cache of the process, and a reload would restore tensors on the build's device.
     """
-    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.model_executor.model_loader.reload import layerwise
 
     compilation = vllm_config.compilation_config
     forward_context = dict(compilation.static_forward_context)
     moe_layers = list(getattr(compilation, "static_all_moe_layers", ()))
-    ropes = dict(_ROPE_DICT)
+    ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
             with torch.device("meta"):
@@ -121,9 +120,15 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
         compilation.static_forward_context.update(forward_context)
         if hasattr(compilation, "static_all_moe_layers"):
             compilation.static_all_moe_layers[:] = moe_layers
-        for key in set(_ROPE_DICT) - set(ropes):
-            del _ROPE_DICT[key]
+        for key in set(_rope_cache()) - ropes:
+            del _rope_cache()[key]
         raise
+
+
+def _rope_cache() -> dict[Any, nn.Module]:
+    """vLLM's cache of rope modules; empty until a model imports it, which is not ours to time."""
+    module = sys.modules.get("vllm.model_executor.layers.rotary_embedding")
+    return module._ROPE_DICT if module is not None else {}
 
 
 def strategy(module: nn.Module) -> Strategy:
