@@ -1,0 +1,176 @@
+"""Capture, pack, restore: a model built on meta becomes the published one, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.errors import ArenaError, CompanionError, NotShareableError, ParityError
+from vllm_companion_plugin.module_tree import pack
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
+from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
+from vllm_companion_plugin.types import Manifest, Stage
+
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    """A helper object that holds a reference to a parameter, as kernels do."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.tile = 16
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+        self.tied = nn.Linear(8, 6)
+        self.tied.weight = self.first.weight
+        self.integers = nn.Parameter(torch.arange(6), requires_grad=False)
+        self.integers.output_dim = 0
+        self.register_buffer("cache", torch.linspace(0, 1, 5), persistent=False)
+        self.parts = [torch.ones(3), {"x": torch.zeros(2)}]
+        self.kernel = Kernel(self.first.weight)
+        self.transposed = nn.Parameter(torch.randn(4, 3).t(), requires_grad=False)
+        self.scale = 0.5
+        self.mode = "fast"
+
+
+def published(*, rebind: bool = True) -> tuple[Model, Manifest, arenas.Arena]:
+    torch.manual_seed(0)
+    model = Model()
+    packed = pack.prepare(capture(model), Stage.UNPROCESSED, arenas.MEMFD, CPU)
+    arena = pack.copy(packed, arenas.MEMFD, CPU, rebind=rebind, release=lambda: None)
+    return model, manifest_from_bytes(manifest_to_bytes(packed.manifest)), arena
+
+
+def restored(
+    manifest: Manifest, arena: arenas.Arena, *, copy: bool = False, change: Callable[[Model], object] = lambda m: None
+) -> Model:
+    with torch.device("meta"):
+        model = Model()
+    change(model)
+    restorer = Restorer(model, Source(manifest, ArenaViews(arena, CPU), CPU, copy=copy), CPU)
+    restorer.bind_early(lambda module: Strategy.HIDE)
+    restorer.finish()
+    return model
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    tree = capture(model)
+    return {tree.describe(slot): slot.tensor.detach().clone() for slot in tree.slots()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def in_arena(tensor: torch.Tensor, arena: arenas.Arena) -> bool:
+    return arena.address <= tensor.data_ptr() < arena.address + arena.info.size_bytes
+
+
+def test_packing_changes_no_value_and_rebinds_parameters() -> None:
+    torch.manual_seed(0)
+    before = values(Model())
+    model, _, arena = published()
+    assert equal(values(model), before)
+    assert all(in_arena(parameter, arena) for parameter in model.parameters())
+    assert not in_arena(model.cache, arena)
+
+
+def test_a_restored_model_equals_the_published_one_and_shares_its_memory() -> None:
+    model, manifest, arena = published()
+    other = restored(manifest, arena)
+    pairs = zip(capture(model).slots(), capture(other).slots(), strict=True)
+    for here, there in pairs:
+        assert (here.name, here.kind) == (there.name, there.kind)
+        assert torch.equal(here.tensor, there.tensor)
+        assert here.tensor.stride() == there.tensor.stride()
+    assert other.tied.weight is other.first.weight is other.kernel.weight
+    assert other.first.weight.data_ptr() == model.first.weight.data_ptr()
+    assert other.cache.data_ptr() != model.cache.data_ptr()
+    assert other.integers.output_dim == 0
+    other.cache.fill_(7)  # private: may be written
+    assert model.cache[0] == 0
+
+
+def test_a_copy_shares_nothing() -> None:
+    _, manifest, arena = published()
+    other = restored(manifest, arena, copy=True)
+    assert not any(in_arena(slot.tensor, arena) for slot in capture(other).slots())
+    assert other.tied.weight is other.first.weight
+
+
+def test_measured_floats_are_restored_by_value() -> None:
+    _, manifest, arena = published()
+    assert restored(manifest, arena, change=lambda m: setattr(m, "scale", 0.9)).scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: setattr(m, "mode", "slow"), "mode"),
+        (lambda m: setattr(m.kernel, "tile", 32), "tile"),
+        (lambda m: setattr(m, "extra", torch.zeros(1)), "extra"),
+        (lambda m: m.parts.pop(), "parts"),
+        (lambda m: setattr(m, "first", nn.Linear(8, 7)), "first"),
+        (lambda m: setattr(m.tied, "weight", nn.Parameter(torch.empty(6, 8, device="meta"))), "tied"),
+        (lambda m: setattr(m, "integers", nn.Parameter(torch.arange(6), requires_grad=False)), "integers"),
+        (lambda m: m.add_module("more", nn.Linear(1, 1)), "more|modules"),
+        (lambda m: m.eval(), "training"),
+    ],
+)
+def test_any_difference_is_refused_and_named(change: Callable[[Model], object], named: str) -> None:
+    _, manifest, arena = published()
+    with pytest.raises(ParityError, match=named):
+        restored(manifest, arena, change=change)
+
+
+def test_hidden_parameters_are_meta_and_come_back() -> None:
+    model, _, _ = published()
+    weight = model.first.weight
+    with hidden(model.first):
+        assert model.first.weight.is_meta
+    assert model.first.weight is weight
+
+
+def test_a_replayed_module_is_processed_on_benign_values_and_then_bound() -> None:
+    model, manifest, arena = published()
+    with torch.device("meta"):
+        other = Model()
+    restorer = Restorer(other, Source(manifest, ArenaViews(arena, CPU), CPU, copy=False), CPU)
+    restorer.bind_early(lambda m: Strategy.REPLAY if m is other.first else Strategy.HIDE)
+    with restorer.replaying(other.first):
+        assert torch.equal(other.first.bias, torch.ones(6))
+    restorer.finish()
+    assert other.first.bias.data_ptr() == model.first.bias.data_ptr()
+
+
+def test_a_model_on_meta_cannot_be_packed() -> None:
+    with torch.device("meta"):
+        model = Model()
+    with pytest.raises(NotShareableError, match="no data"):
+        pack.prepare(capture(model), Stage.UNPROCESSED, arenas.MEMFD, CPU)
+
+
+def test_a_failure_in_the_middle_gives_the_model_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    before = values(model)
+    packed = pack.prepare(capture(model), Stage.UNPROCESSED, arenas.MEMFD, CPU)
+
+    def no_memory(self: object) -> None:
+        raise ArenaError("no memory")
+
+    monkeypatch.setattr("vllm_companion_plugin.arena.memfd.MemfdWriter.seal", no_memory)
+    with pytest.raises(CompanionError):
+        pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
+    assert equal(values(model), before)
