@@ -1,42 +1,93 @@
-"""What every arena kind promises. CUDA arenas run the same suite where there is a GPU."""
+"""What every arena kind promises. The CUDA half runs where there is a GPU (`make test-gpu`)."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
+from tests.contract.conftest import Memory
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.arena.layout import ALIGNMENT, plan
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
 
-PAGE = 4096
+
+def duplicates(arena: arenas.Arena) -> list[int]:
+    return [os.dup(fd) for fd in arena.fds]
 
 
-def filled(content: bytes) -> arenas.Arena:
-    writer = arenas.create(arenas.MEMFD, PAGE)
-    source = ctypes.create_string_buffer(content, len(content))
-    writer.add_block(PAGE)
-    writer.write(0, ctypes.addressof(source), len(content))
-    return writer.seal()
-
-
-def test_a_second_mapping_reads_what_was_written() -> None:
-    first = filled(b"weights")
-    second = arenas.open_arena(first.info, [os.dup(fd) for fd in first.fds])
-    assert ctypes.string_at(second.address, 7) == b"weights"
+def test_a_second_mapping_reads_what_was_written(memory: Memory) -> None:
+    first = memory.filled(b"weights", b"and more")
+    second = arenas.open_arena(first.info, duplicates(first), memory.index)
+    assert memory.read(second, 0, 7) == b"weights"
     first.close()
-    assert ctypes.string_at(second.address, 7) == b"weights"
+    assert memory.read(second, memory.page, 8) == b"and more"
     second.close()
 
 
-def test_nobody_can_write_to_a_sealed_arena() -> None:
-    arena = filled(b"weights")
+READER = """
+import socket, sys
+from tests.contract.conftest import Memory
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.types import ArenaInfo
+memory = Memory(sys.argv[1])
+end = socket.socket(fileno=int(sys.argv[2]))
+_, fds, _, _ = socket.recv_fds(end, 1, 8)
+print("got", flush=True)
+sys.stdin.readline()  # the writer is gone now
+arena = arenas.open_arena(ArenaInfo(memory.kind, tuple(map(int, sys.argv[3:]))), fds, memory.index)
+print(memory.read(arena, 0, 7).decode())
+"""
+
+WRITER = """
+import socket, sys
+from tests.contract.conftest import Memory
+memory = Memory(sys.argv[1])
+arena = memory.filled(b"weights")
+socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b"x"], list(arena.fds))
+print("sent", flush=True)
+sys.stdin.read()
+"""
+
+
+def child(code: str, *arguments: str, fd: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=[fd],
+    )
+
+
+def test_memory_outlives_its_writer_and_is_mapped_by_who_holds_the_descriptor(memory: Memory) -> None:
+    ends = socket.socketpair()
+    writer = child(WRITER, memory.kind, str(ends[0].fileno()), fd=ends[0].fileno())
+    blocks = [str(memory.page)]
+    reader = child(READER, memory.kind, str(ends[1].fileno()), *blocks, fd=ends[1].fileno())
+    try:
+        assert writer.stdout is not None
+        assert reader.stdout is not None
+        assert writer.stdout.readline() == "sent\n"
+        assert reader.stdout.readline() == "got\n"
+        writer.kill()
+        writer.wait()
+        assert reader.communicate("\n", timeout=60)[0] == "weights\n"
+    finally:
+        for process in (writer, reader):
+            process.kill()
+            process.communicate()
+        for end in ends:
+            end.close()
+
+
+def test_nobody_can_write_to_a_sealed_memfd() -> None:
+    arena = Memory(arenas.MEMFD).filled(b"weights")
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.pwrite(arena.fds[0], b"x", 0)
     again = os.open(f"/proc/self/fd/{arena.fds[0]}", os.O_RDWR)
@@ -46,49 +97,117 @@ def test_nobody_can_write_to_a_sealed_arena() -> None:
     arena.close()
 
 
+WRITE_TO_HOST = """
+import ctypes
+from tests.contract.conftest import Memory
+arena = Memory('memfd').filled(b'weights')
+ctypes.memmove(arena.address, b'x', 1)
+"""
+
+WRITE_TO_DEVICE = """
+import sys, torch
+from tests.contract.conftest import Memory
+from vllm_companion_plugin.module_tree.views import ArenaViews
+memory = Memory('cuda_vmm')
+arena = memory.filled(b'weights')
+view = ArenaViews(arena, torch.device('cuda', 0)).bytes_at(0, 7)
+assert bytes(view.cpu().numpy()) == b'weights'
+view.fill_(0)
+try:
+    torch.cuda.synchronize()
+except Exception as error:
+    sys.exit(41)
+"""
+
+
 def test_a_write_through_the_mapping_kills_the_writer_alone() -> None:
-    code = (
-        "import ctypes\n"
-        "from tests.contract.test_arena import filled\n"
-        "arena = filled(b'weights')\n"
-        "ctypes.memmove(arena.address, b'x', 1)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == -signal.SIGSEGV
+    code = subprocess.run([sys.executable, "-c", WRITE_TO_HOST], timeout=30).returncode
+    assert code == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize(
-    "info", [ArenaInfo("memfd", (PAGE * 2,)), ArenaInfo("memfd", (PAGE, PAGE)), ArenaInfo("tape", (PAGE,))]
-)
-def test_a_wrong_description_is_refused_and_closes_nothing_twice(info: ArenaInfo) -> None:
-    arena = filled(b"weights")
+@pytest.mark.gpu
+def test_a_kernel_that_writes_through_the_mapping_faults_its_process_alone() -> None:
+    mine = Memory(arenas.CUDA_VMM).filled(b"weights")
+    result = subprocess.run([sys.executable, "-c", WRITE_TO_DEVICE], timeout=100)
+    assert result.returncode != 0
+    assert result.returncode == 41 or result.returncode < 0
+    assert Memory(arenas.CUDA_VMM).read(mine, 0, 7) == b"weights"
+    mine.close()
+
+
+@pytest.mark.parametrize("wrong", ["larger", "more blocks", "no such kind"])
+def test_a_wrong_description_is_refused_and_closes_nothing_twice(memory: Memory, wrong: str) -> None:
+    page = memory.page
+    infos = {
+        "larger": ArenaInfo(memory.kind, (page * 2,)),
+        "more blocks": ArenaInfo(memory.kind, (page, page)),
+        "no such kind": ArenaInfo("tape", (page,)),
+    }
+    arena = memory.filled(b"weights")
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ArenaError):
-        arenas.open_arena(info, [os.dup(fd) for fd in arena.fds])
-    assert ctypes.string_at(arena.address, 7) == b"weights"
+        arenas.open_arena(infos[wrong], duplicates(arena), memory.index)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert memory.read(arena, 0, 7) == b"weights"
     arena.close()
+
+
+def test_a_descriptor_of_something_else_is_refused(memory: Memory) -> None:
+    with pytest.raises(ArenaError):
+        arenas.open_arena(ArenaInfo(memory.kind, (memory.page,)), [os.open("/dev/null", os.O_RDONLY)], memory.index)
 
 
 def test_an_unsealed_memfd_is_refused() -> None:
     fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, PAGE)
+    os.ftruncate(fd, 4096)
     with pytest.raises(ArenaError, match="not sealed"):
-        arenas.open_arena(ArenaInfo("memfd", (PAGE,)), [fd])
+        arenas.open_arena(ArenaInfo("memfd", (4096,)), [fd])
 
 
-def test_closing_and_aborting_return_every_descriptor() -> None:
+def test_more_blocks_than_were_reserved_are_refused(memory: Memory) -> None:
+    writer = arenas.create(memory.kind, memory.page, memory.index)
+    writer.add_block(memory.page)
+    with pytest.raises(ArenaError, match="exceed"):
+        writer.add_block(memory.page)
+    writer.abort()
+
+
+def test_closing_and_aborting_return_every_descriptor(memory: Memory) -> None:
+    memory.filled(b"weights").close()  # what the driver opens once, it keeps
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        arena = filled(b"weights")
+        arena = memory.filled(b"weights")
         arena.close()
         arena.close()
-        writer = arenas.create(arenas.MEMFD, PAGE)
+        writer = arenas.create(memory.kind, memory.page, memory.index)
+        writer.add_block(memory.page)
         writer.abort()
         writer.abort()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.gpu
+def test_closing_and_aborting_return_all_device_memory() -> None:
+    import torch
+
+    memory = Memory(arenas.CUDA_VMM)
+    memory.filled(b"weights").close()
+    before = torch.cuda.mem_get_info()[0]
+    for _ in range(20):
+        arena = memory.filled(b"weights", b"and more")
+        again = arenas.open_arena(arena.info, duplicates(arena), memory.index)
+        arena.close()
+        again.close()
+        writer = arenas.create(memory.kind, memory.page, memory.index)
+        writer.add_block(memory.page)
+        writer.abort()
+    assert torch.cuda.mem_get_info()[0] == before
+
+
 def test_storages_do_not_overlap_keep_their_alignment_and_fill_bounded_chunks() -> None:
+    page = 4096
     sizes, misalignments = [100, 5000, 1, 70000, 300], [0, 256, 3, 0, 511]
-    layout = plan(sizes, misalignments, PAGE, chunk_bytes=8192)
+    layout = plan(sizes, misalignments, page, chunk_bytes=8192)
     ends = 0
     for size, misalignment, offset in zip(sizes, misalignments, layout.offsets, strict=True):
         assert offset >= ends
@@ -96,6 +215,6 @@ def test_storages_do_not_overlap_keep_their_alignment_and_fill_bounded_chunks() 
         ends = offset + size
     assert layout.size_bytes >= ends
     for chunk in layout.chunks:
-        assert chunk.size_bytes % PAGE == 0
+        assert chunk.size_bytes % page == 0
         assert chunk.size_bytes <= 8192 or chunk.last - chunk.first == 1
     assert sum(chunk.size_bytes for chunk in layout.chunks) == layout.size_bytes

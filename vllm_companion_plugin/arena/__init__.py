@@ -8,6 +8,7 @@ protocols below, so everything but the driver calls runs anywhere.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -97,14 +98,20 @@ def open_arena(info: ArenaInfo, fds: Sequence[int], device_index: int | None = N
     Raises:
         ArenaError: the descriptors are not what `info` says, or cannot be mapped.
     """
-    if info.kind == CUDA_VMM:
-        from vllm_companion_plugin.arena import cuda_vmm
+    try:
+        if info.kind == CUDA_VMM:
+            from vllm_companion_plugin.arena import cuda_vmm
 
-        return cuda_vmm.CudaVmmArena(info, fds, _device(device_index))
-    from vllm_companion_plugin.arena import memfd
+            device = _device(device_index)
+        else:
+            from vllm_companion_plugin.arena import memfd
 
-    _require_memfd(info.kind)
-    return memfd.MemfdArena(info, fds)
+            _require_memfd(info.kind)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return cuda_vmm.CudaVmmArena(info, fds, device) if info.kind == CUDA_VMM else memfd.MemfdArena(info, fds)
 
 
 def _device(device_index: int | None) -> int:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 ALIGNMENT = 512
 """At least what CUDA allocations guarantee, so that no kernel sees a worse address than before."""
 
-CHUNK_BYTES = 1 << 30
-"""Upper bound of a chunk, unless one storage alone is larger: the extra memory of packing."""
+CHUNK_BYTES = 960 << 20
+"""Upper bound of a chunk, unless one storage alone is larger. Below 1 GiB, so that with what torch cannot
+return of partly used segments the extra memory of packing stays below it."""
 
 
 @dataclass(frozen=True)
