@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: help test lint types demo stubs docs test-gpu clean
+.PHONY: help test lint types demo stubs test-gpu clean
 
 help: ## list the recipes
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,7 +27,8 @@ demo: $(STAMP) ## two real vLLM servers on one copy of a real model, on CPU
 stubs: $(STAMP) ## regenerate vllm_companion_plugin/protocol/schema.binpb and messages.py from protos/
 	$(BIN)/python tools/make_stubs.py
 
-test-gpu: ## the acceptance figures on a machine with a GPU and a CUDA build of vLLM
+test-gpu: ## tests and acceptance figures on a machine with a GPU and a CUDA build of vLLM
+	$(PYTHON) -m pytest -q -m gpu tests/contract tests/gpu
 	$(PYTHON) benchmarks/gpu_acceptance.py --out out/gpu
 
 clean: ## remove what the recipes made

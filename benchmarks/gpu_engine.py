@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--utilization", type=float, default=0.5)
     parser.add_argument("--kv-gib", type=float)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--stay", action="store_true")
     args = parser.parse_args()
 
@@ -112,6 +113,8 @@ def main() -> None:
         enforce_eager=args.eager,
         quantization=args.quantization,
         max_model_len=2048,
+        max_num_batched_tokens=args.batch,
+        max_num_seqs=16 if args.batch else None,
         gpu_memory_utilization=args.utilization,
         kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
         compilation_config=None if args.eager else {"cudagraph_capture_sizes": [1, 8, 16]},

@@ -50,5 +50,3 @@ class Memory:
 @pytest.fixture(params=[arenas.MEMFD, pytest.param(arenas.CUDA_VMM, marks=pytest.mark.gpu)])
 def memory(request: pytest.FixtureRequest) -> Memory:
     return Memory(request.param)
-
-

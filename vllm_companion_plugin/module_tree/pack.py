@@ -97,7 +97,9 @@ def survey(tree: Tree, device: torch.device) -> Packing:
         storage.private &= private[index]
         placed.append(storage)
 
-    storages = list(by_storage.values())
+    # Largest first: a tensor larger than a chunk is copied while nothing is lost yet to partly used
+    # segments of torch's allocator, and the small tensors that share such segments go together.
+    storages = sorted(by_storage.values(), key=lambda storage: storage.start - storage.stop)
     number = {id(storage): position for position, storage in enumerate(storages)}
     infos = [
         _describe(tensor, storage, number[id(storage)] if storage else -1)

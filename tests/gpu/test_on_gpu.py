@@ -1,0 +1,174 @@
+"""What only a GPU can show, besides the arenas' contract and real engines (benchmarks/)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from tests.process.conftest import KEY, Place, alive, place, until
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.arena.layout import CHUNK_BYTES
+from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.types import Stage
+
+__all__ = ["place"]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+
+GIB = 1 << 30
+
+
+def cli(place: Place, *arguments: str) -> subprocess.CompletedProcess[str]:
+    process = place.run("-m", "vllm_companion_plugin.cli.main", *arguments)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def uuid() -> str:
+    return CompanionClient().device
+
+
+def listening(place: Place, device: str) -> bool:
+    try:
+        with connect(device, place.settings, spawn=False) as connection:
+            return connection.status().device == device
+    except CompanionError:
+        return False
+
+
+@pytest.fixture
+def served(place: Place) -> Iterator[subprocess.Popen[str]]:
+    """`vllm-companion serve --device 0`, answering."""
+    process = place.run("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "0")
+    until(lambda: listening(place, uuid()), 60, "the companion of GPU 0 answers")
+    yield process
+    process.terminate()
+    process.wait(5)
+
+
+def test_serve_names_the_gpu_by_its_uuid_and_ends_with_its_companion(
+    place: Place, served: subprocess.Popen[str]
+) -> None:
+    (status,) = json.loads(cli(place, "status", "--json").stdout)
+    assert status["device"] == uuid()
+    assert uuid().startswith("GPU-")
+    served.terminate()
+    assert served.wait(3) == 0
+    until(lambda: not alive(status["pid"]), 3, "the companion is gone")
+
+
+@pytest.mark.parametrize("device", [None, "all", "uuid"])
+def test_serve_finds_the_gpus_by_itself(place: Place, device: str | None) -> None:
+    named = [] if device is None else ["--device", uuid() if device == "uuid" else device]
+    process = place.run("-m", "vllm_companion_plugin.cli.main", "serve", *named)
+    until(lambda: listening(place, uuid()), 60, "the companion of the GPU answers")
+    process.terminate()
+    assert process.wait(5) == 0
+
+
+def test_a_gpu_that_is_not_there_is_refused(place: Place) -> None:
+    result = cli(place, "serve", "--device", "99")
+    assert result.returncode == 1
+    assert "99" in result.stderr
+
+
+def test_doctor_finds_that_the_gpu_shares_memory(place: Place) -> None:
+    result = cli(place, "doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert checks[f"GPU {uuid()}"]["level"] == "ok"
+    assert [check for check in checks.values() if check["level"] == "FAIL"] == []
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 16, dtype=torch.bfloat16)
+        self.head = nn.Linear(16, 64, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+        self.turned = nn.Parameter(torch.randn(6, 3).t())
+        self.scale = nn.Parameter(torch.randn(8).to(torch.float8_e4m3fn), requires_grad=False)
+        self.register_buffer("steps", torch.arange(5))
+
+
+READER = """
+import json, sys
+from vllm_companion_plugin import CompanionClient
+import torch
+with CompanionClient().attach("test/model") as weights:
+    tensors = {n: t.cpu().view(torch.uint8).flatten().tolist() if t.is_contiguous() else t.cpu().tolist()
+               for n, t in weights.tensors.items()}
+    print(json.dumps({"device": str(weights.tensors["embed.weight"].device), "tensors": tensors}))
+"""
+
+
+def test_another_process_maps_the_tensors_of_a_model_by_device_alone(
+    place: Place, served: subprocess.Popen[str]
+) -> None:
+    model = Small().cuda()
+    device = torch.device("cuda", 0)
+    with connect(uuid(), place.settings, spawn=False) as connection:
+        outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+        assert isinstance(outcome, Granted)
+        packed = prepare(capture(model), Stage.PROCESSED, arenas.CUDA_VMM, device)
+        arena = copy(packed, arenas.CUDA_VMM, device, rebind=True, release=torch.cuda.empty_cache)
+        outcome.publication.publish(arena.info, arena.fds, manifest_to_bytes(packed.manifest), 5)
+        reader = place.run("-c", READER)
+        out, err = reader.communicate(timeout=120)
+        assert reader.returncode == 0, err
+    read = json.loads(out)
+    assert read["device"] == "cuda:0"
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    assert read["tensors"].keys() == named.keys()
+    for name, tensor in named.items():
+        host = tensor.detach().cpu()
+        wanted = host.view(torch.uint8).flatten().tolist() if host.is_contiguous() else host.tolist()
+        assert read["tensors"][name] == wanted, name
+
+
+FULL = """
+import json, torch
+from torch import nn
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.types import Stage
+device = torch.device("cuda", 0)
+free, total = torch.cuda.mem_get_info()
+each = 240 << 20
+model = nn.ParameterList(
+    nn.Parameter(torch.full((each // 2,), i % 100, dtype=torch.bfloat16, device=device), requires_grad=False)
+    for i in range(int(0.85 * total) // each)
+)
+lowest = before = torch.cuda.mem_get_info()[0]
+def release():
+    global lowest
+    lowest = min(lowest, torch.cuda.mem_get_info()[0])
+    torch.cuda.empty_cache()
+packed = prepare(capture(model), Stage.PROCESSED, arenas.CUDA_VMM, device)
+arena = copy(packed, arenas.CUDA_VMM, device, rebind=True, release=release)
+right = all(bool((p == i % 100).all()) and arena.address <= p.data_ptr() for i, p in enumerate(model))
+print(json.dumps({"weights": arena.info.size_bytes, "total": total, "extra": before - lowest, "right": right}))
+"""
+
+
+def test_a_model_that_fills_85_percent_of_the_gpu_is_packed() -> None:
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", FULL], text=True, capture_output=True, timeout=170)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    print(figures, f"{time.monotonic() - started:.1f} s")
+    assert figures["right"]
+    assert figures["weights"] > 0.84 * figures["total"]
+    assert figures["extra"] <= GIB
+    assert figures["extra"] >= CHUNK_BYTES // 2
