@@ -60,6 +60,7 @@ class Place:
 
     def __init__(self, root: str) -> None:
         self.settings: Settings = resolve({"runtime_dir": f"{root}/r", "linger_s": 60, "spawn_timeout_s": 20})
+        self.environment: dict[str, str] = {**os.environ, **to_environment(self.settings)}
         self.processes: list[subprocess.Popen[str]] = []
 
     @property
@@ -80,7 +81,7 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **to_environment(self.settings)},
+            env=self.environment,
         )
         self.processes.append(process)
         return process

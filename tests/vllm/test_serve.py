@@ -1,0 +1,65 @@
+"""`vllm-companion serve MODEL`: the weights are there before any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import Place, alive, until
+from tests.vllm.conftest import Engine
+from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.settings import to_environment
+from vllm_companion_plugin.types import EntryState
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+def ready_ranks(place: Place) -> list[str]:
+    try:
+        with connect("cpu", place.settings, spawn=False) as connection:
+            entries = connection.status().entries
+    except CompanionError:
+        return []
+    return sorted(entry.key.rank for entry in entries if entry.state is EntryState.READY)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks"),
+    [
+        ({}, ["single"]),
+        ({"tensor_parallel_size": 2}, ["tp0/2", "tp1/2"]),
+        ({"pipeline_parallel_size": 2}, ["pp0/2", "pp1/2"]),
+    ],
+    ids=["single", "tp2", "pp2"],
+)
+def test_an_engine_attaches_to_what_serve_loaded(
+    parallel: dict[str, int],
+    ranks: list[str],
+    start_engine: Callable[..., Engine],
+    place: Place,
+    tiny_llama: Path,
+    engine_environment: dict[str, str],
+) -> None:
+    flags = [part for name, size in parallel.items() for part in (f"--{name.replace('_', '-')}", str(size))]
+    place.environment = engine_environment | to_environment(place.settings)
+    serve = place.run(
+        *("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu", str(tiny_llama)),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"),
+        *flags,
+    )
+    until(lambda: serve.poll() is not None or ready_ranks(place) == ranks, 200, f"{ranks} are published")
+    assert serve.poll() is None, serve.communicate()
+    engine = start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, **parallel)
+    engine.result()
+    assert engine.output().count("Attached to") == len(ranks)
+    assert "Loading weights took" not in engine.output()
+
+    companion = place.companion_pid()
+    serve.terminate()
+    out, err = serve.communicate(timeout=10)
+    assert serve.returncode == 0, err
+    assert f"cpu holds {tiny_llama} ({ranks[0]})" in out
+    until(lambda: not alive(companion), 2, "the companion ends with serve")
