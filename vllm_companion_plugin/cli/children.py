@@ -113,6 +113,23 @@ class Child:
             raise from_code(code, message)
 
 
+def run_to_end(command: list[str], environment: dict[str, str], signals: Signals, stdout: int | None = None) -> int:
+    """Run a process that starts others, and end all of them with it. Its status.
+
+    Raises:
+        Stopped: a signal asked us to end; nothing of it is left.
+    """
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=stdout, env=environment, start_new_session=True
+    )
+    try:
+        while process.poll() is None:
+            signals.wait()
+    finally:
+        end([process], whole_group=True)
+    return process.returncode
+
+
 def end(processes: list[subprocess.Popen[bytes]], *, whole_group: bool = False) -> None:
     """End these processes and collect them, within `TERMINATE_S` or by force.
 

@@ -22,6 +22,7 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus
 
 STOP_TIMEOUT_S = 5.0
@@ -111,6 +112,13 @@ def stop(parsed: argparse.Namespace) -> int:
         for connection in connections:
             _stop(connection)
     return 0
+
+
+def stop_all(settings: Settings) -> None:
+    """End every companion of this runtime directory, without a word."""
+    with running(settings, None) as connections:
+        for connection in connections:
+            _wait_gone(connection.device, connection.shutdown())
 
 
 def _stop(connection: CompanionConnection) -> None:

@@ -1,7 +1,8 @@
 """`vllm-companion`: parses the command line, and turns errors into one line and a status.
 
-Exit status: 0 as asked, 1 an error (or a failed check of `doctor`), 2 a wrong command line,
-130 Ctrl-C. Neither torch nor vLLM is imported; what needs them runs as a process of its own.
+Exit status: 0 as asked, 1 an error (or a failed check of `doctor` or `verify`), 2 a wrong command line,
+3 a model that is not shared (`verify`), 130 Ctrl-C. Neither torch nor vLLM is imported; what needs
+them runs as a process of its own.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         from vllm_companion_plugin.cli import doctor
 
         return doctor.main(parsed)
-    from vllm_companion_plugin.cli import look, serve
+    from vllm_companion_plugin.cli import look, serve, verify
 
     if parsed.command == "serve":
         return serve.serve(parsed, rest)
+    if parsed.command == "verify":
+        return verify.main(parsed, rest)
     _refuse(parser, rest)
     commands = {"status": look.status, "watch": look.watch, "unload": look.unload, "stop": look.stop}
     return commands[parsed.command](parsed)
@@ -63,9 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, *settings: str, usage: str | None = None) -> argparse.ArgumentParser:
         # No abbreviations: --li could be a flag of vLLM that is to be passed on.
         made = commands.add_parser(name, help=help, description=help, usage=usage, allow_abbrev=False)
-        if name != "doctor":
+        if name not in ("doctor", "verify"):
             made.add_argument("--device", help=_DEVICE_HELP)
-        add_settings(made, "runtime_dir", *settings)
+        if name != "verify":
+            add_settings(made, "runtime_dir", *settings)
         return made
 
     command(
@@ -83,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     unload.add_argument("--force", action="store_true", help="also while engines are attached")
     unload.add_argument("--all", action="store_true", help="every model")
     command("stop", "End companions; attached engines keep serving.")
+    command(
+        "verify",
+        "Prove that MODEL with these flags is the same through a companion as without: every tensor byte for byte, "
+        "every module, and the answers to prompts. Starts three engines, one after the other, and a companion of its "
+        "own. Status 0: equal, 1: different, 3: not shared, with the reason.",
+        usage="vllm-companion verify MODEL [--json] [flags of vLLM]",
+    ).add_argument("--json", action="store_true")
     command("doctor", "Check this installation, and say how to mend it.").add_argument("--json", action="store_true")
     return parser
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 
 from vllm_companion_plugin.cli import table
-from vllm_companion_plugin.cli.children import Child, Signals, Stopped, end
+from vllm_companion_plugin.cli.children import Child, Signals, Stopped, end, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import connect
@@ -92,20 +91,11 @@ def _environment(named: str | None, devices: list[str], settings: Settings) -> d
 def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Signals) -> None:
     """Load `model` as an engine would, in a process of its own, and wait for it."""
     print(f"Loading {model} ...", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm_companion_plugin.engine.warm", model, *flags],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,  # its workers are ended with it
-    )
-    try:
-        while process.poll() is None:
-            signals.wait()
-    finally:
-        end([process], whole_group=True)
-    if process.returncode != 0:
+    command = [sys.executable, "-m", "vllm_companion_plugin.engine.warm", model, *flags]
+    status = run_to_end(command, environment, signals)
+    if status != 0:
         raise CompanionUnavailableError(
-            f"{model} was not loaded: vLLM ended with status {process.returncode}; see its lines above."
+            f"{model} was not loaded: vLLM ended with status {status}; see its lines above."
         )
 
 

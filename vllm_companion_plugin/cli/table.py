@@ -25,12 +25,18 @@ def to_text(statuses: Sequence[CompanionStatus], now: float) -> str:
     for status in statuses:
         for entry in status.entries or (None,):
             rows.append(_row(status, entry, now))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    return columns(rows)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows below each other, the first one the headings; numbers to the right."""
+    headings = rows[0]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
     lines = []
     for row in rows:
         cells = (
             cell.rjust(width) if heading in _RIGHT else cell.ljust(width)
-            for heading, cell, width in zip(HEADINGS, row, widths, strict=True)
+            for heading, cell, width in zip(headings, row, widths, strict=True)
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.collector import collector_paused
-from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
@@ -56,11 +56,12 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         raise NotShareableError(
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
         ) from error
-    if restorer.replayed and device.type == "cuda":
+    if restorer.ways[Strategy.REPLAY] and device.type == "cuda":
         torch.cuda.empty_cache()
     finished = time.perf_counter()
+    ways = {way.value: count for way, count in restorer.ways.items()}
     logger.info(
-        "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): %.2f GiB, %d tensors, generation %d",
+        "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): %.2f GiB, %d tensors, generation %d%s",
         "Copied" if copy else "Attached to",
         "single-rank" if decision.key.rank == "single" else decision.key.rank,
         decision.key.model,
@@ -70,6 +71,17 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         decision.arena.info.size_bytes / 2**30,
         len(decision.manifest.tensors),
         decision.ready.generation,
+        "".join(f", {count} modules by {way}" for way, count in ways.items()),
+    )
+    session.outcomes.append(
+        session.Outcome(
+            "copied" if copy else "attached",
+            decision.key.model,
+            decision.key.rank,
+            size_bytes=decision.arena.info.size_bytes,
+            seconds=decision.seconds + finished - started,
+            ways=ways,
+        )
     )
     return model.eval()
 
@@ -80,7 +92,7 @@ def around_restore(restorer: Restorer) -> Callable[[nn.Module], AbstractContextM
     @contextmanager
     def around(module: nn.Module) -> Iterator[None]:
         if compat.strategy(module) is Strategy.HIDE:
-            with hidden(module):
+            with restorer.hiding(module):
                 yield
             return
         compat.end_online_loading(module)

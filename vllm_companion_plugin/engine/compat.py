@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import vllm
 from torch import nn
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
@@ -123,6 +124,25 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
         for key in set(_rope_cache()) - ropes:
             del _rope_cache()[key]
         raise
+
+
+@contextmanager
+def second_model(vllm_config: Any, model_config: Any, device: torch.device) -> Iterator[nn.Module]:
+    """Another, empty model of an engine that has one already and keeps it."""
+    compilation = vllm_config.compilation_config
+    layers, moe_layers = compilation.static_forward_context, getattr(compilation, "static_all_moe_layers", [])
+    kept, kept_moe = dict(layers), list(moe_layers)
+    layers.clear()
+    moe_layers.clear()
+    try:
+        with set_current_vllm_config(vllm_config), set_default_torch_dtype(model_config.dtype):
+            with device:
+                model = initialize_model(vllm_config=vllm_config, model_config=model_config)
+            yield model
+    finally:
+        layers.clear()
+        layers.update(kept)
+        moe_layers[:] = kept_moe
 
 
 def _rope_cache() -> dict[Any, nn.Module]:

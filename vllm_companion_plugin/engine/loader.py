@@ -73,7 +73,7 @@ class CompanionModelLoader(BaseModelLoader):
                 raise
             session.keep(decision)
             return model
-        logger.warning("Weights of %s are not shared: %s", model_config.model, decision.reason)
+        session.not_shared(model_config.model, decision.reason)
         alone: nn.Module = self._source().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return alone
 

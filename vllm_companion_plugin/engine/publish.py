@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.collector import collector_paused
+from vllm_companion_plugin.engine import session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
@@ -113,8 +114,10 @@ class _Publisher:
 
     def finish(self) -> None:
         """Account for a model that was loaded but not published."""
-        if self.published:
+        if self.published and self._arena is not None:
             self._decision.election.release()
+            key, size_bytes = self._decision.key, self._arena.info.size_bytes
+            session.outcomes.append(session.Outcome("published", key.model, key.rank, size_bytes=size_bytes))
             return
         reason = self._reason or NotShareableError(
             f"source format {self._settings.source_format!r} loads in a way that cannot be shared on this device"
@@ -123,7 +126,7 @@ class _Publisher:
         self._decision.close()
         if not self._settings.fallback:
             raise reason
-        logger.warning("Weights of %s are not shared: %s", self._decision.key.model, reason)
+        session.not_shared(self._decision.key.model, str(reason))
 
 
 def _release(device: torch.device) -> Any:

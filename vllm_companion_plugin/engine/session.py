@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm.logger import init_logger
@@ -72,11 +73,40 @@ class Alone:
 
 Decision = Attach | Load | Alone
 
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model in this process.
+
+    Attributes:
+        what: "attached", "copied", "published" or "alone".
+        model: as the engine names it.
+        rank: as in its key; empty if alone.
+        reason: why it is alone; empty if it is not.
+        size_bytes: of the arena, 0 if alone.
+        seconds: from the decision's question to the finished model; of an attached one.
+        ways: modules by the way in which their post-processing was run.
+    """
+
+    what: str
+    model: str
+    rank: str = ""
+    reason: str = ""
+    size_bytes: int = 0
+    seconds: float = 0.0
+    ways: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 # By id of the model config, which lives as long as the process.
 _decisions: dict[int, Decision] = {}
 _connections: dict[str, CompanionConnection] = {}
 # What this process maps or published; dropped only by the end of the process.
 _kept: list[Attach | Load] = []
+outcomes: list[Outcome] = []
+"""Of every model loaded in this process, in order."""
 
 
 def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
@@ -105,6 +135,12 @@ def forget(model_config: Any) -> None:
 def keep(decision: Attach | Load) -> None:
     """Hold lease and memory until the process ends."""
     _kept.append(decision)
+
+
+def not_shared(model: str, reason: str) -> None:
+    """This engine has weights of its own, and says why."""
+    logger.warning("Weights of %s are not shared: %s", model, reason)
+    outcomes.append(Outcome("alone", model, reason=reason))
 
 
 def external_bytes(vllm_config: Any, settings: Settings) -> int:

@@ -16,6 +16,7 @@ raises before the model is used.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -77,14 +78,14 @@ class Restorer:
     """Binds one model to one published manifest.
 
     Attributes:
-        replayed: some module was replayed, so freed memory of it may be in torch's cache.
+        ways: modules whose post-processing ran, by strategy.
     """
 
     def __init__(self, model: nn.Module, source: Source, device: torch.device) -> None:
         self._model = model
         self._source = source
         self._device = device
-        self.replayed = False
+        self.ways: Counter[Strategy] = Counter()
         self._modules = {module.path: module for module in source.manifest.modules}
         self._paths: dict[int, str] = {}
         # By id of the tensor object: its index, the version it was bound at, and the object itself,
@@ -124,9 +125,16 @@ class Restorer:
                 self._bind(tensor, index, name)
 
     @contextmanager
+    def hiding(self, module: nn.Module) -> Iterator[None]:
+        """While open, the module's own parameters, bound already, stand aside."""
+        self.ways[Strategy.HIDE] += 1
+        with hidden(module):
+            yield
+
+    @contextmanager
     def replaying(self, module: nn.Module) -> Iterator[None]:
         """While open, the module's own tensors are real, private and benign. Then they are bound."""
-        self.replayed = True
+        self.ways[Strategy.REPLAY] += 1
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.is_meta:
                 _replace(tensor, _benign(tensor, self._device), self._name(module))

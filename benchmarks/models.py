@@ -1,0 +1,846 @@
+"""Checkpoints with random weights for a matrix of vLLM models, quantizations and speculative methods.
+
+`make(name, path)` writes one: real layer shapes with few layers, or `tiny=True` for a CPU. Nothing is downloaded,
+and neither vLLM nor transformers is imported: names and shapes are those of published checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+Config = dict[str, Any]
+MARKER = ".complete"
+GROUP = 128
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[Path, bool], None]
+    flags: dict[str, object] = field(default_factory=dict)
+    kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
+    on_cpu: bool = False
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """A quantized checkpoint format: how one linear layer is stored, and what config.json says of it."""
+
+    put: Callable[[Weights, str, int, int], None]
+    config: Config
+    ignore_key: str | None = None  # where config.json lists the modules that stay unquantized
+
+
+class Weights:
+    """The tensors of one checkpoint, drawn from a generator seeded by the case's name."""
+
+    def __init__(self, seed: str, tiny: bool, quant: Quant | None = None) -> None:
+        self.device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.generator = torch.Generator(self.device).manual_seed(zlib.crc32(seed.encode()))
+        self.quant = quant
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.unquantized: list[str] = []
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.tensors:
+            raise ValueError(f"{name} written twice")
+        self.tensors[name] = tensor.contiguous()
+
+    def draw(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device) * std
+
+    def uniform(self, *shape: int, low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device) * (high - low) + low
+
+    def bits(self, *shape: int) -> torch.Tensor:
+        """Random int32: eight nibbles each, uniform over 0..15."""
+        return torch.randint(-(2**31), 2**31, shape, generator=self.generator, device=self.device, dtype=torch.int32)
+
+    def octets(self, *shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
+
+    def normal(self, name: str, *shape: int, std: float = 0.02, dtype: torch.dtype | None = None) -> None:
+        self.put(name, self.draw(*shape, std=std).to(dtype or self.dtype))
+
+    def norm(self, name: str, size: int, *, bias: bool = False, centre: float = 1.0) -> None:
+        self.put(f"{name}.weight", (self.draw(size, std=0.1) + centre).to(self.dtype))
+        if bias:
+            self.normal(f"{name}.bias", size)
+
+    def linear(self, name: str, out: int, inner: int, *, bias: bool = False, quantize: bool = True) -> None:
+        """A linear layer whose output is about as large as its input, so that each layer moves the result."""
+        if self.quant is not None and quantize:
+            self.quant.put(self, name, out, inner)
+        else:
+            self.normal(f"{name}.weight", out, inner, std=inner**-0.5)
+            self.unquantized.append(name)
+        if bias:
+            self.normal(f"{name}.bias", out, std=0.05)
+
+    def save(self, path: Path, config: Config) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        # The metadata says the tensors are PyTorch's, without which transformers refuses the file.
+        save_file(self.tensors, path / "model.safetensors", metadata={"format": "pt"})
+        config = {"dtype": str(self.dtype).removeprefix("torch."), **config}
+        config["torch_dtype"] = config["dtype"]  # transformers 4 knows only this name
+        if self.quant is not None:
+            config["quantization_config"] = dict(self.quant.config)
+            if self.quant.ignore_key:
+                config["quantization_config"][self.quant.ignore_key] = self.unquantized
+        write_json(path / "config.json", config)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# Formats ------------------------------------------------------------------------------------------------------------
+
+
+def to_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def put_fp8_tensor(weights: Weights, name: str, out: int, inner: int) -> None:
+    weight = weights.draw(out, inner, std=inner**-0.5)
+    scale = weight.abs().max() / FP8_MAX
+    weights.put(f"{name}.weight", to_fp8(weight, scale))
+    weights.put(f"{name}.weight_scale", scale)
+    # Activations come from a norm or a gated product: 16 is far above what they reach.
+    weights.put(f"{name}.input_scale", torch.full_like(scale, 16.0 / FP8_MAX))
+
+
+def put_fp8_block(weights: Weights, name: str, out: int, inner: int) -> None:
+    rows, columns = -(-out // BLOCK), -(-inner // BLOCK)
+    scale = weights.uniform(rows, columns, low=0.8, high=1.2) * (inner**-0.5 * 5 / FP8_MAX)
+    full = scale.repeat_interleave(BLOCK, 0)[:out].repeat_interleave(BLOCK, 1)[:, :inner]
+    weights.put(f"{name}.weight", to_fp8(weights.draw(out, inner, std=inner**-0.5), full))
+    weights.put(f"{name}.weight_scale_inv", scale)
+
+
+def put_fp8_channel(weights: Weights, name: str, out: int, inner: int) -> None:
+    weight = weights.draw(out, inner, std=inner**-0.5)
+    scale = weight.abs().amax(1, keepdim=True) / FP8_MAX
+    weights.put(f"{name}.weight", to_fp8(weight, scale))
+    weights.put(f"{name}.weight_scale", scale)
+
+
+def put_int8_channel(weights: Weights, name: str, out: int, inner: int) -> None:
+    weight = weights.draw(out, inner, std=inner**-0.5)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    weights.put(f"{name}.weight", (weight / scale).round().clamp(-127, 127).to(torch.int8))
+    weights.put(f"{name}.weight_scale", scale)
+
+
+def int4_scales(weights: Weights, inner: int, *shape: int) -> torch.Tensor:
+    # A nibble drawn uniformly around 8 has a standard deviation of 4.6.
+    return (weights.uniform(*shape, low=0.8, high=1.2) * inner**-0.5 / 4.6).to(weights.dtype)
+
+
+def put_awq(weights: Weights, name: str, out: int, inner: int) -> None:
+    weights.put(f"{name}.qweight", weights.bits(inner, out // 8))
+    # Zero points of 7 and 8 in turn: near the middle, and wrong if a loader drops them.
+    weights.put(f"{name}.qzeros", torch.full((inner // GROUP, out // 8), 0x78787878, dtype=torch.int32))
+    weights.put(f"{name}.scales", int4_scales(weights, inner, inner // GROUP, out))
+
+
+def put_gptq(weights: Weights, name: str, out: int, inner: int, *, act_order: bool = False) -> None:
+    weights.put(f"{name}.qweight", weights.bits(inner // 8, out))
+    # The format stores zero points less one: 7 means 8, the middle that `sym` promises.
+    weights.put(f"{name}.qzeros", torch.full((inner // GROUP, out // 8), 0x77777777, dtype=torch.int32))
+    weights.put(f"{name}.scales", int4_scales(weights, inner, inner // GROUP, out))
+    groups = torch.arange(inner, dtype=torch.int32) // GROUP
+    if act_order:
+        groups = groups[torch.randperm(inner, generator=torch.Generator().manual_seed(inner))]
+    weights.put(f"{name}.g_idx", groups)
+
+
+def put_gptq_act_order(weights: Weights, name: str, out: int, inner: int) -> None:
+    put_gptq(weights, name, out, inner, act_order=True)
+
+
+def put_pack_quantized(weights: Weights, name: str, out: int, inner: int) -> None:
+    weights.put(f"{name}.weight_packed", weights.bits(out, inner // 8))
+    weights.put(f"{name}.weight_scale", int4_scales(weights, inner, out, inner // GROUP))
+    weights.put(f"{name}.weight_shape", torch.tensor([out, inner], dtype=torch.int64))
+
+
+def compressed(form: str, weights: Config, activations: Config | None) -> Config:
+    common = {"symmetric": True, "observer": "minmax", "actorder": None, "block_structure": None}
+    group = {
+        "targets": ["Linear"],
+        "weights": {"dynamic": False, "group_size": None, **common, **weights},
+        "input_activations": None if activations is None else {"group_size": None, **common, **activations},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {"group_0": group},
+    }
+
+
+def per_token(bits: int, kind: str) -> Config:
+    return {"num_bits": bits, "type": kind, "strategy": "token", "dynamic": True}
+
+
+def gptq_config(act_order: bool) -> Config:
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "sym": True,
+        "desc_act": act_order,
+        "lm_head": False,
+    }
+
+
+QUANTS = {
+    "fp8-static": Quant(
+        put_fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}, ignore_key="ignored_layers"
+    ),
+    "fp8-block": Quant(
+        put_fp8_block,
+        {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+        },
+        ignore_key="modules_to_not_convert",
+    ),
+    "awq": Quant(
+        put_awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    ),
+    "gptq": Quant(put_gptq, gptq_config(False)),
+    "gptq-actorder": Quant(put_gptq_act_order, gptq_config(True)),
+    "ct-w4a16": Quant(
+        put_pack_quantized,
+        compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}, None),
+        ignore_key="ignore",
+    ),
+    "ct-w8a8-int8": Quant(
+        put_int8_channel,
+        compressed("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, per_token(8, "int")),
+        ignore_key="ignore",
+    ),
+    "ct-fp8": Quant(
+        put_fp8_channel,
+        compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, per_token(8, "float")),
+        ignore_key="ignore",
+    ),
+}
+
+
+# Language models ----------------------------------------------------------------------------------------------------
+
+
+def attention(
+    weights: Weights, name: str, hidden: int, heads: int, kv_heads: int, head: int, *, bias: bool = False
+) -> None:
+    weights.linear(f"{name}.q_proj", heads * head, hidden, bias=bias)
+    weights.linear(f"{name}.k_proj", kv_heads * head, hidden, bias=bias)
+    weights.linear(f"{name}.v_proj", kv_heads * head, hidden, bias=bias)
+    weights.linear(f"{name}.o_proj", hidden, heads * head)
+
+
+def gated(
+    weights: Weights,
+    name: str,
+    hidden: int,
+    inner: int,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    bias: bool = False,
+) -> None:
+    gate, up, down = names
+    weights.linear(f"{name}.{gate}", inner, hidden, bias=bias)
+    weights.linear(f"{name}.{up}", inner, hidden, bias=bias)
+    weights.linear(f"{name}.{down}", hidden, inner, bias=bias)
+
+
+def vocabulary(weights: Weights, size: int, hidden: int, *, tied: bool = False) -> None:
+    # Small embeddings: with a tied head, larger ones would let each token predict itself, whatever the layers say.
+    weights.normal("model.embed_tokens.weight", size, hidden)
+    weights.norm("model.norm", hidden)
+    if not tied:
+        weights.linear("lm_head", size, hidden, quantize=False)
+
+
+def llama_config(tiny: bool, quantized: bool) -> Config:
+    if not tiny:
+        hidden, heads, kv_heads, head, inner, layers, vocab = 4096, 32, 8, 128, 14336, 4, 32000
+    elif quantized:  # groups and blocks of 128 must fit
+        hidden, heads, kv_heads, head, inner, layers, vocab = 256, 4, 2, 64, 512, 2, 512
+    else:
+        hidden, heads, kv_heads, head, inner, layers, vocab = 64, 4, 2, 32, 128, 2, 512
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def llama_layer(weights: Weights, name: str, c: Config, *, first_norm: bool = True) -> None:
+    hidden = c["hidden_size"]
+    if first_norm:
+        weights.norm(f"{name}.input_layernorm", hidden)
+    attention(weights, f"{name}.self_attn", hidden, c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"])
+    weights.norm(f"{name}.post_attention_layernorm", hidden)
+    gated(weights, f"{name}.mlp", hidden, c["intermediate_size"])
+
+
+def llama(path: Path, tiny: bool, *, name: str, quant: str | None = None, tied: bool = False) -> None:
+    c = llama_config(tiny, quant is not None) | {"tie_word_embeddings": tied}
+    weights = Weights(name, tiny, QUANTS[quant] if quant else None)
+    vocabulary(weights, c["vocab_size"], c["hidden_size"], tied=tied)
+    for layer in range(c["num_hidden_layers"]):
+        llama_layer(weights, f"model.layers.{layer}", c)
+    weights.save(path, c)
+
+
+def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) -> None:
+    if not tiny:
+        hidden, heads, kv_heads, head, inner, experts, top, layers, vocab = 2048, 32, 4, 128, 768, 32, 8, 4, 32000
+    elif quant:
+        hidden, heads, kv_heads, head, inner, experts, top, layers, vocab = 256, 4, 2, 64, 128, 8, 2, 2, 512
+    else:
+        hidden, heads, kv_heads, head, inner, experts, top, layers, vocab = 64, 4, 2, 32, 64, 8, 2, 2, 512
+    weights = Weights(name, tiny, QUANTS[quant] if quant else None)
+    vocabulary(weights, vocab, hidden)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        weights.norm(f"{prefix}.input_layernorm", hidden)
+        attention(weights, f"{prefix}.self_attn", hidden, heads, kv_heads, head)
+        weights.norm(f"{prefix}.self_attn.q_norm", head)
+        weights.norm(f"{prefix}.self_attn.k_norm", head)
+        weights.norm(f"{prefix}.post_attention_layernorm", hidden)
+        weights.linear(f"{prefix}.mlp.gate", experts, hidden, quantize=False)
+        for expert in range(experts):
+            gated(weights, f"{prefix}.mlp.experts.{expert}", hidden, inner)
+    weights.save(
+        path,
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head,
+            "intermediate_size": inner * top,
+            "moe_intermediate_size": inner,
+            "num_experts": experts,
+            "num_experts_per_tok": top,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "num_hidden_layers": layers,
+            "vocab_size": vocab,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    )
+
+
+def mixtral(path: Path, tiny: bool, *, name: str) -> None:
+    if tiny:
+        hidden, heads, kv_heads, head, inner, experts, layers, vocab = 64, 4, 2, 32, 128, 4, 2, 512
+    else:
+        hidden, heads, kv_heads, head, inner, experts, layers, vocab = 4096, 32, 8, 128, 14336, 4, 2, 8192
+    weights = Weights(name, tiny)
+    vocabulary(weights, vocab, hidden)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        weights.norm(f"{prefix}.input_layernorm", hidden)
+        attention(weights, f"{prefix}.self_attn", hidden, heads, kv_heads, head)
+        weights.norm(f"{prefix}.post_attention_layernorm", hidden)
+        weights.linear(f"{prefix}.block_sparse_moe.gate", experts, hidden)
+        for expert in range(experts):
+            gated(weights, f"{prefix}.block_sparse_moe.experts.{expert}", hidden, inner, names=("w1", "w3", "w2"))
+    weights.save(
+        path,
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head,
+            "intermediate_size": inner,
+            "num_local_experts": experts,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": layers,
+            "vocab_size": vocab,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "hidden_act": "silu",
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    )
+
+
+def deepseek_v3(path: Path, tiny: bool, *, name: str, quant: str | None = None, mtp: bool = False) -> None:
+    c: Config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_size": 256 if tiny else 7168,
+        "num_attention_heads": 4 if tiny else 32,
+        "num_key_value_heads": 4 if tiny else 32,
+        "q_lora_rank": 128 if tiny else 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "intermediate_size": 256 if tiny else 8192,
+        "moe_intermediate_size": 128 if tiny else 1024,
+        "n_routed_experts": 8 if tiny or mtp else 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2 if tiny else 4,
+        "n_group": 2 if tiny else 4,
+        "topk_group": 1 if tiny else 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "num_hidden_layers": 3,
+        "num_nextn_predict_layers": 1 if mtp else 0,
+        "vocab_size": 512 if tiny else 8192 if mtp else 16384,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    weights = Weights(name, tiny, QUANTS[quant] if quant else None)
+    hidden, vocab = c["hidden_size"], c["vocab_size"]
+    vocabulary(weights, vocab, hidden)
+    for layer in range(c["num_hidden_layers"]):
+        deepseek_layer(weights, f"model.layers.{layer}", c, dense=layer < c["first_k_dense_replace"])
+    for layer in range(c["num_hidden_layers"], c["num_hidden_layers"] + c["num_nextn_predict_layers"]):
+        prefix = f"model.layers.{layer}"
+        deepseek_layer(weights, prefix, c, dense=False)
+        weights.norm(f"{prefix}.enorm", hidden)
+        weights.norm(f"{prefix}.hnorm", hidden)
+        weights.linear(f"{prefix}.eh_proj", hidden, 2 * hidden, quantize=False)
+        weights.norm(f"{prefix}.shared_head.norm", hidden)
+        # The published layer repeats the model's own embedding and head.
+        weights.put(f"{prefix}.embed_tokens.weight", weights.tensors["model.embed_tokens.weight"].clone())
+        weights.put(f"{prefix}.shared_head.head.weight", weights.tensors["lm_head.weight"].clone())
+    weights.save(path, c)
+
+
+def deepseek_layer(weights: Weights, name: str, c: Config, *, dense: bool) -> None:
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    query = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+    attn = f"{name}.self_attn"
+    weights.norm(f"{name}.input_layernorm", hidden)
+    weights.linear(f"{attn}.q_a_proj", c["q_lora_rank"], hidden)
+    weights.norm(f"{attn}.q_a_layernorm", c["q_lora_rank"])
+    weights.linear(f"{attn}.q_b_proj", heads * query, c["q_lora_rank"])
+    weights.linear(f"{attn}.kv_a_proj_with_mqa", c["kv_lora_rank"] + c["qk_rope_head_dim"], hidden)
+    weights.norm(f"{attn}.kv_a_layernorm", c["kv_lora_rank"])
+    weights.linear(f"{attn}.kv_b_proj", heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"])
+    weights.linear(f"{attn}.o_proj", hidden, heads * c["v_head_dim"])
+    weights.norm(f"{name}.post_attention_layernorm", hidden)
+    mlp = f"{name}.mlp"
+    if dense:
+        gated(weights, mlp, hidden, c["intermediate_size"])
+        return
+    weights.linear(f"{mlp}.gate", c["n_routed_experts"], hidden, quantize=False)
+    weights.normal(f"{mlp}.gate.e_score_correction_bias", c["n_routed_experts"], dtype=torch.float32)
+    gated(weights, f"{mlp}.shared_experts", hidden, c["moe_intermediate_size"] * c["n_shared_experts"])
+    for expert in range(c["n_routed_experts"]):
+        gated(weights, f"{mlp}.experts.{expert}", hidden, c["moe_intermediate_size"])
+
+
+def mamba_mixer(
+    weights: Weights, name: str, hidden: int, heads: int, head: int, groups: int, state: int, kernel: int
+) -> None:
+    inner = heads * head
+    convolved = inner + 2 * groups * state
+    weights.linear(f"{name}.in_proj", inner + convolved + heads, hidden)
+    weights.normal(f"{name}.conv1d.weight", convolved, 1, kernel, std=0.5)
+    weights.normal(f"{name}.conv1d.bias", convolved, std=0.05)
+    weights.normal(f"{name}.dt_bias", heads, std=0.5)
+    # A_log is log(1..16) in published models: a decay that neither forgets at once nor overflows.
+    weights.put(f"{name}.A_log", weights.uniform(heads, low=0.0, high=2.77).to(weights.dtype))
+    weights.put(f"{name}.D", weights.uniform(heads, low=0.5, high=1.5).to(weights.dtype))
+    weights.norm(f"{name}.norm", inner)
+    weights.linear(f"{name}.out_proj", hidden, inner)
+
+
+def mamba2(path: Path, tiny: bool, *, name: str) -> None:
+    if tiny:
+        hidden, heads, head, groups, state, layers, vocab = 64, 4, 32, 1, 32, 2, 512
+    else:
+        hidden, heads, head, groups, state, layers, vocab = 4096, 128, 64, 8, 128, 4, 32768
+    weights = Weights(name, tiny)
+    weights.normal("backbone.embeddings.weight", vocab, hidden)
+    for layer in range(layers):
+        weights.norm(f"backbone.layers.{layer}.norm", hidden)
+        mamba_mixer(weights, f"backbone.layers.{layer}.mixer", hidden, heads, head, groups, state, 4)
+    weights.norm("backbone.norm_f", hidden)
+    weights.linear("lm_head", vocab, hidden)
+    weights.save(
+        path,
+        {
+            "architectures": ["Mamba2ForCausalLM"],
+            "model_type": "mamba2",
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "head_dim": head,
+            "n_groups": groups,
+            "state_size": state,
+            "expand": heads * head // hidden,
+            "conv_kernel": 4,
+            "use_conv_bias": True,
+            "use_bias": False,
+            "hidden_act": "silu",
+            "rms_norm": True,
+            "layer_norm_epsilon": 1e-5,
+            "chunk_size": 256,
+            "num_hidden_layers": layers,
+            "vocab_size": vocab,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def granite_hybrid(path: Path, tiny: bool, *, name: str) -> None:
+    """Granite 4: Mamba-2 layers with an attention layer between them, and a dense ("shared") MLP in each."""
+    if tiny:
+        hidden, heads, kv_heads, mamba_heads, mamba_head, state, inner, vocab = 64, 2, 2, 4, 32, 32, 128, 512
+    else:
+        hidden, heads, kv_heads, mamba_heads, mamba_head, state, inner, vocab = 2048, 32, 8, 64, 64, 128, 8192, 32000
+    kinds = ["mamba", "attention", "mamba", "mamba", "attention", "mamba"]
+    weights = Weights(name, tiny)
+    vocabulary(weights, vocab, hidden)
+    for layer, kind in enumerate(kinds):
+        prefix = f"model.layers.{layer}"
+        weights.norm(f"{prefix}.input_layernorm", hidden)
+        if kind == "mamba":
+            mamba_mixer(weights, f"{prefix}.mamba", hidden, mamba_heads, mamba_head, 1, state, 4)
+        else:
+            attention(weights, f"{prefix}.self_attn", hidden, heads, kv_heads, hidden // heads)
+        weights.norm(f"{prefix}.post_attention_layernorm", hidden)
+        weights.linear(f"{prefix}.shared_mlp.input_linear", 2 * inner, hidden)
+        weights.linear(f"{prefix}.shared_mlp.output_linear", hidden, inner)
+    weights.save(
+        path,
+        {
+            "architectures": ["GraniteMoeHybridForCausalLM"],
+            "model_type": "granitemoehybrid",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": inner,
+            "shared_intermediate_size": inner,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "layer_types": kinds,
+            "num_hidden_layers": len(kinds),
+            "mamba_n_heads": mamba_heads,
+            "mamba_d_head": mamba_head,
+            "mamba_n_groups": 1,
+            "mamba_d_state": state,
+            "mamba_d_conv": 4,
+            "mamba_expand": mamba_heads * mamba_head // hidden,
+            "mamba_chunk_size": 256,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": False,
+            "position_embedding_type": "rope",
+            "rope_theta": 10000.0,
+            "attention_multiplier": (hidden // heads) ** -0.5,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 0.5,
+            "normalization_function": "rmsnorm",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "vocab_size": vocab,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def gemma3(path: Path, tiny: bool, *, name: str) -> None:
+    if tiny:
+        hidden, heads, kv_heads, head, inner, window, vocab = 64, 4, 2, 32, 128, 16, 512
+    else:
+        hidden, heads, kv_heads, head, inner, window, vocab = 2560, 8, 4, 256, 10240, 1024, 32768
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * (1 if tiny else 2)
+    weights = Weights(name, tiny)
+    # Gemma multiplies embeddings by sqrt(hidden), and its norms add one to their weights.
+    weights.normal("model.embed_tokens.weight", vocab, hidden, std=0.02 * hidden**-0.5)
+    weights.norm("model.norm", hidden, centre=0.0)
+    for layer in range(len(kinds)):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            weights.norm(f"{prefix}.{norm}_layernorm", hidden, centre=0.0)
+        attention(weights, f"{prefix}.self_attn", hidden, heads, kv_heads, head)
+        weights.norm(f"{prefix}.self_attn.q_norm", head, centre=0.0)
+        weights.norm(f"{prefix}.self_attn.k_norm", head, centre=0.0)
+        gated(weights, f"{prefix}.mlp", hidden, inner)
+    weights.save(
+        path,
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head,
+            "query_pre_attn_scalar": head,
+            "intermediate_size": inner,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": window,
+            "layer_types": kinds,
+            "sliding_window_pattern": 3,
+            "num_hidden_layers": len(kinds),
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "max_position_embeddings": 8192,
+            "vocab_size": vocab,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def gpt_oss(path: Path, tiny: bool, *, name: str) -> None:
+    if tiny:
+        hidden, heads, kv_heads, head, inner, experts, top, vocab = 256, 4, 2, 64, 256, 8, 2, 512
+    else:
+        hidden, heads, kv_heads, head, inner, experts, top, vocab = 2880, 64, 8, 64, 2880, 32, 4, 32768
+    kinds = ["sliding_attention", "full_attention"] * (1 if tiny else 2)
+    weights = Weights(name, tiny)
+    vocabulary(weights, vocab, hidden)
+    for layer in range(len(kinds)):
+        prefix = f"model.layers.{layer}"
+        weights.norm(f"{prefix}.input_layernorm", hidden)
+        attention(weights, f"{prefix}.self_attn", hidden, heads, kv_heads, head, bias=True)
+        weights.normal(f"{prefix}.self_attn.o_proj.bias", hidden)
+        weights.normal(f"{prefix}.self_attn.sinks", heads, std=0.5)
+        weights.norm(f"{prefix}.post_attention_layernorm", hidden)
+        weights.linear(f"{prefix}.mlp.router", experts, hidden, bias=True)
+        for part, out, width in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            # Two 4-bit floats a byte, 32 to a block; a block's scale is a power of two less its bias, 127.
+            expert = f"{prefix}.mlp.experts.{part}"
+            weights.put(f"{expert}_blocks", weights.octets(experts, out, width // 32, 16))
+            weights.put(f"{expert}_scales", weights.octets(experts, out, width // 32, low=118, high=121))
+            weights.normal(f"{expert}_bias", experts, out)
+    weights.save(
+        path,
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head,
+            "intermediate_size": inner,
+            "num_local_experts": experts,
+            "num_experts_per_tok": top,
+            "experts_per_token": top,
+            "layer_types": kinds,
+            "num_hidden_layers": len(kinds),
+            "sliding_window": 16 if tiny else 128,
+            "swiglu_limit": 7.0,
+            "hidden_act": "silu",
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "initial_context_length": 4096,
+            "max_position_embeddings": 131072,
+            "vocab_size": vocab,
+            "tie_word_embeddings": False,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "quantization_config": {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
+            },
+        },
+    )
+
+
+def bert(path: Path, tiny: bool, *, name: str) -> None:
+    hidden, heads, inner, layers, vocab = (64, 2, 128, 2, 512) if tiny else (384, 12, 1536, 6, 30522)
+    weights = Weights(name, tiny)
+    for part, size in (("word", vocab), ("position", 512), ("token_type", 2)):
+        weights.normal(f"embeddings.{part}_embeddings.weight", size, hidden)
+    weights.norm("embeddings.LayerNorm", hidden, bias=True)
+    for layer in range(layers):
+        prefix = f"encoder.layer.{layer}"
+        for part in ("query", "key", "value"):
+            weights.linear(f"{prefix}.attention.self.{part}", hidden, hidden, bias=True)
+        weights.linear(f"{prefix}.attention.output.dense", hidden, hidden, bias=True)
+        weights.norm(f"{prefix}.attention.output.LayerNorm", hidden, bias=True)
+        weights.linear(f"{prefix}.intermediate.dense", inner, hidden, bias=True)
+        weights.linear(f"{prefix}.output.dense", hidden, inner, bias=True)
+        weights.norm(f"{prefix}.output.LayerNorm", hidden, bias=True)
+    weights.linear("pooler.dense", hidden, hidden, bias=True)
+    weights.save(
+        path,
+        {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "vocab_size": vocab,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "position_embedding_type": "absolute",
+            "pad_token_id": 0,
+        },
+    )
+
+
+# The matrix ---------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, Case] = {}
+
+
+def add(name: str, build: Callable[..., None], *, options: Config | None = None, **fields: Any) -> None:
+    def write(path: Path, tiny: bool) -> None:
+        build(path, tiny, name=name, **(options or {}))
+
+    CASES[name] = Case(name, write, **fields)
+
+
+add("llama", llama, on_cpu=True)
+add("llama-tied", llama, options={"tied": True}, on_cpu=True)
+add("qwen3-moe", qwen3_moe, on_cpu=True)
+add("mixtral", mixtral, on_cpu=True)
+add("deepseek-v3", deepseek_v3, on_cpu=True)
+add("mamba", mamba2, on_cpu=True)
+add("hybrid", granite_hybrid, on_cpu=True)
+add("gemma3", gemma3, on_cpu=True)
+add("bert", bert, flags={"runner": "pooling"}, kind="pooling", on_cpu=True)
+
+add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
+add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})
+for form in QUANTS:
+    add(form, llama, options={"quant": form})
+
+add("qwen3-moe-fp8-online", qwen3_moe, flags={"quantization": "fp8_per_tensor"})
+for form in ("fp8-block", "awq", "gptq"):
+    add(f"qwen3-moe-{form}", qwen3_moe, options={"quant": form})
+add("deepseek-v3-fp8-block", deepseek_v3, options={"quant": "fp8-block"})
+add("gpt-oss-mxfp4", gpt_oss)
+add(
+    "deepseek-v3-mtp",
+    deepseek_v3,
+    options={"mtp": True},
+    flags={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+)
+
+
+def make(name: str, path: Path | str, *, tiny: bool = False) -> None:
+    """Write the checkpoint of a case, unless it is already there whole."""
+    path = Path(path)
+    if (path / "config.json").exists() and (path / MARKER).exists():
+        return
+    CASES[name].make(path, tiny)
+    (path / MARKER).touch()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=sorted(CASES))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="shapes for a CPU, float32")
+    args = parser.parse_args()
+    make(args.name, args.path, tiny=args.tiny)
+
+
+if __name__ == "__main__":
+    main()

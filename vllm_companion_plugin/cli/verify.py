@@ -1,0 +1,222 @@
+"""`verify`: prove that a model is the same through the companion as without it.
+
+Three engines, one after the other: one loads normally, one loads and publishes, one attaches. Each
+describes its model (every tensor by digest, every module) and answers the same prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_companion_plugin.cli import look
+from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
+from vllm_companion_plugin.cli.table import GIB, columns
+from vllm_companion_plugin.errors import CompanionUnavailableError, SettingsError
+from vllm_companion_plugin.settings import Settings, resolve, to_environment
+
+EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
+"""Exit status; 2 is a wrong command line."""
+
+SHOWN = 20
+"""Differences listed; one reason makes thousands of them."""
+
+HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "TREE", "ANSWERS")
+
+
+@dataclass
+class Rank:
+    """The verdict on one worker."""
+
+    rank: str
+    size_bytes: int = 0
+    tensors: int = 0
+    loaded: str = ""
+    attached: str = ""
+    seconds: float = 0.0
+    ways: dict[str, int] = field(default_factory=dict)
+    tensor_differences: list[str] = field(default_factory=list)
+    tree_differences: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verdict:
+    """The verdict on a model with these flags."""
+
+    model: str
+    flags: list[str]
+    versions: dict[str, str]
+    ranks: list[Rank]
+    answers: str
+    same_answers: bool
+    seconds: float
+
+    @property
+    def status(self) -> int:
+        if not self.same_answers or any(rank.tensor_differences or rank.tree_differences for rank in self.ranks):
+            return DIFFERENT
+        return NOT_SHARED if any(rank.reasons for rank in self.ranks) else EQUAL
+
+    def to_json(self) -> dict[str, Any]:
+        verdict = {EQUAL: "equal", DIFFERENT: "different", NOT_SHARED: "not shared"}[self.status]
+        return {"verdict": verdict, **vars(self), "ranks": [vars(rank) for rank in self.ranks]}
+
+
+def main(parsed: argparse.Namespace, rest: list[str]) -> int:
+    """Print the verdict; 0 if equal, 1 if different, 3 if the model is not shared.
+
+    Raises:
+        CompanionUnavailableError: an engine did not start, without the companion or with it.
+    """
+    if not rest or rest[0].startswith("-"):
+        raise SettingsError("verify: which model? vllm-companion verify MODEL [flags of vLLM]")
+    model, flags = rest[0], rest[1:]
+    # A place of its own: what other engines hold must not be what is proved.
+    directory = tempfile.mkdtemp(prefix="vcv-")
+    settings = resolve({"runtime_dir": f"{directory}/r"})
+    try:
+        with Signals() as signals:
+            verdict = verify(model, flags, Path(directory), settings, signals)
+    except Stopped:
+        return 130
+    finally:
+        look.stop_all(settings)
+        shutil.rmtree(directory, ignore_errors=True)
+    if parsed.json:
+        print(json.dumps(verdict.to_json(), indent=1))
+    else:
+        print(text(verdict))
+    return verdict.status
+
+
+def verify(model: str, flags: list[str], directory: Path, settings: Settings, signals: Signals) -> Verdict:
+    """Run the three engines and compare them."""
+    started = time.monotonic()
+    reports = []
+    for number, (role, what) in enumerate(
+        [("reference", "loads normally"), ("companion", "loads and publishes"), ("companion", "attaches")], 1
+    ):
+        print(f"Engine {number} of 3 {what} ...", file=sys.stderr, flush=True)
+        out = directory / f"{number}.json"
+        command = [sys.executable, "-m", "vllm_companion_plugin.engine.verify", role, str(out), model, *flags]
+        # Standard output is for the verdict alone.
+        status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())
+        if status != 0 or not out.exists():
+            raise CompanionUnavailableError(
+                f"{model}: the engine that {what} ended with status {status}; see its lines above."
+            )
+        reports.append(json.loads(out.read_text()))
+    return judge(model, flags, *reports, seconds=time.monotonic() - started)
+
+
+def judge(
+    model: str,
+    flags: list[str],
+    reference: dict[str, Any],
+    published: dict[str, Any],
+    attached: dict[str, Any],
+    *,
+    seconds: float,
+) -> Verdict:
+    """Compare three reports of `engine.verify`. Pure."""
+    ranks = []
+    for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
+        loaded, bound = first["outcomes"][-1], second["outcomes"][-1]
+        rank = Rank(bound["rank"] or str(normal["rank"]), bound["size_bytes"], len(normal["tensors"]))
+        rank.loaded, rank.attached = loaded["what"], bound["what"]
+        rank.seconds, rank.ways = bound["seconds"], bound["ways"]
+        rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
+        for what, worker in (("published", first), ("attached", second)):
+            rank.tensor_differences += [f"{what}: {line}" for line in differences(normal["tensors"], worker["tensors"])]
+            expected = _as_loaded_or_running(normal, worker["modules"])
+            rank.tree_differences += [f"{what}: {line}" for line in differences(expected, worker["modules"])]
+        ranks.append(rank)
+    answers, same = _compare_answers(reference, published, attached)
+    return Verdict(model, flags, reference["versions"], ranks, answers, same, seconds)
+
+
+def differences(here: dict[str, Any], there: dict[str, Any], path: str = "") -> list[str]:
+    """Where two JSON objects differ, a line each: path, normal value, other value."""
+    lines = []
+    for name in sorted(here.keys() | there.keys()):
+        full = f"{path} {name}".strip()
+        one, other = here.get(name, "absent"), there.get(name, "absent")
+        if isinstance(one, dict) and isinstance(other, dict):
+            lines += differences(one, other, full)
+        elif one != other:
+            lines.append(f"{full}: {one} normally, {other} here")
+    return lines
+
+
+def _as_loaded_or_running(normal: dict[str, Any], modules: dict[str, Any]) -> dict[str, Any]:
+    """The modules of a reference, with what they noted while running where `modules` has the same."""
+    expected = {
+        path: {**module, "attributes": dict(module["attributes"])} for path, module in normal["modules"].items()
+    }
+    for path, module in normal.get("running", {}).items():
+        for name, value in module["attributes"].items():
+            if path in expected and modules.get(path, {}).get("attributes", {}).get(name) == value:
+                expected[path]["attributes"][name] = value
+    return expected
+
+
+def _compare_answers(*reports: dict[str, Any]) -> tuple[str, bool]:
+    """In words, and whether no difference was seen beyond that of another kernel on CPU."""
+    answers = [report["answers"] for report in reports]
+    if answers[0] is None:
+        return f"not asked: {reports[0]['no_answers']}", True
+    if None in answers:
+        return f"failed: {next(r['no_answers'] for r in reports if r['answers'] is None)}", False
+    if answers[0] == answers[1] == answers[2]:
+        return "equal", True
+    normal, *others = answers
+    if any(other.get("tokens") != normal.get("tokens") for other in others):
+        return "other tokens", False
+    pairs = [
+        (a, b)
+        for other in others
+        for x, y in zip(normal["values"], other["values"], strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    largest = max((abs(a - b) for a, b in pairs), default=0.0)
+    # Shared weights on CPU are multiplied by another kernel than vLLM's packed ones.
+    close = all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in pairs)
+    return f"{'equal tokens, ' if 'tokens' in normal else ''}values within {largest:.1g}", close
+
+
+def text(verdict: Verdict) -> str:
+    """The verdict for people."""
+    rows = [HEADINGS]
+    for rank in verdict.ranks:
+        ways = ", ".join(f"{count} {way}" for way, count in rank.ways.items())
+        rows.append(
+            (
+                *(rank.rank, f"{rank.size_bytes / GIB:.2f}", str(rank.tensors), rank.loaded, rank.attached),
+                *(f"{rank.seconds:.3f} s", ways or "-"),
+                *(_count(rank.tensor_differences), _count(rank.tree_differences), verdict.answers),
+            )
+        )
+    lines = [columns(rows)]
+    for rank in verdict.ranks:
+        found = rank.tensor_differences + rank.tree_differences
+        lines += [f"{rank.rank}: {line}" for line in found[:SHOWN]]
+        if len(found) > SHOWN:
+            lines.append(f"{rank.rank}: and {len(found) - SHOWN} more")
+        lines += [f"{rank.rank}: not shared: {reason}" for reason in rank.reasons]
+    words = {EQUAL: "is equal", DIFFERENT: "IS DIFFERENT", NOT_SHARED: "is not shared, and loads normally,"}
+    lines.append(f"{verdict.model} {words[verdict.status]} through the companion.")
+    return "\n".join(lines)
+
+
+def _count(found: list[str]) -> str:
+    return f"{len(found)} differ" if found else "equal"

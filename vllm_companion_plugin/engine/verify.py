@@ -1,0 +1,163 @@
+"""`python -m vllm_companion_plugin.engine.verify ROLE OUT MODEL [flags of vLLM]`: one engine, described.
+
+ROLE is "reference" (a normal load) or "companion". OUT receives a JSON object: of each worker what
+its model consists of, every tensor by its digest, and what the engine answered to fixed prompts.
+Two such descriptions are equal if the models are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_companion_plugin.engine import compat, flags, session
+from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.errors import SettingsError
+from vllm_companion_plugin.module_tree.capture import Tree, capture, class_name
+from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
+from vllm_companion_plugin.settings import resolve_extra_config
+from vllm_companion_plugin.types import Stage
+
+# Comes after loading, and holds what requests left in it.
+_KV_CACHE = re.compile(r"(^|\.)kv_cache(\[\d+\])?$")
+_PROMPT_LENGTHS = (1, 7, 16, 40)
+_MAX_TOKENS = 12
+_LOGPROBS = 5
+
+
+class WorkerExtension:
+    """What vLLM mixes into its workers, so that the engine can ask them by name."""
+
+    def companion_describe(self, role: str) -> dict[str, Any]:
+        """The model of this worker, as JSON.
+
+        Args:
+            role: a reference on a device that shares unprocessed weights is loaded once more,
+                because the engine's own cannot be compared after processing.
+        """
+        worker: Any = self
+        device = compat.engine_device(worker.vllm_config)
+        running: nn.Module = worker.model_runner.model
+        report = {"rank": worker.rank, "outcomes": [outcome.to_json() for outcome in session.outcomes]}
+        if role == "reference" and device.stage is Stage.UNPROCESSED:
+            # Modules note things while they run, so those of the running model count as well.
+            return (
+                report | describe(_load_again(worker.vllm_config, device)) | {"running": modules_of(capture(running))}
+            )
+        return report | describe(running)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Modules and tensors of `model` as JSON; equal for equal models in any process."""
+    tree = capture(model)
+    tensors: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}
+    for slot in tree.slots():
+        if _KV_CACHE.search(slot.name):
+            continue
+        name, tensor = tree.describe(slot), slot.tensor
+        tensors[name] = {
+            "kind": slot.kind.value,
+            "dtype": dtype_name(tensor.dtype),
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+            "class": class_name(type(tensor)),
+            "requires_grad": tensor.requires_grad,
+            "attributes": tensor_attributes(tensor),
+            "tied_to": first.setdefault(id(tensor), name),
+            "bytes": tensor.nbytes,
+            "sha256": digest(tensor),
+        }
+    return {"modules": modules_of(tree), "tensors": tensors}
+
+
+def modules_of(tree: Tree) -> dict[str, dict[str, Any]]:
+    """What `tree` has besides tensors, by module."""
+    return {
+        live.path: {
+            "class": class_name(type(live.module)),
+            "aliases": live.aliases,
+            "attributes": {name: text for name, text in live.attributes.items() if not _KV_CACHE.search(name)},
+            "floats": {name: number.value for name, number in live.floats.items()},
+        }
+        for live in tree.modules
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of the elements in logical order, as hexadecimal text."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else None
+    return hashlib.sha256(flat.cpu().numpy().data if flat is not None else b"").hexdigest()
+
+
+def _load_again(vllm_config: Any, device: compat.EngineDevice) -> nn.Module:
+    """A second model through vLLM's own loader, its private packing left out."""
+    model_config = vllm_config.model_config
+    loader = compat.source_loader(vllm_config.load_config, vllm_config.load_config.load_format)
+    with compat.second_model(vllm_config, model_config, device.torch_device) as model:
+        loader.load_weights(model, model_config)
+        with process_privately(model, resolve_extra_config({})):
+            compat.post_process(model, model_config, device.torch_device)
+    return model.eval()
+
+
+def answers(llm: Any) -> dict[str, Any]:
+    """What the engine makes of fixed prompts: tokens with log probabilities, or vectors."""
+    from vllm import SamplingParams
+
+    config = llm.llm_engine.vllm_config.model_config
+    numbers = random.Random(7)
+    vocabulary = min(config.get_vocab_size(), 30000)
+    longest = config.max_model_len - _MAX_TOKENS - 1
+    prompts = [
+        {"prompt_token_ids": [numbers.randrange(3, vocabulary) for _ in range(min(length, longest))]}
+        for length in _PROMPT_LENGTHS
+    ]
+    if config.runner_type == "pooling":
+        tasks = llm.supported_tasks
+        task = next(name for name in ("embed", "token_embed", "classify", *tasks) if name in tasks)
+        outputs = llm.encode(prompts, pooling_task=task, use_tqdm=False)
+        return {"values": [output.outputs.data.double().flatten().tolist() for output in outputs]}
+    sampling = SamplingParams(
+        max_tokens=_MAX_TOKENS, temperature=0, logprobs=_LOGPROBS, detokenize=False, ignore_eos=True
+    )
+    outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "values": [[entry.logprob for step in output.logprobs for entry in step.values()] for output in outputs],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the engine, describe it, end it. Raises what vLLM or the loader raises."""
+    role, out, *rest = sys.argv[1:] if arguments is None else arguments
+    from vllm import LLM
+
+    args = flags.parse("verify", rest)
+    if args.worker_extension_cls:
+        raise SettingsError("verify: --worker-extension-cls is taken; verify without it.")
+    args.worker_extension_cls = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+    args = flags.without_companion(args) if role == "reference" else flags.through_companion(args)
+    llm = LLM(**vars(args))
+    report: dict[str, Any] = {"versions": compat.versions()}
+    try:
+        report["answers"] = answers(llm)
+    except Exception as error:  # models that want pictures or sound; the tensors are what counts
+        report["answers"] = None
+        report["no_answers"] = f"{type(error).__name__}: {error}"
+    report["workers"] = llm.collective_rpc("companion_describe", args=(role,))
+    Path(out).write_text(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":  # vLLM spawns workers, which import this module again
+    sys.exit(main())
