@@ -21,6 +21,7 @@ logger = logging.getLogger("vllm.companion.publication")
 REPORT_INTERVAL_S = 0.25
 REPORT_TIMEOUT_S = 5.0
 PUBLISH_TIMEOUT_S = 120.0
+DECLINE_TIMEOUT_S = 10.0
 
 
 class Publication:
@@ -89,14 +90,14 @@ class Publication:
         """
         self.declined = True
         declined = messages.Failed(code="not_shareable", message=reason)
-        self._send(iter([self._begin(), messages.PublishRequest(declined=declined)]), "declining")
+        self._send(iter([self._begin(), messages.PublishRequest(declined=declined)]), "declining", DECLINE_TIMEOUT_S)
 
     def _begin(self) -> Any:
         return messages.PublishRequest(begin=messages.PublishRequest.Begin(lease_token=self._token))
 
-    def _send(self, steps: Iterator[Any], doing: str) -> Any:
+    def _send(self, steps: Iterator[Any], doing: str, timeout_s: float = PUBLISH_TIMEOUT_S) -> Any:
         try:
-            return self._stub.Publish(steps, timeout=PUBLISH_TIMEOUT_S)
+            return self._stub.Publish(steps, timeout=timeout_s)
         except grpc.RpcError as error:
             raise typed_error(error, f"{self._label}: {doing}") from error
 

@@ -15,6 +15,8 @@ from typing import Any
 from vllm_companion_plugin.errors import SettingsError
 
 ENV_PREFIX = "COMPANION_"
+LONGEST_WAIT_S = 30 * 86400.0
+"""The operating system cannot wait for ever, and nobody wants to."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Setting:
     Attributes:
         choices: allowed values; empty for any of the type.
         minimum: least allowed number.
+        maximum: greatest allowed number.
         engine: may be given as an extra-config key of `--load-format companion`.
         flag: may be given as a flag of `vllm-companion`.
     """
@@ -34,6 +37,7 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     minimum: float | None = None
+    maximum: float | None = None
     engine: bool = False
     flag: bool = False
 
@@ -53,6 +57,10 @@ class Setting:
             raise SettingsError(f"{origin}: {value!r} is not valid for {self.name!r}; expected {expected}.")
         if self.minimum is not None and parsed < self.minimum:
             raise SettingsError(f"{origin}: {self.name!r} is {value!r}; the least allowed value is {self.minimum:g}.")
+        if self.maximum is not None and parsed > self.maximum:
+            raise SettingsError(
+                f"{origin}: {self.name!r} is {value!r}; the greatest allowed value is {self.maximum:g}."
+            )
         return parsed
 
     def _convert(self, value: Any) -> Any:
@@ -114,6 +122,7 @@ TABLE: tuple[Setting, ...] = (
         30.0,
         "Seconds to wait for a companion that was just started.",
         minimum=0.1,
+        maximum=LONGEST_WAIT_S,
         engine=True,
         flag=True,
     ),
@@ -124,6 +133,7 @@ TABLE: tuple[Setting, ...] = (
         "Seconds without any progress of the loading process after which a waiting engine gives up on it. "
         "It bounds silence, not duration.",
         minimum=0.1,
+        maximum=LONGEST_WAIT_S,
         engine=True,
         flag=True,
     ),

@@ -81,7 +81,7 @@ def published(place: Place) -> None:
     until(lambda: '"leases": []' in cli(place, "status", "--json")[1], WITHIN_S, "the lease has ended")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serve_ends_within_two_seconds_of_a_signal_and_leaves_nothing(place: Place, number: int) -> None:
     process = serve(place)
     pid = place.companion_pid()
@@ -100,6 +100,28 @@ def test_what_serve_starts_stays_until_it_is_stopped(place: Place) -> None:
     assert companion["linger_s"] is None
     assert companion["pid"] == place.companion_pid()
     assert "until stopped" in cli(place, "status")[1]
+
+
+def test_a_companion_whose_serve_was_killed_stays_only_for_its_linger_time(place: Place) -> None:
+    process = serve(place)
+    process.kill()
+    process.wait(5)
+
+    def linger() -> object:
+        return json.loads(cli(place, "status", "--json")[1])[0]["linger_s"]
+
+    until(lambda: linger() == place.settings.linger_s, WITHIN_S, "it has noticed")
+    assert "exits in" in cli(place, "status")[1]
+    assert cli(place, "stop")[0] == 0
+
+
+def test_a_model_loaded_twice_is_unloaded_by_the_first_characters_of_its_key(place: Place) -> None:
+    serve(place)
+    published(place)
+    code, _, error = cli(place, "unload", "--key", "ffff", KEY.model)
+    assert code == 1
+    assert KEY.id[:12] in error
+    assert cli(place, "unload", "--key", KEY.id[:12], KEY.model)[0] == 0
 
 
 def test_a_second_serve_is_refused_and_the_first_one_stays(place: Place) -> None:

@@ -403,6 +403,24 @@ def test_the_loader_lock_is_exclusive_and_names_its_holder(place: Place) -> None
         assert first.holder().endswith("(model B)")
 
 
+def test_waiting_for_the_loader_lock_is_bounded_by_silence(place: Place) -> None:
+    holder = LoaderElection(place.paths).acquire(1, "slow")
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.1):
+            holder.sign_of_life()
+        holder.release()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    threading.Timer(2.0, stop.set).start()
+    began = time.monotonic()
+    LoaderElection(place.paths).acquire(0.5, "next").release()
+    assert time.monotonic() - began > 1.5
+    thread.join(5)
+
+
 def test_the_loader_lock_may_be_released_by_another_thread(place: Place) -> None:
     election = LoaderElection(place.paths).acquire(1)
     thread = threading.Thread(target=election.release)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -16,12 +17,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.process.conftest import KEY, Place, arena_of, until
-from vllm_companion_plugin.client import Granted, connect
-from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError
+from tests.process.conftest import KEY, Place, alive, arena_of, until
+from vllm_companion_plugin.client import Granted, Ready, connect
+from vllm_companion_plugin.errors import ArenaError, CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import ensure_companion
-from vllm_companion_plugin.protocol import schema
+from vllm_companion_plugin.protocol import fd_channel, schema
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -41,6 +42,52 @@ def test_a_signal_ends_it_within_two_seconds_with_streams_open(place: Place, num
             list(watching)
     assert not os.path.exists(place.paths.grpc_socket)
     assert not os.path.exists(place.paths.fd_socket)
+
+
+def test_one_without_linger_time_waits_for_whoever_spawned_it(place: Place) -> None:
+    settings = replace(place.settings, linger_s=0.0)
+    with connect("cpu", settings, spawn=True) as connection:
+        assert isinstance(connection.attach(KEY, may_load=True, client_name="test").wait(5), Granted)
+        pid = connection.status().pid
+    until(lambda: not alive(pid), 5, "it has ended with its only client")
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%41", "a b"])
+def test_a_path_that_means_something_in_a_uri_is_still_a_path(place: Place, name: str) -> None:
+    settings = replace(place.settings, runtime_dir=f"{place.settings.runtime_dir}/{name}")
+    with connect("cpu", settings, spawn=True) as connection:
+        pid = connection.shutdown()
+    until(lambda: not alive(pid), 5, "it has ended")
+
+
+def test_one_whose_directory_was_removed_ends_and_leaves_its_successor_alone(place: Place) -> None:
+    first = place.companion()
+    shutil.rmtree(place.settings.runtime_dir)
+    with connect("cpu", place.settings, spawn=True) as connection:
+        second = connection.status().pid
+        assert second != first.pid
+        assert first.wait(10) == 1
+        assert connection.status().pid == second
+    with connect("cpu", place.settings, spawn=False) as connection:
+        assert connection.status().pid == second
+
+
+def test_a_redeem_that_fails_for_want_of_descriptors_says_so_and_keeps_none(place: Place) -> None:
+    process = place.companion()
+    contents = [bytes([i]) for i in range(40)]
+    with connect("cpu", place.settings, spawn=False) as connection:
+        granted = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+        assert isinstance(granted, Granted)
+        arena, fds = arena_of(*contents)
+        granted.publication.publish(arena, fds, b"manifest", 40)
+        fd_channel.close_all(fds)
+        reader = connection.attach(KEY, may_load=False, client_name="reader").wait(5)
+        assert isinstance(reader, Ready)
+        held = len(os.listdir(f"/proc/{process.pid}/fd"))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (held + 20, held + 20))
+        with pytest.raises(ArenaError, match="ulimit"):
+            reader.redeem()
+        until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) <= held, 5, "the duplicates are closed")
 
 
 def test_a_second_one_is_refused_and_names_the_first(place: Place) -> None:

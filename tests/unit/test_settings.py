@@ -37,6 +37,8 @@ def test_given_values_win_over_the_environment_and_that_over_defaults(monkeypatc
         ({"fallback": "perhaps"}, "expected bool"),
         ({"runtime_dir": ""}, "expected str"),
         ({"wait_timeout_s": 0}, "least allowed value is 0.1"),
+        ({"wait_timeout_s": float("inf")}, "greatest allowed value is 2.592e+06"),
+        ({"spawn_timeout_s": 1e12}, "greatest allowed value is 2.592e+06"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_origin(given: dict[str, Any], text: str) -> None:

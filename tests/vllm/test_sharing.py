@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,36 @@ def test_another_checkpoint_of_the_same_shape_is_never_attached(
     assert "Published weights of" in second.output()
     assert values(after["workers"][0]) != values(before["workers"][0])
     assert [entry.state for entry in entries(place)] == [EntryState.READY] * 2
+
+
+def test_an_engine_whose_companion_dies_while_it_loads_serves_all_the_same(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    engine = start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, prompts=PROMPTS)
+    log = Path(place.settings.runtime_dir, "cpu", "companion.log")
+    until(lambda: log.exists() and ": loading" in log.read_text(), 120, "the engine is elected")
+    os.kill(place.companion_pid(), signal.SIGKILL)
+    assert all(len(tokens) == 24 for tokens in engine.result()["tokens"])
+    assert "are not shared" in engine.output() or "asking again" in engine.output()
+
+
+def test_an_elected_engine_that_copies_keeps_nothing_of_what_it_published(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    engine = start_engine(
+        model=tiny_llama,
+        load_format="companion",
+        skip_tokenizer_init=True,
+        prompts=PROMPTS,
+        model_loader_extra_config={"share": "copy"},
+    )
+    worker = engine.result()["workers"][0]
+    assert "Published weights of" in engine.output()
+    assert "memfd:vllm-companion" not in Path(f"/proc/{worker['pid']}/maps").read_text()
+    (entry,) = entries(place)
+    assert (entry.state, entry.leases) == (EntryState.READY, ())
+    with connect("cpu", place.settings, spawn=False) as connection:
+        assert len(connection.unload()) == 1
 
 
 def test_a_killed_loader_is_replaced_by_the_one_that_waits(

@@ -21,11 +21,11 @@ TERMINATE_S = 1.5
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came."""
+    """SIGTERM, SIGINT or SIGHUP came."""
 
 
 class Signals:
-    """Turns SIGTERM, SIGINT and SIGCHLD into something to wait for. Use in the main thread."""
+    """Turns SIGTERM, SIGINT, SIGHUP and SIGCHLD into something to wait for. Use in the main thread."""
 
     def __init__(self) -> None:
         self._stopped = False
@@ -35,7 +35,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._wakeup = signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
         self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
@@ -70,23 +70,27 @@ class Child:
     def __init__(self, device: str, settings: Settings, linger_s: float | None) -> None:
         self.device = device
         self._ready_fd, write_fd = os.pipe()
+        # Held until we end, however: if we are killed, the companion must not stay for ever.
+        owner_fd, self._owned_fd = os.pipe()
         linger = "never" if linger_s is None else str(linger_s)
         command = [sys.executable, "-m", "vllm_companion_plugin.companion", "--device", device]
-        command += ["--linger-s", linger, "--ready-fd", str(write_fd)]
+        command += ["--linger-s", linger, "--ready-fd", str(write_fd), "--owner-fd", str(owner_fd)]
         try:
             # A session of its own: Ctrl-C must reach it through us, with the rest of the work undone first.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 env=child_environment(settings),
-                pass_fds=(write_fd,),
+                pass_fds=(write_fd, owner_fd),
                 start_new_session=True,
             )
         except BaseException:
             os.close(self._ready_fd)
+            os.close(self._owned_fd)
             raise
         finally:
             os.close(write_fd)
+            os.close(owner_fd)
 
     def wait_ready(self, signals: Signals, timeout_s: float) -> None:
         """Return once it answers. Raises what it could not start for."""

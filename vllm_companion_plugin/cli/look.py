@@ -89,7 +89,9 @@ def unload(parsed: argparse.Namespace) -> int:
         for connection in connections:
             connection.check_protocol()
             try:
-                gone = connection.unload(model=parsed.model or "", rank=parsed.rank or "", force=parsed.force)
+                gone = connection.unload(
+                    model=parsed.model or "", rank=parsed.rank or "", key_id=parsed.key or "", force=parsed.force
+                )
             except EntryNotFoundError as error:
                 missing = error
                 continue

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     unload = command("unload", "Let go of a model; attached engines keep what they have mapped.")
     unload.add_argument("model", nargs="?", metavar="MODEL")
     unload.add_argument("--rank", help="only this rank, e.g. tp0/2")
+    unload.add_argument("--key", help="only this load of the model: the first characters of its key in status --json")
     unload.add_argument("--force", action="store_true", help="also while engines are attached")
     unload.add_argument("--all", action="store_true", help="every model")
     command("stop", "End companions; attached engines keep serving.")

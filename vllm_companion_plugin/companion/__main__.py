@@ -15,18 +15,22 @@ from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.settings import BY_NAME, resolve
 
+START_GRACE_S = 10.0
+"""Whoever spawned a companion must be able to attach, however short its linger time."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a companion. Returns the exit status: 0 ended as asked, 1 error."""
     parsed = _parser().parse_args(arguments)
     try:
         settings = resolve({"runtime_dir": parsed.runtime_dir, "log_level": parsed.log_level})
-        linger_s = resolve({}).linger_s if parsed.linger_s is None else parsed.linger_s
+        linger_s = settings.linger_s if parsed.linger_s is None else parsed.linger_s
+        grace_s = START_GRACE_S if parsed.detach else 0.0
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             _detach(paths)
         _configure_logging(settings.log_level)
-        _run(paths, linger_s, parsed.ready_fd)
+        _run(paths, parsed, linger_s, grace_s, settings.linger_s)
     except CompanionError as error:
         print(f"vllm-companion: {error}", file=sys.stderr, flush=True)
         _report(parsed.ready_fd, f"{error.code} {error}")
@@ -34,19 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(paths: DevicePaths, linger_s: float, ready_fd: int | None) -> None:
+def _run(
+    paths: DevicePaths, parsed: argparse.Namespace, linger_s: float, grace_s: float, orphan_linger_s: float
+) -> None:
     import asyncio
 
-    from vllm_companion_plugin.companion.process import InstanceLock, raise_file_limit, serve
+    from vllm_companion_plugin.companion.process import InstanceLock, Lifetime, raise_file_limit, serve
+
+    life = Lifetime(linger_s, grace_s, parsed.owner_fd, orphan_linger_s)
 
     async def run() -> None:
         ready = asyncio.Event()
-        serving = asyncio.ensure_future(serve(paths, linger_s, ready))
+        serving = asyncio.ensure_future(serve(paths, lock, life, ready))
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if ready.is_set():
-            _report(ready_fd, "ok")
+            _report(parsed.ready_fd, "ok")
         await serving
 
     lock = InstanceLock(paths)
@@ -115,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-level", choices=BY_NAME["log_level"].choices, help=BY_NAME["log_level"].help)
     parser.add_argument("--detach", action="store_true", help="run in the background, with init as parent")
+    parser.add_argument("--owner-fd", type=int, help="descriptor that ends when whoever started us does")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write 'ok' or the error to")
     return parser
 

@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 
-from vllm_companion_plugin.errors import BadRequestError, CompanionError
+from vllm_companion_plugin.errors import ArenaError, BadRequestError, CompanionError
 from vllm_companion_plugin.protocol import fd_channel
 from vllm_companion_plugin.protocol.mapping import MAX_BLOCKS
 
@@ -119,8 +119,9 @@ class FdServer:
         if verb == fd_channel.REDEEM:
             # Duplicates: an unload between two packets closes the originals, and their numbers
             # could come to mean something else.
-            duplicates = [os.dup(fd) for fd in self._redeem(ticket)]
+            duplicates: list[int] = []
             try:
+                _duplicate(self._redeem(ticket), duplicates)
                 for batch in fd_channel.batches(duplicates):
                     await _send(peer, *fd_channel.pack_fds(batch))
             finally:
@@ -142,6 +143,18 @@ class FdServer:
             fd_channel.close_all(received)
             raise
         await _send(peer, fd_channel.OK)
+
+
+def _duplicate(fds: Sequence[int], into: list[int]) -> None:
+    """Append a duplicate of each. Raises `ArenaError`; those made so far are the caller's to close."""
+    try:
+        for fd in fds:
+            into.append(os.dup(fd))
+    except OSError as error:
+        raise ArenaError(
+            f"The companion cannot hand out {len(fds)} descriptors: {error.strerror}. Raise its limit of open files "
+            "(ulimit -Hn) and start it anew."
+        ) from error
 
 
 async def _receive(peer: socket.socket) -> tuple[bytes, list[int]]:

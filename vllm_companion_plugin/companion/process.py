@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import time
+from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,12 +26,13 @@ from vllm_companion_plugin.companion.service import CompanionService
 from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.protocol import schema
-from vllm_companion_plugin.protocol.rpc import MAX_MESSAGE_BYTES
+from vllm_companion_plugin.protocol.rpc import MAX_MESSAGE_BYTES, address
 
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8
+CHECK_INTERVAL_S = 2.0
 
 
 class InstanceLock:
@@ -38,6 +40,7 @@ class InstanceLock:
 
     def __init__(self, paths: DevicePaths) -> None:
         """Raises `AlreadyRunningError` naming the pid that holds it."""
+        self._path = paths.companion_lock
         self._fd = os.open(paths.companion_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +53,15 @@ class InstanceLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
+    def is_reachable(self) -> bool:
+        """Whether our lock file, and with it our sockets, are still where clients look for them."""
+        try:
+            there = os.stat(self._path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(self._fd)
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
     def release(self) -> None:
         os.close(self._fd)
 
@@ -60,19 +72,37 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def serve(paths: DevicePaths, linger_s: float, on_ready: asyncio.Event | None = None) -> None:
+@dataclass(frozen=True)
+class Lifetime:
+    """How long a companion stays with nobody attached.
+
+    Attributes:
+        linger_s: seconds; negative or infinite: until stopped.
+        grace_s: at least these until somebody attaches for the first time.
+        owner_fd: readable once the process that holds our other end is gone; `orphan_linger_s` counts from then.
+    """
+
+    linger_s: float
+    grace_s: float = 0.0
+    owner_fd: int | None = None
+    orphan_linger_s: float = 0.0
+
+
+async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready: asyncio.Event | None = None) -> None:
     """Run the companion until a signal, a Shutdown call or the end of its linger time.
 
+    Ends also if somebody removes the runtime directory, with status 1: nobody could reach us any more.
+
     Args:
-        linger_s: seconds to stay with nobody attached; negative or infinite: until stopped.
+        lock: held by the caller.
         on_ready: set once both sockets answer.
 
     Raises:
         CompanionUnavailableError: a socket cannot be made.
     """
-    service = CompanionService(paths.device, linger_s if math.isfinite(linger_s) else -1.0)
+    service = CompanionService(paths.device, _finite(life.linger_s))
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, _on_signal, number, service)
     fd_server = FdServer(paths.fd_socket, redeem=service.redeem, check_deposit=service.check_deposit)
     server = await _start_grpc(paths, service)
@@ -83,13 +113,19 @@ async def serve(paths: DevicePaths, linger_s: float, on_ready: asyncio.Event | N
         )
         if on_ready is not None:
             on_ready.set()
-        lingering = loop.create_task(_linger(service))
+        if life.owner_fd is not None:
+            loop.add_reader(life.owner_fd, _on_orphaned, life, service)
+        watches = [loop.create_task(_linger(service, life.grace_s)), loop.create_task(_stay_reachable(lock, service))]
         await service.stop.wait()
-        lingering.cancel()
+        for watch in watches:
+            watch.cancel()
     finally:
         # Whatever hangs below, the memory must be freed: the default action of SIGALRM ends us.
         signal.setitimer(signal.ITIMER_REAL, STOP_LIMIT_S)
         service.close()
+        if not lock.is_reachable():
+            # The usual way out would remove the sockets of a companion that has taken our place.
+            os._exit(1)
         await fd_server.close()
         await server.stop(STOP_GRACE_S)
         _remove(paths.grpc_socket)
@@ -113,7 +149,7 @@ async def _start_grpc(paths: DevicePaths, service: CompanionService) -> grpc.aio
     for name in ("", schema.SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     try:
-        server.add_insecure_port(f"unix:{paths.grpc_socket}")
+        server.add_insecure_port(address(paths.grpc_socket))
         await server.start()
         os.chmod(paths.grpc_socket, 0o600)
     except (OSError, RuntimeError) as error:
@@ -131,17 +167,35 @@ def _on_signal(number: int, service: CompanionService) -> None:
     service.stop.set()
 
 
-async def _linger(service: CompanionService) -> None:
+def _finite(linger_s: float) -> float:
+    return linger_s if math.isfinite(linger_s) else -1.0
+
+
+def _on_orphaned(life: Lifetime, service: CompanionService) -> None:
+    assert life.owner_fd is not None
+    asyncio.get_running_loop().remove_reader(life.owner_fd)
+    logger.warning("The process that started this companion has died: staying as if started by an engine.")
+    service.set_linger(_finite(life.orphan_linger_s))
+
+
+async def _stay_reachable(lock: InstanceLock, service: CompanionService) -> None:
+    while lock.is_reachable():
+        await service.changed(CHECK_INTERVAL_S)
+    logger.error("The runtime directory of this companion was removed, so nobody can reach it: ending.")
+    service.stop.set()
+
+
+async def _linger(service: CompanionService, grace_s: float) -> None:
     """Stop the service once nobody has been attached for its linger time."""
-    if service.linger_s < 0:
-        return
     while True:
         idle_since = service.registry.idle_since
         if idle_since is None:
+            grace_s = 0.0
+        if idle_since is None or service.linger_s < 0:
             service.exits_at_unix_s = 0.0
             await service.changed()
             continue
-        left = idle_since + service.linger_s - time.monotonic()
+        left = idle_since + max(service.linger_s, grace_s) - time.monotonic()
         if left <= 0:
             logger.info("Nobody was attached for %g s: ending.", service.linger_s)
             service.stop.set()

@@ -21,7 +21,7 @@ class HasKey(Protocol):
 
 @dataclass(frozen=True)
 class Query:
-    """Finds entries without their full key. Empty fields match anything."""
+    """Finds entries without their full key. Empty fields match anything, and `key_id` the ids it begins."""
 
     model: str = ""
     rank: str = ""
@@ -29,15 +29,8 @@ class Query:
     key_id: str = ""
 
     def matches(self, key: EntryKey) -> bool:
-        return all(
-            wanted in ("", actual)
-            for wanted, actual in (
-                (self.model, key.model),
-                (self.rank, key.rank),
-                (self.role, key.role),
-                (self.key_id, key.id),
-            )
-        )
+        named = ((self.model, key.model), (self.rank, key.rank), (self.role, key.role))
+        return all(wanted in ("", actual) for wanted, actual in named) and key.id.startswith(self.key_id)
 
     def __str__(self) -> str:
         named = [f"{name} {value!r}" for name, value in vars(self).items() if value]

@@ -84,6 +84,11 @@ class CompanionService:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def set_linger(self, linger_s: float) -> None:
+        """Stay this long with nobody attached, from now on."""
+        self.linger_s = linger_s
+        self._on_change()
+
     async def changed(self, timeout_s: float | None = None) -> None:
         """Return at the next change of the status, or after `timeout_s`."""
         # Two classes before Python 3.11.

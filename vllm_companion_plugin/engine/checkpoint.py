@@ -8,6 +8,7 @@ never wrong.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -42,8 +43,23 @@ def files_of(checkpoint: Path) -> list[Path]:
     return sorted(
         path
         for path in checkpoint.rglob("*")
-        if path.name.endswith(suffixes) and not any(part.startswith(".") for part in path.relative_to(checkpoint).parts)
+        # A link into nothing is no file: vLLM would fail on it, or never look at it.
+        if path.name.endswith(suffixes)
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(checkpoint).parts)
     )
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether all weight files are here. The hub cache makes a snapshot's directory with its first file."""
+    files = files_of(checkpoint)
+    if not any(path.name.endswith(WEIGHT_SUFFIXES) for path in files):
+        return False
+    for index in (path for path in files if path.name.endswith(".index.json")):
+        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if not all((index.parent / shard).is_file() for shard in shards):
+            return False
+    return True
 
 
 def weight_bytes(checkpoint: Path) -> int:
@@ -77,12 +93,12 @@ def ensure_downloaded(source: Any, model_config: Any, load_config: Any) -> Path:
     """The checkpoint's directory, downloaded by vLLM's own loader if it is not here yet.
 
     Raises:
-        NotShareableError: the checkpoint is not a local directory even then.
+        NotShareableError: the checkpoint is not in a local directory even then.
     """
     name = getattr(model_config, "model_weights", "") or model_config.model
     for attempt in range(2):
         found = checkpoint_dir(name, model_config.revision, load_config.download_dir)
-        if found is not None:
+        if found is not None and (attempt or Path(name).exists() or is_complete(found)):
             return found
         if attempt == 0:
             source.download_model(model_config)

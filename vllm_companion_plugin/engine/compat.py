@@ -73,7 +73,7 @@ def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
     return get_model_loader(config)
 
 
-def unshareable_reason(vllm_config: Any, model_config: Any) -> str | None:
+def unshareable_reason(vllm_config: Any) -> str | None:
     """Why this configuration must own its weights, or None."""
     parallel = vllm_config.parallel_config
     if getattr(parallel, "enable_eplb", False):
@@ -83,8 +83,6 @@ def unshareable_reason(vllm_config: Any, model_config: Any) -> str | None:
     offload = getattr(vllm_config, "offload_config", None)
     if offload is not None and offload != type(offload)():
         return "weight offloading moves weights between host and device"
-    if is_draft(vllm_config, model_config):
-        return "draft models are loaded by each engine"
     if getattr(vllm_config.load_config, "device", None) not in (None, vllm_config.device_config.device_type):
         return "weights are loaded on another device than the engine's"
     return None

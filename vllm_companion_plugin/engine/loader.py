@@ -71,7 +71,6 @@ class CompanionModelLoader(BaseModelLoader):
             except BaseException:
                 decision.close()
                 raise
-            session.keep(decision)
             return model
         session.not_shared(model_config.model, decision.reason)
         alone: nn.Module = self._source().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)

@@ -28,6 +28,7 @@ from vllm_companion_plugin.types import Progress, Stage
 
 logger = init_logger("vllm.companion")
 
+SIGN_OF_LIFE_S = 1.0
 REPORT_AFTER_S = 0.25
 """Packing is usually over before anybody could read about it."""
 
@@ -59,14 +60,24 @@ class _Publisher:
         self._publication = decision.granted.publication
         self.published = False
         self._arena: arenas.Arena | None = None
+        self._next_sign = 0.0
+        self._checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._publication.report(Progress(phase, done_bytes, total_bytes))
+        if time.monotonic() >= self._next_sign:
+            self._next_sign = time.monotonic() + SIGN_OF_LIFE_S
+            self._decision.election.sign_of_life()
 
     @property
     def checkpoint_bytes(self) -> int:
-        return self._decision.checkpoint_bytes
+        return self._checkpoint_bytes
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the model views the arena, published or not: nobody may write to it."""
+        return self._arena is not None and self._settings.share == "readonly"
 
     def publish(self, model: nn.Module) -> None:
         """Pack and publish `model`; it is bound to the arena afterwards."""
@@ -77,6 +88,7 @@ class _Publisher:
 
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:
+        self._decision.check_unchanged()
         device = self._decision.device
         started = time.perf_counter()
         packed = prepare(capture(model), device.stage, device.arena_kind, device.torch_device)
@@ -113,16 +125,28 @@ class _Publisher:
         )
 
     def finish(self) -> None:
-        """Account for a model that was loaded but not published."""
-        if self.published and self._arena is not None:
-            self._decision.election.release()
-            key, size_bytes = self._decision.key, self._arena.info.size_bytes
+        """Account for a model that was loaded, published or not."""
+        size_bytes = 0
+        if self._arena is not None:
+            size_bytes = self._arena.info.size_bytes
+            if not self.is_bound:
+                self._arena.close()
+        if self.published:
+            key = self._decision.key
             session.outcomes.append(session.Outcome("published", key.model, key.rank, size_bytes=size_bytes))
+            if self.is_bound:
+                self._decision.election.release()
+                session.keep(self._decision)
+            else:
+                self._decision.close()
             return
         reason = self._reason or NotShareableError(
             f"source format {self._settings.source_format!r} loads in a way that cannot be shared on this device"
         )
-        self._publication.decline(str(reason))
+        try:
+            self._publication.decline(str(reason))
+        except CompanionError as error:  # it may be what failed before; the model is loaded all the same
+            logger.debug("The companion was not told: %s", error)
         self._decision.close()
         if not self._settings.fallback:
             raise reason
@@ -142,7 +166,7 @@ def _hook_load_weights(source: BaseModelLoader, publisher: _Publisher, after_pro
             load_weights(model, model_config)
         if publisher._decision.device.stage is Stage.UNPROCESSED:
             publisher.publish(model)
-            if publisher.published:
+            if publisher.is_bound:
                 after_processing.enter_context(process_privately(model, publisher._settings))
 
     source.load_weights = hooked

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
@@ -18,9 +19,10 @@ from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.engine import checkpoint, compat, key
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError, NotShareableError
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import EntryKey, LoaderInfo, Manifest
@@ -57,7 +59,18 @@ class Load:
     lease: Lease
     granted: Granted
     election: LoaderElection
-    checkpoint_bytes: int
+    checkpoint: Path | None
+    content: dict[str, str]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return checkpoint.weight_bytes(self.checkpoint) if self.checkpoint else 0
+
+    def check_unchanged(self) -> None:
+        """Raise `NotShareableError` if what was loaded may not be what the key names."""
+        if self.checkpoint is not None and (now := checkpoint.identity(self.checkpoint)) != self.content:
+            names = sorted(name for name in now.keys() | self.content.keys() if now.get(name) != self.content.get(name))
+            raise NotShareableError(f"{', '.join(names)} of {self.checkpoint} changed while it was loaded.")
 
     def close(self) -> None:
         self.election.release()
@@ -156,11 +169,25 @@ def external_bytes(vllm_config: Any, settings: Settings) -> int:
 
 
 def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
-    if reason := compat.unshareable_reason(vllm_config, model_config):
-        return Alone(reason)
+    if compat.is_draft(vllm_config, model_config):
+        return Alone("draft models are loaded by each engine")
+    if reason := compat.unshareable_reason(vllm_config):
+        raise NotShareableError(reason)
     device = compat.engine_device(vllm_config)
-    content, checkpoint_bytes = _content(vllm_config, model_config, settings)
+    path = _checkpoint(vllm_config, model_config, settings)
+    content = checkpoint.identity(path) if path else {}
     entry_key = key.compute(vllm_config, model_config, device, settings.source_format, content)
+    try:
+        return _ask(device, entry_key, path, content, settings)
+    except (CompanionUnavailableError, LeaseLostError) as error:
+        # It may have ended between our question and its answer: then another one can be started, once.
+        logger.info("The companion of %s went away (%s); asking again.", device.id, error)
+        return _ask(device, entry_key, path, content, settings)
+
+
+def _ask(
+    device: compat.EngineDevice, entry_key: EntryKey, path: Path | None, content: dict[str, str], settings: Settings
+) -> Attach | Load:
     started = time.perf_counter()
     lease = _connection(device.id, settings).attach(
         entry_key, may_load=True, client_name=f"vLLM {compat.versions()['vllm']}"
@@ -171,24 +198,23 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
         if isinstance(outcome, Ready):
             return _open(device, entry_key, lease, outcome, started)
         election = _elect(device.id, entry_key, settings)
-        return Load(device, entry_key, lease, outcome, election, checkpoint_bytes)
+        return Load(device, entry_key, lease, outcome, election, path, content)
     except BaseException:
         lease.release()
         raise
 
 
-def _content(vllm_config: Any, model_config: Any, settings: Settings) -> tuple[dict[str, str], int]:
+def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:
     if settings.source_format in _WITHOUT_CHECKPOINT:
-        return {}, 0
+        return None
     load_config = vllm_config.load_config
     source = compat.source_loader(load_config, settings.source_format)
-    path = checkpoint.ensure_downloaded(source, model_config, load_config)
-    return checkpoint.identity(path), checkpoint.weight_bytes(path)
+    return checkpoint.ensure_downloaded(source, model_config, load_config)
 
 
 def _connection(device_id: str, settings: Settings) -> CompanionConnection:
     known = _connections.get(device_id)
-    if known is None:
+    if known is None or not is_listening(device_paths(device_id, settings)):
         known = _connections[device_id] = connect(device_id, settings, spawn=True)
     return known
 

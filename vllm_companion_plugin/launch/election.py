@@ -7,6 +7,7 @@ It is flock(2), so the kernel frees it when the holder is killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -36,32 +37,44 @@ class LoaderElection:
         """Wait until nobody else loads here; return self, for `with`.
 
         Args:
-            timeout_s: longest wait for the same holder; a new holder restarts it.
+            timeout_s: longest silence of a holder; a new holder, or a sign of life, restarts it.
             holder_text: who we are, for the others' messages.
             on_wait: called with the holder's text when waiting begins and when the holder changes.
 
         Raises:
-            WaitTimeoutError: one holder kept it longer than `timeout_s`.
+            WaitTimeoutError: a holder kept it for `timeout_s` without a sign of life.
             RuntimeDirError: the lock file cannot be opened.
         """
         if self._lock.is_locked:
             raise RuntimeError(f"This election of {self._device} is already held; it is not reentrant.")
         holder: str | None = None
+        sign = 0
         deadline = 0.0
         while not self._try():
-            current = self.holder()
-            if current != holder:
-                holder, deadline = current, time.monotonic() + timeout_s
-                if on_wait is not None:
-                    on_wait(current)
+            current, last_sign = self.holder(), self._last_sign()
+            if current != holder and on_wait is not None:
+                on_wait(current)
+            if (current, last_sign) != (holder, sign):
+                holder, sign, deadline = current, last_sign, time.monotonic() + timeout_s
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
-                    f"Waited {timeout_s:g} s for {holder or 'another process'} to finish loading on {self._device}. "
-                    "Stop it, or raise COMPANION_WAIT_TIMEOUT_S."
+                    f"Waited for {holder or 'another process'} to finish loading on {self._device}, the last "
+                    f"{timeout_s:g} s without progress. Stop it, or raise COMPANION_WAIT_TIMEOUT_S."
                 )
             time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
         self._write_holder(f"pid {os.getpid()}" + (f" ({holder_text})" if holder_text else ""))
         return self
+
+    def sign_of_life(self) -> None:
+        """Tell those who wait that the holder gets on. Never fails: it is only a file's time."""
+        with contextlib.suppress(OSError):
+            os.utime(self._holder_path)
+
+    def _last_sign(self) -> int:
+        try:
+            return os.stat(self._holder_path).st_mtime_ns
+        except OSError:
+            return 0
 
     def _try(self) -> bool:
         try:

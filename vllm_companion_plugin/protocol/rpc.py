@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -20,10 +21,15 @@ MAX_MESSAGE_BYTES = 4 << 20
 ERROR_METADATA = "companion-error-code"
 
 
+def address(socket_path: str) -> str:
+    """What gRPC calls a Unix socket. It reads a URI, in which some characters of a path mean something."""
+    return f"unix:{quote(socket_path)}"
+
+
 def open_channel(socket_path: str) -> grpc.Channel:
     """A channel of its own, whatever else in the process uses gRPC. Connects at the first call."""
     return grpc.insecure_channel(
-        f"unix:{socket_path}",
+        address(socket_path),
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -1,0 +1,82 @@
+"""What a checkpoint is, before anything of it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_companion_plugin.engine import checkpoint
+from vllm_companion_plugin.errors import NotShareableError
+
+COMMIT = "a" * 40
+
+
+def write(path: Path, text: str = "x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+class Hub:
+    """A hub cache in which a model is partly there; downloading brings the rest."""
+
+    def __init__(self, root: Path) -> None:
+        self.cache = root
+        self.snapshot = root / "models--org--m" / "snapshots" / COMMIT
+        write(root / "models--org--m" / "refs" / "main", COMMIT)
+        write(self.snapshot / "config.json", "{}")
+        self.downloads = 0
+
+    def download_model(self, model_config: Any) -> None:
+        self.downloads += 1
+        index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+        write(self.snapshot / "model.safetensors.index.json", json.dumps(index))
+        for shard in index["weight_map"].values():
+            write(self.snapshot / shard)
+
+    def ensure(self) -> Path:
+        model = SimpleNamespace(model="org/m", revision=None)
+        return checkpoint.ensure_downloaded(self, model, SimpleNamespace(download_dir=str(self.cache)))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Hub:
+    return Hub(tmp_path / "hub")
+
+
+def test_a_model_whose_config_alone_is_in_the_hub_cache_is_downloaded(hub: Hub) -> None:
+    assert hub.ensure() == hub.snapshot
+    assert hub.downloads == 1
+    assert len(checkpoint.identity(hub.snapshot)) == 3
+
+
+def test_a_model_of_which_a_shard_is_missing_is_downloaded(hub: Hub) -> None:
+    hub.download_model(None)
+    (hub.snapshot / "2.safetensors").unlink()
+    hub.ensure()
+    assert hub.downloads == 2
+    hub.ensure()
+    assert hub.downloads == 2
+
+
+def test_a_link_into_nothing_is_no_file(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").symlink_to("/nonexistent")
+    assert list(checkpoint.identity(tmp_path)) == ["model.safetensors"]
+
+
+def test_a_directory_without_weights_has_no_identity(tmp_path: Path) -> None:
+    write(tmp_path / "config.json")
+    with pytest.raises(NotShareableError, match="no weight files"):
+        checkpoint.identity(tmp_path)
+
+
+def test_a_file_edited_in_place_is_another_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", "before")
+    before = checkpoint.identity(tmp_path)
+    path.write_text("after!")
+    assert checkpoint.identity(tmp_path) != before
