@@ -12,7 +12,8 @@ $(STAMP): pyproject.toml tools/make_venv.sh
 	PYTHON=$(PYTHON) tools/make_venv.sh
 
 test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not vllm and not gpu"
+	$(BIN)/python -m pytest -q -m "vllm and not gpu" -n 2 --dist worksteal
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from vllm_companion_plugin.protocol.rpc import open_channel, typed_error
 from vllm_companion_plugin.protocol.schema import Stub
 from vllm_companion_plugin.publication import Publication
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import PROTOCOL_VERSION, CompanionStatus, EntryKey, EntryState, EntryStatus
+from vllm_companion_plugin.types import PROTOCOL_VERSION, CompanionStatus, EntryKey, EntryState, EntryStatus, model_name
 
 __all__ = ["CompanionConnection", "Granted", "Lease", "Publication", "Ready", "connect"]
 
@@ -84,6 +84,18 @@ class CompanionConnection:
     def device(self) -> str:
         return self._paths.device
 
+    @property
+    def paths(self) -> DevicePaths:
+        return self._paths
+
+    def recorded_pid(self) -> int:
+        """Pid that the companion wrote into its lock file, for when it does not answer; 0 if there is none."""
+        try:
+            with open(self._paths.companion_lock, encoding="ascii") as file:
+                return int(file.read(20) or 0)
+        except (OSError, ValueError):
+            return 0
+
     def check_protocol(self) -> None:
         """Raises `ProtocolMismatchError` unless the companion speaks our protocol version."""
         # By the message, not by the mapped status: another version's states may be unknown here.
@@ -131,11 +143,11 @@ class CompanionConnection:
             WaitTimeoutError: there was none for `timeout_s`.
             CompanionUnavailableError: the companion is gone.
         """
-        latest = "nothing"
+        latest, named = "nothing", model_name(model)
         try:
             for status in self.watch(timeout_s):
                 for entry in status.entries:
-                    if entry.key.model == model and rank in (None, entry.key.rank) and entry.state is EntryState.READY:
+                    if entry.key.model == named and rank in (None, entry.key.rank) and entry.state is EntryState.READY:
                         return entry
                 latest = ", ".join(f"{e.key.model} ({e.key.rank}, {e.state.value})" for e in status.entries) or latest
         except WaitTimeoutError:
@@ -174,7 +186,7 @@ class CompanionConnection:
         if key is not None:
             request.key.CopyFrom(mapping.key_to_message(key))
         else:
-            request.query.CopyFrom(messages.EntryQuery(model=model, rank=rank, role=role, key_id=key_id))
+            request.query.CopyFrom(messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id))
         name = key.model if key is not None else model or key_id or "the only entry"
         lease = Lease(self._stub, self._paths, request, f"{name} on {self.device}")
         self._leases = [other for other in self._leases if not other.released] + [lease]
@@ -189,7 +201,7 @@ class CompanionConnection:
             EntryNotFoundError: nothing matches.
             EntryInUseError: somebody uses it and `force` is false; nothing was unloaded.
         """
-        query = messages.EntryQuery(model=model, rank=rank, role=role, key_id=key_id)
+        query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
         response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
         return tuple(mapping.entry_status_from_message(entry) for entry in response.unloaded)
 

@@ -6,9 +6,13 @@ know nothing of models; entries know nothing of CUDA.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+_HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 PROTOCOL_VERSION = 1
 """Raised by every change that an older client or companion would misread."""
@@ -50,13 +54,24 @@ class LeaseState(Enum):
     ATTACHED = "attached"
 
 
+def model_name(model: str) -> str:
+    """One name for all ways to write a model: the hub id, or the real path of a local one.
+
+    A path into the hub cache is its hub id again: offline, vLLM replaces the one by the other.
+    """
+    path = os.path.abspath(model)
+    if snapshot := _HUB_SNAPSHOT.search(path):
+        return snapshot["id"].replace("--", "/", 1)
+    return os.path.realpath(path) if model and os.path.exists(path) else model
+
+
 @dataclass(frozen=True)
 class EntryKey:
     """What makes two loads interchangeable.
 
     Attributes:
         id: hex sha256 over all `fields`; equal ids mean byte-equal tensors.
-        model: name to show, as the user wrote it. Not part of the identity.
+        model: name to show and to ask for: `model_name` of what the user wrote. Not part of the identity.
         role: "target" or "draft".
         rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without any.
         fields: everything that went into `id`, for messages that explain a mismatch.

@@ -18,6 +18,7 @@ import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client import CompanionConnection, Granted, connect
+from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import ensure_companion, is_listening
 from vllm_companion_plugin.protocol import fd_channel
 
@@ -298,3 +299,33 @@ def test_doctor_sees_something_that_is_no_companion_of_ours(place: Place) -> Non
         accepting.start()
         code, found = findings(place)
     assert (code, found["companion of cpu"]) == (1, "FAIL")
+
+
+# ---- a companion that hangs
+
+
+@pytest.fixture
+def frozen(place: Place) -> Iterator[int]:
+    """Pid of a stopped companion of a GPU that is not here; another one, of cpu, is well."""
+    gpu = "GPU-00000000-0000-0000-0000-000000000000"
+    place.companion()
+    process = place.run("-m", "vllm_companion_plugin.companion", "--device", gpu)
+    paths = device_paths(gpu, place.settings)
+    until(lambda: is_listening(paths), WITHIN_S, "it listens")
+    process.send_signal(signal.SIGSTOP)
+    yield process.pid
+    process.kill()
+
+
+def test_one_companion_that_hangs_hides_no_other_and_is_named_with_its_remedy(place: Place, frozen: int) -> None:
+    code, out, error = cli(place, "status", "--json")
+    assert code == 1
+    assert [status["device"] for status in json.loads(out)] == ["cpu"]
+    assert f"kill -9 {frozen}" in error
+    well = place.companion_pid()
+    code, out, error = cli(place, "stop")
+    assert code == 1
+    assert "Stopped the companion of cpu" in out
+    assert f"kill -9 {frozen}" in error
+    assert not alive(well)
+    assert f"kill -9 {frozen}" in cli(place, "doctor")[1]

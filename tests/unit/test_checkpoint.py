@@ -11,6 +11,7 @@ import pytest
 
 from vllm_companion_plugin.engine import checkpoint
 from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.types import model_name
 
 COMMIT = "a" * 40
 
@@ -80,3 +81,14 @@ def test_a_file_edited_in_place_is_another_file(tmp_path: Path) -> None:
     before = checkpoint.identity(tmp_path)
     path.write_text("after!")
     assert checkpoint.identity(tmp_path) != before
+
+
+def test_a_model_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "m" / "config.json")
+    (tmp_path / "alias").symlink_to("m")
+    monkeypatch.chdir(tmp_path)
+    for written in ("m", "m/", "./m", "alias", str(tmp_path / "m")):
+        assert model_name(written) == str(tmp_path / "m")
+    assert model_name("org/model") == "org/model"
+    assert model_name(f"/x/hub/models--org--a--b/snapshots/{COMMIT}") == "org/a--b"
+    assert model_name("") == ""

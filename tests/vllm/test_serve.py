@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def ready_ranks(place: Place) -> list[str]:
     return sorted(entry.key.rank for entry in entries if entry.state is EntryState.READY)
 
 
+def hub_cache(place: Place, checkpoint: Path) -> Path:
+    """A cache of the hub that holds `checkpoint` as org/tiny."""
+    home = Path(place.settings.runtime_dir).parent / "hf"
+    model = home / "hub" / "models--org--tiny"
+    shutil.copytree(checkpoint, model / "snapshots" / ("a" * 40))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    return home
+
+
 @pytest.mark.parametrize(
     ("parallel", "ranks"),
     [
@@ -43,16 +54,26 @@ def test_an_engine_attaches_to_what_serve_loaded(
     tiny_llama: Path,
     engine_environment: dict[str, str],
 ) -> None:
+    model, held = str(tiny_llama), str(tiny_llama)
+    if not parallel:  # by its hub id, which vLLM replaces by a path when it is offline
+        model = held = "org/tiny"
+        engine_environment = engine_environment | {"HF_HOME": str(hub_cache(place, tiny_llama))}
     flags = [part for name, size in parallel.items() for part in (f"--{name.replace('_', '-')}", str(size))]
     place.environment = engine_environment | to_environment(place.settings)
     serve = place.run(
-        *("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu", str(tiny_llama)),
+        *("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu", model),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"),
         *flags,
     )
     until(lambda: serve.poll() is not None or ready_ranks(place) == ranks, 200, f"{ranks} are published")
     assert serve.poll() is None, serve.communicate()
-    engine = start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, **parallel)
+    engine = start_engine(
+        model=model,
+        load_format="companion",
+        skip_tokenizer_init=True,
+        environment=engine_environment,
+        **parallel,
+    )
     engine.result()
     assert engine.output().count("Attached to") == len(ranks)
     assert "Loading weights took" not in engine.output()
@@ -61,5 +82,5 @@ def test_an_engine_attaches_to_what_serve_loaded(
     serve.terminate()
     out, err = serve.communicate(timeout=10)
     assert serve.returncode == 0, err
-    assert f"cpu holds {tiny_llama} ({ranks[0]})" in out
+    assert f"cpu holds {held} ({ranks[0]})" in out
     until(lambda: not alive(companion), 2, "the companion ends with serve")

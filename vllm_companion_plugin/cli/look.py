@@ -8,8 +8,10 @@ import json
 import os
 import queue
 import select
+import sys
 import threading
 import time
+from collections.abc import Callable
 
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
@@ -22,6 +24,7 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus
 
@@ -29,14 +32,43 @@ STOP_TIMEOUT_S = 5.0
 
 
 def status(parsed: argparse.Namespace) -> int:
-    statuses = []
-    with running(settings_of(parsed), parsed.device) as connections:
-        for connection in connections:
-            connection.check_protocol()
-            with contextlib.suppress(CompanionUnavailableError):  # it ended just now
-                statuses.append(connection.status())
+    statuses: list[CompanionStatus] = []
+
+    def ask(connection: CompanionConnection) -> None:
+        connection.check_protocol()
+        statuses.append(connection.status())
+
+    code = _each(parsed, ask)
     print(json.dumps(table.to_json(statuses), indent=2) if parsed.json else table.to_text(statuses, time.time()))
-    return 0
+    return code
+
+
+def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]) -> int:
+    """Act on all companions meant; 1 if one failed. One that hangs must not stand between us and the others."""
+    code = 0
+    with running(settings_of(parsed), parsed.device) as connections:
+        if len(connections) == 1:
+            _act(connections[0], act)
+            return 0
+        for connection in connections:
+            try:
+                _act(connection, act)
+            except CompanionError as error:
+                print(f"vllm-companion: error: {' '.join(str(error).split())}", file=sys.stderr)
+                code = 1
+    return code
+
+
+def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], None]) -> None:
+    try:
+        act(connection)
+    except (CompanionUnavailableError, WaitTimeoutError) as error:
+        pid = connection.recorded_pid()
+        if not pid or not is_listening(connection.paths):
+            return  # it ended just now
+        raise WaitTimeoutError(
+            f"The companion of {connection.device} (pid {pid}) does not answer: {error} End it: kill -9 {pid}"
+        ) from error
 
 
 def watch(parsed: argparse.Namespace) -> int:
@@ -108,12 +140,16 @@ def unload(parsed: argparse.Namespace) -> int:
 
 
 def stop(parsed: argparse.Namespace) -> int:
-    with running(settings_of(parsed), parsed.device) as connections:
-        if not connections:
-            print(table.NOBODY)
-        for connection in connections:
-            _stop(connection)
-    return 0
+    found: list[str] = []
+
+    def end(connection: CompanionConnection) -> None:
+        found.append(connection.device)
+        _stop(connection)
+
+    code = _each(parsed, end)
+    if not found:
+        print(table.NOBODY)
+    return code
 
 
 def stop_all(settings: Settings) -> None:

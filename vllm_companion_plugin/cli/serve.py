@@ -21,7 +21,7 @@ from vllm_companion_plugin.errors import (
 from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings, to_environment
-from vllm_companion_plugin.types import CompanionStatus, EntryState
+from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
 
 
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
@@ -105,7 +105,7 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
         with connect(device, settings, spawn=False) as connection:
             status = connection.status()
         for entry in status.entries:
-            if entry.key.model == model and entry.state is EntryState.READY:
+            if entry.key.model == model_name(model) and entry.state is EntryState.READY:
                 held += 1
                 print(
                     f"{device} holds {model} ({entry.key.rank}): {entry.size_bytes / table.GIB:.2f} GiB, "

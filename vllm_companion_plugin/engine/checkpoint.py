@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
+
 from vllm_companion_plugin.errors import NotShareableError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".npy", ".tensors", ".ckpt")
@@ -96,6 +98,8 @@ def ensure_downloaded(source: Any, model_config: Any, load_config: Any) -> Path:
         NotShareableError: the checkpoint is not in a local directory even then.
     """
     name = getattr(model_config, "model_weights", "") or model_config.model
+    if envs.VLLM_USE_MODELSCOPE and not Path(name).exists():
+        raise NotShareableError(f"{name} comes from ModelScope, whose cache is not known here; name its directory.")
     for attempt in range(2):
         found = checkpoint_dir(name, model_config.revision, load_config.download_dir)
         if found is not None and (attempt or Path(name).exists() or is_complete(found)):

@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from vllm_companion_plugin.engine import compat
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.types import EntryKey, model_name
 
 MANIFEST_VERSION = 1
 """Raised when capture or packing changes in a way that an older manifest would fail."""
@@ -109,7 +109,7 @@ def compute(
         if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
     }
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
-    return EntryKey(_digest(fields), model_config.model, "target", " ".join(split) or "single", fields)
+    return EntryKey(_digest(fields), model_name(model_config.model), "target", " ".join(split) or "single", fields)
 
 
 def _hf_config(config: Any) -> dict[str, Any]:
