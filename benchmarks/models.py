@@ -764,6 +764,10 @@ def bert(path: Path, tiny: bool, *, name: str) -> None:
         weights.linear(f"{prefix}.output.dense", hidden, inner, bias=True)
         weights.norm(f"{prefix}.output.LayerNorm", hidden, bias=True)
     weights.linear("pooler.dense", hidden, hidden, bias=True)
+    path.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(vocab - 5))]
+    (path / "vocab.txt").write_text("\n".join(words) + "\n")
+    write_json(path / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "model_max_length": 512})
     weights.save(
         path,
         {
@@ -804,7 +808,7 @@ add("deepseek-v3", deepseek_v3, on_cpu=True)
 add("mamba", mamba2, on_cpu=True)
 add("hybrid", granite_hybrid, on_cpu=True)
 add("gemma3", gemma3, on_cpu=True)
-add("bert", bert, flags={"runner": "pooling"}, kind="pooling", on_cpu=True)
+add("bert", bert, flags={"runner": "pooling", "skip_tokenizer_init": False}, kind="pooling", on_cpu=True)
 
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})

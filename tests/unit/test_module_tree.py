@@ -44,9 +44,12 @@ class Model(nn.Module):
         self.mode = "fast"
 
 
-def published(*, rebind: bool = True) -> tuple[Model, Manifest, arenas.Arena]:
+def published(
+    *, rebind: bool = True, change: Callable[[Model], object] = lambda m: None
+) -> tuple[Model, Manifest, arenas.Arena]:
     torch.manual_seed(0)
     model = Model()
+    change(model)
     packed = pack.prepare(capture(model), Stage.UNPROCESSED, arenas.MEMFD, CPU)
     arena = pack.copy(packed, arenas.MEMFD, CPU, rebind=rebind, release=lambda: None)
     return model, manifest_from_bytes(manifest_to_bytes(packed.manifest)), arena
@@ -112,6 +115,35 @@ def test_a_copy_shares_nothing() -> None:
 def test_measured_floats_are_restored_by_value() -> None:
     _, manifest, arena = published()
     assert restored(manifest, arena, change=lambda m: setattr(m, "scale", 0.9)).scale == 0.5
+
+
+@pytest.mark.parametrize("value", [{}, [], True, None, 7, "seven", 0.25], ids=repr)
+def test_plain_values_that_loading_leaves_behind_are_set(value: object) -> None:
+    _, manifest, arena = published(change=lambda m: setattr(m, "loaded", value))
+    other = restored(manifest, arena)
+    assert other.loaded == value
+    assert type(other.loaded) is type(value)
+
+
+@pytest.mark.parametrize("value", [torch.float16, Kernel(torch.ones(1)), {"a": 1}, nn.Linear])
+def test_what_is_not_plain_and_missing_is_refused(value: object) -> None:
+    _, manifest, arena = published(change=lambda m: setattr(m, "loaded", value))
+    with pytest.raises(ParityError, match="loaded"):
+        restored(manifest, arena)
+
+
+class Config:
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+
+
+def test_the_insides_of_opaque_objects_do_not_count() -> None:
+    model = Model()
+    model.config = Config("a", "b")
+    inside = "config.names[0]"
+    assert inside in capture(model).modules[0].attributes
+    assert inside not in capture(model, (Config,)).modules[0].attributes
+    assert "config" in capture(model, (Config,)).modules[0].attributes
 
 
 @pytest.mark.parametrize(

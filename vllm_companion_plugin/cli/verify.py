@@ -131,7 +131,7 @@ def judge(
     """Compare three reports of `engine.verify`. Pure."""
     ranks = []
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
-        loaded, bound = first["outcomes"][-1], second["outcomes"][-1]
+        loaded, bound = first["outcomes"][0], second["outcomes"][0]  # the model's; drafts come after it
         rank = Rank(bound["rank"] or str(normal["rank"]), bound["size_bytes"], len(normal["tensors"]))
         rank.loaded, rank.attached = loaded["what"], bound["what"]
         rank.seconds, rank.ways = bound["seconds"], bound["ways"]

@@ -37,7 +37,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         with compat.model_on_meta(vllm_config, model_config, prefix, device) as model:
             built = time.perf_counter()
             source = Source(decision.manifest, ArenaViews(decision.arena, device), device, copy=copy)
-            restorer = Restorer(model, source, device)
+            restorer = Restorer(model, source, device, compat.OPAQUE)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()

@@ -17,7 +17,7 @@ import torch
 import vllm
 from torch import nn
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.platforms import current_platform
@@ -27,6 +27,9 @@ from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.errors import EngineVersionError, NotShareableError
 from vllm_companion_plugin.module_tree.restore import Strategy
 from vllm_companion_plugin.types import Stage
+
+# Made from the key's fields; some hold lists in the order of a set, or a measured time.
+OPAQUE = (QuantizationConfig,)
 
 # Their post-processing changes no tensor on CUDA, and on CPU only packs a private copy.
 _LEAVES_TENSORS_ALONE = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")

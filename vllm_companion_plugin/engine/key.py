@@ -15,7 +15,7 @@ from typing import Any
 from vllm_companion_plugin.engine import compat
 from vllm_companion_plugin.types import EntryKey, model_name
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 """Raised when capture or packing changes in a way that an older manifest would fail."""
 
 # Switches that choose kernels or layouts.

@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.collector import collector_paused
-from vllm_companion_plugin.engine import session
+from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
@@ -91,7 +91,7 @@ class _Publisher:
         self._decision.check_unchanged()
         device = self._decision.device
         started = time.perf_counter()
-        packed = prepare(capture(model), device.stage, device.arena_kind, device.torch_device)
+        packed = prepare(capture(model, compat.OPAQUE), device.stage, device.arena_kind, device.torch_device)
         with ThreadPoolExecutor(1) as executor, ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a third of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)

@@ -51,14 +51,16 @@ class WorkerExtension:
         if role == "reference" and device.stage is Stage.UNPROCESSED:
             # Modules note things while they run, so those of the running model count as well.
             return (
-                report | describe(_load_again(worker.vllm_config, device)) | {"running": modules_of(capture(running))}
+                report
+                | describe(_load_again(worker.vllm_config, device))
+                | {"running": modules_of(capture(running, compat.OPAQUE))}
             )
         return report | describe(running)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Modules and tensors of `model` as JSON; equal for equal models in any process."""
-    tree = capture(model)
+    tree = capture(model, compat.OPAQUE)
     tensors: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for slot in tree.slots():
@@ -125,12 +127,13 @@ def answers(llm: Any) -> dict[str, Any]:
     if config.runner_type == "pooling":
         tasks = llm.supported_tasks
         task = next(name for name in ("embed", "token_embed", "classify", *tasks) if name in tasks)
-        outputs = llm.encode(prompts, pooling_task=task, use_tqdm=False)
+        outputs = [llm.encode(prompt, pooling_task=task, use_tqdm=False)[0] for prompt in prompts]
         return {"values": [output.outputs.data.double().flatten().tolist() for output in outputs]}
     sampling = SamplingParams(
         max_tokens=_MAX_TOKENS, temperature=0, logprobs=_LOGPROBS, detokenize=False, ignore_eos=True
     )
-    outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    # One at a time: how requests are batched decides the kernels, and depends on when they arrive.
+    outputs = [llm.generate(prompt, sampling, use_tqdm=False)[0].outputs[0] for prompt in prompts]
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "values": [[entry.logprob for step in output.logprobs for entry in step.values()] for output in outputs],

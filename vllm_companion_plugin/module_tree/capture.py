@@ -85,8 +85,13 @@ class Tree:
         return f"{path}.{slot.name}" if path else slot.name
 
 
-def capture(model: nn.Module) -> Tree:
-    """The tree of `model`, in the order of `named_modules`. Reads no tensor data."""
+def capture(model: nn.Module, opaque: tuple[type, ...] = ()) -> Tree:
+    """The tree of `model`, in the order of `named_modules`. Reads no tensor data.
+
+    Args:
+        opaque: classes of objects whose insides are not state of the model: they follow from its
+            configuration, and may differ from process to process.
+    """
     by_id: dict[int, LiveModule] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         known = by_id.get(id(module))
@@ -95,7 +100,7 @@ def capture(model: nn.Module) -> Tree:
         else:
             known.aliases.append(path)
     tree = Tree(list(by_id.values()))
-    walk = _Walk()
+    walk = _Walk(opaque)
     for index, live in enumerate(tree.modules):
         walk.module(live, index)
     return tree
@@ -130,7 +135,8 @@ def describe_value(value: Any) -> str | None:
 class _Walk:
     """One walk over a tree; remembers the objects it has met."""
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: tuple[type, ...]) -> None:
+        self._opaque = opaque
         # Object id to where it was first met. Objects are kept alive by the model meanwhile.
         self._met: dict[int, str] = {}
 
@@ -187,7 +193,7 @@ class _Walk:
         if isinstance(value, (set, frozenset)):
             return f"{name} of {sorted(map(str, value))}"
         insides = getattr(value, "__dict__", None)
-        if insides and not name.startswith(_OPAQUE):
+        if insides and not name.startswith(_OPAQUE) and not isinstance(value, self._opaque):
             for item_key, item in list(insides.items()):
                 self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
         return name

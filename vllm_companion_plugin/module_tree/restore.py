@@ -16,20 +16,22 @@ raises before the model is used.
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.module_tree.capture import capture, class_name
+from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, capture, class_name
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline, view
-from vllm_companion_plugin.types import Manifest, StorageInfo, TensorInfo, TensorKind
+from vllm_companion_plugin.types import Manifest, ModuleInfo, StorageInfo, TensorInfo, TensorKind
 
 
 class Strategy(Enum):
@@ -81,10 +83,11 @@ class Restorer:
         ways: modules whose post-processing ran, by strategy.
     """
 
-    def __init__(self, model: nn.Module, source: Source, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, source: Source, device: torch.device, opaque: tuple[type, ...] = ()) -> None:
         self._model = model
         self._source = source
         self._device = device
+        self._opaque = opaque
         self.ways: Counter[Strategy] = Counter()
         self._modules = {module.path: module for module in source.manifest.modules}
         self._paths: dict[int, str] = {}
@@ -147,7 +150,7 @@ class Restorer:
         Raises:
             ParityError: the tree differs; the model must not be used.
         """
-        tree = capture(self._model)
+        tree = capture(self._model, self._opaque)
         compare_modules(tree, self._source.manifest)
         carriers: dict[int, torch.Tensor] = {}
         indexes: dict[int, int] = {}
@@ -170,6 +173,7 @@ class Restorer:
             for name, number in live.floats.items():
                 if name in published.floats:
                     number.set(published.floats[name])
+            _leave_behind(live, published)
         compare_structure(tree, self._source.manifest)
 
     def _ensure_bound(self, tensor: torch.Tensor, index: int, name: str) -> None:
@@ -185,6 +189,35 @@ class Restorer:
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
+
+
+def _leave_behind(live: LiveModule, published: ModuleInfo) -> None:
+    """Set the plain values that loading, which never ran here, leaves on a module.
+
+    Only what is missing altogether: a value that differs has another reason.
+    """
+    for name, text in published.attributes.items():
+        if name not in live.attributes and name.isidentifier() and not hasattr(live.module, name):
+            found = _plain(text)
+            if found is not None:
+                setattr(live.module, name, found[0])
+                live.attributes[name] = text
+    for name, number in published.floats.items():
+        if name not in live.floats and name.isidentifier() and not hasattr(live.module, name):
+            setattr(live.module, name, number)
+            live.floats[name] = LiveFloat(number, live.module, name)
+
+
+def _plain(text: str) -> tuple[Any] | None:
+    """The value that `describe_value` gave this text, in a tuple; None if text does not tell."""
+    empty: dict[str, type] = {"builtins.dict of 0": dict, "builtins.list of 0": list, "builtins.set of []": set}
+    if text in empty:
+        return (empty[text](),)
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return None
+    return (value,) if value is None or isinstance(value, (bool, int, str, bytes)) else None
 
 
 @contextmanager

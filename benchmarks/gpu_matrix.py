@@ -1,0 +1,131 @@
+"""Every case of benchmarks/models.py through `vllm-companion verify`: one row a case.
+
+    python benchmarks/gpu_matrix.py --out DIR [--only CASE ...] [--jobs N] [--tiny]
+
+Makes the checkpoints itself. Writes DIR/matrix-<vllm version>.json and .md; exits with 1 if a row is different.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import models
+
+COMMON = {
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 512,
+}
+CASE_TIMEOUT_S = 150
+
+
+def flags_of(options: dict[str, object]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        if value is False:
+            continue
+        flags.append("--" + name.replace("_", "-"))
+        if value is not True:
+            flags.append(value if isinstance(value, str) else json.dumps(value))
+    return flags
+
+
+def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
+    """The verdict on one case, or why there is none."""
+    case = models.CASES[name]
+    options = (
+        COMMON
+        | ({"dtype": "float32"} if tiny else {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.22})
+        | case.flags
+    )
+    row: dict[str, Any] = {"case": name, "flags": " ".join(flags_of(case.flags))}
+    started = time.monotonic()
+    make = [sys.executable, models.__file__, name, str(root / name)] + (["--tiny"] if tiny else [])
+    made = subprocess.run(make, capture_output=True, text=True, check=False)
+    if made.returncode:
+        return row | {"verdict": "not made", "reason": made.stderr.strip().splitlines()[-1]}
+    command = [sys.executable, "-m", "vllm_companion_plugin.cli.main", "verify", str(root / name), "--json"]
+    log = out / f"{name}.log"
+    try:
+        with log.open("w") as errors:
+            done = subprocess.run(
+                command + flags_of(options), stdout=subprocess.PIPE, stderr=errors, text=True, timeout=CASE_TIMEOUT_S
+            )
+    except subprocess.TimeoutExpired:
+        return row | {"verdict": "timeout", "reason": f"{CASE_TIMEOUT_S} s"}
+    row["seconds"] = round(time.monotonic() - started, 1)
+    if not done.stdout.strip():
+        return row | {"verdict": "failed", "reason": reason(log.read_text())}
+    verdict = json.loads(done.stdout)
+    found = [line for rank in verdict["ranks"] for line in rank["tensor_differences"] + rank["tree_differences"]]
+    reasons = [text for rank in verdict["ranks"] for text in rank["reasons"]]
+    rank = verdict["ranks"][0]
+    return row | {
+        "verdict": verdict["verdict"],
+        "versions": verdict["versions"],
+        "GiB": round(rank["size_bytes"] / 2**30, 2),
+        "tensors": rank["tensors"],
+        "attach_s": round(rank["seconds"], 3),
+        "ways": rank["ways"],
+        "answers": verdict["answers"],
+        "differences": found[:10],
+        "reason": "; ".join(dict.fromkeys(reasons)),
+    }
+
+
+def reason(log: str) -> str:
+    """Which engine failed, and the first error that it printed."""
+    lines = log.splitlines()
+    last = lines[-1].rsplit("; see", 1)[0] if lines else ""
+    errors = [line for line in lines if "Error" in line and "WARNING" not in line]
+    cause = errors[0].split("] ", 1)[-1].strip() if errors else ""
+    return f"{last}: {cause}"[:600]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    heads = ("case", "flags", "verdict", "GiB", "tensors", "attach_s", "ways", "answers", "reason")
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    for row in rows:
+        cells = dict(row)
+        cells["ways"] = ", ".join(f"{count} {way}" for way, count in row.get("ways", {}).items())
+        cells["reason"] = " ".join(row.get("differences", [])[:1]) or row.get("reason", "")
+        lines.append("| " + " | ".join(str(cells.get(head, "")).replace("|", "/") for head in heads) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "matrix-models")
+    parser.add_argument("--only", nargs="*", default=sorted(models.CASES))
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    parser.add_argument("--tiny", action="store_true", help="shapes for a CPU")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    rows = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda name: verify(name, args.models, args.out, args.tiny), args.only):
+            rows.append(row)
+            print({key: row[key] for key in row if key not in ("versions",)}, flush=True)
+            version = next((r["versions"]["vllm"] for r in rows if "versions" in r), "none")
+            report = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": rows}
+            (args.out / f"matrix-{version}.json").write_text(json.dumps(report, indent=1))
+            (args.out / f"matrix-{version}.md").write_text(table(rows))
+    print({name: sum(row["verdict"] == name for row in rows) for name in {row["verdict"] for row in rows}})
+    raise SystemExit(any(row["verdict"] == "different" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
