@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -130,6 +131,26 @@ def test_what_is_not_plain_and_missing_is_refused(value: object) -> None:
     _, manifest, arena = published(change=lambda m: setattr(m, "loaded", value))
     with pytest.raises(ParityError, match="loaded"):
         restored(manifest, arena)
+
+
+class Deep:
+    """A tensor behind slots and partials, deeper than attributes are noted."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, value: float, depth: int = 6) -> None:
+        leaf = torch.full((3,), value)
+        self.inner = Deep(value, depth - 1) if depth else functools.partial(torch.add, leaf, other=[leaf])
+
+
+def test_tensors_are_found_however_deep_they_are() -> None:
+    _, manifest, arena = published(change=lambda m: setattr(m, "deep", [{"x": Deep(5.0)}]))
+    other = restored(manifest, arena, change=lambda m: setattr(m, "deep", [{"x": Deep(0.0)}]))
+    inner = other.deep[0]["x"]
+    while isinstance(inner, Deep):
+        inner = inner.inner
+    assert inner.args[0].tolist() == [5.0, 5.0, 5.0]
+    assert inner.keywords["other"][0] is inner.args[0]
 
 
 class Config:

@@ -89,6 +89,7 @@ class _Publisher:
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:
         self._decision.check_unchanged()
+        compat.check_proved(model)
         device = self._decision.device
         started = time.perf_counter()
         packed = prepare(capture(model, compat.OPAQUE), device.stage, device.arena_kind, device.torch_device)

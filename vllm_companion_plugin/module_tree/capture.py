@@ -26,6 +26,7 @@ _EXACT_PRIMITIVES = frozenset(_PRIMITIVES)
 _TEXT_TYPES = (torch.dtype, torch.Size, torch.memory_format, torch.layout, enum.Enum)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _MAX_DEPTH = 4
+_MAX_SEARCH_DEPTH = 16
 
 # Objects of these packages are shared infrastructure (configs, process groups, loggers), not
 # state of one module: their class is noted, their insides are not.
@@ -132,6 +133,29 @@ def describe_value(value: Any) -> str | None:
     return None
 
 
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container or an object holds, with how to write the way to it."""
+    if isinstance(value, (list, tuple)):
+        yield from ((f"[{position}]", item) for position, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r}]", item) for key, item in value.items())
+    elif isinstance(value, functools.partial):
+        yield from ((f".args[{position}]", item) for position, item in enumerate(value.args))
+        yield from ((f".keywords[{key!r}]", item) for key, item in value.keywords.items())
+    else:
+        yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
+        yield from ((f".{name}", item) for name, item in _slots(value))
+
+
+def _slots(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds outside its dictionary."""
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
+
+
 class _Walk:
     """One walk over a tree; remembers the objects it has met."""
 
@@ -139,6 +163,7 @@ class _Walk:
         self._opaque = opaque
         # Object id to where it was first met. Objects are kept alive by the model meanwhile.
         self._met: dict[int, str] = {}
+        self._searched: set[int] = set()
 
     def module(self, live: LiveModule, index: int) -> None:
         module = live.module
@@ -172,12 +197,17 @@ class _Walk:
         text = describe_value(value)
         if text is None:
             text = self._compound(live, index, path, value, depth)
+        elif isinstance(value, functools.partial):
+            self._search(live, index, path, value, depth)
         live.attributes[path] = text
 
     def _compound(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> str:
         cls = type(value)
         name = class_name(cls)
-        if isinstance(value, nn.Module) or depth >= _MAX_DEPTH:
+        if isinstance(value, nn.Module):
+            return name
+        if depth >= _MAX_DEPTH:
+            self._search(live, index, path, value, depth)
             return name
         first = self._met.setdefault(id(value), f"{live.path}:{path}")
         if first != f"{live.path}:{path}":
@@ -192,8 +222,25 @@ class _Walk:
             return f"{name} of {len(value)}"
         if isinstance(value, (set, frozenset)):
             return f"{name} of {sorted(map(str, value))}"
-        insides = getattr(value, "__dict__", None)
-        if insides and not name.startswith(_OPAQUE) and not isinstance(value, self._opaque):
-            for item_key, item in list(insides.items()):
+        if not name.startswith(_OPAQUE) and not isinstance(value, self._opaque):
+            for item_key, item in list(getattr(value, "__dict__", {}).items()):
                 self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
+            for item_key, item in _slots(value):
+                self._look(live, index, f"{path}.{item_key}", item, depth)
         return name
+
+    def _search(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+        """Only the tensors, further down: kernels keep scales several objects deep, and each must be found."""
+        if isinstance(value, nn.Module) or depth >= _MAX_SEARCH_DEPTH or id(value) in self._searched:
+            return
+        if class_name(type(value)).startswith(_OPAQUE) or isinstance(value, self._opaque):
+            return
+        self._searched.add(id(value))
+        for way, item in _parts(value):
+            self._look(live, index, f"{path}{way}", item, depth)
+
+    def _look(self, live: LiveModule, index: int, path: str, item: Any, depth: int) -> None:
+        if isinstance(item, torch.Tensor):
+            live.slots.append(LiveSlot(path, TensorKind.ATTRIBUTE, item, index))
+        elif isinstance(item, functools.partial) or describe_value(item) is None:
+            self._search(live, index, path, item, depth + 1)

@@ -1,0 +1,67 @@
+"""`vllm-companion verify` on real engines: models of many kinds are equal, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import models
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"]
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A temp directory of our own, with a short name: sockets go there."""
+    path = tempfile.mkdtemp(prefix="vc", dir="/tmp")
+    yield Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_companion_plugin.cli.main", "verify", str(model), "--json", *FLAGS, *flags],
+        env=environment | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=380,
+    )
+    assert done.stdout, done.stderr[-3000:]
+    assert not list(temporary.glob("vcv-*"))
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "flags", "ranks"),
+    [
+        ("gemma3", (), ["single"]),
+        ("hybrid", (), ["single"]),
+        ("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
+    ],
+)
+def test_a_model_is_equal_through_the_companion(
+    case: str,
+    flags: tuple[str, ...],
+    ranks: list[str],
+    tmp_path: Path,
+    temporary: Path,
+    engine_environment: dict[str, str],
+) -> None:
+    models.make(case, tmp_path / case, tiny=True)
+    code, verdict, said = verify(tmp_path / case, engine_environment, temporary, *flags)
+    assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
+    assert [rank["rank"] for rank in verdict["ranks"]] == ranks
+    for rank in verdict["ranks"]:
+        assert (rank["loaded"], rank["attached"]) == ("published", "attached")
+        assert rank["tensors"] > 10
+    assert "equal" in verdict["answers"]
