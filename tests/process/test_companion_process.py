@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -88,6 +89,19 @@ def test_a_redeem_that_fails_for_want_of_descriptors_says_so_and_keeps_none(plac
         with pytest.raises(ArenaError, match="ulimit"):
             reader.redeem()
         until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) <= held, 5, "the duplicates are closed")
+
+
+def test_without_space_for_its_lock_it_says_so_and_what_to_do(place: Place) -> None:
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # every write to a file fails
+        "from vllm_companion_plugin.companion.__main__ import main\n"
+        "sys.exit(main(['--device', 'cpu']))\n"
+    )
+    process = place.run("-c", code)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert re.fullmatch(r"vllm-companion: Cannot write .*companion.lock: File too large. Free space .*\n", said)
 
 
 def test_a_second_one_is_refused_and_names_the_first(place: Place) -> None:

@@ -6,6 +6,7 @@ Only light modules are imported before the process has detached: gRPC must not s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -32,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _configure_logging(settings.log_level)
         _run(paths, parsed, linger_s, grace_s, settings.linger_s)
     except CompanionError as error:
-        print(f"vllm-companion: {error}", file=sys.stderr, flush=True)
         _report(parsed.ready_fd, f"{error.code} {error}")
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(f"vllm-companion: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

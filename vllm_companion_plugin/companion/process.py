@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from vllm_companion_plugin import __version__
 from vllm_companion_plugin.companion.fd_server import FdServer
 from vllm_companion_plugin.companion.service import CompanionService
-from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError
+from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.protocol import schema
 from vllm_companion_plugin.protocol.rpc import MAX_MESSAGE_BYTES, address
@@ -39,7 +39,7 @@ class InstanceLock:
     """flock on companion.lock: held for the life of the process, freed by the kernel."""
 
     def __init__(self, paths: DevicePaths) -> None:
-        """Raises `AlreadyRunningError` naming the pid that holds it."""
+        """Raises `AlreadyRunningError` naming the pid that holds it, `RuntimeDirError` if there is no space."""
         self._path = paths.companion_lock
         self._fd = os.open(paths.companion_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -50,8 +50,15 @@ class InstanceLock:
             raise AlreadyRunningError(
                 f"A companion of {paths.device} runs already (pid {pid}); `vllm-companion stop` ends it."
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(self._fd)
+            raise RuntimeDirError(
+                f"Cannot write {paths.companion_lock}: {error.strerror}. Free space there, or set "
+                "COMPANION_RUNTIME_DIR to another directory."
+            ) from error
 
     def is_reachable(self) -> bool:
         """Whether our lock file, and with it our sockets, are still where clients look for them."""
