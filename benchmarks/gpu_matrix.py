@@ -1,6 +1,6 @@
 """Every case of benchmarks/models.py through `vllm-companion verify`: one row a case.
 
-    python benchmarks/gpu_matrix.py --out DIR [--only CASE ...] [--jobs N] [--tiny]
+    python -m benchmarks.gpu_matrix --out DIR [--only CASE ...] [--jobs N] [--tiny]
 
 Makes the checkpoints itself. Writes DIR/matrix-<vllm version>.json and .md; exits with 1 if a row is different.
 """
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import models
+from benchmarks import models
 
 COMMON = {
     "enforce_eager": True,
@@ -51,7 +51,7 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     )
     row: dict[str, Any] = {"case": name, "flags": " ".join(flags_of(case.flags))}
     started = time.monotonic()
-    make = [sys.executable, models.__file__, name, str(root / name)] + (["--tiny"] if tiny else [])
+    make = [sys.executable, "-m", "benchmarks.models", name, str(root / name)] + (["--tiny"] if tiny else [])
     made = subprocess.run(make, capture_output=True, text=True, check=False)
     if made.returncode:
         return row | {"verdict": "not made", "reason": made.stderr.strip().splitlines()[-1]}

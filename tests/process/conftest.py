@@ -12,11 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.protocol import messages, schema
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
 from vllm_companion_plugin.types import ArenaInfo, EntryKey
 
@@ -118,3 +122,21 @@ def place() -> Iterator[Place]:
     finally:
         made.clean()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def answering(place: Place, version: int) -> Iterator[None]:
+    """While open, something listens on the companion's socket and speaks another version of the protocol."""
+
+    class Other:
+        def __getattr__(self, name: str) -> Any:
+            return lambda request, context: messages.CompanionStatus(pid=5, version="9.9", protocol_version=version)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((schema.handlers(Other()),))
+    server.add_insecure_port(f"unix:{place.paths.grpc_socket}")
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(0).wait(5)

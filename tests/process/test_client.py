@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import pytest
 
-from tests.process.conftest import KEY, Place, arena_of, memfd, open_fds, until
+from tests.process.conftest import KEY, Place, answering, arena_of, memfd, open_fds, until
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Publication, Ready, connect
 from vllm_companion_plugin.companion import tickets as ticket_module
 from vllm_companion_plugin.companion.tickets import Tickets
@@ -33,7 +32,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.protocol import fd_channel, messages, schema
+from vllm_companion_plugin.protocol import fd_channel, messages
 from vllm_companion_plugin.types import ArenaInfo, EntryState, LeaseState, Progress
 
 
@@ -372,19 +371,11 @@ def test_an_attach_of_another_protocol_version_is_refused_naming_both(connection
 
 @pytest.mark.parametrize(("version", "older"), [(0, "companion is older"), (2, "client is older")])
 def test_a_companion_of_another_protocol_version_is_refused(place: Place, version: int, older: str) -> None:
-    class Other:
-        def __getattr__(self, name: str) -> Any:
-            return lambda request, context: messages.CompanionStatus(pid=5, version="9.9", protocol_version=version)
-
-    server = grpc.server(ThreadPoolExecutor(1))
-    server.add_generic_rpc_handlers((schema.handlers(Other()),))
-    server.add_insecure_port(f"unix:{place.paths.grpc_socket}")
-    server.start()
-    try:
-        with pytest.raises(ProtocolMismatchError, match=f"protocol {version}.*{older}"):
-            connect("cpu", place.settings, spawn=False)
-    finally:
-        server.stop(0).wait(5)
+    with (
+        answering(place, version),
+        pytest.raises(ProtocolMismatchError, match=f"protocol {version}.*{older}"),
+    ):
+        connect("cpu", place.settings, spawn=False)
 
 
 # ---- the election of one loader a device

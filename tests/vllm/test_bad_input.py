@@ -6,31 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 
-from tests.process.conftest import Place, alive, until
-from tests.vllm.conftest import Engine
-from vllm_companion_plugin.client import connect
+from tests.process.conftest import Place, alive, answering, until
+from tests.vllm.conftest import FLAGS, Engine, StartEngine, entries
 from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.protocol import messages, schema
 from vllm_companion_plugin.settings import to_environment
-from vllm_companion_plugin.types import EntryStatus
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-StartEngine = Callable[..., Engine]
 PROMPTS = [[1, 2, 3, 4]]
-
-
-def entries(place: Place) -> tuple[EntryStatus, ...]:
-    with connect("cpu", place.settings, spawn=False) as connection:
-        return connection.status().entries
 
 
 def group_members(pid: int) -> list[str]:
@@ -113,16 +101,8 @@ def open_directory(place: Place) -> None:
 def of_another_version(place: Place) -> Iterator[None]:
     """Something listens on the companion's socket and speaks protocol 99."""
 
-    class Other:
-        def __getattr__(self, name: str) -> Any:
-            return lambda request, context: messages.CompanionStatus(pid=5, version="9.9", protocol_version=99)
-
-    server = grpc.server(ThreadPoolExecutor(1))
-    server.add_generic_rpc_handlers((schema.handlers(Other()),))
-    server.add_insecure_port(f"unix:{place.paths.grpc_socket}")
-    server.start()
-    yield
-    server.stop(0).wait(5)
+    with answering(place, 99):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -154,7 +134,7 @@ def test_serve_ends_with_an_error_and_its_companion_if_the_model_cannot_be_loade
     process = subprocess.run(
         [
             *(sys.executable, "-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu", str(broken)),
-            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"),
+            *FLAGS,
         ],
         env=engine_environment | to_environment(place.settings),
         capture_output=True,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.process.conftest import Place, alive, until
-from tests.vllm.conftest import Engine
-from vllm_companion_plugin.client import connect
+from tests.vllm.conftest import FLAGS, StartEngine, entries
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import to_environment
 from vllm_companion_plugin.types import EntryState
@@ -20,11 +18,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 def ready_ranks(place: Place) -> list[str]:
     try:
-        with connect("cpu", place.settings, spawn=False) as connection:
-            entries = connection.status().entries
+        return sorted(entry.key.rank for entry in entries(place) if entry.state is EntryState.READY)
     except CompanionError:
         return []
-    return sorted(entry.key.rank for entry in entries if entry.state is EntryState.READY)
 
 
 def hub_cache(place: Place, checkpoint: Path) -> Path:
@@ -49,7 +45,7 @@ def hub_cache(place: Place, checkpoint: Path) -> Path:
 def test_an_engine_attaches_to_what_serve_loaded(
     parallel: dict[str, int],
     ranks: list[str],
-    start_engine: Callable[..., Engine],
+    start_engine: StartEngine,
     place: Place,
     tiny_llama: Path,
     engine_environment: dict[str, str],
@@ -62,7 +58,7 @@ def test_an_engine_attaches_to_what_serve_loaded(
     place.environment = engine_environment | to_environment(place.settings)
     serve = place.run(
         *("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu", model),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"),
+        *FLAGS,
         *flags,
     )
     until(lambda: serve.poll() is not None or ready_ranks(place) == ranks, 200, f"{ranks} are published")

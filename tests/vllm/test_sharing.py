@@ -6,33 +6,25 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.process.conftest import Place, until
-from tests.vllm.conftest import Engine
+from tests.vllm.conftest import StartEngine, entries
 from vllm_companion_plugin.client import connect
-from vllm_companion_plugin.types import EntryState, EntryStatus
+from vllm_companion_plugin.types import EntryState
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7], [11] * 20, [100, 200, 300, 400, 500]]
 TEXTS = ["A cat sits on the mat.", "Ein Hund bellt im Garten.", "GPUs multiply matrices.", "x"]
 
-StartEngine = Callable[..., Engine]
-
 
 def values(worker: dict[str, Any]) -> dict[str, Any]:
     """Name to dtype, shape, stride, kind and digest; the KV cache, which comes later, aside."""
     return {name: tensor["value"] for name, tensor in worker["tensors"].items() if not name.endswith(".kv_cache")}
-
-
-def entries(place: Place) -> tuple[EntryStatus, ...]:
-    with connect("cpu", place.settings, spawn=False) as connection:
-        return connection.status().entries
 
 
 def arena_pss_bytes(pid: int) -> tuple[int, int]:

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from benchmarks import models
+from tests.vllm.conftest import FLAGS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
-
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"]
 
 
 @pytest.fixture

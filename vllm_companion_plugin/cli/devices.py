@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from vllm_companion_plugin.client import CompanionConnection
-from vllm_companion_plugin.errors import ArenaError, SettingsError
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionUnavailableError,
+    SettingsError,
+    WaitTimeoutError,
+)
 from vllm_companion_plugin.launch.runtime_dir import check_device, device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
@@ -42,6 +48,12 @@ def devices_named(text: str | None) -> list[str]:
             )
         return [gpus[int(text)]]
     return [check_device(text)]
+
+
+def silent_pid(connection: CompanionConnection, error: CompanionError) -> int:
+    """Pid of a companion that lives and did not answer; 0 if it answered with `error`, or has ended."""
+    silent = isinstance(error, (CompanionUnavailableError, WaitTimeoutError)) and is_listening(connection.paths)
+    return connection.recorded_pid() if silent else 0
 
 
 @contextmanager

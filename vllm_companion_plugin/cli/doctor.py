@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, WaitTimeoutError
+from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import Settings
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -165,7 +165,7 @@ def check_runtime_dir(settings: Settings) -> Iterator[Check]:
 
 
 def check_companions(settings: Settings) -> Iterator[Check]:
-    from vllm_companion_plugin.cli.devices import running
+    from vllm_companion_plugin.cli.devices import running, silent_pid
 
     try:
         with running(settings, None) as connections:
@@ -175,11 +175,8 @@ def check_companions(settings: Settings) -> Iterator[Check]:
                     connection.check_protocol()
                     yield Check(name, OK, f"answers (pid {connection.status().pid})")
                 except CompanionError as error:
-                    silent = isinstance(error, (CompanionUnavailableError, WaitTimeoutError))
-                    pid = connection.recorded_pid()
-                    mend = f"vllm-companion stop --device {connection.device}"
-                    if silent and pid:
-                        mend = f"kill -9 {pid}"
+                    pid = silent_pid(connection, error)
+                    mend = f"kill -9 {pid}" if pid else f"vllm-companion stop --device {connection.device}"
                     yield Check(name, FAIL, str(error), mend)
     except CompanionError as error:
         yield Check("companions", WARN, f"could not be looked for: {error}", "mend the runtime directory")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from vllm_companion_plugin.cli import table
-from vllm_companion_plugin.cli.devices import running
+from vllm_companion_plugin.cli.devices import running, silent_pid
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection
 from vllm_companion_plugin.errors import (
@@ -24,7 +24,6 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
-from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus
 
@@ -63,8 +62,8 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
     try:
         act(connection)
     except (CompanionUnavailableError, WaitTimeoutError) as error:
-        pid = connection.recorded_pid()
-        if not pid or not is_listening(connection.paths):
+        pid = silent_pid(connection, error)
+        if not pid:
             return  # it ended just now
         raise WaitTimeoutError(
             f"The companion of {connection.device} (pid {pid}) does not answer: {error} End it: kill -9 {pid}"

@@ -100,12 +100,12 @@ def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Si
 
 
 def _show_held(model: str, devices: list[str], settings: Settings) -> None:
-    held = 0
+    held, name = 0, model_name(model)
     for device in devices:
         with connect(device, settings, spawn=False) as connection:
             status = connection.status()
         for entry in status.entries:
-            if entry.key.model == model_name(model) and entry.state is EntryState.READY:
+            if entry.key.model == name and entry.state is EntryState.READY:
                 held += 1
                 print(
                     f"{device} holds {model} ({entry.key.rank}): {entry.size_bytes / table.GIB:.2f} GiB, "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
-from vllm_companion_plugin.settings import BY_NAME, resolve
+from vllm_companion_plugin.settings import BY_NAME, Settings, resolve
 
 START_GRACE_S = 10.0
 """Whoever spawned a companion must be able to attach, however short its linger time."""
@@ -25,13 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         settings = resolve({"runtime_dir": parsed.runtime_dir, "log_level": parsed.log_level})
-        linger_s = settings.linger_s if parsed.linger_s is None else parsed.linger_s
-        grace_s = START_GRACE_S if parsed.detach else 0.0
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             _detach(paths)
         _configure_logging(settings.log_level)
-        _run(paths, parsed, linger_s, grace_s, settings.linger_s)
+        _run(paths, parsed, settings)
     except CompanionError as error:
         _report(parsed.ready_fd, f"{error.code} {error}")
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
@@ -40,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(
-    paths: DevicePaths, parsed: argparse.Namespace, linger_s: float, grace_s: float, orphan_linger_s: float
-) -> None:
+def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> None:
     import asyncio
 
     from vllm_companion_plugin.companion.process import InstanceLock, Lifetime, raise_file_limit, serve
 
-    life = Lifetime(linger_s, grace_s, parsed.owner_fd, orphan_linger_s)
+    life = Lifetime(
+        settings.linger_s if parsed.linger_s is None else parsed.linger_s,
+        START_GRACE_S if parsed.detach else 0.0,
+        parsed.owner_fd,
+        settings.linger_s,
+    )
 
     async def run() -> None:
         ready = asyncio.Event()

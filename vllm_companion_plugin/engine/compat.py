@@ -99,6 +99,25 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
     return speculative is not None and model_config is speculative.draft_model_config
 
 
+class _Registered:
+    """What modules register in the compilation config when they are built, as it was."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        compilation = vllm_config.compilation_config
+        self._layers: dict[str, Any] = compilation.static_forward_context
+        self._moe_layers: list[Any] = getattr(compilation, "static_all_moe_layers", [])
+        self._kept = dict(self._layers), list(self._moe_layers)
+
+    def clear(self) -> None:
+        self._layers.clear()
+        self._moe_layers.clear()
+
+    def restore(self) -> None:
+        self.clear()
+        self._layers.update(self._kept[0])
+        self._moe_layers.extend(self._kept[1])
+
+
 @contextmanager
 def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torch.device) -> Iterator[nn.Module]:
     """Build the model without memory, and undo every trace of it if the body fails.
@@ -108,9 +127,7 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
     """
     from vllm.model_executor.model_loader.reload import layerwise
 
-    compilation = vllm_config.compilation_config
-    forward_context = dict(compilation.static_forward_context)
-    moe_layers = list(getattr(compilation, "static_all_moe_layers", ()))
+    registered = _Registered(vllm_config)
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
@@ -121,10 +138,7 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
                     layerwise.LAYERWISE_INFO[module].restore_device = device
             yield model
     except BaseException:
-        compilation.static_forward_context.clear()
-        compilation.static_forward_context.update(forward_context)
-        if hasattr(compilation, "static_all_moe_layers"):
-            compilation.static_all_moe_layers[:] = moe_layers
+        registered.restore()
         for key in set(_rope_cache()) - ropes:
             del _rope_cache()[key]
         raise
@@ -133,20 +147,15 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
 @contextmanager
 def second_model(vllm_config: Any, model_config: Any, device: torch.device) -> Iterator[nn.Module]:
     """Another, empty model of an engine that has one already and keeps it."""
-    compilation = vllm_config.compilation_config
-    layers, moe_layers = compilation.static_forward_context, getattr(compilation, "static_all_moe_layers", [])
-    kept, kept_moe = dict(layers), list(moe_layers)
-    layers.clear()
-    moe_layers.clear()
+    registered = _Registered(vllm_config)
+    registered.clear()
     try:
         with set_current_vllm_config(vllm_config), set_default_torch_dtype(model_config.dtype):
             with device:
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config)
             yield model
     finally:
-        layers.clear()
-        layers.update(kept)
-        moe_layers[:] = kept_moe
+        registered.restore()
 
 
 def _rope_cache() -> dict[Any, nn.Module]:

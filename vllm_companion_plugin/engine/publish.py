@@ -61,7 +61,7 @@ class _Publisher:
         self.published = False
         self._arena: arenas.Arena | None = None
         self._next_sign = 0.0
-        self._checkpoint_bytes = decision.checkpoint_bytes
+        self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -69,10 +69,6 @@ class _Publisher:
         if time.monotonic() >= self._next_sign:
             self._next_sign = time.monotonic() + SIGN_OF_LIFE_S
             self._decision.election.sign_of_life()
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        return self._checkpoint_bytes
 
     @property
     def is_bound(self) -> bool:

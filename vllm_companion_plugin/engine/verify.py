@@ -13,6 +13,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class WorkerExtension:
         worker: Any = self
         device = compat.engine_device(worker.vllm_config)
         running: nn.Module = worker.model_runner.model
-        report = {"rank": worker.rank, "outcomes": [outcome.to_json() for outcome in session.outcomes]}
+        report = {"rank": worker.rank, "outcomes": [asdict(outcome) for outcome in session.outcomes]}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
             # Modules note things while they run, so those of the running model count as well.
             return (

@@ -1,0 +1,50 @@
+"""Decisions of the engine's side that need no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from vllm_companion_plugin.engine import checkpoint, compat, session
+from vllm_companion_plugin.errors import NotShareableError
+
+
+def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("before")
+    nobody: Any = None
+    load = session.Load(nobody, nobody, nobody, nobody, nobody, tmp_path, checkpoint.identity(tmp_path))
+    load.check_unchanged()
+    weights.write_text("after!")
+    with pytest.raises(NotShareableError, match=r"model.safetensors of .* changed while it was loaded"):
+        load.check_unchanged()
+
+
+def test_a_module_of_a_method_that_is_not_proved_is_named() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    compat.check_proved(model)
+    for name in ("Mxfp4MoEMethod", "GptOssMxfp4MoEMethod"):
+        model[1].quant_method = type(name, (), {})()
+        with pytest.raises(NotShareableError, match=f"1 is processed by {name}"):
+            compat.check_proved(model)
+
+
+@pytest.mark.parametrize("moe_layers", [True, False])
+def test_what_an_engine_has_registered_comes_back(moe_layers: bool) -> None:
+    """Not every vLLM keeps a list of MoE layers."""
+    compilation = SimpleNamespace(static_forward_context={"a": 1})
+    if moe_layers:
+        compilation.static_all_moe_layers = ["a"]
+    held = compilation.static_forward_context
+    registered = compat._Registered(SimpleNamespace(compilation_config=compilation))
+    registered.clear()
+    assert held == {}
+    held["b"] = 2
+    registered.restore()
+    assert compilation.static_forward_context is held
+    assert held == {"a": 1}
+    assert getattr(compilation, "static_all_moe_layers", ["a"]) == ["a"]
