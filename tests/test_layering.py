@@ -15,7 +15,7 @@ import pytest
 PACKAGE = "vllm_companion_plugin"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
-BASE = {"", "errors", "types", "collector"}
+BASE = {"", "errors", "types", "interpreter"}
 LOW = BASE | {"settings", "protocol", "arena", "launch"}
 CLIENT = LOW | {"client", "lease", "publication"}
 
@@ -24,7 +24,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "": ({"api"}, set()),
     "errors": (set(), set()),
     "types": (set(), set()),
-    "collector": (set(), set()),
+    "interpreter": (set(), set()),
     "settings": (BASE, set()),
     "protocol": (BASE | {"protocol"}, {"google", "grpc"}),
     "arena": (BASE | {"arena"}, {"cuda"}),

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.collector import collector_paused
 from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.settings import Settings

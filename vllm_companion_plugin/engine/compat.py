@@ -34,9 +34,6 @@ OPAQUE = (QuantizationConfig,)
 # Their post-processing changes no tensor on CUDA, and on CPU only packs a private copy.
 _LEAVES_TENSORS_ALONE = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
-# Seen on a GPU to answer differently, with equal tensors (docs/results). Not shared until it is known why.
-_NOT_PROVED = ("Mxfp4MoEMethod", "GptOssMxfp4MoEMethod")
-
 
 @dataclasses.dataclass(frozen=True)
 class EngineDevice:
@@ -162,14 +159,6 @@ def _rope_cache() -> dict[Any, nn.Module]:
     """vLLM's cache of rope modules; empty until a model imports it, which is not ours to time."""
     module = sys.modules.get("vllm.model_executor.layers.rotary_embedding")
     return module._ROPE_DICT if module is not None else {}
-
-
-def check_proved(model: nn.Module) -> None:
-    """Raise `NotShareableError` if a module of `model` is processed in a way not proved to be restored."""
-    for path, module in model.named_modules():
-        name = type(getattr(module, "quant_method", None)).__name__
-        if name in _NOT_PROVED:
-            raise NotShareableError(f"{path} is processed by {name}, which is not proved to give the same answers.")
 
 
 def strategy(module: nn.Module) -> Strategy:

@@ -14,12 +14,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.collector import collector_paused
 from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.interpreter import collector_paused, quick_switches
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
@@ -85,12 +85,11 @@ class _Publisher:
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:
         self._decision.check_unchanged()
-        compat.check_proved(model)
         device = self._decision.device
         started = time.perf_counter()
         packed = prepare(capture(model, compat.OPAQUE), device.stage, device.arena_kind, device.torch_device)
-        with ThreadPoolExecutor(1) as executor, ProgressBar("Packing weights") as bar:
-            # While the device copies: writing the manifest takes as long as a third of the copying.
+        with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
+            # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
 
             def report(done: int, total: int) -> None:

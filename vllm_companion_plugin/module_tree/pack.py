@@ -6,6 +6,8 @@ extra memory: a model that fills most of a device can still be packed.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -136,7 +138,9 @@ def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
     return {name: describe_value(value) or class_name(type(value)) for name, value in hung.items()}
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name without the prefix."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -160,11 +164,9 @@ def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
 def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int) -> TensorInfo:
     inline, offset = None, 0
     if storage is None:
-        # as_strided keeps gaps between elements, so that the strides stay true.
-        flat = tensor.detach().flatten().view(torch.uint8) if tensor.numel() else None
-        if flat is not None and not tensor.is_contiguous():
+        if tensor.numel() and not tensor.is_contiguous():
             raise NotShareableError("a host tensor beside a device model is not contiguous.")
-        inline = bytes(flat.numpy()) if flat is not None else b""
+        inline = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
     else:
         offset, rest = divmod(tensor.data_ptr() - storage.start, tensor.element_size())
         if rest:

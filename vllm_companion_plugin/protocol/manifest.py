@@ -15,8 +15,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from vllm_companion_plugin.collector import collector_paused
 from vllm_companion_plugin.errors import ManifestError
+from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.protocol import messages
 from vllm_companion_plugin.types import (
     ArenaInfo,
@@ -67,15 +67,15 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
                 requires_grad=tensor.requires_grad,
                 private=tensor.private,
                 inline=tensor.inline,
-                attributes=dict(tensor.attributes),
+                attributes=tensor.attributes or None,  # an empty map costs as much as a small one
             )
         for module in manifest.modules:
             target = message.modules.add(
                 path=module.path,
                 aliases=module.aliases,
                 class_name=module.class_name,
-                attributes=dict(module.attributes),
-                floats=dict(module.floats),
+                attributes=module.attributes or None,
+                floats=module.floats or None,
             )
             for slot in module.slots:
                 target.slots.add(name=slot.name, kind=slot.kind.value, tensor=slot.tensor)
