@@ -83,11 +83,16 @@ def test_attached_tensors_are_byte_equal_under_every_name(place: Place, model: n
         del tensor
 
 
+def memfd_mappings() -> set[str]:
+    return {line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line}
+
+
 def test_the_tensors_are_views_of_one_mapping(place: Place, model: nn.Module) -> None:
+    before = memfd_mappings()
     with client(place).attach(KEY.model) as weights:
         addresses = [tensor.data_ptr() for tensor in weights.tensors.values() if tensor.numel()]
-    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line]
-    assert not lines, lines
+        assert len(memfd_mappings() - before) == 1
+    assert memfd_mappings() <= before
     assert max(addresses) - min(addresses) < 1 << 20
 
 

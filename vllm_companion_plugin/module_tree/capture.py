@@ -107,7 +107,6 @@ def capture(model: nn.Module, opaque: tuple[type, ...] = ()) -> Tree:
     return tree
 
 
-@functools.cache
 def class_name(cls: type) -> str:
     """Qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
