@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 _HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[^/]+$")
+
+_MAX_DIFFERENCES = 8
 
 PROTOCOL_VERSION = 1
 """Raised by every change that an older client or companion would misread."""
@@ -75,6 +77,8 @@ class EntryKey:
         role: "target" or "draft".
         rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without any.
         fields: everything that went into `id`, for messages that explain a mismatch.
+        source: where its loader found the checkpoint. Not part of the identity.
+        files: identity of each file of the checkpoint, by relative name; `id` holds their digest.
     """
 
     id: str
@@ -82,6 +86,23 @@ class EntryKey:
     role: str = "target"
     rank: str = "single"
     fields: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def differences(self, published: EntryKey) -> list[str]:
+        """How `published` was loaded otherwise: each field with both values."""
+        return [
+            f"{name} is {published.fields.get(name, 'absent')!r} there and {self.fields.get(name, 'absent')!r} here"
+            for name in sorted(self.fields.keys() | published.fields.keys())
+            if self.fields.get(name) != published.fields.get(name)
+        ]
+
+    def nearest_text(self, published: Sequence[EntryKey]) -> str:
+        """How the most similar of `published` differs, in one line."""
+        nearest = min(published, key=lambda key: len(self.differences(key)))
+        lines = self.differences(nearest) or [f"its key is {nearest.id[:12]}"]
+        rest = len(lines) - _MAX_DIFFERENCES
+        return "; ".join(lines[:_MAX_DIFFERENCES] + ([f"and {rest} more"] if rest > 0 else []))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Protocol
 
 from vllm_companion_plugin.types import EntryKey, EntryState
 
-MAX_DIFFERENCES = 8
-
 
 class HasKey(Protocol):
     @property
@@ -50,22 +48,8 @@ def no_match_text(select: EntryKey | Query, entries: Sequence[HasKey]) -> str:
         asked = f"{select.model} ({select.role}, {select.rank}, key {select.id[:12]})"
         same = [e for e in entries if (e.key.model, e.key.role, e.key.rank) == (select.model, select.role, select.rank)]
         if same:
-            nearest = min((_differences(select, e.key) for e in same), key=len)
-            return f"{asked} is published, but loaded differently: {'; '.join(nearest)}."
+            return f"{asked} is published, but loaded differently: {select.nearest_text([e.key for e in same])}."
         prefix = f"{asked} is not published, nor is it being loaded"
     else:
         prefix = f"{select} matches nothing"
     return f"{prefix}. Here: {describe(entries) or 'nothing'}."
-
-
-def _differences(asked: EntryKey, published: EntryKey) -> list[str]:
-    names = sorted(asked.fields.keys() | published.fields.keys())
-    lines = [
-        f"{name} is {published.fields.get(name, 'absent')!r} there and {asked.fields.get(name, 'absent')!r} here"
-        for name in names
-        if asked.fields.get(name) != published.fields.get(name)
-    ]
-    if not lines:
-        return [f"its key is {published.id[:12]}"]
-    rest = len(lines) - MAX_DIFFERENCES
-    return lines[:MAX_DIFFERENCES] + ([f"and {rest} more"] if rest > 0 else [])

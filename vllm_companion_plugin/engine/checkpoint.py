@@ -1,16 +1,13 @@
 """What a checkpoint contains, known without reading it.
 
-A file is named by its content hash where the hub cache gives one (its blobs are named so), and
-else by device, inode, size and times: a different file, or a file edited in place, never has
-the same identity. Copies of one file have different identities, which costs a load and is
-never wrong.
+A file is named by device, inode, size and times: a different file, or a file edited in place,
+never has the same identity. Copies of one file have different identities; `digest` tells
+whether their content is the same.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from vllm_companion_plugin.errors import NotShareableError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".npy", ".tensors", ".ckpt")
 _CODE_SUFFIXES = (".py", ".index.json")
-_CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def checkpoint_dir(model: str, revision: str | None, download_dir: str | None) -> Path | None:
@@ -83,11 +79,11 @@ def identity(checkpoint: Path) -> dict[str, str]:
 
 
 def file_identity(path: Path) -> str:
-    """Content hash of a hub blob, else the stat signature of the file itself, links resolved."""
-    real = Path(os.path.realpath(path))
-    if real.parent.name == "blobs" and _CONTENT_HASH.fullmatch(real.name):
-        return f"blob {real.name}"
-    status = real.stat()
+    """Device, inode, size and times of the file itself, links resolved.
+
+    The hub cache names its blobs by their content, but a blob can be written to like any other file.
+    """
+    status = path.stat()
     return f"stat {status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.engine import compat
 from vllm_companion_plugin.types import EntryKey, model_name
+
+CHECKPOINT = "checkpoint"
+"""The field that says which files were read; all others say what was made of them."""
 
 MANIFEST_VERSION = 2
 """Raised when capture or packing changes in a way that an older manifest would fail."""
@@ -66,6 +70,7 @@ _PARALLEL_FIELDS = (
 )
 _KERNEL_FIELDS = ("moe_backend", "linear_backend", "linear_backend_per_quant", "monokernel")
 _CACHE_FIELDS = ("cache_dtype", "kv_cache_dtype_skip_layers", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
+_LONGEST = 100
 # Where the checkpoint was found is not what it contains.
 _HF_NAMES = ("_name_or_path", "transformers_version", "_commit_hash")
 
@@ -75,27 +80,28 @@ def compute(
     model_config: Any,
     device: compat.EngineDevice,
     source_format: str,
+    source: Path | None,
     content: dict[str, str],
 ) -> EntryKey:
     """The key of this rank's entry.
 
     Args:
-        content: identity of each file of the checkpoint; empty for a format that reads none.
+        source: the checkpoint; None for a format that reads none.
+        content: identity of each of its files.
     """
     ranks = compat.ranks(vllm_config)
     parallel = vllm_config.parallel_config
     fields = {
         "manifest": str(MANIFEST_VERSION),
         "source_format": source_format,
-        "checkpoint": _digest(content),
-        "hf_config": _digest(_hf_config(model_config.hf_config)),
-        "architectures": _text(getattr(model_config.hf_config, "architectures", None)),
+        CHECKPOINT: _digest(content),
         "stage": device.stage.value,
         "device": compat.device_kind(device),
         "lora": str(vllm_config.lora_config is not None),
         "attention_backend": _text(getattr(getattr(vllm_config, "attention_config", None), "backend", None)),
         "redundant_experts": _text(getattr(getattr(parallel, "eplb_config", None), "num_redundant_experts", None)),
     }
+    fields |= {f"hf.{name}": _short(value) for name, value in _hf_config(model_config.hf_config).items()}
     fields |= {f"version.{name}": value for name, value in compat.versions().items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     fields |= _pick("model", model_config, _MODEL_FIELDS)
@@ -109,7 +115,9 @@ def compute(
         if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
     }
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
-    return EntryKey(_digest(fields), model_name(model_config.model), "target", " ".join(split) or "single", fields)
+    rank = " ".join(split) or "single"
+    place = str(source.resolve()) if source else ""
+    return EntryKey(_digest(fields), model_name(model_config.model), "target", rank, fields, place, content)
 
 
 def _hf_config(config: Any) -> dict[str, Any]:
@@ -124,6 +132,12 @@ def _pick(prefix: str, config: Any, names: tuple[str, ...]) -> dict[str, str]:
 def _text(value: Any) -> str:
     """Canonical text: JSON where possible, so that dict order does not matter."""
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def _short(value: Any) -> str:
+    """Canonical text that is short enough for a message."""
+    text = _text(value)
+    return text if len(text) <= _LONGEST else f"sha256 {_digest(value)}"
 
 
 def _digest(value: Any) -> str:

@@ -18,14 +18,15 @@ from vllm.logger import init_logger
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.engine import checkpoint, compat, key
+from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError, NotShareableError
 from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import EntryKey, LoaderInfo, Manifest
+from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest
 
 logger = init_logger("vllm.companion")
 
@@ -173,32 +174,71 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     device = compat.engine_device(vllm_config)
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
-    entry_key = key.compute(vllm_config, model_config, device, settings.source_format, content)
+    wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
     try:
-        return _ask(device, entry_key, path, content, settings)
+        return _ask(device, wanted, path, settings)
     except (CompanionUnavailableError, LeaseLostError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
-        return _ask(device, entry_key, path, content, settings)
+        return _ask(device, wanted, path, settings)
 
 
-def _ask(
-    device: compat.EngineDevice, entry_key: EntryKey, path: Path | None, content: dict[str, str], settings: Settings
-) -> Attach | Load:
+def _ask(device: compat.EngineDevice, wanted: EntryKey, path: Path | None, settings: Settings) -> Attach | Load:
+    """Attach to `wanted`, or to what has the same content; or be elected to load it."""
     started = time.perf_counter()
-    lease = _connection(device.id, settings).attach(
-        entry_key, may_load=True, client_name=f"vLLM {compat.versions()['vllm']}"
-    )
-    try:
-        with ProgressBar("Waiting for weights") as bar:
-            outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
-        if isinstance(outcome, Ready):
-            return _open(device, entry_key, lease, outcome, started)
-        election = _elect(device.id, entry_key, settings)
-        return Load(device, entry_key, lease, outcome, election, path, content)
-    except BaseException:
+    connection = _connection(device.id, settings)
+    asked = _held(connection.status(), wanted, settings, (EntryState.READY, EntryState.LOADING))
+    while True:
+        lease = connection.attach(asked, may_load=True, client_name=f"vLLM {compat.versions()['vllm']}")
+        election = None
+        try:
+            with ProgressBar("Waiting for weights") as bar:
+                outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
+            if isinstance(outcome, Ready):
+                return _open(device, asked, lease, outcome, started)
+            election = _elect(device.id, asked, settings)
+            # Whoever loaded before us may have published the same content from another directory.
+            status = connection.status()
+            held = _held(status, wanted, settings, (EntryState.READY,))
+            if held.id in (wanted.id, asked.id):
+                _explain(status, wanted)
+                return Load(device, asked, lease, outcome, election, path, dict(wanted.files))
+        except BaseException:
+            if election is not None:
+                election.release()
+            lease.release()
+            raise
+        election.release()
         lease.release()
-        raise
+        asked = held
+
+
+def _held(status: CompanionStatus, wanted: EntryKey, settings: Settings, states: tuple[EntryState, ...]) -> EntryKey:
+    """The key under which the companion has what `wanted` names: its own, or that of a copy of the checkpoint."""
+    others = [entry.key for entry in status.entries if entry.state in states]
+    if not wanted.files or any(other.id == wanted.id for other in others):
+        return wanted
+    digests = Digests(digests_directory(settings), settings.wait_timeout_s)
+    for other in others:
+        if _differs_only_in_checkpoint(wanted, other) and same_content(wanted, other, digests):
+            logger.info("%s has the content of %s, which is held already.", wanted.source, other.source)
+            return other
+    return wanted
+
+
+def _differs_only_in_checkpoint(wanted: EntryKey, other: EntryKey) -> bool:
+    names = wanted.fields.keys() | other.fields.keys()
+    different = {name for name in names if wanted.fields.get(name) != other.fields.get(name)}
+    return (wanted.role, wanted.rank, different) == (other.role, other.rank, {key.CHECKPOINT})
+
+
+def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
+    """Say why a model of this name that is held is not the one that is wanted."""
+    ready = [entry.key for entry in status.entries if entry.state is EntryState.READY]
+    same = [k for k in ready if (k.model, k.role, k.rank) == (wanted.model, wanted.role, wanted.rank)]
+    if same:
+        text = wanted.nearest_text(same)
+        logger.info("%s is held, but loaded differently, so it is loaded once more: %s.", wanted.model, text)
 
 
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:

@@ -86,6 +86,14 @@ def device_paths(device: str, settings: Settings) -> DevicePaths:
     return paths
 
 
+def digests_directory(settings: Settings) -> str:
+    """Where digests of checkpoint files are kept, made and checked. Raises `RuntimeDirError`."""
+    root = os.path.abspath(settings.runtime_dir)
+    ensure_private_directory(root)
+    ensure_private_directory(os.path.join(root, "digests"))
+    return os.path.join(root, "digests")
+
+
 def ensure_private_directory(path: str) -> None:
     """Make `path` with mode 0700 if it is missing; raise `RuntimeDirError` unless it is private."""
     try:

@@ -51,7 +51,15 @@ MAX_TEXT = 4096
 
 
 def key_to_message(key: EntryKey) -> Any:
-    return messages.EntryKey(id=key.id, model=key.model, role=key.role, rank=key.rank, fields=dict(key.fields))
+    return messages.EntryKey(
+        id=key.id,
+        model=key.model,
+        role=key.role,
+        rank=key.rank,
+        fields=dict(key.fields),
+        source=key.source,
+        files=dict(key.files),
+    )
 
 
 def key_from_message(message: Any) -> EntryKey:
@@ -61,7 +69,13 @@ def key_from_message(message: Any) -> EntryKey:
         if not value or len(value) > MAX_TEXT:
             raise BadRequestError(f"Entry key: {name!r} has {len(value)} characters; expected 1 to {MAX_TEXT}.")
     return EntryKey(
-        id=message.id, model=message.model, role=message.role, rank=message.rank, fields=dict(message.fields)
+        id=message.id,
+        model=message.model,
+        role=message.role,
+        rank=message.rank,
+        fields=dict(message.fields),
+        source=message.source,
+        files=dict(message.files),
     )
 
 

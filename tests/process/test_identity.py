@@ -1,0 +1,328 @@
+"""What is the same model and what is not: vLLM's real configuration, a real companion, real files."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import models
+from tests.process.conftest import Place
+from vllm_companion_plugin.engine import compat, digest, key, session
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.types import EntryKey, Stage
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The parallel groups of a single worker."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    with set_current_vllm_config(VllmConfig()):
+        address = f"file://{tmp_path_factory.mktemp('group')}/store"
+        parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+    yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    models.make("llama", path, tiny=True)
+    return path
+
+
+@pytest.fixture
+def first(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may change."""
+    return Path(shutil.copytree(tiny, tmp_path / "first"))
+
+
+def config(model: Path | str, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    flags = {"skip_tokenizer_init": True, "max_model_len": 64, "dtype": "float32", "load_format": "companion"}
+    return EngineArgs(model=str(model), **(flags | options)).create_engine_config()
+
+
+def key_of(model: Path, **options: Any) -> EntryKey:
+    made = config(model, **options)
+    files = session.checkpoint.identity(model)
+    return key.compute(made, made.model_config, compat.engine_device(made), "auto", model, files)
+
+
+# ---- what is part of the key
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("model.dtype", {"dtype": "bfloat16"}),
+        ("lora", {"enable_lora": True}),
+        ("hf.rms_norm_eps", {"hf_overrides": {"rms_norm_eps": 0.5}}),
+        ("kernel.linear_backend", {"linear_backend": "triton"}),
+        ("kernel.moe_backend", {"moe_backend": "triton"}),
+        ("model.quantization", {"quantization": "fp8_per_tensor", "dtype": "bfloat16"}),
+        ("cache.cache_dtype", {"kv_cache_dtype": "fp8"}),
+        ("model.model_impl", {"model_impl": "vllm"}),
+    ],
+)
+def test_what_changes_the_processed_weights_changes_the_key(tiny: Path, field: str, options: dict[str, Any]) -> None:
+    plain, other = key_of(tiny), key_of(tiny, **options)
+    assert plain.id != other.id
+    assert field in {line.split(" is ")[0] for line in other.differences(plain)}
+
+
+def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = key_of(tiny)
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
+    switched = key_of(tiny)
+    assert switched.differences(plain) == ["env.VLLM_MARLIN_INPUT_DTYPE is 'absent' there and 'int8' here"]
+    versions = compat.versions() | {"vllm": "0.0.1"}
+    monkeypatch.setattr(compat, "versions", lambda: versions)
+    assert f"version.vllm is {plain.fields['version.vllm']!r} there and '0.0.1' here" in key_of(tiny).differences(plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_model_len": 32}, {"max_num_seqs": 2}, {"enforce_eager": True}, {"seed": 7}, {"served_model_name": "other"}],
+)
+def test_what_leaves_the_weights_alone_leaves_the_key(tiny: Path, options: dict[str, Any]) -> None:
+    assert key_of(tiny, **options).id == key_of(tiny).id
+
+
+def test_a_link_is_what_it_points_to(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "directory").symlink_to(tiny)
+    files = tmp_path / "files"
+    files.mkdir()
+    for file in tiny.iterdir():
+        (files / file.name).symlink_to(file)
+    assert key_of(tmp_path / "directory").id == key_of(files).id == key_of(tiny).id
+
+
+# ---- what engines decide
+
+
+class Engines:
+    """Decisions of engines on one device, and what the loading ones publish."""
+
+    def __init__(self, place: Place) -> None:
+        self.settings: Settings = place.settings
+        self._decisions: list[Any] = []
+
+    def decide(self, model: Path, **options: Any) -> session.Attach | session.Load:
+        made = config(model, **options)
+        decision = session._decide(made, made.model_config, self.settings)
+        assert not isinstance(decision, session.Alone)
+        self._decisions.append(decision)
+        return decision
+
+    def load(self, model: Path, **options: Any) -> session.Load:
+        """Decide, expect to be elected, and publish something under the key."""
+        decision = self.decide(model, **options)
+        assert isinstance(decision, session.Load)
+        publish(decision)
+        return decision
+
+    def attaches(self, model: Path, **options: Any) -> bool:
+        decision = self.decide(model, **options)
+        decision.close()
+        return isinstance(decision, session.Attach)
+
+    def close(self) -> None:
+        for decision in self._decisions:
+            decision.close()
+
+
+def publish(decision: session.Load) -> None:
+    cpu = torch.device("cpu")
+    packed = prepare(capture(nn.Linear(2, 2)), Stage.UNPROCESSED, "memfd", cpu)
+    arena = copy(packed, "memfd", cpu, rebind=False, release=lambda: None)
+    manifest = packed.manifest
+    decision.granted.publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors))
+    arena.close()
+    decision.election.release()
+
+
+@pytest.fixture
+def engines(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
+    place.companion()
+    monkeypatch.setattr(session, "_connections", {})
+    monkeypatch.setattr(digest, "_SETTLED_S", -1.0)  # files of a test are always new
+    made = Engines(place)
+    yield made
+    made.close()
+    for connection in session._connections.values():
+        connection.close()
+
+
+def kept(engines: Engines) -> int:
+    directory = Path(engines.settings.runtime_dir, "digests")
+    return len([path for path in directory.iterdir() if path.name != "lock"]) if directory.exists() else 0
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one byte."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_copy_is_the_same_model_and_is_read_once(
+    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.load(first)
+    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    assert engines.attaches(copied)
+    assert kept(engines) == 2, "one digest of each file"
+    monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read again"))
+    assert engines.attaches(copied)
+    assert engines.attaches(first)
+
+
+def test_a_hub_snapshot_and_a_copy_are_the_same_model(engines: Engines, first: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / ("a" * 40)
+    shutil.copytree(first, blobs)
+    (blobs / WEIGHTS).rename(blobs / ("b" * 64))
+    shutil.copytree(first, snapshot, ignore=shutil.ignore_patterns(WEIGHTS))
+    (snapshot / WEIGHTS).symlink_to(blobs / ("b" * 64))
+    engines.load(snapshot)
+    assert engines.attaches(first)
+
+
+def test_a_blob_of_the_hub_that_was_written_to_is_another_model(engines: Engines, first: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("b" * 64)
+    blob.parent.mkdir()
+    (first / WEIGHTS).rename(blob)
+    (first / WEIGHTS).symlink_to(blob)
+    engines.load(first)
+    flip(blob, -1)
+    assert not engines.attaches(first)
+
+
+def test_two_fine_tunes_of_one_shape_are_told_apart_without_reading_them(
+    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.load(first)
+    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
+    content = bytearray((tuned / WEIGHTS).read_bytes())
+    middle = len(content) // 2
+    content[middle:] = bytes(byte ^ 1 for byte in content[middle:])  # the header stays
+    (tuned / WEIGHTS).write_bytes(content)
+    monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read"))
+    assert not engines.attaches(tuned)
+
+
+def test_one_byte_between_the_samples_is_enough(
+    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "_SAMPLE_BYTES", 16)
+    engines.load(first)
+    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
+    size = (tuned / WEIGHTS).stat().st_size
+    flip(tuned / WEIGHTS, size * 9 // 16 + 16)
+    assert not engines.attaches(tuned)
+    assert kept(engines) == 2, "it took reading both"
+
+
+def test_edited_in_place_it_is_another_model(engines: Engines, first: Path) -> None:
+    engines.load(first)
+    flip(first / WEIGHTS, -1)
+    assert not engines.attaches(first)
+
+
+def test_a_new_time_alone_is_not_a_new_model_where_the_content_is_known(
+    engines: Engines, first: Path, tmp_path: Path
+) -> None:
+    engines.load(first)
+    assert engines.attaches(Path(shutil.copytree(first, tmp_path / "copied")))  # now it is
+    (first / WEIGHTS).touch()
+    assert engines.attaches(first)
+
+
+def test_what_was_removed_cannot_be_compared(engines: Engines, first: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    engines.load(first)
+    shutil.rmtree(first)
+    assert not engines.attaches(copied)
+
+
+def test_another_set_of_files_is_another_model(engines: Engines, first: Path, tmp_path: Path) -> None:
+    engines.load(first)
+    more = Path(shutil.copytree(first, tmp_path / "more"))
+    (more / "model-2.safetensors").write_bytes(b"x")
+    assert not engines.attaches(more)
+
+
+def test_a_digest_of_a_file_that_was_just_written_is_not_kept(
+    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be written again within the same tick of the clock."""
+    monkeypatch.setattr(digest, "_SETTLED_S", 2.0)
+    engines.load(first)
+    assert engines.attaches(Path(shutil.copytree(first, tmp_path / "copied")))
+    assert kept(engines) == 0
+
+
+def test_copies_that_start_together_load_once(engines: Engines, first: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    loader = engines.decide(first)
+    assert isinstance(loader, session.Load)
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(engines.decide(copied)))
+    other.start()
+    other.join(1)
+    assert other.is_alive(), "it waits"
+    publish(loader)
+    other.join(10)
+    assert isinstance(found[0], session.Attach)
+
+
+def test_whoever_was_elected_looks_again(
+    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both asked before either was known, so each has an election of its own; the device's lock orders them."""
+    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    loader = engines.decide(first)
+    assert isinstance(loader, session.Load)
+    held = session._held
+    asked: list[Any] = []
+
+    def blind_at_first(status: Any, wanted: EntryKey, *rest: Any) -> EntryKey:
+        asked.append(rest)
+        return wanted if len(asked) == 1 else held(status, wanted, *rest)
+
+    monkeypatch.setattr(session, "_held", blind_at_first)
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(engines.decide(copied)))
+    other.start()
+    other.join(1)
+    assert other.is_alive(), "it waits for the lock"
+    publish(loader)
+    other.join(10)
+    assert isinstance(found[0], session.Attach)
+    assert len(asked) == 2
+
+
+def test_a_mismatch_names_the_fields_and_both_values(
+    engines: Engines, first: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines.load(first)
+    assert not engines.attaches(first, hf_overrides={"rms_norm_eps": 0.5})
+    said = [record.getMessage() for record in caplog.records if "loaded differently" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].endswith("so it is loaded once more: hf.rms_norm_eps is '1e-05' there and '0.5' here.")
