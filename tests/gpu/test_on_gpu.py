@@ -19,6 +19,7 @@ from vllm_companion_plugin.arena.layout import CHUNK_BYTES
 from vllm_companion_plugin.client import Granted, connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.types import Stage
@@ -172,3 +173,21 @@ def test_a_model_that_fills_85_percent_of_the_gpu_is_packed() -> None:
     assert figures["weights"] > 0.84 * figures["total"]
     assert figures["extra"] <= GIB
     assert figures["extra"] >= CHUNK_BYTES // 2
+
+
+def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:
+    """What is left over is a tensor that was not found, and then it is searched."""
+    from vllm_companion_plugin.engine import compat
+
+    torch.cuda.init()
+    device = compat.engine_device(None)
+    torch.zeros(5, 5, device="cuda") @ torch.zeros(5, 5, device="cuda")  # its workspace stays
+    before = compat.requested_bytes(device)
+    model = Small().cuda()
+    model.view = model.head.weight[1:]
+    tree = capture(model)
+    assert compat.requested_bytes(device) - before == storage_bytes(tree, "cuda")
+    secret = torch.ones(3, device="cuda")
+    model.function = lambda: secret
+    assert compat.requested_bytes(device) - before - storage_bytes(capture(model), "cuda") == 12
+    assert len(hidden_tensors(model, tree, "cuda")) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.errors import ArenaError, CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
@@ -236,3 +238,41 @@ def test_a_failure_in_the_middle_gives_the_model_its_memory_back(monkeypatch: py
     with pytest.raises(CompanionError):
         pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
     assert equal(values(model), before)
+
+
+class Slotted:
+    """What vLLM's methods make: tensors behind a slot, a partial and a captured value are found or named."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+
+def test_a_tensor_that_capture_cannot_see_is_named_with_what_holds_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert hidden_tensors(model, capture(model), "cpu") == []
+    secret = torch.ones(3, dtype=torch.float64)
+    model[1].kernel = Slotted(lambda x: x + secret)
+    assert hidden_tensors(model, capture(model), "meta") == []
+    (line,) = hidden_tensors(model, capture(model), "cpu")
+    assert line.startswith("(3,) float64 in ")
+    assert "<lambda> of tests.unit.test_module_tree.Slotted of torch.nn.modules.linear.Linear" in line
+
+
+def test_what_capture_sees_is_not_hidden() -> None:
+    model = nn.Linear(2, 2)
+    model.kernel = Slotted(functools.partial(torch.add, torch.ones(3)))
+    model.part = model.weight[0]
+    tree = capture(model)
+    assert hidden_tensors(model, tree, "cpu") == []
+    assert storage_bytes(tree, "cpu") == 16 + 8 + 12
+
+
+GLOBAL = torch.ones(7)
+
+
+def test_the_globals_of_a_program_are_no_part_of_a_model() -> None:
+    model = nn.Linear(2, 2)
+    model.function = lambda: GLOBAL
+    assert hidden_tensors(model, capture(model), "cpu") == []

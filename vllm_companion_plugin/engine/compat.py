@@ -66,6 +66,13 @@ def engine_device(vllm_config: Any) -> EngineDevice:
     raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")
 
 
+def requested_bytes(device: EngineDevice) -> int:
+    """What this process has asked PyTorch for on `device`, and not returned; 0 on a CPU."""
+    if device.torch_device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device.torch_device).get("requested_bytes.all.current", 0))
+
+
 def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
     """vLLM's own loader of `source_format`."""
     from vllm.model_executor.model_loader import get_model_loader

@@ -20,7 +20,8 @@ from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused, quick_switches
-from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.capture import Tree, capture
+from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.settings import Settings
@@ -63,6 +64,7 @@ class _Publisher:
         self._next_sign = 0.0
         self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
+        self._bytes_before = compat.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._publication.report(Progress(phase, done_bytes, total_bytes))
@@ -87,7 +89,10 @@ class _Publisher:
         self._decision.check_unchanged()
         device = self._decision.device
         started = time.perf_counter()
-        packed = prepare(capture(model, compat.OPAQUE), device.stage, device.arena_kind, device.torch_device)
+        tree = capture(model, compat.OPAQUE)
+        if device.stage is Stage.PROCESSED:
+            self._check_all_found(model, tree)
+        packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -119,6 +124,21 @@ class _Publisher:
             copied - started,
             time.perf_counter() - copied,
         )
+
+    def _check_all_found(self, model: nn.Module, tree: Tree) -> None:
+        """Raise `NotShareableError` if the model uses memory of the device that is not in `tree`.
+
+        Whether any is left over is known at once; what it is, and whether it belongs to the model
+        or to everybody (workspaces), takes a search.
+        """
+        device = self._decision.device
+        left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
+        hidden = hidden_tensors(model, tree, device.torch_device.type) if left_over else []
+        logger.debug("%d bytes outside the module tree; reachable from it: %s", left_over, hidden)
+        if hidden:
+            raise NotShareableError(
+                f"{len(hidden)} tensors are kept where they cannot be restored, the first is {hidden[0]}"
+            )
 
     def finish(self) -> None:
         """Account for a model that was loaded, published or not."""

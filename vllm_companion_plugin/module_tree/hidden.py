@@ -1,0 +1,70 @@
+"""Tensors that a model can reach and that `capture` did not find.
+
+A model restored without them would run, and answer nonsense: the code that makes such a tensor
+had only placeholders to make it from. Captured values of functions, objects written in C and
+anything else that the garbage collector can follow are searched here.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_companion_plugin.module_tree.capture import Tree, class_name
+
+# What everything leads to, and what belongs to no model.
+_NOT_PARTS = (type, types.ModuleType, types.FrameType, types.CodeType, str, bytes, int, float, bool, type(None))
+
+
+def storage_bytes(tree: Tree, device_type: str) -> int:
+    """Bytes of all storages under the tensors of `tree` on such a device, each counted once."""
+    storages = (slot.tensor.untyped_storage() for slot in tree.slots() if slot.tensor.device.type == device_type)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def hidden_tensors(model: nn.Module, tree: Tree, device_type: str) -> list[str]:
+    """Tensors on such a device that can be reached from `model` and share no storage with its tree.
+
+    Each is described by the objects that lead to it. Takes a second for a large model.
+    """
+    found = {slot.tensor.untyped_storage().data_ptr() for slot in tree.slots()}
+    came_from: dict[int, Any] = {id(model): None}
+    level: list[Any] = [model]
+    hidden = []
+    while level:
+        following = []
+        for parent in level:
+            for child in _parts(parent):
+                if id(child) in came_from or isinstance(child, _NOT_PARTS):
+                    continue
+                came_from[id(child)] = parent
+                following.append(child)
+                if isinstance(child, torch.Tensor) and child.device.type == device_type and child.numel():
+                    pointer = child.untyped_storage().data_ptr()
+                    if pointer not in found:
+                        found.add(pointer)
+                        hidden.append(_describe(child, came_from))
+        level = following
+    return hidden
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, types.FunctionType):  # not its globals, which are the whole program
+        yield from (value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}, value.__dict__)
+    else:
+        yield from gc.get_referents(value)
+
+
+def _describe(tensor: torch.Tensor, came_from: dict[int, Any]) -> str:
+    chain: list[str] = []
+    value = came_from[id(tensor)]
+    while value is not None and len(chain) < 4:
+        if not isinstance(value, (dict, list, tuple, types.CellType)):
+            chain.append(getattr(value, "__qualname__", None) or class_name(type(value)))
+        value = came_from[id(value)]
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in {' of '.join(chain)}"
