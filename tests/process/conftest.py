@@ -63,7 +63,7 @@ class Place:
     """A runtime directory, and every process started in it."""
 
     def __init__(self, root: str) -> None:
-        self.settings: Settings = resolve({"runtime_dir": f"{root}/r", "linger_s": 60, "spawn_timeout_s": 20})
+        self.settings: Settings = resolve({"runtime_dir": f"{root}/r", "linger_s": 600, "spawn_timeout_s": 20})
         self.environment: dict[str, str] = {**os.environ, **to_environment(self.settings)}
         self.processes: list[subprocess.Popen[str]] = []
 
