@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -51,12 +51,20 @@ class Publication:
         self._in_flight = self._stub.Publish.future(iter([self._begin(), step]), timeout=REPORT_TIMEOUT_S)  # type: ignore[attr-defined]
         self._in_flight.add_done_callback(_log_failed_report)
 
-    def publish(self, arena: ArenaInfo, fds: Sequence[int], manifest: bytes, tensor_count: int) -> int:
+    def publish(
+        self,
+        arena: ArenaInfo,
+        fds: Sequence[int],
+        manifest: bytes,
+        tensor_count: int,
+        ways: Mapping[str, int] | None = None,
+    ) -> int:
         """Hand arena and manifest over; return the generation. The lease is attached from now on.
 
         Args:
             fds: one descriptor for each block, in order; the companion gets duplicates and the
                 caller keeps its own.
+            ways: modules by the way in which engines restore them, for the status.
 
         Raises:
             BadRequestError: the companion refuses descriptors or manifest.
@@ -66,10 +74,10 @@ class Publication:
         if len(fds) != len(arena.block_sizes):
             raise BadRequestError(f"{self._label}: {len(fds)} descriptors for {len(arena.block_sizes)} blocks.")
         fd_channel.deposit(self._fd_socket, self._ticket, fds, PUBLISH_TIMEOUT_S)
-        response = self._send(self._steps(arena, manifest, tensor_count), "publishing")
+        response = self._send(self._steps(arena, manifest, tensor_count, ways or {}), "publishing")
         return int(response.generation)
 
-    def _steps(self, arena: ArenaInfo, manifest: bytes, tensor_count: int) -> Iterator[Any]:
+    def _steps(self, arena: ArenaInfo, manifest: bytes, tensor_count: int, ways: Mapping[str, int]) -> Iterator[Any]:
         yield self._begin()
         for start in range(0, len(manifest), CHUNK_BYTES):
             yield messages.PublishRequest(manifest_chunk=manifest[start : start + CHUNK_BYTES])
@@ -78,6 +86,7 @@ class Publication:
             manifest_bytes=len(manifest),
             manifest_sha256=hashlib.sha256(manifest).digest(),
             tensor_count=tensor_count,
+            ways=dict(ways),
         )
         yield messages.PublishRequest(commit=commit)
 

@@ -238,7 +238,13 @@ class LeaseStatus:
 
 @dataclass(frozen=True)
 class EntryStatus:
-    """One entry as `status` shows it. `ready_unix_s` is 0 while it loads."""
+    """One entry as `status` shows it.
+
+    Attributes:
+        ready_unix_s: 0 while it loads.
+        load_s: from the election to the publication, 0 while it loads.
+        ways: modules by the way in which engines restore them; empty if each processes its own.
+    """
 
     key: EntryKey
     state: EntryState
@@ -250,6 +256,7 @@ class EntryStatus:
     load_s: float
     loader: LoaderInfo | None
     leases: tuple[LeaseStatus, ...]
+    ways: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,13 @@ from vllm_companion_plugin.types import (
     TensorKind,
 )
 
-KEY = EntryKey("ab", "Qwen/Qwen3-8B", "target", "tp0/2", {"dtype": "bfloat16", "é": "ü"})
+KEY = EntryKey(
+    "ab", "Qwen/Qwen3-8B", "target", "tp0/2", {"dtype": "bfloat16", "é": "ü"}, "/models/q", {"a.safetensors": "stat 1"}
+)
 LOADER = LoaderInfo(7, "engine", 12.5, Progress("reading", 5, 9))
 ENTRY = EntryStatus(
     KEY, EntryState.LOADING, 2, 4096, 17, "memfd", 3.5, 1.25, LOADER,
-    (LeaseStatus(7, "engine", LeaseState.LOADING, 1.5),),
+    (LeaseStatus(7, "engine", LeaseState.LOADING, 1.5),), {"hide": 2},
 )  # fmt: skip
 
 

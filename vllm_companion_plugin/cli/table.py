@@ -8,8 +8,8 @@ from typing import Any
 from vllm_companion_plugin.types import CompanionStatus, EntryState, EntryStatus, LoaderInfo
 
 GIB = 1 << 30
-HEADINGS = ("DEVICE", "PID", "MODEL", "RANK", "GiB", "TENSORS", "GEN", "STATE", "LEASES", "LINGER")
-_RIGHT = {"PID", "GiB", "TENSORS", "GEN"}
+HEADINGS = ("DEVICE", "PID", "MODEL", "RANK", "GiB", "TENSORS", "WAYS", "LOAD", "GEN", "STATE", "LEASES", "LINGER")
+_RIGHT = {"PID", "GiB", "TENSORS", "LOAD", "GEN"}
 NOBODY = "No companion is running."
 
 
@@ -45,7 +45,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def _row(status: CompanionStatus, entry: EntryStatus | None, now: float) -> tuple[str, ...]:
     head, tail = (status.device, str(status.pid)), linger_text(status, now)
     if entry is None:
-        return (*head, "-", "-", "0.00", "0", "-", "empty", "-", tail)
+        return (*head, "-", "-", "0.00", "0", "-", "-", "-", "empty", "-", tail)
     leases = ", ".join(f"{lease.pid} ({duration(now - lease.since_unix_s)})" for lease in entry.leases) or "-"
     model = entry.key.model if entry.key.role == "target" else f"{entry.key.model} ({entry.key.role})"
     size = f"{entry.size_bytes / GIB:.2f}"
@@ -55,6 +55,8 @@ def _row(status: CompanionStatus, entry: EntryStatus | None, now: float) -> tupl
         entry.key.rank,
         size,
         str(entry.tensor_count),
+        ", ".join(f"{count} {way}" for way, count in sorted(entry.ways.items())) or "-",
+        f"{entry.load_s:.1f} s" if entry.state is EntryState.READY else "-",
         str(entry.generation),
         _state(entry),
         leases,
@@ -126,6 +128,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "rank": entry.key.rank,
         "key_id": entry.key.id,
         "key_fields": dict(entry.key.fields),
+        "checkpoint": entry.key.source or None,
         "state": entry.state.value,
         "generation": entry.generation,
         "size_bytes": entry.size_bytes,
@@ -133,6 +136,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "arena_kind": entry.arena_kind,
         "ready_unix_s": entry.ready_unix_s or None,
         "load_s": entry.load_s,
+        "ways": dict(entry.ways),
         "loader": loader
         and {
             "pid": loader.pid,

@@ -295,7 +295,9 @@ class _Receiving:
             raise BadRequestError(
                 f"The manifest arrived damaged: {self._size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
             )
-        return StoredManifest(tuple(self._chunks), self._size_bytes, self._hash.digest(), commit.tensor_count)
+        return StoredManifest(
+            tuple(self._chunks), self._size_bytes, self._hash.digest(), commit.tensor_count, dict(commit.ways)
+        )
 
 
 def _query(message: Any) -> Query:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -68,6 +68,7 @@ class StoredManifest:
     size_bytes: int
     sha256: bytes
     tensor_count: int
+    ways: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class Entry:
             load_s=self.load_s,
             loader=self.loader_info(),
             leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.leases),
+            ways=self.manifest.ways if self.manifest else {},
         )
 
 

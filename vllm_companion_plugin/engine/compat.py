@@ -9,7 +9,8 @@ import dataclasses
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -174,6 +175,12 @@ def strategy(module: nn.Module) -> Strategy:
     if isinstance(method, QuantizeMethodBase) and type(method).__name__ not in _LEAVES_TENSORS_ALONE:
         return Strategy.REPLAY
     return Strategy.HIDE
+
+
+def ways(modules: Iterable[nn.Module]) -> dict[str, int]:
+    """How many of `modules` will be processed in which way."""
+    processed = (module for module in modules if isinstance(vars(module).get("quant_method"), QuantizeMethodBase))
+    return dict(Counter(strategy(module).value for module in processed))
 
 
 def post_process(model: nn.Module, model_config: Any, device: torch.device) -> None:

@@ -113,7 +113,8 @@ class _Publisher:
             self._arena = arena  # the model views it, published or not
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
-        generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count)
+        ways = compat.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
+        generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count, ways)
         self.published = True
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",

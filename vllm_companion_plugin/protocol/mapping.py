@@ -134,6 +134,7 @@ def entry_status_to_message(entry: EntryStatus) -> Any:
             )
             for lease in entry.leases
         ],
+        ways=dict(entry.ways),
     )
 
 
@@ -154,6 +155,7 @@ def entry_status_from_message(message: Any) -> EntryStatus:
                 LeaseStatus(lease.pid, lease.client, LeaseState(lease.state), lease.since_unix_s)
                 for lease in message.leases
             ),
+            ways=dict(message.ways),
         )
     except ValueError as error:
         raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error
