@@ -85,17 +85,22 @@ def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
 
 
 def unshareable_reason(vllm_config: Any) -> str | None:
-    """Why this configuration must own its weights, or None."""
-    parallel = vllm_config.parallel_config
-    if getattr(parallel, "enable_eplb", False):
-        return "EPLB moves expert weights in place while serving"
-    if getattr(parallel, "enable_elastic_ep", False):
-        return "elastic expert parallelism rewrites expert weights while serving"
+    """Why weights of this configuration can neither be shared nor copied, or None."""
     offload = getattr(vllm_config, "offload_config", None)
     if offload is not None and offload != type(offload)():
         return "weight offloading moves weights between host and device"
     if getattr(vllm_config.load_config, "device", None) not in (None, vllm_config.device_config.device_type):
         return "weights are loaded on another device than the engine's"
+    return None
+
+
+def must_own_reason(vllm_config: Any) -> str | None:
+    """Why an engine of this configuration needs weights that it may write to, or None."""
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_eplb", False):
+        return "EPLB moves expert weights in place"
+    if getattr(parallel, "enable_elastic_ep", False):
+        return "elastic expert parallelism rewrites expert weights"
     return None
 
 

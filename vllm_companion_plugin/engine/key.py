@@ -61,6 +61,7 @@ _MODEL_FIELDS = (
 )
 _MULTIMODAL_FIELDS = ("language_model_only", "limit_per_prompt", "mm_encoder_only", "mm_encoder_tp_mode")
 _PARALLEL_FIELDS = (
+    "enable_eplb",
     "enable_expert_parallel",
     "expert_placement_strategy",
     "all2all_backend",

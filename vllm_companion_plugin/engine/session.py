@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,15 @@ outcomes: list[Outcome] = []
 """Of every model loaded in this process, in order."""
 
 
+def settings_for(vllm_config: Any, settings: Settings) -> Settings:
+    """`settings`, with a copy for an engine that writes to its weights while it serves."""
+    reason = compat.must_own_reason(vllm_config)
+    if reason is None or settings.share == "copy":
+        return settings
+    logger.info_once("This engine copies the weights instead of mapping them: %s while serving.", reason)
+    return replace(settings, share="copy")
+
+
 def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     """The decision for this model, taken at the first call. Blocks while another engine loads.
 
@@ -160,6 +169,7 @@ def external_bytes(vllm_config: Any, settings: Settings) -> int:
     vLLM subtracts them from the engine's memory budget, so that an attached engine gets the
     KV cache it would have got had it loaded the weights itself.
     """
+    settings = settings_for(vllm_config, settings)
     if settings.share == "copy":
         return 0
     decision = decide(vllm_config, vllm_config.model_config, settings)
