@@ -80,3 +80,18 @@ def test_what_a_module_notes_while_running_may_be_either() -> None:
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.EQUAL
     attached["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'other'"
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
+
+
+def test_a_picture_that_was_asked_or_left_out_is_named() -> None:
+    def ask(*media: str, left_out: str = "") -> verify.Verdict:
+        reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
+        for report in (published, attached):
+            report["workers"][0]["outcomes"] = [outcome("attached")]
+        for number, (report, kinds) in enumerate(zip((reference, published, attached), media, strict=True)):
+            report["answers"] |= {"media": kinds.split(), "left_out": left_out and f"{left_out} {number}"}
+        return verify.judge("m", [], reference, published, attached, seconds=1.0)
+
+    assert ask("image", "image", "image").answers == "equal (with image)"
+    without = ask("", "", "", left_out="no processor")
+    assert (without.status, without.answers) == (verify.EQUAL, "equal (text only: no processor 0)")
+    assert ask("image", "image", "").status == verify.DIFFERENT

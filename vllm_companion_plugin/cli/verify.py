@@ -172,14 +172,26 @@ def _as_loaded_or_running(normal: dict[str, Any], modules: dict[str, Any]) -> di
 
 def _compare_answers(*reports: dict[str, Any]) -> tuple[str, bool]:
     """In words, and whether no difference was seen beyond that of another kernel on CPU."""
-    answers = [report["answers"] for report in reports]
-    if answers[0] is None:
+    if reports[0]["answers"] is None:
         return f"not asked: {reports[0]['no_answers']}", True
-    if None in answers:
-        return f"failed: {next(r['no_answers'] for r in reports if r['answers'] is None)}", False
+    if missing := [report["no_answers"] for report in reports if report["answers"] is None]:
+        return f"failed: {missing[0]}", False
+    # Why a picture was left out may be worded differently by each engine.
+    answers = [{key: value for key, value in r["answers"].items() if key != "left_out"} for r in reports]
+    words, same = _compare_values(answers)
+    if media := answers[0].get("media"):
+        words += f" (with {', '.join(media)})"
+    if left_out := reports[0]["answers"].get("left_out"):
+        words += f" (text only: {left_out})"
+    return words, same
+
+
+def _compare_values(answers: list[dict[str, Any]]) -> tuple[str, bool]:
     if answers[0] == answers[1] == answers[2]:
         return "equal", True
     normal, *others = answers
+    if any(other.get("media") != normal.get("media") for other in others):
+        return f"to other media: {[answer.get('media') for answer in answers]}", False
     if any(other.get("tokens") != normal.get("tokens") for other in others):
         return "other tokens", False
     pairs = [
