@@ -95,3 +95,9 @@ def test_a_picture_that_was_asked_or_left_out_is_named() -> None:
     without = ask("", "", "", left_out="no processor")
     assert (without.status, without.answers) == (verify.EQUAL, "equal (text only: no processor 0)")
     assert ask("image", "image", "").status == verify.DIFFERENT
+
+
+def test_an_engine_that_did_not_ask_the_companion_did_not_share() -> None:
+    verdict = judged(lambda report: report["workers"][0]["outcomes"].clear())
+    assert verdict.status == verify.NOT_SHARED
+    assert "vLLM did not ask the companion" in verify.text(verdict)

@@ -30,6 +30,16 @@ EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
 SHOWN = 20
 """Differences listed; one reason makes thousands of them."""
 
+UNDECIDED: dict[str, Any] = {
+    "what": "alone",
+    "rank": "",
+    "reason": "vLLM did not ask the companion: these flags make it take another load format",
+    "size_bytes": 0,
+    "seconds": 0.0,
+    "ways": {},
+}
+"""The outcome where there is none."""
+
 HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "TREE", "ANSWERS")
 
 
@@ -131,7 +141,8 @@ def judge(
     """Compare three reports of `engine.verify`. Pure."""
     ranks = []
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
-        loaded, bound = first["outcomes"][0], second["outcomes"][0]  # the model's; drafts come after it
+        # The first is the model's; drafts come after it.
+        loaded, bound = (worker["outcomes"][0] if worker["outcomes"] else UNDECIDED for worker in (first, second))
         rank = Rank(bound["rank"] or str(normal["rank"]), bound["size_bytes"], len(normal["tensors"]))
         rank.loaded, rank.attached = loaded["what"], bound["what"]
         rank.seconds, rank.ways = bound["seconds"], bound["ways"]
