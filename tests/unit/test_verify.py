@@ -76,8 +76,13 @@ def test_what_a_module_notes_while_running_may_be_either() -> None:
     for report in (published, attached):
         report["workers"][0]["outcomes"] = [outcome("attached")]
         report["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'vec'"
+        report["workers"][0]["tensors"]["a.cache"] = {"sha256": "56"}
     reference["workers"][0]["running"] = {"a": {"attributes": {"mode": "'packed'", "isa": "'vec'"}}}
+    reference["workers"][0]["running_tensors"] = {"a.cache": {"sha256": "56"}, "a.packed": {"sha256": "78"}}
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.EQUAL
+    reference["workers"][0]["running_tensors"]["a.cache"] = {"sha256": "57"}
+    assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
+    reference["workers"][0]["running_tensors"]["a.cache"] = {"sha256": "56"}
     attached["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'other'"
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
 

@@ -148,7 +148,11 @@ def judge(
         rank.seconds, rank.ways = bound["seconds"], bound["ways"]
         rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
         for what, worker in (("published", first), ("attached", second)):
-            rank.tensor_differences += [f"{what}: {line}" for line in differences(normal["tensors"], worker["tensors"])]
+            cached = normal.get("running_tensors", {}).items()
+            tensors = normal["tensors"] | {
+                name: tensor for name, tensor in cached if worker["tensors"].get(name) == tensor
+            }
+            rank.tensor_differences += [f"{what}: {line}" for line in differences(tensors, worker["tensors"])]
             expected = _as_loaded_or_running(normal, worker["modules"])
             rank.tree_differences += [f"{what}: {line}" for line in differences(expected, worker["modules"])]
         ranks.append(rank)

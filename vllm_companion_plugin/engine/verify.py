@@ -12,7 +12,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,31 @@ class WorkerExtension:
         running: nn.Module = worker.model_runner.model
         report = {"rank": worker.rank, "outcomes": [asdict(outcome) for outcome in session.outcomes]}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
-            # Modules note things while they run, so those of the running model count as well.
-            return (
-                report
-                | describe(_load_again(worker.vllm_config, device))
-                | {"running": modules_of(capture(running, compat.OPAQUE))}
-            )
+            # Modules note and cache things while they run, so what the running model has besides counts as well.
+            loaded = describe(_load_again(worker.vllm_config, device))
+            tree = capture(running, compat.OPAQUE)
+            besides = tensors_of(tree, without=loaded["tensors"])
+            return report | loaded | {"running": modules_of(tree), "running_tensors": besides}
         return report | describe(running)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Modules and tensors of `model` as JSON; equal for equal models in any process."""
     tree = capture(model, compat.OPAQUE)
+    return {"modules": modules_of(tree), "tensors": tensors_of(tree)}
+
+
+def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """The tensors of `tree` by name, but for the names in `without`."""
     tensors: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for slot in tree.slots():
         if _KV_CACHE.search(slot.name):
             continue
         name, tensor = tree.describe(slot), slot.tensor
+        tied_to = first.setdefault(id(tensor), name)
+        if name in without:
+            continue
         tensors[name] = {
             "kind": slot.kind.value,
             "dtype": dtype_name(tensor.dtype),
@@ -78,11 +85,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "class": class_name(type(tensor)),
             "requires_grad": tensor.requires_grad,
             "attributes": tensor_attributes(tensor),
-            "tied_to": first.setdefault(id(tensor), name),
+            "tied_to": tied_to,
             "bytes": tensor.nbytes,
             "sha256": digest(tensor),
         }
-    return {"modules": modules_of(tree), "tensors": tensors}
+    return tensors
 
 
 def modules_of(tree: Tree) -> dict[str, dict[str, Any]]:
