@@ -784,7 +784,7 @@ add(
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})
 add("fp8-kv-checkpoint", llama, options={"quant": "fp8-static", "kv_scales": True}, flags={"kv_cache_dtype": "fp8"})
-# vLLM 0.32 and later do not have it any more; the row says so.
+# Gone from vLLM 0.29 on; the row says so.
 add("bnb-4bit", llama, flags={"quantization": "bitsandbytes"})
 for form in QUANTS:
     add(form, llama, options={"quant": form})
