@@ -79,6 +79,13 @@ class Weights:
         if bias:
             self.normal(f"{name}.bias", out, std=0.05)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give every name that starts with `old` another start."""
+        self.tensors = {
+            new + name.removeprefix(old) if name.startswith(old) else name: tensor
+            for name, tensor in self.tensors.items()
+        }
+
     def save(self, path: Path, config: Config) -> None:
         path.mkdir(parents=True, exist_ok=True)
         # The metadata says the tensors are PyTorch's, without which transformers refuses the file.

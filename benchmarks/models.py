@@ -91,22 +91,33 @@ def llama_config(tiny: bool, quantized: bool) -> Config:
     }
 
 
-def llama_layer(weights: Weights, name: str, c: Config, *, first_norm: bool = True) -> None:
-    hidden = c["hidden_size"]
+def llama_layer(weights: Weights, name: str, c: Config, *, first_norm: bool = True, bias: bool = False) -> None:
+    hidden, heads, kv_heads, head = (
+        c[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     if first_norm:
         weights.norm(f"{name}.input_layernorm", hidden)
-    attention(weights, f"{name}.self_attn", hidden, c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"])
+    attention(weights, f"{name}.self_attn", hidden, heads, kv_heads, head, bias=bias)
     weights.norm(f"{name}.post_attention_layernorm", hidden)
     gated(weights, f"{name}.mlp", hidden, c["intermediate_size"])
 
 
-def llama(path: Path, tiny: bool, *, name: str, quant: str | None = None, tied: bool = False) -> None:
+def llama(
+    path: Path, tiny: bool, *, name: str, quant: str | None = None, tied: bool = False, kv_scales: bool = False
+) -> None:
     c = llama_config(tiny, quant is not None) | {"tie_word_embeddings": tied}
     weights = Weights(name, tiny, QUANTS[quant] if quant else None)
-    vocabulary(weights, c["vocab_size"], c["hidden_size"], tied=tied)
-    for layer in range(c["num_hidden_layers"]):
-        llama_layer(weights, f"model.layers.{layer}", c)
+    llama_stack(weights, c)
+    for layer in range(c["num_hidden_layers"] if kv_scales else 0):
+        for part in ("k", "v"):
+            weights.put(f"model.layers.{layer}.self_attn.{part}_scale", weights.uniform(1, low=0.02, high=0.05))
     weights.save(path, c)
+
+
+def llama_stack(weights: Weights, c: Config, *, bias: bool = False) -> None:
+    vocabulary(weights, c["vocab_size"], c["hidden_size"], tied=c["tie_word_embeddings"])
+    for layer in range(c["num_hidden_layers"]):
+        llama_layer(weights, f"model.layers.{layer}", c, bias=bias)
 
 
 def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) -> None:
@@ -565,6 +576,178 @@ def bert(path: Path, tiny: bool, *, name: str) -> None:
     )
 
 
+def tokenizer(path: Path, vocab: int, special: list[str]) -> dict[str, int]:
+    """Write a tokenizer whose last tokens are `special`; returns their numbers. All others are words: w3, w4, ..."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, vocab - len(special))), *special]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*words[:3], *special)])
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    write_json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
+    return {token: words.index(token) for token in special}
+
+
+def encoder_layer(weights: Weights, name: str, hidden: int, inner: int, *, whisper: bool = False) -> None:
+    """A layer of SigLIP; Whisper's has other names, no bias of its keys, and a second attention in the decoder."""
+    norms = ("self_attn_layer_norm", "final_layer_norm") if whisper else ("layer_norm1", "layer_norm2")
+    blocks = ["self_attn"]
+    if whisper and ".decoder." in name:
+        norms, blocks = (*norms, "encoder_attn_layer_norm"), [*blocks, "encoder_attn"]
+    for block in blocks:
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            weights.linear(f"{name}.{block}.{part}", hidden, hidden, bias=not (whisper and part == "k_proj"))
+    for norm in norms:
+        weights.norm(f"{name}.{norm}", hidden, bias=True)
+    mlp = name if whisper else f"{name}.mlp"
+    weights.linear(f"{mlp}.fc1", inner, hidden, bias=True)
+    weights.linear(f"{mlp}.fc2", hidden, inner, bias=True)
+
+
+def idefics3(path: Path, tiny: bool, *, name: str) -> None:
+    """SigLIP, a projection and a Llama. In vLLM one of few that need no torchvision, which CPU environments lack."""
+    hidden, heads, inner, layers, size, patch = (64, 2, 128, 2, 56, 14) if tiny else (1152, 16, 4304, 4, 364, 14)
+    c = llama_config(tiny, False)
+    weights = Weights(name, tiny)
+    llama_stack(weights, c)
+    weights.rename("model.", "model.text_model.")
+    tower, patches = "model.vision_model", (size // patch) ** 2
+    weights.normal(f"{tower}.embeddings.patch_embedding.weight", hidden, 3, patch, patch)
+    weights.normal(f"{tower}.embeddings.patch_embedding.bias", hidden)
+    weights.normal(f"{tower}.embeddings.position_embedding.weight", patches, hidden)
+    for layer in range(layers):
+        encoder_layer(weights, f"{tower}.encoder.layers.{layer}", hidden, inner)
+    weights.norm(f"{tower}.post_layernorm", hidden, bias=True)
+    weights.linear("model.connector.modality_projection.proj", c["hidden_size"], 4 * hidden)
+    numbers = tokenizer(path, c["vocab_size"], ["<image>", "<fake_token_around_image>", "<global-img>"])
+    edge = {"longest_edge": size}
+    image = {"size": edge, "max_image_size": edge, "do_image_splitting": False}
+    write_json(path / "preprocessor_config.json", {"image_processor_type": "Idefics3ImageProcessor", **image})
+    write_json(path / "processor_config.json", {"processor_class": "Idefics3Processor", "image_seq_len": patches // 4})
+    weights.save(
+        path,
+        {
+            "architectures": ["Idefics3ForConditionalGeneration"],
+            "model_type": "idefics3",
+            "image_token_id": numbers["<image>"],
+            "scale_factor": 2,
+            "pad_token_id": 0,
+            "text_config": c,
+            "vision_config": {
+                "hidden_size": hidden,
+                "num_attention_heads": heads,
+                "intermediate_size": inner,
+                "num_hidden_layers": layers,
+                "image_size": size,
+                "patch_size": patch,
+            },
+        },
+    )
+
+
+def qwen25_vl(path: Path, tiny: bool, *, name: str) -> None:
+    hidden, heads, inner, layers = (64, 2, 128, 2) if tiny else (1280, 16, 3420, 4)
+    c = llama_config(tiny, True)  # the heads are as wide as the hidden size allows, as Qwen2 wants it
+    head, out = c["head_dim"], c["hidden_size"]
+    c |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2_5_vl_text"}
+    c["rope_scaling"] = {"type": "mrope", "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}
+    weights = Weights(name, tiny)
+    llama_stack(weights, c, bias=True)
+    weights.normal("visual.patch_embed.proj.weight", hidden, 3, 2, 14, 14)
+    for layer in range(layers):
+        prefix = f"visual.blocks.{layer}"
+        weights.norm(f"{prefix}.norm1", hidden)
+        weights.norm(f"{prefix}.norm2", hidden)
+        weights.linear(f"{prefix}.attn.qkv", 3 * hidden, hidden, bias=True)
+        weights.linear(f"{prefix}.attn.proj", hidden, hidden, bias=True)
+        gated(weights, f"{prefix}.mlp", hidden, inner, bias=True)
+    weights.norm("visual.merger.ln_q", hidden)
+    weights.linear("visual.merger.mlp.0", 4 * hidden, 4 * hidden, bias=True)
+    weights.linear("visual.merger.mlp.2", out, 4 * hidden, bias=True)
+    special = ["vision_start", "vision_end", "image_pad", "video_pad"]
+    numbers = tokenizer(path, c["vocab_size"], [f"<|{token}|>" for token in special])
+    image: Config = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    image |= {"min_pixels": 56 * 56, "max_pixels": 56 * 56 if tiny else 448 * 448}
+    write_json(
+        path / "preprocessor_config.json",
+        {"processor_class": "Qwen2_5_VLProcessor", "image_processor_type": "Qwen2VLImageProcessor", **image},
+    )
+    weights.save(
+        path,
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "vision_start_token_id": numbers["<|vision_start|>"],
+            "vision_end_token_id": numbers["<|vision_end|>"],
+            "image_token_id": numbers["<|image_pad|>"],
+            "video_token_id": numbers["<|video_pad|>"],
+            "tie_word_embeddings": False,
+            "text_config": c,
+            "vision_config": {
+                "model_type": "qwen2_5_vl",
+                "hidden_size": hidden,
+                "num_heads": heads,
+                "intermediate_size": inner,
+                "depth": layers,
+                "fullatt_block_indexes": [layers - 1],
+                "window_size": 112,
+                "out_hidden_size": out,
+            },
+        },
+    )
+
+
+def whisper(path: Path, tiny: bool, *, name: str) -> None:
+    if tiny:
+        hidden, heads, inner, layers, seconds, vocab = 64, 2, 128, 2, 2, 512
+    else:
+        hidden, heads, inner, layers, seconds, vocab = 768, 12, 3072, 4, 30, 8192
+    mels, sources, targets = 80, seconds * 50, 448
+    weights = Weights(name, tiny)
+    for number, channels in ((1, mels), (2, hidden)):
+        weights.normal(f"model.encoder.conv{number}.weight", hidden, channels, 3, std=(3 * channels) ** -0.5)
+        weights.normal(f"model.encoder.conv{number}.bias", hidden)
+    weights.normal("model.decoder.embed_tokens.weight", vocab, hidden)
+    for stack, positions in (("encoder", sources), ("decoder", targets)):
+        weights.normal(f"model.{stack}.embed_positions.weight", positions, hidden)
+        for layer in range(layers):
+            encoder_layer(weights, f"model.{stack}.layers.{layer}", hidden, inner, whisper=True)
+        weights.norm(f"model.{stack}.layer_norm", hidden, bias=True)
+    numbers = tokenizer(path, vocab, ["<|startoftranscript|>"])
+    write_json(
+        path / "preprocessor_config.json",
+        {
+            "processor_class": "WhisperProcessor",
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": mels,
+            "chunk_length": seconds,
+        },
+    )
+    weights.save(
+        path,
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "model_type": "whisper",
+            "is_encoder_decoder": True,
+            "d_model": hidden,
+            "num_mel_bins": mels,
+            "max_source_positions": sources,
+            "max_target_positions": targets,
+            "vocab_size": vocab,
+            "decoder_start_token_id": numbers["<|startoftranscript|>"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **{f"{stack}_layers": layers for stack in ("encoder", "decoder")},
+            **{f"{stack}_attention_heads": heads for stack in ("encoder", "decoder")},
+            **{f"{stack}_ffn_dim": inner for stack in ("encoder", "decoder")},
+        },
+    )
+
+
 # The matrix ---------------------------------------------------------------------------------------------------------
 
 CASES: dict[str, Case] = {}
@@ -585,10 +768,24 @@ add("deepseek-v3", deepseek_v3, on_cpu=True)
 add("mamba", mamba2, on_cpu=True)
 add("hybrid", granite_hybrid, on_cpu=True)
 add("gemma3", gemma3, on_cpu=True)
-add("bert", bert, flags={"runner": "pooling", "skip_tokenizer_init": False}, kind="pooling", on_cpu=True)
+reads: dict[str, object] = {"skip_tokenizer_init": False}
+add("bert", bert, flags=reads | {"runner": "pooling"}, kind="pooling", on_cpu=True)
+add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
+# Its processor needs torchvision.
+add("qwen2.5-vl", qwen25_vl, flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}}, kind="multimodal")
+add(
+    "whisper",
+    whisper,
+    flags=reads | {"max_model_len": 128, "max_num_batched_tokens": 2048},
+    kind="transcribe",
+    on_cpu=True,
+)
 
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})
+add("fp8-kv-checkpoint", llama, options={"quant": "fp8-static", "kv_scales": True}, flags={"kv_cache_dtype": "fp8"})
+# Gone from vLLM 0.29 on; the row says so.
+add("bnb-4bit", llama, flags={"quantization": "bitsandbytes"})
 for form in QUANTS:
     add(form, llama, options={"quant": form})
 

@@ -76,7 +76,33 @@ def test_what_a_module_notes_while_running_may_be_either() -> None:
     for report in (published, attached):
         report["workers"][0]["outcomes"] = [outcome("attached")]
         report["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'vec'"
+        report["workers"][0]["tensors"]["a.cache"] = {"sha256": "56"}
     reference["workers"][0]["running"] = {"a": {"attributes": {"mode": "'packed'", "isa": "'vec'"}}}
+    reference["workers"][0]["running_tensors"] = {"a.cache": {"sha256": "56"}, "a.packed": {"sha256": "78"}}
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.EQUAL
+    reference["workers"][0]["running_tensors"]["a.cache"] = {"sha256": "57"}
+    assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
+    reference["workers"][0]["running_tensors"]["a.cache"] = {"sha256": "56"}
     attached["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'other'"
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
+
+
+def test_a_picture_that_was_asked_or_left_out_is_named() -> None:
+    def ask(*media: str, left_out: str = "") -> verify.Verdict:
+        reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
+        for report in (published, attached):
+            report["workers"][0]["outcomes"] = [outcome("attached")]
+        for number, (report, kinds) in enumerate(zip((reference, published, attached), media, strict=True)):
+            report["answers"] |= {"media": kinds.split(), "left_out": left_out and f"{left_out} {number}"}
+        return verify.judge("m", [], reference, published, attached, seconds=1.0)
+
+    assert ask("image", "image", "image").answers == "equal (with image)"
+    without = ask("", "", "", left_out="no processor")
+    assert (without.status, without.answers) == (verify.EQUAL, "equal (text only: no processor 0)")
+    assert ask("image", "image", "").status == verify.DIFFERENT
+
+
+def test_an_engine_that_did_not_ask_the_companion_did_not_share() -> None:
+    verdict = judged(lambda report: report["workers"][0]["outcomes"].clear())
+    assert verdict.status == verify.NOT_SHARED
+    assert "vLLM did not ask the companion" in verify.text(verdict)

@@ -45,6 +45,7 @@ def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: st
     [
         ("gemma3", (), ["single"]),
         ("hybrid", (), ["single"]),
+        ("idefics3", ("--no-skip-tokenizer-init",), ["single"]),
         ("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
     ],
 )
@@ -64,3 +65,16 @@ def test_a_model_is_equal_through_the_companion(
         assert (rank["loaded"], rank["attached"]) == ("published", "attached")
         assert rank["tensors"] > 10
     assert "equal" in verdict["answers"]
+    assert ("with image" in verdict["answers"]) == (models.CASES[case].kind == "multimodal")
+
+
+def test_a_real_embedding_model_is_equal_through_the_companion(
+    minilm: Path, temporary: Path, engine_environment: dict[str, str]
+) -> None:
+    flags = ("--runner", "pooling", "--no-skip-tokenizer-init")
+    code, verdict, said = verify(minilm, engine_environment, temporary, *flags)
+    assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
+    (rank,) = verdict["ranks"]
+    assert (rank["loaded"], rank["attached"]) == ("published", "attached")
+    assert rank["tensors"] > 70
+    assert verdict["answers"].startswith(("equal", "values within"))

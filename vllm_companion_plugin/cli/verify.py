@@ -30,6 +30,16 @@ EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
 SHOWN = 20
 """Differences listed; one reason makes thousands of them."""
 
+UNDECIDED: dict[str, Any] = {
+    "what": "alone",
+    "rank": "",
+    "reason": "vLLM did not ask the companion: these flags make it take another load format",
+    "size_bytes": 0,
+    "seconds": 0.0,
+    "ways": {},
+}
+"""The outcome where there is none."""
+
 HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "TREE", "ANSWERS")
 
 
@@ -131,13 +141,18 @@ def judge(
     """Compare three reports of `engine.verify`. Pure."""
     ranks = []
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
-        loaded, bound = first["outcomes"][0], second["outcomes"][0]  # the model's; drafts come after it
+        # The first is the model's; drafts come after it.
+        loaded, bound = (worker["outcomes"][0] if worker["outcomes"] else UNDECIDED for worker in (first, second))
         rank = Rank(bound["rank"] or str(normal["rank"]), bound["size_bytes"], len(normal["tensors"]))
         rank.loaded, rank.attached = loaded["what"], bound["what"]
         rank.seconds, rank.ways = bound["seconds"], bound["ways"]
         rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
         for what, worker in (("published", first), ("attached", second)):
-            rank.tensor_differences += [f"{what}: {line}" for line in differences(normal["tensors"], worker["tensors"])]
+            cached = normal.get("running_tensors", {}).items()
+            tensors = normal["tensors"] | {
+                name: tensor for name, tensor in cached if worker["tensors"].get(name) == tensor
+            }
+            rank.tensor_differences += [f"{what}: {line}" for line in differences(tensors, worker["tensors"])]
             expected = _as_loaded_or_running(normal, worker["modules"])
             rank.tree_differences += [f"{what}: {line}" for line in differences(expected, worker["modules"])]
         ranks.append(rank)
@@ -172,14 +187,26 @@ def _as_loaded_or_running(normal: dict[str, Any], modules: dict[str, Any]) -> di
 
 def _compare_answers(*reports: dict[str, Any]) -> tuple[str, bool]:
     """In words, and whether no difference was seen beyond that of another kernel on CPU."""
-    answers = [report["answers"] for report in reports]
-    if answers[0] is None:
+    if reports[0]["answers"] is None:
         return f"not asked: {reports[0]['no_answers']}", True
-    if None in answers:
-        return f"failed: {next(r['no_answers'] for r in reports if r['answers'] is None)}", False
+    if missing := [report["no_answers"] for report in reports if report["answers"] is None]:
+        return f"failed: {missing[0]}", False
+    # Why a picture was left out may be worded differently by each engine.
+    answers = [{key: value for key, value in r["answers"].items() if key != "left_out"} for r in reports]
+    words, same = _compare_values(answers)
+    if media := answers[0].get("media"):
+        words += f" (with {', '.join(media)})"
+    if left_out := reports[0]["answers"].get("left_out"):
+        words += f" (text only: {left_out})"
+    return words, same
+
+
+def _compare_values(answers: list[dict[str, Any]]) -> tuple[str, bool]:
     if answers[0] == answers[1] == answers[2]:
         return "equal", True
     normal, *others = answers
+    if any(other.get("media") != normal.get("media") for other in others):
+        return f"to other media: {[answer.get('media') for answer in answers]}", False
     if any(other.get("tokens") != normal.get("tokens") for other in others):
         return "other tokens", False
     pairs = [

@@ -12,11 +12,12 @@ import json
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,6 +34,7 @@ _KV_CACHE = re.compile(r"(^|\.)kv_cache(\[\d+\])?$")
 _PROMPT_LENGTHS = (1, 7, 16, 40)
 _MAX_TOKENS = 12
 _LOGPROBS = 5
+_SOUND_HZ = 16000
 
 
 class WorkerExtension:
@@ -50,24 +52,31 @@ class WorkerExtension:
         running: nn.Module = worker.model_runner.model
         report = {"rank": worker.rank, "outcomes": [asdict(outcome) for outcome in session.outcomes]}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
-            # Modules note things while they run, so those of the running model count as well.
-            return (
-                report
-                | describe(_load_again(worker.vllm_config, device))
-                | {"running": modules_of(capture(running, compat.OPAQUE))}
-            )
+            # Modules note and cache things while they run, so what the running model has besides counts as well.
+            loaded = describe(_load_again(worker.vllm_config, device))
+            tree = capture(running, compat.OPAQUE)
+            besides = tensors_of(tree, without=loaded["tensors"])
+            return report | loaded | {"running": modules_of(tree), "running_tensors": besides}
         return report | describe(running)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Modules and tensors of `model` as JSON; equal for equal models in any process."""
     tree = capture(model, compat.OPAQUE)
+    return {"modules": modules_of(tree), "tensors": tensors_of(tree)}
+
+
+def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """The tensors of `tree` by name, but for the names in `without`."""
     tensors: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for slot in tree.slots():
         if _KV_CACHE.search(slot.name):
             continue
         name, tensor = tree.describe(slot), slot.tensor
+        tied_to = first.setdefault(id(tensor), name)
+        if name in without:
+            continue
         tensors[name] = {
             "kind": slot.kind.value,
             "dtype": dtype_name(tensor.dtype),
@@ -76,11 +85,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "class": class_name(type(tensor)),
             "requires_grad": tensor.requires_grad,
             "attributes": tensor_attributes(tensor),
-            "tied_to": first.setdefault(id(tensor), name),
+            "tied_to": tied_to,
             "bytes": tensor.nbytes,
             "sha256": digest(tensor),
         }
-    return {"modules": modules_of(tree), "tensors": tensors}
+    return tensors
 
 
 def modules_of(tree: Tree) -> dict[str, dict[str, Any]]:
@@ -114,31 +123,72 @@ def _load_again(vllm_config: Any, device: compat.EngineDevice) -> nn.Module:
 
 
 def answers(llm: Any) -> dict[str, Any]:
-    """What the engine makes of fixed prompts: tokens with log probabilities, or vectors."""
+    """What the engine makes of fixed prompts: tokens with log probabilities, or vectors.
+
+    A picture and a sound are among the prompts of a model that takes them. "left_out" says which are not, and why.
+    """
     from vllm import SamplingParams
 
     config = llm.llm_engine.vllm_config.model_config
     numbers = random.Random(7)
     vocabulary = min(config.get_vocab_size(), 30000)
     longest = config.max_model_len - _MAX_TOKENS - 1
-    prompts = [
-        {"prompt_token_ids": [numbers.randrange(3, vocabulary) for _ in range(min(length, longest))]}
-        for length in _PROMPT_LENGTHS
-    ]
+
+    def words(length: int) -> list[int]:
+        return [numbers.randrange(3, vocabulary) for _ in range(min(length, longest))]
+
+    # One at a time: how requests are batched decides the kernels, and depends on when they arrive.
     if config.runner_type == "pooling":
         tasks = llm.supported_tasks
         task = next(name for name in ("embed", "token_embed", "classify", *tasks) if name in tasks)
-        outputs = [llm.encode(prompt, pooling_task=task, use_tqdm=False)[0] for prompt in prompts]
-        return {"values": [output.outputs.data.double().flatten().tolist() for output in outputs]}
-    sampling = SamplingParams(
-        max_tokens=_MAX_TOKENS, temperature=0, logprobs=_LOGPROBS, detokenize=False, ignore_eos=True
-    )
-    # One at a time: how requests are batched decides the kernels, and depends on when they arrive.
-    outputs = [llm.generate(prompt, sampling, use_tqdm=False)[0].outputs[0] for prompt in prompts]
-    return {
-        "tokens": [list(output.token_ids) for output in outputs],
-        "values": [[entry.logprob for step in output.logprobs for entry in step.values()] for output in outputs],
+
+        def ask(prompt: dict[str, Any]) -> dict[str, list[Any]]:
+            output = llm.encode(prompt, pooling_task=task, use_tqdm=False)[0]
+            return {"values": output.outputs.data.double().flatten().tolist()}
+    else:
+        sampling = SamplingParams(
+            max_tokens=_MAX_TOKENS, temperature=0, logprobs=_LOGPROBS, detokenize=False, ignore_eos=True
+        )
+
+        def ask(prompt: dict[str, Any]) -> dict[str, list[Any]]:
+            output = llm.generate(prompt, sampling, use_tqdm=False)[0].outputs[0]
+            values = [entry.logprob for step in output.logprobs for entry in step.values()]
+            return {"tokens": list(output.token_ids), "values": values}
+
+    given = [] if config.is_encoder_decoder else [ask({"prompt_token_ids": words(n)}) for n in _PROMPT_LENGTHS]
+    media, left_out = [], ""
+    if config.is_multimodal_model:
+        try:
+            for kind, prompt in _media(config, words, numbers):
+                given.append(ask(prompt))
+                media.append(kind)
+        except Exception as error:  # no tokenizer or processor, or too little space for a picture
+            left_out = f"{type(error).__name__}: {error}"
+            if not given:
+                raise
+    asked = {"media": media, "left_out": left_out} if media or left_out else {}
+    return {key: [answer[key] for answer in given] for key in given[0]} | asked
+
+
+def _media(
+    config: Any, words: Callable[[int], list[int]], numbers: random.Random
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A prompt with noise for each kind of input that the model takes and we can make."""
+    from PIL import Image
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    noise: dict[str, Callable[[], Any]] = {
+        "image": lambda: Image.frombytes("RGB", (64, 64), numbers.randbytes(64 * 64 * 3)),
+        "audio": lambda: (np.array([numbers.uniform(-0.5, 0.5) for _ in range(_SOUND_HZ)]), _SOUND_HZ),
     }
+    for kind, make in noise.items():
+        if processor.info.allowed_mm_limits.get(kind):
+            # The model's own placeholders for one such input, then words.
+            placeholders = processor.info.get_tokenizer().encode(
+                processor.dummy_inputs.get_dummy_text({kind: 1}), add_special_tokens=False
+            )
+            yield kind, {"prompt_token_ids": [*placeholders, *words(7)], "multi_modal_data": {kind: make()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"versions": compat.versions()}
     try:
         report["answers"] = answers(llm)
-    except Exception as error:  # models that want pictures or sound; the tensors are what counts
+    except Exception as error:  # the tensors are what counts
         report["answers"] = None
         report["no_answers"] = f"{type(error).__name__}: {error}"
     report["workers"] = llm.collective_rpc("companion_describe", args=(role,))
