@@ -74,6 +74,7 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     return row | {
         "verdict": verdict["verdict"],
         "versions": verdict["versions"],
+        "ranks": len(verdict["ranks"]),
         "GiB": round(rank["size_bytes"] / 2**30, 2),
         "tensors": rank["tensors"],
         "attach_s": round(rank["seconds"], 3),
@@ -94,7 +95,7 @@ def reason(log: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = ("case", "flags", "verdict", "GiB", "tensors", "attach_s", "ways", "answers", "reason")
+    heads = ("case", "flags", "verdict", "ranks", "GiB", "tensors", "attach_s", "ways", "answers", "reason")
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for row in rows:
         cells = dict(row)
@@ -108,15 +109,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "matrix-models")
-    parser.add_argument("--only", nargs="*", default=sorted(models.CASES))
+    parser.add_argument("--gpus", type=int, default=1, help="cases for that many GPUs")
+    parser.add_argument("--only", nargs="*", help="these cases")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU")
     args = parser.parse_args()
+    cases = args.only or sorted(name for name, case in models.CASES.items() if case.gpus == args.gpus)
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda name: verify(name, args.models, args.out, args.tiny), args.only):
+        for row in pool.map(lambda name: verify(name, args.models, args.out, args.tiny), cases):
             rows.append(row)
             print({key: row[key] for key in row if key not in ("versions",)}, flush=True)
             version = next((r["versions"]["vllm"] for r in rows if "versions" in r), "none")

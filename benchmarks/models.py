@@ -28,6 +28,7 @@ class Case:
     kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
     on_cpu: bool = False
     needs: str = ""
+    gpus: int = 1
 
 
 def attention(
@@ -800,6 +801,15 @@ add(
     options={"mtp": True},
     flags={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
 )
+
+experts: dict[str, object] = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+add("llama-tp2", llama, flags={"tensor_parallel_size": 2}, gpus=2)
+add("llama-pp2", llama, flags={"pipeline_parallel_size": 2}, gpus=2)
+add("awq-tp2", llama, options={"quant": "awq"}, flags={"tensor_parallel_size": 2}, gpus=2)
+add("qwen3-moe-ep2", qwen3_moe, flags=experts, gpus=2)
+add("qwen3-moe-eplb2", qwen3_moe, flags=experts | {"enable_eplb": True}, gpus=2)
+add("deepseek-v3-fp8-block-ep2", deepseek_v3, options={"quant": "fp8-block"}, flags=experts, gpus=2)
+add("gpt-oss-mxfp4-tp2", gpt_oss, flags={"tensor_parallel_size": 2}, gpus=2)
 
 
 def make(name: str, path: Path | str, *, tiny: bool = False) -> None:
