@@ -27,7 +27,6 @@ class Case:
     flags: dict[str, object] = field(default_factory=dict)
     kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
     on_cpu: bool = False
-    needs: str = ""
     gpus: int = 1
 
 
