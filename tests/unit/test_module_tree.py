@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -276,3 +277,39 @@ def test_the_globals_of_a_program_are_no_part_of_a_model() -> None:
     model = nn.Linear(2, 2)
     model.function = lambda: GLOBAL
     assert hidden_tensors(model, capture(model), "cpu") == []
+
+
+def overwritten(manifest: Manifest, arena: arenas.Arena, write: Callable[[Model], object], copy: bool = False) -> Model:
+    """A model restored although its processing wrote to what was bound before."""
+    with torch.device("meta"):
+        other = Model()
+    restorer = Restorer(other, Source(manifest, ArenaViews(arena, CPU), CPU, copy=copy), CPU)
+    restorer.bind_early(lambda m: Strategy.REPLAY if m is other.first else Strategy.HIDE)
+    with restorer.replaying(other.first):
+        write(other)
+    restorer.finish()
+    return other
+
+
+def in_place(model: Model) -> None:
+    model.cache.fill_(7)
+
+
+def behind_the_back_of_autograd(model: Model) -> None:
+    model.cache.data.fill_(7)
+    ctypes.memset(model.cache.data_ptr(), 0, 4)
+
+
+def by_new_memory(model: Model) -> None:
+    model.cache.data = torch.full((5,), 7.0)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("write", [in_place, behind_the_back_of_autograd, by_new_memory])
+def test_what_processing_writes_on_a_guess_is_undone(write: Callable[[Model], object], copy: bool) -> None:
+    """KV cache scales are written so: into a buffer, from a scale that is 1.0 in a replay."""
+    model, manifest, arena = published()
+    other = overwritten(manifest, arena, write, copy)
+    assert torch.equal(other.cache, model.cache)
+    assert other.cache.data_ptr() != model.cache.data_ptr()
+    assert equal(values(other), values(model))

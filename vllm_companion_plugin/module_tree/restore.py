@@ -71,9 +71,17 @@ class Source:
     def _clone(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
         known = self._clones.get(index)
         if known is None:
-            shared = self._views.bytes_at(storage.offset_bytes, storage.size_bytes)
-            known = self._clones[index] = shared.clone().untyped_storage()
+            known = self._clones[index] = self._bytes(storage).clone().untyped_storage()
         return known
+
+    def renew(self) -> None:
+        """Give all clones their published bytes again."""
+        for index, clone in self._clones.items():
+            flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(clone)
+            flat.copy_(self._bytes(self.manifest.storages[index]))
+
+    def _bytes(self, storage: StorageInfo) -> torch.Tensor:
+        return self._views.bytes_at(storage.offset_bytes, storage.size_bytes)
 
 
 class Restorer:
@@ -91,8 +99,7 @@ class Restorer:
         self.ways: Counter[Strategy] = Counter()
         self._modules = {module.path: module for module in source.manifest.modules}
         self._paths: dict[int, str] = {}
-        # By id of the tensor object: its index, the version it was bound at, and the object itself,
-        # which keeps the id valid.
+        # By id of the tensor object: its index, its address, and the object itself, which keeps the id valid.
         self._bound: dict[int, tuple[int, int, torch.Tensor]] = {}
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
@@ -150,6 +157,8 @@ class Restorer:
         Raises:
             ParityError: the tree differs; the model must not be used.
         """
+        # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
+        self._source.renew()
         tree = capture(self._model, self._opaque)
         compare_modules(tree, self._source.manifest)
         carriers: dict[int, torch.Tensor] = {}
@@ -177,15 +186,15 @@ class Restorer:
         compare_structure(tree, self._source.manifest)
 
     def _ensure_bound(self, tensor: torch.Tensor, index: int, name: str) -> None:
-        bound, version, _ = self._bound.get(id(tensor), (-1, -1, None))
-        if bound != index:
+        bound, address, _ = self._bound.get(id(tensor), (-1, -1, None))
+        if bound != index or address != tensor.data_ptr():
             self._bind(tensor, index, name)
-        elif version != tensor._version:  # post-processing wrote to it, on a guess
+        elif self._source.manifest.tensors[index].storage < 0:
             tensor.data.copy_(self._source.tensor(index))
 
     def _bind(self, tensor: torch.Tensor, index: int, name: str) -> None:
         _replace(tensor, self._source.tensor(index), name)
-        self._bound[id(tensor)] = index, tensor._version, tensor
+        self._bound[id(tensor)] = index, tensor.data_ptr(), tensor
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
