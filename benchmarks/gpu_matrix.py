@@ -66,7 +66,8 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
         return row | {"verdict": "timeout", "reason": f"{CASE_TIMEOUT_S} s"}
     row["seconds"] = round(time.monotonic() - started, 1)
     if not done.stdout.strip():
-        return row | {"verdict": "failed", "reason": reason(log.read_text())}
+        why = reason(log.read_text())
+        return row | {"verdict": "vLLM refuses" if "loads normally" in why else "failed", "reason": why}
     verdict = json.loads(done.stdout)
     found = [line for rank in verdict["ranks"] for line in rank["tensor_differences"] + rank["tree_differences"]]
     reasons = [text for rank in verdict["ranks"] for text in rank["reasons"]]
@@ -89,7 +90,7 @@ def reason(log: str) -> str:
     """Which engine failed, and the first error that it printed."""
     lines = log.splitlines()
     last = lines[-1].rsplit("; see", 1)[0] if lines else ""
-    errors = [line for line in lines if "Error" in line and "WARNING" not in line]
+    errors = [line for line in lines if "rror" in line and "WARNING" not in line and "ValidationError" not in line]
     cause = errors[0].split("] ", 1)[-1].strip() if errors else ""
     return f"{last}: {cause}"[:600]
 
