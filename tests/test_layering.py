@@ -38,7 +38,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "client": (BASE | {"settings", "protocol", "launch", "lease", "publication"}, {"grpc"}),
     "module_tree": (BASE | {"arena", "module_tree"}, {"torch"}),
     "api": (CLIENT | {"module_tree", "api"}, {"torch"}),
-    "engine": (CLIENT | {"module_tree", "engine"}, {"torch", "vllm", "tqdm", "huggingface_hub", "blake3", "filelock"}),
+    "engine": (
+        CLIENT | {"module_tree", "engine"},
+        {"torch", "vllm", "tqdm", "huggingface_hub", "blake3", "filelock", "PIL"},
+    ),
     "cli": (CLIENT | {"companion", "cli"}, {"grpc", "google"}),
 }
 CUDA_ONLY_IN = "arena/cuda_vmm.py"

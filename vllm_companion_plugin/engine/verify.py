@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -180,7 +179,7 @@ def _media(
     processor = MULTIMODAL_REGISTRY.create_processor(config)
     noise: dict[str, Callable[[], Any]] = {
         "image": lambda: Image.frombytes("RGB", (64, 64), numbers.randbytes(64 * 64 * 3)),
-        "audio": lambda: (np.array([numbers.uniform(-0.5, 0.5) for _ in range(_SOUND_HZ)]), _SOUND_HZ),
+        "audio": lambda: (torch.tensor([numbers.uniform(-0.5, 0.5) for _ in range(_SOUND_HZ)]).numpy(), _SOUND_HZ),
     }
     for kind, make in noise.items():
         if processor.info.allowed_mm_limits.get(kind):
