@@ -7,9 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_companion_plugin.engine import checkpoint, compat, session
 from vllm_companion_plugin.errors import NotShareableError
+
+pytestmark = pytest.mark.core
 
 
 def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Path) -> None:
@@ -38,3 +44,21 @@ def test_what_an_engine_has_registered_comes_back(moe_layers: bool) -> None:
     assert compilation.static_forward_context is held
     assert held == {"a": 1}
     assert getattr(compilation, "static_all_moe_layers", ["a"]) == ["a"]
+
+
+def test_online_loading_is_ended_as_loading_would_have_ended_it() -> None:
+    """Reaches into vLLM's reloading, which no engine on CPU does."""
+    layer = nn.Linear(2, 2)
+    loader = default_weight_loader
+    layer.weight.weight_loader = loader  # type: ignore[assignment]
+    layerwise.record_metadata_for_reloading(layer)
+    layerwise.initialize_online_processing(layer)
+    assert layer.weight.weight_loader is not loader
+    compat.end_online_loading(layer)
+    assert layer.weight.weight_loader is loader
+    assert not layerwise.LAYERWISE_INFO[layer].can_load()
+    compat.end_online_loading(nn.Linear(2, 2))  # one that vLLM never saw
+
+
+def test_the_cache_of_rope_modules_is_vllms_own() -> None:
+    assert compat._rope_cache() is rotary_embedding._ROPE_DICT

@@ -16,7 +16,7 @@ import pytest
 from benchmarks import models
 from tests.vllm.conftest import FLAGS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(400)]
 
 
 @pytest.fixture
