@@ -16,7 +16,9 @@ import pytest
 from benchmarks import models
 from tests.vllm.conftest import FLAGS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
+
+BFLOAT16 = ("--dtype", "bfloat16")
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: st
         env=environment | {"TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=580,
     )
     assert done.stdout, done.stderr[-3000:]
     assert not list(temporary.glob("vcv-*"))
@@ -44,8 +46,9 @@ def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: st
     ("case", "flags", "ranks"),
     [
         ("gemma3", (), ["single"]),
-        ("hybrid", (), ["single"]),
-        ("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
+        # These in bfloat16: vLLM 0.27 has no float32 kernels for them on every CPU.
+        ("hybrid", BFLOAT16, ["single"]),
+        ("qwen3-moe", (*BFLOAT16, "--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
     ],
 )
 def test_a_model_is_equal_through_the_companion(
