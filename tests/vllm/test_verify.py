@@ -18,7 +18,9 @@ from tests.vllm.conftest import FLAGS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
 
-BFLOAT16 = ("--dtype", "bfloat16")
+# vLLM's words, with or without us: 0.27 (mixtures of experts) and all before 0.32 (convolutions) have no
+# float32 kernels on CPUs that know bfloat16, whose rounding would blur the answers.
+NO_FLOAT32 = ("AMX grouped-gemm kernel cannot be used", "not implemented for 'Float'")
 
 
 @pytest.fixture
@@ -37,6 +39,8 @@ def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: st
         text=True,
         timeout=580,
     )
+    if "the engine that loads normally ended" in done.stderr and any(words in done.stderr for words in NO_FLOAT32):
+        pytest.skip("this vLLM cannot run the model in float32 on this CPU")
     assert done.stdout, done.stderr[-3000:]
     assert not list(temporary.glob("vcv-*"))
     return done.returncode, json.loads(done.stdout), done.stderr
@@ -46,9 +50,8 @@ def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: st
     ("case", "flags", "ranks"),
     [
         ("gemma3", (), ["single"]),
-        # These in bfloat16: vLLM 0.27 has no float32 kernels for them on every CPU.
-        ("hybrid", BFLOAT16, ["single"]),
-        ("qwen3-moe", (*BFLOAT16, "--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
+        ("hybrid", (), ["single"]),
+        ("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
     ],
 )
 def test_a_model_is_equal_through_the_companion(
