@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+VERSIONS ?= 0.27.1 0.29.0 0.31.0 0.32.0
 
-.PHONY: help test lint types demo stubs test-gpu clean
+.PHONY: help test test-versions lint types demo stubs test-gpu clean
 
 help: ## list the recipes
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml tools/make_venv.sh
 	PYTHON=$(PYTHON) tools/make_venv.sh
@@ -14,6 +15,9 @@ $(STAMP): pyproject.toml tools/make_venv.sh
 test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
 	$(BIN)/python -m pytest -q -m "not vllm and not gpu"
 	$(BIN)/python -m pytest -q -m "vllm and not gpu" -n 2 --dist worksteal
+
+test-versions: ## the core of the tests over VERSIONS of vLLM, each in a .venv-VERSION that is kept
+	PYTHON=$(PYTHON) tools/test_versions.sh $(VERSIONS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .
@@ -33,4 +37,4 @@ test-gpu: ## tests and acceptance figures on a machine with a GPU and a CUDA bui
 	$(PYTHON) benchmarks/gpu_acceptance.py --out out/gpu
 
 clean: ## remove what the recipes made
-	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-* build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache

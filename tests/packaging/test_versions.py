@@ -62,6 +62,7 @@ def test_a_companion_serves_with_both_ends_of_the_protobuf_range(
     assert done.stdout.startswith(major + ".")
 
 
+@pytest.mark.core
 @pytest.mark.timeout(400)
 def test_installing_beside_vllm_changes_no_version(tmp_path: Path) -> None:
     """What pip would do in an environment that has vLLM, asked with the companion's own needs missing."""

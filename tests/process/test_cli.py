@@ -261,6 +261,7 @@ def findings(place: Place, **environment: str) -> tuple[int, dict[str, str]]:
     return done.returncode, {check["name"]: check["level"] for check in json.loads(done.stdout)}
 
 
+@pytest.mark.core
 def test_doctor_finds_nothing_wrong_here(place: Place) -> None:
     serve(place)
     code, found = findings(place)

@@ -13,6 +13,8 @@ from vllm_companion_plugin.engine import checkpoint
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.types import model_name
 
+pytestmark = pytest.mark.core
+
 COMMIT = "a" * 40
 
 

@@ -9,10 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 
 from vllm_companion_plugin.engine import checkpoint, compat, session
+from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.settings import resolve
+from vllm_companion_plugin.settings import resolve, resolve_extra_config
+
+pytestmark = pytest.mark.core
 
 
 def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Path) -> None:
@@ -57,3 +67,42 @@ def test_an_engine_that_writes_to_its_weights_copies_them_by_itself(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert why in said[0]
+
+
+def test_online_loading_is_ended_as_loading_would_have_ended_it() -> None:
+    """Reaches into vLLM's reloading, which no engine on CPU does."""
+    layer = nn.Linear(2, 2)
+    loader = default_weight_loader
+    layer.weight.weight_loader = loader  # type: ignore[assignment]
+    layerwise.record_metadata_for_reloading(layer)
+    layerwise.initialize_online_processing(layer)
+    assert layer.weight.weight_loader is not loader
+    compat.end_online_loading(layer)
+    assert layer.weight.weight_loader is loader
+    assert not layerwise.LAYERWISE_INFO[layer].can_load()
+    compat.end_online_loading(nn.Linear(2, 2))  # one that vLLM never saw
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="what CPU kernels want")
+def test_convolutions_are_processed_as_in_a_normal_load() -> None:
+    """Their kernels take packed weights alone, on CPUs that have such kernels."""
+
+    def convolution() -> nn.Module:
+        layer = nn.Module()
+        layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        layer.quant_method = UnquantizedLinearMethod()
+        return layer
+
+    weight = torch.randn(64, 1, 4, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    normal, private = convolution(), convolution()
+    shared = private.weight.data
+    normal.quant_method.process_weights_after_loading(normal)
+    with process_privately(private, resolve_extra_config({})):
+        private.quant_method.process_weights_after_loading(private)
+    assert torch.equal(private.weight, normal.weight)
+    assert vars(private).keys() == vars(normal).keys()
+    assert torch.equal(shared, weight)
+
+
+def test_the_cache_of_rope_modules_is_vllms_own() -> None:
+    assert compat._rope_cache() is rotary_embedding._ROPE_DICT

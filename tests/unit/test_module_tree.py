@@ -21,6 +21,8 @@ from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import Manifest, Stage
 
+pytestmark = pytest.mark.core
+
 CPU = torch.device("cpu")
 
 

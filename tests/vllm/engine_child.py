@@ -81,7 +81,8 @@ def main() -> None:
 
     llm = LLM(dtype="float32", enforce_eager=True, max_model_len=128, **options)
     look = reference if options["load_format"] == "auto" else describe
-    result = {"workers": llm.collective_rpc(look)}
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {"workers": llm.collective_rpc(look), "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size}
     if prompts:
         outputs = llm.generate(
             [{"prompt_token_ids": p} for p in prompts],

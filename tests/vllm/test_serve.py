@@ -36,7 +36,7 @@ def hub_cache(place: Place, checkpoint: Path) -> Path:
 @pytest.mark.parametrize(
     ("parallel", "ranks"),
     [
-        ({}, ["single"]),
+        pytest.param({}, ["single"], marks=pytest.mark.core),
         ({"tensor_parallel_size": 2}, ["tp0/2", "tp1/2"]),
         ({"pipeline_parallel_size": 2}, ["pp0/2", "pp1/2"]),
     ],

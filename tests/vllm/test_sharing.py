@@ -54,6 +54,7 @@ def check_equal_and_shared(reference: dict[str, Any], *engines: dict[str, Any]) 
             assert outside == []
 
 
+@pytest.mark.core
 def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     start_engine: StartEngine, place: Place, tiny_llama: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     auto = start_engine(model=tiny_llama, load_format="auto", skip_tokenizer_init=True, prompts=PROMPTS).result()
     check_equal_and_shared(auto, *results)
     assert results[0]["tokens"] == results[1]["tokens"] == auto["tokens"]
+    assert results[0]["kv_tokens"] == results[1]["kv_tokens"] == auto["kv_tokens"] > 0
 
 
 def test_minilm_embeds_as_without_the_companion(start_engine: StartEngine, place: Place, minilm: Path) -> None:
@@ -103,6 +105,7 @@ def test_minilm_embeds_as_without_the_companion(start_engine: StartEngine, place
     assert entry.size_bytes > 80 << 20
 
 
+@pytest.mark.core
 def test_ties_are_kept_and_copies_and_packed_weights_give_the_same_tokens(
     start_engine: StartEngine, place: Place, tied_llama: Path
 ) -> None:

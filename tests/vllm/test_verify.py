@@ -16,7 +16,11 @@ import pytest
 from benchmarks import models
 from tests.vllm.conftest import FLAGS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
+
+# vLLM's words, with or without us: 0.27 (mixtures of experts) and all before 0.32 (convolutions) have no
+# float32 kernels on CPUs that know bfloat16, whose rounding would blur the answers.
+NO_FLOAT32 = ("AMX grouped-gemm kernel cannot be used", "not implemented for 'Float'")
 
 
 @pytest.fixture
@@ -33,8 +37,10 @@ def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: st
         env=environment | {"TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=580,
     )
+    if "the engine that loads normally ended" in done.stderr and any(words in done.stderr for words in NO_FLOAT32):
+        pytest.skip("this vLLM cannot run the model in float32 on this CPU")
     assert done.stdout, done.stderr[-3000:]
     assert not list(temporary.glob("vcv-*"))
     return done.returncode, json.loads(done.stdout), done.stderr

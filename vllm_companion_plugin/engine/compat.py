@@ -32,7 +32,7 @@ from vllm_companion_plugin.types import Stage
 # Made from the key's fields; some hold lists in the order of a set, or a measured time.
 OPAQUE = (QuantizationConfig,)
 
-# Their post-processing changes no tensor on CUDA, and on CPU only packs a private copy.
+# Their post-processing changes no tensor on CUDA, and on CPU only packs a private copy of a matrix.
 _LEAVES_TENSORS_ALONE = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
@@ -179,6 +179,8 @@ def strategy(module: nn.Module) -> Strategy:
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase) and type(method).__name__ not in _LEAVES_TENSORS_ALONE:
         return Strategy.REPLAY
+    if current_platform.is_cpu() and getattr(getattr(module, "weight", None), "ndim", 2) > 2:
+        return Strategy.REPLAY  # a convolution: packed in place, for kernels that take no other weights
     return Strategy.HIDE
 
 
