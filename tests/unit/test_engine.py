@@ -106,3 +106,15 @@ def test_convolutions_are_processed_as_in_a_normal_load() -> None:
 
 def test_the_cache_of_rope_modules_is_vllms_own() -> None:
     assert compat._rope_cache() is rotary_embedding._ROPE_DICT
+
+
+def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/models/m")
+
+    monkeypatch.setattr(session, "_decide", unreadable)
+    decision = session.decide(None, SimpleNamespace(), resolve())
+    assert isinstance(decision, session.Alone)
+    assert "/models/m" in decision.reason
+    with pytest.raises(PermissionError):
+        session.decide(None, SimpleNamespace(), replace(resolve(), fallback=False))

@@ -83,6 +83,9 @@ class _Publisher:
             self._publish(model)
         except CompanionError as error:
             self._reason = error
+        except Exception as error:  # the model is loaded, so this is no reason to end the engine
+            logger.debug("Publishing failed", exc_info=True)
+            self._reason = NotShareableError(f"it could not be published: {type(error).__name__}: {error}")
 
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:

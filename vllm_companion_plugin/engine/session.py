@@ -139,7 +139,7 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     if known is None:
         try:
             known = _decide(vllm_config, model_config, settings)
-        except CompanionError as error:
+        except (CompanionError, OSError) as error:  # a checkpoint may be unreadable in part, a disk full
             if not settings.fallback:
                 raise
             known = Alone(str(error))
