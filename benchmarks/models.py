@@ -806,7 +806,8 @@ add("llama-tp2", llama, flags={"tensor_parallel_size": 2}, gpus=2)
 add("llama-pp2", llama, flags={"pipeline_parallel_size": 2}, gpus=2)
 add("awq-tp2", llama, options={"quant": "awq"}, flags={"tensor_parallel_size": 2}, gpus=2)
 add("qwen3-moe-ep2", qwen3_moe, flags=experts, gpus=2)
-add("qwen3-moe-eplb2", qwen3_moe, flags=experts | {"enable_eplb": True}, gpus=2)
+owned: dict[str, object] = {"enable_eplb": True, "model_loader_extra_config": {"share": "copy"}}
+add("qwen3-moe-eplb2", qwen3_moe, flags=experts | owned, gpus=2)
 add("deepseek-v3-fp8-block-ep2", deepseek_v3, options={"quant": "fp8-block"}, flags=experts, gpus=2)
 add("gpt-oss-mxfp4-tp2", gpt_oss, flags={"tensor_parallel_size": 2}, gpus=2)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch import nn
 from benchmarks import models
 from tests.process.conftest import Place
 from vllm_companion_plugin.engine import compat, digest, key, session
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.launch.runtime_dir import digests_directory
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
@@ -326,3 +331,63 @@ def test_a_mismatch_names_the_fields_and_both_values(
     said = [record.getMessage() for record in caplog.records if "loaded differently" in record.getMessage()]
     assert len(said) == 1
     assert said[0].endswith("so it is loaded once more: hf.rms_norm_eps is '1e-05' there and '0.5' here.")
+
+
+def test_a_damaged_digest_is_not_believed(engines: Engines, first: Path, tmp_path: Path) -> None:
+    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
+    flip(tuned / WEIGHTS, -1)
+    engines.load(first)
+    directory = Path(digests_directory(engines.settings))
+    for file in (*first.iterdir(), *tuned.iterdir()):
+        name = hashlib.sha256(session.checkpoint.file_identity(file).encode()).hexdigest()
+        (directory / name).write_bytes(bytes(64))  # as a crash leaves it
+    assert not engines.attaches(tuned)
+
+
+def test_who_was_elected_for_a_copy_takes_its_own_if_that_is_there_by_then(
+    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    engines.load(first)
+    held, answers = session._held, [key_of(copied)]
+    monkeypatch.setattr(session, "_held", lambda *rest: answers.pop() if answers else held(*rest))
+    assert engines.attaches(first)
+
+
+def test_an_engine_that_writes_to_its_weights_copies_what_is_held_and_publishes_nothing(
+    engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "must_own_reason", lambda config: "EPLB moves expert weights in place")
+    with pytest.raises(NotShareableError, match=r"EPLB .* nobody holds them to be copied"):
+        engines.decide(first)
+    assert session._connections["cpu"].status().entries == ()
+    asked_for = replace(engines.settings, share="copy")
+    made = config(first)
+    loader = session._decide(made, made.model_config, asked_for)
+    assert isinstance(loader, session.Load)
+    publish(loader)
+    assert engines.attaches(first)
+    loader.close()
+
+
+def test_a_name_that_no_message_can_carry_is_a_reason_to_load_alone(engines: Engines, first: Path) -> None:
+    Path(os.fsdecode(os.fsencode(first) + b"/\xff.safetensors")).write_bytes(b"x")
+    made = config(first)
+    decision = session.decide(made, made.model_config, engines.settings)
+    session.forget(made.model_config)
+    assert isinstance(decision, session.Alone)
+    assert "UnicodeEncodeError" in decision.reason
+
+
+def test_linked_directories_and_quantization_files_count(tiny: Path, first: Path, tmp_path: Path) -> None:
+    plain = key_of(first)
+    (first / "hf_quant_config.json").write_text("{}")
+    quantized = key_of(first)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"x")
+    (other / "back").symlink_to(first)  # around in a circle
+    (first / "2_Dense").symlink_to(other)
+    linked = key_of(first)
+    assert len({plain.id, quantized.id, linked.id}) == 3
+    assert set(linked.files) - set(quantized.files) == {"2_Dense/model.safetensors"}

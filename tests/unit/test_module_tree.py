@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -246,7 +247,7 @@ def test_a_failure_in_the_middle_gives_the_model_its_memory_back(monkeypatch: py
 class Slotted:
     """What vLLM's methods make: tensors behind a slot, a partial and a captured value are found or named."""
 
-    __slots__ = ("run",)
+    __slots__ = ("__weakref__", "run")
 
     def __init__(self, run: Any) -> None:
         self.run = run
@@ -315,3 +316,14 @@ def test_what_processing_writes_on_a_guess_is_undone(write: Callable[[Model], ob
     assert torch.equal(other.cache, model.cache)
     assert other.cache.data_ptr() != model.cache.data_ptr()
     assert equal(values(other), values(model))
+
+
+def test_objects_that_cannot_be_looked_into_do_not_stop_the_search() -> None:
+    model = nn.Linear(2, 2)
+    gone = Slotted(None)
+    proxy = weakref.proxy(gone)
+    sparse = torch.eye(3).to_sparse()
+    model.function = lambda x: (x, proxy, sparse)
+    del gone
+    (line,) = hidden_tensors(model, capture(model), "cpu")
+    assert line.startswith("(3, 3) float32 in ")

@@ -8,6 +8,8 @@ whether their content is the same.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from vllm import envs
 from vllm_companion_plugin.errors import NotShareableError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".npy", ".tensors", ".ckpt")
-_CODE_SUFFIXES = (".py", ".index.json")
+# Code, and what vLLM reads about quantization besides config.json.
+_OTHER_SUFFIXES = (".py", ".index.json", "quantize_config.json", "quant_config.json")
 
 
 def checkpoint_dir(model: str, revision: str | None, download_dir: str | None) -> Path | None:
@@ -37,15 +40,20 @@ def files_of(checkpoint: Path) -> list[Path]:
     """The files whose content decides the weights, in a stable order."""
     if checkpoint.is_file():
         return [checkpoint]
-    suffixes = WEIGHT_SUFFIXES + _CODE_SUFFIXES
-    return sorted(
-        path
-        for path in checkpoint.rglob("*")
-        # A link into nothing is no file: vLLM would fail on it, or never look at it.
-        if path.name.endswith(suffixes)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(checkpoint).parts)
-    )
+    suffixes = WEIGHT_SUFFIXES + _OTHER_SUFFIXES
+    # A link into nothing is no file: vLLM would fail on it, or never look at it.
+    return sorted(path for path in _walk(checkpoint) if path.name.endswith(suffixes) and os.path.isfile(path))
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """All that is not hidden, through links to directories, each directory once."""
+    seen = set()
+    for root, directories, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(root)
+        directories[:] = [] if real in seen else sorted(name for name in directories if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def is_complete(checkpoint: Path) -> bool:

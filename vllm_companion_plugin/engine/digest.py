@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ _FILES_AT_ONCE = 8
 _READ_BYTES = 16 << 20
 _SAMPLES = 16
 _SAMPLE_BYTES = 16 << 10
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
 # A file may be written twice within one tick of its file system's clock, and keep its identity.
 _SETTLED_S = 2.0
 
@@ -62,9 +64,10 @@ class Digests:
     def known(self, identity: str) -> str | None:
         """The digest of the file version `identity`, if somebody has computed it."""
         try:
-            return self._at(identity).read_text() or None
+            text = self._at(identity).read_bytes()
         except OSError:
             return None
+        return text.decode() if _DIGEST.fullmatch(text) else None  # a crash may leave anything
 
     def of(self, file: _File) -> str | None:
         """The digest of `file`, read if need be; None if that version of it is gone."""
@@ -86,7 +89,7 @@ class Digests:
     def alone(self) -> Iterator[None]:
         """While open, other processes wait for our digests instead of reading the same files."""
         lock = FileLock(self._directory / "lock", thread_local=False)
-        with contextlib.suppress(Timeout):  # then both read
+        with contextlib.suppress(Timeout, OSError):  # then both read
             lock.acquire(timeout=self._timeout_s)
         try:
             yield
@@ -126,7 +129,7 @@ def same_content(mine: EntryKey, held: EntryKey, digests: Digests) -> bool:
 
 def _file(key: EntryKey, name: str) -> _File:
     source = Path(key.source)
-    return _File((source.parent if source.is_file() else source) / name, key.files[name])
+    return _File((source.parent if os.path.isfile(source) else source) / name, key.files[name])
 
 
 def _may_be_equal(mine: _File, held: _File, digests: Digests) -> bool:

@@ -117,7 +117,7 @@ def compute(
     }
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
     rank = " ".join(split) or "single"
-    place = str(source.resolve()) if source else ""
+    place = os.path.abspath(source) if source else ""
     return EntryKey(_digest(fields), model_name(model_config.model), "target", rank, fields, place, content)
 
 

@@ -55,8 +55,8 @@ class CompanionModelLoader(BaseModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """The model with its weights: attached, loaded for all, or loaded alone."""
-        self._settings = session.settings_for(vllm_config, self._settings)
         decision = session.decide(vllm_config, model_config, self._settings)
+        self._settings = session.settings_for(vllm_config, self._settings)
         session.forget(model_config)
         if isinstance(decision, session.Attach):
             try:

@@ -93,9 +93,9 @@ class _Publisher:
         device = self._decision.device
         started = time.perf_counter()
         tree = capture(model, compat.OPAQUE)
+        packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
         if device.stage is Stage.PROCESSED:
             self._check_all_found(model, tree)
-        packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)

@@ -20,7 +20,13 @@ from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Re
 from vllm_companion_plugin.engine import checkpoint, compat, key
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError, NotShareableError
+from vllm_companion_plugin.errors import (
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    LeaseLostError,
+    NotShareableError,
+)
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
@@ -65,7 +71,11 @@ class Load:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return checkpoint.weight_bytes(self.checkpoint) if self.checkpoint else 0
+        """For progress; 0 if not known."""
+        try:
+            return checkpoint.weight_bytes(self.checkpoint) if self.checkpoint else 0
+        except OSError:
+            return 0
 
     def check_unchanged(self) -> None:
         """Raise `NotShareableError` if what was loaded may not be what the key names."""
@@ -122,11 +132,7 @@ outcomes: list[Outcome] = []
 
 def settings_for(vllm_config: Any, settings: Settings) -> Settings:
     """`settings`, with a copy for an engine that writes to its weights while it serves."""
-    reason = compat.must_own_reason(vllm_config)
-    if reason is None or settings.share == "copy":
-        return settings
-    logger.info_once("This engine copies the weights instead of mapping them: %s while serving.", reason)
-    return replace(settings, share="copy")
+    return settings if compat.must_own_reason(vllm_config) is None else replace(settings, share="copy")
 
 
 def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
@@ -139,10 +145,11 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     if known is None:
         try:
             known = _decide(vllm_config, model_config, settings)
-        except (CompanionError, OSError) as error:  # a checkpoint may be unreadable in part, a disk full
+        except Exception as error:  # whatever it is, the engine can still load by itself
             if not settings.fallback:
                 raise
-            known = Alone(str(error))
+            logger.debug("No decision", exc_info=True)
+            known = Alone(str(error) if isinstance(error, CompanionError) else f"{type(error).__name__}: {error}")
         _decisions[id(model_config)] = known
     return known
 
@@ -169,8 +176,7 @@ def external_bytes(vllm_config: Any, settings: Settings) -> int:
     vLLM subtracts them from the engine's memory budget, so that an attached engine gets the
     KV cache it would have got had it loaded the weights itself.
     """
-    settings = settings_for(vllm_config, settings)
-    if settings.share == "copy":
+    if settings_for(vllm_config, settings).share == "copy":
         return 0
     decision = decide(vllm_config, vllm_config.model_config, settings)
     return decision.arena.info.size_bytes if isinstance(decision, Attach) else 0
@@ -185,21 +191,34 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
+    own = compat.must_own_reason(vllm_config)
+    # Not by itself: publishing leaves a copy on the device that this engine has no use for.
+    may_load = own is None or settings.share == "copy" or not settings.fallback
     try:
-        return _ask(device, wanted, path, settings)
+        decision = _ask(device, wanted, path, settings, may_load)
     except (CompanionUnavailableError, LeaseLostError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
-        return _ask(device, wanted, path, settings)
+        decision = _ask(device, wanted, path, settings, may_load)
+    except EntryNotFoundError:
+        raise NotShareableError(
+            f"{own} while serving, and nobody holds them to be copied "
+            """(`vllm-companion serve`, or --model-loader-extra-config '{"share": "copy"}', would)"""
+        ) from None
+    if own and isinstance(decision, Attach):
+        logger.info("This engine copies the weights instead of mapping them: %s while serving.", own)
+    return decision
 
 
-def _ask(device: compat.EngineDevice, wanted: EntryKey, path: Path | None, settings: Settings) -> Attach | Load:
+def _ask(
+    device: compat.EngineDevice, wanted: EntryKey, path: Path | None, settings: Settings, may_load: bool
+) -> Attach | Load:
     """Attach to `wanted`, or to what has the same content; or be elected to load it."""
     started = time.perf_counter()
     connection = _connection(device.id, settings)
-    asked = _held(connection.status(), wanted, settings, (EntryState.READY, EntryState.LOADING))
+    asked = _held(connection.status(), wanted, settings, (EntryState.READY, EntryState.LOADING)) or wanted
     while True:
-        lease = connection.attach(asked, may_load=True, client_name=f"vLLM {compat.versions()['vllm']}")
+        lease = connection.attach(asked, may_load=may_load, client_name=f"vLLM {compat.versions()['vllm']}")
         election = None
         try:
             with ProgressBar("Waiting for weights") as bar:
@@ -210,7 +229,7 @@ def _ask(device: compat.EngineDevice, wanted: EntryKey, path: Path | None, setti
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
             held = _held(status, wanted, settings, (EntryState.READY,))
-            if held.id in (wanted.id, asked.id):
+            if held is None or held.id == asked.id:
                 _explain(status, wanted)
                 return Load(device, asked, lease, outcome, election, path, dict(wanted.files))
         except BaseException:
@@ -223,17 +242,21 @@ def _ask(device: compat.EngineDevice, wanted: EntryKey, path: Path | None, setti
         asked = held
 
 
-def _held(status: CompanionStatus, wanted: EntryKey, settings: Settings, states: tuple[EntryState, ...]) -> EntryKey:
+def _held(
+    status: CompanionStatus, wanted: EntryKey, settings: Settings, states: tuple[EntryState, ...]
+) -> EntryKey | None:
     """The key under which the companion has what `wanted` names: its own, or that of a copy of the checkpoint."""
     others = [entry.key for entry in status.entries if entry.state in states]
-    if not wanted.files or any(other.id == wanted.id for other in others):
+    if any(other.id == wanted.id for other in others):
         return wanted
+    if not wanted.files:
+        return None
     digests = Digests(digests_directory(settings), settings.wait_timeout_s)
     for other in others:
         if _differs_only_in_checkpoint(wanted, other) and same_content(wanted, other, digests):
-            logger.info("%s has the content of %s, which is held already.", wanted.source, other.source)
+            logger.info("%s has the content of %s, whose entry is used.", wanted.source, other.source)
             return other
-    return wanted
+    return None
 
 
 def _differs_only_in_checkpoint(wanted: EntryKey, other: EntryKey) -> bool:

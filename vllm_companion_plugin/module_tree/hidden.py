@@ -2,7 +2,8 @@
 
 A model restored without them would run, and answer nonsense: the code that makes such a tensor
 had only placeholders to make it from. Captured values of functions, objects written in C and
-anything else that the garbage collector can follow are searched here.
+anything else that the garbage collector can follow are searched here. Not found is another view
+of memory that `capture` has found.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def hidden_tensors(model: nn.Module, tree: Tree, device_type: str) -> list[str]:
         following = []
         for parent in level:
             for child in _parts(parent):
-                if id(child) in came_from or isinstance(child, _NOT_PARTS):
+                # By `type`: a weak reference whose object is gone cannot be asked for its class.
+                if id(child) in came_from or issubclass(type(child), _NOT_PARTS):
                     continue
                 came_from[id(child)] = parent
                 following.append(child)
-                if isinstance(child, torch.Tensor) and child.device.type == device_type and child.numel():
-                    pointer = child.untyped_storage().data_ptr()
+                if issubclass(type(child), torch.Tensor) and child.device.type == device_type and child.numel():
+                    pointer = _pointer(child)
                     if pointer not in found:
                         found.add(pointer)
                         hidden.append(_describe(child, came_from))
@@ -53,8 +55,15 @@ def hidden_tensors(model: nn.Module, tree: Tree, device_type: str) -> list[str]:
     return hidden
 
 
+def _pointer(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others: nothing that is captured
+        return -id(tensor)
+
+
 def _parts(value: Any) -> Iterator[Any]:
-    if isinstance(value, types.FunctionType):  # not its globals, which are the whole program
+    if type(value) is types.FunctionType:  # not its globals, which are the whole program
         yield from (value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}, value.__dict__)
     else:
         yield from gc.get_referents(value)
