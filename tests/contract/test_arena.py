@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -165,9 +166,9 @@ def test_an_unsealed_memfd_is_refused() -> None:
 
 
 def test_more_blocks_than_were_reserved_are_refused(memory: Memory) -> None:
-    writer = arenas.create(memory.kind, memory.page, memory.index)
+    writer = memory.create(memory.page)
     writer.add_block(memory.page)
-    with pytest.raises(ArenaError, match="exceed"):
+    with pytest.raises(ArenaError, match="exceeds?"):
         writer.add_block(memory.page)
     writer.abort()
 
@@ -179,7 +180,7 @@ def test_closing_and_aborting_return_every_descriptor(memory: Memory) -> None:
         arena = memory.filled(b"weights")
         arena.close()
         arena.close()
-        writer = arenas.create(memory.kind, memory.page, memory.index)
+        writer = memory.create(memory.page)
         writer.add_block(memory.page)
         writer.abort()
         writer.abort()
@@ -187,21 +188,26 @@ def test_closing_and_aborting_return_every_descriptor(memory: Memory) -> None:
 
 
 @pytest.mark.gpu
-def test_closing_and_aborting_return_all_device_memory() -> None:
+@pytest.mark.parametrize("kind", [arenas.CUDA_VMM, arenas.CUDA_IPC])
+def test_closing_and_aborting_return_all_device_memory(kind: str) -> None:
     import torch
 
-    memory = Memory(arenas.CUDA_VMM)
-    memory.filled(b"weights").close()
+    memory = Memory(kind)
+    kept = memory.filled(b"weights")  # with it, the keeper stays
     before = torch.cuda.mem_get_info()[0]
     for _ in range(20):
         arena = memory.filled(b"weights", b"and more")
         again = arenas.open_arena(arena.info, duplicates(arena), memory.index)
         arena.close()
         again.close()
-        writer = arenas.create(memory.kind, memory.page, memory.index)
+        writer = memory.create(memory.page)
         writer.add_block(memory.page)
         writer.abort()
-    assert torch.cuda.mem_get_info()[0] == before
+    deadline = time.monotonic() + 5
+    while torch.cuda.mem_get_info()[0] != before:  # a keeper frees a moment after the last descriptor is closed
+        assert kind == arenas.CUDA_IPC
+        assert time.monotonic() < deadline
+    kept.close()
 
 
 def test_storages_do_not_overlap_keep_their_alignment_and_fill_bounded_chunks() -> None:

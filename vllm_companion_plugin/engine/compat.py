@@ -52,8 +52,11 @@ class EngineDevice:
     stage: Stage
 
 
-def engine_device(vllm_config: Any) -> EngineDevice:
+def engine_device(vllm_config: Any, arena: str = "auto") -> EngineDevice:
     """The device of this worker.
+
+    Args:
+        arena: the setting: how memory of a GPU is shared, or "auto".
 
     Raises:
         NotShareableError: a platform that has no arenas here.
@@ -63,7 +66,8 @@ def engine_device(vllm_config: Any) -> EngineDevice:
     if current_platform.is_cuda():
         index = torch.cuda.current_device()
         uuid = current_platform.get_device_uuid(index)
-        return EngineDevice(uuid, torch.device("cuda", index), arenas.CUDA_VMM, Stage.PROCESSED)
+        kind = arenas.cuda_kind(index) if arena == "auto" else arena
+        return EngineDevice(uuid, torch.device("cuda", index), kind, Stage.PROCESSED)
     raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")
 
 

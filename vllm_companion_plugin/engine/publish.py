@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused, quick_switches
+from vllm_companion_plugin.launch import keeper
 from vllm_companion_plugin.module_tree.capture import Tree, capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
@@ -111,6 +113,7 @@ class _Publisher:
                 device.torch_device,
                 rebind=self._settings.share == "readonly",
                 release=_release(device.torch_device),
+                keeper=partial(keeper.allocate, device.id, settings=self._settings),
                 report=report,
             )
             self._arena = arena  # the model views it, published or not

@@ -187,7 +187,7 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
         return Alone("draft models are loaded by each engine")
     if reason := compat.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
-    device = compat.engine_device(vllm_config)
+    device = compat.engine_device(vllm_config, settings.arena)
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
