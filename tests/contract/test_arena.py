@@ -168,7 +168,7 @@ def test_an_unsealed_memfd_is_refused() -> None:
 def test_more_blocks_than_were_reserved_are_refused(memory: Memory) -> None:
     writer = memory.create(memory.page)
     writer.add_block(memory.page)
-    with pytest.raises(ArenaError, match="exceeds?"):
+    with pytest.raises(ArenaError, match=r"exceeds?"):
         writer.add_block(memory.page)
     writer.abort()
 
