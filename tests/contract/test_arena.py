@@ -13,6 +13,7 @@ import pytest
 
 from tests.contract.conftest import Memory
 from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.arena import ipc_tag
 from vllm_companion_plugin.arena.layout import ALIGNMENT, plan
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
@@ -134,6 +135,27 @@ def test_a_kernel_that_writes_through_the_mapping_faults_its_process_alone() -> 
     assert result.returncode == 41 or result.returncode < 0
     assert Memory(arenas.CUDA_VMM).read(mine, 0, 7) == b"weights"
     mine.close()
+
+
+@pytest.mark.gpu
+def test_who_mapped_the_memory_of_a_keeper_outlives_it_and_nobody_maps_it_anew() -> None:
+    memory = Memory(arenas.CUDA_IPC)
+    arena = memory.filled(b"weights")
+    os.kill(ipc_tag.read(arena.fds[0]).keeper_pid, signal.SIGKILL)
+    time.sleep(0.5)  # the driver's own work
+    assert memory.read(arena, 0, 7) == b"weights"
+    other = memory.filled(b"others")  # of another keeper
+    code = "import sys; from tests.contract.conftest import Memory; from vllm_companion_plugin import arena as a; "
+    code += "from vllm_companion_plugin.types import ArenaInfo; fds = [int(sys.argv[1])]; "
+    code += "a.open_arena(ArenaInfo('cuda_ipc', (int(sys.argv[2]),)), fds, 0)"
+    for fd, ended in ((arena.fds[0], True), (other.fds[0], False)):
+        command = [sys.executable, "-c", code, str(fd), str(arena.info.size_bytes)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, pass_fds=[fd])
+        assert ("has it ended?) failed" in done.stderr) == ended, done.stderr
+        assert (done.returncode != 0) == ended
+    assert memory.read(arena, 0, 7) == b"weights"
+    arena.close()
+    other.close()
 
 
 @pytest.mark.parametrize("wrong", ["larger", "more blocks", "no such kind"])
