@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
@@ -113,3 +114,14 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
     assert "/models/m" in decision.reason
     with pytest.raises(PermissionError):
         session.decide(None, model, replace(resolve(), fallback=False))
+
+
+def test_weights_of_another_checkpoint_are_named() -> None:
+    def source(name: str) -> Any:
+        return DefaultModelLoader.Source(name, None)
+
+    config = SimpleNamespace(model="org/m", model_weights="")
+    model = nn.Module()
+    assert compat.other_checkpoints(model, config) == []
+    model.secondary_weights = [source("org/m"), source("org/tower")]
+    assert compat.other_checkpoints(model, config) == ["org/tower"]

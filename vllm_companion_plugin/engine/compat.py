@@ -88,6 +88,12 @@ def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
     return get_model_loader(config)
 
 
+def other_checkpoints(model: nn.Module, model_config: Any) -> list[str]:
+    """Models whose weights vLLM loads into this one besides its own (Ultravox names two)."""
+    names = (source.model_or_path for source in getattr(model, "secondary_weights", ()))
+    return sorted({name for name in names if name not in (model_config.model, model_config.model_weights)})
+
+
 def unshareable_reason(vllm_config: Any) -> str | None:
     """Why weights of this configuration can neither be shared nor copied, or None."""
     offload = getattr(vllm_config, "offload_config", None)

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import compat, session
+from vllm_companion_plugin.engine import checkpoint, compat, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
@@ -44,8 +44,8 @@ def load_and_publish(
     Raises:
         CompanionError: the weights could not be shared and `fallback` is off.
     """
-    publisher = _Publisher(decision, settings)
-    with ExitStack() as after_processing:
+    publisher = _Publisher(decision, settings, model_config)
+    with checkpoint.pinned(model_config, decision.checkpoint), ExitStack() as after_processing:
         _hook_load_weights(source, publisher, after_processing)
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
@@ -57,8 +57,9 @@ def load_and_publish(
 class _Publisher:
     """Publishes once, and turns what prevents it into a log line or an error, as configured."""
 
-    def __init__(self, decision: Load, settings: Settings) -> None:
+    def __init__(self, decision: Load, settings: Settings, model_config: Any) -> None:
         self._decision = decision
+        self._model_config = model_config
         self._settings = settings
         self._publication = decision.granted.publication
         self.published = False
@@ -92,6 +93,8 @@ class _Publisher:
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:
         self._decision.check_unchanged()
+        if others := compat.other_checkpoints(model, self._model_config):
+            raise NotShareableError(f"it takes weights from {', '.join(others)} too, which its key does not name")
         device = self._decision.device
         started = time.perf_counter()
         tree = capture(model, compat.OPAQUE)
