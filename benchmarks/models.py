@@ -120,6 +120,34 @@ def llama_stack(weights: Weights, c: Config, *, bias: bool = False) -> None:
         llama_layer(weights, f"model.layers.{layer}", c, bias=bias)
 
 
+def llama_drafted(path: Path, tiny: bool, *, name: str, method: str) -> None:
+    """A Llama, and beside it, in `path`-draft, a model that drafts for it."""
+    llama(path, tiny, name=name)
+    c = llama_config(tiny, False) | {"num_hidden_layers": 1}
+    hidden, vocab = c["hidden_size"], c["vocab_size"]
+    weights = Weights(f"{name}-draft", tiny)
+    if method == "draft_model":
+        llama_stack(weights, c)
+    elif method == "eagle":  # as most are: the embedding and the head are the target's
+        llama_layer(weights, "layers.0", c, first_norm=False)
+        weights.linear("fc", hidden, 2 * hidden)
+    else:
+        drafted = vocab // 2
+        c |= {"draft_vocab_size": drafted, "eagle_aux_hidden_state_layer_ids": [0, 1], "num_aux_hidden_states": 2}
+        heads = c["head_dim"] * c["num_attention_heads"], c["head_dim"] * c["num_key_value_heads"]
+        llama_layer(weights, "midlayer", c)
+        for part, rows in (("q", heads[0]), ("k", heads[1]), ("v", heads[1])):  # they see the embedding as well
+            del weights.tensors[f"midlayer.self_attn.{part}_proj.weight"]
+            weights.linear(f"midlayer.self_attn.{part}_proj", rows, 2 * hidden)
+        weights.norm("midlayer.hidden_norm", hidden)
+        weights.linear("fc", hidden, 2 * hidden)
+        weights.norm("norm", hidden)
+        weights.linear("lm_head", drafted, hidden)
+        weights.put("d2t", torch.arange(drafted))
+        weights.put("t2d", torch.arange(vocab) % 2 == 0)
+    weights.save(Path(f"{path}-draft"), c)
+
+
 def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) -> None:
     if not tiny:
         hidden, heads, kv_heads, head, inner, experts, top, layers, vocab = 2048, 32, 4, 128, 768, 32, 8, 4, 32000
@@ -800,6 +828,15 @@ add(
     options={"mtp": True},
     flags={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
 )
+for method in ("eagle", "eagle3", "draft_model"):
+    speculative: dict[str, object] = {"method": method, "model": "{path}-draft", "num_speculative_tokens": 2}
+    add(
+        f"llama-{method.replace('_', '-')}",
+        llama_drafted,
+        options={"method": method},
+        flags={"speculative_config": speculative},
+        on_cpu=True,
+    )
 
 experts: dict[str, object] = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 add("llama-tp2", llama, flags={"tensor_parallel_size": 2}, gpus=2)

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import compat, session
+from vllm_companion_plugin.engine import compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
@@ -42,7 +42,7 @@ def load_and_publish(
     Raises:
         CompanionError: the weights could not be shared and `fallback` is off.
     """
-    publisher = _Publisher(decision, settings)
+    publisher = _Publisher(decision, settings, vllm_config)
     with ExitStack() as after_processing:
         _hook_load_weights(source, publisher, after_processing)
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -55,8 +55,9 @@ def load_and_publish(
 class _Publisher:
     """Publishes once, and turns what prevents it into a log line or an error, as configured."""
 
-    def __init__(self, decision: Load, settings: Settings) -> None:
+    def __init__(self, decision: Load, settings: Settings, vllm_config: Any) -> None:
         self._decision = decision
+        self._vllm_config = vllm_config
         self._settings = settings
         self._publication = decision.granted.publication
         self.published = False
@@ -92,10 +93,11 @@ class _Publisher:
         self._decision.check_unchanged()
         device = self._decision.device
         started = time.perf_counter()
-        tree = capture(model, compat.OPAQUE)
-        packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
-        if device.stage is Stage.PROCESSED:
-            self._check_all_found(model, tree)
+        with draft.taken_out(model, self._left_to_target(model)):
+            tree = capture(model, compat.OPAQUE)
+            packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
+            if device.stage is Stage.PROCESSED:
+                self._check_all_found(model, tree)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -121,13 +123,17 @@ class _Publisher:
         self.published = True
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
-            self._decision.key.model,
+            self._decision.key.title,
             arena.info.size_bytes / 2**30,
             tensor_count,
             generation,
             copied - started,
             time.perf_counter() - copied,
         )
+
+    def _left_to_target(self, model: nn.Module) -> list[str]:
+        target = session.target() if self._decision.key.role == "draft" else None
+        return draft.left_to_target(self._vllm_config, model, target) if target is not None else []
 
     def _check_all_found(self, model: nn.Module, tree: Tree) -> None:
         """Raise `NotShareableError` if the model uses memory of the device that is not in `tree`.
@@ -153,7 +159,7 @@ class _Publisher:
                 self._arena.close()
         if self.published:
             key = self._decision.key
-            session.outcomes.append(session.Outcome("published", key.model, key.rank, size_bytes=size_bytes))
+            session.outcomes.append(session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes))
             if self.is_bound:
                 self._decision.election.release()
                 session.keep(self._decision)
@@ -170,7 +176,7 @@ class _Publisher:
         self._decision.close()
         if not self._settings.fallback:
             raise reason
-        session.not_shared(self._decision.key.model, str(reason))
+        session.not_shared(self._decision.key.model, self._decision.key.role, str(reason))
 
 
 def _release(device: torch.device) -> Any:
