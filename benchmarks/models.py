@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.checkpoints import QUANTS, Config, Weights, write_json
 
@@ -145,7 +146,24 @@ def llama_drafted(path: Path, tiny: bool, *, name: str, method: str) -> None:
         weights.linear("lm_head", drafted, hidden)
         weights.put("d2t", torch.arange(drafted))
         weights.put("t2d", torch.arange(vocab) % 2 == 0)
+        # As some repeat it; the head is its own.
+        repeated = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+        weights.put("embed_tokens.weight", repeated.to(weights.device))
     weights.save(Path(f"{path}-draft"), c)
+
+
+def mimo(path: Path, tiny: bool, *, name: str) -> None:
+    """A dense model with a layer that predicts one token more."""
+    c = llama_config(tiny, True) | {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
+    c |= {"num_nextn_predict_layers": 1}
+    weights, hidden = Weights(name, tiny), c["hidden_size"]
+    llama_stack(weights, c, bias=True)
+    layer = "model.mtp_layers.0"
+    llama_layer(weights, layer, c, bias=True)
+    for norm in ("token", "hidden", "final"):
+        weights.norm(f"{layer}.{norm}_layernorm", hidden)
+    weights.linear(f"{layer}.input_proj", hidden, 2 * hidden)
+    weights.save(path, c)
 
 
 def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) -> None:
@@ -822,12 +840,9 @@ for form in ("fp8-block", "awq", "gptq"):
     add(f"qwen3-moe-{form}", qwen3_moe, options={"quant": form})
 add("deepseek-v3-fp8-block", deepseek_v3, options={"quant": "fp8-block"})
 add("gpt-oss-mxfp4", gpt_oss)
-add(
-    "deepseek-v3-mtp",
-    deepseek_v3,
-    options={"mtp": True},
-    flags={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
-)
+mtp: dict[str, object] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+add("deepseek-v3-mtp", deepseek_v3, options={"mtp": True}, flags=mtp)
+add("mimo-mtp", mimo, flags=mtp, on_cpu=True)
 for method in ("eagle", "eagle3", "draft_model"):
     speculative: dict[str, object] = {"method": method, "model": "{path}-draft", "num_speculative_tokens": 2}
     add(
