@@ -78,10 +78,12 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     found = [line for rank in verdict["ranks"] for line in rank["tensor_differences"] + rank["tree_differences"]]
     reasons = [text for rank in verdict["ranks"] for text in rank["reasons"]]
     rank = verdict["ranks"][0]
+    drafts = [r for r in verdict["ranks"] if r["rank"].endswith(" draft")]
     return row | {
         "verdict": verdict["verdict"],
         "versions": verdict["versions"],
-        "ranks": len(verdict["ranks"]),
+        "ranks": len(verdict["ranks"]) - len(drafts),
+        "draft": ", ".join(f"{r['attached']}, {r['size_bytes'] / 2**30:.2f} GiB" for r in drafts),
         "GiB": round(rank["size_bytes"] / 2**30, 2),
         "tensors": rank["tensors"],
         "attach_s": round(rank["seconds"], 3),
@@ -102,7 +104,7 @@ def reason(log: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = ("case", "flags", "verdict", "ranks", "GiB", "tensors", "attach_s", "ways", "answers", "reason")
+    heads = ("case", "flags", "verdict", "ranks", "GiB", "tensors", "attach_s", "ways", "draft", "answers", "reason")
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for row in rows:
         cells = dict(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -93,11 +93,14 @@ class _Publisher:
         self._decision.check_unchanged()
         device = self._decision.device
         started = time.perf_counter()
-        with draft.taken_out(model, self._left_to_target(model)):
+        target = session.target() if self._decision.key.role == "draft" else None
+        left = draft.left_to_target(self._vllm_config, model, target) if target is not None else []
+        others = [] if target is None else [target, *map(model.get_submodule, left)]
+        with draft.taken_out(model, left):
             tree = capture(model, compat.OPAQUE)
             packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
             if device.stage is Stage.PROCESSED:
-                self._check_all_found(model, tree)
+                self._check_all_found(model, tree, others)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -131,19 +134,16 @@ class _Publisher:
             time.perf_counter() - copied,
         )
 
-    def _left_to_target(self, model: nn.Module) -> list[str]:
-        target = session.target() if self._decision.key.role == "draft" else None
-        return draft.left_to_target(self._vllm_config, model, target) if target is not None else []
-
-    def _check_all_found(self, model: nn.Module, tree: Tree) -> None:
-        """Raise `NotShareableError` if the model uses memory of the device that is not in `tree`.
+    def _check_all_found(self, model: nn.Module, tree: Tree, others: Sequence[nn.Module]) -> None:
+        """Raise `NotShareableError` if the model uses memory of the device that is neither in `tree` nor in `others`.
 
         Whether any is left over is known at once; what it is, and whether it belongs to the model
         or to everybody (workspaces), takes a search.
         """
         device = self._decision.device
         left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
-        hidden = hidden_tensors(model, tree, device.torch_device.type) if left_over else []
+        trees = (capture(other, compat.OPAQUE) for other in others)
+        hidden = hidden_tensors(model, tree, device.torch_device.type, trees) if left_over else []
         logger.debug("%d bytes outside the module tree; reachable from it: %s", left_over, hidden)
         if hidden:
             raise NotShareableError(

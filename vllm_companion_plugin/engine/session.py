@@ -258,7 +258,7 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
 def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load: bool = True) -> Decision:
     """Of a draft. This process waits for no lock of its own: its target is loaded, or mapped, by then."""
     if not compat.has_draft_weights(vllm_config):
-        return Alone("it has none")
+        return Alone("there are none")
     if id(draft) not in _drafts:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, rank = _drafts[id(draft)]
