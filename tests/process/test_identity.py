@@ -168,6 +168,7 @@ def publish(decision: session.Load) -> None:
 def engines(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     place.companion()
     monkeypatch.setattr(session, "_connections", {})
+    monkeypatch.setattr(session, "_drafts", {})
     monkeypatch.setattr(digest, "_SETTLED_S", -1.0)  # files of a test are always new
     made = Engines(place)
     yield made
@@ -442,11 +443,11 @@ def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(e
     target.close()
 
 
-def draft_key_of(model: Path, target: EntryKey | None = None, **options: Any) -> EntryKey:
+def draft_key_of(model: Path, **options: Any) -> EntryKey:
     made = eagle(model, **options)
     draft = compat.draft_config(made)
-    fields = key.draft_fields(made, draft, target or key_of(model, **options))
-    return key.compute_draft(fields, draft, "single", "auto", Path(f"{model}-draft"), {})
+    fields = key.draft_fields(made, draft)
+    return key.compute_draft(fields, draft, key_of(model, **options), "auto", Path(f"{model}-draft"), {})
 
 
 @pytest.mark.parametrize(

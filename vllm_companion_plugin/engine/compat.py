@@ -166,15 +166,19 @@ def owns(draft: nn.Module, path: str) -> bool:
 
 def running_draft(runner: Any) -> nn.Module | None:
     """The draft of a model runner, of either generation."""
-    proposer = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-    model = getattr(proposer, "model", None)
+    model = getattr(_proposer(runner), "model", None)
+    model = model.unwrap() if hasattr(model, "unwrap") else model  # from what replays CUDA graphs
     return model if isinstance(model, nn.Module) else None
+
+
+def _proposer(runner: Any) -> Any:
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
 
 
 def draft_recipe(runner: Any) -> tuple[Any, Any, str]:
     """With which vLLM config, model config and prefix `runner` built its draft."""
-    create = getattr(runner.drafter, "_create_draft_vllm_config", None)
-    config = create() if create is not None else runner.vllm_config
+    create = getattr(_proposer(runner), "_create_draft_vllm_config", None)
+    config = create() if create is not None else getattr(_proposer(runner), "_draft_vllm_config", runner.vllm_config)
     alone = runner.speculative_config.method == "draft_model"
     return config, runner.speculative_config.draft_model_config, "draft_model" if alone else ""
 

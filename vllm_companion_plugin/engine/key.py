@@ -129,28 +129,26 @@ def compute(
     return _key(model_config, "target", rank, fields, source, content)
 
 
-def draft_fields(vllm_config: Any, draft_config: Any, target: EntryKey) -> dict[str, str]:
-    """What decides a draft's layout, its checkpoint apart: its own configuration, and all of the target's.
-
-    To be asked before the target is built. Which config reaches the draft's loader differs between methods
-    and versions of vLLM; each is made of these.
-    """
-    fields = {f"target.{name}": value for name, value in target.fields.items()}
-    fields |= _pick("speculative", vllm_config.speculative_config, _SPECULATIVE_FIELDS)
-    return fields | _model_fields(draft_config)
+def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:
+    """What a draft's own configuration adds to its key. To be asked before the target is built."""
+    return _pick("speculative", vllm_config.speculative_config, _SPECULATIVE_FIELDS) | _model_fields(draft_config)
 
 
 def compute_draft(
     fields: dict[str, str],
     draft_config: Any,
-    rank: str,
+    target: EntryKey,
     source_format: str,
     source: Path | None,
     content: dict[str, str],
 ) -> EntryKey:
-    """The key of a draft's entry: `draft_fields`, and the checkpoint of its own (with MTP, the target's)."""
-    fields = fields | {"source_format": source_format, CHECKPOINT: _digest(content)}
-    return _key(draft_config, "draft", rank, fields, source, content)
+    """The key of a draft's entry: `draft_fields`, its checkpoint (with MTP, the target's), and all of the target's.
+
+    Which config reaches the draft's loader differs between methods and versions of vLLM; each is made of these.
+    """
+    fields = fields | {f"target.{name}": value for name, value in target.fields.items()}
+    fields |= {"source_format": source_format, CHECKPOINT: _digest(content)}
+    return _key(draft_config, "draft", target.rank, fields, source, content)
 
 
 def _key(

@@ -134,8 +134,8 @@ class Outcome:
 
 # By id of the model config, which lives as long as the process.
 _decisions: dict[int, Decision] = {}
-# By id of a draft's model config: fields of its key and its rank, noted before its target was built.
-_drafts: dict[int, tuple[dict[str, str], str]] = {}
+# By id of a draft's model config: fields of its key, noted before its target was built, and the target's key.
+_drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
 _target: weakref.ref[nn.Module] | None = None
 _connections: dict[str, CompanionConnection] = {}
 # What this process maps or published; dropped only by the end of the process.
@@ -249,9 +249,11 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
+    draft = compat.draft_config(vllm_config)
+    fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, path, settings)
-    if (draft := compat.draft_config(vllm_config)) is not None:
-        _drafts[id(draft)] = key.draft_fields(vllm_config, draft, decision.key), decision.key.rank
+    if draft is not None:
+        _drafts[id(draft)] = fields, decision.key
     return decision
 
 
@@ -261,10 +263,10 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
         return Alone("there are none")
     if id(draft) not in _drafts:
         raise NotShareableError("a draft is shared together with its target, which is not")
-    fields, rank = _drafts[id(draft)]
+    fields, target_key = _drafts[id(draft)]
     path = _checkpoint(vllm_config, draft, settings)
     content = checkpoint.identity(path) if path else {}
-    wanted = key.compute_draft(fields, draft, rank, settings.source_format, path, content)
+    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
     return _obtain(vllm_config, compat.engine_device(vllm_config), wanted, path, settings, may_load)
 
 
