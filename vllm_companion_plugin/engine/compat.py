@@ -166,7 +166,7 @@ def owns(draft: nn.Module, path: str) -> bool:
 
 def running_draft(runner: Any) -> nn.Module | None:
     """The draft of a model runner, of either generation."""
-    model = getattr(_proposer(runner), "model", None)
+    model: Any = getattr(_proposer(runner), "model", None)
     model = model.unwrap() if hasattr(model, "unwrap") else model  # from what replays CUDA graphs
     return model if isinstance(model, nn.Module) else None
 
