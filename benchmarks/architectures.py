@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.checkpoints import QUANTS, Config, Weights, write_json, write_tokenizer
 
@@ -100,6 +101,51 @@ def llama_stack(weights: Weights, c: Config, *, bias: bool = False) -> None:
     vocabulary(weights, c["vocab_size"], c["hidden_size"], tied=c["tie_word_embeddings"])
     for layer in range(c["num_hidden_layers"]):
         llama_layer(weights, f"model.layers.{layer}", c, bias=bias)
+
+
+def llama_drafted(path: Path, tiny: bool, *, name: str, method: str) -> None:
+    """A Llama, and beside it, in `path`-draft, a model that drafts for it."""
+    llama(path, tiny, name=name)
+    c = llama_config(tiny, False) | {"num_hidden_layers": 1}
+    hidden, vocab = c["hidden_size"], c["vocab_size"]
+    weights = Weights(f"{name}-draft", tiny)
+    if method == "draft_model":
+        llama_stack(weights, c)
+    elif method == "eagle":  # as most are: the embedding and the head are the target's
+        llama_layer(weights, "layers.0", c, first_norm=False)
+        weights.linear("fc", hidden, 2 * hidden)
+    else:
+        drafted = vocab // 2
+        c |= {"draft_vocab_size": drafted, "eagle_aux_hidden_state_layer_ids": [0, 1], "num_aux_hidden_states": 2}
+        heads = c["head_dim"] * c["num_attention_heads"], c["head_dim"] * c["num_key_value_heads"]
+        llama_layer(weights, "midlayer", c)
+        for part, rows in (("q", heads[0]), ("k", heads[1]), ("v", heads[1])):  # they see the embedding as well
+            del weights.tensors[f"midlayer.self_attn.{part}_proj.weight"]
+            weights.linear(f"midlayer.self_attn.{part}_proj", rows, 2 * hidden)
+        weights.norm("midlayer.hidden_norm", hidden)
+        weights.linear("fc", hidden, 2 * hidden)
+        weights.norm("norm", hidden)
+        weights.linear("lm_head", drafted, hidden)
+        weights.put("d2t", torch.arange(drafted))
+        weights.put("t2d", torch.arange(vocab) % 2 == 0)
+        # As some repeat it; the head is its own.
+        repeated = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+        weights.put("embed_tokens.weight", repeated.to(weights.device))
+    weights.save(Path(f"{path}-draft"), c)
+
+
+def mimo(path: Path, tiny: bool, *, name: str) -> None:
+    """A dense model with a layer that predicts one token more."""
+    c = llama_config(tiny, True) | {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
+    c |= {"num_nextn_predict_layers": 1}
+    weights, hidden = Weights(name, tiny), c["hidden_size"]
+    llama_stack(weights, c, bias=True)
+    layer = "model.mtp_layers.0"
+    llama_layer(weights, layer, c, bias=True)
+    for norm in ("token", "hidden", "final"):
+        weights.norm(f"{layer}.{norm}_layernorm", hidden)
+    weights.linear(f"{layer}.input_proj", hidden, 2 * hidden)
+    weights.save(path, c)
 
 
 def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) -> None:

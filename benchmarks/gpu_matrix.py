@@ -30,14 +30,16 @@ COMMON = {
 CASE_TIMEOUT_S = 150
 
 
-def flags_of(options: dict[str, object]) -> list[str]:
+def flags_of(options: dict[str, object], path: Path) -> list[str]:
+    """As a command line has them; `{path}` stands for the checkpoint's."""
     flags = []
     for name, value in options.items():
         if value is False:
             continue
         flags.append("--" + name.replace("_", "-"))
         if value is not True:
-            flags.append(value if isinstance(value, str) else json.dumps(value))
+            text = value if isinstance(value, str) else json.dumps(value)
+            flags.append(text.replace("{path}", str(path)))
     return flags
 
 
@@ -49,7 +51,7 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
         | ({"dtype": "float32"} if tiny else {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.22})
         | case.flags
     )
-    row: dict[str, Any] = {"case": name, "flags": " ".join(flags_of(case.flags))}
+    row: dict[str, Any] = {"case": name, "flags": " ".join(flags_of(case.flags, root / name))}
     started = time.monotonic()
     make = [sys.executable, "-m", "benchmarks.models", name, str(root / name)] + (["--tiny"] if tiny else [])
     made = subprocess.run(make, capture_output=True, text=True, check=False)
@@ -60,7 +62,11 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     try:
         with log.open("w") as errors:
             done = subprocess.run(
-                command + flags_of(options), stdout=subprocess.PIPE, stderr=errors, text=True, timeout=CASE_TIMEOUT_S
+                command + flags_of(options, root / name),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=CASE_TIMEOUT_S,
             )
     except subprocess.TimeoutExpired:
         return row | {"verdict": "timeout", "reason": f"{CASE_TIMEOUT_S} s"}
@@ -72,10 +78,12 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     found = [line for rank in verdict["ranks"] for line in rank["tensor_differences"] + rank["tree_differences"]]
     reasons = [text for rank in verdict["ranks"] for text in rank["reasons"]]
     rank = verdict["ranks"][0]
+    drafts = [r for r in verdict["ranks"] if r["rank"].endswith(" draft")]
     return row | {
         "verdict": verdict["verdict"],
         "versions": verdict["versions"],
-        "ranks": len(verdict["ranks"]),
+        "ranks": len(verdict["ranks"]) - len(drafts),
+        "draft": ", ".join(f"{r['attached']}, {r['size_bytes'] / 2**30:.2f} GiB" for r in drafts),
         "GiB": round(rank["size_bytes"] / 2**30, 2),
         "tensors": rank["tensors"],
         "attach_s": round(rank["seconds"], 3),
@@ -96,7 +104,7 @@ def reason(log: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = ("case", "flags", "verdict", "ranks", "GiB", "tensors", "attach_s", "ways", "answers", "reason")
+    heads = ("case", "flags", "verdict", "ranks", "GiB", "tensors", "attach_s", "ways", "draft", "answers", "reason")
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for row in rows:
         cells = dict(row)

@@ -22,7 +22,9 @@ from benchmarks.architectures import (
     granite_hybrid,
     idefics3,
     llama,
+    llama_drafted,
     mamba2,
+    mimo,
     mixtral,
     qwen3_moe,
     qwen25_vl,
@@ -87,12 +89,18 @@ for form in ("fp8-block", "awq", "gptq"):
     add(f"qwen3-moe-{form}", qwen3_moe, options={"quant": form})
 add("deepseek-v3-fp8-block", deepseek_v3, options={"quant": "fp8-block"})
 add("gpt-oss-mxfp4", gpt_oss)
-add(
-    "deepseek-v3-mtp",
-    deepseek_v3,
-    options={"mtp": True},
-    flags={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
-)
+mtp: dict[str, object] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+add("deepseek-v3-mtp", deepseek_v3, options={"mtp": True}, flags=mtp)
+add("mimo-mtp", mimo, flags=mtp, on_cpu=True)
+for method in ("eagle", "eagle3", "draft_model"):
+    speculative: dict[str, object] = {"method": method, "model": "{path}-draft", "num_speculative_tokens": 2}
+    add(
+        f"llama-{method.replace('_', '-')}",
+        llama_drafted,
+        options={"method": method},
+        flags={"speculative_config": speculative},
+        on_cpu=True,
+    )
 
 experts: dict[str, object] = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 add("llama-tp2", llama, flags={"tensor_parallel_size": 2}, gpus=2)

@@ -57,8 +57,13 @@ class CompanionClient:
         with self._connect() as connection:
             yield from connection.watch(timeout_s)
 
-    def wait_ready(self, model: str, rank: str | None = None, timeout_s: float = 600.0) -> EntryStatus:
+    def wait_ready(
+        self, model: str, rank: str | None = None, timeout_s: float = 600.0, *, role: str = "target"
+    ) -> EntryStatus:
         """The READY entry of `model`, as soon as there is one; waits for a companion, too.
+
+        Args:
+            role: "target", or "draft" of speculative decoding.
 
         Raises:
             WaitTimeoutError: there was none for `timeout_s`.
@@ -67,7 +72,8 @@ class CompanionClient:
         while True:
             try:
                 with self._connect() as connection:
-                    return connection.wait_ready(model, rank=rank, timeout_s=max(0.01, deadline - time.monotonic()))
+                    left_s = max(0.01, deadline - time.monotonic())
+                    return connection.wait_ready(model, rank=rank, role=role, timeout_s=left_s)
             except CompanionUnavailableError as error:
                 if time.monotonic() > deadline:
                     raise WaitTimeoutError(f"{model} on {self.device} after {timeout_s:g} s: {error}") from error

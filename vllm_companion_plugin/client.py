@@ -136,8 +136,8 @@ class CompanionConnection:
         finally:
             call.cancel()
 
-    def wait_ready(self, model: str, *, rank: str | None = None, timeout_s: float) -> EntryStatus:
-        """The READY entry of `model` (and `rank`), as soon as there is one.
+    def wait_ready(self, model: str, *, rank: str | None = None, role: str = "target", timeout_s: float) -> EntryStatus:
+        """The READY entry of `model` (and `rank`), as soon as there is one; with MTP, a model is its own draft too.
 
         Raises:
             WaitTimeoutError: there was none for `timeout_s`.
@@ -147,13 +147,16 @@ class CompanionConnection:
         try:
             for status in self.watch(timeout_s):
                 for entry in status.entries:
-                    if entry.key.model == named and rank in (None, entry.key.rank) and entry.state is EntryState.READY:
+                    key = entry.key
+                    named_so = (key.model, key.role) == (named, role) and rank in (None, key.rank)
+                    if named_so and entry.state is EntryState.READY:
                         return entry
-                latest = ", ".join(f"{e.key.model} ({e.key.rank}, {e.state.value})" for e in status.entries) or latest
+                held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
+                latest = ", ".join(held) or latest
         except WaitTimeoutError:
             pass
         raise WaitTimeoutError(
-            f"{model} ({rank or 'any rank'}) was not published on {self.device} within {timeout_s:g} s; "
+            f"{model} ({role}, {rank or 'any rank'}) was not published on {self.device} within {timeout_s:g} s; "
             f"the companion has: {latest}."
         )
 

@@ -89,6 +89,16 @@ class EntryKey:
     source: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The model, and what it is for unless it is served."""
+        return self.model if self.role == "target" else f"{self.model} ({self.role})"
+
+    def is_draft_of(self, target: EntryKey) -> bool:
+        """Whether this is a draft that was made for `target`: its fields hold the target's."""
+        mine = {name: self.fields.get(f"target.{name}") for name in target.fields}
+        return self.role == "draft" and mine == dict(target.fields)
+
     def differences(self, published: EntryKey) -> list[str]:
         """How `published` was loaded otherwise: each field with both values."""
         return [

@@ -17,10 +17,13 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
-from vllm_companion_plugin.engine import checkpoint, compat, session
+from vllm_companion_plugin.engine import checkpoint, compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import prepare
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
+from vllm_companion_plugin.types import Stage
 
 pytestmark = pytest.mark.core
 
@@ -56,7 +59,9 @@ def test_what_an_engine_has_registered_comes_back(moe_layers: bool) -> None:
 @pytest.mark.parametrize("switch", ["enable_eplb", "enable_elastic_ep"])
 def test_an_engine_that_writes_to_its_weights_owns_them(switch: str) -> None:
     settings = resolve()
-    plain = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=False, enable_elastic_ep=False))
+    plain = SimpleNamespace(
+        parallel_config=SimpleNamespace(enable_eplb=False, enable_elastic_ep=False), speculative_config=None
+    )
     assert session.settings_for(plain, settings) is settings
     setattr(plain.parallel_config, switch, True)
     assert session.settings_for(plain, settings) == replace(settings, share="copy")
@@ -107,13 +112,13 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
         raise PermissionError(13, "Permission denied", "/models/m")
 
     monkeypatch.setattr(session, "_decide", unreadable)
-    model = SimpleNamespace()
-    decision = session.decide(None, model, resolve())
+    model, config = SimpleNamespace(), SimpleNamespace(speculative_config=None)
+    decision = session.decide(config, model, resolve())
     session.forget(model)
     assert isinstance(decision, session.Alone)
     assert "/models/m" in decision.reason
     with pytest.raises(PermissionError):
-        session.decide(None, model, replace(resolve(), fallback=False))
+        session.decide(config, model, replace(resolve(), fallback=False))
 
 
 def test_weights_of_another_checkpoint_are_named() -> None:
@@ -125,3 +130,73 @@ def test_weights_of_another_checkpoint_are_named() -> None:
     assert compat.other_checkpoints(model, config) == []
     model.secondary_weights = [source("org/m"), source("org/tower")]
     assert compat.other_checkpoints(model, config) == ["org/tower"]
+
+
+@pytest.mark.parametrize(("resident_since", "left"), [(5.0, 70), (10.0, 70), (15.0, 100)])
+def test_weights_count_once_in_the_memory_budget(resident_since: float, left: int) -> None:
+    """Those that came after the worker had measured its memory are in what it measures next."""
+
+    class Worker:
+        requested_memory = 100
+        model_runner = None
+        init_snapshot = SimpleNamespace(timestamp=10.0)
+
+        def load_model(self) -> None:
+            compat.adjust_budget(-30, resident_since)
+
+    worker = Worker()
+    worker.load_model()
+    assert worker.requested_memory == left
+    compat.adjust_budget(-30)  # no worker is a caller
+
+
+class Model(nn.Module):
+    """A draft or a target, as far as vLLM replaces its parts."""
+
+    def __init__(self, value: float, vocabulary: int = 4) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.fc = nn.Linear(2, 2)
+        self.model.embed_tokens = nn.Embedding(vocabulary, 2)
+        self.model.layers = nn.ModuleList([nn.Module()])
+        self.model.layers[0].shared_head = nn.Module()
+        self.model.layers[0].shared_head.head = nn.Linear(2, vocabulary, bias=False)
+        self.lm_head = nn.Linear(2, vocabulary, bias=False)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, value)
+
+
+HEADS = ["lm_head", "model.layers.0.shared_head.head"]
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "value", "left"),
+    [
+        ("mtp", {}, 2.0, ["model.embed_tokens", *HEADS]),
+        ("eagle", {"has_own_embed_tokens": False, "has_own_lm_head": True}, 2.0, ["model.embed_tokens"]),
+        ("eagle3", {"has_own_embed_tokens": True, "has_own_lm_head": True}, 2.0, []),
+        ("eagle3", {"has_own_embed_tokens": True, "has_own_lm_head": True}, 1.0, ["model.embed_tokens", *HEADS]),
+        ("draft_model", {}, 1.0, []),
+    ],
+)
+def test_what_a_draft_has_from_its_target_is_not_published(
+    method: str, flags: dict[str, bool], value: float, left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+    config = SimpleNamespace(speculative_config=SimpleNamespace(method=method))
+    target, loaded, built = Model(1.0), Model(value), Model(0.0)
+    vars(loaded).update(flags)
+    assert draft.left_to_target(config, loaded, target) == left
+    with draft.taken_out(loaded, left):
+        manifest = prepare(capture(loaded), Stage.PROCESSED, "memfd", torch.device("cpu")).manifest
+    assert {path for path, _ in loaded.named_modules()} == {path for path, _ in built.named_modules()}
+    taken = draft.taken_from_target(manifest, config, built, target)
+    draft.set_flags(built, manifest)
+    draft.put_in(built, taken)
+    assert sorted(taken) == sorted(left)
+    assert all(
+        built.get_submodule(path) is (target.lm_head if path in HEADS else target.model.embed_tokens) for path in left
+    )
+    assert {name: vars(built)[name] for name in flags} == flags

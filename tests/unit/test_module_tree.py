@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -271,6 +272,13 @@ def test_what_capture_sees_is_not_hidden() -> None:
     tree = capture(model)
     assert hidden_tensors(model, tree, "cpu") == []
     assert storage_bytes(tree, "cpu") == 16 + 8 + 12
+
+
+def test_what_is_reached_in_another_model_of_the_engine_is_not_hidden() -> None:
+    target, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.config = Slotted(types.SimpleNamespace(layers=lambda: target))
+    assert len(hidden_tensors(model, capture(model), "cpu")) == 2
+    assert hidden_tensors(model, capture(model), "cpu", [capture(target)]) == []
 
 
 GLOBAL = torch.ones(7)

@@ -25,7 +25,8 @@ REPORT: dict[str, Any] = {
 
 
 def outcome(what: str, reason: str = "") -> dict[str, Any]:
-    return {"what": what, "rank": "single", "reason": reason, "size_bytes": 4, "seconds": 0.1, "ways": {"hide": 1}}
+    shared = {"rank": "single", "size_bytes": 4, "seconds": 0.1, "ways": {"hide": 1}}
+    return {"what": what, "role": "target", "reason": reason, **shared}
 
 
 def judged(change: Callable[[dict[str, Any]], object] = lambda report: None, what: str = "attached") -> verify.Verdict:
@@ -106,3 +107,21 @@ def test_an_engine_that_did_not_ask_the_companion_did_not_share() -> None:
     verdict = judged(lambda report: report["workers"][0]["outcomes"].clear())
     assert verdict.status == verify.NOT_SHARED
     assert "vLLM did not ask the companion" in verify.text(verdict)
+
+
+def test_a_draft_has_a_verdict_of_its_own() -> None:
+    def judge(what: str, sha256: str) -> verify.Verdict:
+        reports = [copy.deepcopy(REPORT) for _ in range(3)]
+        for report in reports:
+            worker = report["workers"][0]
+            worker["draft"] = {name: copy.deepcopy(worker[name]) for name in ("modules", "tensors")}
+            worker["outcomes"] = [outcome("attached"), outcome(what, "why") | {"role": "draft"}]
+        reports[2]["workers"][0]["draft"]["tensors"]["a.weight"]["sha256"] = sha256
+        return verify.judge("m", [], reports[0], reports[1], reports[2], seconds=1.0)
+
+    assert [rank.rank for rank in judge("attached", "12").ranks] == ["single", "single draft"]
+    assert judge("attached", "12").status == verify.EQUAL
+    assert judge("attached", "13").status == verify.DIFFERENT
+    alone = judge("alone", "12")
+    assert alone.status == verify.NOT_SHARED
+    assert "single draft: not shared: why" in verify.text(alone)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from benchmarks import models
 from tests.process.conftest import Place, alive, until
 from tests.vllm.conftest import FLAGS, StartEngine, entries
 from vllm_companion_plugin.errors import CompanionError
@@ -18,7 +20,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 def ready_ranks(place: Place) -> list[str]:
     try:
-        return sorted(entry.key.rank for entry in entries(place) if entry.state is EntryState.READY)
+        ready = [entry.key for entry in entries(place) if entry.state is EntryState.READY]
+        return sorted(key.rank if key.role == "target" else f"{key.rank} {key.role}" for key in ready)
     except CompanionError:
         return []
 
@@ -36,7 +39,7 @@ def hub_cache(place: Place, checkpoint: Path) -> Path:
 @pytest.mark.parametrize(
     ("parallel", "ranks"),
     [
-        pytest.param({}, ["single"], marks=pytest.mark.core),
+        pytest.param({}, ["single", "single draft"], marks=pytest.mark.core),
         ({"tensor_parallel_size": 2}, ["tp0/2", "tp1/2"]),
         ({"pipeline_parallel_size": 2}, ["pp0/2", "pp1/2"]),
     ],
@@ -48,13 +51,19 @@ def test_an_engine_attaches_to_what_serve_loaded(
     start_engine: StartEngine,
     place: Place,
     tiny_llama: Path,
+    tmp_path: Path,
     engine_environment: dict[str, str],
 ) -> None:
-    model, held = str(tiny_llama), str(tiny_llama)
-    if not parallel:  # by its hub id, which vLLM replaces by a path when it is offline
+    model = held = str(tiny_llama)
+    speculative: dict[str, object] = {}
+    if not parallel:  # by its hub id, which vLLM replaces by a path when it is offline; and with a draft
+        drafted = tmp_path / "drafted"
+        models.make("llama-eagle", drafted, tiny=True)
         model = held = "org/tiny"
-        engine_environment = engine_environment | {"HF_HOME": str(hub_cache(place, tiny_llama))}
+        speculative = {"method": "eagle", "model": f"{drafted}-draft", "num_speculative_tokens": 2}
+        engine_environment = engine_environment | {"HF_HOME": str(hub_cache(place, drafted))}
     flags = [part for name, size in parallel.items() for part in (f"--{name.replace('_', '-')}", str(size))]
+    flags += ["--speculative-config", json.dumps(speculative)] if speculative else []
     place.environment = engine_environment | to_environment(place.settings)
     serve = place.run(
         *("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu", model),
@@ -68,9 +77,11 @@ def test_an_engine_attaches_to_what_serve_loaded(
         load_format="companion",
         skip_tokenizer_init=True,
         environment=engine_environment,
+        speculative_config=speculative or None,
+        prompts=[[1, 2, 3, 4]],
         **parallel,
     )
-    engine.result()
+    assert len(engine.result()["tokens"][0]) == 24
     assert engine.output().count("Attached to") == len(ranks)
     assert "Loading weights took" not in engine.output()
 
@@ -79,4 +90,5 @@ def test_an_engine_attaches_to_what_serve_loaded(
     out, err = serve.communicate(timeout=10)
     assert serve.returncode == 0, err
     assert f"cpu holds {held} ({ranks[0]})" in out
+    assert out.count("cpu holds ") == len(ranks)
     until(lambda: not alive(companion), 2, "the companion ends with serve")

@@ -128,7 +128,7 @@ def unload(parsed: argparse.Namespace) -> int:
                 continue
             for entry in gone:
                 found += 1
-                print(f"Unloaded {entry.key.model} ({entry.key.rank}) from {connection.device}.")
+                print(f"Unloaded {entry.key.title} ({entry.key.rank}) from {connection.device}.")
                 for lease in entry.leases:
                     print(f"  {lease.client} (pid {lease.pid}) keeps its mapping; the memory is free when it ends.")
     if not found and missing is not None:

@@ -104,11 +104,14 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
     for device in devices:
         with connect(device, settings, spawn=False) as connection:
             status = connection.status()
-        for entry in status.entries:
-            if entry.key.model == name and entry.state is EntryState.READY:
+        ready = [entry for entry in status.entries if entry.state is EntryState.READY]
+        targets = [entry.key for entry in ready if (entry.key.model, entry.key.role) == (name, "target")]
+        for entry in ready:
+            if entry.key in targets or any(entry.key.is_draft_of(target) for target in targets):
                 held += 1
+                what = model if entry.key in targets else entry.key.title
                 print(
-                    f"{device} holds {model} ({entry.key.rank}): {entry.size_bytes / table.GIB:.2f} GiB, "
+                    f"{device} holds {what} ({entry.key.rank}): {entry.size_bytes / table.GIB:.2f} GiB, "
                     f"{entry.tensor_count} tensors, generation {entry.generation}; stays: {_stay(status)}.",
                     flush=True,
                 )

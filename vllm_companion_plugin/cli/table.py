@@ -47,7 +47,7 @@ def _row(status: CompanionStatus, entry: EntryStatus | None, now: float) -> tupl
     if entry is None:
         return (*head, "-", "-", "0.00", "0", "-", "-", "-", "empty", "-", tail)
     leases = ", ".join(f"{lease.pid} ({duration(now - lease.since_unix_s)})" for lease in entry.leases) or "-"
-    model = entry.key.model if entry.key.role == "target" else f"{entry.key.model} ({entry.key.role})"
+    model = entry.key.title
     size = f"{entry.size_bytes / GIB:.2f}"
     return (
         *head,

@@ -32,6 +32,7 @@ SHOWN = 20
 
 UNDECIDED: dict[str, Any] = {
     "what": "alone",
+    "role": "target",
     "rank": "",
     "reason": "vLLM did not ask the companion: these flags make it take another load format",
     "size_bytes": 0,
@@ -45,7 +46,7 @@ HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES
 
 @dataclass
 class Rank:
-    """The verdict on one worker."""
+    """The verdict on one model of one worker: what it serves, or the draft."""
 
     rank: str
     size_bytes: int = 0
@@ -141,23 +142,39 @@ def judge(
     """Compare three reports of `engine.verify`. Pure."""
     ranks = []
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
-        # The first is the model's; drafts come after it.
-        loaded, bound = (worker["outcomes"][0] if worker["outcomes"] else UNDECIDED for worker in (first, second))
-        rank = Rank(bound["rank"] or str(normal["rank"]), bound["size_bytes"], len(normal["tensors"]))
-        rank.loaded, rank.attached = loaded["what"], bound["what"]
-        rank.seconds, rank.ways = bound["seconds"], bound["ways"]
-        rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
-        for what, worker in (("published", first), ("attached", second)):
-            cached = normal.get("running_tensors", {}).items()
-            tensors = normal["tensors"] | {
-                name: tensor for name, tensor in cached if worker["tensors"].get(name) == tensor
-            }
-            rank.tensor_differences += [f"{what}: {line}" for line in differences(tensors, worker["tensors"])]
-            expected = _as_loaded_or_running(normal, worker["modules"])
-            rank.tree_differences += [f"{what}: {line}" for line in differences(expected, worker["modules"])]
-        ranks.append(rank)
+        loaded, bound = (_outcome(worker, "target") for worker in (first, second))
+        ranks.append(_judge_model(bound["rank"] or str(normal["rank"]), loaded, bound, normal, first, second))
+        if "draft" in normal:
+            drafts = _outcome(first, "draft"), _outcome(second, "draft")
+            described = (worker["draft"] for worker in (normal, first, second))
+            ranks.append(_judge_model(f"{ranks[-1].rank} draft", *drafts, *described))
     answers, same = _compare_answers(reference, published, attached)
     return Verdict(model, flags, reference["versions"], ranks, answers, same, seconds)
+
+
+def _outcome(worker: dict[str, Any], role: str) -> dict[str, Any]:
+    return next((outcome for outcome in worker["outcomes"] if outcome["role"] == role), UNDECIDED)
+
+
+def _judge_model(
+    name: str,
+    loaded: dict[str, Any],
+    bound: dict[str, Any],
+    normal: dict[str, Any],
+    first: dict[str, Any],
+    second: dict[str, Any],
+) -> Rank:
+    rank = Rank(name, bound["size_bytes"], len(normal["tensors"]))
+    rank.loaded, rank.attached = loaded["what"], bound["what"]
+    rank.seconds, rank.ways = bound["seconds"], bound["ways"]
+    rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
+    for what, model in (("published", first), ("attached", second)):
+        cached = normal.get("running_tensors", {}).items()
+        tensors = normal["tensors"] | {name: tensor for name, tensor in cached if model["tensors"].get(name) == tensor}
+        rank.tensor_differences += [f"{what}: {line}" for line in differences(tensors, model["tensors"])]
+        expected = _as_loaded_or_running(normal, model["modules"])
+        rank.tree_differences += [f"{what}: {line}" for line in differences(expected, model["modules"])]
+    return rank
 
 
 def differences(here: dict[str, Any], there: dict[str, Any], path: str = "") -> list[str]:

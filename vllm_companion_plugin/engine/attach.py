@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.engine import compat, session
+from vllm_companion_plugin.engine import compat, draft, session
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused
@@ -33,8 +33,14 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     started = time.perf_counter()
     device = decision.device.torch_device
     copy = settings.share == "copy"
+    targets: dict[str, nn.Module] = {}
     try:
-        with compat.model_on_meta(vllm_config, model_config, prefix, device) as model:
+        with compat.model_on_meta(vllm_config, model_config, prefix, device) as model, ExitStack() as without:
+            if decision.key.role == "draft":
+                draft.set_flags(model, decision.manifest)
+                if (target := session.target()) is not None:
+                    targets = draft.taken_from_target(decision.manifest, vllm_config, model, target)
+                without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
             source = Source(decision.manifest, ArenaViews(decision.arena, device), device, copy=copy)
             restorer = Restorer(model, source, device, compat.OPAQUE)
@@ -56,6 +62,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         raise NotShareableError(
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
         ) from error
+    draft.put_in(model, targets)
     if restorer.ways[Strategy.REPLAY] and device.type == "cuda":
         torch.cuda.empty_cache()
     finished = time.perf_counter()
@@ -64,7 +71,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): %.2f GiB, %d tensors, generation %d%s",
         "Copied" if copy else "Attached to",
         "single-rank" if decision.key.rank == "single" else decision.key.rank,
-        decision.key.model,
+        decision.key.title,
         decision.seconds + finished - started,
         built - started,
         finished - built,
@@ -77,6 +84,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         session.Outcome(
             "copied" if copy else "attached",
             decision.key.model,
+            decision.key.role,
             decision.key.rank,
             size_bytes=decision.arena.info.size_bytes,
             seconds=decision.seconds + finished - started,

@@ -106,17 +106,91 @@ def unshareable_reason(vllm_config: Any) -> str | None:
 
 def must_own_reason(vllm_config: Any) -> str | None:
     """Why an engine of this configuration needs weights that it may write to, or None."""
-    parallel = vllm_config.parallel_config
-    if getattr(parallel, "enable_eplb", False):
-        return "EPLB moves expert weights in place"
-    if getattr(parallel, "enable_elastic_ep", False):
-        return "elastic expert parallelism rewrites expert weights"
+    # A draft may be loaded with a parallel config of its own, in the same engine.
+    target = getattr(vllm_config.speculative_config, "target_parallel_config", None)
+    for parallel in (vllm_config.parallel_config, target):
+        if getattr(parallel, "enable_eplb", False):
+            return "EPLB moves expert weights in place"
+        if getattr(parallel, "enable_elastic_ep", False):
+            return "elastic expert parallelism rewrites expert weights"
     return None
 
 
-def is_draft(vllm_config: Any, model_config: Any) -> bool:
+def draft_config(vllm_config: Any) -> Any | None:
+    """The model config of the engine's draft; None if it has none, as with n-grams, whose "draft" is the target."""
     speculative = vllm_config.speculative_config
-    return speculative is not None and model_config is speculative.draft_model_config
+    config = speculative.draft_model_config if speculative is not None else None
+    return None if config is None or config is speculative.target_model_config else config
+
+
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    return model_config is draft_config(vllm_config)
+
+
+def loads_draft_alike(vllm_config: Any) -> bool:
+    """Whether this worker is about to load a draft, with the target's load config."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    return (
+        draft_config(vllm_config) is not None
+        and has_draft_weights(vllm_config)
+        and vllm_config.speculative_config.draft_load_config is None
+        and get_pp_group().is_last_rank
+    )
+
+
+def has_draft_weights(vllm_config: Any) -> bool:
+    """Whether the draft is a model with weights: `extract_hidden_states` only looks like one."""
+    return bool(vllm_config.speculative_config.method != "extract_hidden_states")
+
+
+# Set by vLLM while a draft's checkpoint is read.
+DRAFT_FLAGS = ("has_own_embed_tokens", "has_own_lm_head")
+
+
+def replaced_by_target(vllm_config: Any, draft: nn.Module, target: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a draft that vLLM replaces by the target's after loading, by path, with the target's.
+
+    Those that the draft `owns` are replaced if they are equal, the others always.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if vllm_config.speculative_config.method not in ("eagle", "eagle3", "mtp") or get_pp_group().world_size > 1:
+        return {}
+    get_language_model: Any = getattr(target, "get_language_model", None)
+    language = get_language_model() if get_language_model is not None else target
+    inner, layers = getattr(language, "model", None), getattr(getattr(draft, "model", None), "layers", None)
+    head = getattr(language, "lm_head", None)
+    embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+    found = {"model.embed_tokens": embedding, "lm_head": head}
+    named = [name for name, _ in layers.named_children()] if isinstance(layers, nn.Module) else []
+    found |= {f"model.layers.{name}.shared_head.head": head for name in named}
+    there = dict(draft.named_modules(remove_duplicate=False))
+    return {path: module for path, module in found.items() if isinstance(module, nn.Module) and path in there}
+
+
+def owns(draft: nn.Module, path: str) -> bool:
+    """Whether the draft's checkpoint has the module at `path`. Of MTP models, which are not asked, it counts as not."""
+    return bool(getattr(draft, DRAFT_FLAGS[0] if path.endswith("embed_tokens") else DRAFT_FLAGS[1], False))
+
+
+def running_draft(runner: Any) -> nn.Module | None:
+    """The draft of a model runner, of either generation."""
+    model: Any = getattr(_proposer(runner), "model", None)
+    model = model.unwrap() if hasattr(model, "unwrap") else model  # from what replays CUDA graphs
+    return model if isinstance(model, nn.Module) else None
+
+
+def _proposer(runner: Any) -> Any:
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def draft_recipe(runner: Any) -> tuple[Any, Any, str]:
+    """With which vLLM config, model config and prefix `runner` built its draft."""
+    create = getattr(_proposer(runner), "_create_draft_vllm_config", None)
+    config = create() if create is not None else getattr(_proposer(runner), "_draft_vllm_config", runner.vllm_config)
+    alone = runner.speculative_config.method == "draft_model"
+    return config, runner.speculative_config.draft_model_config, "draft_model" if alone else ""
 
 
 class _Registered:
@@ -165,14 +239,14 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
 
 
 @contextmanager
-def second_model(vllm_config: Any, model_config: Any, device: torch.device) -> Iterator[nn.Module]:
+def second_model(vllm_config: Any, model_config: Any, prefix: str, device: torch.device) -> Iterator[nn.Module]:
     """Another, empty model of an engine that has one already and keeps it."""
     registered = _Registered(vllm_config)
     registered.clear()
     try:
         with set_current_vllm_config(vllm_config), set_default_torch_dtype(model_config.dtype):
             with device:
-                model = initialize_model(vllm_config=vllm_config, model_config=model_config)
+                model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             yield model
     finally:
         registered.restore()
@@ -253,17 +327,24 @@ def end_online_loading(module: nn.Module) -> None:
     info.reset()
 
 
-def repay_budget(external_bytes: int) -> None:
-    """Give back to the worker's memory budget what was set aside for shared weights.
+def adjust_budget(by_bytes: int, resident_since: float = 0.0) -> None:
+    """Change the worker's memory budget: what it may use besides the weights that it maps.
 
-    For an engine that announced shared weights and then has to load its own. No hook hands
-    the worker to a loader, but the worker is a caller of it.
+    For an engine that announced shared weights and then has to load its own, or maps weights that it
+    did not announce. No hook hands the worker to a loader, but the worker is a caller of it.
+
+    Args:
+        by_bytes: more than zero to give back, less than zero to set aside.
+        resident_since: Unix time; weights that came after the worker had measured its memory are
+            seen by its next measurement, and must not count twice.
     """
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         worker: Any = frame.f_locals.get("self")
         if hasattr(worker, "requested_memory") and hasattr(worker, "model_runner"):
-            worker.requested_memory += external_bytes
+            snapshot = getattr(worker, "init_snapshot", None)
+            if resident_since <= getattr(snapshot, "timestamp", resident_since):
+                worker.requested_memory += by_bytes
             return
         frame = frame.f_back
 

@@ -71,6 +71,17 @@ _PARALLEL_FIELDS = (
 )
 _KERNEL_FIELDS = ("moe_backend", "linear_backend", "linear_backend_per_quant", "monokernel")
 _CACHE_FIELDS = ("cache_dtype", "kv_cache_dtype_skip_layers", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
+_SPECULATIVE_FIELDS = (
+    "method",
+    "num_speculative_tokens",
+    "quantization",
+    "draft_tensor_parallel_size",
+    "parallel_drafting",
+    "use_heterogeneous_vocab",
+    "attention_backend",
+    "kv_cache_dtype",
+    "moe_backend",
+)
 _LONGEST = 100
 # Where the checkpoint was found is not what it contains.
 _HF_NAMES = ("_name_or_path", "transformers_version", "_commit_hash")
@@ -102,11 +113,9 @@ def compute(
         "attention_backend": _text(getattr(getattr(vllm_config, "attention_config", None), "backend", None)),
         "redundant_experts": _text(getattr(getattr(parallel, "eplb_config", None), "num_redundant_experts", None)),
     }
-    fields |= {f"hf.{name}": _short(value) for name, value in _hf_config(model_config.hf_config).items()}
+    fields |= _model_fields(model_config)
     fields |= {f"version.{name}": value for name, value in compat.versions().items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
-    fields |= _pick("model", model_config, _MODEL_FIELDS)
-    fields |= _pick("multimodal", getattr(model_config, "multimodal_config", None), _MULTIMODAL_FIELDS)
     fields |= _pick("parallel", parallel, _PARALLEL_FIELDS)
     fields |= _pick("kernel", getattr(vllm_config, "kernel_config", None), _KERNEL_FIELDS)
     fields |= _pick("cache", vllm_config.cache_config, _CACHE_FIELDS)
@@ -117,8 +126,42 @@ def compute(
     }
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
     rank = " ".join(split) or "single"
+    return _key(model_config, "target", rank, fields, source, content)
+
+
+def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:
+    """What a draft's own configuration adds to its key. To be asked before the target is built."""
+    return _pick("speculative", vllm_config.speculative_config, _SPECULATIVE_FIELDS) | _model_fields(draft_config)
+
+
+def compute_draft(
+    fields: dict[str, str],
+    draft_config: Any,
+    target: EntryKey,
+    source_format: str,
+    source: Path | None,
+    content: dict[str, str],
+) -> EntryKey:
+    """The key of a draft's entry: `draft_fields`, its checkpoint (with MTP, the target's), and all of the target's.
+
+    Which config reaches the draft's loader differs between methods and versions of vLLM; each is made of these.
+    """
+    fields = fields | {f"target.{name}": value for name, value in target.fields.items()}
+    fields |= {"source_format": source_format, CHECKPOINT: _digest(content)}
+    return _key(draft_config, "draft", target.rank, fields, source, content)
+
+
+def _key(
+    model_config: Any, role: str, rank: str, fields: dict[str, str], source: Path | None, content: dict[str, str]
+) -> EntryKey:
     place = os.path.abspath(source) if source else ""
-    return EntryKey(_digest(fields), model_name(model_config.model), "target", rank, fields, place, content)
+    return EntryKey(_digest(fields), model_name(model_config.model), role, rank, fields, place, content)
+
+
+def _model_fields(model_config: Any) -> dict[str, str]:
+    fields = {f"hf.{name}": _short(value) for name, value in _hf_config(model_config.hf_config).items()}
+    fields |= _pick("model", model_config, _MODEL_FIELDS)
+    return fields | _pick("multimodal", getattr(model_config, "multimodal_config", None), _MULTIMODAL_FIELDS)
 
 
 def _hf_config(config: Any) -> dict[str, Any]:

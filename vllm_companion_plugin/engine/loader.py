@@ -55,6 +55,12 @@ class CompanionModelLoader(BaseModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """The model with its weights: attached, loaded for all, or loaded alone."""
+        model = self._load_model(vllm_config, model_config, prefix)
+        if not compat.is_draft(vllm_config, model_config):
+            session.set_target(model)
+        return model
+
+    def _load_model(self, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
         decision = session.decide(vllm_config, model_config, self._settings)
         self._settings = session.settings_for(vllm_config, self._settings)
         session.forget(model_config)
@@ -73,7 +79,8 @@ class CompanionModelLoader(BaseModelLoader):
                 decision.close()
                 raise
             return model
-        session.not_shared(model_config.model, decision.reason)
+        role = "draft" if compat.is_draft(vllm_config, model_config) else "target"
+        session.not_shared(model_config.model, role, decision.reason)
         alone: nn.Module = self._source().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return alone
 
@@ -83,8 +90,10 @@ class CompanionModelLoader(BaseModelLoader):
     def _keep(self, decision: session.Attach) -> None:
         if self._settings.share == "copy":
             decision.close()
-        else:
-            session.keep(decision)
+            return
+        session.keep(decision)
+        if not decision.announced:
+            compat.adjust_budget(-decision.arena.info.size_bytes, session.ready_since(decision))
 
     def _give_up(self, decision: session.Attach, error: CompanionError) -> session.Alone:
         """Undo an attach that failed, so that a normal load finds what it needs."""
@@ -93,8 +102,8 @@ class CompanionModelLoader(BaseModelLoader):
         decision.close()
         if not self._settings.fallback:
             raise error
-        if self._settings.share != "copy":
-            compat.repay_budget(external)
+        if decision.announced:
+            compat.adjust_budget(external)
         if decision.device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
         return session.Alone(str(error))

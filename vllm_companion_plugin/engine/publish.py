@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import checkpoint, compat, session
+from vllm_companion_plugin.engine import checkpoint, compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
@@ -44,7 +44,7 @@ def load_and_publish(
     Raises:
         CompanionError: the weights could not be shared and `fallback` is off.
     """
-    publisher = _Publisher(decision, settings, model_config)
+    publisher = _Publisher(decision, settings, vllm_config, model_config)
     with checkpoint.pinned(model_config, decision.checkpoint), ExitStack() as after_processing:
         _hook_load_weights(source, publisher, after_processing)
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -57,8 +57,9 @@ def load_and_publish(
 class _Publisher:
     """Publishes once, and turns what prevents it into a log line or an error, as configured."""
 
-    def __init__(self, decision: Load, settings: Settings, model_config: Any) -> None:
+    def __init__(self, decision: Load, settings: Settings, vllm_config: Any, model_config: Any) -> None:
         self._decision = decision
+        self._vllm_config = vllm_config
         self._model_config = model_config
         self._settings = settings
         self._publication = decision.granted.publication
@@ -93,14 +94,18 @@ class _Publisher:
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:
         self._decision.check_unchanged()
-        if others := compat.other_checkpoints(model, self._model_config):
-            raise NotShareableError(f"it takes weights from {', '.join(others)} too, which its key does not name")
+        if foreign := compat.other_checkpoints(model, self._model_config):
+            raise NotShareableError(f"it takes weights from {', '.join(foreign)} too, which its key does not name")
         device = self._decision.device
         started = time.perf_counter()
-        tree = capture(model, compat.OPAQUE)
-        packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
-        if device.stage is Stage.PROCESSED:
-            self._check_all_found(model, tree)
+        target = session.target() if self._decision.key.role == "draft" else None
+        left = draft.left_to_target(self._vllm_config, model, target) if target is not None else []
+        others = [] if target is None else [target, *map(model.get_submodule, left)]
+        with draft.taken_out(model, left):
+            tree = capture(model, compat.OPAQUE)
+            packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
+            if device.stage is Stage.PROCESSED:
+                self._check_all_found(model, tree, others)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -127,7 +132,7 @@ class _Publisher:
         self.published = True
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
-            self._decision.key.model,
+            self._decision.key.title,
             arena.info.size_bytes / 2**30,
             tensor_count,
             generation,
@@ -135,15 +140,16 @@ class _Publisher:
             time.perf_counter() - copied,
         )
 
-    def _check_all_found(self, model: nn.Module, tree: Tree) -> None:
-        """Raise `NotShareableError` if the model uses memory of the device that is not in `tree`.
+    def _check_all_found(self, model: nn.Module, tree: Tree, others: Sequence[nn.Module]) -> None:
+        """Raise `NotShareableError` if the model uses memory of the device that is neither in `tree` nor in `others`.
 
         Whether any is left over is known at once; what it is, and whether it belongs to the model
         or to everybody (workspaces), takes a search.
         """
         device = self._decision.device
         left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
-        hidden = hidden_tensors(model, tree, device.torch_device.type) if left_over else []
+        trees = (capture(other, compat.OPAQUE) for other in others)
+        hidden = hidden_tensors(model, tree, device.torch_device.type, trees) if left_over else []
         logger.debug("%d bytes outside the module tree; reachable from it: %s", left_over, hidden)
         if hidden:
             raise NotShareableError(
@@ -159,7 +165,7 @@ class _Publisher:
                 self._arena.close()
         if self.published:
             key = self._decision.key
-            session.outcomes.append(session.Outcome("published", key.model, key.rank, size_bytes=size_bytes))
+            session.outcomes.append(session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes))
             if self.is_bound:
                 self._decision.election.release()
                 session.keep(self._decision)
@@ -176,7 +182,7 @@ class _Publisher:
         self._decision.close()
         if not self._settings.fallback:
             raise reason
-        session.not_shared(self._decision.key.model, str(reason))
+        session.not_shared(self._decision.key.model, self._decision.key.role, str(reason))
 
 
 def _release(device: torch.device) -> Any:

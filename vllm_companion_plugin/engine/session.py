@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from vllm.logger import init_logger
 
 from vllm_companion_plugin import arena as arenas
@@ -51,6 +53,13 @@ class Attach:
     manifest: Manifest
     arena: arenas.Arena
     seconds: float
+    announced: bool = False
+    """Whether vLLM subtracted it from this engine's memory budget."""
+
+    def announce(self) -> int:
+        """The bytes to subtract."""
+        self.announced = True
+        return self.arena.info.size_bytes
 
     def close(self) -> None:
         self.arena.close()
@@ -105,6 +114,7 @@ class Outcome:
     Attributes:
         what: "attached", "copied", "published" or "alone".
         model: as the engine names it.
+        role: "target" or "draft".
         rank: as in its key; empty if alone.
         reason: why it is alone; empty if it is not.
         size_bytes: of the arena, 0 if alone.
@@ -114,6 +124,7 @@ class Outcome:
 
     what: str
     model: str
+    role: str = "target"
     rank: str = ""
     reason: str = ""
     size_bytes: int = 0
@@ -123,6 +134,9 @@ class Outcome:
 
 # By id of the model config, which lives as long as the process.
 _decisions: dict[int, Decision] = {}
+# By id of a draft's model config: fields of its key, noted before its target was built, and the target's key.
+_drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
+_target: weakref.ref[nn.Module] | None = None
 _connections: dict[str, CompanionConnection] = {}
 # What this process maps or published; dropped only by the end of the process.
 _kept: list[Attach | Load] = []
@@ -144,7 +158,10 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     known = _decisions.get(id(model_config))
     if known is None:
         try:
-            known = _decide(vllm_config, model_config, settings)
+            if compat.is_draft(vllm_config, model_config):
+                known = _decide_draft(vllm_config, model_config, settings)
+            else:
+                known = _decide(vllm_config, model_config, settings)
         except Exception as error:  # whatever it is, the engine can still load by itself
             if not settings.fallback:
                 raise
@@ -164,10 +181,30 @@ def keep(decision: Attach | Load) -> None:
     _kept.append(decision)
 
 
-def not_shared(model: str, reason: str) -> None:
+def ready_since(decision: Attach) -> float:
+    """Unix time since which what `decision` maps has been on the device; 0 if nobody knows any more."""
+    try:
+        entries = _connections[decision.device.id].status().entries
+    except CompanionError:
+        return 0.0
+    return next((entry.ready_unix_s for entry in entries if entry.key.id == decision.key.id), 0.0)
+
+
+def not_shared(model: str, role: str, reason: str) -> None:
     """This engine has weights of its own, and says why."""
-    logger.warning("Weights of %s are not shared: %s", model, reason)
-    outcomes.append(Outcome("alone", model, reason=reason))
+    logger.warning("Weights of %s are not shared: %s", model if role == "target" else f"{model} ({role})", reason)
+    outcomes.append(Outcome("alone", model, role, reason=reason))
+
+
+def set_target(model: nn.Module) -> None:
+    """`model` is what a draft loaded later is a draft of."""
+    global _target
+    _target = weakref.ref(model)
+
+
+def target() -> nn.Module | None:
+    """The model that was loaded last and is no draft."""
+    return _target() if _target is not None else None
 
 
 def external_bytes(vllm_config: Any, settings: Settings) -> int:
@@ -179,21 +216,71 @@ def external_bytes(vllm_config: Any, settings: Settings) -> int:
     if settings_for(vllm_config, settings).share == "copy":
         return 0
     decision = decide(vllm_config, vllm_config.model_config, settings)
-    return decision.arena.info.size_bytes if isinstance(decision, Attach) else 0
+    if not isinstance(decision, Attach):
+        return 0
+    draft = _draft_if_held(vllm_config, settings)
+    return decision.announce() + (draft.announce() if draft is not None else 0)
+
+
+def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
+    """The decision for this engine's draft if somebody has it. Otherwise it is taken when the draft is loaded.
+
+    Never elected here: the device's lock would be held while the target is loaded, which other ranks of
+    this engine may wait for.
+    """
+    if not compat.loads_draft_alike(vllm_config):
+        return None
+    draft = compat.draft_config(vllm_config)
+    try:
+        decision = _decide_draft(vllm_config, draft, settings, may_load=False)
+    except Exception as error:
+        logger.debug("Nothing is known of the draft yet: %s", error)
+        return None
+    if not isinstance(decision, Attach):
+        return None
+    _decisions[id(draft)] = decision
+    return decision
 
 
 def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
-    if compat.is_draft(vllm_config, model_config):
-        return Alone("draft models are loaded by each engine")
     if reason := compat.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
     device = compat.engine_device(vllm_config, settings.arena)
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
+    draft = compat.draft_config(vllm_config)
+    fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
+    decision = _obtain(vllm_config, device, wanted, path, settings)
+    if draft is not None:
+        _drafts[id(draft)] = fields, decision.key
+    return decision
+
+
+def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load: bool = True) -> Decision:
+    """Of a draft. This process waits for no lock of its own: its target is loaded, or mapped, by then."""
+    if not compat.has_draft_weights(vllm_config):
+        return Alone("there are none")
+    if id(draft) not in _drafts:
+        raise NotShareableError("a draft is shared together with its target, which is not")
+    fields, target_key = _drafts[id(draft)]
+    path = _checkpoint(vllm_config, draft, settings)
+    content = checkpoint.identity(path) if path else {}
+    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
+    return _obtain(vllm_config, compat.engine_device(vllm_config), wanted, path, settings, may_load)
+
+
+def _obtain(
+    vllm_config: Any,
+    device: compat.EngineDevice,
+    wanted: EntryKey,
+    path: Path | None,
+    settings: Settings,
+    may_load: bool = True,
+) -> Attach | Load:
     own = compat.must_own_reason(vllm_config)
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
-    may_load = own is None or settings.share == "copy" or not settings.fallback
+    may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
         decision = _ask(device, wanted, path, settings, may_load)
     except (CompanionUnavailableError, LeaseLostError) as error:
@@ -201,6 +288,8 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
         decision = _ask(device, wanted, path, settings, may_load)
     except EntryNotFoundError:
+        if own is None:
+            raise
         raise NotShareableError(
             f"{own} while serving, and nobody holds them to be copied "
             """(`vllm-companion serve`, or --model-loader-extra-config '{"share": "copy"}', would)"""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_companion_plugin.engine import compat, flags, session
+from vllm_companion_plugin.engine import compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.module_tree.capture import Tree, capture, class_name
@@ -40,7 +40,7 @@ class WorkerExtension:
     """What vLLM mixes into its workers, so that the engine can ask them by name."""
 
     def companion_describe(self, role: str) -> dict[str, Any]:
-        """The model of this worker, as JSON.
+        """The model of this worker, as JSON, and under "draft" that of speculative decoding, if it has one.
 
         Args:
             role: a reference on a device that shares unprocessed weights is loaded once more,
@@ -48,21 +48,32 @@ class WorkerExtension:
         """
         worker: Any = self
         device = compat.engine_device(worker.vllm_config)
-        running: nn.Module = worker.model_runner.model
-        report = {"rank": worker.rank, "outcomes": [asdict(outcome) for outcome in session.outcomes]}
+        running = {"target": worker.model_runner.model, "draft": compat.running_draft(worker.model_runner)}
+        running = {name: model for name, model in running.items() if model is not None}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
-            # Modules note and cache things while they run, so what the running model has besides counts as well.
-            loaded = describe(_load_again(worker.vllm_config, device))
-            tree = capture(running, compat.OPAQUE)
-            besides = tensors_of(tree, without=loaded["tensors"])
-            return report | loaded | {"running": modules_of(tree), "running_tensors": besides}
-        return report | describe(running)
+            again = _load_again(worker, device, running)
+            models = {name: _describe_both(again[name], model) for name, model in running.items()}
+        else:
+            models = {name: describe(model) for name, model in running.items()}
+        return {
+            "rank": worker.rank,
+            "outcomes": [asdict(outcome) for outcome in session.outcomes],
+            **models.pop("target"),
+            **models,
+        }
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Modules and tensors of `model` as JSON; equal for equal models in any process."""
     tree = capture(model, compat.OPAQUE)
     return {"modules": modules_of(tree), "tensors": tensors_of(tree)}
+
+
+def _describe_both(loaded: nn.Module, running: nn.Module) -> dict[str, Any]:
+    """`loaded`, with what `running` has besides: modules note and cache things while they run."""
+    described, tree = describe(loaded), capture(running, compat.OPAQUE)
+    besides = tensors_of(tree, without=described["tensors"])
+    return described | {"running": modules_of(tree), "running_tensors": besides}
 
 
 def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
@@ -110,11 +121,22 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.cpu().numpy().data if flat is not None else b"").hexdigest()
 
 
-def _load_again(vllm_config: Any, device: compat.EngineDevice) -> nn.Module:
+def _load_again(worker: Any, device: compat.EngineDevice, running: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The models of a worker once more, as `_load_one_again` does; the draft with the parts that are the target's."""
+    config, runner = worker.vllm_config, worker.model_runner
+    again = {"target": _load_one_again(config, config.model_config, "", device)}
+    if "draft" in running:
+        again["draft"] = _load_one_again(*compat.draft_recipe(runner), device)
+        places = {id(module): path for path, module in running["target"].named_modules()}
+        common = {path: places[id(m)] for path, m in running["draft"].named_modules() if id(m) in places and path}
+        draft.put_in(again["draft"], {p: again["target"].get_submodule(there) for p, there in common.items()})
+    return again
+
+
+def _load_one_again(vllm_config: Any, model_config: Any, prefix: str, device: compat.EngineDevice) -> nn.Module:
     """A second model through vLLM's own loader, its private packing left out."""
-    model_config = vllm_config.model_config
     loader = compat.source_loader(vllm_config.load_config, vllm_config.load_config.load_format)
-    with compat.second_model(vllm_config, model_config, device.torch_device) as model:
+    with compat.second_model(vllm_config, model_config, prefix, device.torch_device) as model:
         loader.load_weights(model, model_config)
         with process_privately(model, resolve_extra_config({})):
             compat.post_process(model, model_config, device.torch_device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ def storage_bytes(tree: Tree, device_type: str) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def hidden_tensors(model: nn.Module, tree: Tree, device_type: str) -> list[str]:
+def hidden_tensors(model: nn.Module, tree: Tree, device_type: str, others: Iterable[Tree] = ()) -> list[str]:
     """Tensors on such a device that can be reached from `model` and share no storage with its tree.
 
-    Each is described by the objects that lead to it. Takes a second for a large model.
+    Nor with one of `others`: an engine's config leads from one of its models to the other. Each is described
+    by the objects that lead to it. Takes a second for a large model.
     """
-    found = {slot.tensor.untyped_storage().data_ptr() for slot in tree.slots()}
+    slots = (slot for known in (tree, *others) for slot in known.slots())
+    found = {slot.tensor.untyped_storage().data_ptr() for slot in slots}
     came_from: dict[int, Any] = {id(model): None}
     level: list[Any] = [model]
     hidden = []
