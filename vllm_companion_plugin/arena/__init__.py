@@ -67,6 +67,13 @@ class ArenaWriter(Protocol):
         """Free everything. Idempotent; harmless after `seal`."""
 
 
+def cuda_device(device_index: int) -> str:
+    """The UUID of a visible GPU: the name of its companion, in engines and in the command line."""
+    from vllm_companion_plugin.arena import cuda_vmm
+
+    return cuda_vmm.device_uuid(device_index)
+
+
 def granularity(kind: str, device_index: int | None) -> int:
     """Bytes that block sizes must be a multiple of."""
     if kind == CUDA_VMM:

@@ -62,8 +62,8 @@ def engine_device(vllm_config: Any) -> EngineDevice:
         return EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
     if current_platform.is_cuda():
         index = torch.cuda.current_device()
-        uuid = current_platform.get_device_uuid(index)
-        return EngineDevice(uuid, torch.device("cuda", index), arenas.CUDA_VMM, Stage.PROCESSED)
+        # Not vLLM's `get_device_uuid`: it takes the number of a local rank, and knows no MIG instances.
+        return EngineDevice(arenas.cuda_device(index), torch.device("cuda", index), arenas.CUDA_VMM, Stage.PROCESSED)
     raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")
 
 
