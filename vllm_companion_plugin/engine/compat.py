@@ -276,15 +276,17 @@ def device_kind(device: EngineDevice) -> str:
     return f"{current_platform.get_cpu_architecture()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def ranks(vllm_config: Any) -> dict[str, str]:
-    """ "rank/size" of this worker in each parallel group that splits weights."""
+def ranks() -> dict[str, str]:
+    """ "rank/size" of this worker in each parallel group that splits weights.
+
+    Data parallelism does: mixtures of experts are split over all its ranks, also without expert parallelism.
+    vLLM makes no such group for replicas of a dense model.
+    """
     from vllm.distributed import parallel_state
 
-    groups = {"tp": parallel_state.get_tp_group(), "pp": parallel_state.get_pp_group()}
+    groups = {name: getattr(parallel_state, f"get_{name}_group")() for name in ("tp", "pp", "dp")}
     for name in ("pcp", "dcp"):
         get = getattr(parallel_state, f"get_{name}_group", None)
         if get is not None:
             groups[name] = get()
-    if vllm_config.parallel_config.enable_expert_parallel:
-        groups["dp"] = parallel_state.get_dp_group()
     return {name: f"{group.rank_in_group}/{group.world_size}" for name, group in groups.items()}

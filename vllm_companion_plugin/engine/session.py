@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Re
 from vllm_companion_plugin.engine import checkpoint, compat, key
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
+from vllm_companion_plugin.engine.turns import turn
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -188,6 +189,17 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     if reason := compat.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
     device = compat.engine_device(vllm_config)
+    with turn(device.id, settings.wait_timeout_s) as wait_for_turn:
+        return _decide_on(device, vllm_config, model_config, settings, wait_for_turn)
+
+
+def _decide_on(
+    device: compat.EngineDevice,
+    vllm_config: Any,
+    model_config: Any,
+    settings: Settings,
+    wait_for_turn: Callable[[], None],
+) -> Decision:
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
@@ -195,11 +207,11 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
     may_load = own is None or settings.share == "copy" or not settings.fallback
     try:
-        decision = _ask(device, wanted, path, settings, may_load)
+        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
     except (CompanionUnavailableError, LeaseLostError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
-        decision = _ask(device, wanted, path, settings, may_load)
+        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
     except EntryNotFoundError:
         raise NotShareableError(
             f"{own} while serving, and nobody holds them to be copied "
@@ -211,11 +223,18 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
 
 
 def _ask(
-    device: compat.EngineDevice, wanted: EntryKey, path: Path | None, settings: Settings, may_load: bool
+    device: compat.EngineDevice,
+    wanted: EntryKey,
+    path: Path | None,
+    settings: Settings,
+    may_load: bool,
+    wait_for_turn: Callable[[], None],
 ) -> Attach | Load:
     """Attach to `wanted`, or to what has the same content; or be elected to load it."""
     started = time.perf_counter()
     connection = _connection(device.id, settings)
+    if _held(connection.status(), wanted, settings, (EntryState.READY,)) is None:
+        wait_for_turn()  # what is there can be mapped by all ranks at once
     asked = _held(connection.status(), wanted, settings, (EntryState.READY, EntryState.LOADING)) or wanted
     while True:
         lease = connection.attach(asked, may_load=may_load, client_name=f"vLLM {compat.versions()['vllm']}")
