@@ -140,10 +140,14 @@ def judge(
 ) -> Verdict:
     """Compare three reports of `engine.verify`. Pure."""
     ranks = []
+    replicas = len({worker["replica"] for worker in reference["workers"]})
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
         # The first is the model's; drafts come after it.
         loaded, bound = (worker["outcomes"][0] if worker["outcomes"] else UNDECIDED for worker in (first, second))
-        rank = Rank(bound["rank"] or str(normal["rank"]), bound["size_bytes"], len(normal["tensors"]))
+        name = bound["rank"] or str(normal["rank"])
+        if replicas > 1:
+            name = f"replica {normal['replica']}: {name}"
+        rank = Rank(name, bound["size_bytes"], len(normal["tensors"]))
         rank.loaded, rank.attached = loaded["what"], bound["what"]
         rank.seconds, rank.ways = bound["seconds"], bound["ways"]
         rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
