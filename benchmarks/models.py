@@ -111,6 +111,10 @@ owned: dict[str, object] = {"enable_eplb": True, "model_loader_extra_config": {"
 add("qwen3-moe-eplb2", qwen3_moe, flags=experts | owned, gpus=2)
 add("deepseek-v3-fp8-block-ep2", deepseek_v3, options={"quant": "fp8-block"}, flags=experts, gpus=2)
 add("gpt-oss-mxfp4-tp2", gpt_oss, flags={"tensor_parallel_size": 2}, gpus=2)
+replicas: dict[str, object] = {"data_parallel_size": 2}
+add("llama-dp2", llama, flags=replicas, gpus=2)
+add("qwen3-moe-dp2", qwen3_moe, flags=replicas, gpus=2)
+add("qwen3-moe-dp2-ep", qwen3_moe, flags=replicas | {"enable_expert_parallel": True}, gpus=2)
 
 
 def make(name: str, path: Path | str, *, tiny: bool = False) -> None:

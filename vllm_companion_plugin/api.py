@@ -177,7 +177,7 @@ def tensors_by_name(manifest: Manifest, views: ArenaViews) -> dict[str, torch.Te
 
 def current_device() -> str:
     """UUID of torch's current CUDA device, or "cpu"."""
-    return _uuid(torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    return arenas.cuda_device(torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
 
 
 def torch_device_of(device: str) -> torch.device:
@@ -185,11 +185,6 @@ def torch_device_of(device: str) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     for index in range(torch.cuda.device_count()):
-        if _uuid(index) == device:
+        if arenas.cuda_device(index) == device:
             return torch.device("cuda", index)
     raise SettingsError(f"torch does not see {device} in this process; look at CUDA_VISIBLE_DEVICES.")
-
-
-def _uuid(index: int) -> str:
-    uuid = str(torch.cuda.get_device_properties(index).uuid)
-    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"

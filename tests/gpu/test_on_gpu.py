@@ -87,6 +87,32 @@ def test_doctor_finds_that_the_gpu_shares_memory(place: Place) -> None:
     assert [check for check in checks.values() if check["level"] == "FAIL"] == []
 
 
+NAMES = """
+import json
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.cli.devices import visible_gpus
+from vllm_companion_plugin.engine import compat
+print(json.dumps([visible_gpus(), CompanionClient().device, compat.engine_device(None).id]))
+"""
+
+
+def names(place: Place, visible: str) -> list[str]:
+    """UUIDs of the devices seen with CUDA_VISIBLE_DEVICES=`visible`, if all parts agree on the first."""
+    place.environment["CUDA_VISIBLE_DEVICES"] = visible
+    out, err = place.run("-c", NAMES).communicate(timeout=120)
+    gpus, client, engine = json.loads(out.splitlines()[-1]) if out else pytest.fail(err)
+    assert client == engine == gpus[0]
+    return gpus
+
+
+def test_a_gpu_has_one_name_however_it_is_made_visible(place: Place) -> None:
+    everything = names(place, ",".join(map(str, range(torch.cuda.device_count()))))
+    assert everything[0] == uuid()
+    for index, name in enumerate(everything[:2]):
+        assert names(place, str(index)) == names(place, name) == [name]
+    assert names(place, ",".join(reversed(everything))) == everything[::-1]
+
+
 READER = """
 import json, sys
 from vllm_companion_plugin import CompanionClient

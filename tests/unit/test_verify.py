@@ -15,6 +15,7 @@ REPORT: dict[str, Any] = {
     "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5]]},
     "workers": [
         {
+            "replica": 0,
             "rank": 0,
             "outcomes": [],
             "modules": {"a": {"class": "Linear", "aliases": [], "attributes": {"mode": "'x'"}, "floats": {"f": 0.5}}},

@@ -9,9 +9,9 @@ anywhere.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
 
 from vllm_companion_plugin.errors import ArenaError
@@ -70,11 +70,19 @@ class ArenaWriter(Protocol):
         """Free everything. Idempotent; harmless after `seal`."""
 
 
+@functools.cache
 def cuda_kind(device_index: int) -> str:
     """What this GPU can share memory by: `cuda_vmm` if it can, else `cuda_ipc`."""
     from vllm_companion_plugin.arena import cuda_vmm
 
     return CUDA_IPC if cuda_vmm.unsupported_reason(device_index) else CUDA_VMM
+
+
+def cuda_device(device_index: int) -> str:
+    """The UUID of a visible GPU: the name of its companion, in engines and in the command line."""
+    from vllm_companion_plugin.arena import cuda_driver
+
+    return cuda_driver.device_uuid(device_index)
 
 
 def granularity(kind: str, device_index: int | None) -> int:
@@ -128,16 +136,16 @@ def open_arena(info: ArenaInfo, fds: Sequence[int], device_index: int | None = N
         if info.kind == CUDA_VMM:
             from vllm_companion_plugin.arena import cuda_vmm
 
-            arena = partial(cuda_vmm.CudaVmmArena, info, fds, _device(info.kind, device_index))
+            arena = functools.partial(cuda_vmm.CudaVmmArena, info, fds, _device(info.kind, device_index))
         elif info.kind == CUDA_IPC:
             from vllm_companion_plugin.arena import cuda_ipc
 
-            arena = partial(cuda_ipc.CudaIpcArena, info, fds, _device(info.kind, device_index))
+            arena = functools.partial(cuda_ipc.CudaIpcArena, info, fds, _device(info.kind, device_index))
         else:
             from vllm_companion_plugin.arena import memfd
 
             _require_memfd(info.kind)
-            arena = partial(memfd.MemfdArena, info, fds)
+            arena = functools.partial(memfd.MemfdArena, info, fds)
     except BaseException:
         for fd in fds:
             os.close(fd)

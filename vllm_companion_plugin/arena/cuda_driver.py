@@ -31,15 +31,31 @@ def ensure_context(device_index: int) -> Any:
     return device
 
 
-def device_uuids() -> list[str]:
-    """UUIDs of the visible devices, by index, as NVML writes them. Creates no context."""
+def device_uuid(device_index: int) -> str:
+    """The name of a visible device, the same in every process that sees it; creates no context.
+
+    The driver's documentation promises that `cuDeviceGetUuid_v2` gives a device in MIG mode the UUID of its compute
+    instance, so instances have companions of their own, as they must: one's memory cannot be mapped in another.
+    From CUDA 13 on that is `cuDeviceGetUuid`; before, that was an older function without the promise. NVML's UUID of
+    an index is the whole GPU's. Not documented is that names of MIG devices have " MIG " in them; it only decides
+    whether the UUID is written as nvidia-smi writes those.
+
+    Raises:
+        ArenaError: no such device.
+    """
     call("cuInit", driver.cuInit(0))
-    found = []
-    for index in range(call("cuDeviceGetCount", driver.cuDeviceGetCount())):
-        device = call("cuDeviceGet", driver.cuDeviceGet(index))
-        raw = bytes(call("cuDeviceGetUuid", driver.cuDeviceGetUuid(device)).bytes).hex()
-        found.append(f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}")
-    return found
+    device = call("cuDeviceGet", driver.cuDeviceGet(device_index))
+    get_uuid = getattr(driver, "cuDeviceGetUuid_v2", driver.cuDeviceGetUuid)
+    raw = bytes(call("cuDeviceGetUuid", get_uuid(device)).bytes).hex()
+    name = bytes(call("cuDeviceGetName", driver.cuDeviceGetName(256, device)))
+    prefix = "MIG" if b" MIG " in name else "GPU"
+    return f"{prefix}-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
+
+
+def device_uuids() -> list[str]:
+    """`device_uuid` of the visible devices, by index."""
+    call("cuInit", driver.cuInit(0))
+    return [device_uuid(index) for index in range(call("cuDeviceGetCount", driver.cuDeviceGetCount()))]
 
 
 def copy_to_device(target_address: int, source_address: int, size_bytes: int) -> None:

@@ -141,13 +141,17 @@ def judge(
 ) -> Verdict:
     """Compare three reports of `engine.verify`. Pure."""
     ranks = []
+    replicas = len({worker["replica"] for worker in reference["workers"]})
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
         loaded, bound = (_outcome(worker, "target") for worker in (first, second))
-        ranks.append(_judge_model(bound["rank"] or str(normal["rank"]), loaded, bound, normal, first, second))
+        name = bound["rank"] or str(normal["rank"])
+        if replicas > 1:
+            name = f"replica {normal['replica']}: {name}"
+        ranks.append(_judge_model(name, loaded, bound, normal, first, second))
         if "draft" in normal:
             drafts = _outcome(first, "draft"), _outcome(second, "draft")
             described = (worker["draft"] for worker in (normal, first, second))
-            ranks.append(_judge_model(f"{ranks[-1].rank} draft", *drafts, *described))
+            ranks.append(_judge_model(f"{name} draft", *drafts, *described))
     answers, same = _compare_answers(reference, published, attached)
     return Verdict(model, flags, reference["versions"], ranks, answers, same, seconds)
 

@@ -65,9 +65,9 @@ def engine_device(vllm_config: Any, arena: str = "auto") -> EngineDevice:
         return EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
     if current_platform.is_cuda():
         index = torch.cuda.current_device()
-        uuid = current_platform.get_device_uuid(index)
         kind = arenas.cuda_kind(index) if arena == "auto" else arena
-        return EngineDevice(uuid, torch.device("cuda", index), kind, Stage.PROCESSED)
+        # Not vLLM's `get_device_uuid`: it takes the number of a local rank, and knows no MIG instances.
+        return EngineDevice(arenas.cuda_device(index), torch.device("cuda", index), kind, Stage.PROCESSED)
     raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")
 
 
@@ -367,15 +367,17 @@ def device_kind(device: EngineDevice) -> str:
     return f"{current_platform.get_cpu_architecture()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def ranks(vllm_config: Any) -> dict[str, str]:
-    """ "rank/size" of this worker in each parallel group that splits weights."""
+def ranks() -> dict[str, str]:
+    """ "rank/size" of this worker in each parallel group that splits weights.
+
+    Data parallelism does: mixtures of experts are split over all its ranks, also without expert parallelism.
+    vLLM makes no such group for replicas of a dense model.
+    """
     from vllm.distributed import parallel_state
 
-    groups = {"tp": parallel_state.get_tp_group(), "pp": parallel_state.get_pp_group()}
+    groups = {name: getattr(parallel_state, f"get_{name}_group")() for name in ("tp", "pp", "dp")}
     for name in ("pcp", "dcp"):
         get = getattr(parallel_state, f"get_{name}_group", None)
         if get is not None:
             groups[name] = get()
-    if vllm_config.parallel_config.enable_expert_parallel:
-        groups["dp"] = parallel_state.get_dp_group()
     return {name: f"{group.rank_in_group}/{group.world_size}" for name, group in groups.items()}

@@ -101,7 +101,7 @@ def compute(
         source: the checkpoint; None for a format that reads none.
         content: identity of each of its files.
     """
-    ranks = compat.ranks(vllm_config)
+    ranks = compat.ranks()
     parallel = vllm_config.parallel_config
     fields = {
         "manifest": str(MANIFEST_VERSION),

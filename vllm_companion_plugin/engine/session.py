@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Re
 from vllm_companion_plugin.engine import checkpoint, compat, key
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
+from vllm_companion_plugin.engine.turns import turn
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -246,12 +247,23 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     if reason := compat.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
     device = compat.engine_device(vllm_config, settings.arena)
+    with turn(device.id, settings.wait_timeout_s) as wait_for_turn:
+        return _decide_target(device, vllm_config, model_config, settings, wait_for_turn)
+
+
+def _decide_target(
+    device: compat.EngineDevice,
+    vllm_config: Any,
+    model_config: Any,
+    settings: Settings,
+    wait_for_turn: Callable[[], None],
+) -> Decision:
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
-    decision = _obtain(vllm_config, device, wanted, path, settings)
+    decision = _obtain(vllm_config, device, wanted, path, settings, wait_for_turn=wait_for_turn)
     if draft is not None:
         _drafts[id(draft)] = fields, decision.key
     return decision
@@ -267,7 +279,8 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     path = _checkpoint(vllm_config, draft, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
-    return _obtain(vllm_config, compat.engine_device(vllm_config), wanted, path, settings, may_load)
+    device = compat.engine_device(vllm_config, settings.arena)
+    return _obtain(vllm_config, device, wanted, path, settings, may_load=may_load)
 
 
 def _obtain(
@@ -276,17 +289,19 @@ def _obtain(
     wanted: EntryKey,
     path: Path | None,
     settings: Settings,
+    *,
     may_load: bool = True,
+    wait_for_turn: Callable[[], None] = lambda: None,
 ) -> Attach | Load:
     own = compat.must_own_reason(vllm_config)
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
     may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
-        decision = _ask(device, wanted, path, settings, may_load)
+        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
     except (CompanionUnavailableError, LeaseLostError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
-        decision = _ask(device, wanted, path, settings, may_load)
+        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
     except EntryNotFoundError:
         if own is None:
             raise
@@ -300,11 +315,18 @@ def _obtain(
 
 
 def _ask(
-    device: compat.EngineDevice, wanted: EntryKey, path: Path | None, settings: Settings, may_load: bool
+    device: compat.EngineDevice,
+    wanted: EntryKey,
+    path: Path | None,
+    settings: Settings,
+    may_load: bool,
+    wait_for_turn: Callable[[], None],
 ) -> Attach | Load:
     """Attach to `wanted`, or to what has the same content; or be elected to load it."""
     started = time.perf_counter()
     connection = _connection(device.id, settings)
+    if _held(connection.status(), wanted, settings, (EntryState.READY,)) is None:
+        wait_for_turn()  # what is there can be mapped by all ranks at once
     asked = _held(connection.status(), wanted, settings, (EntryState.READY, EntryState.LOADING)) or wanted
     while True:
         lease = connection.attach(asked, may_load=may_load, client_name=f"vLLM {compat.versions()['vllm']}")

@@ -7,12 +7,13 @@ Two such descriptions are equal if the models are.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import random
 import re
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 
 from vllm_companion_plugin.engine import compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
-from vllm_companion_plugin.errors import SettingsError
+from vllm_companion_plugin.errors import CompanionError, SettingsError
 from vllm_companion_plugin.module_tree.capture import Tree, capture, class_name
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.settings import resolve_extra_config
@@ -39,8 +40,10 @@ _SOUND_HZ = 16000
 class WorkerExtension:
     """What vLLM mixes into its workers, so that the engine can ask them by name."""
 
-    def companion_describe(self, role: str) -> dict[str, Any]:
-        """The model of this worker, as JSON, and under "draft" that of speculative decoding, if it has one.
+    def companion_describe(self, role: str, directory: str) -> None:
+        """Write what the model of this worker is to `directory`, as JSON: calls return one replica's results only.
+
+        Under "draft" is that of speculative decoding, if it has one.
 
         Args:
             role: a reference on a device that shares unprocessed weights is loaded once more,
@@ -55,12 +58,10 @@ class WorkerExtension:
             models = {name: _describe_both(again[name], model) for name, model in running.items()}
         else:
             models = {name: describe(model) for name, model in running.items()}
-        return {
-            "rank": worker.rank,
-            "outcomes": [asdict(outcome) for outcome in session.outcomes],
-            **models.pop("target"),
-            **models,
-        }
+        place = {"replica": worker.vllm_config.parallel_config.data_parallel_index, "rank": worker.rank}
+        report = place | {"outcomes": [asdict(outcome) for outcome in session.outcomes]}
+        report |= models.pop("target") | models
+        Path(directory, "{replica}-{rank}.json".format(**place)).write_text(json.dumps(report))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -143,14 +144,93 @@ def _load_one_again(vllm_config: Any, model_config: Any, prefix: str, device: co
     return model.eval()
 
 
-def answers(llm: Any) -> dict[str, Any]:
-    """What the engine makes of fixed prompts: tokens with log probabilities, or vectors.
+class _Engine:
+    """vLLM's `LLM`: an engine with one replica of the model."""
+
+    def __init__(self, args: Any) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(**vars(args))
+        self.config = self._llm.llm_engine.vllm_config
+        self.tasks: Sequence[str] = self._llm.supported_tasks
+
+    def generate(self, prompt: Any, sampling: Any, replica: int) -> Any:
+        return self._llm.generate(prompt, sampling, use_tqdm=False)[0]
+
+    def encode(self, prompt: Any, task: Any) -> Any:
+        return self._llm.encode(prompt, pooling_task=task, use_tqdm=False)[0]
+
+    def call(self, method: str, *arguments: Any) -> None:
+        self._llm.collective_rpc(method, args=arguments)
+
+    def close(self) -> None:
+        """It ends with the process."""
+
+
+class _Replicas:
+    """Data parallel replicas, which `LLM` refuses."""
+
+    def __init__(self, args: Any) -> None:
+        self._loop = asyncio.new_event_loop()  # the client's tasks live in the loop in which it was made
+        self._llm = self._loop.run_until_complete(self._start(args))
+        self.config = self._llm.vllm_config
+        self.tasks: Sequence[str] = self._loop.run_until_complete(self._llm.get_supported_tasks())
+        self._asked = 0
+
+    @staticmethod
+    async def _start(args: Any) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**vars(args) | {"disable_log_stats": True}))
+
+    def generate(self, prompt: Any, sampling: Any, replica: int) -> Any:
+        return self._last(self._llm.generate(prompt, sampling, self._name(), data_parallel_rank=replica))
+
+    def encode(self, prompt: Any, task: Any) -> Any:
+        """By whichever replica vLLM chooses: it takes turns, and nobody can name one."""
+        from vllm import PoolingParams
+
+        return self._last(self._llm.encode(prompt, PoolingParams(task=task), self._name()))
+
+    def call(self, method: str, *arguments: Any) -> None:
+        self._loop.run_until_complete(self._llm.collective_rpc(method, args=arguments))
+
+    def close(self) -> None:
+        self._llm.shutdown()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    def _name(self) -> str:
+        self._asked += 1
+        return f"verify-{self._asked}"
+
+    def _last(self, outputs: AsyncIterator[Any]) -> Any:
+        async def last() -> Any:
+            return [output async for output in outputs][-1]
+
+        return self._loop.run_until_complete(last())
+
+
+def answers(engine: _Engine | _Replicas) -> dict[str, Any]:
+    """What the replicas make of fixed prompts: tokens with log probabilities, or vectors; of one after the other.
 
     A picture and a sound are among the prompts of a model that takes them. "left_out" says which are not, and why.
     """
+    replicas = [_answers(engine, replica) for replica in range(engine.config.parallel_config.data_parallel_size)]
+    together = {
+        key: [answer for one in replicas for answer in one[key]] for key in ("tokens", "values") if key in replicas[0]
+    }
+    return replicas[0] | together
+
+
+def _answers(engine: _Engine | _Replicas, replica: int) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    config = llm.llm_engine.vllm_config.model_config
+    config = engine.config.model_config
     numbers = random.Random(7)
     vocabulary = min(config.get_vocab_size(), 30000)
     longest = config.max_model_len - _MAX_TOKENS - 1
@@ -160,11 +240,10 @@ def answers(llm: Any) -> dict[str, Any]:
 
     # One at a time: how requests are batched decides the kernels, and depends on when they arrive.
     if config.runner_type == "pooling":
-        tasks = llm.supported_tasks
-        task = next(name for name in ("embed", "token_embed", "classify", *tasks) if name in tasks)
+        task = next(name for name in ("embed", "token_embed", "classify", *engine.tasks) if name in engine.tasks)
 
         def ask(prompt: dict[str, Any]) -> dict[str, list[Any]]:
-            output = llm.encode(prompt, pooling_task=task, use_tqdm=False)[0]
+            output = engine.encode(prompt, task)
             return {"values": output.outputs.data.double().flatten().tolist()}
     else:
         sampling = SamplingParams(
@@ -172,7 +251,7 @@ def answers(llm: Any) -> dict[str, Any]:
         )
 
         def ask(prompt: dict[str, Any]) -> dict[str, list[Any]]:
-            output = llm.generate(prompt, sampling, use_tqdm=False)[0].outputs[0]
+            output = engine.generate(prompt, sampling, replica).outputs[0]
             values = [entry.logprob for step in output.logprobs for entry in step.values()]
             return {"tokens": list(output.token_ids), "values": values}
 
@@ -212,24 +291,41 @@ def _media(
             yield kind, {"prompt_token_ids": [*placeholders, *words(7)], "multi_modal_data": {kind: make()}}
 
 
+def workers(engine: _Engine | _Replicas, role: str, directory: Path) -> list[dict[str, Any]]:
+    """The reports of all workers, in the order of replicas and ranks; they are written to a new `directory`.
+
+    Raises:
+        CompanionError: some did not report.
+    """
+    parallel = engine.config.parallel_config
+    expected = parallel.data_parallel_size * parallel.world_size
+    directory.mkdir()
+    engine.call("companion_describe", role, str(directory))
+    reports = [json.loads(path.read_text()) for path in directory.iterdir()]
+    if len(reports) != expected:
+        raise CompanionError(f"{len(reports)} of {expected} workers reported; verify needs all of them on this host.")
+    return sorted(reports, key=lambda report: (report["replica"], report["rank"]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the engine, describe it, end it. Raises what vLLM or the loader raises."""
     role, out, *rest = sys.argv[1:] if arguments is None else arguments
-    from vllm import LLM
-
     args = flags.parse("verify", rest)
     if args.worker_extension_cls:
         raise SettingsError("verify: --worker-extension-cls is taken; verify without it.")
     args.worker_extension_cls = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
     args = flags.without_companion(args) if role == "reference" else flags.through_companion(args)
-    llm = LLM(**vars(args))
-    report: dict[str, Any] = {"versions": compat.versions()}
+    engine = _Replicas(args) if args.data_parallel_size > 1 else _Engine(args)
     try:
-        report["answers"] = answers(llm)
-    except Exception as error:  # the tensors are what counts
-        report["answers"] = None
-        report["no_answers"] = f"{type(error).__name__}: {error}"
-    report["workers"] = llm.collective_rpc("companion_describe", args=(role,))
+        report: dict[str, Any] = {"versions": compat.versions()}
+        try:
+            report["answers"] = answers(engine)
+        except Exception as error:  # the tensors are what counts
+            report["answers"] = None
+            report["no_answers"] = f"{type(error).__name__}: {error}"
+        report["workers"] = workers(engine, role, Path(f"{out}.workers"))
+    finally:
+        engine.close()
     Path(out).write_text(json.dumps(report))
     return 0
 
