@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -28,10 +28,13 @@ def storage_bytes(tree: Tree, device_type: str) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def hidden_tensors(model: nn.Module, tree: Tree, device_type: str) -> list[str]:
+def hidden_tensors(model: nn.Module, tree: Tree, device_type: str, among: Container[int] | None = None) -> list[str]:
     """Tensors on such a device that can be reached from `model` and share no storage with its tree.
 
     Each is described by the objects that lead to it. Takes a second for a large model.
+
+    Args:
+        among: addresses of the only storages to look for; None for all.
     """
     found = {slot.tensor.untyped_storage().data_ptr() for slot in tree.slots()}
     came_from: dict[int, Any] = {id(model): None}
@@ -48,7 +51,7 @@ def hidden_tensors(model: nn.Module, tree: Tree, device_type: str) -> list[str]:
                 following.append(child)
                 if issubclass(type(child), torch.Tensor) and child.device.type == device_type and child.numel():
                     pointer = _pointer(child)
-                    if pointer not in found:
+                    if pointer not in found and (among is None or pointer in among):
                         found.add(pointer)
                         hidden.append(_describe(child, came_from))
         level = following
