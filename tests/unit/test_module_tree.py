@@ -15,6 +15,7 @@ from torch import nn
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.errors import ArenaError, CompanionError, NotShareableError, ParityError
+from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
@@ -278,7 +279,7 @@ def test_what_is_reached_in_another_model_of_the_engine_is_not_hidden() -> None:
     target, model = nn.Linear(2, 2), nn.Linear(2, 2)
     model.config = Slotted(types.SimpleNamespace(layers=lambda: target))
     assert len(hidden_tensors(model, capture(model), "cpu")) == 2
-    assert hidden_tensors(model, capture(model), "cpu", [capture(target)]) == []
+    assert hidden_tensors(model, capture(model), "cpu", others=[capture(target)]) == []
 
 
 GLOBAL = torch.ones(7)
@@ -288,6 +289,78 @@ def test_the_globals_of_a_program_are_no_part_of_a_model() -> None:
     model = nn.Linear(2, 2)
     model.function = lambda: GLOBAL
     assert hidden_tensors(model, capture(model), "cpu") == []
+
+
+class Processed(nn.Module):
+    """A layer whose processing leaves `run`, made from its weight, where `capture` does not look."""
+
+    def __init__(self, run: Callable[[nn.Parameter], Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2, 3), 5.0), requires_grad=False)
+        self.make = run
+
+    def process(self) -> None:
+        self.weight = nn.Parameter(self.weight * 2, requires_grad=False)
+        self.run = self.make(self.weight)
+
+
+def replayed(make: Callable[[nn.Parameter], Any]) -> Processed:
+    model = Processed(make)
+    model.process()
+    packed = pack.prepare(capture(model), Stage.PROCESSED, arenas.MEMFD, CPU)
+    arena = pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
+    with torch.device("meta"):
+        other = Processed(make)
+    restorer = Restorer(other, Source(packed.manifest, ArenaViews(arena, CPU), CPU, copy=False), CPU)
+    restorer.bind_early(lambda m: Strategy.REPLAY)
+    with restorer.replaying(other):
+        other.process()
+    restorer.finish()
+    return other
+
+
+def over_a_view(weight: nn.Parameter) -> Any:
+    view = weight.data.t()
+    return lambda x: x @ view
+
+
+@pytest.mark.parametrize("make", [over_a_view, lambda weight: Slotted(over_a_view(weight)).run])
+def test_a_view_of_a_weight_that_only_a_function_holds_is_refused_and_named(
+    make: Callable[[nn.Parameter], Any],
+) -> None:
+    """It would be a view of what the replay computed: neither the account of memory nor parity tells."""
+    with pytest.raises(NotShareableError, match=r"1 views of weights .* \(3, 2\) float32 in .*over_a_view.*Processed"):
+        replayed(make)
+
+
+CACHE: dict[str, Any] = {}
+
+
+def in_a_cycle(weight: nn.Parameter) -> None:
+    cycle = [weight.data.t()]
+    cycle.append(cycle)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: lambda x: x @ weight.t(),
+        lambda weight: functools.partial(torch.mul, weight.data.t()),
+        in_a_cycle,
+        lambda weight: CACHE.update(last=weight.data.t()),
+    ],
+    ids=["the weight itself", "found", "garbage", "elsewhere"],
+)
+def test_views_that_are_restored_or_not_the_models_are_no_reason_to_refuse(
+    make: Callable[[nn.Parameter], Any],
+) -> None:
+    with collector_paused():
+        model = replayed(make)
+    assert model.weight.tolist() == [[10.0] * 3] * 2
+    if isinstance(model.run, functools.partial):
+        assert model.run.args[0].tolist() == [[10.0] * 2] * 3
+    elif model.run:
+        assert model.run(torch.eye(3)).tolist() == [[10.0] * 2] * 3
 
 
 def overwritten(manifest: Manifest, arena: arenas.Arena, write: Callable[[Model], object], copy: bool = False) -> Model:

@@ -149,7 +149,7 @@ class _Publisher:
         device = self._decision.device
         left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
         trees = (capture(other, compat.OPAQUE) for other in others)
-        hidden = hidden_tensors(model, tree, device.torch_device.type, trees) if left_over else []
+        hidden = hidden_tensors(model, tree, device.torch_device.type, others=trees) if left_over else []
         logger.debug("%d bytes outside the module tree; reachable from it: %s", left_over, hidden)
         if hidden:
             raise NotShareableError(

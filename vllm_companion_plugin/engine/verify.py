@@ -29,8 +29,8 @@ from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.settings import resolve_extra_config
 from vllm_companion_plugin.types import Stage
 
-# Comes after loading, and holds what requests left in it.
-_KV_CACHE = re.compile(r"(^|\.)kv_cache(\[\d+\])?$")
+# Come after loading, and hold what requests left in them: the KV cache, and the slots of LoRA adapters.
+_AFTER_LOADING = re.compile(r"(^|\.)kv_cache(\[\d+\])?$|(^|_)lora_[ab]_stacked|^adapter_enabled$")
 _PROMPT_LENGTHS = (1, 7, 16, 40)
 _MAX_TOKENS = 12
 _LOGPROBS = 5
@@ -55,6 +55,9 @@ class WorkerExtension:
         running = {name: model for name, model in running.items() if model is not None}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
             again = _load_again(worker, device, running)
+            if worker.vllm_config.lora_config is not None:
+                runner, config = worker.model_runner, worker.vllm_config
+                again["target"] = runner.load_lora_model(again["target"], config, device.torch_device)
             models = {name: _describe_both(again[name], model) for name, model in running.items()}
         else:
             models = {name: describe(model) for name, model in running.items()}
@@ -66,15 +69,23 @@ class WorkerExtension:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Modules and tensors of `model` as JSON; equal for equal models in any process."""
-    tree = capture(model, compat.OPAQUE)
+    tree = capture(model, _opaque())
     return {"modules": modules_of(tree), "tensors": tensors_of(tree)}
 
 
 def _describe_both(loaded: nn.Module, running: nn.Module) -> dict[str, Any]:
     """`loaded`, with what `running` has besides: modules note and cache things while they run."""
-    described, tree = describe(loaded), capture(running, compat.OPAQUE)
+    described, tree = describe(loaded), capture(running, _opaque())
     besides = tensors_of(tree, without=described["tensors"])
     return described | {"running": modules_of(tree), "running_tensors": besides}
+
+
+def _opaque() -> tuple[type, ...]:
+    """What `capture` shall not look into; LoRA's bookkeeping changes with every request."""
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper import PunicaWrapperBase
+
+    return (*compat.OPAQUE, LoRAModelManager, PunicaWrapperBase)
 
 
 def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
@@ -82,7 +93,7 @@ def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, 
     tensors: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for slot in tree.slots():
-        if _KV_CACHE.search(slot.name):
+        if _AFTER_LOADING.search(slot.name):
             continue
         name, tensor = tree.describe(slot), slot.tensor
         tied_to = first.setdefault(id(tensor), name)
@@ -109,7 +120,7 @@ def modules_of(tree: Tree) -> dict[str, dict[str, Any]]:
         live.path: {
             "class": class_name(type(live.module)),
             "aliases": live.aliases,
-            "attributes": {name: text for name, text in live.attributes.items() if not _KV_CACHE.search(name)},
+            "attributes": {name: text for name, text in live.attributes.items() if not _AFTER_LOADING.search(name)},
             "floats": {name: number.value for name, number in live.floats.items()},
         }
         for live in tree.modules

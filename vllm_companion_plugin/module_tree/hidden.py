@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,21 @@ def storage_bytes(tree: Tree, device_type: str) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def hidden_tensors(model: nn.Module, tree: Tree, device_type: str, others: Iterable[Tree] = ()) -> list[str]:
+def hidden_tensors(
+    model: nn.Module,
+    tree: Tree,
+    device_type: str,
+    *,
+    others: Iterable[Tree] = (),
+    among: Container[int] | None = None,
+) -> list[str]:
     """Tensors on such a device that can be reached from `model` and share no storage with its tree.
 
-    Nor with one of `others`: an engine's config leads from one of its models to the other. Each is described
-    by the objects that lead to it. Takes a second for a large model.
+    Each is described by the objects that lead to it. Takes a second for a large model.
+
+    Args:
+        others: share no storage with these either: an engine's config leads from one of its models to the other.
+        among: addresses of the only storages to look for; None for all.
     """
     slots = (slot for known in (tree, *others) for slot in known.slots())
     found = {slot.tensor.untyped_storage().data_ptr() for slot in slots}
@@ -51,7 +61,7 @@ def hidden_tensors(model: nn.Module, tree: Tree, device_type: str, others: Itera
                 following.append(child)
                 if issubclass(type(child), torch.Tensor) and child.device.type == device_type and child.numel():
                     pointer = _pointer(child)
-                    if pointer not in found:
+                    if pointer not in found and (among is None or pointer in among):
                         found.add(pointer)
                         hidden.append(_describe(child, came_from))
         level = following

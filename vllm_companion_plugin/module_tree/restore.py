@@ -7,7 +7,7 @@ own post-processing, module by module:
   runs. For methods that leave tensors as they are; nothing can be written.
 - `REPLAY`: the module's unprocessed tensors are materialized with benign values, its real
   method runs on them, and the results are replaced by the published tensors. Works for every
-  method, at one module's memory.
+  method, at one module's memory. The results are placeholders, and none may be left.
 
 Tensors are replaced inside their Python objects, so whatever holds a reference (a kernel, a
 tuple, a closure) sees the published ones. Then everything is compared, and any difference
@@ -17,6 +17,7 @@ raises before the model is used.
 from __future__ import annotations
 
 import ast
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, capture, class_name
+from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, Tree, capture, class_name
+from vllm_companion_plugin.module_tree.hidden import hidden_tensors
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline, view
@@ -74,6 +77,10 @@ class Source:
             known = self._clones[index] = self._bytes(storage).clone().untyped_storage()
         return known
 
+    def addresses(self) -> set[int]:
+        """Of all storages under the tensors made so far."""
+        return {clone.data_ptr() for clone in self._clones.values()} | self._views.addresses()
+
     def renew(self) -> None:
         """Give all clones their published bytes again."""
         for index, clone in self._clones.items():
@@ -101,6 +108,8 @@ class Restorer:
         self._paths: dict[int, str] = {}
         # By id of the tensor object: its index, its address, and the object itself, which keeps the id valid.
         self._bound: dict[int, tuple[int, int, torch.Tensor]] = {}
+        # By address: memory of placeholders that published tensors took the place of.
+        self._displaced: dict[int, StorageWeakRef] = {}
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
         """Bind all parameters and buffers that exist before post-processing and are not remade by it."""
@@ -156,6 +165,7 @@ class Restorer:
 
         Raises:
             ParityError: the tree differs; the model must not be used.
+            NotShareableError: the model keeps views that cannot be restored; it must not be used.
         """
         # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
         self._source.renew()
@@ -184,6 +194,30 @@ class Restorer:
                     number.set(published.floats[name])
             _leave_behind(live, published)
         compare_structure(tree, self._source.manifest)
+        self._check_placeholders_are_gone(tree)
+
+    def _check_placeholders_are_gone(self, tree: Tree) -> None:
+        """Raise `NotShareableError` if the model still views memory that a published tensor took the place of.
+
+        A function that captured a view of a weight does, where `capture` cannot see it: it would compute
+        with the values of the replay, and no comparison would show it.
+        """
+        if not self._placeholders():
+            return
+        # What was made while the collector was paused is young: garbage goes without a walk over all of vLLM.
+        gc.collect(0)
+        if left := self._placeholders():
+            # Whatever else uses it (a cache of the process) computes nothing for this model.
+            held = hidden_tensors(self._model, tree, self._device.type, among=left)
+            if held:
+                raise NotShareableError(
+                    f"{len(held)} views of weights are kept where they cannot be restored, the first is {held[0]}"
+                )
+
+    def _placeholders(self) -> set[int]:
+        """Addresses of displaced memory that is still in use."""
+        in_use = {address for address, storage in self._displaced.items() if not storage.expired()}  # type: ignore[no-untyped-call]
+        return in_use - self._source.addresses() if in_use else in_use
 
     def _ensure_bound(self, tensor: torch.Tensor, index: int, name: str) -> None:
         bound, address, _ = self._bound.get(id(tensor), (-1, -1, None))
@@ -193,6 +227,10 @@ class Restorer:
             tensor.data.copy_(self._source.tensor(index))
 
     def _bind(self, tensor: torch.Tensor, index: int, name: str) -> None:
+        if not tensor.is_meta and tensor.numel():
+            storage = tensor.untyped_storage()
+            self._displaced[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            del storage
         _replace(tensor, self._source.tensor(index), name)
         self._bound[id(tensor)] = index, tensor.data_ptr(), tensor
 

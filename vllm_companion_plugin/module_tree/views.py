@@ -55,6 +55,10 @@ class ArenaViews:
         """The tensor that `info` describes, viewing `storage` in the arena."""
         return view(self._storage(info.storage, storage), info, self._device)
 
+    def addresses(self) -> set[int]:
+        """Of the storages made so far."""
+        return {storage.data_ptr() for storage in self._storages.values()}
+
     def _storage(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
         known = self._storages.get(index)
         if known is None:
