@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -95,12 +96,16 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
 
 
 def reason(log: str) -> str:
-    """Which engine failed, and the first error that it printed."""
-    lines = log.splitlines()
+    """Which engine failed, and the first exception that it printed, with the line that raised it."""
+    lines = [line.split("] ", 1)[-1].strip() for line in log.splitlines()]
     last = lines[-1].rsplit("; see", 1)[0] if lines else ""
-    errors = [line for line in lines if "rror" in line and "WARNING" not in line and "ValidationError" not in line]
-    cause = errors[0].split("] ", 1)[-1].strip() if errors else ""
-    return f"{last}: {cause}"[:600]
+    place = ""
+    for line in lines:
+        if line.startswith('File "'):
+            place = line.split("/vllm/")[-1]
+        elif place and re.match(r"[\w.]*(Error|Exception)\b(:|$)", line):
+            return f"{last}: {line} ({place})"[:600]
+    return last[:600]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
