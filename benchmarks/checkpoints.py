@@ -1,4 +1,4 @@
-"""A checkpoint with random weights: its tensors, the quantized formats they can be stored in, its config.
+"""A checkpoint with random weights: its tensors, the quantized formats they can be stored in, config, tokenizer.
 
 Neither vLLM nor transformers is imported: names and layouts are those of published checkpoints.
 """
@@ -102,6 +102,21 @@ class Weights:
 def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tokenizer(path: Path, vocab: int, special: list[str]) -> dict[str, int]:
+    """Write a tokenizer whose last tokens are `special`; returns their numbers. All others are words: w3, w4, ..."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, vocab - len(special))), *special]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*words[:3], *special)])
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    write_json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
+    return {token: words.index(token) for token in special}
 
 
 # Formats ------------------------------------------------------------------------------------------------------------

@@ -272,6 +272,52 @@ def tight(run: Run) -> None:
     )
 
 
+def shares(run: Run) -> None:
+    """Engines whose shares add up to the GPU: all start, each with the KV cache that it has alone."""
+    companion("unload")
+    auto = run.engine("shares-auto", "--format", "auto", "--eager", "--utilization", "0.33")
+    running: dict[str, subprocess.Popen[str]] = {}
+
+    def begin(name: str, utilization: float) -> None:
+        running[name] = run.start(f"shares-{name}", "--eager", "--utilization", str(utilization), "--stay")
+
+    def end(*names: str) -> None:
+        for name in names:
+            process = running.pop(name)
+            process.kill()
+            process.wait()
+        time.sleep(1)
+
+    def compare_cache(what: str, name: str) -> None:
+        result = run.result(f"shares-{name}", running[name])
+        ratio = result["kv_tokens"] / auto["kv_tokens"]
+        good = abs(ratio - 1) <= 0.005 and result["tokens"] == auto["tokens"]
+        run.check(f"shares: {what}: KV cache within 0.5%, equal tokens", good, f"{100 * (ratio - 1):+.3f}%")
+
+    try:
+        for name, what in (("a", "one of 0.33 loads"), ("b", "a second attaches"), ("c", "a third attaches")):
+            begin(name, 0.33)
+            compare_cache(what, name)
+        end("a")
+        begin("d", 0.33)
+        compare_cache("the loader is killed, another takes its share", "d")
+        end("b", "c", "d")
+        begin("e", 0.95)
+        alone = run.result("shares-e", running["e"])
+        run.check(
+            "shares: one of 0.95 while the weights are held", "copy_s" not in alone, f"{alone['kv_tokens']} tokens"
+        )
+        end("e")
+        companion("unload")
+        for name in "fgh":
+            begin(name, 0.3)
+        for name in "fgh":
+            found = run.result(f"shares-{name}", running[name])
+            print(f"note: one of three started at once: {found['kv_tokens']} tokens", flush=True)
+    finally:
+        end(*running)
+
+
 # Takes all of the GPU but argv[1] bytes; prints what is free then, and the total.
 BALLAST = """
 import sys, torch
@@ -287,7 +333,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "llama-8b-random")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--only", nargs="*", default=["eager", "tight", "graphs", "three", "fp8"])
+    parser.add_argument("--only", nargs="*", default=["eager", "tight", "graphs", "three", "shares", "fp8"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("COMPANION_RUNTIME_DIR", tempfile.mkdtemp(prefix="vc-"))
@@ -313,6 +359,8 @@ def main() -> None:
             compare(run, "graphs")
         if "three" in args.only:
             three_engines(run)
+        if "shares" in args.only:
+            shares(run)
         if "fp8" in args.only:
             compare(run, "fp8", "--eager", "--quantization", "fp8")
     finally:

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "matrix-models")
     parser.add_argument("--gpus", type=int, default=1, help="cases for that many GPUs")
-    parser.add_argument("--only", nargs="*", help="these cases")
+    parser.add_argument("--only", nargs="*", choices=sorted(models.CASES), metavar="CASE", help="these cases")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU")
     args = parser.parse_args()

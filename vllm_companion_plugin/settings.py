@@ -154,6 +154,15 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "arena",
+        str,
+        "auto",
+        "How memory of a GPU is shared when this engine is the one that loads. cuda_vmm: as file descriptors, mapped "
+        "read-only. cuda_ipc: by a keeper process, mapped writable. auto: cuda_vmm where GPU and driver can.",
+        choices=("auto", "cuda_vmm", "cuda_ipc"),
+        engine=True,
+    ),
+    Setting(
         "fallback",
         bool,
         True,
@@ -182,6 +191,7 @@ class Settings:
     wait_timeout_s: float
     source_format: str
     share: str
+    arena: str
     fallback: bool
     cpu_prepack: bool
 

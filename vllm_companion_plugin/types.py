@@ -120,7 +120,7 @@ class ArenaInfo:
     """Shape of an arena: data, not a handle; it owns nothing.
 
     Attributes:
-        kind: "memfd" or "cuda_vmm".
+        kind: "memfd", "cuda_vmm" or "cuda_ipc".
         block_sizes: bytes of each allocation, in address order; one descriptor each.
     """
 

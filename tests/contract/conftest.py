@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.launch.keeper import allocate
+from vllm_companion_plugin.settings import resolve
 
 
 class Memory:
@@ -15,9 +20,18 @@ class Memory:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.index = 0 if kind == arenas.CUDA_VMM else None
+        self.index = None if kind == arenas.MEMFD else 0
         self.page = arenas.granularity(kind, self.index)
         self._kept: list[Any] = []
+
+    def create(self, size_bytes: int) -> arenas.ArenaWriter:
+        return arenas.create(self.kind, size_bytes, self.index, self._keeper)
+
+    @staticmethod
+    def _keeper(size_bytes: int) -> int:
+        from vllm_companion_plugin.arena.cuda_driver import device_uuids
+
+        return allocate(device_uuids()[0], size_bytes, resolve())
 
     def source(self, content: bytes) -> int:
         """Address of `content` in this kind of memory."""
@@ -40,13 +54,27 @@ class Memory:
 
     def filled(self, *contents: bytes) -> arenas.Arena:
         """A sealed arena of one block for each of `contents` (host memory: one block for all)."""
-        writer = arenas.create(self.kind, self.page * len(contents), self.index)
+        writer = self.create(self.page * len(contents))
         for number, content in enumerate(contents):
             writer.add_block(self.page)
             writer.write(number * self.page, self.source(content), len(content))
         return writer.seal()
 
 
-@pytest.fixture(params=[arenas.MEMFD, pytest.param(arenas.CUDA_VMM, marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", autouse=True)
+def runtime_dir() -> Iterator[None]:
+    """Where keepers of these tests are found, by children too. They end by themselves."""
+    directory = tempfile.mkdtemp(prefix="vc", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPANION_RUNTIME_DIR", directory)
+        yield
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def gpu(kind: str) -> Any:
+    return pytest.param(kind, marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[arenas.MEMFD, gpu(arenas.CUDA_VMM), gpu(arenas.CUDA_IPC)])
 def memory(request: pytest.FixtureRequest) -> Memory:
     return Memory(request.param)

@@ -10,19 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
-from tests.process.conftest import KEY, Place, alive, place, until
+from tests.process.conftest import Place, alive, place, until
+from tests.process.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.arena.layout import CHUNK_BYTES
-from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
-from vllm_companion_plugin.types import Stage
 
 __all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
@@ -91,17 +87,6 @@ def test_doctor_finds_that_the_gpu_shares_memory(place: Place) -> None:
     assert [check for check in checks.values() if check["level"] == "FAIL"] == []
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(64, 16, dtype=torch.bfloat16)
-        self.head = nn.Linear(16, 64, bias=False, dtype=torch.bfloat16)
-        self.head.weight = self.embed.weight
-        self.turned = nn.Parameter(torch.randn(6, 3).t())
-        self.scale = nn.Parameter(torch.randn(8).to(torch.float8_e4m3fn), requires_grad=False)
-        self.register_buffer("steps", torch.arange(5))
-
-
 READER = """
 import json, sys
 from vllm_companion_plugin import CompanionClient
@@ -117,13 +102,8 @@ def test_another_process_maps_the_tensors_of_a_model_by_device_alone(
     place: Place, served: subprocess.Popen[str]
 ) -> None:
     model = Small().cuda()
-    device = torch.device("cuda", 0)
     with connect(uuid(), place.settings, spawn=False) as connection:
-        outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
-        assert isinstance(outcome, Granted)
-        packed = prepare(capture(model), Stage.PROCESSED, arenas.CUDA_VMM, device)
-        arena = copy(packed, arenas.CUDA_VMM, device, rebind=True, release=torch.cuda.empty_cache)
-        outcome.publication.publish(arena.info, arena.fds, manifest_to_bytes(packed.manifest), 5)
+        load(connection, model, torch.device("cuda", 0))
         reader = place.run("-c", READER)
         out, err = reader.communicate(timeout=120)
         assert reader.returncode == 0, err

@@ -12,31 +12,24 @@ import torch
 from torch import nn
 
 from tests.process.conftest import KEY, Place, open_fds, until
+from tests.process.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, SettingsError, WaitTimeoutError
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
-from vllm_companion_plugin.types import EntryState, Stage
+from vllm_companion_plugin.types import EntryState
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "attach.py"
 
 
-class Small(nn.Module):
-    """Parameters, a tie, a shared module, a buffer, an attribute, an empty tensor, a strided one."""
+class Varied(Small):
+    """With a shared module, an attribute and an empty tensor as well."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(64, 16, dtype=torch.bfloat16)
-        self.head = nn.Linear(16, 64, bias=False, dtype=torch.bfloat16)
-        self.head.weight = self.embed.weight
         self.first = nn.Linear(16, 16)
         self.again = self.first
-        self.register_buffer("steps", torch.arange(5))
         self.scale = torch.tensor(0.5)
         self.none = nn.Parameter(torch.empty(0, 4))
-        self.turned = nn.Parameter(torch.randn(6, 3).t())
 
 
 def contents(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,21 +41,10 @@ def contents(model: nn.Module) -> dict[str, torch.Tensor]:
 def model(place: Place) -> Iterator[nn.Module]:
     """A model that is published for the length of the test."""
     place.companion()
-    made = Small()
+    made = Varied()
     with connect("cpu", place.settings, spawn=False) as connection:
-        publish(connection, made)
+        load(connection, made)
         yield made
-
-
-def publish(connection: object, model: nn.Module) -> None:
-    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)  # type: ignore[attr-defined]
-    assert isinstance(outcome, Granted)
-    cpu = torch.device("cpu")
-    packed = prepare(capture(model), Stage.PROCESSED, "memfd", cpu)
-    arena = copy(packed, "memfd", cpu, rebind=False, release=lambda: None)
-    manifest = packed.manifest
-    outcome.publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors))
-    arena.close()
 
 
 def client(place: Place) -> CompanionClient:
@@ -143,7 +125,7 @@ def test_wait_ready_waits_for_companion_and_publication(place: Place) -> None:
     waiting.start()
     place.companion()
     with connect("cpu", place.settings, spawn=False) as connection:
-        publish(connection, Small())
+        load(connection, Small())
         waiting.join(10)
     [entry] = found
     assert entry.state is EntryState.READY  # type: ignore[attr-defined]

@@ -7,25 +7,22 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from benchmarks import models
+from tests.process import publishing
 from tests.process.conftest import Place
 from vllm_companion_plugin.engine import compat, digest, key, session
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.launch.runtime_dir import digests_directory
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import EntryKey, Stage
+from vllm_companion_plugin.types import EntryKey
 
 WEIGHTS = "model.safetensors"
 
@@ -155,12 +152,7 @@ class Engines:
 
 
 def publish(decision: session.Load) -> None:
-    cpu = torch.device("cpu")
-    packed = prepare(capture(nn.Linear(2, 2)), Stage.UNPROCESSED, "memfd", cpu)
-    arena = copy(packed, "memfd", cpu, rebind=False, release=lambda: None)
-    manifest = packed.manifest
-    decision.granted.publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors))
-    arena.close()
+    publishing.publish(decision.granted.publication, nn.Linear(2, 2))
     decision.election.release()
 
 
@@ -182,18 +174,30 @@ def kept(engines: Engines) -> int:
     return len([path for path in directory.iterdir() if path.name != "lock"]) if directory.exists() else 0
 
 
-def flip(path: Path, offset: int) -> None:
-    """Change one byte."""
+def flip(path: Path, offsets: Iterable[int]) -> None:
+    """Change the bytes at `offsets`."""
     content = bytearray(path.read_bytes())
-    content[offset] ^= 1
+    for offset in offsets:
+        content[offset] ^= 1
     path.write_bytes(content)
 
 
+def copy_of(model: Path, name: str = "copied") -> Path:
+    return Path(shutil.copytree(model, model.with_name(name)))
+
+
+def fine_tune_of(model: Path, offsets: Iterable[int]) -> Path:
+    """A copy of the same shape: its weights differ at `offsets` of the file, and the header does not."""
+    tuned = copy_of(model, "tuned")
+    flip(tuned / WEIGHTS, offsets)
+    return tuned
+
+
 def test_a_copy_is_the_same_model_and_is_read_once(
-    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines.load(first)
-    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    copied = copy_of(first)
     assert engines.attaches(copied)
     assert kept(engines) == 2, "one digest of each file"
     monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read again"))
@@ -217,76 +221,68 @@ def test_a_blob_of_the_hub_that_was_written_to_is_another_model(engines: Engines
     (first / WEIGHTS).rename(blob)
     (first / WEIGHTS).symlink_to(blob)
     engines.load(first)
-    flip(blob, -1)
+    flip(blob, [-1])
     assert not engines.attaches(first)
 
 
 def test_two_fine_tunes_of_one_shape_are_told_apart_without_reading_them(
-    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines.load(first)
-    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
-    content = bytearray((tuned / WEIGHTS).read_bytes())
-    middle = len(content) // 2
-    content[middle:] = bytes(byte ^ 1 for byte in content[middle:])  # the header stays
-    (tuned / WEIGHTS).write_bytes(content)
+    size = (first / WEIGHTS).stat().st_size
+    tuned = fine_tune_of(first, range(size // 2, size))
     monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read"))
     assert not engines.attaches(tuned)
 
 
-def test_one_byte_between_the_samples_is_enough(
-    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_byte_between_the_samples_is_enough(engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "_SAMPLE_BYTES", 16)
     engines.load(first)
-    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
-    size = (tuned / WEIGHTS).stat().st_size
-    flip(tuned / WEIGHTS, size * 9 // 16 + 16)
+    size = (first / WEIGHTS).stat().st_size
+    tuned = fine_tune_of(first, [size * 9 // 16 + 16])
     assert not engines.attaches(tuned)
     assert kept(engines) == 2, "it took reading both"
 
 
 def test_edited_in_place_it_is_another_model(engines: Engines, first: Path) -> None:
     engines.load(first)
-    flip(first / WEIGHTS, -1)
+    flip(first / WEIGHTS, [-1])
     assert not engines.attaches(first)
 
 
-def test_a_new_time_alone_is_not_a_new_model_where_the_content_is_known(
-    engines: Engines, first: Path, tmp_path: Path
-) -> None:
+def test_a_new_time_alone_is_not_a_new_model_where_the_content_is_known(engines: Engines, first: Path) -> None:
     engines.load(first)
-    assert engines.attaches(Path(shutil.copytree(first, tmp_path / "copied")))  # now it is
+    assert engines.attaches(copy_of(first))  # now it is
     (first / WEIGHTS).touch()
     assert engines.attaches(first)
 
 
-def test_what_was_removed_cannot_be_compared(engines: Engines, first: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+def test_what_was_removed_cannot_be_compared(engines: Engines, first: Path) -> None:
+    copied = copy_of(first)
     engines.load(first)
     shutil.rmtree(first)
     assert not engines.attaches(copied)
 
 
-def test_another_set_of_files_is_another_model(engines: Engines, first: Path, tmp_path: Path) -> None:
+def test_another_set_of_files_is_another_model(engines: Engines, first: Path) -> None:
     engines.load(first)
-    more = Path(shutil.copytree(first, tmp_path / "more"))
+    more = copy_of(first, "more")
     (more / "model-2.safetensors").write_bytes(b"x")
     assert not engines.attaches(more)
 
 
 def test_a_digest_of_a_file_that_was_just_written_is_not_kept(
-    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could be written again within the same tick of the clock."""
     monkeypatch.setattr(digest, "_SETTLED_S", 2.0)
     engines.load(first)
-    assert engines.attaches(Path(shutil.copytree(first, tmp_path / "copied")))
+    assert engines.attaches(copy_of(first))
     assert kept(engines) == 0
 
 
-def test_copies_that_start_together_load_once(engines: Engines, first: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+def test_copies_that_start_together_load_once(engines: Engines, first: Path) -> None:
+    copied = copy_of(first)
     loader = engines.decide(first)
     assert isinstance(loader, session.Load)
     found: list[Any] = []
@@ -299,11 +295,9 @@ def test_copies_that_start_together_load_once(engines: Engines, first: Path, tmp
     assert isinstance(found[0], session.Attach)
 
 
-def test_whoever_was_elected_looks_again(
-    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whoever_was_elected_looks_again(engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both asked before either was known, so each has an election of its own; the device's lock orders them."""
-    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    copied = copy_of(first)
     loader = engines.decide(first)
     assert isinstance(loader, session.Load)
     held = session._held
@@ -335,9 +329,8 @@ def test_a_mismatch_names_the_fields_and_both_values(
     assert said[0].endswith("so it is loaded once more: hf.rms_norm_eps is '1e-05' there and '0.5' here.")
 
 
-def test_a_damaged_digest_is_not_believed(engines: Engines, first: Path, tmp_path: Path) -> None:
-    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
-    flip(tuned / WEIGHTS, -1)
+def test_a_damaged_digest_is_not_believed(engines: Engines, first: Path) -> None:
+    tuned = fine_tune_of(first, [-1])
     engines.load(first)
     directory = Path(digests_directory(engines.settings))
     for file in (*first.iterdir(), *tuned.iterdir()):
@@ -347,9 +340,9 @@ def test_a_damaged_digest_is_not_believed(engines: Engines, first: Path, tmp_pat
 
 
 def test_who_was_elected_for_a_copy_takes_its_own_if_that_is_there_by_then(
-    engines: Engines, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = Path(shutil.copytree(first, tmp_path / "copied"))
+    copied = copy_of(first)
     engines.load(first)
     held, answers = session._held, [key_of(copied)]
     monkeypatch.setattr(session, "_held", lambda *rest: answers.pop() if answers else held(*rest))

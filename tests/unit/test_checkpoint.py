@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_companion_plugin.engine import checkpoint
 from vllm_companion_plugin.errors import NotShareableError
@@ -83,6 +85,31 @@ def test_a_file_edited_in_place_is_another_file(tmp_path: Path) -> None:
     before = checkpoint.identity(tmp_path)
     path.write_text("after!")
     assert checkpoint.identity(tmp_path) != before
+
+
+def test_what_was_decided_on_is_read_though_the_branch_has_moved(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.download_model(None)
+    decided = hub.ensure()
+    other = write(hub.snapshot.parent / ("b" * 40) / "model.safetensors").parent
+    write(hub.cache / "models--org--m" / "refs" / "main", "b" * 40)
+    model = SimpleNamespace(model="org/m", revision=None)
+    source = DefaultModelLoader(LoadConfig(load_format="safetensors", download_dir=str(hub.cache)))
+
+    def directory() -> str:
+        return source._prepare_weights(model.model, None, model.revision, False, None)[0]
+
+    with checkpoint.pinned(model, decided):
+        assert directory() == str(decided)
+    assert model.revision is None
+    assert directory() == str(other)
+
+
+def test_a_local_directory_is_not_pinned(tmp_path: Path) -> None:
+    model = SimpleNamespace(model=str(tmp_path / "snapshots" / "m"), revision="v1")
+    write(tmp_path / "snapshots" / "m" / "config.json")
+    with checkpoint.pinned(model, tmp_path / "snapshots" / "m"):
+        assert model.revision == "v1"
 
 
 def test_a_model_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

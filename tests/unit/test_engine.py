@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
@@ -188,3 +189,14 @@ def test_what_a_draft_has_from_its_target_is_not_published(
         built.get_submodule(path) is (target.lm_head if path in HEADS else target.model.embed_tokens) for path in left
     )
     assert {name: vars(built)[name] for name in flags} == flags
+
+
+def test_weights_of_another_checkpoint_are_named() -> None:
+    def source(name: str) -> Any:
+        return DefaultModelLoader.Source(name, None)
+
+    config = SimpleNamespace(model="org/m", model_weights="")
+    model = nn.Module()
+    assert compat.other_checkpoints(model, config) == []
+    model.secondary_weights = [source("org/m"), source("org/tower")]
+    assert compat.other_checkpoints(model, config) == ["org/tower"]

@@ -18,7 +18,7 @@ from vllm_companion_plugin.errors import ArenaError, CompanionError, NotShareabl
 from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
+from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import Manifest, Stage
@@ -206,7 +206,7 @@ def test_any_difference_is_refused_and_named(change: Callable[[Model], object], 
 def test_hidden_parameters_are_meta_and_come_back() -> None:
     model, _, _ = published()
     weight = model.first.weight
-    with hidden(model.first):
+    with meta_parameters(model.first):
         assert model.first.weight.is_meta
     assert model.first.weight is weight
 

@@ -2,14 +2,16 @@
 
 An arena knows nothing of models. It is made of blocks, one file descriptor each, mapped one
 behind the other. A writer fills blocks in order and seals them; from then on nobody writes.
-Kinds: `memfd` for host memory, `cuda_vmm` for device memory. Both are used through the two
-protocols below, so everything but the driver calls runs anywhere.
+Kinds: `memfd` for host memory, `cuda_vmm` for device memory, `cuda_ipc` for devices that cannot
+do that. All are used through the two protocols below, so everything but the driver calls runs
+anywhere.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from vllm_companion_plugin.errors import ArenaError
@@ -17,6 +19,7 @@ from vllm_companion_plugin.types import ArenaInfo
 
 MEMFD = "memfd"
 CUDA_VMM = "cuda_vmm"
+CUDA_IPC = "cuda_ipc"
 
 
 class Arena(Protocol):
@@ -67,17 +70,33 @@ class ArenaWriter(Protocol):
         """Free everything. Idempotent; harmless after `seal`."""
 
 
+def cuda_kind(device_index: int) -> str:
+    """What this GPU can share memory by: `cuda_vmm` if it can, else `cuda_ipc`."""
+    from vllm_companion_plugin.arena import cuda_vmm
+
+    return CUDA_IPC if cuda_vmm.unsupported_reason(device_index) else CUDA_VMM
+
+
 def granularity(kind: str, device_index: int | None) -> int:
     """Bytes that block sizes must be a multiple of."""
     if kind == CUDA_VMM:
         from vllm_companion_plugin.arena import cuda_vmm
 
-        return cuda_vmm.granularity(_device(device_index))
+        return cuda_vmm.granularity(_device(kind, device_index))
+    if kind == CUDA_IPC:
+        from vllm_companion_plugin.arena import cuda_ipc
+
+        return cuda_ipc.GRANULARITY
     return 4096
 
 
-def create(kind: str, size_bytes: int, device_index: int | None = None) -> ArenaWriter:
-    """A writer with `size_bytes` of address space reserved and no memory yet.
+def create(
+    kind: str, size_bytes: int, device_index: int | None = None, keeper: Callable[[int], int] | None = None
+) -> ArenaWriter:
+    """A writer with `size_bytes` of address space reserved, and no memory yet unless it is a keeper's.
+
+    Args:
+        keeper: for `cuda_ipc`: gives a descriptor for an allocation of so many bytes (`launch.keeper`).
 
     Raises:
         ArenaError: the device cannot do it, or the kind is unknown.
@@ -85,7 +104,13 @@ def create(kind: str, size_bytes: int, device_index: int | None = None) -> Arena
     if kind == CUDA_VMM:
         from vllm_companion_plugin.arena import cuda_vmm
 
-        return cuda_vmm.CudaVmmWriter(size_bytes, _device(device_index))
+        return cuda_vmm.CudaVmmWriter(size_bytes, _device(kind, device_index))
+    if kind == CUDA_IPC:
+        from vllm_companion_plugin.arena import cuda_ipc
+
+        if keeper is None:
+            raise ArenaError("A cuda_ipc arena needs a keeper.")
+        return cuda_ipc.CudaIpcWriter(size_bytes, _device(kind, device_index), keeper)
     from vllm_companion_plugin.arena import memfd
 
     _require_memfd(kind)
@@ -93,33 +118,39 @@ def create(kind: str, size_bytes: int, device_index: int | None = None) -> Arena
 
 
 def open_arena(info: ArenaInfo, fds: Sequence[int], device_index: int | None = None) -> Arena:
-    """Map a sealed arena read-only. Takes ownership of `fds`, also on failure.
+    """Map a sealed arena, read-only where the kind can. Takes ownership of `fds`, also on failure.
 
     Raises:
         ArenaError: the descriptors are not what `info` says, or cannot be mapped.
     """
+    arena: Callable[[], Arena]
     try:
         if info.kind == CUDA_VMM:
             from vllm_companion_plugin.arena import cuda_vmm
 
-            device = _device(device_index)
+            arena = partial(cuda_vmm.CudaVmmArena, info, fds, _device(info.kind, device_index))
+        elif info.kind == CUDA_IPC:
+            from vllm_companion_plugin.arena import cuda_ipc
+
+            arena = partial(cuda_ipc.CudaIpcArena, info, fds, _device(info.kind, device_index))
         else:
             from vllm_companion_plugin.arena import memfd
 
             _require_memfd(info.kind)
+            arena = partial(memfd.MemfdArena, info, fds)
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    return cuda_vmm.CudaVmmArena(info, fds, device) if info.kind == CUDA_VMM else memfd.MemfdArena(info, fds)
+    return arena()
 
 
-def _device(device_index: int | None) -> int:
+def _device(kind: str, device_index: int | None) -> int:
     if device_index is None:
-        raise ArenaError("A cuda_vmm arena needs a device index.")
+        raise ArenaError(f"A {kind} arena needs a device index.")
     return device_index
 
 
 def _require_memfd(kind: str) -> None:
     if kind != MEMFD:
-        raise ArenaError(f"Unknown arena kind {kind!r}; this version knows {MEMFD} and {CUDA_VMM}.")
+        raise ArenaError(f"Unknown arena kind {kind!r}; this version knows {MEMFD}, {CUDA_VMM} and {CUDA_IPC}.")

@@ -1,8 +1,7 @@
 """Device memory: CUDA virtual memory management, one exportable allocation a block.
 
 A descriptor of such an allocation keeps the memory alive with no CUDA context behind it, so a
-process without CUDA can hold it. The only file that calls the driver. Calls run in the current
-context of the calling thread, or in the device's primary one if there is none.
+process without CUDA can hold it.
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
 """
 
@@ -15,6 +14,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
+from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, ensure_context, wait_for_copies
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
 
@@ -23,45 +23,23 @@ _READ = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
 _READ_WRITE = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 
-def _call(what: str, result: tuple[Any, ...]) -> Any:
-    """The value of a driver call, or `ArenaError` with the driver's own words."""
-    error, *values = result
-    if error != driver.CUresult.CUDA_SUCCESS:
-        _, name = driver.cuGetErrorName(error)
-        raise ArenaError(f"{what} failed: {name.decode() if isinstance(name, bytes) else name}.")
-    return values[0] if values else None
-
-
-def _ensure_context(device_index: int) -> Any:
-    _call("cuInit", driver.cuInit(0))
-    device = _call("cuDeviceGet", driver.cuDeviceGet(device_index))
-    if int(_call("cuCtxGetCurrent", driver.cuCtxGetCurrent())) == 0:
-        context = _call("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
-        _call("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
-    return device
-
-
-def device_uuids() -> list[str]:
-    """UUIDs of the visible devices, by index, as NVML writes them. Creates no context."""
-    _call("cuInit", driver.cuInit(0))
-    found = []
-    for index in range(_call("cuDeviceGetCount", driver.cuDeviceGetCount())):
-        device = _call("cuDeviceGet", driver.cuDeviceGet(index))
-        raw = bytes(_call("cuDeviceGetUuid", driver.cuDeviceGetUuid(device)).bytes).hex()
-        found.append(f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}")
-    return found
-
-
 def unsupported_reason(device_index: int) -> str | None:
     """Why this device cannot share memory by file descriptor, or None if it can."""
-    device = _ensure_context(device_index)
+    device = ensure_context(device_index)
     attribute = driver.CUdevice_attribute
     for needed in (
         attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
         attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
     ):
-        if not _call("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(needed, device)):
+        if not call("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(needed, device)):
             return f"device {device_index} lacks {needed.name}"
+    # Some hypervisors and sandboxes report the attributes and refuse the export.
+    try:
+        writer = CudaVmmWriter(granularity(device_index), device_index)
+        writer.add_block(granularity(device_index))
+        writer.abort()
+    except ArenaError as error:
+        return f"device {device_index}: {error}"
     return None
 
 
@@ -76,10 +54,10 @@ def _properties(device_index: int) -> Any:
 
 def granularity(device_index: int) -> int:
     """Bytes that allocations on this device must be a multiple of (2 MiB on Hopper)."""
-    _ensure_context(device_index)
+    ensure_context(device_index)
     minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     return int(
-        _call("cuMemGetAllocationGranularity", driver.cuMemGetAllocationGranularity(_properties(device_index), minimum))
+        call("cuMemGetAllocationGranularity", driver.cuMemGetAllocationGranularity(_properties(device_index), minimum))
     )
 
 
@@ -91,9 +69,9 @@ class _Range:
         self.size_bytes = size_bytes
         self.mapped_bytes = 0
         self._undo: list[Callable[[], object]] = []
-        _ensure_context(device_index)
+        ensure_context(device_index)
         self.address = int(
-            _call(f"Reserving {size_bytes} bytes of addresses", driver.cuMemAddressReserve(size_bytes, 0, 0, 0))
+            call(f"Reserving {size_bytes} bytes of addresses", driver.cuMemAddressReserve(size_bytes, 0, 0, 0))
         )
         self._undo.append(lambda: driver.cuMemAddressFree(self.address, size_bytes))
 
@@ -102,7 +80,7 @@ class _Range:
         if self.mapped_bytes + size_bytes > self.size_bytes:
             raise ArenaError(f"Blocks of {self.mapped_bytes + size_bytes} bytes exceed the {self.size_bytes} reserved.")
         address = self.address + self.mapped_bytes
-        _call("cuMemMap", driver.cuMemMap(address, size_bytes, 0, handle, 0))
+        call("cuMemMap", driver.cuMemMap(address, size_bytes, 0, handle, 0))
         self._undo.append(lambda: driver.cuMemUnmap(address, size_bytes))
         self.mapped_bytes += size_bytes
 
@@ -112,7 +90,7 @@ class _Range:
         access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         access.location.id = self.device_index
         access.flags = flags
-        _call("cuMemSetAccess", driver.cuMemSetAccess(self.address + offset_bytes, size_bytes, [access], 1))
+        call("cuMemSetAccess", driver.cuMemSetAccess(self.address + offset_bytes, size_bytes, [access], 1))
 
     def close(self) -> None:
         """Unmap everything. Kernels that use the range must be done: synchronizes first."""
@@ -138,7 +116,7 @@ class CudaVmmArena:
                 raise ArenaError(f"{len(info.block_sizes)} blocks need as many descriptors; got {len(fds)}.")
             self._range = _Range(info.size_bytes, device_index)
             for fd, size_bytes in zip(fds, info.block_sizes, strict=True):
-                handle = _call("Importing a block", driver.cuMemImportFromShareableHandle(fd, _FD))
+                handle = call("Importing a block", driver.cuMemImportFromShareableHandle(fd, _FD))
                 try:
                     self._range.map(handle, size_bytes)
                 finally:
@@ -169,9 +147,6 @@ class CudaVmmWriter:
     """Fills an arena of device memory, block by block."""
 
     def __init__(self, size_bytes: int, device_index: int) -> None:
-        reason = unsupported_reason(device_index)
-        if reason:
-            raise ArenaError(f"Sharing by file descriptor is not possible: {reason}.")
         self._range: _Range | None = _Range(size_bytes, device_index)
         self._fds: list[int] = []
         self._block_sizes: list[int] = []
@@ -184,12 +159,12 @@ class CudaVmmWriter:
     def add_block(self, size_bytes: int) -> None:
         assert self._range is not None
         device_index, offset = self._range.device_index, self._range.mapped_bytes
-        handle = _call(
+        handle = call(
             f"Allocating {size_bytes} bytes on device {device_index}",
             driver.cuMemCreate(size_bytes, _properties(device_index), 0),
         )
         try:
-            self._fds.append(int(_call("Exporting a block", driver.cuMemExportToShareableHandle(handle, _FD, 0))))
+            self._fds.append(int(call("Exporting a block", driver.cuMemExportToShareableHandle(handle, _FD, 0))))
             os.set_inheritable(self._fds[-1], False)
             self._range.map(handle, size_bytes)
         finally:
@@ -198,11 +173,10 @@ class CudaVmmWriter:
         self._block_sizes.append(size_bytes)
 
     def write(self, offset_bytes: int, source_address: int, size_bytes: int) -> None:
-        # Stream 0 of the context: ordered behind PyTorch's default stream.
-        _call("Copying weights", driver.cuMemcpyDtoDAsync(self.address + offset_bytes, source_address, size_bytes, 0))
+        copy_to_device(self.address + offset_bytes, source_address, size_bytes)
 
     def flush(self) -> None:
-        _call("Copying weights", driver.cuStreamSynchronize(0))
+        wait_for_copies()
 
     def seal(self) -> CudaVmmArena:
         self.flush()

@@ -24,9 +24,9 @@ def visible_gpus() -> list[str]:
     try:
         if find_spec("cuda.bindings") is None:
             return []
-        from vllm_companion_plugin.arena import cuda_vmm
+        from vllm_companion_plugin.arena import cuda_driver
 
-        return cuda_vmm.device_uuids()
+        return cuda_driver.device_uuids()
     except (ImportError, RuntimeError, ArenaError):  # RuntimeError: cuda.bindings finds no libcuda
         return []
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.launch.detach import detach, report
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.settings import BY_NAME, Settings, resolve
 
@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = resolve({"runtime_dir": parsed.runtime_dir, "log_level": parsed.log_level})
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
-            _detach(paths)
+            detach(paths.log)
         _configure_logging(settings.log_level)
         _run(paths, parsed, settings)
     except CompanionError as error:
-        _report(parsed.ready_fd, f"{error.code} {error}")
+        report(parsed.ready_fd, f"{error.code} {error}")
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
             print(f"vllm-companion: {error}", file=sys.stderr, flush=True)
         return 1
@@ -57,7 +57,7 @@ def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> 
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if ready.is_set():
-            _report(parsed.ready_fd, "ok")
+            report(parsed.ready_fd, "ok")
         await serving
 
     lock = InstanceLock(paths)
@@ -66,39 +66,6 @@ def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> 
         asyncio.run(run())
     finally:
         lock.release()
-
-
-def _report(ready_fd: int | None, text: str) -> None:
-    """Tell whoever started us; it may have given up waiting."""
-    if ready_fd is None:
-        return
-    try:
-        os.write(ready_fd, text.encode()[:4000])
-        os.close(ready_fd)
-    except OSError as error:
-        print(f"vllm-companion: nobody waits for our start any more ({error}).", file=sys.stderr, flush=True)
-
-
-def _detach(paths: DevicePaths) -> None:
-    """Leave the caller's process tree, session and terminal; standard streams go to the log.
-
-    vLLM kills the tree of its descendants when it ends; a second fork makes init the parent.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    log = os.open(paths.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-    os.dup2(null, 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    for fd in {null, log} - {0, 1, 2}:
-        os.close(fd)
 
 
 def _configure_logging(level: str) -> None:

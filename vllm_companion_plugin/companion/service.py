@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from vllm_companion_plugin import __version__
-from vllm_companion_plugin.companion.descriptors import check_descriptors
+from vllm_companion_plugin.companion.descriptors import check_descriptors, memory_is_lost
 from vllm_companion_plugin.companion.selection import Query
 from vllm_companion_plugin.companion.state import (
     Event,
@@ -148,6 +148,8 @@ class CompanionService:
             raise BadRequestError("An attach needs a key or a query.")
         select = mapping.key_from_message(request.key) if selected == "key" else _query(request.query)
         client = request.client[:200] or "client"
+        for entry in self.registry.retire(memory_is_lost):
+            logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
         lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client)
         logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
         return lease

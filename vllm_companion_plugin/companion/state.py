@@ -321,13 +321,18 @@ class Registry:
             if entry.state is EntryState.LOADING:
                 self._discard(entry, LeaseLostError(f"{describe([entry])} was unloaded while it was loading."))
                 continue
-            entry.state = EntryState.RETIRED
-            self._close_fds(entry.fds)
-            entry.fds = ()
-            if not entry.leases:
-                self._discard(entry, None)
+            self._retire(entry)
         self._changed()
         return before
+
+    def retire(self, is_lost: Callable[[ArenaInfo, Sequence[int]], bool]) -> list[Entry]:
+        """Drop the entries whose memory nobody can map any more. Attached clients keep mapping it."""
+        found = [e for e in self.entries if e.state is EntryState.READY and e.arena and is_lost(e.arena, e.fds)]
+        for entry in found:
+            self._retire(entry)
+        if found:
+            self._changed()
+        return found
 
     def close(self, error: CompanionError) -> None:
         """End everything: every lease fails with `error`, every descriptor is closed."""
@@ -336,6 +341,13 @@ class Registry:
         self._changed()
 
     # ---- inside
+
+    def _retire(self, entry: Entry) -> None:
+        entry.state = EntryState.RETIRED
+        self._close_fds(entry.fds)
+        entry.fds = ()
+        if not entry.leases:
+            self._discard(entry, None)
 
     def _require_loading(self, lease: Lease) -> Entry:
         if lease.ended or lease.state is not LeaseState.LOADING:

@@ -15,7 +15,7 @@ from vllm_companion_plugin.engine import compat, draft, session
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, hidden
+from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import Stage
@@ -125,7 +125,7 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
         if settings.share == "copy" or (settings.cpu_prepack and compat.strategy(module) is Strategy.HIDE):
             yield
         elif compat.strategy(module) is Strategy.HIDE:
-            with hidden(module):
+            with meta_parameters(module):
                 yield
         else:
             for parameter in module.parameters(recurse=False):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def file_identity(path: Path) -> str:
     """
     status = path.stat()
     return f"stat {status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+@contextmanager
+def pinned(model_config: Any, checkpoint: Path | None) -> Iterator[None]:
+    """While open, vLLM reads the snapshot `checkpoint` of the hub cache, wherever the branch has moved since."""
+    revision = model_config.revision
+    if checkpoint is not None and not Path(model_config.model).exists() and checkpoint.parent.name == "snapshots":
+        model_config.revision = checkpoint.name
+    try:
+        yield
+    finally:
+        model_config.revision = revision
 
 
 def ensure_downloaded(source: Any, model_config: Any, load_config: Any) -> Path:

@@ -52,8 +52,11 @@ class EngineDevice:
     stage: Stage
 
 
-def engine_device(vllm_config: Any) -> EngineDevice:
+def engine_device(vllm_config: Any, arena: str = "auto") -> EngineDevice:
     """The device of this worker.
+
+    Args:
+        arena: the setting: how memory of a GPU is shared, or "auto".
 
     Raises:
         NotShareableError: a platform that has no arenas here.
@@ -63,7 +66,8 @@ def engine_device(vllm_config: Any) -> EngineDevice:
     if current_platform.is_cuda():
         index = torch.cuda.current_device()
         uuid = current_platform.get_device_uuid(index)
-        return EngineDevice(uuid, torch.device("cuda", index), arenas.CUDA_VMM, Stage.PROCESSED)
+        kind = arenas.cuda_kind(index) if arena == "auto" else arena
+        return EngineDevice(uuid, torch.device("cuda", index), kind, Stage.PROCESSED)
     raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")
 
 
@@ -82,6 +86,12 @@ def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
         raise EngineVersionError("source_format is how the checkpoint is read; it cannot be 'companion' itself.")
     config = dataclasses.replace(load_config, load_format=source_format, model_loader_extra_config={})
     return get_model_loader(config)
+
+
+def other_checkpoints(model: nn.Module, model_config: Any) -> list[str]:
+    """Models whose weights vLLM loads into this one besides its own (Ultravox names two)."""
+    names = (source.model_or_path for source in getattr(model, "secondary_weights", ()))
+    return sorted({name for name in names if name not in (model_config.model, model_config.model_weights)})
 
 
 def unshareable_reason(vllm_config: Any) -> str | None:

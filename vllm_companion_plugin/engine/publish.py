@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import compat, draft, session
+from vllm_companion_plugin.engine import checkpoint, compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused, quick_switches
+from vllm_companion_plugin.launch import keeper
 from vllm_companion_plugin.module_tree.capture import Tree, capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
@@ -42,8 +44,8 @@ def load_and_publish(
     Raises:
         CompanionError: the weights could not be shared and `fallback` is off.
     """
-    publisher = _Publisher(decision, settings, vllm_config)
-    with ExitStack() as after_processing:
+    publisher = _Publisher(decision, settings, vllm_config, model_config)
+    with checkpoint.pinned(model_config, decision.checkpoint), ExitStack() as after_processing:
         _hook_load_weights(source, publisher, after_processing)
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
@@ -55,9 +57,10 @@ def load_and_publish(
 class _Publisher:
     """Publishes once, and turns what prevents it into a log line or an error, as configured."""
 
-    def __init__(self, decision: Load, settings: Settings, vllm_config: Any) -> None:
+    def __init__(self, decision: Load, settings: Settings, vllm_config: Any, model_config: Any) -> None:
         self._decision = decision
         self._vllm_config = vllm_config
+        self._model_config = model_config
         self._settings = settings
         self._publication = decision.granted.publication
         self.published = False
@@ -91,16 +94,18 @@ class _Publisher:
     @collector_paused()
     def _publish(self, model: nn.Module) -> None:
         self._decision.check_unchanged()
+        if others := compat.other_checkpoints(model, self._model_config):
+            raise NotShareableError(f"it takes weights from {', '.join(others)} too, which its key does not name")
         device = self._decision.device
         started = time.perf_counter()
         target = session.target() if self._decision.key.role == "draft" else None
         left = draft.left_to_target(self._vllm_config, model, target) if target is not None else []
-        others = [] if target is None else [target, *map(model.get_submodule, left)]
+        besides = [] if target is None else [target, *map(model.get_submodule, left)]
         with draft.taken_out(model, left):
             tree = capture(model, compat.OPAQUE)
             packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
             if device.stage is Stage.PROCESSED:
-                self._check_all_found(model, tree, others)
+                self._check_all_found(model, tree, besides)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -116,6 +121,7 @@ class _Publisher:
                 device.torch_device,
                 rebind=self._settings.share == "readonly",
                 release=_release(device.torch_device),
+                keeper=partial(keeper.allocate, device.id, settings=self._settings),
                 report=report,
             )
             self._arena = arena  # the model views it, published or not
@@ -134,15 +140,15 @@ class _Publisher:
             time.perf_counter() - copied,
         )
 
-    def _check_all_found(self, model: nn.Module, tree: Tree, others: Sequence[nn.Module]) -> None:
-        """Raise `NotShareableError` if the model uses memory of the device that is neither in `tree` nor in `others`.
+    def _check_all_found(self, model: nn.Module, tree: Tree, besides: Sequence[nn.Module]) -> None:
+        """Raise `NotShareableError` if the model uses memory of the device that is neither in `tree` nor in `besides`.
 
         Whether any is left over is known at once; what it is, and whether it belongs to the model
         or to everybody (workspaces), takes a search.
         """
         device = self._decision.device
         left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
-        trees = (capture(other, compat.OPAQUE) for other in others)
+        trees = (capture(other, compat.OPAQUE) for other in besides)
         hidden = hidden_tensors(model, tree, device.torch_device.type, trees) if left_over else []
         logger.debug("%d bytes outside the module tree; reachable from it: %s", left_over, hidden)
         if hidden:

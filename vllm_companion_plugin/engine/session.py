@@ -245,7 +245,7 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
 def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     if reason := compat.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
-    device = compat.engine_device(vllm_config)
+    device = compat.engine_device(vllm_config, settings.arena)
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
@@ -267,7 +267,8 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     path = _checkpoint(vllm_config, draft, settings)
     content = checkpoint.identity(path) if path else {}
     wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
-    return _obtain(vllm_config, compat.engine_device(vllm_config), wanted, path, settings, may_load)
+    device = compat.engine_device(vllm_config, settings.arena)
+    return _obtain(vllm_config, device, wanted, path, settings, may_load)
 
 
 def _obtain(

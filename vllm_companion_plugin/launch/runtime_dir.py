@@ -53,6 +53,18 @@ class DevicePaths:
         return self._at("loader.lock")
 
     @property
+    def keeper_socket(self) -> str:
+        return self._at("keeper.sock")
+
+    @property
+    def keeper_lock(self) -> str:
+        return self._at("keeper.lock")
+
+    @property
+    def keeper_log(self) -> str:
+        return self._at("keeper.log")
+
+    @property
     def log(self) -> str:
         return self._at("companion.log")
 

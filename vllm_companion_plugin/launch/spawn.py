@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from filelock import FileLock, Timeout
@@ -74,12 +75,12 @@ def ensure_companion(device: str, settings: Settings, *, linger_s: float | None 
         lock.release()
 
 
-def child_environment(settings: Settings) -> dict[str, str]:
-    """What a companion needs of our environment, and the way to the packages it imports."""
+def child_environment(settings: Settings, *, imports: Sequence[str] = ()) -> dict[str, str]:
+    """What a companion needs of our environment, and the way to the packages it imports (and to `imports`)."""
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
     environment.update(to_environment(settings))
     given = [os.path.abspath(p) for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    wanted = given + [root for root in _import_roots() if root not in given]
+    wanted = given + [root for root in _import_roots(imports) if root not in given]
     if wanted:
         environment["PYTHONPATH"] = os.pathsep.join(wanted)
     # The child's working directory is "/", which must not become an import path.
@@ -87,13 +88,15 @@ def child_environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def _import_roots() -> list[str]:
+def _import_roots(more: Sequence[str]) -> list[str]:
     """Directories outside the interpreter's own where this process found what the child imports."""
     own = {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")}
     own.add(sysconfig.get_path("platlib"))
     roots: list[str] = []
-    for name in ("vllm_companion_plugin", "grpc", "google.protobuf", "grpc_health", "filelock"):
-        spec = find_spec(name)
+    for name in ("vllm_companion_plugin", "grpc", "google.protobuf", "grpc_health", "filelock", *more):
+        spec = None
+        with contextlib.suppress(ModuleNotFoundError):  # of the parent of a dotted name
+            spec = find_spec(name)
         if spec is None or spec.origin is None:
             continue
         root = os.path.abspath(spec.origin)
@@ -105,33 +108,12 @@ def _import_roots() -> list[str]:
 
 
 def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: float) -> None:
-    if not sys.executable:
-        raise CompanionUnavailableError("This process does not know its Python interpreter (sys.executable).")
     started = time.monotonic()
-    read_fd, write_fd = os.pipe()
+    arguments = ["vllm_companion_plugin.companion", "--device", paths.device, f"--linger-s={linger_s}"]
     try:
-        command = [sys.executable, "-m", "vllm_companion_plugin.companion", "--device", paths.device]
-        command += [f"--linger-s={linger_s}", "--detach", "--ready-fd", str(write_fd)]
-        try:
-            with open(paths.log, "ab", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o600)) as log:
-                child = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd="/",
-                    env=child_environment(settings),
-                    pass_fds=(write_fd,),
-                    start_new_session=True,
-                )
-        finally:
-            os.close(write_fd)
-        answer = _read_until_closed(read_fd, deadline)
-        _reap(child)
+        answer = start_detached(arguments, child_environment(settings), paths.log, deadline)
     except OSError as error:
         raise CompanionUnavailableError(f"Cannot start a companion of {paths.device}: {error}.") from error
-    finally:
-        os.close(read_fd)
     if answer == "ok":
         logger.info("Started the companion of %s in %.1f s.", paths.device, time.monotonic() - started)
         return
@@ -143,10 +125,54 @@ def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: fl
             time.sleep(0.05)
         else:
             return
-    reason = "gave no answer in time" if answer is None else answer.partition(" ")[2] or "ended at once"
     raise CompanionUnavailableError(
-        f"The companion of {paths.device} could not be started: {reason}\nEnd of {paths.log}:\n{_log_tail(paths.log)}"
+        f"The companion of {paths.device} could not be started: {why_not(answer)}\n"
+        f"End of {paths.log}:\n{log_tail(paths.log)}"
     )
+
+
+def start_detached(arguments: list[str], environment: dict[str, str], log: str, deadline: float) -> str | None:
+    """Run `python -m arguments... --detach` in the background until it has reported its start.
+
+    Args:
+        arguments: module name, then its arguments.
+        log: where its output goes.
+        deadline: monotonic time.
+
+    Returns:
+        What it reported: "ok" or an error, "" if it ended without a word; None if the time is over.
+
+    Raises:
+        OSError: it cannot be run.
+    """
+    if not sys.executable:
+        raise OSError("this process does not know its Python interpreter (sys.executable)")
+    read_fd, write_fd = os.pipe()
+    try:
+        try:
+            with open(log, "ab", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o600)) as out:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", *arguments, "--detach", "--ready-fd", str(write_fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    cwd="/",
+                    env=environment,
+                    pass_fds=(write_fd,),
+                    start_new_session=True,
+                )
+        finally:
+            os.close(write_fd)
+        answer = _read_until_closed(read_fd, deadline)
+        _reap(child)
+        return answer
+    finally:
+        os.close(read_fd)
+
+
+def why_not(answer: str | None) -> str:
+    """The reason in an answer of `start_detached` that is not "ok"."""
+    return "gave no answer in time" if answer is None else answer.partition(" ")[2] or "ended at once"
 
 
 def _read_until_closed(fd: int, deadline: float) -> str | None:
@@ -169,7 +195,8 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _log_tail(path: str) -> str:
+def log_tail(path: str) -> str:
+    """The end of a log, for messages."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - LOG_TAIL_BYTES))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.module_tree.capture import Tree, class_name
+from vllm_companion_plugin.module_tree.pack import dtype_name
 
 # What everything leads to, and what belongs to no model.
 _NOT_PARTS = (type, types.ModuleType, types.FrameType, types.CodeType, str, bytes, int, float, bool, type(None))
@@ -78,4 +79,4 @@ def _describe(tensor: torch.Tensor, came_from: dict[int, Any]) -> str:
         if not isinstance(value, (dict, list, tuple, types.CellType)):
             chain.append(getattr(value, "__qualname__", None) or class_name(type(value)))
         value = came_from[id(value)]
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} in {' of '.join(chain)}"
+    return f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)} in {' of '.join(chain)}"

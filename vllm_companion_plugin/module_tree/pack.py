@@ -220,6 +220,7 @@ def copy(
     *,
     rebind: bool,
     release: Callable[[], None],
+    keeper: Callable[[int], int] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> arenas.Arena:
     """Copy the tensors into a new arena, chunk by chunk.
@@ -230,6 +231,7 @@ def copy(
         rebind: let the model's shared tensors view the arena and drop the originals. Private
             ones stay as they are.
         release: returns freed memory to the device, called after each chunk.
+        keeper: as for `arena.create`.
         report: told bytes done and in all.
 
     Returns:
@@ -239,7 +241,7 @@ def copy(
         ArenaError: no memory; the model is back in memory of its own.
     """
     packing, layout = packed.packing, packed.layout
-    writer = arenas.create(kind, layout.size_bytes, device.index)
+    writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
     rebound: list[torch.Tensor] = []
     try:
         views = ArenaViews(writer, device)

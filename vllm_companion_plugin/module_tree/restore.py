@@ -138,7 +138,7 @@ class Restorer:
     def hiding(self, module: nn.Module) -> Iterator[None]:
         """While open, the module's own parameters, bound already, stand aside."""
         self.ways[Strategy.HIDE] += 1
-        with hidden(module):
+        with meta_parameters(module):
             yield
 
     @contextmanager
@@ -230,7 +230,7 @@ def _plain(text: str) -> tuple[Any] | None:
 
 
 @contextmanager
-def hidden(module: nn.Module) -> Iterator[None]:
+def meta_parameters(module: nn.Module) -> Iterator[None]:
     """While open, the module's own parameters are meta tensors. Then they are back."""
     kept = dict(module._parameters)
     for name, parameter in kept.items():

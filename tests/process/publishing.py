@@ -1,0 +1,49 @@
+"""A small model, packed and published as the engine that loaded it does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.process.conftest import KEY
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.client import CompanionConnection, Granted
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.publication import Publication
+from vllm_companion_plugin.types import Stage
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """Parameters, a tie, a strided tensor, an fp8 one, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 16, dtype=torch.bfloat16)
+        self.head = nn.Linear(16, 64, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+        self.turned = nn.Parameter(torch.randn(6, 3).t())
+        self.quantized = nn.Parameter(torch.randn(8).to(torch.float8_e4m3fn), requires_grad=False)
+        self.register_buffer("steps", torch.arange(5))
+
+
+def publish(publication: Publication, model: nn.Module, device: torch.device = CPU) -> None:
+    """On a GPU the model is bound to the arena, which therefore stays mapped."""
+    on_gpu = device.type == "cuda"
+    kind, stage = (arenas.CUDA_VMM, Stage.PROCESSED) if on_gpu else (arenas.MEMFD, Stage.UNPROCESSED)
+    packed = prepare(capture(model), stage, kind, device)
+    arena = copy(packed, kind, device, rebind=on_gpu, release=torch.cuda.empty_cache)
+    manifest = packed.manifest
+    publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors))
+    if not on_gpu:
+        arena.close()
+
+
+def load(connection: CompanionConnection, model: nn.Module, device: torch.device = CPU) -> None:
+    """Be elected to load `KEY`, and publish `model` as its weights, for as long as the connection is open."""
+    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+    assert isinstance(outcome, Granted)
+    publish(outcome.publication, model, device)

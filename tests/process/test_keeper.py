@@ -1,0 +1,168 @@
+"""The keeper of CUDA IPC memory: its socket and its life. The memory here is only numbers; real memory
+is the contract's and the GPU tests' business."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+
+from tests.process.conftest import KEY, Place, open_fds, until
+from vllm_companion_plugin.arena import ipc_tag
+from vllm_companion_plugin.client import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.errors import ArenaError, BadRequestError
+from vllm_companion_plugin.keeper import Keeper
+from vllm_companion_plugin.launch import keeper as client
+from vllm_companion_plugin.types import ArenaInfo, EntryState
+
+GIB = 1 << 30
+pytestmark = pytest.mark.timeout(60)
+
+
+class Memory:
+    """1 GiB to give away."""
+
+    def __init__(self) -> None:
+        self.used: dict[int, int] = {}
+        self.next = 1
+
+    def allocate(self, size_bytes: int) -> tuple[int, bytes]:
+        if sum(self.used.values()) + size_bytes > GIB:
+            raise ArenaError(f"Allocating {size_bytes} bytes failed: CUDA_ERROR_OUT_OF_MEMORY.")
+        self.next += 1
+        self.used[self.next] = size_bytes
+        return self.next, bytes([self.next]) * 64
+
+    def free(self, address: int) -> None:
+        del self.used[address]
+
+
+@pytest.fixture
+def memory(place: Place) -> Iterator[Memory]:
+    """What a keeper at `place` allocates, until it has nothing left and ends."""
+    made = Memory()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(place.paths.keeper_socket)
+    listener.listen(8)
+    # The longest silence of these tests is far below a second.
+    thread = threading.Thread(target=Keeper(listener, made.allocate, made.free).run, args=(1.0,))
+    thread.start()
+    yield made
+    thread.join(20)
+    listener.close()
+    assert not thread.is_alive()
+    assert made.used == {}
+
+
+def ask(place: Place, size_bytes: int) -> int:
+    return client.allocate("cpu", size_bytes, place.settings)
+
+
+def test_memory_lives_until_the_last_copy_of_its_descriptor_is_closed(place: Place, memory: Memory) -> None:
+    first, second = ask(place, 100), ask(place, 200)
+    copy = os.dup(first)
+    assert ipc_tag.read(first) == ipc_tag.read(copy) == ipc_tag.Tag(100, os.getpid(), b"\2" * 64)
+    assert ipc_tag.read(second).size_bytes == 200
+    os.close(second)
+    until(lambda: memory.used == {2: 100}, 5, "the second allocation is free")
+    os.close(first)
+    assert ipc_tag.read(copy).size_bytes == 100
+    assert memory.used == {2: 100}
+    os.close(copy)
+    until(lambda: memory.used == {}, 5, "the first allocation is free")
+
+
+def test_what_a_holder_writes_frees_nothing(place: Place, memory: Memory) -> None:
+    fd = ask(place, 100)
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.send(b"x" * 100)
+    os.close(ask(place, 1))
+    until(lambda: memory.used == {2: 100}, 5, "only the other allocation is free")
+    os.close(fd)
+
+
+def test_too_much_is_refused_in_the_keepers_words_and_it_goes_on(place: Place, memory: Memory) -> None:
+    before = open_fds()
+    with pytest.raises(ArenaError, match=r"keeper of cpu: Allocating 1073741825 bytes failed: CUDA_ERROR_OUT_OF"):
+        ask(place, GIB + 1)
+    assert open_fds() == before
+    os.close(ask(place, GIB))
+
+
+@pytest.mark.parametrize("request_bytes", [b"", b"x", b"x" * 100])
+def test_a_client_that_says_nothing_or_nonsense_disturbs_nobody(
+    place: Place, memory: Memory, request_bytes: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(place.paths.keeper_socket)
+        if request_bytes:
+            sock.send(request_bytes)
+        os.close(ask(place, 5))
+
+
+@pytest.mark.skipif(find_spec("cuda") is not None, reason="the driver's bindings are here")
+def test_without_a_driver_no_keeper_starts_and_the_reason_is_told(place: Place) -> None:
+    with pytest.raises(ArenaError, match=r"keeper of cpu could not be started: No module named 'cuda'"):
+        ask(place, 100)
+
+
+@pytest.mark.parametrize("what", ["a file", "another socket"])
+def test_a_descriptor_of_something_else_is_no_tag(what: str) -> None:
+    ends = socket.socketpair()
+    ends[0].send(b"\0" * 200)
+    fd = os.open("/etc/hostname", os.O_RDONLY) if what == "a file" else os.dup(ends[1].fileno())
+    with pytest.raises(ArenaError, match="something else"):
+        ipc_tag.read(fd)
+    os.close(fd)
+    for end in ends:
+        end.close()
+
+
+# ---- what the companion makes of a keeper's end
+
+
+@pytest.fixture
+def connection(place: Place) -> Iterator[CompanionConnection]:
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as made:
+        yield made
+
+
+def published(connection: CompanionConnection) -> socket.socket:
+    """Publishes an arena of a keeper's, whose end of the tag is returned."""
+    end, fd = ipc_tag.make(ipc_tag.Tag(100, os.getpid(), b"h" * 64))
+    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+    assert isinstance(outcome, Granted)
+    outcome.publication.publish(ArenaInfo("cuda_ipc", (100,)), [fd], b"m", 1)
+    os.close(fd)
+    return end
+
+
+def test_an_arena_is_handed_out_while_its_keeper_lives_and_loaded_anew_afterwards(
+    connection: CompanionConnection,
+) -> None:
+    end = published(connection)
+    ready = connection.attach(KEY, may_load=True, client_name="second").wait(5)
+    assert isinstance(ready, Ready)
+    (fd,) = ready.redeem()
+    assert ipc_tag.read(fd).handle == b"h" * 64
+    os.close(fd)
+    end.close()
+    third = connection.attach(KEY, may_load=True, client_name="third").wait(5)
+    assert isinstance(third, Granted)
+    old, new = connection.status().entries
+    assert (old.state, len(old.leases), new.state) == (EntryState.RETIRED, 2, EntryState.LOADING)
+
+
+def test_an_arena_whose_keeper_has_ended_is_not_taken(connection: CompanionConnection) -> None:
+    end, fd = ipc_tag.make(ipc_tag.Tag(100, os.getpid(), b"h" * 64))
+    end.close()
+    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+    assert isinstance(outcome, Granted)
+    with pytest.raises(BadRequestError, match="keeper"):
+        outcome.publication.publish(ArenaInfo("cuda_ipc", (100,)), [fd], b"m", 1)
+    os.close(fd)

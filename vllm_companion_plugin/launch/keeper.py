@@ -1,0 +1,93 @@
+"""Asking a device's keeper for memory, and starting one if there is none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+
+from filelock import FileLock, Timeout
+
+from vllm_companion_plugin.errors import ArenaError, RuntimeDirError
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.launch.spawn import child_environment, log_tail, start_detached, why_not
+from vllm_companion_plugin.settings import Settings
+
+SIZE = struct.Struct("!Q")
+OK, FAILED = b"O", b"F"
+ANSWER_TIMEOUT_S = 30.0
+_MAX_ANSWER_BYTES = 4096
+
+
+def allocate(device: str, size_bytes: int, settings: Settings) -> int:
+    """A descriptor that stands for `size_bytes` of memory of `device` until its last copy is closed.
+
+    The caller owns it.
+
+    Raises:
+        ArenaError: there is not so much memory, or no keeper could be started; says why.
+        RuntimeDirError: the runtime directory is unsafe or not writable.
+    """
+    paths = device_paths(device, settings)
+    if (fd := _ask(paths, size_bytes)) is not None:
+        return fd
+    lock = FileLock(paths.keeper_lock, thread_local=False)
+    try:
+        lock.acquire(timeout=settings.spawn_timeout_s)
+    except Timeout:
+        raise ArenaError(
+            f"Another process has been starting the keeper of {device}; its log: {paths.keeper_log}"
+        ) from None
+    except OSError as error:
+        raise RuntimeDirError(f"Cannot lock {paths.keeper_lock}: {error.strerror or error}.") from error
+    try:
+        if (fd := _ask(paths, size_bytes)) is None:
+            _start(paths, settings)
+            fd = _ask(paths, size_bytes)
+    finally:
+        lock.release()
+    if fd is None:
+        raise ArenaError(
+            f"The keeper of {device} ended at once. End of {paths.keeper_log}:\n{log_tail(paths.keeper_log)}"
+        )
+    return fd
+
+
+def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
+    """A descriptor; None if nobody keeps memory of the device."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(ANSWER_TIMEOUT_S)
+        try:
+            sock.connect(paths.keeper_socket)
+            sock.send(SIZE.pack(size_bytes))
+            answer, fds, _, _ = socket.recv_fds(sock, _MAX_ANSWER_BYTES, 1)
+        except (FileNotFoundError, ConnectionError):
+            return None
+        except OSError as error:  # a timeout is one, too
+            raise ArenaError(
+                f"The keeper of {paths.device} does not answer: {error}. Log: {paths.keeper_log}"
+            ) from error
+    if answer[:1] == FAILED:
+        raise ArenaError(f"The keeper of {paths.device}: {answer[1:].decode(errors='replace')}")
+    if not fds:
+        return None  # it ended while we asked
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def _start(paths: DevicePaths, settings: Settings) -> None:
+    environment = child_environment(settings, imports=("cuda.bindings",))
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("CUDA_MPS_")}
+    environment["CUDA_VISIBLE_DEVICES"] = paths.device
+    arguments = ["vllm_companion_plugin.keeper", "--device", paths.device]
+    deadline = time.monotonic() + settings.spawn_timeout_s
+    try:
+        answer = start_detached(arguments, environment, paths.keeper_log, deadline)
+    except OSError as error:
+        raise ArenaError(f"Cannot start a keeper of {paths.device}: {error}.") from error
+    if answer != "ok":
+        tail = log_tail(paths.keeper_log)
+        raise ArenaError(
+            f"The keeper of {paths.device} could not be started: {why_not(answer)}\nEnd of {paths.keeper_log}:\n{tail}"
+        )
