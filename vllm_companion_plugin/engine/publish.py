@@ -100,12 +100,12 @@ class _Publisher:
         started = time.perf_counter()
         target = session.target() if self._decision.key.role == "draft" else None
         left = draft.left_to_target(self._vllm_config, model, target) if target is not None else []
-        others = [] if target is None else [target, *map(model.get_submodule, left)]
+        besides = [] if target is None else [target, *map(model.get_submodule, left)]
         with draft.taken_out(model, left):
             tree = capture(model, compat.OPAQUE)
             packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
             if device.stage is Stage.PROCESSED:
-                self._check_all_found(model, tree, others)
+                self._check_all_found(model, tree, besides)
         with ThreadPoolExecutor(1) as executor, quick_switches(), ProgressBar("Packing weights") as bar:
             # While the device copies: writing the manifest takes as long as a fifth of the copying.
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -140,15 +140,15 @@ class _Publisher:
             time.perf_counter() - copied,
         )
 
-    def _check_all_found(self, model: nn.Module, tree: Tree, others: Sequence[nn.Module]) -> None:
-        """Raise `NotShareableError` if the model uses memory of the device that is neither in `tree` nor in `others`.
+    def _check_all_found(self, model: nn.Module, tree: Tree, besides: Sequence[nn.Module]) -> None:
+        """Raise `NotShareableError` if the model uses memory of the device that is neither in `tree` nor in `besides`.
 
         Whether any is left over is known at once; what it is, and whether it belongs to the model
         or to everybody (workspaces), takes a search.
         """
         device = self._decision.device
         left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
-        trees = (capture(other, compat.OPAQUE) for other in others)
+        trees = (capture(other, compat.OPAQUE) for other in besides)
         hidden = hidden_tensors(model, tree, device.torch_device.type, others=trees) if left_over else []
         logger.debug("%d bytes outside the module tree; reachable from it: %s", left_over, hidden)
         if hidden:
