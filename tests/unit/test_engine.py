@@ -121,6 +121,14 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
         session.decide(config, model, replace(resolve(), fallback=False))
 
 
+def test_expert_maps_are_readable_while_a_model_is_built_without_memory() -> None:
+    from vllm.model_executor.layers.fused_moe import expert_map_manager
+
+    with torch.device("meta"), compat._expert_maps_on_host():
+        _, experts, _ = expert_map_manager.determine_expert_map(2, 1, 4)
+    assert experts.tolist() == [-1, -1, 0, 1]
+
+
 def test_weights_of_another_checkpoint_are_named() -> None:
     def source(name: str) -> Any:
         return DefaultModelLoader.Source(name, None)

@@ -20,7 +20,11 @@ from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.model_loader.utils import (
+    get_model_architecture,
+    initialize_model,
+    process_weights_after_loading,
+)
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -225,7 +229,8 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
-            with torch.device("meta"):
+            get_model_architecture(model_config)  # imports what the next line looks for
+            with torch.device("meta"), _expert_maps_on_host():
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             for module in model.modules():
                 if module in layerwise.LAYERWISE_INFO:
@@ -236,6 +241,26 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
         for key in set(_rope_cache()) - ropes:
             del _rope_cache()[key]
         raise
+
+
+@contextmanager
+def _expert_maps_on_host() -> Iterator[None]:
+    """Which experts a rank has is read while a model is built. vLLM before 0.33 does so on any device."""
+    module: Any = sys.modules.get("vllm.model_executor.layers.fused_moe.expert_map_manager")
+    if module is None:
+        yield
+        return
+    determine = module.determine_expert_map
+
+    def on_host(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    module.determine_expert_map = on_host
+    try:
+        yield
+    finally:
+        module.determine_expert_map = determine
 
 
 @contextmanager
