@@ -148,6 +148,42 @@ def mimo(path: Path, tiny: bool, *, name: str) -> None:
     weights.save(path, c)
 
 
+def qwen3(path: Path, tiny: bool, *, name: str) -> None:
+    c = llama_config(tiny, False) | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "tie_word_embeddings": True,
+    }
+    weights = Weights(name, tiny)
+    llama_stack(weights, c)
+    for layer in range(c["num_hidden_layers"]):
+        for norm in ("q_norm", "k_norm"):
+            weights.norm(f"model.layers.{layer}.self_attn.{norm}", c["head_dim"])
+    weights.save(path, c)
+
+
+def phi3(path: Path, tiny: bool, *, name: str) -> None:
+    """Its checkpoint has the projections merged that vLLM merges in others."""
+    c = llama_config(tiny, False) | {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "original_max_position_embeddings": 8192,
+        "pad_token_id": 0,
+    }
+    hidden, inner, width = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"] * c["head_dim"]
+    weights = Weights(name, tiny)
+    vocabulary(weights, c["vocab_size"], hidden)
+    for layer in range(c["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        weights.norm(f"{prefix}.input_layernorm", hidden)
+        weights.linear(f"{prefix}.self_attn.qkv_proj", width + 2 * c["num_key_value_heads"] * c["head_dim"], hidden)
+        weights.linear(f"{prefix}.self_attn.o_proj", hidden, width)
+        weights.norm(f"{prefix}.post_attention_layernorm", hidden)
+        weights.linear(f"{prefix}.mlp.gate_up_proj", 2 * inner, hidden)
+        weights.linear(f"{prefix}.mlp.down_proj", hidden, inner)
+    weights.save(path, c)
+
+
 def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) -> None:
     if not tiny:
         hidden, heads, kv_heads, head, inner, experts, top, layers, vocab = 2048, 32, 4, 128, 768, 32, 8, 4, 32000
@@ -196,6 +232,79 @@ def qwen3_moe(path: Path, tiny: bool, *, name: str, quant: str | None = None) ->
             "eos_token_id": 2,
         },
     )
+
+
+def qwen3_next(path: Path, tiny: bool, *, name: str) -> None:
+    """Three gated delta nets, then attention whose output is gated too; experts and a shared one in each layer."""
+    c: Config = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_size": 64 if tiny else 2048,
+        "num_attention_heads": 4 if tiny else 16,
+        "num_key_value_heads": 2,
+        "head_dim": 32 if tiny else 256,
+        "linear_num_key_heads": 2 if tiny else 16,
+        "linear_num_value_heads": 4 if tiny else 32,
+        "linear_key_head_dim": 64 if tiny else 128,
+        "linear_value_head_dim": 64 if tiny else 128,
+        "linear_conv_kernel_dim": 4,
+        "intermediate_size": 128 if tiny else 5632,
+        "moe_intermediate_size": 64 if tiny else 512,
+        "shared_expert_intermediate_size": 64 if tiny else 512,
+        "num_experts": 8 if tiny else 64,
+        "num_experts_per_tok": 2 if tiny else 10,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_hidden_layers": 4,
+        "full_attention_interval": 4,
+        "vocab_size": 512 if tiny else 32000,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.25,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    weights = Weights(name, tiny)
+    hidden, heads, head, kv_heads = c["hidden_size"], c["num_attention_heads"], c["head_dim"], c["num_key_value_heads"]
+    values = c["linear_num_value_heads"] * c["linear_value_head_dim"]
+    keys = c["linear_num_key_heads"] * c["linear_key_head_dim"]
+    # Its norms add one to their weights, but for those of the delta nets.
+    weights.normal("model.embed_tokens.weight", c["vocab_size"], hidden)
+    weights.norm("model.norm", hidden, centre=0.0)
+    weights.linear("lm_head", c["vocab_size"], hidden)
+    for layer in range(c["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        weights.norm(f"{prefix}.input_layernorm", hidden, centre=0.0)
+        weights.norm(f"{prefix}.post_attention_layernorm", hidden, centre=0.0)
+        if (layer + 1) % c["full_attention_interval"]:
+            net = f"{prefix}.linear_attn"
+            weights.linear(f"{net}.in_proj_qkvz", 2 * (keys + values), hidden)
+            weights.linear(f"{net}.in_proj_ba", 2 * c["linear_num_value_heads"], hidden)
+            weights.normal(f"{net}.conv1d.weight", 2 * keys + values, 1, c["linear_conv_kernel_dim"], std=0.5)
+            weights.normal(f"{net}.dt_bias", c["linear_num_value_heads"], std=0.5)
+            weights.put(f"{net}.A_log", weights.uniform(c["linear_num_value_heads"], low=0.0, high=2.77))
+            weights.norm(f"{net}.norm", c["linear_value_head_dim"])
+            weights.linear(f"{net}.out_proj", hidden, values)
+        else:
+            attn = f"{prefix}.self_attn"
+            weights.linear(f"{attn}.q_proj", 2 * heads * head, hidden)  # queries, and gates of the output
+            weights.linear(f"{attn}.k_proj", kv_heads * head, hidden)
+            weights.linear(f"{attn}.v_proj", kv_heads * head, hidden)
+            weights.linear(f"{attn}.o_proj", hidden, heads * head)
+            weights.norm(f"{attn}.q_norm", head, centre=0.0)
+            weights.norm(f"{attn}.k_norm", head, centre=0.0)
+        mlp = f"{prefix}.mlp"
+        weights.linear(f"{mlp}.gate", c["num_experts"], hidden)
+        weights.linear(f"{mlp}.shared_expert_gate", 1, hidden)
+        gated(weights, f"{mlp}.shared_expert", hidden, c["shared_expert_intermediate_size"])
+        for expert in range(c["num_experts"]):
+            gated(weights, f"{mlp}.experts.{expert}", hidden, c["moe_intermediate_size"])
+    weights.save(path, c)
 
 
 def mixtral(path: Path, tiny: bool, *, name: str) -> None:
@@ -382,6 +491,71 @@ def mamba2(path: Path, tiny: bool, *, name: str) -> None:
             "pad_token_id": 0,
         },
     )
+
+
+def nemotron_h(path: Path, tiny: bool, *, name: str) -> None:
+    """Layers of one kind each: Mamba-2, attention, an MLP without gates, and on a GPU experts without gates."""
+    c: Config = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "M-M*M" if tiny else "M-M*EM",
+        "hidden_size": 64 if tiny else 2688,
+        "num_attention_heads": 4 if tiny else 32,
+        "num_key_value_heads": 2,
+        "head_dim": 32 if tiny else 128,
+        "intermediate_size": 128 if tiny else 8192,
+        "mlp_hidden_act": "relu2",
+        "mamba_num_heads": 4 if tiny else 64,
+        "mamba_head_dim": 32 if tiny else 64,
+        "n_groups": 1 if tiny else 8,
+        "ssm_state_size": 32 if tiny else 128,
+        "conv_kernel": 4,
+        "use_conv_bias": True,
+        "chunk_size": 128,
+        "n_routed_experts": 8 if tiny else 32,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2 if tiny else 6,
+        "moe_intermediate_size": 64 if tiny else 1856,
+        "moe_shared_expert_intermediate_size": 64 if tiny else 3712,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_hidden_layers": 5 if tiny else 6,
+        "vocab_size": 512 if tiny else 32000,
+        "max_position_embeddings": 8192,
+        "layer_norm_epsilon": 1e-5,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    hidden = c["hidden_size"]
+    weights = Weights(name, tiny)
+    weights.normal("backbone.embeddings.weight", c["vocab_size"], hidden)
+    for layer, kind in enumerate(c["hybrid_override_pattern"]):
+        mixer = f"backbone.layers.{layer}.mixer"
+        weights.norm(f"backbone.layers.{layer}.norm", hidden)
+        if kind == "M":
+            sizes = (c[key] for key in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"))
+            mamba_mixer(weights, mixer, hidden, *sizes, c["conv_kernel"])
+            continue
+        if kind == "*":
+            attention(weights, mixer, hidden, c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"])
+            continue
+        inners = {mixer: c["intermediate_size"]}
+        if kind == "E":
+            weights.linear(f"{mixer}.gate", c["n_routed_experts"], hidden)
+            weights.normal(f"{mixer}.gate.e_score_correction_bias", c["n_routed_experts"], dtype=torch.float32)
+            inners = {f"{mixer}.experts.{n}": c["moe_intermediate_size"] for n in range(c["n_routed_experts"])}
+            inners[f"{mixer}.shared_experts"] = c["moe_shared_expert_intermediate_size"]
+        for mlp, inner in inners.items():
+            weights.linear(f"{mlp}.up_proj", inner, hidden)
+            weights.linear(f"{mlp}.down_proj", hidden, inner)
+    weights.norm("backbone.norm_f", hidden)
+    weights.linear("lm_head", c["vocab_size"], hidden)
+    weights.save(path, c)
 
 
 def granite_hybrid(path: Path, tiny: bool, *, name: str) -> None:

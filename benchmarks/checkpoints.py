@@ -119,6 +119,25 @@ def write_tokenizer(path: Path, vocab: int, special: list[str]) -> dict[str, int
     return {token: words.index(token) for token in special}
 
 
+def save_adapter(path: Path, config: Config, rank: int = 8) -> None:
+    """A random LoRA adapter, as peft writes it, for a Llama with this config: large enough to change what it says."""
+    weights = Weights(path.name, tiny=True)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    parts = {"self_attn.q_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    for layer in range(config["num_hidden_layers"]):
+        for part, (out, width) in parts.items():
+            name = f"base_model.model.model.layers.{layer}.{part}"
+            weights.normal(f"{name}.lora_A.weight", rank, width, std=width**-0.5)
+            weights.normal(f"{name}.lora_B.weight", out, rank, std=1.0)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(weights.tensors, path / "adapter_model.safetensors")
+    targets = [part.partition(".")[2] for part in parts]
+    write_json(
+        path / "adapter_config.json",
+        {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"},
+    )
+
+
 # Formats ------------------------------------------------------------------------------------------------------------
 
 

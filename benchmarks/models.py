@@ -26,7 +26,11 @@ from benchmarks.architectures import (
     mamba2,
     mimo,
     mixtral,
+    nemotron_h,
+    phi3,
+    qwen3,
     qwen3_moe,
+    qwen3_next,
     qwen25_vl,
     whisper,
 )
@@ -57,10 +61,14 @@ def add(name: str, build: Callable[..., None], *, options: Config | None = None,
 
 add("llama", llama, on_cpu=True)
 add("llama-tied", llama, options={"tied": True}, on_cpu=True)
+add("qwen3", qwen3, on_cpu=True)
+add("phi3", phi3, on_cpu=True)
 add("qwen3-moe", qwen3_moe, on_cpu=True)
 add("mixtral", mixtral, on_cpu=True)
+add("qwen3-next", qwen3_next)  # vLLM's gated delta net for CPU takes bfloat16 only
 add("deepseek-v3", deepseek_v3, on_cpu=True)
 add("mamba", mamba2, on_cpu=True)
+add("nemotron-h", nemotron_h, on_cpu=True)
 add("hybrid", granite_hybrid, on_cpu=True)
 add("gemma3", gemma3, on_cpu=True)
 reads: dict[str, object] = {"skip_tokenizer_init": False}
@@ -76,6 +84,7 @@ add(
     on_cpu=True,
 )
 
+add("llama-lora", llama, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})
 add("fp8-kv-checkpoint", llama, options={"quant": "fp8-static", "kv_scales": True}, flags={"kv_cache_dtype": "fp8"})

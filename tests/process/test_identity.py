@@ -90,6 +90,13 @@ def test_what_changes_the_processed_weights_changes_the_key(tiny: Path, field: s
     assert field in {line.split(" is ")[0] for line in other.differences(plain)}
 
 
+@pytest.mark.parametrize("flag", ["fully_sharded_loras", "enable_tower_connector_lora"])
+def test_lora_flags_that_models_read_when_they_are_built_change_the_key(tiny: Path, flag: str) -> None:
+    """0.33 notes the first in mixtures of experts; multimodal models build other towers for the second."""
+    changed = key_of(tiny, enable_lora=True, **{flag: True}).differences(key_of(tiny, enable_lora=True))
+    assert changed == [f"lora.{flag} is 'false' there and 'true' here"]
+
+
 def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = key_of(tiny)
     monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -17,7 +18,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
-from vllm_companion_plugin.engine import checkpoint, compat, draft, session
+from vllm_companion_plugin.engine import checkpoint, compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.module_tree.capture import capture
@@ -37,6 +38,17 @@ def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Pat
     weights.write_text("after!")
     with pytest.raises(NotShareableError, match=r"model.safetensors of .* changed while it was loaded"):
         load.check_unchanged()
+
+
+@pytest.mark.parametrize("load_format", ["auto", "companion"])
+@pytest.mark.parametrize("source", ["auto", "dummy"])
+def test_the_reference_of_verify_reads_what_the_companion_would_without_its_settings(
+    load_format: str, source: str
+) -> None:
+    extra = {"share": "copy", "source_format": source}
+    args = EngineArgs(model="m", load_format=load_format, model_loader_extra_config=extra)
+    reference = flags.without_companion(args)
+    assert (reference.load_format, reference.model_loader_extra_config) == (source, {})
 
 
 @pytest.mark.parametrize("moe_layers", [True, False])

@@ -140,6 +140,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA adapter for `tiny_llama`, strong enough to change every answer."""
+    path = tmp_path_factory.mktemp("adapters") / "adapter"
+    config = json.loads((tiny_llama / "config.json").read_text())
+    checkpoints.save_adapter(path, config)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose output layer is its embedding."""
     return _make(

@@ -15,7 +15,10 @@ os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
 def describe(worker) -> dict:
-    """In a worker: every tensor of the model's tree, and whether it lies in the arena."""
+    """In a worker: every tensor of the model's tree, and whether it lies in the arena.
+
+    Layers that LoRA wrapped have the names they were loaded with; what LoRA added is left out.
+    """
     import hashlib
     import os
     from pathlib import Path
@@ -32,9 +35,11 @@ def describe(worker) -> dict:
     tree = capture(worker.model_runner.model)
     tensors = {}
     for slot in tree.slots():
+        if is_lora(tree, slot):
+            continue
         tensor = slot.tensor.detach()
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        tensors[tree.describe(slot)] = {
+        tensors[tree.describe(slot).replace(".base_layer.", ".")] = {
             "value": [
                 str(tensor.dtype),
                 list(tensor.shape),
@@ -46,6 +51,10 @@ def describe(worker) -> dict:
             "in_arena": any(start <= tensor.data_ptr() < stop for start, stop in arena),
         }
     return {"pid": os.getpid(), "tensors": tensors}
+
+
+def is_lora(tree, slot) -> bool:
+    return type(tree.modules[slot.module].module).__module__.startswith("vllm.lora.") or slot.name.startswith("lora_")
 
 
 def reference(worker) -> dict:
@@ -77,18 +86,22 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     prompts = options.pop("prompts", None)
     texts = options.pop("texts", None)
+    adapter = options.pop("adapter", None)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(dtype="float32", enforce_eager=True, max_model_len=128, **options)
     look = reference if options["load_format"] == "auto" else describe
     cache = llm.llm_engine.vllm_config.cache_config
     result = {"workers": llm.collective_rpc(look), "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size}
-    if prompts:
+    requests = {"tokens": None} | ({"adapted": LoRARequest("adapter", 1, adapter)} if adapter else {})
+    for name, request in requests.items() if prompts else ():
         outputs = llm.generate(
             [{"prompt_token_ids": p} for p in prompts],
             SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True),
+            lora_request=request,
         )
-        result["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+        result[name] = [list(output.outputs[0].token_ids) for output in outputs]
     if texts:
         result["vectors"] = [output.outputs.embedding for output in llm.embed(texts)]
     print("RESULT " + json.dumps(result), flush=True)

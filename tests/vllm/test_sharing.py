@@ -129,10 +129,11 @@ def test_ties_are_kept_and_copies_and_packed_weights_give_the_same_tokens(
     assert loaded["tokens"] == attached["tokens"] == reference["tokens"]
 
 
-def test_two_tensor_parallel_engines_started_at_once_share_each_rank(
-    start_engine: StartEngine, place: Place, tiny_llama: Path
+def test_two_tensor_parallel_engines_started_at_once_share_each_rank_also_with_adapters(
+    start_engine: StartEngine, place: Place, tiny_llama: Path, adapter: Path
 ) -> None:
     options = {"model": tiny_llama, "skip_tokenizer_init": True, "prompts": PROMPTS, "tensor_parallel_size": 2}
+    options |= {"enable_lora": True, "max_lora_rank": 8, "adapter": str(adapter)}
     auto = start_engine(load_format="auto", **options)
     reference = auto.result()
     auto.stop()
@@ -144,6 +145,8 @@ def test_two_tensor_parallel_engines_started_at_once_share_each_rank(
     assert sorted(entry.key.rank for entry in entries(place)) == ["tp0/2", "tp1/2"]
     check_equal_and_shared(reference, *results)
     assert [result["tokens"] for result in results] == [reference["tokens"]] * 2
+    assert [result["adapted"] for result in results] == [reference["adapted"]] * 2
+    assert all(plain != adapted for plain, adapted in zip(reference["tokens"], reference["adapted"], strict=True))
 
 
 def test_another_checkpoint_of_the_same_shape_is_never_attached(

@@ -40,11 +40,11 @@ def through_companion(args: EngineArgs, **forced: Any) -> EngineArgs:
 
 
 def without_companion(args: EngineArgs) -> EngineArgs:
-    """`args` with the load format that the companion would read through."""
+    """`args` with the load format that the companion would read through; the extra config is the companion's."""
     extra = _mapping(args.model_loader_extra_config)
-    if args.load_format == LOAD_FORMAT:
+    if args.load_format in ("auto", LOAD_FORMAT):
         args.load_format = extra.get("source_format", "auto")
-        args.model_loader_extra_config = {}
+    args.model_loader_extra_config = {}
     return args
 
 

@@ -31,6 +31,8 @@ _ENVIRONMENT = (
     "VLLM_CPU_SGL_KERNEL",
     "VLLM_DEEPEPLL_NVFP4_DISPATCH",
     "VLLM_DISABLED_KERNELS",
+    "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE",
+    "VLLM_GDN_DECODE_KERNEL",
     "VLLM_MARLIN_INPUT_DTYPE",
     "VLLM_MOE_SKIP_PADDING",
     "VLLM_MOE_USE_DEEP_GEMM",
@@ -69,6 +71,8 @@ _PARALLEL_FIELDS = (
     "dcp_q_replicate",
     "enable_hc_sp",
 )
+# What models read when they are built; the other LoRA flags are for the layers that wrap a loaded model.
+_LORA_FIELDS = ("fully_sharded_loras", "enable_tower_connector_lora")
 _KERNEL_FIELDS = ("moe_backend", "linear_backend", "linear_backend_per_quant", "monokernel")
 _CACHE_FIELDS = ("cache_dtype", "kv_cache_dtype_skip_layers", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
 _SPECULATIVE_FIELDS = (
@@ -117,6 +121,7 @@ def compute(
     fields |= {f"version.{name}": value for name, value in compat.versions().items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     fields |= _pick("parallel", parallel, _PARALLEL_FIELDS)
+    fields |= _pick("lora", vllm_config.lora_config, _LORA_FIELDS)
     fields |= _pick("kernel", getattr(vllm_config, "kernel_config", None), _KERNEL_FIELDS)
     fields |= _pick("cache", vllm_config.cache_config, _CACHE_FIELDS)
     fields |= {

@@ -3,7 +3,7 @@
 A model restored without them would run, and answer nonsense: the code that makes such a tensor
 had only placeholders to make it from. Captured values of functions, objects written in C and
 anything else that the garbage collector can follow are searched here. Not found is another view
-of memory that `capture` has found.
+of memory that `capture` has found; `Restorer.finish` refuses a model that keeps one.
 """
 
 from __future__ import annotations
