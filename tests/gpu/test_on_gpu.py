@@ -10,15 +10,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from tests.process.conftest import Place, alive, place, until
 from tests.process.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.arena.layout import CHUNK_BYTES
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
+from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.types import Stage
 
 __all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
@@ -141,6 +145,19 @@ def test_another_process_maps_the_tensors_of_a_model_by_device_alone(
         host = tensor.detach().cpu()
         wanted = host.view(torch.uint8).flatten().tolist() if host.is_contiguous() else host.tolist()
         assert read["tensors"][name] == wanted, name
+
+
+def test_what_another_stream_has_not_computed_yet_is_waited_for() -> None:
+    device = torch.device("cuda", 0)
+    model = nn.Linear(1024, 1024, bias=False, device=device)
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(1 << 30)  # cycles: about half a second
+        model.weight.fill_(5.0)
+        packed = prepare(capture(model), Stage.PROCESSED, arenas.CUDA_VMM, device)
+        arena = copy(packed, arenas.CUDA_VMM, device, rebind=True, release=torch.cuda.empty_cache)
+    assert arena.address <= model.weight.data_ptr() < arena.address + arena.info.size_bytes
+    assert bool((model.weight == 5.0).all())
 
 
 FULL = """

@@ -241,6 +241,9 @@ def copy(
         ArenaError: no memory; the model is back in memory of its own.
     """
     packing, layout = packed.packing, packed.layout
+    if device.type == "cuda":
+        # vLLM with several ranks works on a stream of its own, for which the arena's copies do not wait.
+        torch.cuda.synchronize(device)
     writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
     rebound: list[torch.Tensor] = []
     try:
