@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -90,11 +91,14 @@ def test_what_changes_the_processed_weights_changes_the_key(tiny: Path, field: s
     assert field in {line.split(" is ")[0] for line in other.differences(plain)}
 
 
-@pytest.mark.parametrize("flag", ["fully_sharded_loras", "enable_tower_connector_lora"])
-def test_lora_flags_that_models_read_when_they_are_built_change_the_key(tiny: Path, flag: str) -> None:
-    """0.33 notes the first in mixtures of experts; multimodal models build other towers for the second."""
-    changed = key_of(tiny, enable_lora=True, **{flag: True}).differences(key_of(tiny, enable_lora=True))
-    assert changed == [f"lora.{flag} is 'false' there and 'true' here"]
+@pytest.mark.parametrize(
+    ("flag", "value", "default"),
+    [("max_lora_rank", 8, 16), ("fully_sharded_loras", True, False), ("enable_tower_connector_lora", True, False)],
+)
+def test_each_lora_flag_changes_the_key(tiny: Path, flag: str, value: Any, default: Any) -> None:
+    """0.33 notes the second in mixtures of experts; multimodal models build other towers for the third."""
+    changed = key_of(tiny, enable_lora=True, **{flag: value}).differences(key_of(tiny, enable_lora=True))
+    assert changed == [f"lora.{flag} is {json.dumps(default)!r} there and {json.dumps(value)!r} here"]
 
 
 def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ if it ever did, parity would refuse the entry.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -71,8 +72,6 @@ _PARALLEL_FIELDS = (
     "dcp_q_replicate",
     "enable_hc_sp",
 )
-# What models read when they are built; the other LoRA flags are for the layers that wrap a loaded model.
-_LORA_FIELDS = ("fully_sharded_loras", "enable_tower_connector_lora")
 _KERNEL_FIELDS = ("moe_backend", "linear_backend", "linear_backend_per_quant", "monokernel")
 _CACHE_FIELDS = ("cache_dtype", "kv_cache_dtype_skip_layers", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
 _SPECULATIVE_FIELDS = (
@@ -121,7 +120,9 @@ def compute(
     fields |= {f"version.{name}": value for name, value in compat.versions().items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     fields |= _pick("parallel", parallel, _PARALLEL_FIELDS)
-    fields |= _pick("lora", vllm_config.lora_config, _LORA_FIELDS)
+    lora = dataclasses.asdict(vllm_config.lora_config) if vllm_config.lora_config is not None else {}
+    # All of them: some are read when a model is built, and which ones changes between versions.
+    fields |= {f"lora.{name}": _text(value) for name, value in lora.items()}
     fields |= _pick("kernel", getattr(vllm_config, "kernel_config", None), _KERNEL_FIELDS)
     fields |= _pick("cache", vllm_config.cache_config, _CACHE_FIELDS)
     fields |= {
