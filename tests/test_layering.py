@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 BASE = {"", "errors", "types", "interpreter"}
 LOW = BASE | {"settings", "protocol", "arena", "launch"}
-CLIENT = LOW | {"client", "lease", "publication"}
+CLIENT = LOW | {"client", "lease", "publication", "holder"}
 
 # Part: (internal parts, third-party packages) that it may import, lazily or not.
 RULES: dict[str, tuple[set[str], set[str]]] = {
@@ -37,6 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "publication": (BASE | {"protocol", "launch"}, {"grpc"}),
     "lease": (BASE | {"protocol", "launch", "publication"}, {"grpc"}),
     "client": (BASE | {"settings", "protocol", "launch", "lease", "publication"}, {"grpc"}),
+    "holder": (BASE | {"settings", "launch", "client"}, set()),
     "module_tree": (BASE | {"arena", "module_tree"}, {"torch"}),
     "api": (CLIENT | {"module_tree", "api"}, {"torch"}),
     "engine": (

@@ -16,9 +16,10 @@ import torch
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Lease, Ready, connect
 from vllm_companion_plugin.errors import BadRequestError, CompanionUnavailableError, SettingsError, WaitTimeoutError
+from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
-from vllm_companion_plugin.settings import resolve
+from vllm_companion_plugin.settings import Settings, resolve
 from vllm_companion_plugin.types import CompanionStatus, EntryStatus, Manifest
 
 POLL_S = 0.1
@@ -108,6 +109,7 @@ class CompanionClient:
             made = Attachment(self.device, lease, outcome)
             undo.pop_all()
         made._connection = connection
+        made._hold(self.settings, name)
         return made
 
 
@@ -134,6 +136,9 @@ class Attachment:
         torch_device = torch_device_of(device)
         self._lease = lease
         self._connection: CompanionConnection | None = None
+        self._holder: Holder | None = None
+        self._ready = ready
+        self._device = device
         self._arena = arenas.open_arena(ready.arena, ready.redeem(), torch_device.index)
         try:
             self.tensors = tensors_by_name(self.manifest, ArenaViews(self._arena, torch_device))
@@ -141,14 +146,21 @@ class Attachment:
             self._arena.close()
             raise
 
+    def _hold(self, settings: Settings, name: str) -> None:
+        ready, arena = self._ready, self._arena
+        held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
+        self._holder = Holder(self._device, settings, held, self._lease, name)
+
     @property
     def lost(self) -> bool:
-        """Whether the companion has ended. What is mapped stays valid."""
-        return self._lease.lost.is_set()
+        """Whether the companion has ended, and no new one has taken over yet. What is mapped stays valid."""
+        return self._holder.lost if self._holder is not None else self._lease.lost.is_set()
 
     def close(self) -> None:
         """Forget the tensors, unmap the memory and end the lease. Idempotent."""
         self.tensors.clear()
+        if self._holder is not None:
+            self._holder.close()  # before its descriptors go
         self._arena.close()
         self._lease.release()
         if self._connection is not None:

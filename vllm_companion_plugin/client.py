@@ -172,6 +172,7 @@ class CompanionConnection:
         key_id: str = "",
         may_load: bool,
         client_name: str,
+        held_generation: int = 0,
     ) -> Lease:
         """Ask for the entry of `key`, or for the only one that model, rank, role and key id match.
 
@@ -180,12 +181,14 @@ class CompanionConnection:
         Args:
             may_load: may be elected to load it; needs a key.
             client_name: who we are, for `status` and other clients' messages.
+            held_generation: this process maps that generation of the entry of `key`, and can publish it again.
         """
         if key is not None and (model or rank or role or key_id):
             raise BadRequestError("Attach by key or by query, not by both.")
         request = messages.AttachRequest(
             protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name
         )
+        request.held_generation = held_generation
         if key is not None:
             request.key.CopyFrom(mapping.key_to_message(key))
         else:

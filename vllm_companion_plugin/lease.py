@@ -31,7 +31,7 @@ from vllm_companion_plugin.protocol import fd_channel, mapping
 from vllm_companion_plugin.protocol.rpc import typed_error
 from vllm_companion_plugin.protocol.schema import Stub
 from vllm_companion_plugin.publication import Publication
-from vllm_companion_plugin.types import ArenaInfo, EntryKey, LoaderInfo
+from vllm_companion_plugin.types import ArenaInfo, EntryKey, LoaderInfo, Published
 
 logger = logging.getLogger("vllm.companion.lease")
 
@@ -51,12 +51,14 @@ class Ready:
 
     Attributes:
         key: of the entry, in full, also for a client that attached by query.
+        published: to be given back with it, should its companion die.
     """
 
     key: EntryKey
     generation: int
     arena: ArenaInfo
     manifest: bytes
+    published: Published
     _fd_socket: str
     _ticket: bytes
 
@@ -85,6 +87,8 @@ class Lease:
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._mutex = threading.Lock()
         self._callbacks: list[Callable[[CompanionError], None]] = []
+        self._retired_callbacks: list[Callable[[], None]] = []
+        self._retired = False
         self._error: CompanionError | None = None
         self._released = False
         self._publication: Publication | None = None
@@ -157,7 +161,8 @@ class Lease:
             raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
         arena, ticket = mapping.arena_from_message(ready.arena)
         key = mapping.key_from_message(ready.key)
-        return Ready(key, ready.generation, arena, manifest, self._paths.fd_socket, ticket)
+        published = mapping.published_from_message(ready.published)
+        return Ready(key, ready.generation, arena, manifest, published, self._paths.fd_socket, ticket)
 
     # ---- the stream's thread
 
@@ -167,6 +172,8 @@ class Lease:
             for event in self._call:
                 if event.WhichOneof("event") == "failed":
                     error = from_code(event.failed.code, event.failed.message)
+                elif event.WhichOneof("event") == "retired":
+                    self._retire()
                 else:
                     self._events.put(event)
         except grpc.RpcError as rpc_error:
@@ -191,6 +198,21 @@ class Lease:
                 self._callbacks.append(callback)
         if error is not None:
             callback(error)
+
+    def on_retired(self, callback: Callable[[], None]) -> None:
+        """Call `callback()` once when the entry is unloaded, from another thread; now if it is already."""
+        with self._mutex:
+            if not self._retired:
+                self._retired_callbacks.append(callback)
+                return
+        callback()
+
+    def _retire(self) -> None:
+        with self._mutex:
+            self._retired = True
+            callbacks, self._retired_callbacks = self._retired_callbacks, []
+        for callback in callbacks:
+            callback()
 
     # ---- the end
 
@@ -217,6 +239,8 @@ class Lease:
 def _who(loader: LoaderInfo | None) -> str:
     if loader is None:
         return "the companion did not answer"
+    if not loader.pid:
+        return f"{loader.client} has it and did not hand it back"
     done, total = loader.progress.done_bytes / (1 << 30), loader.progress.total_bytes / (1 << 30)
     size = f", {done:.2f} of {total:.2f} GiB" if total else f", {done:.2f} GiB" if done else ""
     return f"{loader.client} (pid {loader.pid}) is loading it (phase {loader.progress.phase!r}{size})"

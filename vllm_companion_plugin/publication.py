@@ -14,7 +14,7 @@ from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.rpc import CHUNK_BYTES, typed_error
 from vllm_companion_plugin.protocol.schema import Stub
-from vllm_companion_plugin.types import ArenaInfo, Progress
+from vllm_companion_plugin.types import ArenaInfo, Progress, Published
 
 logger = logging.getLogger("vllm.companion.publication")
 
@@ -25,10 +25,15 @@ DECLINE_TIMEOUT_S = 10.0
 
 
 class Publication:
-    """The duty that comes with a granted lease. It ends with `publish`, `decline` or the lease."""
+    """The duty that comes with a granted lease. It ends with `publish`, `decline` or the lease.
+
+    Attributes:
+        published: what the companion shows of it, once it is published.
+    """
 
     def __init__(self, stub: Stub, fd_socket: str, token: bytes, ticket: bytes, label: str) -> None:
         self.declined = False
+        self.published = Published(0)
         self._stub = stub
         self._fd_socket = fd_socket
         self._token = token
@@ -71,13 +76,20 @@ class Publication:
             TicketError: a second publication.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
+        return self.hand_back(arena, fds, manifest, Published(tensor_count, ways or {}), generation=0)
+
+    def hand_back(
+        self, arena: ArenaInfo, fds: Sequence[int], manifest: bytes, published: Published, generation: int
+    ) -> int:
+        """As `publish`, for what was published before under `generation` by a companion that is gone."""
         if len(fds) != len(arena.block_sizes):
             raise BadRequestError(f"{self._label}: {len(fds)} descriptors for {len(arena.block_sizes)} blocks.")
         fd_channel.deposit(self._fd_socket, self._ticket, fds, PUBLISH_TIMEOUT_S)
-        response = self._send(self._steps(arena, manifest, tensor_count, ways or {}), "publishing")
+        response = self._send(self._steps(arena, manifest, published, generation), "publishing")
+        self.published = mapping.published_from_message(response.published)
         return int(response.generation)
 
-    def _steps(self, arena: ArenaInfo, manifest: bytes, tensor_count: int, ways: Mapping[str, int]) -> Iterator[Any]:
+    def _steps(self, arena: ArenaInfo, manifest: bytes, published: Published, generation: int) -> Iterator[Any]:
         yield self._begin()
         for start in range(0, len(manifest), CHUNK_BYTES):
             yield messages.PublishRequest(manifest_chunk=manifest[start : start + CHUNK_BYTES])
@@ -85,8 +97,8 @@ class Publication:
             arena=mapping.arena_to_message(arena),
             manifest_bytes=len(manifest),
             manifest_sha256=hashlib.sha256(manifest).digest(),
-            tensor_count=tensor_count,
-            ways=dict(ways),
+            published=mapping.published_to_message(published),
+            generation=generation,
         )
         yield messages.PublishRequest(commit=commit)
 

@@ -247,6 +247,22 @@ class LeaseStatus:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the status shows of a publication.
+
+    Attributes:
+        ways: modules by the way in which engines restore them; empty if each processes its own.
+        ready_unix_s: when it was published; 0 lets the companion say.
+        load_s: from the election to the publication.
+    """
+
+    tensor_count: int
+    ways: Mapping[str, int] = field(default_factory=dict)
+    ready_unix_s: float = 0.0
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class EntryStatus:
     """One entry as `status` shows it.
 

@@ -33,7 +33,7 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.protocol import fd_channel, messages
-from vllm_companion_plugin.types import ArenaInfo, EntryState, LeaseState, Progress
+from vllm_companion_plugin.types import ArenaInfo, EntryState, LeaseState, Progress, Published
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_descriptors_that_could_change_under_a_reader_are_refused(
 def test_a_publication_whose_manifest_is_damaged_is_refused(connection: CompanionConnection) -> None:
     lease, publication = elected(connection)
     arena, fds = arena_of(b"x")
-    steps = list(publication._steps(arena, b"manifest", 1, {}))
+    steps = list(publication._steps(arena, b"manifest", Published(1), 0))
     steps[1].manifest_chunk = b"manifesT"
     fd_channel.deposit(connection._paths.fd_socket, publication._ticket, fds, 5)
     with pytest.raises(BadRequestError, match="damaged"):

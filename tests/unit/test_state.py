@@ -13,6 +13,7 @@ from vllm_companion_plugin.companion.state import (
     Lease,
     ReadyEvent,
     Registry,
+    RetiredEvent,
     StoredManifest,
     WaitingEvent,
 )
@@ -24,10 +25,11 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     NotShareableError,
 )
-from vllm_companion_plugin.types import ArenaInfo, EntryKey, EntryState, LeaseState, Progress
+from vllm_companion_plugin.types import ArenaInfo, EntryKey, EntryState, LeaseState, Progress, Published
 
 ARENA = ArenaInfo("memfd", (4096, 8192))
-MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32, 3)
+MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)
+SHOWN = Published(3)
 
 
 class World:
@@ -50,7 +52,7 @@ class World:
     def publish(self, key: EntryKey, *, pid: int = 1, fds: Sequence[int] = (7, 8)) -> Lease:
         lease = self.attach(key, pid=pid)
         self.registry.deposit(lease, fds)
-        self.registry.commit(lease, ARENA, MANIFEST)
+        self.registry.commit(lease, ARENA, MANIFEST, SHOWN)
         return lease
 
     def snapshot(self) -> object:
@@ -82,7 +84,7 @@ def test_a_commit_makes_the_entry_ready_and_attaches_everybody(world: World) -> 
     first, second, third = world.attach(key()), world.attach(key(), pid=2), world.attach(key(), may_load=False, pid=3)
     world.registry.deposit(first, (7, 8))
     world.now += 5
-    assert world.registry.commit(first, ARENA, MANIFEST) == 1
+    assert world.registry.commit(first, ARENA, MANIFEST, SHOWN) == 1
     assert kinds(second) == kinds(third) == [ReadyEvent]
     (entry,) = world.registry.status()
     assert (entry.state, entry.generation, entry.load_s) == (EntryState.READY, 1, 5)
@@ -184,7 +186,7 @@ def test_unloading_what_is_loading_needs_force_and_fails_its_clients(world: Worl
     world.registry.unload(Query(), force=True)
     assert isinstance(loader.events[-1], FailedEvent)
     with pytest.raises(BadRequestError):
-        world.registry.commit(loader, ARENA, MANIFEST)
+        world.registry.commit(loader, ARENA, MANIFEST, SHOWN)
 
 
 def test_several_entries_of_one_query_are_unloaded_together_or_not_at_all(world: World) -> None:
@@ -201,7 +203,7 @@ def test_a_query_finds_the_only_entry_or_waits_for_the_one_that_loads(world: Wor
     waiter = world.attach(Query(model="m"), may_load=False, pid=2)
     assert kinds(waiter) == [WaitingEvent]
     world.registry.deposit(loader, (7, 8))
-    world.registry.commit(loader, ARENA, MANIFEST)
+    world.registry.commit(loader, ARENA, MANIFEST, SHOWN)
     assert kinds(waiter) == [ReadyEvent]
     assert kinds(world.attach(Query(rank="single"), may_load=False, pid=3)) == [ReadyEvent]
 
@@ -236,12 +238,12 @@ def test_another_key_of_a_published_model_may_be_loaded_beside_it(world: World) 
 
 
 ILLEGAL: list[tuple[str, Callable[[Registry, Lease, Lease], object]]] = [
-    ("a waiter commits", lambda r, loader, waiter: r.commit(waiter, ARENA, MANIFEST)),
+    ("a waiter commits", lambda r, loader, waiter: r.commit(waiter, ARENA, MANIFEST, SHOWN)),
     ("a waiter reports", lambda r, loader, waiter: r.progress(waiter, Progress("x"))),
     ("a waiter declines", lambda r, loader, waiter: r.decline(waiter, "x")),
     ("a waiter deposits", lambda r, loader, waiter: r.deposit(waiter, (1,))),
     ("a second deposit", lambda r, loader, waiter: r.deposit(loader, (1, 2))),
-    ("too few descriptors", lambda r, loader, waiter: r.commit(loader, ArenaInfo("memfd", (1, 2, 3)), MANIFEST)),
+    ("too few descriptors", lambda r, loader, waiter: r.commit(loader, ArenaInfo("memfd", (1, 2, 3)), MANIFEST, SHOWN)),
 ]
 
 
@@ -261,7 +263,7 @@ def test_a_second_commit_is_illegal(world: World) -> None:
     lease = world.publish(key())
     before = world.snapshot()
     with pytest.raises(BadRequestError):
-        world.registry.commit(lease, ARENA, MANIFEST)
+        world.registry.commit(lease, ARENA, MANIFEST, SHOWN)
     assert world.snapshot() == before
 
 
@@ -288,3 +290,65 @@ def test_closing_fails_all_leases_and_closes_each_descriptor_once(world: World) 
     assert sorted(world.closed) == [7, 8, 17, 18]
     assert all(isinstance(x.events[-1], FailedEvent) for x in (attached, loader))
     assert world.registry.status() == ()
+
+
+# ---- what a dead companion held
+
+
+def hold(world: World, *, pid: int) -> Lease:
+    return world.registry.attach(key(), may_load=True, pid=pid, client=f"holder{pid}", holds=True)
+
+
+def test_of_what_is_expected_only_a_holder_is_elected_and_it_comes_back_as_it_was(world: World) -> None:
+    world.registry.expect(key(), 4)
+    newcomer, reader = world.attach(key(), pid=1), world.attach(Query(model="m"), may_load=False, pid=2)
+    assert kinds(newcomer) == kinds(reader) == [WaitingEvent]
+    holder, second = hold(world, pid=3), hold(world, pid=4)
+    assert kinds(holder) == [GrantedEvent]
+    assert world.registry.give_up_expected() != []  # it is being handed back, which ends well
+    world.registry.deposit(holder, (7, 8))
+    assert world.registry.commit(holder, ARENA, MANIFEST, Published(3, {"hide": 2}, 900.0, 8.0), 4) == 4
+    assert [kinds(x)[-1] for x in (newcomer, reader, second)] == [ReadyEvent] * 3
+    (entry,) = world.registry.status()
+    assert (entry.generation, entry.ready_unix_s, entry.load_s, entry.ways) == (4, 900.0, 8.0, {"hide": 2})
+
+
+def test_a_holder_that_dies_while_it_hands_back_is_followed_by_the_next(world: World) -> None:
+    world.registry.expect(key(), 1)
+    newcomer, first = world.attach(key(), pid=1), hold(world, pid=2)
+    world.registry.deposit(first, (7, 8))
+    world.registry.end_lease(first)
+    assert world.closed == [7, 8]
+    assert kinds(newcomer) == [WaitingEvent]
+    assert kinds(hold(world, pid=3)) == [GrantedEvent]
+
+
+def test_what_nobody_hands_back_in_time_is_loaded_as_the_next_generation(world: World) -> None:
+    world.registry.expect(key(), 4)
+    world.registry.expect(key("k2"), 1)
+    newcomer = world.attach(key(), pid=1)
+    reader = world.attach(key("k2"), may_load=False, pid=2)
+    assert len(world.registry.give_up_expected()) == 2
+    assert kinds(newcomer)[-1] is GrantedEvent
+    assert kinds(reader)[-1] is FailedEvent
+    world.registry.deposit(newcomer, (7, 8))
+    assert world.registry.commit(newcomer, ARENA, MANIFEST, SHOWN) == 5
+    late = hold(world, pid=3)
+    assert kinds(late) == [ReadyEvent]  # of another generation, as it will see
+    assert [entry.key.id for entry in world.registry.status()] == ["k1"]
+
+
+def test_an_expected_entry_keeps_nobody_from_ending(world: World) -> None:
+    world.registry.expect(key(), 1)
+    assert world.registry.idle_since is not None
+    world.registry.end_lease(world.attach(key(), pid=1))
+    assert [entry.state for entry in world.registry.status()] == [EntryState.LOADING]
+    world.registry.give_up_expected()
+    assert world.registry.status() == ()
+
+
+def test_who_is_attached_to_what_is_unloaded_is_told(world: World) -> None:
+    lease = world.publish(key())
+    lease.events.clear()
+    world.registry.unload(Query(model="m"), force=True)
+    assert kinds(lease) == [RetiredEvent]

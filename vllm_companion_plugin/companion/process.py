@@ -24,6 +24,7 @@ from vllm_companion_plugin import __version__
 from vllm_companion_plugin.companion.fd_server import FdServer
 from vllm_companion_plugin.companion.service import CompanionService
 from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.launch.holders import held
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.protocol import schema
 from vllm_companion_plugin.protocol.rpc import MAX_MESSAGE_BYTES, address
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8
 CHECK_INTERVAL_S = 2.0
+HAND_BACK_S = 5.0
+"""For those who map entries of the companion before. They need about a second; who wants an entry waits so long."""
 
 
 class InstanceLock:
@@ -108,6 +111,9 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         CompanionUnavailableError: a socket cannot be made.
     """
     service = CompanionService(paths.device, _finite(life.linger_s))
+    for key, generation in held(paths):
+        logger.info("Expecting %s (%s), generation %d, from those who map it.", key.title, key.rank, generation)
+        service.registry.expect(key, generation)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, _on_signal, number, service)
@@ -122,6 +128,7 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
             on_ready.set()
         if life.owner_fd is not None:
             loop.add_reader(life.owner_fd, _on_orphaned, life, service)
+        loop.call_later(HAND_BACK_S, _give_up_expected, service)
         watches = [loop.create_task(_linger(service, life.grace_s)), loop.create_task(_stay_reachable(lock, service))]
         await service.stop.wait()
         for watch in watches:
@@ -183,6 +190,11 @@ def _on_orphaned(life: Lifetime, service: CompanionService) -> None:
     asyncio.get_running_loop().remove_reader(life.owner_fd)
     logger.warning("The process that started this companion has died: staying as if started by an engine.")
     service.set_linger(_finite(life.orphan_linger_s))
+
+
+def _give_up_expected(service: CompanionService) -> None:
+    for entry in service.registry.give_up_expected():
+        logger.warning("Nobody handed back %s within %g s.", entry.key.title, HAND_BACK_S)
 
 
 async def _stay_reachable(lock: InstanceLock, service: CompanionService) -> None:

@@ -29,6 +29,7 @@ from vllm_companion_plugin.companion.state import (
     Lease,
     ReadyEvent,
     Registry,
+    RetiredEvent,
     StoredManifest,
     WaitingEvent,
 )
@@ -150,7 +151,9 @@ class CompanionService:
         client = request.client[:200] or "client"
         for entry in self.registry.retire(memory_is_lost):
             logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
-        lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client)
+        holds = selected == "key" and request.held_generation > 0
+        may_load = request.may_load or holds
+        lease = self.registry.attach(select, may_load=may_load, pid=request.pid, client=client, holds=holds)
         logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
         return lease
 
@@ -178,6 +181,8 @@ class CompanionService:
             await context.write(messages.AttachEvent(granted=granted))
         elif isinstance(event, ReadyEvent):
             await self._tell_ready(lease, context)
+        elif isinstance(event, RetiredEvent):
+            await context.write(messages.AttachEvent(retired=messages.Retired()))
         elif isinstance(event, FailedEvent):
             await context.write(_failed(event.error))
             return True
@@ -194,6 +199,7 @@ class CompanionService:
             arena=mapping.arena_to_message(entry.arena, ticket),
             manifest_bytes=entry.manifest.size_bytes,
             manifest_sha256=entry.manifest.sha256,
+            published=mapping.published_to_message(entry.published),
         )
         await context.write(messages.AttachEvent(ready=ready))
         for chunk in entry.manifest.chunks:
@@ -216,7 +222,7 @@ class CompanionService:
                 elif step == "manifest_chunk":
                     manifest.add(request.manifest_chunk)
                 elif step == "commit":
-                    return messages.PublishResponse(generation=self._commit(lease, request.commit, manifest))
+                    return self._commit(lease, request.commit, manifest)
                 elif step == "declined":
                     self._decline(lease, request.declined)
                     return messages.PublishResponse()
@@ -225,22 +231,27 @@ class CompanionService:
             # The loader reported progress and hung up; it comes back to commit.
             return messages.PublishResponse()
 
-    def _commit(self, lease: Lease, commit: Any, manifest: _Receiving) -> int:
+    def _commit(self, lease: Lease, commit: Any, manifest: _Receiving) -> Any:
         arena, _ = mapping.arena_from_message(commit.arena)
         stored = manifest.finish(commit)
         # The loader's lease may have ended while chunks were on their way; the registry says so.
         if not lease.ended:
             check_descriptors(arena, lease.deposited)
-        generation = self.registry.commit(lease, arena, stored)
+        if commit.generation and not lease.holds:
+            raise BadRequestError("Only a client that holds an entry may hand it back.")
+        published = mapping.published_from_message(commit.published)
+        generation = self.registry.commit(lease, arena, stored, published, commit.generation)
         self._log_commit(lease, arena, generation)
-        return generation
+        published = mapping.published_to_message(lease.entry.published)
+        return messages.PublishResponse(generation=generation, published=published)
 
     def _log_commit(self, lease: Lease, arena: ArenaInfo, generation: int) -> None:
         entry = lease.entry
         logger.info(
-            "%s (pid %d) published %s (%s, %s), generation %d: %.2f GiB of %s, loaded in %.1f s.",
-            *(lease.client, lease.pid, entry.key.model, entry.key.role, entry.key.rank, generation),
-            *(arena.size_bytes / (1 << 30), arena.kind, entry.load_s),
+            "%s (pid %d) %s %s (%s, %s), generation %d: %.2f GiB of %s, loaded in %.1f s.",
+            *(lease.client, lease.pid, "handed back" if lease.holds else "published"),
+            *(entry.key.model, entry.key.role, entry.key.rank, generation),
+            *(arena.size_bytes / (1 << 30), arena.kind, entry.published.load_s),
         )
 
     def _decline(self, lease: Lease, declined: Any) -> None:
@@ -297,9 +308,7 @@ class _Receiving:
             raise BadRequestError(
                 f"The manifest arrived damaged: {self._size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
             )
-        return StoredManifest(
-            tuple(self._chunks), self._size_bytes, self._hash.digest(), commit.tensor_count, dict(commit.ways)
-        )
+        return StoredManifest(tuple(self._chunks), self._size_bytes, self._hash.digest())
 
 
 def _query(message: Any) -> Query:

@@ -21,6 +21,9 @@ A *lease* is one client's open Attach stream. It belongs to one entry from its f
        |  the entry becomes READY                ^
        +-----------------------------------------+
 
+An entry may also begin as *expected*: somebody maps it, and its companion has died. Then only a client
+that holds it is elected, to hand it back, until the time for that is over.
+
 At most one lease of an entry is LOADING: the first WAITING one, in order of arrival, that may
 load. If it ends before its commit the next one is elected, and if none may load the others
 fail. Of one key at most one entry is LOADING or READY; any number may be RETIRED.
@@ -33,8 +36,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from vllm_companion_plugin.companion.selection import Query, describe, no_match_text
@@ -55,9 +58,11 @@ from vllm_companion_plugin.types import (
     LeaseStatus,
     LoaderInfo,
     Progress,
+    Published,
 )
 
 STARTING = Progress("starting")
+EXPECTED = LoaderInfo(0, "an engine of the companion before", 0.0, Progress("about to hand it back"))
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,6 @@ class StoredManifest:
     chunks: tuple[bytes, ...]
     size_bytes: int
     sha256: bytes
-    tensor_count: int
-    ways: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,16 @@ class ReadyEvent:
 
 
 @dataclass(frozen=True)
+class RetiredEvent:
+    pass
+
+
+@dataclass(frozen=True)
 class FailedEvent:
     error: CompanionError
 
 
-Event = WaitingEvent | GrantedEvent | ReadyEvent | FailedEvent
+Event = WaitingEvent | GrantedEvent | ReadyEvent | RetiredEvent | FailedEvent
 
 
 @dataclass(eq=False)
@@ -104,6 +112,7 @@ class Lease:
     may_load: bool
     since_unix_s: float
     entry: Entry
+    holds: bool = False
     state: LeaseState = LeaseState.WAITING
     ended: bool = False
     deposited: tuple[int, ...] = ()
@@ -112,7 +121,11 @@ class Lease:
 
 @dataclass(eq=False)
 class Entry:
-    """One model of one rank. `leases` in order of arrival; manifest and arena since READY."""
+    """One model of one rank. `leases` in order of arrival; manifest and arena since READY.
+
+    Attributes:
+        expected: processes map it since before this companion; one of them will hand it back.
+    """
 
     key: EntryKey
     state: EntryState = EntryState.LOADING
@@ -121,8 +134,8 @@ class Entry:
     progress: Progress = STARTING
     load_since_unix_s: float = 0.0
     load_since: float = 0.0
-    ready_unix_s: float = 0.0
-    load_s: float = 0.0
+    expected: bool = False
+    published: Published = field(default_factory=lambda: Published(0))
     arena: ArenaInfo | None = None
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
@@ -134,7 +147,7 @@ class Entry:
     def loader_info(self) -> LoaderInfo | None:
         lease = self.loading_lease
         if lease is None:
-            return None
+            return EXPECTED if self.expected else None
         return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress)
 
     def status(self) -> EntryStatus:
@@ -143,13 +156,13 @@ class Entry:
             state=self.state,
             generation=self.generation,
             size_bytes=self.arena.size_bytes if self.arena else 0,
-            tensor_count=self.manifest.tensor_count if self.manifest else 0,
+            tensor_count=self.published.tensor_count,
             arena_kind=self.arena.kind if self.arena else "",
-            ready_unix_s=self.ready_unix_s,
-            load_s=self.load_s,
+            ready_unix_s=self.published.ready_unix_s,
+            load_s=self.published.load_s,
             loader=self.loader_info(),
             leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.leases),
-            ways=self.manifest.ways if self.manifest else {},
+            ways=self.published.ways,
         )
 
 
@@ -192,8 +205,28 @@ class Registry:
 
     # ---- leases
 
-    def attach(self, select: EntryKey | Query, *, may_load: bool, pid: int, client: str) -> Lease:
+    def expect(self, key: EntryKey, generation: int) -> None:
+        """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
+        self._generations[key.id] = max(generation, self._generations.get(key.id, 0))
+        if self._by_key(key) is None:
+            self.entries.append(Entry(key, expected=True))
+            self._on_change()
+
+    def give_up_expected(self) -> list[Entry]:
+        """What nobody has handed back by now is loaded anew; the entries."""
+        given_up = [entry for entry in self.entries if entry.expected]
+        for entry in given_up:
+            entry.expected = False
+            self._elect_or_discard(entry, f"Nobody handed back {describe([entry])}, and nobody else may load it.")
+        if given_up:
+            self._changed()
+        return given_up
+
+    def attach(self, select: EntryKey | Query, *, may_load: bool, pid: int, client: str, holds: bool = False) -> Lease:
         """A new lease on the entry that `select` names.
+
+        Args:
+            holds: the client maps the entry and can publish it again.
 
         Raises:
             EntryNotFoundError: nothing matches and this client may not load it.
@@ -207,7 +240,7 @@ class Registry:
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
             entry = Entry(select)
             self.entries.append(entry)
-        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry)
+        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds)
         entry.leases.append(lease)
         self.idle_since = None
         if entry.state is EntryState.READY:
@@ -237,12 +270,8 @@ class Registry:
         self._remove(lease)
         entry = lease.entry
         if entry.state is EntryState.LOADING:
-            self._elect(entry)
-            if entry.loading_lease is None:
-                error = EntryNotFoundError(
-                    f"{lease.client} (pid {lease.pid}) stopped loading {describe([entry])}; nobody else may load it."
-                )
-                self._discard(entry, error)
+            stopped = f"{lease.client} (pid {lease.pid}) stopped loading"
+            self._elect_or_discard(entry, f"{stopped} {describe([entry])}; nobody else may load it.")
         elif entry.state is EntryState.RETIRED and not entry.leases:
             self._discard(entry, None)
         self._changed()
@@ -268,8 +297,13 @@ class Registry:
             self._tell_waiting(entry, entry.leases)
             self._on_change()
 
-    def commit(self, lease: Lease, arena: ArenaInfo, manifest: StoredManifest) -> int:
+    def commit(
+        self, lease: Lease, arena: ArenaInfo, manifest: StoredManifest, published: Published, generation: int = 0
+    ) -> int:
         """The entry becomes READY with the deposited descriptors; returns its generation.
+
+        Args:
+            generation: of an entry that is handed back, as are the times in `published`; 0: the next one.
 
         Raises:
             BadRequestError: not the loader, or not one descriptor for each block.
@@ -281,10 +315,13 @@ class Registry:
             )
         entry.fds, lease.deposited = lease.deposited, ()
         entry.arena, entry.manifest = arena, manifest
-        entry.state = EntryState.READY
-        entry.generation = self._generations[entry.key.id] = self._generations.get(entry.key.id, 0) + 1
-        entry.ready_unix_s = self._wall()
-        entry.load_s = self._monotonic() - entry.load_since
+        entry.state, entry.expected = EntryState.READY, False
+        latest = self._generations.get(entry.key.id, 0)
+        if not generation:
+            loaded_s = self._monotonic() - entry.load_since
+            published = replace(published, ready_unix_s=self._wall(), load_s=loaded_s)
+        entry.generation, entry.published = generation or latest + 1, published
+        self._generations[entry.key.id] = max(latest, entry.generation)
         lease.state = LeaseState.ATTACHED
         for other in entry.leases:
             if other is not lease:
@@ -346,6 +383,8 @@ class Registry:
         entry.state = EntryState.RETIRED
         self._close_fds(entry.fds)
         entry.fds = ()
+        for lease in entry.leases:
+            self._tell(lease, RetiredEvent())
         if not entry.leases:
             self._discard(entry, None)
 
@@ -358,7 +397,9 @@ class Registry:
     def _elect(self, entry: Entry) -> None:
         if entry.loading_lease is not None:
             return
-        heir = next((lease for lease in entry.leases if lease.may_load), None)
+        holders = [lease for lease in entry.leases if lease.holds]
+        others = [lease for lease in entry.leases if lease.may_load and not entry.expected]
+        heir = next(iter(holders + others), None)
         if heir is None:
             return
         heir.state = LeaseState.LOADING
@@ -366,6 +407,11 @@ class Registry:
         entry.load_since_unix_s, entry.load_since = self._wall(), self._monotonic()
         self._tell(heir, GrantedEvent())
         self._tell_waiting(entry, entry.leases)
+
+    def _elect_or_discard(self, entry: Entry, why: str) -> None:
+        self._elect(entry)
+        if entry.loading_lease is None and not entry.expected:
+            self._discard(entry, EntryNotFoundError(why))
 
     def _attach_ready(self, lease: Lease) -> None:
         lease.state = LeaseState.ATTACHED

@@ -14,6 +14,7 @@ from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.attach import attach_model
 from vllm_companion_plugin.engine.publish import load_and_publish
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.holder import Held
 from vllm_companion_plugin.settings import resolve_extra_config
 
 logger = init_logger("vllm.companion")
@@ -91,7 +92,9 @@ class CompanionModelLoader(BaseModelLoader):
         if self._settings.share == "copy":
             decision.close()
             return
-        session.keep(decision)
+        ready, arena = decision.ready, decision.arena
+        held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
+        session.keep(decision, self._settings, held)
         if not decision.announced:
             compat.adjust_budget(-decision.arena.info.size_bytes, session.ready_since(decision))
 

@@ -20,6 +20,7 @@ from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.holder import Held
 from vllm_companion_plugin.interpreter import collector_paused, quick_switches
 from vllm_companion_plugin.launch import keeper
 from vllm_companion_plugin.module_tree.capture import Tree, capture
@@ -63,7 +64,7 @@ class _Publisher:
         self._model_config = model_config
         self._settings = settings
         self._publication = decision.granted.publication
-        self.published = False
+        self._held: Held | None = None
         self._arena: arenas.Arena | None = None
         self._next_sign = 0.0
         self.checkpoint_bytes = decision.checkpoint_bytes
@@ -129,7 +130,9 @@ class _Publisher:
         tensor_count = len(packed.manifest.tensors)
         ways = compat.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
         generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count, ways)
-        self.published = True
+        self._held = Held(
+            self._decision.key, generation, arena.info, arena.fds, manifest.result(), self._publication.published
+        )
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
             self._decision.key.title,
@@ -163,12 +166,12 @@ class _Publisher:
             size_bytes = self._arena.info.size_bytes
             if not self.is_bound:
                 self._arena.close()
-        if self.published:
+        if self._held is not None:
             key = self._decision.key
             session.outcomes.append(session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes))
             if self.is_bound:
                 self._decision.election.release()
-                session.keep(self._decision)
+                session.keep(self._decision, self._settings, self._held)
             else:
                 self._decision.close()
             return

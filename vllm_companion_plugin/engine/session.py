@@ -30,6 +30,7 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     NotShareableError,
 )
+from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
@@ -140,7 +141,7 @@ _drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
 _target: weakref.ref[nn.Module] | None = None
 _connections: dict[str, CompanionConnection] = {}
 # What this process maps or published; dropped only by the end of the process.
-_kept: list[Attach | Load] = []
+_kept: list[Attach | Load | Holder] = []
 outcomes: list[Outcome] = []
 """Of every model loaded in this process, in order."""
 
@@ -177,9 +178,13 @@ def forget(model_config: Any) -> None:
     _decisions.pop(id(model_config), None)
 
 
-def keep(decision: Attach | Load) -> None:
-    """Hold lease and memory until the process ends."""
+def keep(decision: Attach | Load, settings: Settings, held: Held) -> None:
+    """Hold lease and memory until the process ends, whatever becomes of the companion."""
     _kept.append(decision)
+    try:
+        _kept.append(Holder(decision.device.id, settings, held, decision.lease, _client_name()))
+    except CompanionError as error:
+        logger.warning("%s will be loaded again if its companion dies: %s", held.key.title, error)
 
 
 def ready_since(decision: Attach) -> float:
@@ -329,7 +334,7 @@ def _ask(
         wait_for_turn()  # what is there can be mapped by all ranks at once
     asked = _held(connection.status(), wanted, settings, (EntryState.READY, EntryState.LOADING)) or wanted
     while True:
-        lease = connection.attach(asked, may_load=may_load, client_name=f"vLLM {compat.versions()['vllm']}")
+        lease = connection.attach(asked, may_load=may_load, client_name=_client_name())
         election = None
         try:
             with ProgressBar("Waiting for weights") as bar:
@@ -351,6 +356,10 @@ def _ask(
         election.release()
         lease.release()
         asked = held
+
+
+def _client_name() -> str:
+    return f"vLLM {compat.versions()['vllm']}"
 
 
 def _held(

@@ -53,6 +53,10 @@ class DevicePaths:
         return self._at("loader.lock")
 
     @property
+    def holders(self) -> str:
+        return self._at("holders")
+
+    @property
     def keeper_socket(self) -> str:
         return self._at("keeper.sock")
 

@@ -21,6 +21,7 @@ from vllm_companion_plugin.types import (
     LeaseStatus,
     LoaderInfo,
     Progress,
+    Published,
 )
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "manifest_to_bytes",
     "progress_from_message",
     "progress_to_message",
+    "published_from_message",
+    "published_to_message",
 ]
 
 ARENA_KINDS = frozenset({"memfd", "cuda_vmm", "cuda_ipc"})
@@ -115,6 +118,19 @@ def loader_to_message(loader: LoaderInfo) -> Any:
 
 def loader_from_message(message: Any) -> LoaderInfo:
     return LoaderInfo(message.pid, message.client, message.since_unix_s, progress_from_message(message.progress))
+
+
+def published_to_message(published: Published) -> Any:
+    return messages.Published(
+        tensor_count=published.tensor_count,
+        ways=dict(published.ways),
+        ready_unix_s=published.ready_unix_s,
+        load_s=published.load_s,
+    )
+
+
+def published_from_message(message: Any) -> Published:
+    return Published(message.tensor_count, dict(message.ways), message.ready_unix_s, message.load_s)
 
 
 def entry_status_to_message(entry: EntryStatus) -> Any:

@@ -1,0 +1,226 @@
+"""A companion dies, and those who map its entries hand them to the next one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import KEY, Place, alive, arena_of, until
+from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError
+from vllm_companion_plugin.holder import Held, Holder
+from vllm_companion_plugin.launch import holders
+from vllm_companion_plugin.protocol import fd_channel
+from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
+
+pytestmark = pytest.mark.timeout(90)
+
+
+class Engines:
+    """Stand-ins for engines: each maps the entry, holds it, and ends."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.holders: list[Holder] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def connect(self) -> CompanionConnection:
+        connection = connect("cpu", self.place.settings, spawn=True)
+        self._undo.append(connection.close)
+        return connection
+
+    def start(self, content: bytes = b"weights", **changes: str) -> Ready | None:
+        """One more engine, which loads or attaches; what it attached to."""
+        connection, key = self.connect(), replace(KEY, **changes)
+        lease = connection.attach(key, may_load=True, client_name="engine")
+        outcome = lease.wait(10)
+        if isinstance(outcome, Granted):
+            arena, fds = arena_of(content)
+            generation = outcome.publication.publish(arena, fds, b"manifest", 3, {"hide": 7})
+            self._hold(lease, Held(key, generation, arena, fds, b"manifest", outcome.publication.published))
+            return None
+        fds = outcome.redeem()
+        assert os.pread(fds[0], 100, 0) == content
+        held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
+        self._hold(lease, held)
+        return outcome
+
+    def _hold(self, lease: Lease, held: Held) -> None:
+        self.holders.append(Holder("cpu", self.place.settings, held, lease, "engine"))
+        self._undo += [self.holders[-1].close, lambda: fd_channel.close_all(held.fds)]
+
+    def kill_companion(self) -> int:
+        pid = self.place.companion_pid()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not alive(pid), 5, "the companion is dead")
+        return pid
+
+    def status(self) -> CompanionStatus | None:
+        """Of a companion, should one answer."""
+        try:
+            with connect("cpu", self.place.settings, spawn=False) as connection:
+                return connection.status()
+        except CompanionError:
+            return None
+
+    def all_attached(self, leases: int) -> bool:
+        status = self.status()
+        return status is not None and [(e.state, len(e.leases)) for e in status.entries] == [(EntryState.READY, leases)]
+
+    def close(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+
+@pytest.fixture
+def engines(place: Place) -> Iterator[Engines]:
+    made = Engines(place)
+    yield made
+    made.close()
+
+
+def test_a_killed_companion_is_replaced_and_its_entry_comes_back_as_it_was(engines: Engines) -> None:
+    for _ in range(3):
+        engines.start()
+    for _ in range(2):  # what was handed back can be handed back again
+        before = engines.status()
+        assert before is not None
+        killed, began = engines.kill_companion(), time.monotonic()
+        until(lambda: engines.all_attached(3), 10, "all three are attached again")
+        assert time.monotonic() - began < 2
+        after = engines.status()
+        assert after is not None
+        assert after.pid != killed
+        assert replace(after.entries[0], leases=()) == replace(before.entries[0], leases=())
+        assert {lease.state for lease in after.entries[0].leases} == {LeaseState.ATTACHED}
+    fourth = engines.start()
+    assert fourth is not None
+    assert (fourth.generation, fourth.manifest) == (1, b"manifest")
+
+
+def test_who_comes_in_between_waits_instead_of_loading_again(engines: Engines) -> None:
+    """The holder is kept from noticing, so that the newcomer is the one who starts the companion."""
+    engines.start()
+    holder = engines.holders[0]
+    noticed = holder._hand_back
+    holder._hand_back = lambda: None  # type: ignore[method-assign]
+    engines.kill_companion()
+    lease = engines.connect().attach(KEY, may_load=True, client_name="newcomer")
+    status = engines.status()
+    assert status is not None
+    (entry,) = status.entries
+    assert (entry.state, entry.loader and entry.loader.progress.phase) == (EntryState.LOADING, "about to hand it back")
+    assert [x.state for x in entry.leases] == [LeaseState.WAITING]
+    noticed()
+    outcome = lease.wait(5)
+    assert isinstance(outcome, Ready)
+    assert outcome.generation == 1
+    lease.release()
+
+
+def test_what_nobody_hands_back_in_time_is_loaded_anew_as_the_next_generation(engines: Engines) -> None:
+    engines.start()
+    holder = engines.holders[0]
+    noticed = holder._hand_back
+    holder._hand_back = lambda: None  # type: ignore[method-assign]
+    engines.kill_companion()
+    began = time.monotonic()
+    assert engines.start(b"again") is None
+    assert 3 < time.monotonic() - began < 10
+    noticed()  # too late: it keeps its own, and has no lease
+    status = engines.status()
+    assert status is not None
+    assert [(e.generation, len(e.leases)) for e in status.entries] == [(2, 1)]
+
+
+def test_a_reader_of_what_nobody_hands_back_is_told(engines: Engines) -> None:
+    engines.start()
+    engines.holders[0]._hand_back = lambda: None  # type: ignore[method-assign]
+    engines.kill_companion()
+    with pytest.raises(EntryNotFoundError, match="handed back"):
+        engines.connect().attach(model=KEY.model, may_load=False, client_name="reader").wait(10)
+
+
+def test_a_companion_that_is_stopped_stays_away(engines: Engines) -> None:
+    engines.start()
+    pid = engines.place.companion_pid()
+    engines.connect().shutdown()
+    until(lambda: not alive(pid), 5, "the companion has ended")
+    until(lambda: engines.holders[0].lost, 5, "the engine has noticed")
+    time.sleep(1)
+    assert engines.status() is None
+
+
+def test_what_is_unloaded_is_not_handed_back(engines: Engines) -> None:
+    engines.start(model="gone/model", id="cd" * 32)
+    engines.start()
+    engines.connect().unload(model="gone/model", force=True)
+    engines.kill_companion()
+    until(lambda: engines.all_attached(1), 10, "the other is attached again")
+    status = engines.status()
+    assert status is not None
+    assert [entry.key.model for entry in status.entries] == [KEY.model]
+
+
+HOLDER = """
+import sys
+from tests.process.test_holder import Engines
+from tests.process.conftest import Place
+place = Place(sys.argv[1]); engines = Engines(place)
+print("ready" if engines.start() else "loaded", flush=True)
+sys.stdin.read()
+"""
+
+
+def child(place: Place) -> subprocess.Popen[str]:
+    process = place.run("-c", HOLDER, str(Path(place.settings.runtime_dir).parent))
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() in ("ready", "loaded"), process.communicate()[1]
+    return process
+
+
+def test_a_holder_that_dies_while_it_hands_back_is_followed_by_the_next(engines: Engines) -> None:
+    first, second = child(engines.place), child(engines.place)
+    os.kill(second.pid, signal.SIGSTOP)
+    engines.kill_companion()
+    os.kill(first.pid, signal.SIGKILL)
+    os.kill(second.pid, signal.SIGCONT)
+    until(lambda: engines.all_attached(1), 10, "the second handed it back")
+
+
+def test_of_what_nobody_maps_any_more_nothing_is_expected(engines: Engines) -> None:
+    process = child(engines.place)
+    engines.kill_companion()
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    assert engines.start(b"again") is None
+    assert time.monotonic() - began < 3
+
+
+def test_holds_are_seen_while_they_last_and_forgotten_afterwards(place: Place) -> None:
+    first, second = holders.hold(place.paths, KEY, 3), holders.hold(place.paths, KEY, 3)
+    assert list(holders.held(place.paths)) == [(KEY, 3)]
+    os.close(first)
+    assert list(holders.held(place.paths)) == [(KEY, 3)]
+    os.close(second)
+    assert list(holders.held(place.paths)) == []
+    assert os.listdir(place.paths.holders) == []
+
+
+def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
+    os.close(holders.hold(place.paths, KEY, 3))
+    path = os.path.join(place.paths.holders, f"{KEY.id}.3")
+    Path(path).write_text("{")
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert list(holders.held(place.paths)) == []
+    assert os.path.exists(path)

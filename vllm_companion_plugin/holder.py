@@ -1,0 +1,140 @@
+"""Who maps an entry can hand it back: a companion that dies takes nothing with it.
+
+Every process that keeps an entry's descriptors has all that a companion needs to know about it. The
+first to notice that the companion has died starts another one, and hands the entry back under its old
+generation; the others of the same entry find it there and only renew their leases.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, connect
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
+from vllm_companion_plugin.launch import holders
+from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.types import ArenaInfo, EntryKey, Published
+
+logger = logging.getLogger("vllm.companion.holder")
+
+GIVE_UP_S = 60.0
+RETRY_S = 0.2
+
+
+@dataclass(frozen=True)
+class Held:
+    """An entry that this process maps.
+
+    Attributes:
+        fds: one a block; not owned, and open as long as the holder is.
+    """
+
+    key: EntryKey
+    generation: int
+    arena: ArenaInfo
+    fds: Sequence[int]
+    manifest: bytes
+    published: Published
+
+
+class Holder:
+    """A hold on an entry, across the deaths of companions, until `close` or the end of the process.
+
+    A companion that is stopped, or unloads the entry, means it: then nothing is handed back.
+
+    Args:
+        lease: on `held`, attached; owned by the holder from now on.
+
+    Raises:
+        RuntimeDirError: the hold cannot be noted where a new companion would look for it.
+    """
+
+    def __init__(self, device: str, settings: Settings, held: Held, lease: Lease, client_name: str) -> None:
+        self._device = device
+        self._settings = settings
+        self._held = held
+        self._client_name = client_name
+        self._lease = lease
+        self._connection: CompanionConnection | None = None
+        self._closed = threading.Event()
+        self._mutex = threading.Lock()
+        self._note = holders.hold(device_paths(device, settings), held.key, held.generation)
+        self._watch(lease)
+
+    @property
+    def lost(self) -> bool:
+        """Whether no companion knows of this hold at the moment. What is mapped stays valid."""
+        return self._lease.lost.is_set()
+
+    def close(self) -> None:
+        """End the hold and its lease. Idempotent."""
+        self._let_go()
+        self._lease.release()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _watch(self, lease: Lease) -> None:
+        lease.on_retired(self._let_go)
+        lease.on_lost(self._on_lost)
+
+    def _let_go(self) -> None:
+        """Nothing is to be handed back any more."""
+        with self._mutex:
+            if not self._closed.is_set():
+                self._closed.set()
+                os.close(self._note)
+
+    def _on_lost(self, error: CompanionError) -> None:
+        if self._closed.is_set() or not isinstance(error, CompanionUnavailableError):
+            logger.info("%s The weights stay mapped here.", error)
+            return
+        # Not here: this is the thread of a stream of gRPC.
+        threading.Thread(target=self._hand_back, name="companion-hand-back", daemon=True).start()
+
+    def _hand_back(self) -> None:
+        title, deadline = self._held.key.title, time.monotonic() + GIVE_UP_S
+        logger.warning("The companion of %s has died; handing %s to a new one.", self._device, title)
+        while not self._closed.is_set():
+            try:
+                self._attach_again()
+                return
+            except CompanionError as error:
+                if time.monotonic() > deadline:
+                    logger.warning("%s could not be handed back: %s It stays mapped here.", title, error)
+                    return
+                logger.debug("Handing back failed: %s", error)
+                time.sleep(RETRY_S)
+
+    def _attach_again(self) -> None:
+        held, started = self._held, time.monotonic()
+        connection = connect(self._device, self._settings, spawn=True)
+        try:
+            lease = connection.attach(
+                held.key, may_load=False, client_name=self._client_name, held_generation=held.generation
+            )
+            outcome = lease.wait(self._settings.wait_timeout_s)
+            if isinstance(outcome, Granted):
+                outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
+            elif outcome.generation != held.generation:
+                connection.close()
+                logger.warning("%s was loaded anew; this process keeps its own copy until it ends.", held.key.title)
+                return
+        except BaseException:
+            connection.close()
+            raise
+        done = "Handed back" if isinstance(outcome, Granted) else "Attached again to"
+        logger.info(
+            "%s %s, generation %d, in %.2f s", done, held.key.title, held.generation, time.monotonic() - started
+        )
+        self._lease, old, self._connection = lease, self._connection, connection
+        if old is not None:
+            old.close()
+        if self._closed.is_set():
+            self.close()
+        self._watch(lease)

@@ -1,0 +1,60 @@
+"""Which entries are still mapped by somebody, whatever has become of their companion.
+
+A process that keeps an entry's descriptors holds a shared lock (flock) on a file of that entry. The
+kernel frees it when the process ends, in whatever container it ran. A companion that starts and
+finds such a lock waits for the entry to be handed back, instead of letting it be loaded once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+
+from vllm_companion_plugin.errors import RuntimeDirError
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, ensure_private_directory
+from vllm_companion_plugin.types import EntryKey
+
+_MAX_BYTES = 64 << 20
+
+
+def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
+    """Say that this process holds an entry; a descriptor, which the caller owns and closes to end that.
+
+    Raises:
+        RuntimeDirError: the file cannot be made.
+    """
+    try:
+        ensure_private_directory(paths.holders)
+        path = os.path.join(paths.holders, f"{key.id}.{generation}")
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):  # `held` may have removed it before it was locked
+                if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+                    break
+            os.close(fd)
+        # Everybody writes the same.
+        os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)
+    except OSError as error:
+        raise RuntimeDirError(f"Cannot note in {paths.holders} what this process holds: {error.strerror}.") from error
+    return fd
+
+
+def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
+    """Keys and generations that somebody holds now. Removes the files of all others."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(ValueError, TypeError):  # not written yet, or not by us
+                    yield EntryKey(**json.loads(os.pread(fd, _MAX_BYTES, 0))), int(entry.name.rpartition(".")[2])
+            else:
+                os.unlink(entry.path)
+            finally:
+                os.close(fd)
