@@ -211,9 +211,13 @@ class CompanionConnection:
         response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
         return tuple(mapping.entry_status_from_message(entry) for entry in response.unloaded)
 
-    def shutdown(self) -> int:
-        """End the companion; its pid. Clients keep what they have mapped."""
-        return int(self._call("Shutdown", messages.ShutdownRequest()).pid)
+    def shutdown(self, *, replaced: bool = False) -> int:
+        """End the companion; its pid. Clients keep what they have mapped.
+
+        Args:
+            replaced: another one follows, to which clients shall hand it back.
+        """
+        return int(self._call("Shutdown", messages.ShutdownRequest(replaced=replaced)).pid)
 
     def _call(self, method: str, request: Any) -> Any:
         try:

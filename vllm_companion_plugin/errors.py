@@ -42,6 +42,12 @@ class CompanionUnavailableError(CompanionError):
     expected = True
 
 
+class CompanionReplacedError(CompanionUnavailableError):
+    """The companion ended to make room for another one, which takes over what is mapped."""
+
+    code = "replaced"
+
+
 class AlreadyRunningError(CompanionError):
     """Another companion already holds the lock of this device."""
 

@@ -224,3 +224,40 @@ def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
         assert list(holders.held(place.paths)) == []
     assert os.path.exists(path)
+
+
+def upgrade(place: Place) -> tuple[int, str]:
+    process = place.run("-m", "vllm_companion_plugin.cli.main", "upgrade")
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out + err
+
+
+def test_an_upgrade_takes_over_what_engines_map_and_what_nobody_does(engines: Engines) -> None:
+    for identity in ("cd" * 32, KEY.id):
+        engines.start(id=identity, model=f"model/{identity[:2]}")
+    engines.start(id=KEY.id, model="model/ab")
+    engines.holders[0].close()  # its entry stays, used by nobody
+    before = engines.status()
+    assert before is not None
+    code, text = upgrade(engines.place)
+    assert code == 0, text
+    after = engines.status()
+    assert after is not None
+    assert f"is now pid {after.pid}" in text
+    assert after.pid != before.pid
+    assert after.linger_s == before.linger_s
+    until(lambda: [len(e.leases) for e in (engines.status() or before).entries] in ([0, 2], [2, 0]), 5, "all are back")
+    shown = {entry.key.id: replace(entry, leases=()) for entry in after.entries}
+    assert shown == {entry.key.id: replace(entry, leases=()) for entry in before.entries}
+
+
+def test_an_upgrade_waits_for_no_load_and_changes_nothing_then(engines: Engines) -> None:
+    connection = engines.connect()
+    lease = connection.attach(KEY, may_load=True, client_name="loader")
+    assert isinstance(lease.wait(5), Granted)
+    pid = engines.place.companion_pid()
+    code, text = upgrade(engines.place)
+    assert (code, "is being loaded" in text) == (1, True), text
+    assert engines.place.companion_pid() == pid
+    assert not lease.lost.is_set()
+    lease.release()

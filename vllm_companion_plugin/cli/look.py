@@ -155,7 +155,7 @@ def stop_all(settings: Settings) -> None:
     """End every companion of this runtime directory, without a word."""
     with running(settings, None) as connections:
         for connection in connections:
-            _wait_gone(connection.device, connection.shutdown())
+            wait_gone(connection.device, connection.shutdown())
 
 
 def _stop(connection: CompanionConnection) -> None:
@@ -163,13 +163,13 @@ def _stop(connection: CompanionConnection) -> None:
     with contextlib.suppress(CompanionError, ValueError):  # another version's status may not be readable
         leases = [(entry, lease) for entry in connection.status().entries for lease in entry.leases]
     pid = connection.shutdown()
-    _wait_gone(connection.device, pid)
+    wait_gone(connection.device, pid)
     print(f"Stopped the companion of {connection.device} (pid {pid}).")
     for entry, lease in leases:
         print(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
 
 
-def _wait_gone(device: str, pid: int) -> None:
+def wait_gone(device: str, pid: int) -> None:
     """Return when process `pid` has ended. Its exit frees the memory, not its answer."""
     try:
         pidfd = os.pidfd_open(pid)

@@ -40,7 +40,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         from vllm_companion_plugin.cli import doctor
 
         return doctor.main(parsed)
-    from vllm_companion_plugin.cli import look, serve, verify
+    from vllm_companion_plugin.cli import look, serve, upgrade, verify
 
     if parsed.command == "serve":
         return serve.serve(parsed, rest)
@@ -48,6 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return verify.main(parsed, rest)
     _refuse(parser, rest)
     commands = {"status": look.status, "watch": look.watch, "unload": look.unload, "stop": look.stop}
+    commands["upgrade"] = upgrade.upgrade
     return commands[parsed.command](parsed)
 
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     unload.add_argument("--force", action="store_true", help="also while engines are attached")
     unload.add_argument("--all", action="store_true", help="every model")
     command("stop", "End companions; attached engines keep serving.")
+    command("upgrade", "Replace companions by ones of this installation, while engines serve.", "spawn_timeout_s")
     command(
         "verify",
         "Prove that MODEL with these flags is the same through a companion as without: every tensor byte for byte, "

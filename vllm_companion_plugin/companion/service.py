@@ -37,6 +37,7 @@ from vllm_companion_plugin.companion.tickets import Tickets
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
+    CompanionReplacedError,
     LeaseLostError,
     ProtocolMismatchError,
     TicketError,
@@ -71,6 +72,7 @@ class CompanionService:
         self._wake: dict[int, asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._version = 0
+        self._ended_by: type[CompanionError] = LeaseLostError
 
     # ---- what the registry and the fd socket call
 
@@ -277,7 +279,8 @@ class CompanionService:
             return messages.UnloadResponse(unloaded=[mapping.entry_status_to_message(entry) for entry in unloaded])
 
     async def Shutdown(self, request: Any, context: Any) -> Any:
-        logger.info("Shutdown was asked for.")
+        logger.info("Shutdown was asked for%s.", "; another companion follows" if request.replaced else "")
+        self._ended_by = CompanionReplacedError if request.replaced else LeaseLostError
         # After the answer is on its way.
         asyncio.get_running_loop().call_later(0.02, self.stop.set)
         return messages.ShutdownResponse(pid=os.getpid())
@@ -285,7 +288,7 @@ class CompanionService:
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
         text = f"The companion of {self.device} (pid {os.getpid()}) has shut down. Mapped memory stays valid."
-        self.registry.close(LeaseLostError(text))
+        self.registry.close(self._ended_by(text))
 
 
 class _Receiving:

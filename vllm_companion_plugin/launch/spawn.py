@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 
 from filelock import FileLock, Timeout
@@ -57,20 +57,39 @@ def ensure_companion(device: str, settings: Settings, *, linger_s: float | None 
     paths = device_paths(device, settings)
     if is_listening(paths):
         return
+    with _spawn_lock(paths, settings) as deadline:
+        if not is_listening(paths):
+            _spawn(paths, settings, settings.linger_s if linger_s is None else linger_s, deadline)
+
+
+def replace_companion(device: str, settings: Settings, end: Callable[[], object], linger_s: float) -> None:
+    """Start a companion of this installation after `end()` has ended the one that runs; nobody else starts one.
+
+    Raises:
+        CompanionError: as `ensure_companion`, and what `end` raises.
+    """
+    paths = device_paths(device, settings)
+    with _spawn_lock(paths, settings) as deadline:
+        end()
+        _spawn(paths, settings, linger_s, deadline)
+
+
+@contextlib.contextmanager
+def _spawn_lock(paths: DevicePaths, settings: Settings) -> Iterator[float]:
+    """The right to start a companion; gives the monotonic time until when."""
     deadline = time.monotonic() + settings.spawn_timeout_s
     lock = FileLock(paths.spawn_lock, thread_local=False)
     try:
         lock.acquire(timeout=settings.spawn_timeout_s)
     except Timeout:
         raise CompanionUnavailableError(
-            f"Another process has been starting the companion of {device} for {settings.spawn_timeout_s:g} s. "
+            f"Another process has been starting the companion of {paths.device} for {settings.spawn_timeout_s:g} s. "
             f"Its log: {paths.log}"
         ) from None
     except OSError as error:
         raise RuntimeDirError(f"Cannot lock {paths.spawn_lock}: {error.strerror or error}.") from error
     try:
-        if not is_listening(paths):
-            _spawn(paths, settings, settings.linger_s if linger_s is None else linger_s, deadline)
+        yield deadline
     finally:
         lock.release()
 
