@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import resource
 import selectors
 import socket
 import struct
@@ -30,6 +31,8 @@ logger = logging.getLogger("vllm.companion.keeper")
 
 LINGER_S = 10.0
 """Without any allocation; its context takes device memory, and the next loader can start another keeper."""
+
+RETRY_S = 0.1
 
 _UCRED = struct.Struct("iII")
 
@@ -55,11 +58,15 @@ class Keeper:
         self._watch(listener, self._accept)
 
     def run(self, linger_s: float) -> None:
-        """Serve until there has been no allocation for `linger_s`."""
+        """Serve until there has been no allocation for `linger_s`. Survives its clients."""
         idle_until = time.monotonic() + linger_s
         while self._used or time.monotonic() < idle_until:
             for key, _ in self._selector.select(None if self._used else max(0.0, idle_until - time.monotonic())):
-                key.data()
+                try:
+                    key.data()
+                except Exception:
+                    logger.exception("A request failed.")
+                    time.sleep(RETRY_S)  # what is not mended by itself must not fill the log
                 idle_until = time.monotonic() + linger_s
 
     def _watch(self, sock: socket.socket, on_readable: Callable[..., None], *arguments: Any) -> None:
@@ -83,23 +90,30 @@ class Keeper:
         """One request, one answer, and the connection is over."""
         try:
             request = peer.recv(SIZE.size + 1)
-            if len(request) != SIZE.size:
-                return
-            tag_fd = self._new(*SIZE.unpack(request))
-            try:
-                socket.send_fds(peer, [OK], [tag_fd])
-            finally:
-                os.close(tag_fd)
-        except CompanionError as error:
-            peer.send(FAILED + str(error).encode())
-        except OSError as error:  # it has gone; so has its end of what was allocated
-            logger.warning("A client left before it was answered: %s.", error)
+            if len(request) == SIZE.size:
+                self._allocate_for(peer, *SIZE.unpack(request))
         finally:
             self._forget(peer)
 
+    def _allocate_for(self, peer: socket.socket, size_bytes: int) -> None:
+        try:
+            tag_fd = self._new(size_bytes)
+        except CompanionError as error:
+            peer.send(FAILED + str(error).encode())
+            return
+        try:
+            # If it has gone, so has its end of what was allocated.
+            socket.send_fds(peer, [OK], [tag_fd])
+        finally:
+            os.close(tag_fd)
+
     def _new(self, size_bytes: int) -> int:
         address, handle = self._allocate(size_bytes)
-        end, tag_fd = ipc_tag.make(ipc_tag.Tag(size_bytes, os.getpid(), handle))
+        try:
+            end, tag_fd = ipc_tag.make(ipc_tag.Tag(size_bytes, os.getpid(), handle))
+        except OSError:
+            self._free(address)
+            raise
         self._used[end] = address, size_bytes
         self._watch(end, self._end_if_unused, end)
         logger.info("Allocated %.2f GiB.", size_bytes / 2**30)
@@ -130,16 +144,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level="INFO", stream=sys.stderr, format="%(levelname)s %(asctime)s %(message)s")
         _keep(paths, parsed.ready_fd)
     except (CompanionError, ImportError, OSError) as error:
-        report(parsed.ready_fd, f"failed {error}")
         print(f"vllm-companion keeper: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 def _keep(paths: DevicePaths, ready_fd: int | None) -> None:
+    try:
+        listener = _listen(paths)
+    except (CompanionError, ImportError, OSError) as error:
+        report(ready_fd, f"failed {error}")
+        raise
+    ours = os.stat(paths.keeper_socket)
+    report(ready_fd, "ok")
     from vllm_companion_plugin.arena import cuda_ipc
+
+    try:
+        Keeper(listener, cuda_ipc.allocate, cuda_ipc.free).run(LINGER_S)
+    finally:
+        # In this order: who finds no socket starts another keeper, whose socket must stay.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(paths.keeper_socket), ours):
+                os.unlink(paths.keeper_socket)
+        listener.close()
+
+
+def _listen(paths: DevicePaths) -> socket.socket:
+    """The socket where we are asked, once the device has let us in."""
     from vllm_companion_plugin.arena.cuda_driver import ensure_context
 
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor stays open for every allocation
     ensure_context(0)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Whoever starts us holds the lock and has found that nobody listens here.
@@ -147,13 +182,7 @@ def _keep(paths: DevicePaths, ready_fd: int | None) -> None:
         os.unlink(paths.keeper_socket)
     listener.bind(paths.keeper_socket)
     listener.listen(64)
-    report(ready_fd, "ok")
-    try:
-        Keeper(listener, cuda_ipc.allocate, cuda_ipc.free).run(LINGER_S)
-    finally:
-        # In this order: who finds no socket starts another keeper, whose socket must stay.
-        os.unlink(paths.keeper_socket)
-        listener.close()
+    return listener
 
 
 if __name__ == "__main__":

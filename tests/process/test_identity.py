@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -513,3 +514,27 @@ def test_a_model_that_is_its_own_draft_is_found_by_its_role(engines: Engines, tm
     assert connection.wait_ready(str(model), timeout_s=5).key == found["target"]
     for model_config in (made.model_config, compat.draft_config(made)):
         session._decisions[id(model_config)].close()  # type: ignore[union-attr]
+
+
+def test_what_a_failed_engine_was_to_load_is_left_to_the_next_in_the_same_process(
+    engines: Engines, first: Path
+) -> None:
+    """An engine may end between its decision and its load: its share of the memory may be too small."""
+    made = config(first)
+    assert isinstance(session.decide(made, made.model_config, engines.settings), session.Load)
+    again = config(first)
+    del made
+    gc.collect()
+    decision = session.decide(again, again.model_config, replace(engines.settings, wait_timeout_s=5))
+    assert isinstance(decision, session.Load)
+    session.forget(again.model_config)
+    decision.close()
+
+
+def test_speculation_changes_the_key_of_a_hybrid(tiny: Path, tmp_path: Path) -> None:
+    """Gated delta nets keep the number of tokens as an attribute, which parity compares."""
+    models.make("hybrid", tmp_path / "hybrid", tiny=True)
+    guess = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    assert key_of(tiny).id == key_of(tiny, speculative_config=guess).id
+    changed = key_of(tmp_path / "hybrid", speculative_config=guess).differences(key_of(tmp_path / "hybrid"))
+    assert changed == ["speculative.num_speculative_tokens is 'absent' there and '3' here"]

@@ -3,10 +3,12 @@ is the contract's and the GPU tests' business."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -28,9 +30,14 @@ class Memory:
 
     def __init__(self) -> None:
         self.used: dict[int, int] = {}
+        self.asked: list[int] = [0]
+        self.waits = threading.Event()
+        self.waits.set()
         self.next = 1
 
     def allocate(self, size_bytes: int) -> tuple[int, bytes]:
+        assert self.waits.wait(10)
+        self.asked.append(size_bytes)
         if sum(self.used.values()) + size_bytes > GIB:
             raise ArenaError(f"Allocating {size_bytes} bytes failed: CUDA_ERROR_OUT_OF_MEMORY.")
         self.next += 1
@@ -89,8 +96,36 @@ def test_too_much_is_refused_in_the_keepers_words_and_it_goes_on(place: Place, m
     before = open_fds()
     with pytest.raises(ArenaError, match=r"keeper of cpu: Allocating 1073741825 bytes failed: CUDA_ERROR_OUT_OF"):
         ask(place, GIB + 1)
-    assert open_fds() == before
+    until(lambda: open_fds() == before, 5, "the keeper, in this process, has closed its end")
     os.close(ask(place, GIB))
+
+
+def test_a_client_that_leaves_before_its_answer_ends_nobody(place: Place, memory: Memory) -> None:
+    kept = ask(place, 100)
+    for size_bytes in (GIB + 1, 50):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(place.paths.keeper_socket)
+            memory.waits.clear()
+            sock.send(client.SIZE.pack(size_bytes))
+        memory.waits.set()
+        until(lambda size_bytes=size_bytes: memory.asked[-1] == size_bytes, 5, "the request was read")
+    until(lambda: memory.used == {2: 100}, 5, "nothing of it is left")
+    os.close(ask(place, 1))
+    os.close(kept)
+
+
+def test_without_a_descriptor_left_nothing_is_allocated_and_the_keeper_goes_on(
+    place: Place, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tag: ipc_tag.Tag) -> tuple[socket.socket, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ipc_tag, "make", full)
+        with pytest.raises(ArenaError):
+            client.allocate("cpu", 100, replace(place.settings, spawn_timeout_s=1))
+    assert memory.used == {}
+    os.close(ask(place, 5))
 
 
 @pytest.mark.parametrize("request_bytes", [b"", b"x", b"x" * 100])

@@ -124,7 +124,7 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
         raise PermissionError(13, "Permission denied", "/models/m")
 
     monkeypatch.setattr(session, "_decide", unreadable)
-    model, config = SimpleNamespace(), SimpleNamespace(speculative_config=None)
+    model, config = nn.Module(), SimpleNamespace(speculative_config=None)
     decision = session.decide(config, model, resolve())
     session.forget(model)
     assert isinstance(decision, session.Alone)

@@ -37,7 +37,7 @@ def allocate(size_bytes: int) -> tuple[int, bytes]:
 
 
 def free(address: int) -> None:
-    """End an allocation. Processes that have opened it keep it until they close it."""
+    """End an allocation that nobody has open: its tag ends only after the last mapping."""
     call("Freeing memory", driver.cuMemFree(address))
 
 

@@ -34,12 +34,13 @@ def unsupported_reason(device_index: int) -> str | None:
         if not call("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(needed, device)):
             return f"device {device_index} lacks {needed.name}"
     # Some hypervisors and sandboxes report the attributes and refuse the export.
+    writer = CudaVmmWriter(granularity(device_index), device_index)
     try:
-        writer = CudaVmmWriter(granularity(device_index), device_index)
         writer.add_block(granularity(device_index))
-        writer.abort()
     except ArenaError as error:
         return f"device {device_index}: {error}"
+    finally:
+        writer.abort()
     return None
 
 

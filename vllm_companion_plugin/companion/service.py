@@ -151,13 +151,16 @@ class CompanionService:
             raise BadRequestError("An attach needs a key or a query.")
         select = mapping.key_from_message(request.key) if selected == "key" else _query(request.query)
         client = request.client[:200] or "client"
-        for entry in self.registry.retire(memory_is_lost):
-            logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
+        self._retire_lost()
         holds = selected == "key" and request.held_generation > 0
         may_load = request.may_load or holds
         lease = self.registry.attach(select, may_load=may_load, pid=request.pid, client=client, holds=holds)
         logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
         return lease
+
+    def _retire_lost(self) -> None:
+        for entry in self.registry.retire(memory_is_lost):
+            logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
 
     async def _serve_lease(self, lease: Lease, context: Any) -> None:
         wake = self._wake[lease.id] = asyncio.Event()
@@ -262,6 +265,7 @@ class CompanionService:
         logger.info("%s (pid %d) keeps %s: %s", lease.client, lease.pid, lease.entry.key.model, reason)
 
     async def Status(self, request: Any, context: Any) -> Any:
+        self._retire_lost()
         return mapping.companion_status_to_message(self.status())
 
     async def Watch(self, request: Any, context: Any) -> None:

@@ -82,6 +82,15 @@ def requested_bytes(device: EngineDevice) -> int:
     return int(torch.cuda.memory_stats(device.torch_device).get("requested_bytes.all.current", 0))
 
 
+# All ranks of an engine read together, each a part for all.
+_COLLECTIVE_FORMATS = ("fastsafetensors", "instanttensor")
+
+
+def source_format(wanted: str, vllm_config: Any) -> str:
+    """`wanted`, unless all ranks would have to read together: with a companion, some may attach."""
+    return "auto" if wanted in _COLLECTIVE_FORMATS and vllm_config.parallel_config.world_size > 1 else wanted
+
+
 def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
     """vLLM's own loader of `source_format`."""
     from vllm.model_executor.model_loader import get_model_loader
@@ -110,6 +119,8 @@ def unshareable_reason(vllm_config: Any) -> str | None:
 
 def must_own_reason(vllm_config: Any) -> str | None:
     """Why an engine of this configuration needs weights that it may write to, or None."""
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        return "weight transfer writes new weights in place"
     # A draft may be loaded with a parallel config of its own, in the same engine.
     target = getattr(vllm_config.speculative_config, "target_parallel_config", None)
     for parallel in (vllm_config.parallel_config, target):
@@ -168,6 +179,8 @@ def replaced_by_target(vllm_config: Any, draft: nn.Module, target: nn.Module) ->
     embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
     found = {"model.embed_tokens": embedding, "lm_head": head}
     named = [name for name, _ in layers.named_children()] if isinstance(layers, nn.Module) else []
+    if getattr(vllm_config.speculative_config, "use_step3p5_mtp", lambda: False)():
+        named, head = [], None  # it keeps its own
     found |= {f"model.layers.{name}.shared_head.head": head for name in named}
     there = dict(draft.named_modules(remove_duplicate=False))
     return {path: module for path, module in found.items() if isinstance(module, nn.Module) and path in there}

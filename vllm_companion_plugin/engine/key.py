@@ -120,6 +120,8 @@ def compute(
     fields |= {f"version.{name}": value for name, value in compat.versions().items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     fields |= _pick("parallel", parallel, _PARALLEL_FIELDS)
+    if getattr(model_config, "is_hybrid", False):  # gated delta nets keep the number, and decide no tensor by it
+        fields |= _pick("speculative", vllm_config.speculative_config, ("num_speculative_tokens",))
     lora = dataclasses.asdict(vllm_config.lora_config) if vllm_config.lora_config is not None else {}
     # All of them: some are read when a model is built, and which ones changes between versions.
     fields |= {f"lora.{name}": _text(value) for name, value in lora.items()}

@@ -75,18 +75,25 @@ class CompanionModelLoader(BaseModelLoader):
                 return model
         if isinstance(decision, session.Load):
             try:
-                model = load_and_publish(decision, self._source(), vllm_config, model_config, prefix, self._settings)
+                model = load_and_publish(
+                    decision, self._source(vllm_config), vllm_config, model_config, prefix, self._settings
+                )
             except BaseException:
                 decision.close()
                 raise
             return model
         role = "draft" if compat.is_draft(vllm_config, model_config) else "target"
         session.not_shared(model_config.model, role, decision.reason)
-        alone: nn.Module = self._source().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        source = self._source(vllm_config)
+        alone: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return alone
 
-    def _source(self) -> BaseModelLoader:
-        return compat.source_loader(self.load_config, self._settings.source_format)
+    def _source(self, vllm_config: Any = None) -> BaseModelLoader:
+        wanted = self._settings.source_format
+        used = wanted if vllm_config is None else compat.source_format(wanted, vllm_config)
+        if used != wanted:
+            logger.info("Reading with %s instead of %s, which needs all ranks at once.", used, wanted)
+        return compat.source_loader(self.load_config, used)
 
     def _keep(self, decision: session.Attach) -> None:
         if self._settings.share == "copy":

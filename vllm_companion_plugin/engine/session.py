@@ -22,7 +22,7 @@ from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Re
 from vllm_companion_plugin.engine import checkpoint, compat, key
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
-from vllm_companion_plugin.engine.turns import turn
+from vllm_companion_plugin.engine.turns import Turn
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -134,7 +134,7 @@ class Outcome:
     ways: Mapping[str, int] = field(default_factory=dict)
 
 
-# By id of the model config, which lives as long as the process.
+# By id of the model config, until that is gone.
 _decisions: dict[int, Decision] = {}
 # By id of a draft's model config: fields of its key, noted before its target was built, and the target's key.
 _drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
@@ -169,8 +169,21 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
                 raise
             logger.debug("No decision", exc_info=True)
             known = Alone(str(error) if isinstance(error, CompanionError) else f"{type(error).__name__}: {error}")
-        _decisions[id(model_config)] = known
+        _note(_decisions, model_config, known)
     return known
+
+
+def _note(table: dict[int, Any], config: Any, value: Any) -> None:
+    """`table[id(config)] = value`, as long as `config` lives."""
+    table[id(config)] = value
+    weakref.finalize(config, _drop, table, id(config)).atexit = False
+
+
+def _drop(table: dict[int, Any], number: int) -> None:
+    """An engine has ended before it carried out what was decided: nobody shall wait for it."""
+    value = table.pop(number, None)
+    if isinstance(value, (Attach, Load)):
+        value.close()
 
 
 def forget(model_config: Any) -> None:
@@ -244,16 +257,17 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
         return None
     if not isinstance(decision, Attach):
         return None
-    _decisions[id(draft)] = decision
+    _note(_decisions, draft, decision)
     return decision
 
 
 def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     if reason := compat.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
-    device = compat.engine_device(vllm_config, settings.arena)
-    with turn(device.id, settings.wait_timeout_s) as wait_for_turn:
-        return _decide_target(device, vllm_config, model_config, settings, wait_for_turn)
+    with Turn(settings.wait_timeout_s) as turn:
+        device = compat.engine_device(vllm_config, settings.arena)
+        turn.announce(device.id)
+        return _decide_target(device, vllm_config, model_config, settings, turn.wait)
 
 
 def _decide_target(
@@ -270,7 +284,7 @@ def _decide_target(
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, path, settings, wait_for_turn=wait_for_turn)
     if draft is not None:
-        _drafts[id(draft)] = fields, decision.key
+        _note(_drafts, draft, (fields, decision.key))
     return decision
 
 

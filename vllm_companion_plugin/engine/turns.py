@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from torch import distributed
@@ -20,34 +19,48 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.companion")
 
 # All ranks take the same decisions, so their counts agree.
-_decisions = itertools.count()
+_turns = itertools.count()
 
 
-@contextlib.contextmanager
-def turn(device_id: str, timeout_s: float) -> Iterator[Callable[[], None]]:
-    """While open, this rank decides. Gives a function that returns once all ranks before it have decided.
+class Turn:
+    """One decision of this rank, among those of all ranks of its engine.
 
     Ranks are ordered by device, because all engines of a host must agree, and then by number. A rank that does not
-    report in `timeout_s` is waited for no longer.
+    get on in `timeout_s` is waited for no longer.
     """
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        yield lambda: None
-        return
-    store, own, ranks = _get_default_store(), distributed.get_rank(), range(distributed.get_world_size())
-    timeout = timedelta(seconds=timeout_s)
-    name = f"vllm-companion/{next(_decisions)}"
 
-    def wait() -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+        self._announced = False
+        if not self._alone:
+            self._store, self._own = _get_default_store(), distributed.get_rank()
+            self._ranks = range(distributed.get_world_size())
+            self._name = f"vllm-companion/{next(_turns)}"
+
+    def announce(self, device_id: str) -> None:
+        """Say where this rank stands in the order."""
+        if not self._alone and not self._announced:
+            self._announced = True
+            self._store.set(f"{self._name}/device/{self._own}", device_id)
+
+    def wait(self) -> None:
+        """Return once all ranks before this one have decided."""
+        if self._alone:
+            return
         try:
-            store.wait([f"{name}/device/{rank}" for rank in ranks], timeout)
-            order = sorted(ranks, key=lambda rank: (store.get(f"{name}/device/{rank}"), rank))
-            store.wait([f"{name}/decided/{rank}" for rank in order[: order.index(own)]], timeout)
-        except distributed.DistError as error:
-            logger.warning("Rank %d decides without the ranks before it: %s", own, error)
+            self._store.wait([f"{self._name}/device/{rank}" for rank in self._ranks], self._timeout)
+            order = sorted(self._ranks, key=lambda rank: (self._store.get(f"{self._name}/device/{rank}"), rank))
+            before = order[: order.index(self._own)]
+            self._store.wait([f"{self._name}/decided/{rank}" for rank in before], self._timeout)
+        except RuntimeError as error:  # DistError, but for some stores
+            logger.warning("Rank %d decides without the ranks before it: %s", self._own, error)
 
-    store.set(f"{name}/device/{own}", device_id)
-    try:
-        yield wait
-    finally:
-        with contextlib.suppress(distributed.DistError):  # its host is gone, and this engine with it
-            store.set(f"{name}/decided/{own}", "")
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the store's host is gone, and this engine with it
+            self.announce("")  # if this rank has failed: nobody waits for it
+            if not self._alone:
+                self._store.set(f"{self._name}/decided/{self._own}", "")

@@ -13,6 +13,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.executor.abstract import Executor
 
 from vllm_companion_plugin.engine import flags
+from vllm_companion_plugin.errors import SettingsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_general_plugins()
     # An engine may load alone if it must; here nothing would be left of that.
     args = flags.through_companion(flags.parse("serve", arguments), fallback=False)
+    if args.data_parallel_size > 1:
+        raise SettingsError(
+            "serve: --data-parallel-size starts replicas, and only one is loaded here. Leave it out for a dense model, "
+            "whose replicas share; a mixture of experts is split over its replicas: let the first engine load it."
+        )
     vllm_config = args.create_engine_config()
     executor = Executor.get_class(vllm_config)(vllm_config)
     executor.shutdown()

@@ -61,7 +61,7 @@ def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
         try:
             sock.connect(paths.keeper_socket)
             sock.send(SIZE.pack(size_bytes))
-            answer, fds, _, _ = socket.recv_fds(sock, _MAX_ANSWER_BYTES, 1)
+            answer, fds, _, _ = socket.recv_fds(sock, _MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         except (FileNotFoundError, ConnectionError):
             return None
         except OSError as error:  # a timeout is one, too
@@ -72,7 +72,6 @@ def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
         raise ArenaError(f"The keeper of {paths.device}: {answer[1:].decode(errors='replace')}")
     if not fds:
         return None  # it ended while we asked
-    os.set_inheritable(fds[0], False)
     return fds[0]
 
 

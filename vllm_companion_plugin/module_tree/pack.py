@@ -244,6 +244,8 @@ def copy(
     if device.type == "cuda":
         # vLLM with several ranks works on a stream of its own, for which the arena's copies do not wait.
         torch.cuda.synchronize(device)
+    if kind == arenas.CUDA_IPC:
+        release()  # its memory comes from another process, as a whole
     writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
     rebound: list[torch.Tensor] = []
     try:
