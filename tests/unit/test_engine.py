@@ -133,6 +133,20 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
         session.decide(config, model, replace(resolve(), fallback=False))
 
 
+def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> None:
+    plain = SimpleNamespace(parallel_config=SimpleNamespace(), speculative_config=None)
+    assert compat.must_own_reason(plain) is None
+    plain.weight_transfer_config = object()
+    assert session.settings_for(plain, resolve()).share == "copy"
+
+
+def test_formats_that_all_ranks_read_together_are_not_used_by_several() -> None:
+    for ranks, used in ((1, "fastsafetensors"), (2, "auto")):
+        config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=ranks))
+        assert compat.source_format("fastsafetensors", config) == used
+        assert compat.source_format("runai_streamer", config) == "runai_streamer"
+
+
 def test_expert_maps_are_readable_while_a_model_is_built_without_memory() -> None:
     from vllm.model_executor.layers.fused_moe import expert_map_manager
 

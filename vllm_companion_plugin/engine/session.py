@@ -291,7 +291,7 @@ def _decide_target(
 def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load: bool = True) -> Decision:
     """Of a draft. This process waits for no lock of its own: its target is loaded, or mapped, by then."""
     if not compat.has_draft_weights(vllm_config):
-        return Alone("there are none")
+        return Alone("its drafts come from the target, without weights of their own")
     if id(draft) not in _drafts:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = _drafts[id(draft)]
