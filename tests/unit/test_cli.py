@@ -275,11 +275,11 @@ def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch
 
 def test_stop_waits_for_the_process_and_not_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
-        look._wait_gone("cpu", process.pid)
+        look.wait_gone("cpu", process.pid)
         assert process.poll() == 0
-    look._wait_gone("cpu", process.pid)
+    look.wait_gone("cpu", process.pid)
     monkeypatch.setattr(look, "STOP_TIMEOUT_S", 0.1)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         with pytest.raises(CompanionError, match=f"kill -9 {process.pid}"):
-            look._wait_gone("cpu", process.pid)
+            look.wait_gone("cpu", process.pid)
         process.kill()
