@@ -37,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "publication": (BASE | {"protocol", "launch"}, {"grpc"}),
     "lease": (BASE | {"protocol", "launch", "publication"}, {"grpc"}),
     "client": (BASE | {"settings", "protocol", "launch", "lease", "publication"}, {"grpc"}),
-    "holder": (BASE | {"settings", "launch", "client"}, set()),
+    "holder": (BASE | {"settings", "launch", "protocol", "client"}, set()),
     "module_tree": (BASE | {"arena", "module_tree"}, {"torch"}),
     "api": (CLIENT | {"module_tree", "api"}, {"torch"}),
     "engine": (

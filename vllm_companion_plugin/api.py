@@ -7,6 +7,7 @@ with CompanionClient("cpu").attach("my/model") as weights:
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,20 @@ import torch
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Lease, Ready, connect
-from vllm_companion_plugin.errors import BadRequestError, CompanionUnavailableError, SettingsError, WaitTimeoutError
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    CompanionUnavailableError,
+    SettingsError,
+    WaitTimeoutError,
+)
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings, resolve
 from vllm_companion_plugin.types import CompanionStatus, EntryStatus, Manifest
+
+logger = logging.getLogger("vllm.companion.api")
 
 POLL_S = 0.1
 
@@ -149,7 +158,10 @@ class Attachment:
     def _hold(self, settings: Settings, name: str) -> None:
         ready, arena = self._ready, self._arena
         held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
-        self._holder = Holder(self._device, settings, held, self._lease, name)
+        try:
+            self._holder = Holder(self._device, settings, held, self._lease, name)
+        except CompanionError as error:
+            logger.warning("%s will not be handed back if its companion dies: %s", held.key.title, error)
 
     @property
     def lost(self) -> bool:

@@ -12,12 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, connect
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError, LeaseLostError
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.protocol import fd_channel
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import ArenaInfo, EntryKey, Published
 
@@ -32,7 +33,7 @@ class Held:
     """An entry that this process maps.
 
     Attributes:
-        fds: one a block; not owned, and open as long as the holder is.
+        fds: one a block; not owned.
     """
 
     key: EntryKey
@@ -58,13 +59,19 @@ class Holder:
     def __init__(self, device: str, settings: Settings, held: Held, lease: Lease, client_name: str) -> None:
         self._device = device
         self._settings = settings
-        self._held = held
+        # Descriptors of its own: those of the owner may be closed, and mean something else, while it hands back.
+        self._held = replace(held, fds=[os.dup(fd) for fd in held.fds])
+        self._handing_back = False
         self._client_name = client_name
         self._lease = lease
         self._connection: CompanionConnection | None = None
         self._closed = threading.Event()
         self._mutex = threading.Lock()
-        self._note = holders.hold(device_paths(device, settings), held.key, held.generation)
+        try:
+            self._note = holders.hold(device_paths(device, settings), held.key, held.generation)
+        except BaseException:
+            fd_channel.close_all(self._held.fds)
+            raise
         self._watch(lease)
 
     @property
@@ -89,25 +96,51 @@ class Holder:
             if not self._closed.is_set():
                 self._closed.set()
                 os.close(self._note)
+                if not self._handing_back:
+                    fd_channel.close_all(self._held.fds)
 
     def _on_lost(self, error: CompanionError) -> None:
-        if self._closed.is_set() or not isinstance(error, CompanionUnavailableError):
+        if not isinstance(error, CompanionUnavailableError):
             logger.info("%s The weights stay mapped here.", error)
+            self._let_go()
             return
         # Not here: this is the thread of a stream of gRPC.
         threading.Thread(target=self._hand_back, name="companion-hand-back", daemon=True).start()
 
     def _hand_back(self) -> None:
+        with self._mutex:
+            if self._closed.is_set():
+                return
+            self._handing_back = True
+            dismissed = holders.is_dismissed(self._note)
+        try:
+            if dismissed:  # it ended on purpose, and its last words were lost
+                self._let_go()
+            else:
+                self._try_to_hand_back()
+        finally:
+            with self._mutex:
+                self._handing_back = False
+                if self._closed.is_set():
+                    fd_channel.close_all(self._held.fds)
+
+    def _try_to_hand_back(self) -> None:
         title, deadline = self._held.key.title, time.monotonic() + GIVE_UP_S
-        logger.warning("The companion of %s has died; handing %s to a new one.", self._device, title)
+        logger.warning("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
             try:
                 self._attach_again()
                 return
-            except CompanionError as error:
+            except (
+                LeaseLostError,
+                EntryNotFoundError,
+            ) as error:  # it was unloaded, or the next one stopped, on purpose
+                logger.info("%s The weights stay mapped here.", error)
+                self._let_go()
+            except (CompanionError, OSError) as error:
                 if time.monotonic() > deadline:
                     logger.warning("%s could not be handed back: %s It stays mapped here.", title, error)
-                    return
+                    self._let_go()
                 logger.debug("Handing back failed: %s", error)
                 time.sleep(RETRY_S)
 
@@ -119,11 +152,15 @@ class Holder:
                 held.key, may_load=False, client_name=self._client_name, held_generation=held.generation
             )
             outcome = lease.wait(self._settings.wait_timeout_s)
+            if self._closed.is_set():
+                connection.close()
+                return
             if isinstance(outcome, Granted):
                 outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
             elif outcome.generation != held.generation:
                 connection.close()
                 logger.warning("%s was loaded anew; this process keeps its own copy until it ends.", held.key.title)
+                self._let_go()
                 return
         except BaseException:
             connection.close()

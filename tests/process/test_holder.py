@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Engines:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.holders: list[Holder] = []
+        self.owned: list[Sequence[int]] = []
         self._undo: list[Callable[[], object]] = []
 
     def connect(self) -> CompanionConnection:
@@ -54,6 +55,7 @@ class Engines:
         return outcome
 
     def _hold(self, lease: Lease, held: Held) -> None:
+        self.owned.append(held.fds)
         self.holders.append(Holder("cpu", self.place.settings, held, lease, "engine"))
         self._undo += [self.holders[-1].close, lambda: fd_channel.close_all(held.fds)]
 
@@ -224,6 +226,43 @@ def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
         assert list(holders.held(place.paths)) == []
     assert os.path.exists(path)
+
+
+def test_what_is_handed_back_is_what_was_held_whatever_its_numbers_mean_by_now(engines: Engines) -> None:
+    engines.start()
+    (fd,) = engines.owned[0]
+    other = arena_of(b"others!")[1][0]
+    os.dup2(other, fd)
+    os.close(other)
+    engines.kill_companion()
+    until(lambda: engines.all_attached(1), 10, "it is attached again")
+    assert engines.start() is not None  # and reads "weights"
+
+
+def test_a_companion_that_is_stopped_while_its_engine_cannot_hear_it_stays_away(engines: Engines) -> None:
+    process = child(engines.place)
+    os.kill(process.pid, signal.SIGSTOP)
+    pid = engines.place.companion_pid()
+    engines.connect().shutdown()
+    until(lambda: not alive(pid), 5, "the companion has ended")
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(1.5)
+    assert engines.status() is None
+
+
+def test_an_older_generation_does_not_come_back_over_a_newer_one(engines: Engines) -> None:
+    engines.start()
+    late = engines.holders[0]
+    noticed = late._hand_back
+    late._hand_back = lambda: None  # type: ignore[method-assign]
+    engines.kill_companion()
+    assert engines.start(b"again") is None  # after five seconds
+    engines.holders[1].close()
+    engines.connect().unload(model=KEY.model)
+    noticed()
+    status = engines.status()
+    assert status is not None
+    assert status.entries == ()
 
 
 def upgrade(place: Place) -> tuple[int, str]:

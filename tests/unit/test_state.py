@@ -296,7 +296,7 @@ def test_closing_fails_all_leases_and_closes_each_descriptor_once(world: World) 
 
 
 def hold(world: World, *, pid: int) -> Lease:
-    return world.registry.attach(key(), may_load=True, pid=pid, client=f"holder{pid}", holds=True)
+    return world.registry.attach(key(), may_load=True, pid=pid, client=f"holder{pid}", holds=4)
 
 
 def test_of_what_is_expected_only_a_holder_is_elected_and_it_comes_back_as_it_was(world: World) -> None:

@@ -16,6 +16,7 @@ import resource
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,7 +25,7 @@ from vllm_companion_plugin import __version__
 from vllm_companion_plugin.companion.fd_server import FdServer
 from vllm_companion_plugin.companion.service import CompanionService
 from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError, RuntimeDirError
-from vllm_companion_plugin.launch.holders import held
+from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.protocol import schema
 from vllm_companion_plugin.protocol.rpc import MAX_MESSAGE_BYTES, address
@@ -110,8 +111,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     Raises:
         CompanionUnavailableError: a socket cannot be made.
     """
-    service = CompanionService(paths.device, _finite(life.linger_s))
-    for key, generation in held(paths):
+    service = CompanionService(paths.device, _finite(life.linger_s), partial(holders.dismiss, paths))
+    for key, generation in holders.held(paths):
         logger.info("Expecting %s (%s), generation %d, from those who map it.", key.title, key.rank, generation)
         service.registry.expect(key, generation)
     loop = asyncio.get_running_loop()

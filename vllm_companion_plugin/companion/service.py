@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -45,7 +45,7 @@ from vllm_companion_plugin.errors import (
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.protocol.rpc import ERROR_METADATA
-from vllm_companion_plugin.types import PROTOCOL_VERSION, ArenaInfo, CompanionStatus
+from vllm_companion_plugin.types import PROTOCOL_VERSION, ArenaInfo, CompanionStatus, EntryKey
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,12 @@ class CompanionService:
         exits_at_unix_s: when the process will exit if nobody comes, or 0; for the status.
     """
 
-    def __init__(self, device: str, linger_s: float) -> None:
+    def __init__(
+        self, device: str, linger_s: float, dismiss: Callable[[EntryKey, int], None] = lambda key, generation: None
+    ) -> None:
         self.device = device
         self.linger_s = linger_s
+        self._dismiss = dismiss
         self.stop = asyncio.Event()
         self.registry = Registry(close_fds=fd_channel.close_all, on_event=self._on_event, on_change=self._on_change)
         self.tickets = Tickets()
@@ -152,9 +155,8 @@ class CompanionService:
         select = mapping.key_from_message(request.key) if selected == "key" else _query(request.query)
         client = request.client[:200] or "client"
         self._retire_lost()
-        holds = selected == "key" and request.held_generation > 0
-        may_load = request.may_load or holds
-        lease = self.registry.attach(select, may_load=may_load, pid=request.pid, client=client, holds=holds)
+        holds = request.held_generation if selected == "key" else 0
+        lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client, holds=holds)
         logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
         return lease
 
@@ -242,8 +244,6 @@ class CompanionService:
         # The loader's lease may have ended while chunks were on their way; the registry says so.
         if not lease.ended:
             check_descriptors(arena, lease.deposited)
-        if commit.generation and not lease.holds:
-            raise BadRequestError("Only a client that holds an entry may hand it back.")
         published = mapping.published_from_message(commit.published)
         generation = self.registry.commit(lease, arena, stored, published, commit.generation)
         self._log_commit(lease, arena, generation)
@@ -279,6 +279,7 @@ class CompanionService:
         async with _errors(context):
             unloaded = self.registry.unload(_query(request.query), force=request.force)
             for entry in unloaded:
+                self._dismiss(entry.key, entry.generation)
                 logger.info("Unloaded %s, generation %d.", entry.key.model, entry.generation)
             return messages.UnloadResponse(unloaded=[mapping.entry_status_to_message(entry) for entry in unloaded])
 
@@ -292,6 +293,9 @@ class CompanionService:
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
         text = f"The companion of {self.device} (pid {os.getpid()}) has shut down. Mapped memory stays valid."
+        if self._ended_by is LeaseLostError:
+            for entry in self.registry.status():
+                self._dismiss(entry.key, entry.generation)
         self.registry.close(self._ended_by(text))
 
 

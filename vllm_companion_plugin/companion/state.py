@@ -112,7 +112,7 @@ class Lease:
     may_load: bool
     since_unix_s: float
     entry: Entry
-    holds: bool = False
+    holds: int = 0
     state: LeaseState = LeaseState.WAITING
     ended: bool = False
     deposited: tuple[int, ...] = ()
@@ -147,7 +147,7 @@ class Entry:
     def loader_info(self) -> LoaderInfo | None:
         lease = self.loading_lease
         if lease is None:
-            return EXPECTED if self.expected else None
+            return replace(EXPECTED, since_unix_s=self.load_since_unix_s) if self.expected else None
         return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress)
 
     def status(self) -> EntryStatus:
@@ -209,32 +209,34 @@ class Registry:
         """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
         self._generations[key.id] = max(generation, self._generations.get(key.id, 0))
         if self._by_key(key) is None:
-            self.entries.append(Entry(key, expected=True))
+            self.entries.append(Entry(key, generation=generation, expected=True, load_since_unix_s=self._wall()))
             self._on_change()
 
     def give_up_expected(self) -> list[Entry]:
         """What nobody has handed back by now is loaded anew; the entries."""
         given_up = [entry for entry in self.entries if entry.expected]
         for entry in given_up:
-            entry.expected = False
+            entry.expected, entry.generation = False, 0
             self._elect_or_discard(entry, f"Nobody handed back {describe([entry])}, and nobody else may load it.")
         if given_up:
             self._changed()
         return given_up
 
-    def attach(self, select: EntryKey | Query, *, may_load: bool, pid: int, client: str, holds: bool = False) -> Lease:
+    def attach(self, select: EntryKey | Query, *, may_load: bool, pid: int, client: str, holds: int = 0) -> Lease:
         """A new lease on the entry that `select` names.
 
         Args:
-            holds: the client maps the entry and can publish it again.
+            holds: the generation that the client maps and can publish again; heeded if it is the latest. 0: none.
 
         Raises:
             EntryNotFoundError: nothing matches and this client may not load it.
             BadRequestError: a query that matches several entries, or one that would have to load.
         """
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
+        if isinstance(select, EntryKey) and holds < self._generations.get(select.id, 0):
+            holds = 0
         if entry is None:
-            if not may_load:
+            if not may_load and not holds:
                 raise EntryNotFoundError(no_match_text(select, [e for e in self.entries if _current(e)]))
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
@@ -309,6 +311,8 @@ class Registry:
             BadRequestError: not the loader, or not one descriptor for each block.
         """
         entry = self._require_loading(lease)
+        if generation and generation != lease.holds:
+            raise BadRequestError("Only a client that holds this generation of the entry may hand it back.")
         if len(lease.deposited) != len(arena.block_sizes):
             raise BadRequestError(
                 f"The arena has {len(arena.block_sizes)} blocks; {len(lease.deposited)} descriptors were deposited."

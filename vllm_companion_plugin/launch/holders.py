@@ -27,9 +27,10 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
     Raises:
         RuntimeDirError: the file cannot be made.
     """
+    fd = -1
     try:
         ensure_private_directory(paths.holders)
-        path = os.path.join(paths.holders, f"{key.id}.{generation}")
+        path = _path(paths, key, generation)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(fd, fcntl.LOCK_SH)
@@ -37,17 +38,34 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
                 if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
                     break
             os.close(fd)
-        # Everybody writes the same.
-        os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)
+        fcntl.lockf(fd, fcntl.LOCK_EX)  # of another kind than flock: the first one writes
+        if os.fstat(fd).st_size == 0:
+            os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)
+        fcntl.lockf(fd, fcntl.LOCK_UN)
     except OSError as error:
+        if fd >= 0:
+            os.close(fd)
         raise RuntimeDirError(f"Cannot note in {paths.holders} what this process holds: {error.strerror}.") from error
     return fd
+
+
+def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
+    """Whoever holds this entry shall not hand it back: it was unloaded, or its companion stopped, on purpose."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_path(paths, key, generation))
+
+
+def is_dismissed(fd: int) -> bool:
+    """Whether the hold behind a descriptor of `hold` means nothing any more."""
+    return os.fstat(fd).st_nlink == 0
 
 
 def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
     """Keys and generations that somebody holds now. Removes the files of all others."""
     with contextlib.suppress(FileNotFoundError):
         for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
+            if not entry.is_file(follow_symlinks=False):
+                continue
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,3 +76,7 @@ def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
                 os.unlink(entry.path)
             finally:
                 os.close(fd)
+
+
+def _path(paths: DevicePaths, key: EntryKey, generation: int) -> str:
+    return os.path.join(paths.holders, f"{key.id}.{generation}")
