@@ -112,12 +112,8 @@ class Holder:
             if self._closed.is_set():
                 return
             self._handing_back = True
-            dismissed = holders.is_dismissed(self._note)
         try:
-            if dismissed:  # it ended on purpose, and its last words were lost
-                self._let_go()
-            else:
-                self._try_to_hand_back()
+            self._try_to_hand_back()
         finally:
             with self._mutex:
                 self._handing_back = False
@@ -126,9 +122,12 @@ class Holder:
 
     def _try_to_hand_back(self) -> None:
         title, deadline = self._held.key.title, time.monotonic() + GIVE_UP_S
-        logger.warning("The companion of %s has ended; handing %s to the next one.", self._device, title)
+        logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
             try:
+                if holders.is_dismissed(self._note):  # on purpose, whether we have heard of it or not
+                    self._let_go()
+                    return
                 self._attach_again()
                 return
             except (

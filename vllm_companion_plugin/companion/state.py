@@ -192,6 +192,7 @@ class Registry:
         self._monotonic = monotonic
         self._lease_ids = count(1)
         self._generations: dict[str, int] = {}
+        self._unloaded: dict[str, int] = {}
         self.entries: list[Entry] = []
         self.idle_since: float | None = monotonic()
         """Monotonic time since which no lease exists (a load is a lease too); None while one does."""
@@ -233,7 +234,7 @@ class Registry:
             BadRequestError: a query that matches several entries, or one that would have to load.
         """
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
-        if isinstance(select, EntryKey) and holds < self._generations.get(select.id, 0):
+        if isinstance(select, EntryKey) and not self._wants(select, holds):
             holds = 0
         if entry is None:
             if not may_load and not holds:
@@ -252,6 +253,10 @@ class Registry:
             self._tell_waiting(entry, [lease])
         self._on_change()
         return lease
+
+    def _wants(self, key: EntryKey, generation: int) -> bool:
+        """Whether this generation may be handed back: the latest, and not unloaded."""
+        return generation >= self._generations.get(key.id, 0) and generation > self._unloaded.get(key.id, 0)
 
     def _by_key(self, key: EntryKey) -> Entry | None:
         return next((e for e in self.entries if _current(e) and e.key.id == key.id), None)
@@ -358,6 +363,7 @@ class Registry:
             users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.leases)
             raise EntryInUseError(f"{describe(used)} is in use by {users}. Stop them, or force the unload.")
         before = tuple(entry.status() for entry in found)
+        self._unloaded |= {entry.key.id: self._generations.get(entry.key.id, 0) for entry in found}
         for entry in found:
             if entry.state is EntryState.LOADING:
                 self._discard(entry, LeaseLostError(f"{describe([entry])} was unloaded while it was loading."))
