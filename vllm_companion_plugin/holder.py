@@ -125,9 +125,6 @@ class Holder:
         logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
             try:
-                if holders.is_dismissed(self._note):  # on purpose, whether we have heard of it or not
-                    self._let_go()
-                    return
                 self._attach_again()
                 return
             except (
@@ -145,6 +142,8 @@ class Holder:
 
     def _attach_again(self) -> None:
         held, started = self._held, time.monotonic()
+        if holders.is_dismissed(self._note):
+            raise LeaseLostError(f"{held.key.title} was unloaded, or its companion stopped.")
         connection = connect(self._device, self._settings, spawn=True)
         try:
             lease = connection.attach(
