@@ -127,10 +127,7 @@ class Holder:
             try:
                 self._attach_again()
                 return
-            except (
-                LeaseLostError,
-                EntryNotFoundError,
-            ) as error:  # it was unloaded, or the next one stopped, on purpose
+            except (LeaseLostError, EntryNotFoundError) as error:  # unloaded or stopped, on purpose
                 logger.info("%s The weights stay mapped here.", error)
                 self._let_go()
             except (CompanionError, OSError) as error:

@@ -59,6 +59,13 @@ class Engines:
         self.holders.append(Holder("cpu", self.place.settings, held, lease, "engine"))
         self._undo += [self.holders[-1].close, lambda: fd_channel.close_all(held.fds)]
 
+    def deafen(self, number: int) -> Callable[[], None]:
+        """Engine `number` does not notice the next death; what it would have done then."""
+        holder = self.holders[number]
+        noticed = holder._hand_back
+        holder._hand_back = lambda: None  # type: ignore[method-assign]
+        return noticed
+
     def kill_companion(self) -> int:
         pid = self.place.companion_pid()
         os.kill(pid, signal.SIGKILL)
@@ -111,9 +118,7 @@ def test_a_killed_companion_is_replaced_and_its_entry_comes_back_as_it_was(engin
 def test_who_comes_in_between_waits_instead_of_loading_again(engines: Engines) -> None:
     """The holder is kept from noticing, so that the newcomer is the one who starts the companion."""
     engines.start()
-    holder = engines.holders[0]
-    noticed = holder._hand_back
-    holder._hand_back = lambda: None  # type: ignore[method-assign]
+    noticed = engines.deafen(0)
     engines.kill_companion()
     lease = engines.connect().attach(KEY, may_load=True, client_name="newcomer")
     status = engines.status()
@@ -130,9 +135,7 @@ def test_who_comes_in_between_waits_instead_of_loading_again(engines: Engines) -
 
 def test_what_nobody_hands_back_in_time_is_loaded_anew_as_the_next_generation(engines: Engines) -> None:
     engines.start()
-    holder = engines.holders[0]
-    noticed = holder._hand_back
-    holder._hand_back = lambda: None  # type: ignore[method-assign]
+    noticed = engines.deafen(0)
     engines.kill_companion()
     began = time.monotonic()
     assert engines.start(b"again") is None
@@ -145,7 +148,7 @@ def test_what_nobody_hands_back_in_time_is_loaded_anew_as_the_next_generation(en
 
 def test_a_reader_of_what_nobody_hands_back_is_told(engines: Engines) -> None:
     engines.start()
-    engines.holders[0]._hand_back = lambda: None  # type: ignore[method-assign]
+    engines.deafen(0)
     engines.kill_companion()
     with pytest.raises(EntryNotFoundError, match="handed back"):
         engines.connect().attach(model=KEY.model, may_load=False, client_name="reader").wait(10)
@@ -252,9 +255,7 @@ def test_a_companion_that_is_stopped_while_its_engine_cannot_hear_it_stays_away(
 
 def test_an_older_generation_does_not_come_back_over_a_newer_one(engines: Engines) -> None:
     engines.start()
-    late = engines.holders[0]
-    noticed = late._hand_back
-    late._hand_back = lambda: None  # type: ignore[method-assign]
+    noticed = engines.deafen(0)
     engines.kill_companion()
     assert engines.start(b"again") is None  # after five seconds
     engines.holders[1].close()

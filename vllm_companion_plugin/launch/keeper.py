@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import time
 
-from filelock import FileLock, Timeout
-
-from vllm_companion_plugin.errors import ArenaError, RuntimeDirError
+from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
-from vllm_companion_plugin.launch.spawn import child_environment, log_tail, start_detached, why_not
+from vllm_companion_plugin.launch.spawn import child_environment, log_tail, start_detached, starting, why_not
 from vllm_companion_plugin.settings import Settings
 
 SIZE = struct.Struct("!Q")
@@ -32,21 +29,10 @@ def allocate(device: str, size_bytes: int, settings: Settings) -> int:
     paths = device_paths(device, settings)
     if (fd := _ask(paths, size_bytes)) is not None:
         return fd
-    lock = FileLock(paths.keeper_lock, thread_local=False)
-    try:
-        lock.acquire(timeout=settings.spawn_timeout_s)
-    except Timeout:
-        raise ArenaError(
-            f"Another process has been starting the keeper of {device}; its log: {paths.keeper_log}"
-        ) from None
-    except OSError as error:
-        raise RuntimeDirError(f"Cannot lock {paths.keeper_lock}: {error.strerror or error}.") from error
-    try:
+    with starting(paths.keeper_lock, f"the keeper of {device}", paths.keeper_log, settings, ArenaError) as deadline:
         if (fd := _ask(paths, size_bytes)) is None:
-            _start(paths, settings)
+            _start(paths, settings, deadline)
             fd = _ask(paths, size_bytes)
-    finally:
-        lock.release()
     if fd is None:
         raise ArenaError(
             f"The keeper of {device} ended at once. End of {paths.keeper_log}:\n{log_tail(paths.keeper_log)}"
@@ -75,12 +61,11 @@ def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
     return fds[0]
 
 
-def _start(paths: DevicePaths, settings: Settings) -> None:
+def _start(paths: DevicePaths, settings: Settings, deadline: float) -> None:
     environment = child_environment(settings, imports=("cuda.bindings",))
     environment |= {name: value for name, value in os.environ.items() if name.startswith("CUDA_MPS_")}
     environment["CUDA_VISIBLE_DEVICES"] = paths.device
     arguments = ["vllm_companion_plugin.keeper", "--device", paths.device]
-    deadline = time.monotonic() + settings.spawn_timeout_s
     try:
         answer = start_detached(arguments, environment, paths.keeper_log, deadline)
     except OSError as error:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 from filelock import FileLock, Timeout
 
-from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.settings import Settings, to_environment
 
@@ -57,7 +57,7 @@ def ensure_companion(device: str, settings: Settings, *, linger_s: float | None 
     paths = device_paths(device, settings)
     if is_listening(paths):
         return
-    with _spawn_lock(paths, settings) as deadline:
+    with starting(paths.spawn_lock, f"the companion of {device}", paths.log, settings) as deadline:
         if not is_listening(paths):
             _spawn(paths, settings, settings.linger_s if linger_s is None else linger_s, deadline)
 
@@ -69,25 +69,31 @@ def replace_companion(device: str, settings: Settings, end: Callable[[], object]
         CompanionError: as `ensure_companion`, and what `end` raises.
     """
     paths = device_paths(device, settings)
-    with _spawn_lock(paths, settings) as deadline:
+    with starting(paths.spawn_lock, f"the companion of {device}", paths.log, settings) as deadline:
         end()
         _spawn(paths, settings, linger_s, deadline)
 
 
 @contextlib.contextmanager
-def _spawn_lock(paths: DevicePaths, settings: Settings) -> Iterator[float]:
-    """The right to start a companion; gives the monotonic time until when."""
+def starting(
+    lock_path: str, what: str, log: str, settings: Settings, error: type[CompanionError] = CompanionUnavailableError
+) -> Iterator[float]:
+    """The right to start `what`, which logs to `log`; gives the monotonic time until when.
+
+    Raises:
+        RuntimeDirError: the lock file cannot be opened.
+        CompanionError: of type `error`; somebody else has been starting it all the time.
+    """
     deadline = time.monotonic() + settings.spawn_timeout_s
-    lock = FileLock(paths.spawn_lock, thread_local=False)
+    lock = FileLock(lock_path, thread_local=False)
     try:
         lock.acquire(timeout=settings.spawn_timeout_s)
     except Timeout:
-        raise CompanionUnavailableError(
-            f"Another process has been starting the companion of {paths.device} for {settings.spawn_timeout_s:g} s. "
-            f"Its log: {paths.log}"
+        raise error(
+            f"Another process has been starting {what} for {settings.spawn_timeout_s:g} s. Its log: {log}"
         ) from None
-    except OSError as error:
-        raise RuntimeDirError(f"Cannot lock {paths.spawn_lock}: {error.strerror or error}.") from error
+    except OSError as reason:
+        raise RuntimeDirError(f"Cannot lock {lock_path}: {reason.strerror or reason}.") from reason
     try:
         yield deadline
     finally:
