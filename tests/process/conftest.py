@@ -28,12 +28,12 @@ KEY = EntryKey("ab" * 32, "test/model", fields={"dtype": "bfloat16"})
 SEALS = 0x1 | 0x2 | 0x4 | 0x8
 
 
-def until(condition: Callable[[], object], within_s: float, what: str) -> float:
+def until(condition: Callable[[], object], within_s: float, what: str, every_s: float = 0.005) -> float:
     """Seconds until `condition` held; fails the test after `within_s`."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < within_s, f"not within {within_s} s: {what}"
-        time.sleep(0.005)
+        time.sleep(every_s)
     return time.monotonic() - began
 
 
