@@ -25,6 +25,8 @@ __all__ = ["place"]
 
 CHILD = Path(__file__).with_name("engine_child.py")
 START_TIMEOUT_S = 240
+MANY_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""The engine core and its worker in processes of their own, as vLLM has it by default on CPU."""
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init")
 """Of every engine here that is started by a command line; the others have them from engine_child.py."""
 
@@ -101,7 +103,9 @@ def entries(place: Place) -> tuple[EntryStatus, ...]:
 
 @pytest.fixture(scope="session")
 def engine_environment() -> dict[str, str]:
+    """Engines in one process, which start in half the time; tests about processes say `MANY_PROCESSES`."""
     return os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.process.conftest import Place, until
-from tests.vllm.conftest import StartEngine, entries
+from tests.vllm.conftest import MANY_PROCESSES, StartEngine, entries
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.types import EntryState
 
@@ -58,10 +58,8 @@ def check_equal_and_shared(reference: dict[str, Any], *engines: dict[str, Any]) 
 def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     start_engine: StartEngine, place: Place, tiny_llama: Path
 ) -> None:
-    first, second = (
-        start_engine(model=tiny_llama, load_format="companion", skip_tokenizer_init=True, prompts=PROMPTS)
-        for _ in range(2)
-    )
+    options = {"model": tiny_llama, "load_format": "companion", "skip_tokenizer_init": True, "prompts": PROMPTS}
+    first, second = (start_engine(environment=MANY_PROCESSES, **options) for _ in range(2))
     results = [first.result(), second.result()]
 
     outputs = [first.output(), second.output()]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import Place, alive, until
-from tests.vllm.conftest import START_TIMEOUT_S, StartEngine
+from tests.vllm.conftest import MANY_PROCESSES, START_TIMEOUT_S, StartEngine
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import to_environment
@@ -73,7 +73,7 @@ def start_server(
     servers: list[Server] = []
 
     def start(model: Path) -> Server:
-        environment = engine_environment | to_environment(place.settings)
+        environment = engine_environment | MANY_PROCESSES | to_environment(place.settings)
         servers.append(Server(model, environment, tmp_path / f"server-{len(servers)}.log"))
         return servers[-1]
 
