@@ -24,6 +24,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.holder import Held, Holder
+from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings, resolve
@@ -106,6 +107,7 @@ class CompanionClient:
             BadRequestError: several match.
             WaitTimeoutError: its loader made no progress for `wait_timeout_s`.
             ArenaError: it cannot be mapped.
+            IntegrityError: its bytes are not those that were published.
         """
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connect())
@@ -115,7 +117,7 @@ class CompanionClient:
             outcome = lease.wait(self.settings.wait_timeout_s)
             if not isinstance(outcome, Ready):
                 raise BadRequestError(f"The companion of {self.device} asked a reader to load {model}.")
-            made = Attachment(self.device, lease, outcome)
+            made = Attachment(self.device, lease, outcome, self.settings.verify)
             undo.pop_all()
         made._connection = connection
         made._hold(self.settings, name)
@@ -136,7 +138,7 @@ class Attachment:
         generation: counts the publications under this key.
     """
 
-    def __init__(self, device: str, lease: Lease, ready: Ready) -> None:
+    def __init__(self, device: str, lease: Lease, ready: Ready, verify: str) -> None:
         self.model = ready.key.model
         self.rank = ready.key.rank
         self.generation = ready.generation
@@ -150,7 +152,10 @@ class Attachment:
         self._device = device
         self._arena = arenas.open_arena(ready.arena, ready.redeem(), torch_device.index)
         try:
-            self.tensors = tensors_by_name(self.manifest, ArenaViews(self._arena, torch_device))
+            views = ArenaViews(self._arena, torch_device)
+            verification = Verification(views, ready.arena, verify, torch_device)
+            self.tensors = tensors_by_name(self.manifest, views)
+            verification.check(self.manifest, f"{ready.key.title} ({self.rank}) on {device}")
         except BaseException:
             self._arena.close()
             raise

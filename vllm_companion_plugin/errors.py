@@ -116,6 +116,13 @@ class ManifestError(CompanionError):
     grpc_status = "DATA_LOSS"
 
 
+class IntegrityError(CompanionError):
+    """Weights in memory are not those that were published; they were not used."""
+
+    code = "integrity"
+    grpc_status = "DATA_LOSS"
+
+
 class ArenaError(CompanionError):
     """Memory could not be created, mapped, exported or imported."""
 

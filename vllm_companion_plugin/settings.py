@@ -163,6 +163,15 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "verify",
+        str,
+        "full",
+        "How much of the weights is compared with the checksums of their publication when an engine attaches: all, "
+        "about a sixteenth (another one each time), or nothing.",
+        choices=("full", "sample", "off"),
+        engine=True,
+    ),
+    Setting(
         "fallback",
         bool,
         True,
@@ -192,6 +201,7 @@ class Settings:
     source_format: str
     share: str
     arena: str
+    verify: str
     fallback: bool
     cpu_prepack: bool
 

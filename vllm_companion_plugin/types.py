@@ -115,6 +115,29 @@ class EntryKey:
         return "; ".join(lines[:_MAX_DIFFERENCES] + ([f"and {rest} more"] if rest > 0 else []))
 
 
+ARENA_CHECKSUM = "rows-columns-64"
+PIECE_BYTES = 16 << 20
+"""What one checksum of `ARENA_CHECKSUM` is about."""
+
+
+def piece_count(size_bytes: int) -> int:
+    """Pieces of an arena, the last one maybe shorter."""
+    return -(-size_bytes // PIECE_BYTES)
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What an arena's bytes were when they were published; empty if nobody computed them.
+
+    Attributes:
+        algorithm: `ARENA_CHECKSUM`, or one of another version, which cannot be compared here.
+        values: unsigned 64-bit numbers, one a piece.
+    """
+
+    algorithm: str = ""
+    values: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class ArenaInfo:
     """Shape of an arena: data, not a handle; it owns nothing.
@@ -126,6 +149,7 @@ class ArenaInfo:
 
     kind: str
     block_sizes: tuple[int, ...]
+    checksums: Checksums = Checksums()
 
     @property
     def size_bytes(self) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from tests.process.conftest import KEY
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.client import CompanionConnection, Granted
+from vllm_companion_plugin.client import CompanionConnection, Granted, Ready
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import copy, prepare
+from vllm_companion_plugin.protocol.fd_channel import close_all
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.publication import Publication
 from vllm_companion_plugin.types import Stage
@@ -47,3 +50,18 @@ def load(connection: CompanionConnection, model: nn.Module, device: torch.device
     outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
     assert isinstance(outcome, Granted)
     publish(outcome.publication, model, device)
+
+
+def damage(connection: CompanionConnection) -> None:
+    """Publish the only entry anew with other checksums than its bytes have, as if its memory had changed since."""
+    lease = connection.attach(may_load=False, client_name="damager")
+    ready = lease.wait(5)
+    assert isinstance(ready, Ready)
+    fds = ready.redeem()
+    connection.unload(force=True)
+    checksums = replace(ready.arena.checksums, values=tuple(value ^ 1 for value in ready.arena.checksums.values))
+    outcome = connection.attach(ready.key, may_load=True, client_name="damager").wait(5)
+    assert isinstance(outcome, Granted)
+    arena = replace(ready.arena, checksums=checksums)
+    outcome.publication.publish(arena, fds, ready.manifest, ready.published.tensor_count)
+    close_all(fds)

@@ -12,10 +12,16 @@ import torch
 from torch import nn
 
 from tests.process.conftest import KEY, Place, open_fds, until
-from tests.process.publishing import Small, load
+from tests.process.publishing import Small, damage, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client import connect
-from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, SettingsError, WaitTimeoutError
+from vllm_companion_plugin.errors import (
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    IntegrityError,
+    SettingsError,
+    WaitTimeoutError,
+)
 from vllm_companion_plugin.types import EntryState
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "attach.py"
@@ -49,6 +55,18 @@ def model(place: Place) -> Iterator[nn.Module]:
 
 def client(place: Place) -> CompanionClient:
     return CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+
+
+def test_weights_that_are_not_what_was_published_are_refused(place: Place, model: nn.Module) -> None:
+    with connect("cpu", place.settings, spawn=False) as connection:
+        damage(connection)
+    before = open_fds()
+    with pytest.raises(IntegrityError, match=r"1 of 1 pieces of test/model \(single\) on cpu.*unload --force"):
+        client(place).attach(KEY.model)
+    assert open_fds() == before
+    unverified = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir, verify="off")
+    with unverified.attach(KEY.model) as weights:
+        assert torch.equal(weights.tensors["embed.weight"], contents(model)["embed.weight"])
 
 
 def test_attached_tensors_are_byte_equal_under_every_name(place: Place, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.process.conftest import Place, until
+from tests.process.publishing import damage
 from tests.vllm.conftest import MANY_PROCESSES, StartEngine, entries
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.types import EntryState
@@ -177,6 +178,22 @@ def test_an_engine_whose_companion_dies_while_it_loads_serves_all_the_same(
     os.kill(place.companion_pid(), signal.SIGKILL)
     assert all(len(tokens) == 24 for tokens in engine.result()["tokens"])
     assert "are not shared" in engine.output() or "asking again" in engine.output()
+
+
+def test_an_engine_does_not_use_what_is_not_what_was_published(
+    start_engine: StartEngine, place: Place, tiny_llama: Path
+) -> None:
+    options = {"model": tiny_llama, "load_format": "companion", "skip_tokenizer_init": True, "prompts": PROMPTS}
+    first = start_engine(**options)
+    tokens = first.result()["tokens"]
+    first.stop()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        damage(connection)
+    second = start_engine(**options)
+    assert second.result()["tokens"] == tokens
+    said = second.output()
+    assert re.search(r"are not shared: 1 of 1 pieces of .*/llama \(single\) on cpu are not what was published", said)
+    assert not any(tensor["in_arena"] for tensor in second.result()["workers"][0]["tensors"].values())
 
 
 def test_an_elected_engine_that_copies_keeps_nothing_of_what_it_published(

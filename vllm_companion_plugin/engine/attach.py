@@ -15,6 +15,7 @@ from vllm_companion_plugin.engine import compat, draft, session
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused
+from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
@@ -34,6 +35,9 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     device = decision.device.torch_device
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
+    views = ArenaViews(decision.arena, device)
+    # The device compares while the model is built here.
+    verification = Verification(views, decision.arena.info, settings.verify, device)
     try:
         with compat.model_on_meta(vllm_config, model_config, prefix, device) as model, ExitStack() as without:
             if decision.key.role == "draft":
@@ -42,7 +46,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                     targets = draft.taken_from_target(decision.manifest, vllm_config, model, target)
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
-            source = Source(decision.manifest, ArenaViews(decision.arena, device), device, copy=copy)
+            source = Source(decision.manifest, views, device, copy=copy)
             restorer = Restorer(model, source, device, compat.OPAQUE)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
@@ -55,6 +59,8 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                     compat.post_process(model, model_config, device)
                 model.eval()  # as loaders return it
                 restorer.finish()
+            label = f"{decision.key.title} ({decision.key.rank}) on {decision.device.id}"
+            verified = verification.check(decision.manifest, label)
     except CompanionError:
         raise
     except Exception as error:  # vLLM's own code ran where it never runs: on the meta device
@@ -68,7 +74,8 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     finished = time.perf_counter()
     ways = {way.value: count for way, count in restorer.ways.items()}
     logger.info(
-        "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): %.2f GiB, %d tensors, generation %d%s",
+        "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): "
+        "%.2f GiB, %d tensors, generation %d, %s%s",
         "Copied" if copy else "Attached to",
         "single-rank" if decision.key.rank == "single" else decision.key.rank,
         decision.key.title,
@@ -78,6 +85,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         decision.arena.info.size_bytes / 2**30,
         len(decision.manifest.tensors),
         decision.ready.generation,
+        verified,
         "".join(f", {count} modules by {way}" for way, count in ways.items()),
     )
     session.outcomes.append(

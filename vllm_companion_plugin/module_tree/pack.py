@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -19,6 +19,7 @@ from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.arena.layout import ALIGNMENT, Chunk, Layout, plan
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, class_name, describe_value
+from vllm_companion_plugin.module_tree.checksum import Summing
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.types import (
     Manifest,
@@ -235,7 +236,7 @@ def copy(
         report: told bytes done and in all.
 
     Returns:
-        The sealed arena, which the caller owns.
+        The sealed arena, which the caller owns, with the checksums of its bytes.
 
     Raises:
         ArenaError: no memory; the model is back in memory of its own.
@@ -250,6 +251,7 @@ def copy(
     rebound: list[torch.Tensor] = []
     try:
         views = ArenaViews(writer, device)
+        summing = Summing(views, layout.size_bytes, device)
         for chunk in layout.chunks:
             writer.add_block(chunk.size_bytes)
             for index in range(chunk.first, chunk.last):
@@ -257,13 +259,17 @@ def copy(
                 writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
             replacements = _replacements(packed, chunk, views) if rebind else []  # while the device copies
             writer.flush()
+            summing.extend(chunk.offset_bytes + chunk.size_bytes)
             for tensor, replacement in replacements:
                 tensor.data = replacement
                 rebound.append(tensor)
             del replacements
             release()
             report(chunk.offset_bytes + chunk.size_bytes, layout.size_bytes)
-        return writer.seal()
+        checksums = summing.checksums()
+        arena = writer.seal()
+        arena.info = replace(arena.info, checksums=checksums)
+        return arena
     except BaseException:
         for tensor in rebound:
             tensor.data = tensor.data.clone(memory_format=torch.preserve_format)

@@ -12,7 +12,9 @@ from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.protocol import messages
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import (
+    ARENA_CHECKSUM,
     ArenaInfo,
+    Checksums,
     CompanionStatus,
     EntryKey,
     EntryState,
@@ -22,6 +24,7 @@ from vllm_companion_plugin.types import (
     LoaderInfo,
     Progress,
     Published,
+    piece_count,
 )
 
 __all__ = [
@@ -84,7 +87,8 @@ def key_from_message(message: Any) -> EntryKey:
 
 def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> Any:
     """`handle` is what gives access to the arena, e.g. a ticket of the fd socket."""
-    return messages.ArenaDescriptor(kind=arena.kind, block_sizes=arena.block_sizes, handle=handle)
+    checksums = messages.Checksums(algorithm=arena.checksums.algorithm, values=arena.checksums.values)
+    return messages.ArenaDescriptor(kind=arena.kind, block_sizes=arena.block_sizes, handle=handle, checksums=checksums)
 
 
 def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
@@ -96,7 +100,10 @@ def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
         raise BadRequestError(f"Arena of {len(sizes)} blocks; 1 to {MAX_BLOCKS} are allowed.")
     if min(sizes) == 0 or sum(sizes) > MAX_ARENA_BYTES:
         raise BadRequestError(f"Arena with impossible block sizes: smallest {min(sizes)}, sum {sum(sizes)} bytes.")
-    return ArenaInfo(message.kind, sizes), message.handle
+    checksums = Checksums(message.checksums.algorithm[:MAX_TEXT], tuple(message.checksums.values))
+    if checksums.algorithm == ARENA_CHECKSUM and len(checksums.values) != piece_count(sum(sizes)):
+        raise BadRequestError(f"Arena of {sum(sizes)} bytes with {len(checksums.values)} checksums.")
+    return ArenaInfo(message.kind, sizes, checksums), message.handle
 
 
 def progress_to_message(progress: Progress) -> Any:

@@ -7,6 +7,7 @@ from vllm_companion_plugin.protocol.schema import message_class
 ArenaDescriptor: Any = message_class("ArenaDescriptor")
 AttachEvent: Any = message_class("AttachEvent")
 AttachRequest: Any = message_class("AttachRequest")
+Checksums: Any = message_class("Checksums")
 CompanionStatus: Any = message_class("CompanionStatus")
 EntryKey: Any = message_class("EntryKey")
 EntryQuery: Any = message_class("EntryQuery")
