@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import Load, Server
 from tests.process.conftest import Place, alive, until
 from tests.vllm.conftest import MANY_PROCESSES, START_TIMEOUT_S, StartEngine
 from vllm_companion_plugin.client import connect
@@ -28,42 +22,11 @@ from vllm_companion_plugin.types import EntryState, EntryStatus
 # Alone, because it measures seconds.
 pytestmark = [pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(600)]
 
-http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class Server:
-    """`vllm serve`, in a process group of its own."""
-
-    def __init__(self, model: Path, environment: dict[str, str], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--load-format", "companion"]
-        command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--served-model-name", "minilm"]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-            )
-
-    def is_up(self) -> bool:
-        assert self.process.poll() is None
-        with contextlib.suppress(OSError), http.open(f"{self.url}/health", timeout=5):
-            return True
-        return False
-
-    def ask(self) -> list[float]:
-        body = json.dumps({"model": "minilm", "input": "Who holds the weights?"}).encode()
-        request = urllib.request.Request(f"{self.url}/v1/embeddings", body, {"Content-Type": "application/json"})
-        with http.open(request, timeout=30) as response:
-            vector: list[float] = json.load(response)["data"][0]["embedding"]
-        return vector
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
+FLAGS = ("--load-format", "companion", "--runner", "pooling", "--dtype", "float32", "--enforce-eager")
+QUESTION = ("/v1/embeddings", {"input": "Who holds the weights?"})
+# Pauses, because a worker of vLLM polls for a second after each request: two would keep both cores of a
+# small machine, and it would be the scheduler whose time is measured.
+PAUSES_S = (0.05, 0.05, 0.05, 1.5)
 
 
 @pytest.fixture
@@ -74,7 +37,8 @@ def start_server(
 
     def start(model: Path) -> Server:
         environment = engine_environment | MANY_PROCESSES | to_environment(place.settings)
-        servers.append(Server(model, environment, tmp_path / f"server-{len(servers)}.log"))
+        log = tmp_path / f"server-{len(servers)}.log"
+        servers.append(Server(model, list(FLAGS), QUESTION, environment, log))
         return servers[-1]
 
     yield start
@@ -100,42 +64,21 @@ def test_no_request_fails_and_nothing_is_loaded_again_when_the_companion_is_kill
 ) -> None:
     servers = [start_server(minilm) for _ in range(2)]
     until(lambda: all(server.is_up() for server in servers), START_TIMEOUT_S, "both servers are up")
-    expected = [server.ask() for server in servers]
     before = entry_now(place)
     assert before is not None
-    done, failures, ending, times_s = [0, 0], [], threading.Event(), []
-
-    def load(number: int) -> None:
-        # Pauses, because a worker of vLLM polls for a second after each request: two would keep both cores of a
-        # small machine, and it would be the scheduler whose time is measured below.
-        for pause_s in itertools.cycle((0.05, 0.05, 0.05, 1.5 + number)):
-            if ending.wait(pause_s):
-                return
-            try:
-                assert servers[number].ask() == expected[number]
-                done[number] += 1
-            except Exception as error:
-                failures.append(error)
-
-    threads = [threading.Thread(target=load, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    try:
+    times_s = []
+    with Load(servers, PAUSES_S) as load:
         for _ in range(4):
-            until(lambda: min(done) > 3, 60, "requests are answered")
+            until(lambda: min(load.done) > 3, 60, "requests are answered")
             pid = place.companion_pid()
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
             until(lambda pid=pid: not alive(pid), 5, "the companion is dead")
             until(lambda: leases_now(place) == 2, 20, "both are attached again", every_s=0.05)
             times_s.append(time.monotonic() - killed)
-            done[:] = [0, 0]
-        until(lambda: min(done) > 3, 60, "requests are answered")
-    finally:
-        ending.set()
-        for thread in threads:
-            thread.join(40)
-    assert failures == []
+            load.done[:] = [0, 0]
+        until(lambda: min(load.done) > 3, 60, "requests are answered")
+    assert load.failures == []
     assert sorted(times_s)[1] < 2, times_s
     after = entry_now(place)
     assert after is not None
