@@ -13,9 +13,9 @@ $(STAMP): pyproject.toml tools/make_venv.sh
 	PYTHON=$(PYTHON) tools/make_venv.sh
 
 test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
-	$(BIN)/python -m pytest -q -m "not vllm and not gpu"
+	$(BIN)/python -m pytest -q -m "not vllm and not alone and not gpu" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m "vllm and not alone and not gpu" -n 2 --dist worksteal
-	$(BIN)/python -m pytest -q -m "vllm and alone"
+	$(BIN)/python -m pytest -q -m alone
 
 test-versions: ## the core of the tests over VERSIONS of vLLM, each in a .venv-VERSION that is kept
 	PYTHON=$(PYTHON) tools/test_versions.sh $(VERSIONS)
