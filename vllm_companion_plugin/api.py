@@ -25,7 +25,7 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.module_tree.checksum import Verification
-from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline
+from vllm_companion_plugin.module_tree.views import ArenaViews, check_dtypes, from_inline
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings, resolve
 from vllm_companion_plugin.types import CompanionStatus, EntryStatus, Manifest
@@ -144,6 +144,7 @@ class Attachment:
         self.generation = ready.generation
         self.manifest = manifest_from_bytes(ready.manifest)
         check_manifest_fits(self.manifest, ready.arena)
+        check_dtypes(self.manifest)
         torch_device = torch_device_of(device)
         self._lease = lease
         self._connection: CompanionConnection | None = None

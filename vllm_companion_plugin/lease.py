@@ -28,6 +28,7 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.protocol import fd_channel, mapping
+from vllm_companion_plugin.protocol.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.protocol.rpc import typed_error
 from vllm_companion_plugin.protocol.schema import Stub
 from vllm_companion_plugin.publication import Publication
@@ -149,6 +150,10 @@ class Lease:
     def _receive_ready(self, ready: Any, timeout_s: float) -> Ready:
         chunks: list[bytes] = []
         missing = ready.manifest_bytes
+        if missing > MAX_MANIFEST_BYTES:
+            raise ManifestError(
+                f"{self._label}: a manifest of {missing} bytes; at most {MAX_MANIFEST_BYTES} are allowed."
+            )
         while missing > 0:
             now = time.monotonic()
             event = self._next(now + timeout_s, None, now, timeout_s)

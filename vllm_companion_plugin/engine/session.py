@@ -28,12 +28,14 @@ from vllm_companion_plugin.errors import (
     CompanionUnavailableError,
     EntryNotFoundError,
     LeaseLostError,
+    ManifestError,
     NotShareableError,
 )
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest
@@ -426,6 +428,11 @@ def _connection(device_id: str, settings: Settings) -> CompanionConnection:
 def _open(device: compat.EngineDevice, entry_key: EntryKey, lease: Lease, ready: Ready, started: float) -> Attach:
     manifest = manifest_from_bytes(ready.manifest)
     check_manifest_fits(manifest, ready.arena)
+    check_dtypes(manifest)
+    if manifest.stage is not device.stage:
+        raise ManifestError(
+            f"{entry_key.title} was published {manifest.stage.value}; {device.id} needs {device.stage.value}."
+        )
     arena = arenas.open_arena(ready.arena, ready.redeem(), device.torch_device.index)
     return Attach(device, entry_key, lease, ready, manifest, arena, time.perf_counter() - started)
 

@@ -172,6 +172,8 @@ def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int) -> Te
         offset, rest = divmod(tensor.data_ptr() - storage.start, tensor.element_size())
         if rest:
             raise NotShareableError("tensors of different dtypes overlap at odd addresses.")
+        if storage.start % tensor.element_size():
+            raise NotShareableError(f"a tensor of {dtype_name(tensor.dtype)} begins at an odd address.")
     return TensorInfo(
         storage=number,
         storage_offset=offset,

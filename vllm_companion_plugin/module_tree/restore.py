@@ -244,15 +244,20 @@ def _leave_behind(live: LiveModule, published: ModuleInfo) -> None:
     Only what is missing altogether: a value that differs has another reason.
     """
     for name, text in published.attributes.items():
-        if name not in live.attributes and name.isidentifier() and not hasattr(live.module, name):
+        if name not in live.attributes and _is_free(live.module, name):
             found = _plain(text)
             if found is not None:
                 setattr(live.module, name, found[0])
                 live.attributes[name] = text
     for name, number in published.floats.items():
-        if name not in live.floats and name.isidentifier() and not hasattr(live.module, name):
+        if name not in live.floats and _is_free(live.module, name):
             setattr(live.module, name, number)
             live.floats[name] = LiveFloat(number, live.module, name)
+
+
+def _is_free(module: nn.Module, name: str) -> bool:
+    """Whether `name` means nothing yet, to the module or to Python itself."""
+    return name.isidentifier() and not name.startswith("__") and not hasattr(module, name)
 
 
 def _plain(text: str) -> tuple[Any] | None:
@@ -262,9 +267,9 @@ def _plain(text: str) -> tuple[Any] | None:
         return (empty[text](),)
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the last three of nested text
         return None
-    return (value,) if value is None or isinstance(value, (bool, int, str, bytes)) else None
+    return (value,) if isinstance(value, (bool, int, str, bytes, type(None))) and repr(value) == text else None
 
 
 @contextmanager

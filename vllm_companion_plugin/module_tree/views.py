@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin.arena import Arena, ArenaWriter
-from vllm_companion_plugin.types import StorageInfo, TensorInfo
+from vllm_companion_plugin.errors import ManifestError
+from vllm_companion_plugin.types import Manifest, StorageInfo, TensorInfo
 
 
 class _DeviceBytes:
@@ -77,13 +78,20 @@ def from_inline(info: TensorInfo) -> torch.Tensor:
     """The host tensor whose bytes travel in the manifest."""
     dtype = dtype_of(info.dtype)
     if not info.inline:
-        return torch.empty(info.shape, dtype=dtype, device="cpu")
+        return torch.empty_strided(info.shape, info.stride, dtype=dtype, device="cpu")
     flat = torch.frombuffer(bytearray(info.inline), dtype=dtype)
     return flat.as_strided(info.shape, info.stride)
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """torch's dtype of that name. Raises `AttributeError` for a name torch does not know."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
+    """torch's dtype of that name. Raises `ManifestError` for a name that this torch does not know."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ManifestError(f"torch {torch.__version__} has no dtype {name!r}, in which tensors were published.")
     return dtype
+
+
+def check_dtypes(manifest: Manifest) -> None:
+    """Raises `ManifestError` for a dtype that this torch does not know, before anything is mapped."""
+    for name in {info.dtype for info in manifest.tensors}:
+        dtype_of(name)
