@@ -15,9 +15,14 @@ from enum import Enum
 _HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 _MAX_DIFFERENCES = 8
+_KEY_ID = re.compile(r"[0-9a-f]{1,64}")
+_MAX_TEXT = 4096
 
 PROTOCOL_VERSION = 1
 """Raised by every change that an older client or companion would misread."""
+
+GENERATIONS = range(1, 1 << 53)
+"""All that an entry can have; one that came from outside must leave room to count on."""
 
 
 class TensorKind(Enum):
@@ -93,6 +98,24 @@ class EntryKey:
     def title(self) -> str:
         """The model, and what it is for unless it is served."""
         return self.model if self.role == "target" else f"{self.model} ({self.role})"
+
+    def problem(self) -> str | None:
+        """What is wrong with a key that came from outside; None if nothing is. File names are made of ids."""
+        texts = {name: getattr(self, name) for name in ("id", "model", "role", "rank")}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not 1 <= len(text) <= _MAX_TEXT:
+                return f"{name!r} is not a text of 1 to {_MAX_TEXT} characters"
+        if not _KEY_ID.fullmatch(self.id):
+            return f"'id' is no hex digest but {self.id[:80]!r}"
+        maps = (self.fields, self.files)
+        if not all(isinstance(one, Mapping) for one in maps):
+            return "'fields' or 'files' is no mapping"
+        parts = [self.source, *texts.values(), *(part for one in maps for pair in one.items() for part in pair)]
+        try:
+            "".join(parts).encode()
+        except (TypeError, UnicodeEncodeError):
+            return "it holds something that is no text"
+        return None
 
     def is_draft_of(self, target: EntryKey) -> bool:
         """Whether this is a draft that was made for `target`: its fields hold the target's."""

@@ -155,7 +155,7 @@ class CompanionService:
         select = mapping.key_from_message(request.key) if selected == "key" else _query(request.query)
         client = request.client[:200] or "client"
         self._retire_lost()
-        holds = request.held_generation if selected == "key" else 0
+        holds = mapping.generation_from_message(request.held_generation) if selected == "key" else 0
         lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client, holds=holds)
         logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
         return lease

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 
 from vllm_companion_plugin.errors import RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, ensure_private_directory
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.types import GENERATIONS, EntryKey
 
 _MAX_BYTES = 64 << 20
+_DIGITS = len(str(GENERATIONS.stop))
 
 
 def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
@@ -70,12 +71,23 @@ def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                with contextlib.suppress(ValueError, TypeError):  # not written yet, or not by us
-                    yield EntryKey(**json.loads(os.pread(fd, _MAX_BYTES, 0))), int(entry.name.rpartition(".")[2])
+                key, number = _key(fd), entry.name.rpartition(".")[2]
+                generation = int(number) if number.isdecimal() and len(number) <= _DIGITS else 0
+                if key is not None and generation in GENERATIONS and entry.path == _path(paths, key, generation):
+                    yield key, generation
             else:
                 os.unlink(entry.path)
             finally:
                 os.close(fd)
+
+
+def _key(fd: int) -> EntryKey | None:
+    """The key in a holder's file; None if it is not written yet, or not by us."""
+    try:
+        key = EntryKey(**json.loads(os.pread(fd, _MAX_BYTES, 0)))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return None if key.problem() else key
 
 
 def _path(paths: DevicePaths, key: EntryKey, generation: int) -> str:

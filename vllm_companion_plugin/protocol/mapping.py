@@ -6,6 +6,7 @@ Reading is strict where a value decides something (states, kinds, ids) and raise
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vllm_companion_plugin.errors import BadRequestError
@@ -13,6 +14,7 @@ from vllm_companion_plugin.protocol import messages
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import (
     ARENA_CHECKSUM,
+    GENERATIONS,
     ArenaInfo,
     Checksums,
     CompanionStatus,
@@ -37,6 +39,7 @@ __all__ = [
     "companion_status_to_message",
     "entry_status_from_message",
     "entry_status_to_message",
+    "generation_from_message",
     "key_from_message",
     "key_to_message",
     "loader_from_message",
@@ -69,12 +72,8 @@ def key_to_message(key: EntryKey) -> Any:
 
 
 def key_from_message(message: Any) -> EntryKey:
-    """Raises `BadRequestError` unless id, model, role and rank are present and of sane length."""
-    for name in ("id", "model", "role", "rank"):
-        value = getattr(message, name)
-        if not value or len(value) > MAX_TEXT:
-            raise BadRequestError(f"Entry key: {name!r} has {len(value)} characters; expected 1 to {MAX_TEXT}.")
-    return EntryKey(
+    """Raises `BadRequestError` unless id, model, role and rank are present and of sane length, and the id is one."""
+    key = EntryKey(
         id=message.id,
         model=message.model,
         role=message.role,
@@ -83,6 +82,22 @@ def key_from_message(message: Any) -> EntryKey:
         source=message.source,
         files=dict(message.files),
     )
+    if problem := key.problem():
+        raise BadRequestError(f"Entry key: {problem}.")
+    return key
+
+
+def generation_from_message(generation: int) -> int:
+    """0 stands for none. Raises `BadRequestError` for one that nothing can have."""
+    if generation and generation not in GENERATIONS:
+        raise BadRequestError(f"Generation {generation} is out of range.")
+    return generation
+
+
+def _time(seconds: float) -> float:
+    if not math.isfinite(seconds):
+        raise BadRequestError(f"A time of {seconds} seconds.")
+    return seconds
 
 
 def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> Any:
@@ -124,7 +139,8 @@ def loader_to_message(loader: LoaderInfo) -> Any:
 
 
 def loader_from_message(message: Any) -> LoaderInfo:
-    return LoaderInfo(message.pid, message.client, message.since_unix_s, progress_from_message(message.progress))
+    """Raises `BadRequestError` for a time that is none."""
+    return LoaderInfo(message.pid, message.client, _time(message.since_unix_s), progress_from_message(message.progress))
 
 
 def published_to_message(published: Published) -> Any:
@@ -137,7 +153,8 @@ def published_to_message(published: Published) -> Any:
 
 
 def published_from_message(message: Any) -> Published:
-    return Published(message.tensor_count, dict(message.ways), message.ready_unix_s, message.load_s)
+    """Raises `BadRequestError` for a time that is none."""
+    return Published(message.tensor_count, dict(message.ways), _time(message.ready_unix_s), _time(message.load_s))
 
 
 def entry_status_to_message(entry: EntryStatus) -> Any:
@@ -162,7 +179,7 @@ def entry_status_to_message(entry: EntryStatus) -> Any:
 
 
 def entry_status_from_message(message: Any) -> EntryStatus:
-    """Raises `BadRequestError` for a state that this version does not know."""
+    """Raises `BadRequestError` for a state that this version does not know, or a time that is none."""
     try:
         return EntryStatus(
             key=key_from_message(message.key),
@@ -171,11 +188,11 @@ def entry_status_from_message(message: Any) -> EntryStatus:
             size_bytes=message.size_bytes,
             tensor_count=message.tensor_count,
             arena_kind=message.arena_kind,
-            ready_unix_s=message.ready_unix_s,
-            load_s=message.load_s,
+            ready_unix_s=_time(message.ready_unix_s),
+            load_s=_time(message.load_s),
             loader=loader_from_message(message.loader) if message.HasField("loader") else None,
             leases=tuple(
-                LeaseStatus(lease.pid, lease.client, LeaseState(lease.state), lease.since_unix_s)
+                LeaseStatus(lease.pid, lease.client, LeaseState(lease.state), _time(lease.since_unix_s))
                 for lease in message.leases
             ),
             ways=dict(message.ways),
@@ -198,14 +215,14 @@ def companion_status_to_message(status: CompanionStatus) -> Any:
 
 
 def companion_status_from_message(message: Any) -> CompanionStatus:
-    """Raises `BadRequestError` for a state that this version does not know."""
+    """Raises `BadRequestError` for a state that this version does not know, or a time that is none."""
     return CompanionStatus(
         device=message.device,
         pid=message.pid,
         version=message.version,
         protocol_version=message.protocol_version,
-        started_unix_s=message.started_unix_s,
-        linger_s=message.linger_s,
-        exits_at_unix_s=message.exits_at_unix_s,
+        started_unix_s=_time(message.started_unix_s),
+        linger_s=_time(message.linger_s),
+        exits_at_unix_s=_time(message.exits_at_unix_s),
         entries=tuple(entry_status_from_message(entry) for entry in message.entries),
     )
