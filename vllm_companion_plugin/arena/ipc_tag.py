@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ def make(tag: Tag) -> tuple[socket.socket, int]:
 def read(fd: int) -> Tag:
     """The tag behind `fd`, which stays the caller's. Raises `ArenaError` if it is something else."""
     try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):  # else the duplicate would stay open
+            raise ArenaError("The descriptor of a cuda_ipc arena is no socket.")
         with socket.socket(fileno=os.dup(fd)) as sock:
             data = sock.recv(_STRUCT.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         magic, size_bytes, keeper_pid, handle = _STRUCT.unpack(data)

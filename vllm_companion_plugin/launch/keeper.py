@@ -54,11 +54,13 @@ def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
             raise ArenaError(
                 f"The keeper of {paths.device} does not answer: {error}. Log: {paths.keeper_log}"
             ) from error
+    if answer == OK and fds:
+        return fds[0]
+    for fd in fds:
+        os.close(fd)
     if answer[:1] == FAILED:
         raise ArenaError(f"The keeper of {paths.device}: {answer[1:].decode(errors='replace')}")
-    if not fds:
-        return None  # it ended while we asked
-    return fds[0]
+    return None  # it ended while we asked
 
 
 def _start(paths: DevicePaths, settings: Settings, deadline: float) -> None:

@@ -169,6 +169,12 @@ class _Exchange:
             raise CompanionUnavailableError(f"The companion closed its fd socket {self._path} without an answer.")
         return packet, fds
 
+    def receive_ok(self) -> None:
+        packet, fds = self.receive()
+        close_all(fds)
+        if packet != OK:
+            raise BadRequestError(f"Expected {OK!r} from {self._path}; got {packet[:1]!r} with {len(fds)} descriptors.")
+
 
 def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> list[int]:
     """The `count` descriptors that `ticket` stands for, in order; the caller owns and closes them.
@@ -203,7 +209,7 @@ def deposit(path: str, ticket: bytes, fds: Sequence[int], timeout_s: float) -> N
     """
     with _Exchange(path, timeout_s) as exchange:
         exchange.send(pack_deposit(ticket, len(fds)))
-        exchange.receive()
+        exchange.receive_ok()
         for batch in batches(fds):
             exchange.send(pack_fds(batch)[0], batch)
-        exchange.receive()
+        exchange.receive_ok()
