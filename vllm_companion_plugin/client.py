@@ -92,7 +92,7 @@ class CompanionConnection:
         """Pid that the companion wrote into its lock file, for when it does not answer; 0 if there is none."""
         try:
             with open(self._paths.companion_lock, encoding="ascii") as file:
-                return int(file.read(20) or 0)
+                return max(0, int(file.read(20) or 0))  # kill(1) means something else by negative ones
         except (OSError, ValueError):
             return 0
 

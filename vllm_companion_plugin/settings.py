@@ -73,12 +73,20 @@ class Setting:
                 return None
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 return None
             return number if number == number else None  # NaN compares unequal to itself
         if not isinstance(value, str) or not value or (self.choices and value not in self.choices):
             return None
-        return value
+        return value if _fits_in_environment(value) else None
+
+
+def _fits_in_environment(text: str) -> bool:
+    """Whether `text` can be given to a child process, and name a file."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def default_runtime_dir() -> str:
@@ -220,7 +228,7 @@ def resolve(given: Mapping[str, Any] | None = None, *, origin: str = "flag") -> 
         SettingsError: an unknown name, or a value that does not fit.
     """
     present = {name: value for name, value in (given or {}).items() if value is not None}
-    unknown = sorted(set(present) - set(BY_NAME))
+    unknown = sorted(map(str, set(present) - set(BY_NAME)))
     if unknown:
         raise SettingsError(f"{origin}: unknown key(s) {', '.join(unknown)}; known keys: {', '.join(BY_NAME)}.")
     return Settings(**{setting.name: _value(setting, present, origin) for setting in TABLE})
@@ -244,7 +252,7 @@ def resolve_extra_config(extra: Any) -> Settings:
     if not isinstance(extra or {}, Mapping):
         raise SettingsError(f"{origin}: expected a JSON object, got {extra!r}.")
     known = [setting.name for setting in TABLE if setting.engine]
-    unknown = sorted(set(extra or {}) - set(known))
+    unknown = sorted(map(str, set(extra or {}) - set(known)))
     if unknown:
         raise SettingsError(
             f"{origin}: unknown key(s) {', '.join(unknown)} for --load-format companion; "

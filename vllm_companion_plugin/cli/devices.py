@@ -40,7 +40,7 @@ def devices_named(text: str | None) -> list[str]:
     """
     if text is None or text == "all":
         return visible_gpus() or ["cpu"]
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < 10:
         gpus = visible_gpus()
         if int(text) >= len(gpus):
             raise SettingsError(

@@ -63,8 +63,11 @@ def is_complete(checkpoint: Path) -> bool:
     if not any(path.name.endswith(WEIGHT_SUFFIXES) for path in files):
         return False
     for index in (path for path in files if path.name.endswith(".index.json")):
-        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        if not all((index.parent / shard).is_file() for shard in shards):
+        try:
+            shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+            if not all((index.parent / shard).is_file() for shard in shards):
+                return False
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError):  # a download that was cut short
             return False
     return True
 

@@ -44,8 +44,8 @@ class _File:
 
     def is_there(self) -> bool:
         try:
-            return file_identity(self.path) == self.identity
-        except OSError:
+            return self.path.is_file() and file_identity(self.path) == self.identity  # a pipe would never end
+        except (OSError, ValueError):  # ValueError: no name of a file
             return False
 
 

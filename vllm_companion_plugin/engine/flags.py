@@ -49,7 +49,10 @@ def without_companion(args: EngineArgs) -> EngineArgs:
 
 
 def _mapping(extra: Any) -> dict[str, Any]:
-    value = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
+    try:
+        value = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
+    except (ValueError, RecursionError):
+        value = None
     if not isinstance(value, dict):
         raise SettingsError(f"--model-loader-extra-config: expected a JSON object, got {extra!r}.")
     return dict(value)
