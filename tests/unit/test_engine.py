@@ -18,13 +18,16 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
+from tests.unit import test_mapping
 from vllm_companion_plugin.engine import checkpoint, compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
-from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.errors import ManifestError, NotShareableError
+from vllm_companion_plugin.lease import Ready
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import prepare
+from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin.types import ArenaInfo, Manifest, Published, Stage
 
 pytestmark = pytest.mark.core
 
@@ -131,6 +134,22 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
     assert "/models/m" in decision.reason
     with pytest.raises(PermissionError):
         session.decide(config, model, replace(resolve(), fallback=False))
+
+
+def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    device: Any = SimpleNamespace(stage=Stage.PROCESSED, id="cpu", torch_device=torch.device("cpu"))
+
+    def open_(published: Manifest) -> None:
+        # Asking for descriptors would fail otherwise: nobody listens there.
+        data, arena = manifest_to_bytes(published), ArenaInfo("memfd", (384,))
+        ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16)
+        session._open(device, test_mapping.KEY, None, ready, 0.0)  # type: ignore[arg-type]
+
+    with pytest.raises(ManifestError, match="published unprocessed; cpu needs processed"):
+        open_(replace(test_mapping.manifest(), stage=Stage.UNPROCESSED))
+    monkeypatch.delattr(torch, "bfloat16")
+    with pytest.raises(ManifestError, match="has no dtype 'bfloat16'"):
+        open_(test_mapping.manifest())
 
 
 def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.errors import ArenaError, CompanionError, NotShareableError, ParityError
+from vllm_companion_plugin.errors import ArenaError, CompanionError, ManifestError, NotShareableError, ParityError
 from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
-from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.module_tree.views import ArenaViews, dtype_of
 from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import Manifest, Stage
 
@@ -112,6 +112,18 @@ def test_a_restored_model_equals_the_published_one_and_shares_its_memory() -> No
     assert other.integers.output_dim == 0
     other.cache.fill_(7)  # private: may be written
     assert model.cache[0] == 0
+
+
+def test_a_tensor_at_an_odd_address_is_not_shared() -> None:
+    odd = torch.frombuffer(bytearray(64), dtype=torch.float32, count=4, offset=1)
+    with pytest.raises(NotShareableError, match="float32 begins at an odd address"):
+        published(change=lambda model: model.register_parameter("odd", nn.Parameter(odd)))
+
+
+@pytest.mark.parametrize("name", ["float3", "nn"])
+def test_a_name_that_is_no_dtype_of_this_torch_is_said(name: str) -> None:
+    with pytest.raises(ManifestError, match=f"has no dtype '{name}'"):
+        dtype_of(name)
 
 
 def test_the_largest_tensors_are_packed_first() -> None:
