@@ -19,7 +19,7 @@ from vllm_companion_plugin.lease import Lease
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.types import ArenaInfo
 
-SECONDS = {"manifest": 2.0, "restore": 2.0}
+SECONDS = {"manifest": 1.5, "restore": 1.5}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -27,7 +27,7 @@ def test_a_decoder_gives_what_it_promises_or_its_error(name: str) -> None:
     def fail(data: bytes, error: Exception) -> None:
         raise AssertionError(f"{name}: {error!r} of {data[:2000]!r}") from error
 
-    assert fuzz(name, SECONDS.get(name, 0.7), 1, fail) > 20
+    assert fuzz(name, SECONDS.get(name, 0.5), 1, fail) > 20
 
 
 def manifest(edit: Callable[[Any], object]) -> bytes:
