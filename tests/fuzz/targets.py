@@ -48,6 +48,7 @@ from vllm_companion_plugin.errors import (
     ArenaError,
     BadRequestError,
     CompanionError,
+    IntegrityError,
     ManifestError,
     RuntimeDirError,
     SettingsError,
@@ -61,6 +62,7 @@ from vllm_companion_plugin.launch.runtime_dir import DevicePaths, check_device
 from vllm_companion_plugin.lease import Granted, Lease
 from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture, describe_value
+from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, _plain
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
@@ -397,6 +399,12 @@ def attach(data: bytes) -> None:
         except CompanionError:
             return
     if not isinstance(outcome, Granted):
+        size_bytes = outcome.arena.size_bytes
+        if size_bytes <= _Reserved.SIZE:
+            views = ArenaViews(reserved(), CPU)  # type: ignore[arg-type]
+            with contextlib.suppress(IntegrityError, ManifestError):
+                verification = Verification(views, outcome.arena, "sample", CPU)
+                verification.check(manifest_from_bytes(outcome.manifest), "fuzz")
         assert 1 <= len(outcome.arena.block_sizes) <= mapping.MAX_BLOCKS
         assert math.isfinite(outcome.published.load_s)
         mapping.published_to_message(outcome.published)

@@ -17,11 +17,12 @@ from tests.fuzz.targets import KEY, TARGETS, framed, parsed, wire
 from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.lease import Lease
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
-from vllm_companion_plugin.types import ArenaInfo
+from vllm_companion_plugin.types import ARENA_CHECKSUM, ArenaInfo
 
 SECONDS = {"manifest": 1.5, "restore": 1.5}
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")  # of text that is nearly Python
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_decoder_gives_what_it_promises_or_its_error(name: str) -> None:
     def fail(data: bytes, error: Exception) -> None:
@@ -89,6 +90,14 @@ def holder(name: str = "", **changes: Any) -> bytes:
     return framed([(name or f"{KEY.id}.1").encode(), json.dumps(fields).encode()])
 
 
+def of_no_pages() -> bytes:
+    checksums = messages.Checksums(algorithm=ARENA_CHECKSUM, values=(7,))
+    arena = messages.ArenaDescriptor(kind="memfd", block_sizes=(100,), checksums=checksums)
+    digest = targets.hashlib.sha256(b"").digest()
+    ready = messages.Ready(key=mapping.key_to_message(KEY), arena=arena, manifest_sha256=digest)
+    return framed([b"E" + wire(messages.AttachEvent(ready=ready))])
+
+
 def one_time(seconds: float) -> bytes:
     ready = messages.Ready(
         key=mapping.key_to_message(KEY),
@@ -133,6 +142,7 @@ FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
     "an age without end": ("status", lambda: status(lambda m: _set(m.entries[0].leases[0], float("inf")))),
     "a linger time that JSON has not": ("status", lambda: status(lambda m: setattr(m, "linger_s", float("inf")))),
     "a load time that is no number": ("attach", lambda: one_time(float("nan"))),
+    "checksums of an arena that is not made of pages": ("attach", of_no_pages),
     "descriptors where an OK was due": ("descriptors", lambda: framed([b"D\1", WITH_TWO, WITH_TWO])),
     "a tag that is no socket": ("tag", lambda: b""),
     "descriptors beside a keeper's refusal": ("keeper_answer", lambda: framed([b"\1Fno memory"])),

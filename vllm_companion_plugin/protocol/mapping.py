@@ -57,6 +57,7 @@ MAX_BLOCKS = 4096
 """Most allocations, so descriptors, of one arena."""
 MAX_ARENA_BYTES = 1 << 50
 MAX_TEXT = 4096
+_PAGE_BYTES = 4096
 
 
 def key_to_message(key: EntryKey) -> Any:
@@ -116,7 +117,10 @@ def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
     if min(sizes) == 0 or sum(sizes) > MAX_ARENA_BYTES:
         raise BadRequestError(f"Arena with impossible block sizes: smallest {min(sizes)}, sum {sum(sizes)} bytes.")
     checksums = Checksums(message.checksums.algorithm[:MAX_TEXT], tuple(message.checksums.values))
-    if checksums.algorithm == ARENA_CHECKSUM and len(checksums.values) != piece_count(sum(sizes)):
+    # What is summed are rows of whole pages.
+    if checksums.algorithm == ARENA_CHECKSUM and (
+        len(checksums.values) != piece_count(sum(sizes)) or sum(sizes) % _PAGE_BYTES
+    ):
         raise BadRequestError(f"Arena of {sum(sizes)} bytes with {len(checksums.values)} checksums.")
     return ArenaInfo(message.kind, sizes, checksums), message.handle
 
