@@ -68,6 +68,10 @@ class Setting:
             if isinstance(value, bool):
                 return value
             return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+        if self.type is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else None
         if self.type is float:
             if isinstance(value, bool):
                 return None
@@ -114,6 +118,24 @@ TABLE: tuple[Setting, ...] = (
         "INFO",
         "Log level of the companion process.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        flag=True,
+    ),
+    Setting(
+        "log_format",
+        str,
+        "text",
+        "Format of the companion's log: text, or json (one object a line).",
+        choices=("text", "json"),
+        flag=True,
+    ),
+    Setting(
+        "metrics_port",
+        int,
+        0,
+        "Port of 127.0.0.1 where `serve` and `metrics` answer Prometheus for all companions of the runtime directory. "
+        "0: off.",
+        minimum=0,
+        maximum=65535,
         flag=True,
     ),
     Setting(
@@ -196,6 +218,8 @@ class Settings:
     runtime_dir: str
     linger_s: float
     log_level: str
+    log_format: str
+    metrics_port: int
     spawn_timeout_s: float
     wait_timeout_s: float
     source_format: str
