@@ -7,6 +7,7 @@ with connect("cpu", settings, spawn=True) as companion:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -178,8 +179,9 @@ class CompanionConnection:
 
     def report(self, report: Report) -> None:
         """Tell the companion what to count. Never blocks and never fails: it may be lost."""
-        call = self._stub.Report.future(mapping.report_to_message(report), timeout=CALL_TIMEOUT_S)  # type: ignore[attr-defined]
-        call.add_done_callback(_log_lost_report)
+        with contextlib.suppress(ValueError):  # the channel was closed
+            call = self._stub.Report.future(mapping.report_to_message(report), timeout=CALL_TIMEOUT_S)  # type: ignore[attr-defined]
+            call.add_done_callback(_log_lost_report)
 
     def attach(
         self,

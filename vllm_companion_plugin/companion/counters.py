@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import product
 
+from vllm_companion_plugin.errors import BY_CODE
 from vllm_companion_plugin.types import EntryKey, Series
 
 PREFIX = "vllm_companion_"
@@ -20,6 +22,7 @@ BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 OUTCOMES = ("attached", "copied", "published", "alone")
 VERIFY_MODES = ("full", "sample")
 VERIFY_RESULTS = ("equal", "different")
+SIDES = ("companion", "client")
 
 _SUBJECT = ("model", "rank", "role")
 
@@ -30,12 +33,14 @@ class Metric:
 
     Attributes:
         kind: "gauge" (from the status), "counter" or "histogram" (counted here).
+        values: all that the labels after those of the entry can be, so that each series begins at zero.
     """
 
     name: str
     kind: str
     labels: tuple[str, ...]
     help: str
+    values: tuple[tuple[str, ...], ...] = ((),)
 
     @property
     def exported_name(self) -> str:
@@ -50,7 +55,13 @@ TABLE = (
     Metric("arena_bytes", "gauge", (*_SUBJECT, "state"), "Bytes of their arenas; 0 while loading."),
     Metric("leases", "gauge", (*_SUBJECT, "state"), "Clients, by state: attached, waiting or loading."),
     Metric("load_silence_seconds", "gauge", _SUBJECT, "Seconds since the process that loads last reported progress."),
-    Metric("loads", "counter", (*_SUBJECT, "result"), "Loads that ended, by result: published, declined or abandoned."),
+    Metric(
+        "loads",
+        "counter",
+        (*_SUBJECT, "result"),
+        "Loads that ended, by result: published, declined or abandoned.",
+        (("published",), ("declined",), ("abandoned",)),
+    ),
     Metric("load_seconds", "histogram", _SUBJECT, "Seconds from election to publication, of published loads."),
     Metric("attaches", "counter", _SUBJECT, "Clients that were given an entry that another one had loaded."),
     Metric("wait_seconds", "histogram", _SUBJECT, "Seconds that clients waited for somebody else to load."),
@@ -59,20 +70,29 @@ TABLE = (
         "counter",
         (*_SUBJECT, "result"),
         "Entries of the companion before: handed_back, renewed (one more client of such an entry) or given_up.",
+        (("handed_back",), ("renewed",), ("given_up",)),
     ),
     Metric(
         "failures",
         "counter",
         ("side", "cause"),
         "Errors that clients were told (side companion) or reported (side client), by the code of errors.md.",
+        tuple(product(SIDES, BY_CODE)),
     ),
-    Metric("outcomes", "counter", (*_SUBJECT, "outcome"), "Models in engines: attached, copied, published or alone."),
+    Metric(
+        "outcomes",
+        "counter",
+        (*_SUBJECT, "outcome"),
+        "Models in engines: attached, copied, published or alone.",
+        tuple((outcome,) for outcome in OUTCOMES),
+    ),
     Metric("attach_seconds", "histogram", _SUBJECT, "Seconds that engines took to attach to an entry, or to copy it."),
     Metric(
         "verifications",
         "counter",
         (*_SUBJECT, "mode", "result"),
         "Checksums compared, in mode full or sample: equal or different.",
+        tuple(product(VERIFY_MODES, VERIFY_RESULTS)),
     ),
     Metric("verify_seconds", "histogram", _SUBJECT, "Seconds that comparing checksums took."),
 )
@@ -90,6 +110,16 @@ class Counters:
     def __init__(self) -> None:
         self._series: dict[tuple[str, tuple[str, ...]], Series] = {}
         self._subjects: dict[tuple[str, ...], None] = {}
+        for labels in BY_NAME["failures"].values:
+            self._at("failures", labels)
+        self._at("outcomes", (*subject(None), "alone"))
+
+    def start(self, *of: str) -> None:
+        """Begin all series of a `subject` at zero: Prometheus sees no increase in one that begins at one."""
+        for metric in TABLE:
+            if metric.kind != "gauge" and metric.labels[:3] == _SUBJECT:
+                for values in metric.values:
+                    self._at(metric.name, (*of, *values))
 
     def count(self, name: str, *labels: str) -> None:
         """One more. `labels` in the order of the table."""

@@ -218,7 +218,7 @@ class Registry:
         """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
         self._generations[key.id] = max(generation, self._generations.get(key.id, 0))
         if self._by_key(key) is None:
-            self.entries.append(Entry(key, generation=generation, expected=True, load_since_unix_s=self._wall()))
+            self._add(Entry(key, generation=generation, expected=True, load_since_unix_s=self._wall()))
             self._on_change()
 
     def give_up_expected(self) -> list[Entry]:
@@ -250,8 +250,7 @@ class Registry:
                 raise EntryNotFoundError(no_match_text(select, [e for e in self.entries if _current(e)]))
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
-            entry = Entry(select)
-            self.entries.append(entry)
+            entry = self._add(Entry(select))
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds)
         entry.leases.append(lease)
         self.idle_since = None
@@ -264,6 +263,11 @@ class Registry:
                 lease.waiting_since = self._monotonic()
         self._on_change()
         return lease
+
+    def _add(self, entry: Entry) -> Entry:
+        self.entries.append(entry)
+        self.counters.start(*subject(entry.key))
+        return entry
 
     def _wants(self, key: EntryKey, generation: int) -> bool:
         """Whether this generation may be handed back: the latest, and not unloaded."""

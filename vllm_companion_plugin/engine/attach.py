@@ -88,7 +88,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         verified,
         "".join(f", {count} modules by {way}" for way, count in ways.items()),
     )
-    session.outcomes.append(
+    session.record(
         session.Outcome(
             "copied" if copy else "attached",
             decision.key.model,
@@ -97,7 +97,10 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             size_bytes=decision.arena.info.size_bytes,
             seconds=decision.seconds + finished - started,
             ways=ways,
-        )
+        ),
+        device_id=decision.device.id,
+        key_id=decision.key.id,
+        attach_s=decision.seconds - decision.waited_s + finished - started,
     )
     return model.eval()
 
