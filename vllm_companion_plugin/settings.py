@@ -277,6 +277,12 @@ def resolve_extra_config(extra: Any) -> Settings:
     return resolve(extra, origin=origin)
 
 
+def unknown_variables() -> list[str]:
+    """Variables that look like settings and are none."""
+    known = {setting.env for setting in TABLE}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+
+
 def to_environment(settings: Settings) -> dict[str, str]:
     """Variables that give a child process the same settings."""
     return {setting.env: str(getattr(settings, setting.name)) for setting in TABLE}
