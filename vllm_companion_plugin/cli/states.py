@@ -90,7 +90,7 @@ def _silent(name: str, paths: DevicePaths, pid: int, error: CompanionError) -> C
 
 def _answering(name: str, paths: DevicePaths, status: CompanionStatus) -> Check:
     pid = status.pid
-    if _listener(paths.fd_socket, socket.SOCK_STREAM) is None:
+    if _listener(paths.fd_socket, socket.SOCK_SEQPACKET) is None:
         text = (
             f"answers (pid {pid}), but {paths.fd_socket} is gone, so nobody can attach. Engines hand over to the next"
         )
@@ -207,9 +207,9 @@ def _check_elsewhere(settings: Settings) -> Iterator[Check]:
     for pid, lock in _companions():
         if lock.endswith(" (deleted)"):
             # It notices by itself, unless it hangs.
-            if _lasting(lambda pid=pid, lock=lock: (pid, lock) in _companions()):  # type: ignore[misc]
+            if _lasting(lambda pid=pid, lock=lock: (pid, lock) in _companions(), 2 * LASTING_S):  # type: ignore[misc]
                 text = f"pid {pid} holds memory, and its runtime directory was removed, so nobody can reach it"
-                yield Check("lost companion", FAIL, text, f"kill -9 {pid}")
+                yield Check("lost companion", WARN, text, f"kill -9 {pid}")
         elif not lock.startswith(root + os.sep):
             other = os.path.dirname(os.path.dirname(lock))
             text = f"pid {pid} serves the runtime directory {other}; it shares with nobody here"
@@ -283,9 +283,9 @@ def check_variables() -> Iterator[Check]:
 # ---- looking
 
 
-def _lasting(condition: Callable[[], bool]) -> bool:
-    """Whether it holds, and goes on to hold."""
-    deadline = time.monotonic() + LASTING_S
+def _lasting(condition: Callable[[], bool], seconds: float | None = None) -> bool:
+    """Whether it holds, and goes on to hold, for `LASTING_S` by default."""
+    deadline = time.monotonic() + (LASTING_S if seconds is None else seconds)
     while condition():
         if time.monotonic() > deadline:
             return True
