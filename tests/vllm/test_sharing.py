@@ -75,6 +75,12 @@ def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     assert sum(pss for pss, _ in sizes) == pytest.approx(entry.size_bytes, rel=0.02)
     assert [private for _, private in sizes] == [0, 0]
 
+    with connect("cpu", place.settings, spawn=False) as connection:
+        counted = {(s.name, s.labels.get("outcome", "")): s for s in connection.metrics()[1]}
+    assert [counted["outcomes", what].value for what in ("published", "attached", "copied")] == [1, 1, 0]
+    assert sum(counted["attach_seconds", ""].counts) == 1
+    assert min(counted[name, ""].value for name in ("attach_seconds", "load_seconds")) > 0
+
     second.kill()
     took_s = until(lambda: len(entries(place)[0].leases) == 1, 1.0, "the killed engine's lease ends")
     assert took_s < 1.0

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8
+HEALTH_S = 0.2
 CHECK_INTERVAL_S = 2.0
 HAND_BACK_S = 5.0
 """For those who map entries of the companion before. They need about a second; who wants an entry waits so long."""
@@ -137,7 +138,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     finally:
         # Whatever hangs below, the memory must be freed: the default action of SIGALRM ends us.
         signal.setitimer(signal.ITIMER_REAL, STOP_LIMIT_S)
-        await health_checks.enter_graceful_shutdown()  # NOT_SERVING, whoever asks
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # a watcher of health that does not read
+            await asyncio.wait_for(health_checks.enter_graceful_shutdown(), HEALTH_S)
         service.close()
         if not lock.is_reachable():
             # The usual way out would remove the sockets of a companion that has taken our place.
