@@ -1,6 +1,6 @@
 """`vllm-companion metrics`: what all companions of a runtime directory measure, for Prometheus, on one loopback port.
 
-The companions answer on their sockets; nothing of HTTP runs in the processes that own the memory (adr/0009).
+The companions answer on their sockets; nothing of HTTP runs in the processes that own the memory (adr/0010).
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ TABLE = (
         "Checksums compared, in mode full or sample: equal or different.",
         tuple(product(VERIFY_MODES, VERIFY_RESULTS)),
     ),
-    Metric("verify_seconds", "histogram", _SUBJECT, "Seconds that comparing checksums took."),
+    Metric("verify_seconds", "histogram", _SUBJECT, "Seconds that engines waited for the comparison of checksums."),
 )
 BY_NAME = {metric.name: metric for metric in TABLE}
 

@@ -227,9 +227,14 @@ def record(
         failure: code of the error that prevented sharing.
     """
     outcomes.append(outcome)
+    report(device_id, Report(key_id, outcome.what, attach_s, failure))
+
+
+def report(device_id: str, text: Report) -> None:
+    """Tell the companion of a device, or every one that was asked if it is empty."""
     for connection in _connections.values():
         if device_id in ("", connection.device):
-            connection.report(Report(key_id, outcome.what, attach_s, failure))
+            connection.report(text)
 
 
 def not_shared(model: str, role: str, reason: str, failure: str) -> None:
