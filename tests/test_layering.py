@@ -15,7 +15,7 @@ import pytest
 PACKAGE = "vllm_companion_plugin"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
-BASE = {"", "errors", "types", "interpreter"}
+BASE = {"", "errors", "types", "interpreter", "logs"}
 LOW = BASE | {"settings", "protocol", "arena", "launch"}
 CLIENT = LOW | {"client", "lease", "publication", "holder"}
 
@@ -25,6 +25,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "types": (set(), set()),
     "interpreter": (set(), set()),
+    "logs": (set(), set()),
     "settings": (BASE, set()),
     "protocol": (BASE | {"protocol"}, {"google", "grpc"}),
     "arena": (BASE | {"arena"}, {"cuda"}),
@@ -44,7 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CLIENT | {"module_tree", "engine"},
         {"torch", "vllm", "tqdm", "huggingface_hub", "blake3", "filelock", "PIL"},
     ),
-    "cli": (CLIENT | {"companion", "cli"}, {"grpc", "google"}),
+    "cli": (CLIENT | {"companion", "cli"}, {"grpc", "google", "prometheus_client"}),
 }
 CUDA_ONLY_IN = "arena/cuda_"
 

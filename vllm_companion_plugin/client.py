@@ -7,6 +7,7 @@ with connect("cpu", settings, spawn=True) as companion:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -30,7 +31,16 @@ from vllm_companion_plugin.protocol.rpc import open_channel, typed_error
 from vllm_companion_plugin.protocol.schema import Stub
 from vllm_companion_plugin.publication import Publication
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import PROTOCOL_VERSION, CompanionStatus, EntryKey, EntryState, EntryStatus, model_name
+from vllm_companion_plugin.types import (
+    PROTOCOL_VERSION,
+    CompanionStatus,
+    EntryKey,
+    EntryState,
+    EntryStatus,
+    Report,
+    Series,
+    model_name,
+)
 
 __all__ = ["CompanionConnection", "Granted", "Lease", "Publication", "Ready", "connect"]
 
@@ -96,10 +106,10 @@ class CompanionConnection:
         except (OSError, ValueError):
             return 0
 
-    def check_protocol(self) -> None:
+    def check_protocol(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Raises `ProtocolMismatchError` unless the companion speaks our protocol version."""
         # By the message, not by the mapped status: another version's states may be unknown here.
-        status = self._call("Status", messages.StatusRequest())
+        status = self._call("Status", messages.StatusRequest(), timeout_s)
         if status.protocol_version == PROTOCOL_VERSION:
             return
         older = "companion" if status.protocol_version < PROTOCOL_VERSION else "client"
@@ -116,9 +126,14 @@ class CompanionConnection:
 
     # ---- looking
 
-    def status(self) -> CompanionStatus:
-        """Raises `CompanionUnavailableError` if the companion is gone."""
-        return mapping.companion_status_from_message(self._call("Status", messages.StatusRequest()))
+    def status(self, timeout_s: float = CALL_TIMEOUT_S) -> CompanionStatus:
+        """Raises `CompanionUnavailableError` if the companion is gone, `WaitTimeoutError` if it is silent."""
+        return mapping.companion_status_from_message(self._call("Status", messages.StatusRequest(), timeout_s))
+
+    def metrics(self, timeout_s: float = CALL_TIMEOUT_S) -> tuple[list[float], list[Series]]:
+        """Bounds of all histograms, in seconds, and what the companion has counted. Raises as `status`."""
+        answer = self._call("Metrics", messages.MetricsRequest(), timeout_s)
+        return list(answer.bounds_s), [mapping.series_from_message(series) for series in answer.series]
 
     def watch(self, timeout_s: float | None = None) -> Iterator[CompanionStatus]:
         """The status now and after every change, until the companion ends or the caller stops iterating.
@@ -161,6 +176,12 @@ class CompanionConnection:
         )
 
     # ---- acting
+
+    def report(self, report: Report) -> None:
+        """Tell the companion what to count. Never blocks and never fails: it may be lost."""
+        with contextlib.suppress(ValueError):  # the channel was closed
+            call = self._stub.Report.future(mapping.report_to_message(report), timeout=CALL_TIMEOUT_S)  # type: ignore[attr-defined]
+            call.add_done_callback(_log_lost_report)
 
     def attach(
         self,
@@ -219,9 +240,9 @@ class CompanionConnection:
         """
         return int(self._call("Shutdown", messages.ShutdownRequest(replaced=replaced)).pid)
 
-    def _call(self, method: str, request: Any) -> Any:
+    def _call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=CALL_TIMEOUT_S)
+            return getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise typed_error(error, f"{method} of the companion of {self.device}") from error
 
@@ -237,3 +258,8 @@ class CompanionConnection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _log_lost_report(call: Any) -> None:
+    if call.code() is not grpc.StatusCode.OK:
+        logger.debug("A report was not taken: %s", call.details())

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_companion_plugin import logs
 from vllm_companion_plugin.arena import ipc_tag
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.detach import detach, report
@@ -142,13 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready-fd", type=int, help="descriptor to write 'ok' or the error to")
     parsed = parser.parse_args(arguments)
     try:
-        paths = device_paths(parsed.device, resolve({"runtime_dir": parsed.runtime_dir}))
+        settings = resolve({"runtime_dir": parsed.runtime_dir})
+        paths = device_paths(parsed.device, settings)
         if parsed.detach:
             detach(paths.keeper_log)
-        logging.basicConfig(level="INFO", stream=sys.stderr, format="%(levelname)s %(asctime)s %(message)s")
+        logs.configure("INFO", settings.log_format, paths.device)
         _keep(paths, parsed.ready_fd)
     except (CompanionError, ImportError, OSError) as error:
-        print(f"vllm-companion keeper: {error}", file=sys.stderr, flush=True)
+        logs.fatal(error)
         return 1
     return 0
 

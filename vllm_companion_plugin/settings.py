@@ -68,6 +68,10 @@ class Setting:
             if isinstance(value, bool):
                 return value
             return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+        if self.type is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else None
         if self.type is float:
             if isinstance(value, bool):
                 return None
@@ -122,6 +126,24 @@ TABLE: tuple[Setting, ...] = (
         "INFO",
         "Log level of the companion process.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        flag=True,
+    ),
+    Setting(
+        "log_format",
+        str,
+        "text",
+        "Format of the companion's log: text, or json (one object a line).",
+        choices=("text", "json"),
+        flag=True,
+    ),
+    Setting(
+        "metrics_port",
+        int,
+        0,
+        "Port of 127.0.0.1 where `serve` and `metrics` answer Prometheus for all companions of the runtime directory. "
+        "0: off.",
+        minimum=0,
+        maximum=65535,
         flag=True,
     ),
     Setting(
@@ -204,6 +226,8 @@ class Settings:
     runtime_dir: str
     linger_s: float
     log_level: str
+    log_format: str
+    metrics_port: int
     spawn_timeout_s: float
     wait_timeout_s: float
     source_format: str
@@ -259,6 +283,12 @@ def resolve_extra_config(extra: Any) -> Settings:
             f"known keys: {', '.join(known)}."
         )
     return resolve(extra, origin=origin)
+
+
+def unknown_variables() -> list[str]:
+    """Variables that look like settings and are none."""
+    known = {setting.env for setting in TABLE}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
 
 
 def to_environment(settings: Settings) -> dict[str, str]:

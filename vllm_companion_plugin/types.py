@@ -275,12 +275,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoaderInfo:
-    """Who loads, how far and since when; what waiters are shown."""
+    """Who loads, how far and since when; what waiters are shown.
+
+    Attributes:
+        changed_unix_s: when it last reported something new; 0 if the companion does not say.
+    """
 
     pid: int
     client: str
     since_unix_s: float
     progress: Progress
+    changed_unix_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -330,6 +335,44 @@ class EntryStatus:
     loader: LoaderInfo | None
     leases: tuple[LeaseStatus, ...]
     ways: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Series:
+    """One series of what a companion counts.
+
+    Attributes:
+        value: the count; of a histogram the sum of what was observed.
+        counts: of a histogram, how many in each bucket, the last one beyond all bounds; else empty.
+    """
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+    counts: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client tells of itself, to be counted. Empty fields say nothing.
+
+    Attributes:
+        key_id: of the entry that it is about.
+        outcome: "attached", "copied", "published" or "alone".
+        seconds: that attaching or copying took.
+        failure: code of the error that prevented sharing.
+        verify: how checksums were compared: "full" or "sample".
+        verified: "equal" or "different".
+        verify_seconds: that comparing took.
+    """
+
+    key_id: str = ""
+    outcome: str = ""
+    seconds: float = 0.0
+    failure: str = ""
+    verify: str = ""
+    verified: str = ""
+    verify_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

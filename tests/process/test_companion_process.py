@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import resource
@@ -200,6 +202,38 @@ def test_its_sockets_are_for_the_owner_alone_and_health_is_served(place: Place) 
         for service in ("", schema.SERVICE):
             answer = checks.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_says_that_it_ends_before_it_ends(place: Place) -> None:
+    process = place.companion()
+    seen: dict[str, list[int]] = {"": [], schema.SERVICE: []}
+    with grpc.insecure_channel(f"unix:{place.paths.grpc_socket}") as channel:
+        checks = health_pb2_grpc.HealthStub(channel)
+        watches = {name: checks.Watch(health_pb2.HealthCheckRequest(service=name), timeout=20) for name in seen}
+        for name, watch in watches.items():
+            seen[name].append(next(watch).status)
+        process.terminate()
+        for name, watch in watches.items():
+            with contextlib.suppress(grpc.RpcError):  # how a stream ends whose server is gone
+                for answer in watch:
+                    seen[name].append(answer.status)
+    status = health_pb2.HealthCheckResponse
+    assert set(map(tuple, seen.values())) == {(status.SERVING, status.NOT_SERVING)}
+    assert process.wait(5) == 0
+
+
+def test_its_log_is_json_on_request_and_a_name_forges_nothing(place: Place) -> None:
+    process = place.companion("--log-format", "json")
+    name = 'org/m"\n\x1b[31m{"level": "CRITICAL"}'
+    with connect("cpu", place.settings, spawn=False) as connection:
+        granted = connection.attach(replace(KEY, model=name), may_load=True, client_name="x\ny").wait(5)
+        assert isinstance(granted, Granted)
+        granted.publication.decline("because\nof this")
+    process.terminate()
+    _, text = process.communicate(timeout=5)
+    lines = [json.loads(line) for line in text.rstrip("\n").split("\n")]
+    assert {(line["level"], line["device"], line["pid"]) for line in lines} == {("INFO", "cpu", process.pid)}
+    assert any(line["message"] == f"x\ny (pid {os.getpid()}) keeps {name}: because\nof this" for line in lines)
 
 
 def test_it_imports_nothing_heavy() -> None:

@@ -43,6 +43,17 @@ def arena_pss_bytes(pid: int) -> tuple[int, int]:
     return pss, private
 
 
+def counted(place: Place) -> dict[str, float]:
+    """What the companion counted, by name and the labels that are not the model's, sorted; without zeros."""
+    with connect("cpu", place.settings, spawn=False) as connection:
+        series = [one for one in connection.metrics()[1] if one.value]
+    names = (
+        [one.name, *(text for label, text in sorted(one.labels.items()) if label not in ("model", "rank", "role"))]
+        for one in series
+    )
+    return {" ".join(name): one.value for name, one in zip(names, series, strict=True)}
+
+
 def check_equal_and_shared(reference: dict[str, Any], *engines: dict[str, Any]) -> None:
     for engine in engines:
         for normal, worker in zip(reference["workers"], engine["workers"], strict=True):
@@ -74,6 +85,10 @@ def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     sizes = [arena_pss_bytes(pid) for pid in pids]
     assert sum(pss for pss, _ in sizes) == pytest.approx(entry.size_bytes, rel=0.02)
     assert [private for _, private in sizes] == [0, 0]
+
+    found = counted(place)
+    assert (found["outcomes published"], found["outcomes attached"], found["verifications full equal"]) == (1, 1, 1)
+    assert min(found[f"{name}_seconds"] for name in ("load", "attach", "verify")) > 0
 
     second.kill()
     took_s = until(lambda: len(entries(place)[0].leases) == 1, 1.0, "the killed engine's lease ends")
@@ -193,6 +208,12 @@ def test_an_engine_does_not_use_what_is_not_what_was_published(
     assert second.result()["tokens"] == tokens
     said = second.output()
     assert re.search(r"are not shared: 1 of 1 pieces of .*/llama \(single\) on cpu are not what was published", said)
+    found = counted(place)
+    assert (found["verifications full different"], found["failures integrity client"], found["outcomes alone"]) == (
+        1,
+        1,
+        1,
+    )
     assert not any(tensor["in_arena"] for tensor in second.result()["workers"][0]["tensors"].values())
 
 

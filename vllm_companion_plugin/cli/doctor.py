@@ -9,14 +9,17 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, SettingsError
+from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.settings import Settings
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -38,14 +41,18 @@ class Check:
 
 def main(parsed: argparse.Namespace) -> int:
     """Print all checks; 1 if one of them failed."""
-    checks = run_checks(settings_of(parsed))
+    try:
+        checks = run_checks(settings_of(parsed))
+    except SettingsError as error:
+        variable = re.match(r"environment variable (\w+)", str(error))
+        checks = [Check("settings", FAIL, str(error), f"unset {variable[1]}" if variable else "correct the flag")]
     if parsed.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
         for check in checks:
-            print(f"{check.level:4}  {check.name}: {check.text}")
+            print(printable(f"{check.level:4}  {check.name}: {check.text}"))
             if check.mend:
-                print(f"      -> {check.mend}")
+                print(printable(f"      -> {check.mend}"))
     return int(any(check.level == FAIL for check in checks))
 
 
@@ -56,7 +63,7 @@ def run_checks(settings: Settings) -> list[Check]:
         check_vllm,
         check_plugin,
         lambda: check_runtime_dir(settings),
-        lambda: check_companions(settings),
+        lambda: _states(settings),
         check_cuda,
     )
     found: list[Check] = []
@@ -144,7 +151,7 @@ def check_runtime_dir(settings: Settings) -> Iterator[Check]:
             check_private_directory(root)
             for entry in os.scandir(root):
                 check_private_directory(entry.path)
-            yield Check("runtime directory", OK, root)
+            yield _writable(root, shorter)
         else:
             above = os.path.dirname(root)
             while not os.path.lexists(above):
@@ -164,22 +171,24 @@ def check_runtime_dir(settings: Settings) -> Iterator[Check]:
         yield Check("socket path", OK, f"{length} of {MAX_SOCKET_PATH} bytes")
 
 
-def check_companions(settings: Settings) -> Iterator[Check]:
-    from vllm_companion_plugin.cli.devices import running, silent_pid
-
+def _writable(root: str, elsewhere: str) -> Check:
+    """Whether there is space: what cannot be written is found out by writing."""
     try:
-        with running(settings, None) as connections:
-            for connection in connections:
-                name = f"companion of {connection.device}"
-                try:
-                    connection.check_protocol()
-                    yield Check(name, OK, f"answers (pid {connection.status().pid})")
-                except CompanionError as error:
-                    pid = silent_pid(connection, error)
-                    mend = f"kill -9 {pid}" if pid else f"vllm-companion stop --device {connection.device}"
-                    yield Check(name, FAIL, str(error), mend)
-    except CompanionError as error:
-        yield Check("companions", WARN, f"could not be looked for: {error}", "mend the runtime directory")
+        with tempfile.TemporaryFile(dir=root) as file:
+            file.write(b"doctor")
+    except OSError as error:
+        text = f"{root} cannot be written: {error.strerror}"
+        return Check("runtime directory", FAIL, text, f"free space (df -h {root}; df -i {root}), or: {elsewhere}")
+    return Check("runtime directory", OK, root)
+
+
+def _states(settings: Settings) -> Iterator[Check]:
+    from vllm_companion_plugin.cli import states
+
+    yield from states.check_variables()
+    yield from states.check_limits()
+    yield from states.check_companions(settings)
+    yield from states.check_metrics(settings)
 
 
 _CUDA_PROBE = """

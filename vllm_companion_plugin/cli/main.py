@@ -40,7 +40,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         from vllm_companion_plugin.cli import doctor
 
         return doctor.main(parsed)
-    from vllm_companion_plugin.cli import look, serve, upgrade, verify
+    from vllm_companion_plugin.cli import look, metrics, serve, upgrade, verify
 
     if parsed.command == "serve":
         return serve.serve(parsed, rest)
@@ -48,7 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return verify.main(parsed, rest)
     _refuse(parser, rest)
     commands = {"status": look.status, "watch": look.watch, "unload": look.unload, "stop": look.stop}
-    commands["upgrade"] = upgrade.upgrade
+    commands |= {"upgrade": upgrade.upgrade, "metrics": metrics.main}
     return commands[parsed.command](parsed)
 
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, *settings: str, usage: str | None = None) -> argparse.ArgumentParser:
         # No abbreviations: --li could be a flag of vLLM that is to be passed on.
         made = commands.add_parser(name, help=help, description=help, usage=usage, allow_abbrev=False)
-        if name not in ("doctor", "verify"):
+        if name not in ("doctor", "metrics", "verify"):
             made.add_argument("--device", help=_DEVICE_HELP)
         if name != "verify":
             add_settings(made, "runtime_dir", *settings)
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         "Run companions until stopped. With MODEL: load it into them, as an engine with these flags would. "
         "If all of them run already, leave it with them and end.",
-        *("linger_s", "log_level", "spawn_timeout_s", "wait_timeout_s"),
+        *("linger_s", "log_level", "log_format", "metrics_port", "spawn_timeout_s", "wait_timeout_s"),
         usage="vllm-companion serve [MODEL] [--device DEVICE] [settings] [flags of vLLM]",
     )
     command("status", "Show what is held, for whom and how long.").add_argument("--json", action="store_true")
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         "own. Status 0: equal, 1: different, 3: not shared, with the reason.",
         usage="vllm-companion verify MODEL [--json] [flags of vLLM]",
     ).add_argument("--json", action="store_true")
-    command("doctor", "Check this installation, and say how to mend it.").add_argument("--json", action="store_true")
+    command("metrics", "Serve metrics of all companions for Prometheus, on loopback, until stopped.", "metrics_port")
+    doctor = command("doctor", "Check this installation, and say how to mend it.", "metrics_port")
+    doctor.add_argument("--json", action="store_true")
     return parser
 
 

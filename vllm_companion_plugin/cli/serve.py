@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from vllm_companion_plugin.cli import table
+from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.children import Child, Signals, Stopped, end, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
 from vllm_companion_plugin.cli.settings_options import settings_of
@@ -37,6 +37,7 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
                 children.append(Child(device, settings, settings.linger_s if parsed.linger_s is not None else None))
             for child in children:
                 child.wait_ready(signals, settings.spawn_timeout_s)
+            metrics.serve_beside(settings)
             if model is not None:
                 _warm(model, flags, _environment(parsed.device, devices, settings), signals)
                 _show_held(model, devices, settings)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Sequence
 
+from vllm_companion_plugin import logs
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.detach import detach, report
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
@@ -24,16 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a companion. Returns the exit status: 0 ended as asked, 1 error."""
     parsed = _parser().parse_args(arguments)
     try:
-        settings = resolve({"runtime_dir": parsed.runtime_dir, "log_level": parsed.log_level})
+        given = {name: getattr(parsed, name) for name in ("runtime_dir", "log_level", "log_format")}
+        settings = resolve(given)
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             detach(paths.log)
-        _configure_logging(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format, paths.device)
         _run(paths, parsed, settings)
     except CompanionError as error:
         report(parsed.ready_fd, f"{error.code} {error}")
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
-            print(f"vllm-companion: {error}", file=sys.stderr, flush=True)
+            logs.fatal(error)
         return 1
     return 0
 
@@ -68,16 +69,6 @@ def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> 
         lock.release()
 
 
-def _configure_logging(level: str) -> None:
-    # The format of vLLM's logs (vllm/logger.py), so that both read alike side by side.
-    logging.basicConfig(
-        level=level,
-        stream=sys.stderr,
-        format="%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s",
-        datefmt="%m-%d %H:%M:%S",
-    )
-
-
 def _seconds(text: str) -> float:
     return -1.0 if text == "never" else float(text)
 
@@ -92,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds to stay with nobody attached; negative or 'never': until stopped",
     )
     parser.add_argument("--log-level", choices=BY_NAME["log_level"].choices, help=BY_NAME["log_level"].help)
+    parser.add_argument("--log-format", choices=BY_NAME["log_format"].choices, help=BY_NAME["log_format"].help)
     parser.add_argument("--detach", action="store_true", help="run in the background, with init as parent")
     parser.add_argument("--owner-fd", type=int, help="descriptor that ends when whoever started us does")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write 'ok' or the error to")

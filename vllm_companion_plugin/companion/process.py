@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8
+HEALTH_S = 0.2
 CHECK_INTERVAL_S = 2.0
 HAND_BACK_S = 5.0
 """For those who map entries of the companion before. They need about a second; who wants an entry waits so long."""
@@ -119,7 +120,7 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, _on_signal, number, service)
     fd_server = FdServer(paths.fd_socket, redeem=service.redeem, check_deposit=service.check_deposit)
-    server = await _start_grpc(paths, service)
+    server, health_checks = await _start_grpc(paths, service)
     try:
         fd_server.start()
         logger.info(
@@ -137,6 +138,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     finally:
         # Whatever hangs below, the memory must be freed: the default action of SIGALRM ends us.
         signal.setitimer(signal.ITIMER_REAL, STOP_LIMIT_S)
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # a watcher of health that does not read
+            await asyncio.wait_for(health_checks.enter_graceful_shutdown(), HEALTH_S)
         service.close()
         if not lock.is_reachable():
             # The usual way out would remove the sockets of a companion that has taken our place.
@@ -148,7 +151,9 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         logger.info("Companion of %s (pid %d) has ended; its memory is free.", paths.device, os.getpid())
 
 
-async def _start_grpc(paths: DevicePaths, service: CompanionService) -> grpc.aio.Server:
+async def _start_grpc(
+    paths: DevicePaths, service: CompanionService
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     # We hold the lock, so a socket file is left over from a killed companion.
     _remove(paths.grpc_socket)
     server = grpc.aio.server(
@@ -169,7 +174,7 @@ async def _start_grpc(paths: DevicePaths, service: CompanionService) -> grpc.aio
         os.chmod(paths.grpc_socket, 0o600)
     except (OSError, RuntimeError) as error:
         raise CompanionUnavailableError(f"Cannot listen at {paths.grpc_socket}: {error}.") from error
-    return server
+    return server, checks
 
 
 def _remove(path: str) -> None:

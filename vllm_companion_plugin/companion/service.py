@@ -20,6 +20,13 @@ from typing import Any
 import grpc
 
 from vllm_companion_plugin import __version__
+from vllm_companion_plugin.companion.counters import (
+    BOUNDS_S,
+    OUTCOMES,
+    VERIFY_MODES,
+    VERIFY_RESULTS,
+    subject,
+)
 from vllm_companion_plugin.companion.descriptors import check_descriptors, memory_is_lost
 from vllm_companion_plugin.companion.selection import Query
 from vllm_companion_plugin.companion.state import (
@@ -35,6 +42,7 @@ from vllm_companion_plugin.companion.state import (
 )
 from vllm_companion_plugin.companion.tickets import Tickets
 from vllm_companion_plugin.errors import (
+    BY_CODE,
     BadRequestError,
     CompanionError,
     CompanionReplacedError,
@@ -102,14 +110,24 @@ class CompanionService:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def redeem(self, ticket: bytes) -> Sequence[int]:
-        lease = self.tickets.spend(fd_channel.REDEEM, ticket)
+        lease = self._spend(fd_channel.REDEEM, ticket)
         if not lease.entry.fds:
             raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
         return lease.entry.fds
 
     def check_deposit(self, ticket: bytes) -> Any:
-        lease = self.tickets.spend(fd_channel.DEPOSIT, ticket)
+        lease = self._spend(fd_channel.DEPOSIT, ticket)
         return lambda fds: self.registry.deposit(lease, fds)
+
+    def _spend(self, verb: bytes, ticket: bytes) -> Lease:
+        try:
+            return self.tickets.spend(verb, ticket)
+        except TicketError as error:
+            self._count_failure("companion", error)
+            raise
+
+    def _count_failure(self, side: str, error: CompanionError) -> None:
+        self.registry.counters.count("failures", side, error.code)
 
     def status(self) -> CompanionStatus:
         return CompanionStatus(
@@ -132,6 +150,7 @@ class CompanionService:
             lease = self._attach(request)
             await self._serve_lease(lease, context)
         except CompanionError as error:
+            self._count_failure("companion", error)
             await context.write(_failed(error))
         finally:
             if lease is not None:
@@ -213,7 +232,7 @@ class CompanionService:
             await context.write(messages.AttachEvent(manifest_chunk=chunk))
 
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
-        async with _errors(context):
+        async with self._errors(context):
             lease: Lease | None = None
             manifest = _Receiving()
             async for request in requests:
@@ -276,7 +295,7 @@ class CompanionService:
                 await self._changed.wait()
 
     async def Unload(self, request: Any, context: Any) -> Any:
-        async with _errors(context):
+        async with self._errors(context):
             unloaded = self.registry.unload(_query(request.query), force=request.force)
             for entry in unloaded:
                 self._dismiss(entry.key, entry.generation)
@@ -289,6 +308,39 @@ class CompanionService:
         # After the answer is on its way.
         asyncio.get_running_loop().call_later(0.02, self.stop.set)
         return messages.ShutdownResponse(pid=os.getpid())
+
+    async def Report(self, request: Any, context: Any) -> Any:
+        """Texts become labels only where they are of those that we know."""
+        async with self._errors(context):
+            report, counters = mapping.report_from_message(request), self.registry.counters
+            of = subject(next((e.key for e in self.registry.entries if e.key.id == report.key_id), None))
+            if report.outcome in OUTCOMES:
+                counters.count("outcomes", *of, report.outcome)
+            if report.outcome in ("attached", "copied"):
+                counters.observe("attach_seconds", report.seconds, *of)
+            if report.failure in BY_CODE:
+                counters.count("failures", "client", report.failure)
+            if report.verify in VERIFY_MODES and report.verified in VERIFY_RESULTS:
+                counters.count("verifications", *of, report.verify, report.verified)
+                counters.observe("verify_seconds", report.verify_seconds, *of)
+            return messages.ReportResponse()
+
+    async def Metrics(self, request: Any, context: Any) -> Any:
+        series = map(mapping.series_to_message, self.registry.counters.all())
+        return messages.MetricsResponse(bounds_s=BOUNDS_S, series=series)
+
+    @asynccontextmanager
+    async def _errors(self, context: Any) -> AsyncIterator[None]:
+        try:
+            yield
+        except CompanionError as error:
+            self._count_failure("companion", error)
+            logger.warning("Refused: %s", error)
+            await context.abort(
+                getattr(grpc.StatusCode, error.grpc_status),
+                str(error)[:MAX_ERROR_TEXT],
+                trailing_metadata=((ERROR_METADATA, error.code),),
+            )
 
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
@@ -328,16 +380,3 @@ def _query(message: Any) -> Query:
 
 def _failed(error: CompanionError) -> Any:
     return messages.AttachEvent(failed=messages.Failed(code=error.code, message=str(error)))
-
-
-@asynccontextmanager
-async def _errors(context: Any) -> AsyncIterator[None]:
-    try:
-        yield
-    except CompanionError as error:
-        logger.warning("Refused: %s", error)
-        await context.abort(
-            getattr(grpc.StatusCode, error.grpc_status),
-            str(error)[:MAX_ERROR_TEXT],
-            trailing_metadata=((ERROR_METADATA, error.code),),
-        )

@@ -40,6 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from vllm_companion_plugin.companion.counters import Counters, subject
 from vllm_companion_plugin.companion.selection import Query, describe, no_match_text
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -104,7 +105,11 @@ Event = WaitingEvent | GrantedEvent | ReadyEvent | RetiredEvent | FailedEvent
 
 @dataclass(eq=False)
 class Lease:
-    """One client's claim on one entry. `ended` leases take part in nothing any more."""
+    """One client's claim on one entry. `ended` leases take part in nothing any more.
+
+    Attributes:
+        waiting_since: monotonic time since which it waits for somebody else; None if it does not.
+    """
 
     id: int
     pid: int
@@ -114,6 +119,7 @@ class Lease:
     entry: Entry
     holds: int = 0
     state: LeaseState = LeaseState.WAITING
+    waiting_since: float | None = None
     ended: bool = False
     deposited: tuple[int, ...] = ()
     events: deque[Event] = field(default_factory=deque)
@@ -134,6 +140,7 @@ class Entry:
     progress: Progress = STARTING
     load_since_unix_s: float = 0.0
     load_since: float = 0.0
+    progress_unix_s: float = 0.0
     expected: bool = False
     published: Published = field(default_factory=lambda: Published(0))
     arena: ArenaInfo | None = None
@@ -148,7 +155,7 @@ class Entry:
         lease = self.loading_lease
         if lease is None:
             return replace(EXPECTED, since_unix_s=self.load_since_unix_s) if self.expected else None
-        return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress)
+        return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress, self.progress_unix_s)
 
     def status(self) -> EntryStatus:
         return EntryStatus(
@@ -193,6 +200,7 @@ class Registry:
         self._lease_ids = count(1)
         self._generations: dict[str, int] = {}
         self._unloaded: dict[str, int] = {}
+        self.counters = Counters()
         self.entries: list[Entry] = []
         self.idle_since: float | None = monotonic()
         """Monotonic time since which no lease exists (a load is a lease too); None while one does."""
@@ -210,7 +218,7 @@ class Registry:
         """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
         self._generations[key.id] = max(generation, self._generations.get(key.id, 0))
         if self._by_key(key) is None:
-            self.entries.append(Entry(key, generation=generation, expected=True, load_since_unix_s=self._wall()))
+            self._add(Entry(key, generation=generation, expected=True, load_since_unix_s=self._wall()))
             self._on_change()
 
     def give_up_expected(self) -> list[Entry]:
@@ -218,6 +226,7 @@ class Registry:
         given_up = [entry for entry in self.entries if entry.expected]
         for entry in given_up:
             entry.expected, entry.generation = False, 0
+            self.counters.count("readoptions", *subject(entry.key), "given_up")
             self._elect_or_discard(entry, f"Nobody handed back {describe([entry])}, and nobody else may load it.")
         if given_up:
             self._changed()
@@ -241,8 +250,7 @@ class Registry:
                 raise EntryNotFoundError(no_match_text(select, [e for e in self.entries if _current(e)]))
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
-            entry = Entry(select)
-            self.entries.append(entry)
+            entry = self._add(Entry(select))
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds)
         entry.leases.append(lease)
         self.idle_since = None
@@ -251,8 +259,15 @@ class Registry:
         else:
             self._elect(entry)
             self._tell_waiting(entry, [lease])
+            if lease.state is LeaseState.WAITING:
+                lease.waiting_since = self._monotonic()
         self._on_change()
         return lease
+
+    def _add(self, entry: Entry) -> Entry:
+        self.entries.append(entry)
+        self.counters.start(*subject(entry.key))
+        return entry
 
     def _wants(self, key: EntryKey, generation: int) -> bool:
         """Whether this generation may be handed back: the latest, and not unloaded."""
@@ -300,7 +315,7 @@ class Registry:
         """Raises `BadRequestError` unless `lease` is loading."""
         entry = self._require_loading(lease)
         if progress != entry.progress:
-            entry.progress = progress
+            entry.progress, entry.progress_unix_s = progress, self._wall()
             self._tell_waiting(entry, entry.leases)
             self._on_change()
 
@@ -326,9 +341,13 @@ class Registry:
         entry.arena, entry.manifest = arena, manifest
         entry.state, entry.expected = EntryState.READY, False
         latest = self._generations.get(entry.key.id, 0)
-        if not generation:
+        if generation:
+            self.counters.count("readoptions", *subject(entry.key), "handed_back")
+        else:
             loaded_s = self._monotonic() - entry.load_since
             published = replace(published, ready_unix_s=self._wall(), load_s=loaded_s)
+            self.counters.count("loads", *subject(entry.key), "published")
+            self.counters.observe("load_seconds", loaded_s, *subject(entry.key))
         entry.generation, entry.published = generation or latest + 1, published
         self._generations[entry.key.id] = max(latest, entry.generation)
         lease.state = LeaseState.ATTACHED
@@ -341,7 +360,7 @@ class Registry:
     def decline(self, lease: Lease, reason: str) -> None:
         """The loader keeps its model to itself: all waiters are told why, the entry vanishes."""
         entry = self._require_loading(lease)
-        self._remove(lease)
+        self._remove(lease, "declined")
         self._on_event(lease)  # nothing to read, but it has ended
         self._discard(entry, NotShareableError(reason))
         self._changed()
@@ -413,8 +432,10 @@ class Registry:
         if heir is None:
             return
         heir.state = LeaseState.LOADING
+        self._end_wait(heir)
         entry.progress = STARTING
         entry.load_since_unix_s, entry.load_since = self._wall(), self._monotonic()
+        entry.progress_unix_s = entry.load_since_unix_s
         self._tell(heir, GrantedEvent())
         self._tell_waiting(entry, entry.leases)
 
@@ -425,7 +446,18 @@ class Registry:
 
     def _attach_ready(self, lease: Lease) -> None:
         lease.state = LeaseState.ATTACHED
+        self._end_wait(lease)
+        if lease.holds:
+            self.counters.count("readoptions", *subject(lease.entry.key), "renewed")
+        else:
+            self.counters.count("attaches", *subject(lease.entry.key))
         self._tell(lease, ReadyEvent())
+
+    def _end_wait(self, lease: Lease) -> None:
+        if lease.waiting_since is not None:
+            waited_s = self._monotonic() - lease.waiting_since
+            self.counters.observe("wait_seconds", waited_s, *subject(lease.entry.key))
+            lease.waiting_since = None
 
     def _tell_waiting(self, entry: Entry, leases: Sequence[Lease]) -> None:
         loader = entry.loader_info()
@@ -439,8 +471,12 @@ class Registry:
         lease.events.append(event)
         self._on_event(lease)
 
-    def _remove(self, lease: Lease) -> None:
+    def _remove(self, lease: Lease, result: str = "abandoned") -> None:
+        """The lease is over; `result` of its load, if it had one."""
         lease.ended = True
+        self._end_wait(lease)
+        if lease.state is LeaseState.LOADING and not lease.holds:
+            self.counters.count("loads", *subject(lease.entry.key), result)
         lease.entry.leases.remove(lease)
         self._close_fds(lease.deposited)
         lease.deposited = ()
@@ -450,6 +486,7 @@ class Registry:
         for lease in list(entry.leases):
             self._remove(lease)
             if error is not None:
+                self.counters.count("failures", "companion", error.code)
                 self._tell(lease, FailedEvent(error))
         self._close_fds(entry.fds)
         entry.fds = ()

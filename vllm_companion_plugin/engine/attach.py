@@ -13,13 +13,13 @@ from vllm.logger import init_logger
 
 from vllm_companion_plugin.engine import compat, draft, session
 from vllm_companion_plugin.engine.session import Attach
-from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin.types import Report, Stage
 
 logger = init_logger("vllm.companion")
 
@@ -59,8 +59,9 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                     compat.post_process(model, model_config, device)
                 model.eval()  # as loaders return it
                 restorer.finish()
-            label = f"{decision.key.title} ({decision.key.rank}) on {decision.device.id}"
-            verified = verification.check(decision.manifest, label)
+            with reported(decision, settings.verify if verification.pieces else ""):
+                label = f"{decision.key.title} ({decision.key.rank}) on {decision.device.id}"
+                verified = verification.check(decision.manifest, label)
     except CompanionError:
         raise
     except Exception as error:  # vLLM's own code ran where it never runs: on the meta device
@@ -88,7 +89,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         verified,
         "".join(f", {count} modules by {way}" for way, count in ways.items()),
     )
-    session.outcomes.append(
+    session.record(
         session.Outcome(
             "copied" if copy else "attached",
             decision.key.model,
@@ -97,9 +98,30 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             size_bytes=decision.arena.info.size_bytes,
             seconds=decision.seconds + finished - started,
             ways=ways,
-        )
+        ),
+        device_id=decision.device.id,
+        key_id=decision.key.id,
+        attach_s=decision.seconds - decision.waited_s + finished - started,
     )
     return model.eval()
+
+
+@contextmanager
+def reported(decision: Attach, mode: str) -> Iterator[None]:
+    """What goes on inside compares checksums, if there is a `mode`; the companion is told how it ends."""
+    started, verified = time.perf_counter(), ""
+    try:
+        yield
+        verified = "equal"
+    except IntegrityError:
+        verified = "different"
+        raise
+    finally:
+        if mode and verified:
+            took_s = time.perf_counter() - started
+            session.report(
+                decision.device.id, Report(decision.key.id, verify=mode, verified=verified, verify_seconds=took_s)
+            )
 
 
 def around_restore(restorer: Restorer) -> Callable[[nn.Module], AbstractContextManager[None]]:

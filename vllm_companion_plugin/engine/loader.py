@@ -83,7 +83,7 @@ class CompanionModelLoader(BaseModelLoader):
                 raise
             return model
         role = "draft" if compat.is_draft(vllm_config, model_config) else "target"
-        session.not_shared(model_config.model, role, decision.reason)
+        session.not_shared(model_config.model, role, decision.reason, decision.failure)
         source = self._source(vllm_config)
         alone: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return alone
@@ -116,4 +116,4 @@ class CompanionModelLoader(BaseModelLoader):
             compat.adjust_budget(external)
         if decision.device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
-        return session.Alone(str(error))
+        return session.Alone(str(error), error.code)

@@ -168,7 +168,8 @@ class _Publisher:
                 self._arena.close()
         if self._held is not None:
             key = self._decision.key
-            session.outcomes.append(session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes))
+            published = session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes)
+            session.record(published, device_id=self._decision.device.id, key_id=key.id)
             if self.is_bound:
                 self._decision.election.release()
                 session.keep(self._decision, self._settings, self._held)
@@ -185,7 +186,7 @@ class _Publisher:
         self._decision.close()
         if not self._settings.fallback:
             raise reason
-        session.not_shared(self._decision.key.model, self._decision.key.role, str(reason))
+        session.not_shared(self._decision.key.model, self._decision.key.role, str(reason), reason.code)
 
 
 def _release(device: torch.device) -> Any:

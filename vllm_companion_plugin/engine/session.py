@@ -38,7 +38,7 @@ from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest
+from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest, Report
 
 logger = init_logger("vllm.companion")
 
@@ -57,6 +57,8 @@ class Attach:
     manifest: Manifest
     arena: arenas.Arena
     seconds: float
+    """Since the question, of which `waited_s` for somebody else to load."""
+    waited_s: float
     announced: bool = False
     """Whether vLLM subtracted it from this engine's memory budget."""
 
@@ -103,9 +105,10 @@ class Load:
 
 @dataclass
 class Alone:
-    """Load normally, without the companion, for `reason`."""
+    """Load normally, without the companion, for `reason`; `failure` is the code of the error, if it is one."""
 
     reason: str
+    failure: str = ""
 
 
 Decision = Attach | Load | Alone
@@ -170,7 +173,11 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
             if not settings.fallback:
                 raise
             logger.debug("No decision", exc_info=True)
-            known = Alone(str(error) if isinstance(error, CompanionError) else f"{type(error).__name__}: {error}")
+            known = (
+                Alone(str(error), error.code)
+                if isinstance(error, CompanionError)
+                else Alone(f"{type(error).__name__}: {error}", CompanionError.code)
+            )
         _note(_decisions, model_config, known)
     return known
 
@@ -211,10 +218,31 @@ def ready_since(decision: Attach) -> float:
     return next((entry.ready_unix_s for entry in entries if entry.key.id == decision.key.id), 0.0)
 
 
-def not_shared(model: str, role: str, reason: str) -> None:
+def record(
+    outcome: Outcome, *, device_id: str = "", key_id: str = "", attach_s: float = 0.0, failure: str = ""
+) -> None:
+    """Note what became of a model, and let its companion count it.
+
+    Args:
+        device_id: whose companion; empty for every one that was asked.
+        attach_s: without waiting for others.
+        failure: code of the error that prevented sharing.
+    """
+    outcomes.append(outcome)
+    report(device_id, Report(key_id, outcome.what, attach_s, failure))
+
+
+def report(device_id: str, text: Report) -> None:
+    """Tell the companion of a device, or every one that was asked if it is empty."""
+    for connection in _connections.values():
+        if device_id in ("", connection.device):
+            connection.report(text)
+
+
+def not_shared(model: str, role: str, reason: str, failure: str) -> None:
     """This engine has weights of its own, and says why."""
     logger.warning("Weights of %s are not shared: %s", model if role == "target" else f"{model} ({role})", reason)
-    outcomes.append(Outcome("alone", model, role, reason=reason))
+    record(Outcome("alone", model, role, reason=reason), failure=failure)
 
 
 def set_target(model: nn.Module) -> None:
@@ -353,10 +381,11 @@ def _ask(
         lease = connection.attach(asked, may_load=may_load, client_name=_client_name())
         election = None
         try:
+            waiting = time.perf_counter()
             with ProgressBar("Waiting for weights") as bar:
                 outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
             if isinstance(outcome, Ready):
-                return _open(device, asked, lease, outcome, started)
+                return _open(device, asked, lease, outcome, started, time.perf_counter() - waiting)
             election = _elect(device.id, asked, settings)
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
@@ -425,7 +454,9 @@ def _connection(device_id: str, settings: Settings) -> CompanionConnection:
     return known
 
 
-def _open(device: compat.EngineDevice, entry_key: EntryKey, lease: Lease, ready: Ready, started: float) -> Attach:
+def _open(
+    device: compat.EngineDevice, entry_key: EntryKey, lease: Lease, ready: Ready, started: float, waited_s: float
+) -> Attach:
     manifest = manifest_from_bytes(ready.manifest)
     check_manifest_fits(manifest, ready.arena)
     check_dtypes(manifest)
@@ -434,7 +465,7 @@ def _open(device: compat.EngineDevice, entry_key: EntryKey, lease: Lease, ready:
             f"{entry_key.title} was published {manifest.stage.value}; {device.id} needs {device.stage.value}."
         )
     arena = arenas.open_arena(ready.arena, ready.redeem(), device.torch_device.index)
-    return Attach(device, entry_key, lease, ready, manifest, arena, time.perf_counter() - started)
+    return Attach(device, entry_key, lease, ready, manifest, arena, time.perf_counter() - started, waited_s)
 
 
 def _elect(device_id: str, entry_key: EntryKey, settings: Settings) -> LoaderElection:

@@ -7,6 +7,7 @@ Reading is strict where a value decides something (states, kinds, ids) and raise
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, fields
 from typing import Any
 
 from vllm_companion_plugin.errors import BadRequestError
@@ -26,6 +27,8 @@ from vllm_companion_plugin.types import (
     LoaderInfo,
     Progress,
     Published,
+    Report,
+    Series,
     piece_count,
 )
 
@@ -50,6 +53,10 @@ __all__ = [
     "progress_to_message",
     "published_from_message",
     "published_to_message",
+    "report_from_message",
+    "report_to_message",
+    "series_from_message",
+    "series_to_message",
 ]
 
 ARENA_KINDS = frozenset({"memfd", "cuda_vmm", "cuda_ipc"})
@@ -57,6 +64,7 @@ MAX_BLOCKS = 4096
 """Most allocations, so descriptors, of one arena."""
 MAX_ARENA_BYTES = 1 << 50
 MAX_TEXT = 4096
+MAX_SECONDS = 1e9
 _PAGE_BYTES = 4096
 
 
@@ -139,12 +147,19 @@ def loader_to_message(loader: LoaderInfo) -> Any:
         client=loader.client,
         since_unix_s=loader.since_unix_s,
         progress=progress_to_message(loader.progress),
+        changed_unix_s=loader.changed_unix_s,
     )
 
 
 def loader_from_message(message: Any) -> LoaderInfo:
     """Raises `BadRequestError` for a time that is none."""
-    return LoaderInfo(message.pid, message.client, _time(message.since_unix_s), progress_from_message(message.progress))
+    return LoaderInfo(
+        message.pid,
+        message.client,
+        _time(message.since_unix_s),
+        progress_from_message(message.progress),
+        _time(message.changed_unix_s),
+    )
 
 
 def published_to_message(published: Published) -> Any:
@@ -230,3 +245,23 @@ def companion_status_from_message(message: Any) -> CompanionStatus:
         exits_at_unix_s=_time(message.exits_at_unix_s),
         entries=tuple(entry_status_from_message(entry) for entry in message.entries),
     )
+
+
+def report_to_message(report: Report) -> Any:
+    return messages.ReportRequest(**asdict(report))
+
+
+def report_from_message(message: Any) -> Report:
+    """Raises `BadRequestError` for seconds that no clock shows. The texts are the reader's to judge."""
+    for seconds in (message.seconds, message.verify_seconds):
+        if not 0 <= seconds < MAX_SECONDS:
+            raise BadRequestError(f"A report of {seconds!r} seconds.")
+    return Report(**{field.name: getattr(message, field.name) for field in fields(Report)})
+
+
+def series_to_message(series: Series) -> Any:
+    return messages.Series(name=series.name, labels=dict(series.labels), value=series.value, counts=series.counts)
+
+
+def series_from_message(message: Any) -> Series:
+    return Series(message.name, dict(message.labels), message.value, list(message.counts))

@@ -59,6 +59,8 @@ class Stub:
     Watch: Callable[..., Any]
     Unload: Callable[..., Any]
     Shutdown: Callable[..., Any]
+    Report: Callable[..., Any]
+    Metrics: Callable[..., Any]
 
     def __init__(self, channel: Any) -> None:
         for name, request, response, client_streams, server_streams in _methods():

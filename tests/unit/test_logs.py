@@ -1,0 +1,90 @@
+"""What a log line looks like, whatever names and messages contain."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_companion_plugin import logs
+
+FORGED = "org/m\nINFO 01-01 00:00:00 [state.py:1] Unloaded everything.\r\x1b[2J\x7f\x9b31m\u2028\u202e\ud800end"
+"""A new line, a terminal's commands, a bidirectional override, half a character."""
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    yield io.StringIO()
+    logging.getLogger("test.logs").handlers.clear()
+
+
+def logger_with(formatter: logging.Formatter, stream: io.StringIO) -> logging.Logger:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    logger = logging.getLogger("test.logs")
+    logger.handlers, logger.propagate = [handler], False
+    return logger
+
+
+def log_an_error(logger: logging.Logger) -> None:
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logger.exception("It failed for %s", FORGED)
+
+
+def test_text_is_one_line_in_which_nothing_acts(stream: io.StringIO) -> None:
+    logger_with(logs.TextFormatter(), stream).warning("Published %s (%d)", FORGED, 3)
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable()
+    assert re.match(r"WARNING \d\d-\d\d \d\d:\d\d:\d\d \[test_logs.py:\d+\] Published org/m\\nINFO 01-01", line)
+    assert line.endswith(r"\r\x1b[2J\x7f\x9b31m\u2028\u202e\ud800end (3)")
+
+
+def test_a_traceback_stands_behind_a_bar(stream: io.StringIO) -> None:
+    log_an_error(logger_with(logs.TextFormatter(), stream))
+    first, *rest = stream.getvalue().rstrip("\n").split("\n")
+    assert first.startswith("ERROR ")
+    assert rest[0] == "  | Traceback (most recent call last):"
+    assert all(line.startswith("  | ") and line.isprintable() for line in rest)
+
+
+def test_names_that_are_well_stay_as_they_are() -> None:
+    assert logs.printable("Müller/模型-8B 'x' \"y\" \\n") == "Müller/模型-8B 'x' \"y\" \\n"
+
+
+def test_json_is_one_object_a_line_with_everything_in_it(stream: io.StringIO) -> None:
+    logger = logger_with(logs.JsonFormatter("GPU-1"), stream)
+    log_an_error(logger)
+    logger.info("not shown")
+    logger.warning("Published %s", FORGED)
+    lines = stream.getvalue().rstrip("\n").split("\n")
+    assert all(re.fullmatch(r"[\x20-\x7e]+", line) for line in lines)
+    failed, published = map(json.loads, lines)
+    assert published.keys() == {"time", "level", "logger", "message", "pid", "device", "source"}
+    assert (published["level"], published["device"], published["message"]) == (
+        "WARNING",
+        "GPU-1",
+        f"Published {FORGED}",
+    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", published["time"])
+    assert "ValueError: org/m\n" in failed["traceback"]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_ends_a_process_is_said_in_its_form(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    logs.configure("INFO", form, "cpu")
+    logs.fatal(ValueError(FORGED))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == FORGED if form == "json" else line.startswith(r"vllm-companion: org/m\nINFO")
+    sys.excepthook(ValueError, ValueError("nobody caught it"), None)
+    assert "nobody caught it" in capsys.readouterr().err

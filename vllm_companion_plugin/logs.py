@@ -1,0 +1,78 @@
+"""Log lines of our own processes, as text or as JSON. What others wrote cannot look like a line of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+TEXT = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s"
+"""As vLLM's logs (vllm/logger.py), so that both read alike side by side."""
+
+
+def printable(text: str) -> str:
+    r"""`text` with everything a terminal or a reader of lines would act on as an escape, e.g. `\n`, `\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record; a traceback follows, each line behind a bar."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT, "%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  | {printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time (RFC 3339, UTC), level, logger, message, pid, device, source; traceback if there is one.
+
+    Args:
+        device: whose process this is.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "pid": os.getpid(),
+            "device": self._device,
+            "source": f"{record.filename}:{record.lineno}",
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)  # in ASCII: nothing in it acts
+
+
+def configure(level: str, format: str, device: str) -> None:
+    """Log to standard error from now on, also what nobody catches."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(device) if format == "json" else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
+    sys.excepthook = lambda kind, error, trace: logging.critical("Ended by", exc_info=(kind, error, trace))
+
+
+def fatal(error: Exception) -> None:
+    """Say why this process ends; in the form that was configured, or as text if it did not come to that."""
+    handlers = logging.getLogger().handlers
+    if handlers and isinstance(handlers[0].formatter, JsonFormatter):
+        logging.getLogger("vllm_companion_plugin").critical("%s", error)
+    else:
+        print(f"vllm-companion: {printable(str(error))}", file=sys.stderr, flush=True)
