@@ -13,7 +13,14 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-DECLARED = ("filelock>=3.12", "grpcio>=1.62", "grpcio-health-checking>=1.48,<1.63", "protobuf>=5.29.6,<8", "torch")
+DECLARED = (
+    "filelock>=3.12",
+    "grpcio>=1.62",
+    "grpcio-health-checking>=1.48,<1.63",
+    "prometheus-client>=0.18",
+    "protobuf>=5.29.6,<8",
+    "torch",
+)
 
 ROUND_TRIP = """
 import google.protobuf, sys, tempfile
@@ -71,6 +78,7 @@ def test_installing_beside_vllm_changes_no_version(tmp_path: Path) -> None:
         "grpcio-health-checking<1.63,>=1.48",
         "filelock>=3.12",
         "grpcio>=1.62",
+        "prometheus-client>=0.18",
         "protobuf>=5.29.6,<8",
         "torch",
     ]
