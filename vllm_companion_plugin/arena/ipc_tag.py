@@ -47,7 +47,7 @@ def read(fd: int) -> Tag:
     """The tag behind `fd`, which stays the caller's. Raises `ArenaError` if it is something else."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):  # else the duplicate would stay open
-            raise ArenaError("The descriptor of a cuda_ipc arena is no socket.")
+            raise ArenaError("The descriptor of a cuda_ipc arena is something else (no socket).")
         with socket.socket(fileno=os.dup(fd)) as sock:
             data = sock.recv(_STRUCT.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         magic, size_bytes, keeper_pid, handle = _STRUCT.unpack(data)
