@@ -21,6 +21,8 @@ from pathlib import Path
 SLOW_S = 1.0
 """Of processor time, for one input; decoders take microseconds."""
 POOL = 200
+AT_LEAST = 50
+"""Mutations, however busy the machine is."""
 
 
 def fuzz(name: str, seconds: float, seed: int, on_finding: Callable[[bytes, Exception], None]) -> int:
@@ -31,7 +33,7 @@ def fuzz(name: str, seconds: float, seed: int, on_finding: Callable[[bytes, Exce
     pool = list(target.seeds())
     fixed, count = len(pool), 0
     deadline = time.monotonic() + seconds
-    while count < fixed or time.monotonic() < deadline:
+    while count < fixed + AT_LEAST or time.monotonic() < deadline:
         data = pool[count] if count < fixed else target.mutated(rng, rng.choice(pool), rng.choice(pool))
         began = time.process_time()
         try:
