@@ -85,6 +85,7 @@ class Lease:
         self._stub = stub
         self._paths = paths
         self._label = label
+        self._key_id: str = request.key.id  # "" of a query
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._mutex = threading.Lock()
         self._callbacks: list[Callable[[CompanionError], None]] = []
@@ -166,6 +167,8 @@ class Lease:
             raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
         arena, ticket = mapping.arena_from_message(ready.arena)
         key = mapping.key_from_message(ready.key)
+        if self._key_id not in ("", key.id):
+            raise ManifestError(f"{self._label}: asked for {self._key_id[:12]}, and got {key.id[:12]}.")
         published = mapping.published_from_message(ready.published)
         return Ready(key, ready.generation, arena, manifest, published, self._paths.fd_socket, ticket)
 

@@ -132,8 +132,15 @@ def answering(place: Place, version: int) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return lambda request, context: messages.CompanionStatus(pid=5, version="9.9", protocol_version=version)
 
+    with speaking(place, Other()):
+        yield
+
+
+@contextlib.contextmanager
+def speaking(place: Place, servicer: Any) -> Iterator[None]:
+    """While open, `servicer` answers on the companion's socket."""
     server = grpc.server(ThreadPoolExecutor(1))
-    server.add_generic_rpc_handlers((schema.handlers(Other()),))
+    server.add_generic_rpc_handlers((schema.handlers(servicer),))
     server.add_insecure_port(f"unix:{place.paths.grpc_socket}")
     server.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.conftest import KEY, Place, answering, arena_of, memfd, open_fds, until
+from tests.process.conftest import KEY, Place, answering, arena_of, memfd, open_fds, speaking, until
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Publication, Ready, connect
 from vllm_companion_plugin.companion import tickets as ticket_module
 from vllm_companion_plugin.companion.tickets import Tickets
@@ -26,14 +27,15 @@ from vllm_companion_plugin.errors import (
     EntryInUseError,
     EntryNotFoundError,
     LeaseLostError,
+    ManifestError,
     NotShareableError,
     ProtocolMismatchError,
     TicketError,
     WaitTimeoutError,
 )
 from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.protocol import fd_channel, messages
-from vllm_companion_plugin.types import ArenaInfo, EntryState, LeaseState, Progress, Published
+from vllm_companion_plugin.protocol import fd_channel, mapping, messages
+from vllm_companion_plugin.types import PROTOCOL_VERSION, ArenaInfo, EntryState, LeaseState, Progress, Published
 
 
 @pytest.fixture
@@ -379,6 +381,22 @@ def test_a_companion_of_another_protocol_version_is_refused(place: Place, versio
 
 
 # ---- the election of one loader a device
+
+
+def test_what_was_not_asked_for_is_not_used(place: Place) -> None:
+    class Confused:
+        def __getattr__(self, name: str) -> Any:
+            return lambda request, context: messages.CompanionStatus(protocol_version=PROTOCOL_VERSION)
+
+        def Attach(self, request: Any, context: Any) -> Iterator[Any]:
+            key = mapping.key_to_message(replace(KEY, id="cd" * 32))
+            arena = mapping.arena_to_message(ArenaInfo("memfd", (4096,)))
+            empty = hashlib.sha256(b"").digest()
+            yield messages.AttachEvent(ready=messages.Ready(key=key, generation=1, arena=arena, manifest_sha256=empty))
+
+    with speaking(place, Confused()), connect("cpu", place.settings, spawn=False) as connection:
+        with pytest.raises(ManifestError, match="asked for abababababab, and got cdcdcdcdcdcd"):
+            connection.attach(KEY, may_load=True, client_name="test").wait(5)
 
 
 def test_the_loader_lock_is_exclusive_and_names_its_holder(place: Place) -> None:
