@@ -395,8 +395,9 @@ def test_what_was_not_asked_for_is_not_used(place: Place) -> None:
             yield messages.AttachEvent(ready=messages.Ready(key=key, generation=1, arena=arena, manifest_sha256=empty))
 
     with speaking(place, Confused()), connect("cpu", place.settings, spawn=False) as connection:
+        lease = connection.attach(KEY, may_load=True, client_name="test")
         with pytest.raises(ManifestError, match="asked for abababababab, and got cdcdcdcdcdcd"):
-            connection.attach(KEY, may_load=True, client_name="test").wait(5)
+            lease.wait(5)
 
 
 def test_the_loader_lock_is_exclusive_and_names_its_holder(place: Place) -> None:
