@@ -65,6 +65,8 @@ def mend(place: Place, check: Check) -> None:
     """Do what it says, as one would: in a shell."""
     command = check.mend.replace("vllm-companion", f"{sys.executable} {' '.join(CLI)}")
     subprocess.run(command, shell=True, env=place.environment, check=True, timeout=30, stdout=subprocess.DEVNULL)
+    if command.startswith("kill -CONT"):
+        until(lambda: not states._is_stopped(int(command.split()[2])), 5, "it goes on")
 
 
 def mended(place: Place, check: Check) -> None:
@@ -76,6 +78,11 @@ def child(place: Place, code: str, *arguments: str) -> int:
     process = place.run("-u", "-c", code + HANG, *arguments)
     read_until(process, "ready")
     return process.pid
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: states._is_stopped(pid), 5, "it is stopped")
 
 
 # ---- companions
@@ -92,7 +99,7 @@ def test_one_that_is_well_or_absent(place: Place) -> None:
 
 def test_one_that_is_stopped_by_a_signal(place: Place) -> None:
     companion = place.companion()
-    companion.send_signal(signal.SIGSTOP)
+    stop(companion.pid)
     check = found(place, COMPANION, FAIL, f"pid {companion.pid} is stopped")
     mended(place, check)
     assert companion.poll() is None
@@ -156,7 +163,7 @@ def test_one_that_nobody_can_reach_and_one_that_is_elsewhere(place: Place) -> No
     (check,) = [c for c in states._check_elsewhere(elsewhere) if f"pid {companion.pid} " in c.text]
     assert (check.name, check.level) == ("companion elsewhere", OK)
     assert place.settings.runtime_dir in check.mend
-    companion.send_signal(signal.SIGSTOP)
+    stop(companion.pid)
     shutil.rmtree(place.settings.runtime_dir)
     (check,) = [c for c in states._check_elsewhere(elsewhere) if f"pid {companion.pid} " in c.text]
     assert (check.name, check.level) == ("lost companion", WARN)
@@ -190,7 +197,7 @@ def test_a_load_that_does_not_get_on(place: Place, monkeypatch: pytest.MonkeyPat
     read_until(loader, "granted")
     name = "loading of test/model (single)"
     assert name not in look(place)
-    loader.send_signal(signal.SIGSTOP)
+    stop(loader.pid)
     mend(place, found(place, name, FAIL, f"pid {loader.pid}", "is stopped"))
     until(lambda: name not in look(place), 5, "it goes on")
     monkeypatch.setattr(states, "SILENT_S", 0.0)
@@ -209,7 +216,7 @@ def test_a_loader_that_keeps_the_device(place: Place) -> None:
     )
     pid = child(place, code)
     found(place, LOADING, OK, "loading test/model")
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     mend(place, found(place, LOADING, FAIL, f"pid {pid}", "is stopped"))
     long_ago = time.time() - 300
     os.utime(place.paths.loader_lock + ".holder", (long_ago, long_ago))
@@ -226,7 +233,7 @@ def test_a_start_that_does_not_get_on(place: Place, which: str) -> None:
 
 def test_a_keeper_that_hangs_is_gone_or_well(place: Place) -> None:
     pid = child(place, LISTEN.format("SOCK_SEQPACKET"), place.paths.keeper_socket)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     mend(place, found(place, KEEPER, FAIL, f"pid {pid} is stopped"))
     mended(place, found(place, KEEPER, FAIL, f"pid {pid} does not answer"))
     assert look(place) == {}
