@@ -15,7 +15,7 @@ import pytest
 PACKAGE = "vllm_companion_plugin"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
-BASE = {"", "errors", "types", "interpreter", "logs"}
+BASE = {"", "errors", "types", "interpreter", "logs", "peer"}
 LOW = BASE | {"settings", "protocol", "arena", "launch"}
 CLIENT = LOW | {"client", "lease", "publication", "holder"}
 
@@ -26,6 +26,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "types": (set(), set()),
     "interpreter": (set(), set()),
     "logs": (set(), set()),
+    "peer": ({"errors"}, set()),
     "settings": (BASE, set()),
     "protocol": (BASE | {"protocol"}, {"google", "grpc"}),
     "arena": (BASE | {"arena"}, {"cuda"}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from vllm_companion_plugin.errors import (
     ProtocolMismatchError,
     WaitTimeoutError,
 )
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, read_file
 from vllm_companion_plugin.launch.spawn import ensure_companion
 from vllm_companion_plugin.lease import Granted, Lease, Ready
 from vllm_companion_plugin.protocol import mapping, messages
@@ -47,6 +48,15 @@ __all__ = ["CompanionConnection", "Granted", "Lease", "Publication", "Ready", "c
 logger = logging.getLogger("vllm.companion.client")
 
 CALL_TIMEOUT_S = 10.0
+
+
+def _where() -> str:
+    """Where our pid means something, as part of our name: " in HOST" in a container, else nothing."""
+    first = 0xEFFFFFFC  # PROC_PID_INIT_INO: the pid namespace that all others are in
+    with contextlib.suppress(OSError):
+        if os.stat("/proc/self/ns/pid").st_ino != first:
+            return f" in {socket.gethostname()}"
+    return ""
 
 
 def connect(device: str, settings: Settings, *, spawn: bool) -> CompanionConnection:
@@ -101,8 +111,8 @@ class CompanionConnection:
     def recorded_pid(self) -> int:
         """Pid that the companion wrote into its lock file, for when it does not answer; 0 if there is none."""
         try:
-            with open(self._paths.companion_lock, encoding="ascii") as file:
-                return max(0, int(file.read(20) or 0))  # kill(1) means something else by negative ones
+            # kill(1) means something else by negative ones.
+            return max(0, int(read_file(self._paths.companion_lock, 20) or 0))
         except (OSError, ValueError):
             return 0
 
@@ -207,7 +217,7 @@ class CompanionConnection:
         if key is not None and (model or rank or role or key_id):
             raise BadRequestError("Attach by key or by query, not by both.")
         request = messages.AttachRequest(
-            protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name
+            protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name + _where()
         )
         request.held_generation = held_generation
         if key is not None:

@@ -78,6 +78,13 @@ class TicketError(CompanionError):
     grpc_status = "PERMISSION_DENIED"
 
 
+class LimitError(CompanionError):
+    """The companion has as many clients, entries or descriptors as it allows. What it holds stays."""
+
+    code = "limit"
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
 class EntryNotFoundError(CompanionError):
     """Nothing is published under this key or name."""
 

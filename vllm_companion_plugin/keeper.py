@@ -14,7 +14,6 @@ import os
 import resource
 import selectors
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.detach import detach, report
 from vllm_companion_plugin.launch.keeper import FAILED, OK, SIZE
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.peer import credentials
 from vllm_companion_plugin.settings import BY_NAME, resolve
 
 logger = logging.getLogger("vllm.companion.keeper")
@@ -34,8 +34,8 @@ LINGER_S = 10.0
 """Without any allocation; its context takes device memory, and the next loader can start another keeper."""
 
 RETRY_S = 0.1
-
-_UCRED = struct.Struct("iII")
+MAX_SILENT = 64
+"""Clients that have not asked yet; of more, the oldest has to go."""
 
 
 class Keeper:
@@ -54,6 +54,7 @@ class Keeper:
         self._free = free
         self._listener = listener
         self._used: dict[socket.socket, tuple[int, int]] = {}
+        self._silent: dict[socket.socket, None] = {}
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._watch(listener, self._accept)
@@ -74,16 +75,19 @@ class Keeper:
         self._selector.register(sock, selectors.EVENT_READ, lambda: on_readable(*arguments))
 
     def _forget(self, sock: socket.socket) -> None:
+        self._silent.pop(sock, None)
         self._selector.unregister(sock)
         sock.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError):
             peer, _ = self._listener.accept()
-            _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-            if uid != os.getuid():
+            if credentials(peer)[1] != os.getuid():
                 peer.close()
                 return
+            if len(self._silent) >= MAX_SILENT:
+                self._forget(next(iter(self._silent)))
+            self._silent[peer] = None
             peer.setblocking(False)
             self._watch(peer, self._answer, peer)
 

@@ -16,7 +16,9 @@ _HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 _MAX_DIFFERENCES = 8
 _KEY_ID = re.compile(r"[0-9a-f]{1,64}")
-_MAX_TEXT = 4096
+MAX_TEXT = 4096
+MAX_KEY_CHARACTERS = 256 << 10
+"""Of all texts of a key together; a checkpoint of 1000 files needs about half of it."""
 
 PROTOCOL_VERSION = 1
 """Raised by every change that an older client or companion would misread."""
@@ -103,8 +105,10 @@ class EntryKey:
         """What is wrong with a key that came from outside; None if nothing is. File names are made of ids."""
         texts = {name: getattr(self, name) for name in ("id", "model", "role", "rank")}
         for name, text in texts.items():
-            if not isinstance(text, str) or not 1 <= len(text) <= _MAX_TEXT:
-                return f"{name!r} is not a text of 1 to {_MAX_TEXT} characters"
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_TEXT:
+                return f"{name!r} is not a text of 1 to {MAX_TEXT} characters"
+            if not text.isprintable():
+                return f"{name!r} is {text[:200]!r}, which cannot be printed"
         if not _KEY_ID.fullmatch(self.id):
             return f"'id' is no hex digest but {self.id[:80]!r}"
         maps = (self.fields, self.files)
@@ -115,6 +119,10 @@ class EntryKey:
             "".join(parts).encode()
         except (TypeError, UnicodeEncodeError):
             return "it holds something that is no text"
+        if not all(map(str.isprintable, self.fields)):
+            return "a field has a name that cannot be printed"
+        if (total := sum(map(len, parts))) > MAX_KEY_CHARACTERS:
+            return f"it has {total} characters; at most {MAX_KEY_CHARACTERS} are allowed"
         return None
 
     def is_draft_of(self, target: EntryKey) -> bool:

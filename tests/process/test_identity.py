@@ -341,6 +341,14 @@ def test_a_mismatch_names_the_fields_and_both_values(
     assert said[0].endswith("so it is loaded once more: hf.rms_norm_eps is '1e-05' there and '0.5' here.")
 
 
+def test_a_pipe_where_another_client_says_that_its_checkpoint_is_does_not_hang_an_engine(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert digest._sample(tmp_path / "pipe") == (-1, b"")
+    began = time.monotonic()
+    digest._read(tmp_path / "pipe")
+    assert time.monotonic() - began < 1
+
+
 def test_a_damaged_digest_is_not_believed(engines: Engines, first: Path) -> None:
     tuned = fine_tune_of(first, [-1])
     engines.load(first)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_companion_plugin.cli import doctor, look, main, table
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
+from vllm_companion_plugin.companion.process import InstanceLock
 from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.settings import TABLE, resolve
 from vllm_companion_plugin.types import (
     CompanionStatus,
@@ -273,13 +278,32 @@ def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch
     assert levels(list(doctor.check_libraries()))["filelock"] == FAIL
 
 
-def test_stop_waits_for_the_process_and_not_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_waits_for_the_process_and_not_for_its_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    process: subprocess.Popen[bytes]
+    connection: Any = SimpleNamespace(
+        device="cpu", paths=DevicePaths("cpu", str(tmp_path)), shutdown=lambda replaced: process.pid
+    )
+    monkeypatch.setattr(look, "listener_pid", lambda paths: process.pid)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
-        look.wait_gone("cpu", process.pid)
+        assert look.shut_down(connection) == process.pid
         assert process.poll() == 0
-    look.wait_gone("cpu", process.pid)
+    look.shut_down(connection)
     monkeypatch.setattr(look, "STOP_TIMEOUT_S", 0.1)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         with pytest.raises(CompanionError, match=f"kill -9 {process.pid}"):
-            look.wait_gone("cpu", process.pid)
+            look.shut_down(connection)
         process.kill()
+
+
+def test_stop_waits_by_the_lock_for_a_companion_of_another_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    paths = DevicePaths("cpu", str(tmp_path))
+    lock = InstanceLock(paths)
+    connection: Any = SimpleNamespace(device="cpu", paths=paths, shutdown=lambda replaced: os.getpid())
+    monkeypatch.setattr(look, "listener_pid", lambda paths: 0)
+    monkeypatch.setattr(look, "STOP_TIMEOUT_S", 0.1)
+    with pytest.raises(CompanionError, match="another container"):
+        look.shut_down(connection)
+    lock.release()
+    look.shut_down(connection)

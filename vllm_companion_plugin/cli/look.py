@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -24,6 +25,8 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths
+from vllm_companion_plugin.launch.spawn import listener_pid
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus
 
@@ -65,8 +68,9 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
         pid = silent_pid(connection, error)
         if not pid:
             return  # it ended just now
+        how = f"End it: kill -9 {pid}" if listener_pid(connection.paths) == pid else "It runs in another container."
         raise WaitTimeoutError(
-            f"The companion of {connection.device} (pid {pid}) does not answer: {error} End it: kill -9 {pid}"
+            f"The companion of {connection.device} (pid {pid}) does not answer: {error} {how}"
         ) from error
 
 
@@ -155,30 +159,52 @@ def stop_all(settings: Settings) -> None:
     """End every companion of this runtime directory, without a word."""
     with running(settings, None) as connections:
         for connection in connections:
-            wait_gone(connection.device, connection.shutdown())
+            shut_down(connection)
 
 
 def _stop(connection: CompanionConnection) -> None:
     leases = []
     with contextlib.suppress(CompanionError, ValueError):  # another version's status may not be readable
         leases = [(entry, lease) for entry in connection.status().entries for lease in entry.leases]
-    pid = connection.shutdown()
-    wait_gone(connection.device, pid)
+    pid = shut_down(connection)
     print(f"Stopped the companion of {connection.device} (pid {pid}).")
     for entry, lease in leases:
         print(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
 
 
-def wait_gone(device: str, pid: int) -> None:
-    """Return when process `pid` has ended. Its exit frees the memory, not its answer."""
+def shut_down(connection: CompanionConnection, *, replaced: bool = False) -> int:
+    """End the companion and return, with its pid, when it has ended: its exit frees the memory, not its answer."""
+    visible = listener_pid(connection.paths)  # its own idea of its pid is that of its container
+    with contextlib.ExitStack() as undo:
+        pidfd = -1
+        with contextlib.suppress(ProcessLookupError):
+            if visible:
+                pidfd = os.pidfd_open(visible)
+                undo.callback(os.close, pidfd)
+        pid = connection.shutdown(replaced=replaced)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while not _ended(connection.paths, pidfd):
+            if time.monotonic() > deadline:
+                how = f"End it: kill -9 {visible}" if visible else "It runs in another container."
+                raise WaitTimeoutError(
+                    f"The companion of {connection.device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s. {how}"
+                )
+    return pid
+
+
+def _ended(paths: DevicePaths, pidfd: int) -> bool:
+    """Wait a moment for a companion to end, by its lock if it runs in another container."""
+    if pidfd >= 0:
+        return bool(select.select([pidfd], [], [], 0.05)[0])
+    time.sleep(0.05)
     try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
+        fd = os.open(paths.companion_lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
     try:
-        if not select.select([pidfd], [], [], STOP_TIMEOUT_S)[0]:
-            raise WaitTimeoutError(
-                f"The companion of {device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s. End it: kill -9 {pid}"
-            )
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     finally:
-        os.close(pidfd)
+        os.close(fd)
+    return True

@@ -9,7 +9,7 @@ import os
 from vllm_companion_plugin import __version__
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
-from vllm_companion_plugin.cli.look import wait_gone
+from vllm_companion_plugin.cli.look import shut_down
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection, connect
 from vllm_companion_plugin.errors import CompanionUnavailableError, EntryInUseError, LeaseLostError
@@ -50,7 +50,7 @@ def _upgrade(connection: CompanionConnection, settings: Settings) -> None:
         replace_companion(
             connection.device,
             settings,
-            lambda: wait_gone(connection.device, connection.shutdown(replaced=True)),
+            lambda: shut_down(connection, replaced=True),
             before.linger_s,
         )
         after = _wait_until_back(connection.device, ready, settings)

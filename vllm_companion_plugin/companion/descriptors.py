@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import socket
+import threading
 from collections.abc import Sequence
 
 from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.protocol import fd_channel
 from vllm_companion_plugin.types import ArenaInfo
 
 # linux/fcntl.h
@@ -22,20 +25,45 @@ def check_descriptors(arena: ArenaInfo, fds: Sequence[int]) -> None:
     """
     if len(fds) != len(arena.block_sizes):
         raise BadRequestError(f"The arena has {len(arena.block_sizes)} blocks; {len(fds)} descriptors were deposited.")
+    if arena.kind == "cuda_ipc":
+        _check_tags(fds)
     if memory_is_lost(arena, fds):
         raise BadRequestError("The keeper of the arena's memory has ended.")
     if arena.kind != "memfd":
         return
     for index, (fd, size_bytes) in enumerate(zip(fds, arena.block_sizes, strict=True)):
-        actual = os.fstat(fd).st_size
-        if actual < size_bytes:
-            raise BadRequestError(f"Block {index} of the arena should have {size_bytes} bytes; the memfd has {actual}.")
         try:
+            # First of all: of files other than memfds, even to ask for the size may wait for somebody's file system.
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as error:
             raise BadRequestError(f"Descriptor {index} is not a memfd: {error.strerror}.") from error
         if not (seals & F_SEAL_WRITE and seals & F_SEAL_SHRINK):
             raise BadRequestError(f"Memfd {index} is not sealed against write and shrink (seals {seals:#x}).")
+        actual = os.fstat(fd).st_size
+        if actual < size_bytes:
+            raise BadRequestError(f"Block {index} of the arena should have {size_bytes} bytes; the memfd has {actual}.")
+
+
+def _check_tags(fds: Sequence[int]) -> None:
+    """They will be polled, which may block for anything but a socket."""
+    for index, fd in enumerate(fds):
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise BadRequestError(f"Descriptor {index} is no socket: {error.strerror}.") from error
+        sock.detach()
+        if sock.family != socket.AF_UNIX:
+            raise BadRequestError(f"Descriptor {index} is no Unix socket.")
+
+
+def close_aside(fds: Sequence[int]) -> None:
+    """Close what clients gave us in a thread: closing may block (SO_LINGER, a file system that hangs)."""
+    if not fds:
+        return
+    try:
+        threading.Thread(target=fd_channel.close_all, args=(tuple(fds),), daemon=True).start()
+    except RuntimeError:  # no more threads
+        fd_channel.close_all(fds)
 
 
 def memory_is_lost(arena: ArenaInfo, fds: Sequence[int]) -> bool:

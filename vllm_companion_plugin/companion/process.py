@@ -28,7 +28,7 @@ from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailab
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.protocol import schema
-from vllm_companion_plugin.protocol.rpc import MAX_MESSAGE_BYTES, address
+from vllm_companion_plugin.protocol.rpc import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, address
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8
 HEALTH_S = 0.2
 CHECK_INTERVAL_S = 2.0
+HANDSHAKE_MS = 10_000
+MAX_RPCS = 2048
+"""More than all leases, watches and publications that the service allows, so that it is the service that refuses."""
 HAND_BACK_S = 5.0
 """For those who map entries of the companion before. They need about a second; who wants an entry waits so long."""
 
@@ -44,9 +47,12 @@ class InstanceLock:
     """flock on companion.lock: held for the life of the process, freed by the kernel."""
 
     def __init__(self, paths: DevicePaths) -> None:
-        """Raises `AlreadyRunningError` naming the pid that holds it, `RuntimeDirError` if there is no space."""
+        """Raises `AlreadyRunningError` naming the pid that holds it, `RuntimeDirError` if it cannot be written."""
         self._path = paths.companion_lock
-        self._fd = os.open(paths.companion_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._fd = os.open(paths.companion_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise RuntimeDirError(f"Cannot open {paths.companion_lock}: {error.strerror}.") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -158,10 +164,12 @@ async def _start_grpc(
     _remove(paths.grpc_socket)
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+            ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
             ("grpc.so_reuseport", 0),
-        ]
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ],
+        maximum_concurrent_rpcs=MAX_RPCS,
     )
     server.add_generic_rpc_handlers((schema.handlers(service),))
     checks = health.aio.HealthServicer()

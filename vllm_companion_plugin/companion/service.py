@@ -11,10 +11,12 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -27,7 +29,7 @@ from vllm_companion_plugin.companion.counters import (
     VERIFY_RESULTS,
     subject,
 )
-from vllm_companion_plugin.companion.descriptors import check_descriptors, memory_is_lost
+from vllm_companion_plugin.companion.descriptors import check_descriptors, close_aside, memory_is_lost
 from vllm_companion_plugin.companion.selection import Query
 from vllm_companion_plugin.companion.state import (
     Event,
@@ -47,16 +49,24 @@ from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionReplacedError,
     LeaseLostError,
+    LimitError,
     ProtocolMismatchError,
     TicketError,
 )
+from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.protocol.rpc import ERROR_METADATA
-from vllm_companion_plugin.types import PROTOCOL_VERSION, ArenaInfo, CompanionStatus, EntryKey
+from vllm_companion_plugin.types import MAX_TEXT, PROTOCOL_VERSION, ArenaInfo, CompanionStatus, EntryKey
 
 logger = logging.getLogger(__name__)
 
+MAX_WATCHES = 256
+MAX_PUBLICATIONS = 256
+MAX_MANIFESTS_BYTES = 1 << 30
+"""Of all manifests, published or on their way."""
+MIN_CHUNK_BYTES = 64 << 10
+"""Of a manifest, but for its last one: many small ones would take many times their size."""
 MAX_ERROR_TEXT = 1500  # gRPC percent-encodes it into metadata, which has 8 KiB
 
 
@@ -75,11 +85,19 @@ class CompanionService:
         self.linger_s = linger_s
         self._dismiss = dismiss
         self.stop = asyncio.Event()
-        self.registry = Registry(close_fds=fd_channel.close_all, on_event=self._on_event, on_change=self._on_change)
+        self.registry = Registry(
+            close_fds=close_aside,
+            on_event=self._on_event,
+            on_change=self._on_change,
+            # Half of them are left for connections.
+            max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
+        )
         self.tickets = Tickets()
         self.exits_at_unix_s = 0.0
         self._started_unix_s = time.time()
         self._tokens: dict[bytes, Lease] = {}
+        self._receiving: set[_Receiving] = set()
+        self._watches = 0
         self._wake: dict[int, asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._version = 0
@@ -109,15 +127,21 @@ class CompanionService:
         with suppress(TimeoutError, asyncio.TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
-    def redeem(self, ticket: bytes) -> Sequence[int]:
+    def redeem(self, ticket: bytes) -> Callable[[], Sequence[int]]:
+        """The descriptors behind a ticket, to be asked for anew each time: they end with their entry."""
         lease = self._spend(fd_channel.REDEEM, ticket)
-        if not lease.entry.fds:
-            raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
-        return lease.entry.fds
 
-    def check_deposit(self, ticket: bytes) -> Any:
+        def current() -> Sequence[int]:
+            if not lease.entry.fds:
+                raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
+            return lease.entry.fds
+
+        return current
+
+    def check_deposit(self, ticket: bytes, count: int) -> Callable[[Sequence[int]], None]:
         lease = self._spend(fd_channel.DEPOSIT, ticket)
-        return lambda fds: self.registry.deposit(lease, fds)
+        self.registry.announce(lease, count)
+        return partial(self.registry.deposit, lease)
 
     def _spend(self, verb: bytes, ticket: bytes) -> Lease:
         try:
@@ -172,7 +196,7 @@ class CompanionService:
         if selected is None:
             raise BadRequestError("An attach needs a key or a query.")
         select = mapping.key_from_message(request.key) if selected == "key" else _query(request.query)
-        client = request.client[:200] or "client"
+        client = printable(request.client[:200]) or "client"
         self._retire_lost()
         holds = mapping.generation_from_message(request.held_generation) if selected == "key" else 0
         lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client, holds=holds)
@@ -233,29 +257,44 @@ class CompanionService:
 
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
         async with self._errors(context):
-            lease: Lease | None = None
+            if len(self._receiving) >= MAX_PUBLICATIONS:
+                raise LimitError(f"The companion receives {MAX_PUBLICATIONS} publications already.")
             manifest = _Receiving()
-            async for request in requests:
-                step = request.WhichOneof("step")
-                if (step == "begin") != (lease is None):
-                    raise BadRequestError("A publication begins with exactly one begin.")
+            self._receiving.add(manifest)
+            try:
+                return await self._publish(requests, manifest)
+            finally:
+                self._receiving.discard(manifest)
+
+    async def _publish(self, requests: AsyncIterator[Any], manifest: _Receiving) -> Any:
+        lease: Lease | None = None
+        async for request in requests:
+            step = request.WhichOneof("step")
+            if (step == "begin") != (lease is None):
+                raise BadRequestError("A publication begins with exactly one begin.")
+            if lease is None:
+                lease = self._tokens.get(request.begin.lease_token)
                 if lease is None:
-                    lease = self._tokens.get(request.begin.lease_token)
-                    if lease is None:
-                        raise BadRequestError("The lease token is unknown; the lease has ended.")
-                elif step == "progress":
-                    self.registry.progress(lease, mapping.progress_from_message(request.progress))
-                elif step == "manifest_chunk":
-                    manifest.add(request.manifest_chunk)
-                elif step == "commit":
-                    return self._commit(lease, request.commit, manifest)
-                elif step == "declined":
-                    self._decline(lease, request.declined)
-                    return messages.PublishResponse()
-                else:
-                    raise BadRequestError("A publication step without content.")
-            # The loader reported progress and hung up; it comes back to commit.
-            return messages.PublishResponse()
+                    raise BadRequestError("The lease token is unknown; the lease has ended.")
+            elif step == "progress":
+                self.registry.progress(lease, mapping.progress_from_message(request.progress))
+            elif step == "manifest_chunk":
+                self._check_room(len(request.manifest_chunk))
+                manifest.add(request.manifest_chunk)
+            elif step == "commit":
+                return self._commit(lease, request.commit, manifest)
+            elif step == "declined":
+                self._decline(lease, request.declined)
+                return messages.PublishResponse()
+            else:
+                raise BadRequestError("A publication step without content.")
+        # The loader reported progress and hung up; it comes back to commit.
+        return messages.PublishResponse()
+
+    def _check_room(self, size_bytes: int) -> None:
+        stored = sum(entry.manifest.size_bytes for entry in self.registry.entries if entry.manifest)
+        if stored + sum(x.size_bytes for x in self._receiving) + size_bytes > MAX_MANIFESTS_BYTES:
+            raise LimitError(f"All manifests together would be larger than {MAX_MANIFESTS_BYTES} bytes.")
 
     def _commit(self, lease: Lease, commit: Any, manifest: _Receiving) -> Any:
         arena, _ = mapping.arena_from_message(commit.arena)
@@ -279,7 +318,7 @@ class CompanionService:
         )
 
     def _decline(self, lease: Lease, declined: Any) -> None:
-        reason = declined.message[:MAX_ERROR_TEXT] or "no reason given"
+        reason = printable(" ".join(declined.message[:MAX_ERROR_TEXT].split())) or "no reason given"
         self.registry.decline(lease, reason)
         logger.info("%s (pid %d) keeps %s: %s", lease.client, lease.pid, lease.entry.key.model, reason)
 
@@ -288,11 +327,18 @@ class CompanionService:
         return mapping.companion_status_to_message(self.status())
 
     async def Watch(self, request: Any, context: Any) -> None:
-        while True:
-            version = self._version
-            await context.write(mapping.companion_status_to_message(self.status()))
-            while version == self._version:
-                await self._changed.wait()
+        async with self._errors(context):
+            if self._watches >= MAX_WATCHES:
+                raise LimitError(f"{MAX_WATCHES} clients watch the companion already.")
+            self._watches += 1
+            try:
+                while True:
+                    version = self._version
+                    await context.write(mapping.companion_status_to_message(self.status()))
+                    while version == self._version:
+                        await self._changed.wait()
+            finally:
+                self._watches -= 1
 
     async def Unload(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
@@ -335,7 +381,7 @@ class CompanionService:
             yield
         except CompanionError as error:
             self._count_failure("companion", error)
-            logger.warning("Refused: %s", error)
+            logger.warning("Refused: %s", str(error)[:MAX_ERROR_TEXT])
             await context.abort(
                 getattr(grpc.StatusCode, error.grpc_status),
                 str(error)[:MAX_ERROR_TEXT],
@@ -355,26 +401,32 @@ class _Receiving:
     """A manifest on its way in: bounded, and hashed as it comes."""
 
     def __init__(self) -> None:
+        self.size_bytes = 0
         self._chunks: list[bytes] = []
-        self._size_bytes = 0
         self._hash = hashlib.sha256()
 
     def add(self, chunk: bytes) -> None:
-        self._size_bytes += len(chunk)
-        if self._size_bytes > MAX_MANIFEST_BYTES:
+        self.size_bytes += len(chunk)
+        if self.size_bytes > MAX_MANIFEST_BYTES:
             raise BadRequestError(f"The manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
+        if self._chunks and len(self._chunks[-1]) < MIN_CHUNK_BYTES:
+            raise BadRequestError(
+                f"A chunk of a manifest has less than {MIN_CHUNK_BYTES} bytes and is not the last one."
+            )
         self._hash.update(chunk)
         self._chunks.append(chunk)
 
     def finish(self, commit: Any) -> StoredManifest:
-        if self._size_bytes != commit.manifest_bytes or self._hash.digest() != commit.manifest_sha256:
+        if self.size_bytes != commit.manifest_bytes or self._hash.digest() != commit.manifest_sha256:
             raise BadRequestError(
-                f"The manifest arrived damaged: {self._size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
+                f"The manifest arrived damaged: {self.size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
             )
-        return StoredManifest(tuple(self._chunks), self._size_bytes, self._hash.digest())
+        return StoredManifest(tuple(self._chunks), self.size_bytes, self._hash.digest())
 
 
 def _query(message: Any) -> Query:
+    if max(map(len, (message.model, message.rank, message.role, message.key_id))) > MAX_TEXT:
+        raise BadRequestError(f"A query with more than {MAX_TEXT} characters.")
     return Query(message.model, message.rank, message.role, message.key_id)
 
 

@@ -48,6 +48,7 @@ from vllm_companion_plugin.errors import (
     EntryInUseError,
     EntryNotFoundError,
     LeaseLostError,
+    LimitError,
     NotShareableError,
 )
 from vllm_companion_plugin.types import (
@@ -62,6 +63,10 @@ from vllm_companion_plugin.types import (
     Published,
 )
 
+MAX_ENTRIES = 128
+MAX_LEASES = 1024
+MAX_REMEMBERED = 10_000
+"""Keys whose generation is known though nothing is held."""
 STARTING = Progress("starting")
 EXPECTED = LoaderInfo(0, "an engine of the companion before", 0.0, Progress("about to hand it back"))
 
@@ -121,6 +126,7 @@ class Lease:
     state: LeaseState = LeaseState.WAITING
     waiting_since: float | None = None
     ended: bool = False
+    announced: int = 0
     deposited: tuple[int, ...] = ()
     events: deque[Event] = field(default_factory=deque)
 
@@ -180,6 +186,7 @@ class Registry:
         close_fds: closes descriptors that the registry no longer needs.
         on_event: a lease has something new in `events`.
         on_change: the status has changed.
+        max_fds: most descriptors of all entries and deposits.
         wall, monotonic: clocks, in seconds.
     """
 
@@ -189,12 +196,14 @@ class Registry:
         close_fds: Callable[[Sequence[int]], None],
         on_event: Callable[[Lease], None] = lambda lease: None,
         on_change: Callable[[], None] = lambda: None,
+        max_fds: int = 1 << 20,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._close_fds = close_fds
         self._on_event = on_event
         self._on_change = on_change
+        self._max_fds = max_fds
         self._wall = wall
         self._monotonic = monotonic
         self._lease_ids = count(1)
@@ -216,8 +225,8 @@ class Registry:
 
     def expect(self, key: EntryKey, generation: int) -> None:
         """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
-        self._generations[key.id] = max(generation, self._generations.get(key.id, 0))
-        if self._by_key(key) is None:
+        _remember(self._generations, key.id, generation)
+        if self._by_key(key) is None and len(self.entries) < MAX_ENTRIES:
             self._add(Entry(key, generation=generation, expected=True, load_since_unix_s=self._wall()))
             self._on_change()
 
@@ -241,7 +250,10 @@ class Registry:
         Raises:
             EntryNotFoundError: nothing matches and this client may not load it.
             BadRequestError: a query that matches several entries, or one that would have to load.
+            LimitError: there are as many leases or entries as are allowed.
         """
+        if len(self.leases) >= MAX_LEASES:
+            raise LimitError(f"The companion has {MAX_LEASES} clients already.")
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
         if isinstance(select, EntryKey) and not self._wants(select, holds):
             holds = 0
@@ -250,6 +262,8 @@ class Registry:
                 raise EntryNotFoundError(no_match_text(select, [e for e in self.entries if _current(e)]))
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
+            if len(self.entries) >= MAX_ENTRIES:
+                raise LimitError(f"The companion has {MAX_ENTRIES} entries already; unload some: vllm-companion unload")
             entry = self._add(Entry(select))
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds)
         entry.leases.append(lease)
@@ -300,6 +314,22 @@ class Registry:
 
     # ---- loading
 
+    def announce(self, lease: Lease, count: int) -> None:
+        """So many descriptors are about to be deposited.
+
+        Raises:
+            BadRequestError: not the loader.
+            LimitError: with what it has, they would be more than the companion keeps.
+        """
+        self._require_loading(lease)
+        held = sum(len(entry.fds) for entry in self.entries) + sum(other.announced for other in self.leases)
+        if held + count > self._max_fds:
+            raise LimitError(
+                f"The companion has {held} descriptors and keeps at most {self._max_fds}. Unload what is not needed, "
+                "or raise its limit of open files (ulimit -Hn) and start it anew."
+            )
+        lease.announced = count
+
     def deposit(self, lease: Lease, fds: Sequence[int]) -> None:
         """The loader's descriptors arrived; the registry owns them now, whatever comes.
 
@@ -337,7 +367,7 @@ class Registry:
             raise BadRequestError(
                 f"The arena has {len(arena.block_sizes)} blocks; {len(lease.deposited)} descriptors were deposited."
             )
-        entry.fds, lease.deposited = lease.deposited, ()
+        entry.fds, lease.deposited, lease.announced = lease.deposited, (), 0
         entry.arena, entry.manifest = arena, manifest
         entry.state, entry.expected = EntryState.READY, False
         latest = self._generations.get(entry.key.id, 0)
@@ -349,7 +379,7 @@ class Registry:
             self.counters.count("loads", *subject(entry.key), "published")
             self.counters.observe("load_seconds", loaded_s, *subject(entry.key))
         entry.generation, entry.published = generation or latest + 1, published
-        self._generations[entry.key.id] = max(latest, entry.generation)
+        _remember(self._generations, entry.key.id, entry.generation)
         lease.state = LeaseState.ATTACHED
         for other in entry.leases:
             if other is not lease:
@@ -382,7 +412,8 @@ class Registry:
             users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.leases)
             raise EntryInUseError(f"{describe(used)} is in use by {users}. Stop them, or force the unload.")
         before = tuple(entry.status() for entry in found)
-        self._unloaded |= {entry.key.id: self._generations.get(entry.key.id, 0) for entry in found}
+        for entry in found:
+            _remember(self._unloaded, entry.key.id, max(entry.generation, self._generations.get(entry.key.id, 0)))
         for entry in found:
             if entry.state is EntryState.LOADING:
                 self._discard(entry, LeaseLostError(f"{describe([entry])} was unloaded while it was loading."))
@@ -496,6 +527,12 @@ class Registry:
         if self.idle_since is None and not self.leases:
             self.idle_since = self._monotonic()
         self._on_change()
+
+
+def _remember(generations: dict[str, int], key_id: str, generation: int) -> None:
+    generations[key_id] = max(generation, generations.pop(key_id, 0))
+    while len(generations) > MAX_REMEMBERED:
+        del generations[next(iter(generations))]
 
 
 def _current(entry: Entry) -> bool:

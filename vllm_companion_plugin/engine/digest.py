@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from blake3 import blake3
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.engine.checkpoint import file_identity
+from vllm_companion_plugin.launch.runtime_dir import read_file, replace_file
 from vllm_companion_plugin.types import EntryKey
 
 logger = init_logger("vllm.companion.digest")
@@ -64,7 +66,7 @@ class Digests:
     def known(self, identity: str) -> str | None:
         """The digest of the file version `identity`, if somebody has computed it."""
         try:
-            text = self._at(identity).read_bytes()
+            text = read_file(str(self._at(identity)), 100)
         except OSError:
             return None
         return text.decode() if _DIGEST.fullmatch(text) else None  # a crash may leave anything
@@ -100,11 +102,8 @@ class Digests:
         return self._directory / hashlib.sha256(identity.encode()).hexdigest()
 
     def _keep(self, identity: str, digest: str) -> None:
-        target = self._at(identity)
-        temporary = target.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):  # a full disk costs another reading
-            temporary.write_text(digest)
-            temporary.replace(target)
+            replace_file(str(self._at(identity)), digest)
 
 
 def same_content(mine: EntryKey, held: EntryKey, digests: Digests) -> bool:
@@ -142,10 +141,15 @@ def _may_be_equal(mine: _File, held: _File, digests: Digests) -> bool:
     return _sample(mine.path) == _sample(held.path)
 
 
+def _open(path: Path) -> FileIO:
+    """For reading, without waiting if it is a pipe: others named the path."""
+    return FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def _sample(path: Path) -> tuple[int, bytes]:
     """Size and digest of some evenly spread pieces; `(-1, b"")` if it cannot be read."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
             pieces = (os.pread(file.fileno(), _SAMPLE_BYTES, size * i // _SAMPLES) for i in range(_SAMPLES))
             return size, blake3(b"".join(pieces)).digest()
@@ -157,7 +161,7 @@ def _read(path: Path) -> str:
     """Digest of a whole file, on all cores."""
     hasher = blake3(max_threads=blake3.AUTO)
     buffer = memoryview(bytearray(_READ_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with _open(path) as file:
         while count := file.readinto(buffer):
             hasher.update(buffer[:count])
     return hasher.hexdigest()

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from filelock import FileLock, Timeout
 
 from vllm_companion_plugin.errors import RuntimeDirError, WaitTimeoutError
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, read_file, replace_file
+from vllm_companion_plugin.logs import printable
 
 POLL_S = 0.05
 
@@ -88,18 +89,13 @@ class LoaderElection:
     def holder(self) -> str:
         """Who held the lock last, or "". For messages only: it may be out of date."""
         try:
-            with open(self._holder_path, encoding="utf-8", errors="replace") as file:
-                return file.read(500)
-        except FileNotFoundError:
+            return printable(read_file(self._holder_path, 500).decode(errors="replace"))
+        except OSError:
             return ""
 
     def _write_holder(self, text: str) -> None:
-        # Renamed into place, so that a reader sees the old text or the new one, never half.
-        temporary = f"{self._holder_path}.{os.getpid()}"
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self._holder_path)
+            replace_file(self._holder_path, text)
         except OSError as error:
             self._lock.release()
             raise RuntimeDirError(f"Cannot write {self._holder_path}: {error.strerror}.") from error

@@ -18,7 +18,7 @@ from vllm_companion_plugin.errors import RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, ensure_private_directory
 from vllm_companion_plugin.types import GENERATIONS, EntryKey
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 4 << 20
 _DIGITS = len(str(GENERATIONS.stop))
 
 
@@ -67,7 +67,7 @@ def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
         for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
             if not entry.is_file(follow_symlinks=False):
                 continue
-            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 
+from vllm_companion_plugin import peer
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.launch.spawn import child_environment, log_tail, start_detached, starting, why_not
@@ -46,6 +47,7 @@ def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
         sock.settimeout(ANSWER_TIMEOUT_S)
         try:
             sock.connect(paths.keeper_socket)
+            peer.check_listener(sock, paths.keeper_socket)
             sock.send(SIZE.pack(size_bytes))
             answer, fds, _, _ = socket.recv_fds(sock, _MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         except (FileNotFoundError, ConnectionError):

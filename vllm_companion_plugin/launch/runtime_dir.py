@@ -2,7 +2,9 @@
 
 Whoever can write here can impersonate a companion, so the directory must be a real directory,
 ours, and closed to others. It is never repaired silently: a wrong owner or mode may mean that
-somebody else prepared it.
+somebody else prepared it. Nobody else may rename it or anything above it either, so what was checked
+is what is used afterwards. Processes of the same user in other containers may write here: files are
+opened without following links and without waiting for a pipe.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import tempfile
 from dataclasses import dataclass
 
 from vllm_companion_plugin.errors import RuntimeDirError
@@ -89,7 +92,7 @@ def device_paths(device: str, settings: Settings) -> DevicePaths:
         RuntimeDirError: bad device name, directory not safe or not writable, path too long.
     """
     check_device(device)
-    root = os.path.abspath(settings.runtime_dir)
+    root = _root(settings)
     # MIG-GPU-<uuid>/<gi>/<ci> is one name, not three directories.
     paths = DevicePaths(device, os.path.join(root, device.replace("/", "_")))
     if len(os.fsencode(paths.grpc_socket)) > MAX_SOCKET_PATH:
@@ -104,10 +107,40 @@ def device_paths(device: str, settings: Settings) -> DevicePaths:
 
 def digests_directory(settings: Settings) -> str:
     """Where digests of checkpoint files are kept, made and checked. Raises `RuntimeDirError`."""
-    root = os.path.abspath(settings.runtime_dir)
+    root = _root(settings)
     ensure_private_directory(root)
     ensure_private_directory(os.path.join(root, "digests"))
     return os.path.join(root, "digests")
+
+
+def _root(settings: Settings) -> str:
+    """The runtime directory, without symbolic links above it. Raises `RuntimeDirError` if others could replace it."""
+    above, name = os.path.split(os.path.abspath(settings.runtime_dir))
+    above = os.path.realpath(above)
+    path = above
+    while True:
+        _check_not_replaceable(path)
+        if path == os.path.dirname(path):
+            return os.path.join(above, name)
+        path = os.path.dirname(path)
+
+
+def _check_not_replaceable(path: str) -> None:
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return  # we make it, or say that we cannot
+    # An owner that this container does not know is shown as 65534 (user_namespaces(7)): mostly the host's root.
+    if info.st_uid not in (0, os.getuid(), 65534):
+        raise RuntimeDirError(
+            f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it. "
+            "Set COMPANION_RUNTIME_DIR to a directory elsewhere."
+        )
+    if info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX:
+        raise RuntimeDirError(
+            f"{path}, above the runtime directory, has mode {stat.S_IMODE(info.st_mode):04o}, so others could replace "
+            f"what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere, or mend it: chmod +t {path}"
+        )
 
 
 def ensure_private_directory(path: str) -> None:
@@ -162,9 +195,30 @@ def list_devices(settings: Settings) -> list[str]:
     Raises:
         RuntimeDirError: the runtime directory is not safe.
     """
-    root = os.path.abspath(settings.runtime_dir)
+    root = _root(settings)
     if not os.path.lexists(root):
         return []
     check_private_directory(root)
     names = (entry.name.replace("_", "/") for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
     return sorted(name for name in names if _DEVICE.fullmatch(name))
+
+
+def read_file(path: str, most: int, *, end: bool = False) -> bytes:
+    """The first, or last, `most` bytes of a file of the runtime directory. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return os.pread(fd, most, max(0, os.fstat(fd).st_size - most) if end else 0)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a file of the runtime directory; a reader sees the old text or the new one. Raises `OSError`."""
+    fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise

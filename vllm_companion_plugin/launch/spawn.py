@@ -17,8 +17,9 @@ from importlib.util import find_spec
 
 from filelock import FileLock, Timeout
 
+from vllm_companion_plugin import peer
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, RuntimeDirError
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, read_file
 from vllm_companion_plugin.settings import Settings, to_environment
 
 logger = logging.getLogger("vllm.companion.spawn")
@@ -32,15 +33,24 @@ LOG_TAIL_BYTES = 2000
 
 def is_listening(paths: DevicePaths) -> bool:
     """Does a process accept connections at the companion's socket? A leftover file does not."""
+    return listener_pid(paths) is not None
+
+
+def listener_pid(paths: DevicePaths) -> int | None:
+    """Pid of who listens at the companion's socket, 0 if it is in another container; None if nobody does.
+
+    Raises:
+        RuntimeDirError: somebody of another user listens there.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(5)
         try:
             sock.connect(paths.grpc_socket)
+            return peer.check_listener(sock, paths.grpc_socket)
         except (FileNotFoundError, ConnectionRefusedError):
-            return False
+            return None
         except OSError as error:
             raise CompanionUnavailableError(f"Cannot connect to {paths.grpc_socket}: {error.strerror}.") from error
-    return True
 
 
 def ensure_companion(device: str, settings: Settings, *, linger_s: float | None = None) -> None:
@@ -222,8 +232,6 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
 
 def log_tail(path: str) -> str:
     """The end of a log, for messages."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
-        return file.read().decode(errors="replace").strip()
+    with contextlib.suppress(OSError):
+        return read_file(path, LOG_TAIL_BYTES, end=True).decode(errors="replace").strip()
     return "(no log)"

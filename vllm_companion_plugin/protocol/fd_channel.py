@@ -18,13 +18,15 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from vllm_companion_plugin import peer
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
     CompanionUnavailableError,
+    RuntimeDirError,
     WaitTimeoutError,
     from_code,
 )
@@ -81,8 +83,11 @@ def close_all(fds: Sequence[int]) -> None:
                 raise
 
 
-def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
+def receive_packet(sock: socket.socket, close: Callable[[Sequence[int]], None] = close_all) -> tuple[bytes, list[int]]:
     """One packet and the descriptors it carries, which the caller then owns (close-on-exec).
+
+    Args:
+        close: what becomes of descriptors that are refused.
 
     Raises:
         BadRequestError: truncated, or a count that contradicts the descriptors.
@@ -97,13 +102,13 @@ def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
             fds.extend(rights)
     if flags & socket.MSG_CTRUNC:
         # The kernel dropped descriptors that did not fit: mostly this process is at RLIMIT_NOFILE.
-        close_all(fds)
+        close(fds)
         raise BadRequestError(
             f"Only {len(fds)} descriptors of a packet arrived; raise the limit of open files (ulimit -n)."
         )
     announced = _COUNT.unpack(packet[1:])[0] if packet[:1] == FDS and len(packet) == 1 + _COUNT.size else 0
     if flags & socket.MSG_TRUNC or announced != len(fds):
-        close_all(fds)
+        close(fds)
         raise BadRequestError(f"A packet announced {announced} descriptors and carried {len(fds)}.")
     return packet, fds
 
@@ -119,9 +124,13 @@ class _Exchange:
         try:
             self._arm()
             self._sock.connect(path)
+            peer.check_listener(self._sock, path)
         except OSError as error:
             self._sock.close()
             self._fail(error)
+        except RuntimeDirError:
+            self._sock.close()
+            raise
 
     def __enter__(self) -> _Exchange:
         return self
@@ -180,8 +189,9 @@ def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> list[int]:
     """The `count` descriptors that `ticket` stands for, in order; the caller owns and closes them.
 
     Raises:
-        TicketError: unknown, spent or expired ticket.
+        TicketError: unknown, spent or expired ticket, or the entry was unloaded meanwhile.
         BadRequestError: not `count` descriptors came. None stays open.
+        RuntimeDirError: somebody else listens there.
         CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
     """
     received: list[int] = []
@@ -204,7 +214,8 @@ def deposit(path: str, ticket: bytes, fds: Sequence[int], timeout_s: float) -> N
 
     Raises:
         TicketError: unknown or spent ticket.
-        BadRequestError: the companion refuses the descriptors.
+        BadRequestError, LimitError: the companion refuses the descriptors.
+        RuntimeDirError: somebody else listens there; it got none.
         CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
     """
     with _Exchange(path, timeout_s) as exchange:

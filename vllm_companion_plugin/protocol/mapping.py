@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.protocol import messages
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import (
@@ -63,7 +64,7 @@ ARENA_KINDS = frozenset({"memfd", "cuda_vmm", "cuda_ipc"})
 MAX_BLOCKS = 4096
 """Most allocations, so descriptors, of one arena."""
 MAX_ARENA_BYTES = 1 << 50
-MAX_TEXT = 4096
+MAX_WAYS = 100
 MAX_SECONDS = 1e9
 _PAGE_BYTES = 4096
 
@@ -81,7 +82,7 @@ def key_to_message(key: EntryKey) -> Any:
 
 
 def key_from_message(message: Any) -> EntryKey:
-    """Raises `BadRequestError` unless id, model, role and rank are present and of sane length, and the id is one."""
+    """Raises `BadRequestError` unless it is one that can be kept, shown, and be part of a file name."""
     key = EntryKey(
         id=message.id,
         model=message.model,
@@ -118,13 +119,13 @@ def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> Any:
 def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
     """Arena and handle. Raises `BadRequestError` for unknown kinds and impossible sizes."""
     if message.kind not in ARENA_KINDS:
-        raise BadRequestError(f"Arena kind {message.kind!r} is unknown; known: {', '.join(sorted(ARENA_KINDS))}.")
+        raise BadRequestError(f"Arena kind {message.kind[:100]!r} is unknown; known: {', '.join(sorted(ARENA_KINDS))}.")
     sizes = tuple(message.block_sizes)
     if not 1 <= len(sizes) <= MAX_BLOCKS:
         raise BadRequestError(f"Arena of {len(sizes)} blocks; 1 to {MAX_BLOCKS} are allowed.")
     if min(sizes) == 0 or sum(sizes) > MAX_ARENA_BYTES:
         raise BadRequestError(f"Arena with impossible block sizes: smallest {min(sizes)}, sum {sum(sizes)} bytes.")
-    checksums = Checksums(message.checksums.algorithm[:MAX_TEXT], tuple(message.checksums.values))
+    checksums = Checksums(printable(message.checksums.algorithm[:100]), tuple(message.checksums.values))
     # What is summed are rows of whole pages.
     if checksums.algorithm == ARENA_CHECKSUM and (
         len(checksums.values) != piece_count(sum(sizes)) or sum(sizes) % _PAGE_BYTES
@@ -138,7 +139,7 @@ def progress_to_message(progress: Progress) -> Any:
 
 
 def progress_from_message(message: Any) -> Progress:
-    return Progress(message.phase[:MAX_TEXT], message.done_bytes, message.total_bytes)
+    return Progress(printable(message.phase[:200]), message.done_bytes, message.total_bytes)
 
 
 def loader_to_message(loader: LoaderInfo) -> Any:
@@ -172,8 +173,11 @@ def published_to_message(published: Published) -> Any:
 
 
 def published_from_message(message: Any) -> Published:
-    """Raises `BadRequestError` for a time that is none."""
-    return Published(message.tensor_count, dict(message.ways), _time(message.ready_unix_s), _time(message.load_s))
+    """Raises `BadRequestError` for a time that is none, or too many ways to restore a module."""
+    if len(message.ways) > MAX_WAYS:
+        raise BadRequestError(f"A publication with {len(message.ways)} ways to restore a module.")
+    ways = {printable(way[:100]): count for way, count in message.ways.items()}
+    return Published(message.tensor_count, ways, _time(message.ready_unix_s), _time(message.load_s))
 
 
 def entry_status_to_message(entry: EntryStatus) -> Any:

@@ -11,13 +11,16 @@ from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
     LeaseLostError,
+    LimitError,
     WaitTimeoutError,
     from_code,
 )
 
 CHUNK_BYTES = 1 << 20
 """Of a manifest on its way, in either direction."""
-MAX_MESSAGE_BYTES = 4 << 20
+MAX_REQUEST_BYTES = 4 << 20
+MAX_ANSWER_BYTES = 256 << 20
+"""A status has the keys of all entries."""
 ERROR_METADATA = "companion-error-code"
 
 
@@ -31,8 +34,8 @@ def open_channel(socket_path: str) -> grpc.Channel:
     return grpc.insecure_channel(
         address(socket_path),
         options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+            ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
             # Shared subchannels would bring another channel's connection backoff with them.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
@@ -54,5 +57,6 @@ def typed_error(error: grpc.RpcError, doing: str) -> CompanionError:
         grpc.StatusCode.UNAVAILABLE: CompanionUnavailableError,
         grpc.StatusCode.DEADLINE_EXCEEDED: WaitTimeoutError,
         grpc.StatusCode.CANCELLED: LeaseLostError,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: LimitError,
     }
     return kinds.get(call.code(), CompanionError)(f"{doing} failed: {call.details() or call.code().name}.")

@@ -1,0 +1,28 @@
+"""Who is at the other end of a Unix socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+from vllm_companion_plugin.errors import RuntimeDirError
+
+_UCRED = struct.Struct("iII")
+
+
+def credentials(sock: socket.socket) -> tuple[int, int]:
+    """Pid and uid of the other end, as the kernel tells them; pid 0 if it is not visible in our container."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid
+
+
+def check_listener(sock: socket.socket, path: str) -> int:
+    """Pid of who listens at `path`, where `sock` is connected to. Raises `RuntimeDirError` if it is not our user."""
+    pid, uid = credentials(sock)
+    if uid != os.getuid():
+        raise RuntimeDirError(
+            f"A process of uid {uid} listens at {path}, and we are uid {os.getuid()}: nothing was sent to it. "
+            "Set COMPANION_RUNTIME_DIR to a directory that only you can write."
+        )
+    return pid
