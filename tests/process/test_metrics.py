@@ -116,6 +116,8 @@ def test_every_metric_is_served_on_loopback_with_real_values(place: Place, port:
     serving = serve(place)
     with live_through_everything(place):
         found = scrape(port)
+        with pytest.raises(ConnectionRefusedError):  # an address of this machine, as any but the one it listens at
+            socket.create_connection(("127.0.0.2", port), 5)
     of = {"device": "cpu", "model": KEY.model, "rank": "single", "role": "target"}
     assert value(found, "up", device="cpu") == 1
     assert value(found, "arenas", **of, state="ready") == 1

@@ -563,6 +563,8 @@ def test_names_forge_no_log_line_and_command_no_terminal(victim: Victim) -> None
         begin = outcome.publication._begin()
         progress = messages.PublishRequest(progress=messages.Progress(phase=EVIL))
         connection._stub.Publish(iter([begin, progress]), timeout=5)
+        (entry,) = connection.status().entries
+        assert all(lease.client.isprintable() for lease in entry.leases)  # other engines log it, too
         shown = subprocess.run(
             [sys.executable, "-m", "vllm_companion_plugin.cli.main", "status"],
             env=victim.place.environment,
