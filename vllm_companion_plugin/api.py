@@ -91,13 +91,19 @@ class CompanionClient:
             time.sleep(POLL_S)
 
     def attach(
-        self, model: str, rank: str | None = None, *, role: str = "", key_id: str = "", name: str = "CompanionClient"
+        self,
+        model: str,
+        rank: str | None = None,
+        *,
+        role: str = "target",
+        key_id: str = "",
+        name: str = "CompanionClient",
     ) -> Attachment:
         """Map the weights of `model`, waiting while somebody loads them. Never loads.
 
         Args:
             rank: needed if several are published, e.g. "tp0/2".
-            role: "target" or "draft"; needed if both are published.
+            role: "target", or "draft" of speculative decoding; with MTP both have the same name.
             key_id: of one of several loads of the model, from `status`.
             name: who we are, for `status` and other clients' messages.
 

@@ -145,14 +145,22 @@ class CompanionConnection:
         answer = self._call("Metrics", messages.MetricsRequest(), timeout_s)
         return list(answer.bounds_s), [mapping.series_from_message(series) for series in answer.series]
 
-    def watch(self, timeout_s: float | None = None) -> Iterator[CompanionStatus]:
+    def watch(self, timeout_s: float | None = None, own_linger_s: float | None = None) -> Iterator[CompanionStatus]:
         """The status now and after every change, until the companion ends or the caller stops iterating.
+
+        Args:
+            own_linger_s: the companion belongs to us while we iterate, and has this linger time; negative: for ever.
 
         Raises:
             CompanionUnavailableError: the companion is gone.
+            LeaseLostError: it belonged to us, and was stopped.
             WaitTimeoutError: `timeout_s` is over.
+            AlreadyRunningError: it belongs to somebody else.
         """
-        call = self._stub.Watch(messages.StatusRequest(), timeout=timeout_s)
+        request = messages.StatusRequest()
+        if own_linger_s is not None:
+            request.own.CopyFrom(messages.StatusRequest.Own(pid=os.getpid(), linger_s=own_linger_s))
+        call = self._stub.Watch(request, timeout=timeout_s)
         try:
             for message in call:
                 yield mapping.companion_status_from_message(message)
@@ -204,6 +212,7 @@ class CompanionConnection:
         may_load: bool,
         client_name: str,
         held_generation: int = 0,
+        passive: bool = False,
     ) -> Lease:
         """Ask for the entry of `key`, or for the only one that model, rank, role and key id match.
 
@@ -213,6 +222,7 @@ class CompanionConnection:
             may_load: may be elected to load it; needs a key.
             client_name: who we are, for `status` and other clients' messages.
             held_generation: this process maps that generation of the entry of `key`, and can publish it again.
+            passive: it only holds the entry for the next companion, and keeps nobody from unloading it.
         """
         if key is not None and (model or rank or role or key_id):
             raise BadRequestError("Attach by key or by query, not by both.")
@@ -220,6 +230,7 @@ class CompanionConnection:
             protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name + _where()
         )
         request.held_generation = held_generation
+        request.passive = passive
         if key is not None:
             request.key.CopyFrom(mapping.key_to_message(key))
         else:
@@ -247,6 +258,9 @@ class CompanionConnection:
 
         Args:
             replaced: another one follows, to which clients shall hand it back.
+
+        Raises:
+            EntryInUseError: not now, as something is being loaded, or held by nobody who could hand it back.
         """
         return int(self._call("Shutdown", messages.ShutdownRequest(replaced=replaced)).pid)
 

@@ -11,13 +11,15 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, connect
+from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError, LeaseLostError
 from vllm_companion_plugin.launch import holders
-from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.protocol import fd_channel
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import ArenaInfo, EntryKey, Published
@@ -25,7 +27,7 @@ from vllm_companion_plugin.types import ArenaInfo, EntryKey, Published
 logger = logging.getLogger("vllm.companion.holder")
 
 GIVE_UP_S = 60.0
-RETRY_S = 0.2
+RETRY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,25 @@ class Holder:
 
     Args:
         lease: on `held`, attached; owned by the holder from now on.
+        passive: use nothing, and leave it to others to start the next companion.
 
     Raises:
         RuntimeDirError: the hold cannot be noted where a new companion would look for it.
     """
 
-    def __init__(self, device: str, settings: Settings, held: Held, lease: Lease, client_name: str) -> None:
+    def __init__(
+        self,
+        device: str,
+        settings: Settings,
+        held: Held,
+        lease: Lease,
+        client_name: str,
+        *,
+        passive: bool = False,
+    ) -> None:
         self._device = device
         self._settings = settings
+        self._passive = passive
         # Descriptors of its own: those of the owner may be closed, and mean something else, while it hands back.
         self._held = replace(held, fds=[os.dup(fd) for fd in held.fds])
         self._handing_back = False
@@ -72,7 +85,13 @@ class Holder:
         except BaseException:
             fd_channel.close_all(self._held.fds)
             raise
+        _holders.add(self)
         self._watch(lease)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is to be handed back any more."""
+        return self._closed.is_set()
 
     @property
     def lost(self) -> bool:
@@ -124,6 +143,8 @@ class Holder:
         title, deadline = self._held.key.title, time.monotonic() + GIVE_UP_S
         logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
+            # Of the beginning: who was frozen for longer in between tries once more.
+            late = time.monotonic() > deadline
             try:
                 self._attach_again()
                 return
@@ -131,20 +152,48 @@ class Holder:
                 logger.info("%s The weights stay mapped here.", error)
                 self._let_go()
             except (CompanionError, OSError) as error:
-                if time.monotonic() > deadline:
+                if late:
                     logger.warning("%s could not be handed back: %s It stays mapped here.", title, error)
                     self._let_go()
                 logger.debug("Handing back failed: %s", error)
                 time.sleep(RETRY_S)
 
+    def _note_again(self, paths: DevicePaths) -> None:
+        logger.warning(
+            "The runtime directory %s was removed while %s is in use; making it anew. Leave it while engines run.",
+            *(paths.directory, self._held.key.title),
+        )
+        note = holders.hold(paths, self._held.key, self._held.generation)
+        with self._mutex:
+            if self._closed.is_set():
+                os.close(note)
+            else:
+                os.close(self._note)
+                self._note = note
+
+    def _forget(self) -> None:
+        """In a child that was forked off: the hold is its parent's alone, and ends with it."""
+        if not self._closed.is_set():
+            self._closed.set()
+            fd_channel.close_all([self._note, *self._held.fds])
+
     def _attach_again(self) -> None:
         held, started = self._held, time.monotonic()
         if holders.is_dismissed(self._note):
             raise LeaseLostError(f"{held.key.title} was unloaded, or its companion stopped.")
-        connection = connect(self._device, self._settings, spawn=True)
+        paths = device_paths(self._device, self._settings)
+        if holders.is_removed(self._note):
+            self._note_again(paths)
+        if self._passive and not is_listening(paths):
+            raise CompanionUnavailableError(f"Nobody has started a new companion of {self._device} yet.")
+        connection = connect(self._device, self._settings, spawn=not self._passive)
         try:
             lease = connection.attach(
-                held.key, may_load=False, client_name=self._client_name, held_generation=held.generation
+                held.key,
+                may_load=False,
+                client_name=self._client_name,
+                held_generation=held.generation,
+                passive=self._passive,
             )
             outcome = lease.wait(self._settings.wait_timeout_s)
             if self._closed.is_set():
@@ -152,7 +201,7 @@ class Holder:
                 return
             if isinstance(outcome, Granted):
                 outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
-            elif outcome.generation != held.generation:
+            elif (outcome.generation, outcome.published) != (held.generation, held.published):
                 connection.close()
                 logger.warning("%s was loaded anew; this process keeps its own copy until it ends.", held.key.title)
                 self._let_go()
@@ -170,3 +219,37 @@ class Holder:
         if self._closed.is_set():
             self.close()
         self._watch(lease)
+
+
+def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, client_name: str) -> Holder:
+    """Hold a published entry for the next companion, without using it. The caller closes it.
+
+    Raises:
+        CompanionError: it is not held, or was unloaded meanwhile.
+    """
+    lease = connection.attach(key, may_load=False, client_name=client_name, passive=True)
+    try:
+        outcome = lease.wait(settings.wait_timeout_s)
+        if not isinstance(outcome, Ready):
+            raise LeaseLostError(f"{key.title} was unloaded meanwhile.")
+        fds = outcome.redeem()
+        try:
+            held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
+            return Holder(connection.device, settings, held, lease, client_name, passive=True)
+        finally:
+            fd_channel.close_all(fds)
+    except BaseException:
+        lease.release()
+        raise
+
+
+_holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for holder in list(_holders):
+        holder._forget()
+
+
+# What a child inherits would look as if its parent lived on: a lock of flock(2) ends with its last descriptor.
+os.register_at_fork(after_in_child=_forget_all)

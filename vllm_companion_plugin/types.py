@@ -392,6 +392,7 @@ class CompanionStatus:
         version: of the package that the companion runs.
         linger_s: seconds it stays with nobody attached; negative: until it is stopped.
         exits_at_unix_s: when it will exit if nobody comes; 0 if nothing is due.
+        owner_pid: of the `serve` that it belongs to, which gives it its linger time; 0: nobody's.
     """
 
     device: str
@@ -402,3 +403,4 @@ class CompanionStatus:
     linger_s: float
     exits_at_unix_s: float
     entries: tuple[EntryStatus, ...]
+    owner_pid: int = 0

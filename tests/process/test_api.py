@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 
 from tests.process.conftest import KEY, Place, open_fds, until
-from tests.process.publishing import Small, damage, load
+from tests.process.publishing import Small, damage, load, publish
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client import Granted, connect
 from vllm_companion_plugin.errors import (
     CompanionUnavailableError,
     EntryNotFoundError,
@@ -126,6 +127,18 @@ def test_what_is_missing_is_said(place: Place, model: nn.Module) -> None:
         client(place).attach(KEY.model, rank="tp1/2")
     with pytest.raises(WaitTimeoutError, match="other/model"):
         client(place).wait_ready("other/model", timeout_s=0.2)
+
+
+def test_a_model_that_is_its_own_draft_is_attached_as_what_it_is(place: Place, model: nn.Module) -> None:
+    with connect("cpu", place.settings, spawn=False) as connection:
+        draft = replace(KEY, id="cd" * 32, role="draft")
+        outcome = connection.attach(draft, may_load=True, client_name="loader").wait(5)
+        assert isinstance(outcome, Granted)
+        publish(outcome.publication, nn.Linear(2, 2))
+        with client(place).attach(KEY.model) as weights:
+            assert weights.tensors.keys() == contents(model).keys()
+        with client(place).attach(KEY.model, role="draft") as weights:
+            assert weights.tensors.keys() == {"weight", "bias"}
 
 
 def test_without_a_companion_it_says_so(place: Place) -> None:

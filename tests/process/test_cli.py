@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
-from vllm_companion_plugin.client import CompanionConnection, Granted, connect
+from vllm_companion_plugin.client import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import ensure_companion, is_listening
 from vllm_companion_plugin.protocol import fd_channel
+from vllm_companion_plugin.types import EntryState
 
 CLI = ("-m", "vllm_companion_plugin.cli.main")
 WITHIN_S = 30
@@ -104,16 +107,18 @@ def test_what_serve_starts_stays_until_it_is_stopped(place: Place) -> None:
 
 
 def test_a_companion_whose_serve_was_killed_stays_only_for_its_linger_time(place: Place) -> None:
-    process = serve(place)
+    place.environment["COMPANION_LINGER_S"] = "1.5"
+    process, pid = serve(place), place.companion_pid()
+    time.sleep(1.7)  # which does not count
     process.kill()
     process.wait(5)
-
-    def linger() -> object:
-        return json.loads(cli(place, "status", "--json")[1])[0]["linger_s"]
-
-    until(lambda: linger() == place.settings.linger_s, WITHIN_S, "it has noticed")
-    assert "exits in" in cli(place, "status")[1]
-    assert cli(place, "stop")[0] == 0
+    with connect("cpu", place.settings, spawn=False) as connection:
+        for status in connection.watch(5):
+            if status.exits_at_unix_s:
+                break
+        assert (status.linger_s, status.owner_pid) == (1.5, 0)
+        assert status.exits_at_unix_s > time.time() + 0.5
+    until(lambda: not alive(pid), 5, "it has ended")
 
 
 def test_a_model_loaded_twice_is_unloaded_by_the_first_characters_of_its_key(place: Place) -> None:
@@ -135,13 +140,73 @@ def test_a_second_serve_is_refused_and_the_first_one_stays(place: Place) -> None
     assert first.poll() is None
 
 
-def test_serve_ends_when_its_companion_is_stopped_or_killed(place: Place) -> None:
+def test_serve_ends_when_its_companion_is_stopped(place: Place) -> None:
     process = serve(place)
     assert cli(place, "stop")[0] == 0
     assert process.wait(5) == 0
+
+
+def memory_of(process: subprocess.Popen[str]) -> list[str]:
+    """Arenas of which a process has descriptors."""
+    directory = f"/proc/{process.pid}/fd"
+    found = []
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"{directory}/{name}"))
+    return [link for link in found if link.startswith("/memfd:arena")]
+
+
+def followed(place: Place, owner: subprocess.Popen[str], pid: int) -> int:
+    """Another companion than `pid`, of the same owner, has the entry that nobody uses."""
+
+    def holds_it() -> bool:
+        with contextlib.suppress(CompanionError), connect("cpu", place.settings, spawn=False) as connection:
+            status = connection.status()
+            ready = [(e.state, e.generation, e.leases) for e in status.entries] == [(EntryState.READY, 1, ())]
+            return ready and status.pid != pid and status.owner_pid == owner.pid and status.linger_s < 0
+        return False
+
+    until(holds_it, WITHIN_S, "the next companion has it all")
+    return place.companion_pid()
+
+
+def test_what_nobody_maps_survives_every_companion_of_a_serve(place: Place) -> None:
     process = serve(place)
-    os.kill(place.companion_pid(), signal.SIGKILL)
-    assert process.wait(5) == 1
+    published(place)
+    until(lambda: memory_of(process), 5, "serve holds it, too")
+    first = place.companion_pid()
+    os.kill(first, signal.SIGKILL)
+    second = followed(place, process, first)
+    code, out, error = cli(place, "upgrade")
+    assert (code, f"was pid {second}" in out) == (0, True), error
+    third = followed(place, process, second)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        ready = connection.attach(KEY, may_load=False, client_name="reader").wait(5)
+        assert isinstance(ready, Ready)
+        fds = ready.redeem()
+        assert (os.pread(fds[0], 9, 0), ready.manifest) == (b"weights", b"manifest")
+        fd_channel.close_all(fds)
+    assert cli(place, "unload", "--all")[0] == 0
+    until(lambda: not memory_of(process), 5, "its memory is free")
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait(5) == 0
+    assert time.monotonic() - began < 2
+    assert not alive(third)  # whoever started it
+
+
+def test_a_serve_that_was_killed_is_followed_by_the_next_which_finds_all(place: Place) -> None:
+    first = serve(place)
+    published(place)
+    companion = place.companion_pid()
+    first.kill()
+    first.wait(5)
+    until(lambda: '"owner_pid": null' in cli(place, "status", "--json")[1], WITHIN_S, "it has noticed")
+    second = serve(place)
+    assert followed(place, second, 0) == companion
+    second.terminate()
+    assert second.wait(5) == 0
+    assert not alive(companion)
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["joined", "started"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -61,6 +62,18 @@ def test_a_path_that_means_something_in_a_uri_is_still_a_path(place: Place, name
     with connect("cpu", settings, spawn=True) as connection:
         pid = connection.shutdown()
     until(lambda: not alive(pid), 5, "it has ended")
+
+
+def test_its_directory_is_locked_against_those_who_clean_up(place: Place) -> None:
+    """systemd-tmpfiles skips what is below a directory that it cannot lock so."""
+    process = place.companion()
+    root = os.open(place.settings.runtime_dir, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.kill()
+    process.wait(5)
+    fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(root)
 
 
 def test_one_whose_directory_was_removed_ends_and_leaves_its_successor_alone(place: Place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError
+from vllm_companion_plugin.errors import CompanionError, CompanionReplacedError, EntryInUseError, EntryNotFoundError
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.protocol import fd_channel
@@ -185,8 +186,8 @@ sys.stdin.read()
 """
 
 
-def child(place: Place) -> subprocess.Popen[str]:
-    process = place.run("-c", HOLDER, str(Path(place.settings.runtime_dir).parent))
+def child(place: Place, code: str = HOLDER) -> subprocess.Popen[str]:
+    process = place.run("-c", code, str(Path(place.settings.runtime_dir).parent))
     assert process.stdout is not None
     assert process.stdout.readline().strip() in ("ready", "loaded"), process.communicate()[1]
     return process
@@ -199,6 +200,88 @@ def test_a_holder_that_dies_while_it_hands_back_is_followed_by_the_next(engines:
     os.kill(first.pid, signal.SIGKILL)
     os.kill(second.pid, signal.SIGCONT)
     until(lambda: engines.all_attached(1), 10, "the second handed it back")
+
+
+FREEZES = """
+import os, signal
+from vllm_companion_plugin.publication import Publication
+inner = Publication.hand_back
+def hand_back(self, arena, fds, manifest, published, generation):
+    if generation:
+        Publication.hand_back = inner
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return inner(self, arena, fds, manifest, published, generation)
+Publication.hand_back = hand_back
+"""
+
+
+def frozen(process: subprocess.Popen[str]) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_holder_that_hangs_when_it_may_hand_back_loses_its_turn_and_keeps_its_own(engines: Engines) -> None:
+    """Of one entry another holder is left, of the other one none."""
+    place, other = engines.place, {"id": "cd" * 32, "model": "other/model"}
+    hang = [child(place, FREEZES + HOLDER), child(place, FREEZES + HOLDER.replace("start()", f"start(**{other})"))]
+    engines.start()
+    noticed = engines.deafen(0)
+    engines.kill_companion()
+    connection = engines.connect()
+    until(lambda: all(map(frozen, hang)), 10, "both were elected, and hang")
+    began = time.monotonic()
+    noticed()  # returns when it has handed back
+    outcome = connection.attach(replace(KEY, **other), may_load=True, client_name="newcomer").wait(10)
+    assert isinstance(outcome, Granted)
+    assert time.monotonic() - began < 8
+    arena, fds = arena_of(b"anew")
+    assert outcome.publication.publish(arena, fds, b"manifest", 3) == 2
+    fd_channel.close_all(fds)
+    for process in hang:
+        os.kill(process.pid, signal.SIGCONT)
+
+    def shown() -> list[tuple[str, EntryState, int, int]]:
+        status = engines.status()
+        entries = status.entries if status is not None else ()
+        return sorted((e.key.model, e.state, e.generation, len(e.leases)) for e in entries)
+
+    wanted = [("other/model", EntryState.READY, 2, 1), (KEY.model, EntryState.READY, 1, 2)]
+    until(lambda: shown() == wanted, 10, "one is attached again, the other one was loaded anew")
+    for content, changes in ((b"weights", {}), (b"anew", other)):
+        assert engines.start(content, **changes) is not None
+    assert hang[1].poll() is None
+    hang[1].terminate()
+    assert "was loaded anew; this process keeps its own copy" in hang[1].communicate()[1]
+
+
+def test_what_is_mapped_survives_the_runtime_directory(engines: Engines) -> None:
+    for _ in range(2):
+        engines.start()
+    pid = engines.place.companion_pid()
+    shutil.rmtree(engines.place.settings.runtime_dir)
+    until(lambda: not alive(pid), 5, "the companion has noticed")
+    until(lambda: engines.all_attached(2), 10, "both are attached again")
+    assert list(holders.held(engines.place.paths)) == [(KEY, 1)]
+    attached = engines.start()
+    assert attached is not None
+    assert attached.generation == 1
+
+
+FORKS = HOLDER.replace(
+    "sys.stdin.read()", "import os; pid = os.fork(); pid and print(pid, flush=True); sys.stdin.read()"
+)
+
+
+def test_a_child_of_a_dead_holder_holds_nothing(engines: Engines) -> None:
+    process = child(engines.place, FORKS)
+    assert process.stdout is not None
+    forked = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait(5)
+        assert alive(forked)
+        assert list(holders.held(engines.place.paths)) == []
+    finally:
+        os.kill(forked, signal.SIGKILL)
 
 
 def test_of_what_nobody_maps_any_more_nothing_is_expected(engines: Engines) -> None:
@@ -219,6 +302,17 @@ def test_holds_are_seen_while_they_last_and_forgotten_afterwards(place: Place) -
     os.close(second)
     assert list(holders.held(place.paths)) == []
     assert os.listdir(place.paths.holders) == []
+
+
+def test_what_was_dismissed_is_told_from_what_was_cleaned_away(place: Place) -> None:
+    first, second = (holders.hold(place.paths, KEY, generation) for generation in (3, 4))
+    holders.dismiss(place.paths, KEY, 3)
+    shutil.rmtree(place.settings.runtime_dir)
+    assert [(holders.is_dismissed(fd), holders.is_removed(fd)) for fd in (first, second)] == [
+        (True, True),
+        (False, True),
+    ]
+    fd_channel.close_all([first, second])
 
 
 def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
@@ -289,6 +383,20 @@ def test_an_upgrade_takes_over_what_engines_map_and_what_nobody_does(engines: En
     until(lambda: [len(e.leases) for e in (engines.status() or before).entries] in ([0, 2], [2, 0]), 5, "all are back")
     shown = {entry.key.id: replace(entry, leases=()) for entry in after.entries}
     assert shown == {entry.key.id: replace(entry, leases=()) for entry in before.entries}
+
+
+def test_a_companion_that_makes_room_lets_nobody_in_any_more(engines: Engines) -> None:
+    connection = engines.connect()
+    engines.start()
+    engines.holders[0].close()
+    until(lambda: engines.all_attached(0), 5, "nobody holds it")
+    with pytest.raises(EntryInUseError, match="published meanwhile"):
+        connection.shutdown(replaced=True)
+    connection.unload()
+    connection.shutdown(replaced=True)
+    assert not os.path.exists(engines.place.paths.grpc_socket)
+    with pytest.raises(CompanionReplacedError):
+        connection.attach(KEY, may_load=True, client_name="late").wait(5)
 
 
 def test_an_upgrade_waits_for_no_load_and_changes_nothing_then(engines: Engines) -> None:

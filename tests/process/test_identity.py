@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -21,8 +22,9 @@ from benchmarks import models
 from tests.process import publishing
 from tests.process.conftest import Place
 from vllm_companion_plugin.engine import compat, digest, key, session
-from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.launch.runtime_dir import digests_directory
+from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import EntryKey
 
@@ -449,7 +451,7 @@ def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(e
         bound = session.decide(engine, compat.draft_config(engine), engines.settings)
         assert isinstance(bound, session.Attach)
         assert bound.announced is announced
-        assert abs(session.ready_since(bound) - time.time()) < 60
+        assert abs(bound.ready.published.ready_unix_s - time.time()) < 60
         bound.close()
         session.decide(engine, engine.model_config, engines.settings).close()  # type: ignore[union-attr]
     loader.close()
@@ -522,6 +524,21 @@ def test_a_model_that_is_its_own_draft_is_found_by_its_role(engines: Engines, tm
     assert connection.wait_ready(str(model), timeout_s=5).key == found["target"]
     for model_config in (made.model_config, compat.draft_config(made)):
         session._decisions[id(model_config)].close()  # type: ignore[union-attr]
+
+
+def test_who_knew_a_companion_that_was_killed_and_followed_asks_the_next_one(
+    engines: Engines, place: Place, first: Path
+) -> None:
+    engines.load(first)
+    place.processes[-1].kill()
+    place.processes[-1].wait(5)
+    following = threading.Thread(target=place.companion)
+    following.start()
+    while not is_listening(place.paths):  # a channel that has failed waits before it connects again
+        with contextlib.suppress(CompanionError):
+            session._connections["cpu"].status()
+    following.join(20)
+    assert isinstance(engines.decide(first), session.Load)
 
 
 def test_what_a_failed_engine_was_to_load_is_left_to_the_next_in_the_same_process(

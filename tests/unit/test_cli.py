@@ -97,7 +97,7 @@ def test_the_json_schema_is_this_one() -> None:
     first, second = json.loads(json.dumps(table.to_json([companion(READY, LOADING), companion(linger_s=-1)])))
     assert second == {
         **{"device": "cpu", "pid": 11, "version": "0.1.0", "protocol_version": 1, "started_unix_s": NOW - 500},
-        **{"linger_s": None, "exits_at_unix_s": None, "entries": []},
+        **{"linger_s": None, "exits_at_unix_s": None, "owner_pid": None, "keeper_pid": None, "entries": []},
     }
     ready, loading = first["entries"]
     assert ready == {

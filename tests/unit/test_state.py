@@ -338,6 +338,52 @@ def test_what_nobody_hands_back_in_time_is_loaded_as_the_next_generation(world: 
     assert [entry.key.id for entry in world.registry.status()] == ["k1"]
 
 
+def test_a_holder_that_hangs_loses_its_turn_to_the_next_and_then_to_a_loader(world: World) -> None:
+    world.registry.expect(key(), 4)
+    first, newcomer, second = hold(world, pid=1), world.attach(key(), pid=2), hold(world, pid=3)
+    world.registry.deposit(first, (7, 8))
+    assert world.registry.end_overdue(5) == ([], 5)
+    world.now += 2
+    assert world.registry.end_overdue(5) == ([], 3)
+    world.now += 3
+    world.registry.give_up_expected()
+    assert world.registry.end_overdue(5) == ([first], 0)
+    assert world.closed == [7, 8]
+    with pytest.raises(BadRequestError):
+        world.registry.commit(first, ARENA, MANIFEST, SHOWN, 4)
+    assert kinds(first)[-1] is FailedEvent
+    assert kinds(second)[-1] is GrantedEvent
+    assert world.registry.end_overdue(5) == ([], 5)
+    world.now += 5
+    assert world.registry.end_overdue(5) == ([second], 0)
+    assert kinds(newcomer)[-1] is GrantedEvent
+    world.now += 500  # a load takes its time
+    assert world.registry.end_overdue(5) == ([], None)
+
+
+def test_who_only_holds_an_entry_keeps_nobody_from_unloading_it_and_no_companion_from_ending(world: World) -> None:
+    user = world.publish(key())
+    passive = world.registry.attach(key(), may_load=False, pid=2, client="serve", passive=True)
+    world.registry.end_lease(user)
+    assert world.registry.idle_since == 1000
+    assert [entry.leases for entry in world.registry.status()] == [()]
+    world.registry.unload(Query())
+    assert (kinds(passive), passive.ended) == ([ReadyEvent, RetiredEvent], True)
+    assert (world.registry.status(), world.closed) == ((), [7, 8])
+
+
+def test_a_companion_can_be_replaced_while_somebody_holds_each_entry_and_nothing_is_loaded(world: World) -> None:
+    user = world.publish(key())
+    world.registry.check_replaceable()
+    loader = world.attach(key("k2"), pid=2)
+    with pytest.raises(EntryInUseError, match=r"being loaded by client2 \(pid 2\)"):
+        world.registry.check_replaceable()
+    world.registry.end_lease(loader)
+    world.registry.end_lease(user)
+    with pytest.raises(EntryInUseError, match="published meanwhile"):
+        world.registry.check_replaceable()
+
+
 def test_an_expected_entry_keeps_nobody_from_ending(world: World) -> None:
     world.registry.expect(key(), 1)
     assert world.registry.idle_since is not None

@@ -50,8 +50,13 @@ class Signals:
         if number != signal.SIGCHLD:
             self._stopped = True
 
+    def wake(self) -> None:
+        """Let `wait` return, from any thread."""
+        with contextlib.suppress(OSError):  # it has enough to read, or nobody waits any more
+            self._send.send(b"\0")
+
     def wait(self, *fds: int, timeout_s: float | None = None) -> None:
-        """Return when a child changed, one of `fds` is readable, or the time is over.
+        """Return when a child changed, one of `fds` is readable, somebody woke us, or the time is over.
 
         Raises:
             Stopped: a signal asked us to end, now or before.
@@ -65,32 +70,27 @@ class Signals:
 
 
 class Child:
-    """A companion that runs as our child until we end it."""
+    """A companion that runs as our child, with our output."""
 
-    def __init__(self, device: str, settings: Settings, linger_s: float | None) -> None:
+    def __init__(self, device: str, settings: Settings) -> None:
         self.device = device
         self._ready_fd, write_fd = os.pipe()
-        # Held until we end, however: if we are killed, the companion must not stay for ever.
-        owner_fd, self._owned_fd = os.pipe()
-        linger = "never" if linger_s is None else str(linger_s)
         command = [sys.executable, "-m", "vllm_companion_plugin.companion", "--device", device]
-        command += ["--linger-s", linger, "--ready-fd", str(write_fd), "--owner-fd", str(owner_fd)]
+        command += [f"--linger-s={settings.linger_s}", "--ready-fd", str(write_fd)]
         try:
             # A session of its own: Ctrl-C must reach it through us, with the rest of the work undone first.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 env=child_environment(settings),
-                pass_fds=(write_fd, owner_fd),
+                pass_fds=(write_fd,),
                 start_new_session=True,
             )
         except BaseException:
             os.close(self._ready_fd)
-            os.close(self._owned_fd)
             raise
         finally:
             os.close(write_fd)
-            os.close(owner_fd)
 
     def wait_ready(self, signals: Signals, timeout_s: float) -> None:
         """Return once it answers. Raises what it could not start for."""

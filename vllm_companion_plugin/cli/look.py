@@ -25,6 +25,7 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.launch.keeper import keeper_pid
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.launch.spawn import listener_pid
 from vllm_companion_plugin.settings import Settings
@@ -35,13 +36,21 @@ STOP_TIMEOUT_S = 5.0
 
 def status(parsed: argparse.Namespace) -> int:
     statuses: list[CompanionStatus] = []
+    keepers: dict[str, int] = {}
 
     def ask(connection: CompanionConnection) -> None:
         connection.check_protocol()
         statuses.append(connection.status())
+        keepers[connection.device] = keeper_pid(connection.paths)
 
     code = _each(parsed, ask)
-    print(json.dumps(table.to_json(statuses), indent=2) if parsed.json else table.to_text(statuses, time.time()))
+    if parsed.json:
+        print(json.dumps(table.to_json(statuses, keepers), indent=2))
+        return code
+    print(table.to_text(statuses, time.time()))
+    for device, pid in keepers.items():
+        if pid:
+            print(f"Memory of {device} is exported by its keeper (pid {pid}), and lost with it for new engines.")
     return code
 
 

@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     command(
         "serve",
         "Run companions until stopped. With MODEL: load it into them, as an engine with these flags would. "
-        "If all of them run already, leave it with them and end.",
+        "One that runs already is taken over, one that dies is followed by another with all that it held. Those of "
+        "another serve are used as they are.",
         *("linger_s", "log_level", "log_format", "metrics_port", "spawn_timeout_s", "wait_timeout_s"),
         usage="vllm-companion serve [MODEL] [--device DEVICE] [settings] [flags of vLLM]",
     )

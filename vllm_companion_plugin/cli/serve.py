@@ -8,45 +8,51 @@ import sys
 import time
 
 from vllm_companion_plugin.cli import metrics, table
-from vllm_companion_plugin.cli.children import Child, Signals, Stopped, end, run_to_end
+from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
 from vllm_companion_plugin.cli.settings_options import settings_of
+from vllm_companion_plugin.cli.ward import Ward
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import (
     AlreadyRunningError,
     CompanionError,
+    CompanionReplacedError,
     CompanionUnavailableError,
     SettingsError,
 )
-from vllm_companion_plugin.launch.runtime_dir import device_paths
-from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings, to_environment
 from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
 
 
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
-    """Run until a signal ends it (0), all companions have ended, or something failed (1)."""
+    """Run until a signal or `stop` ends all companions (0), or something failed (1)."""
     model, flags = _model_and_flags(rest)
     settings = settings_of(parsed)
     devices = devices_named(parsed.device)
-    children: list[Child] = []
+    wards: list[Ward] = []
     with Signals() as signals:
         try:
-            new = [device for device in devices if not _joined(device, settings, may_join=model is not None)]
-            for device in new:
-                children.append(Child(device, settings, settings.linger_s if parsed.linger_s is not None else None))
-            for child in children:
-                child.wait_ready(signals, settings.spawn_timeout_s)
+            for device in devices:
+                ward = Ward(device, settings, settings.linger_s if parsed.linger_s is not None else -1.0)
+                wards.append(ward)
+                if not _own(ward, signals, may_join=model is not None):
+                    wards.remove(ward)
             metrics.serve_beside(settings)
             if model is not None:
                 _warm(model, flags, _environment(parsed.device, devices, settings), signals)
                 _show_held(model, devices, settings)
             print("Ready", flush=True)
-            return _supervise(children, signals)
+            return _supervise(wards, signals)
         except Stopped:
             return 0
+        except CompanionError:
+            for ward in wards:
+                if not ward.started:  # an engine did, and it may go on without us
+                    ward.let_go()
+            raise
         finally:
-            end([child.process for child in children])
+            for ward in wards:
+                ward.stop()
 
 
 def _model_and_flags(rest: list[str]) -> tuple[str | None, list[str]]:
@@ -59,17 +65,17 @@ def _model_and_flags(rest: list[str]) -> tuple[str | None, list[str]]:
     return rest[0], rest[1:]
 
 
-def _joined(device: str, settings: Settings, *, may_join: bool) -> bool:
-    """Whether a companion of `device` runs already and may be used."""
-    if not is_listening(device_paths(device, settings)):
+def _own(ward: Ward, signals: Signals, *, may_join: bool) -> bool:
+    """Whether the companion of this device is ours; if not, it is another `serve`'s, and used as it is."""
+    try:
+        ward.start(signals)
+    except AlreadyRunningError as error:
+        if not may_join:
+            raise
+        print(f"Using the companion of {ward.device}: {error}", flush=True)
         return False
-    with connect(device, settings, spawn=False) as connection:
-        status = connection.status()
-    if not may_join:
-        raise AlreadyRunningError(
-            f"A companion of {device} runs already (pid {status.pid}); end it: vllm-companion stop --device {device}"
-        )
-    print(f"Using the companion of {device} (pid {status.pid}); it stays: {_stay(status)}.", flush=True)
+    if not ward.started:
+        print(f"Using the companion of {ward.device} (pid {ward.pid}); from now on it ends with us.", flush=True)
     return True
 
 
@@ -120,18 +126,24 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
         raise CompanionError(f"{model} was loaded, but is not shared on {', '.join(devices)}; see vLLM's lines above.")
 
 
-def _supervise(children: list[Child], signals: Signals) -> int:
-    """Wait for the end of all children; at once if every companion is somebody else's."""
-    code = 0
-    while children:
-        for child in list(children):
-            status = child.process.poll()
-            if status is None:
-                continue
-            children.remove(child)
-            code = code or int(status != 0)
-            how = "was stopped" if status == 0 else f"ended with status {status}"
-            print(f"The companion of {child.device} {how}.", file=sys.stderr, flush=True)
-        if children:
+def _supervise(wards: list[Ward], signals: Signals) -> int:
+    """Until all companions were stopped; at once if every one is another `serve`'s. Those that die are followed."""
+    while wards:
+        for ward in [ward for ward in wards if ward.ended]:
+            if ward.error is None:
+                wards.remove(ward)
+                print(f"The companion of {ward.device} was stopped.", file=sys.stderr, flush=True)
+            elif isinstance(ward.error, CompanionUnavailableError):
+                how = "was replaced" if isinstance(ward.error, CompanionReplacedError) else "has died"
+                before = ward.pid
+                ward.start(signals)
+                print(
+                    f"The companion of {ward.device} (pid {before}) {how}; it is now pid {ward.pid}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            else:
+                raise ward.error
+        if wards:
             signals.wait()
-    return code
+    return 0

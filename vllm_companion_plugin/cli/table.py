@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vllm_companion_plugin.types import CompanionStatus, EntryState, EntryStatus, LoaderInfo
@@ -100,7 +101,9 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def to_json(statuses: Sequence[CompanionStatus]) -> list[dict[str, Any]]:
+def to_json(
+    statuses: Sequence[CompanionStatus], keepers: Mapping[str, int] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """The stable schema of `status --json`: fields may be added, none is renamed or removed.
 
     Times are Unix seconds and null where there is none yet; `linger_s` is null for "until stopped".
@@ -114,6 +117,8 @@ def to_json(statuses: Sequence[CompanionStatus]) -> list[dict[str, Any]]:
             "started_unix_s": status.started_unix_s,
             "linger_s": status.linger_s if status.linger_s >= 0 else None,
             "exits_at_unix_s": status.exits_at_unix_s or None,
+            "owner_pid": status.owner_pid or None,
+            "keeper_pid": keepers.get(status.device) or None,
             "entries": [_entry_json(entry) for entry in status.entries],
         }
         for status in statuses

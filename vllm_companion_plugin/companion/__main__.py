@@ -46,9 +46,7 @@ def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> 
 
     life = Lifetime(
         settings.linger_s if parsed.linger_s is None else parsed.linger_s,
-        START_GRACE_S if parsed.detach else 0.0,
-        parsed.owner_fd,
-        settings.linger_s,
+        START_GRACE_S if parsed.ready_fd is not None else 0.0,
     )
 
     async def run() -> None:
@@ -85,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log-level", choices=BY_NAME["log_level"].choices, help=BY_NAME["log_level"].help)
     parser.add_argument("--log-format", choices=BY_NAME["log_format"].choices, help=BY_NAME["log_format"].help)
     parser.add_argument("--detach", action="store_true", help="run in the background, with init as parent")
-    parser.add_argument("--owner-fd", type=int, help="descriptor that ends when whoever started us does")
     parser.add_argument("--ready-fd", type=int, help="descriptor to write 'ok' or the error to")
     return parser
 

@@ -70,6 +70,10 @@ class InstanceLock:
                 f"Cannot write {paths.companion_lock}: {error.strerror}. Free space there, or set "
                 "COMPANION_RUNTIME_DIR to another directory."
             ) from error
+        # systemd-tmpfiles removes old files from /tmp, but nothing below a directory that somebody has locked.
+        self._root_fd = os.open(os.path.dirname(paths.directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._root_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def is_reachable(self) -> bool:
         """Whether our lock file, and with it our sockets, are still where clients look for them."""
@@ -81,6 +85,7 @@ class InstanceLock:
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def release(self) -> None:
+        os.close(self._root_fd)
         os.close(self._fd)
 
 
@@ -97,19 +102,17 @@ class Lifetime:
     Attributes:
         linger_s: seconds; negative or infinite: until stopped.
         grace_s: at least these until somebody attaches for the first time.
-        owner_fd: readable once the process that holds our other end is gone; `orphan_linger_s` counts from then.
     """
 
     linger_s: float
     grace_s: float = 0.0
-    owner_fd: int | None = None
-    orphan_linger_s: float = 0.0
 
 
 async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready: asyncio.Event | None = None) -> None:
     """Run the companion until a signal, a Shutdown call or the end of its linger time.
 
-    Ends also if somebody removes the runtime directory, with status 1: nobody could reach us any more.
+    Ends also if somebody removes the runtime directory, with status 1: nobody could reach us any more. Those who
+    map our entries hand them to a companion in a new directory.
 
     Args:
         lock: held by the caller.
@@ -118,7 +121,12 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     Raises:
         CompanionUnavailableError: a socket cannot be made.
     """
-    service = CompanionService(paths.device, _finite(life.linger_s), partial(holders.dismiss, paths))
+
+    def hide() -> None:
+        if lock.is_reachable():  # else the socket there is another companion's
+            _remove(paths.grpc_socket)
+
+    service = CompanionService(paths.device, _finite(life.linger_s), partial(holders.dismiss, paths), hide)
     for key, generation in holders.held(paths):
         logger.info("Expecting %s (%s), generation %d, from those who map it.", key.title, key.rank, generation)
         service.registry.expect(key, generation)
@@ -134,10 +142,9 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         )
         if on_ready is not None:
             on_ready.set()
-        if life.owner_fd is not None:
-            loop.add_reader(life.owner_fd, _on_orphaned, life, service)
         loop.call_later(HAND_BACK_S, _give_up_expected, service)
-        watches = [loop.create_task(_linger(service, life.grace_s)), loop.create_task(_stay_reachable(lock, service))]
+        running = (_linger(service, life.grace_s), _stay_reachable(lock, service), _end_overdue(service))
+        watches = [loop.create_task(watch) for watch in running]
         await service.stop.wait()
         for watch in watches:
             watch.cancel()
@@ -199,31 +206,39 @@ def _finite(linger_s: float) -> float:
     return linger_s if math.isfinite(linger_s) else -1.0
 
 
-def _on_orphaned(life: Lifetime, service: CompanionService) -> None:
-    assert life.owner_fd is not None
-    asyncio.get_running_loop().remove_reader(life.owner_fd)
-    logger.warning("The process that started this companion has died: staying as if started by an engine.")
-    service.set_linger(_finite(life.orphan_linger_s))
-
-
 def _give_up_expected(service: CompanionService) -> None:
     for entry in service.registry.give_up_expected():
         logger.warning("Nobody handed back %s within %g s.", entry.key.title, HAND_BACK_S)
 
 
+async def _end_overdue(service: CompanionService) -> None:
+    """Who hangs while it hands back must not keep all others waiting."""
+    while True:
+        late, next_s = service.registry.end_overdue(HAND_BACK_S)
+        for lease in late:
+            logger.warning(
+                "%s (pid %d) was let to hand back %s and did not within %g s: the next one may.",
+                *(lease.client, lease.pid, lease.entry.key.title, HAND_BACK_S),
+            )
+        await service.changed(next_s)
+
+
 async def _stay_reachable(lock: InstanceLock, service: CompanionService) -> None:
     while lock.is_reachable():
         await service.changed(CHECK_INTERVAL_S)
-    logger.error("The runtime directory of this companion was removed, so nobody can reach it: ending.")
-    service.stop.set()
+    logger.error(
+        "The runtime directory of this companion was removed, so nobody can reach it: ending. Engines that map its "
+        "entries hand them to a companion in a new one; what nobody maps is lost."
+    )
+    service.end(replaced=True)
 
 
 async def _linger(service: CompanionService, grace_s: float) -> None:
     """Stop the service once nobody has been attached for its linger time."""
     while True:
         idle_since = service.registry.idle_since
-        if idle_since is None:
-            grace_s = 0.0
+        if idle_since is None or service.owner_pid:
+            grace_s = 0.0  # somebody has come
         if idle_since is None or service.linger_s < 0:
             service.exits_at_unix_s = 0.0
             await service.changed()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import resource
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -45,9 +46,11 @@ from vllm_companion_plugin.companion.state import (
 from vllm_companion_plugin.companion.tickets import Tickets
 from vllm_companion_plugin.errors import (
     BY_CODE,
+    AlreadyRunningError,
     BadRequestError,
     CompanionError,
     CompanionReplacedError,
+    CompanionUnavailableError,
     LeaseLostError,
     LimitError,
     ProtocolMismatchError,
@@ -76,14 +79,25 @@ class CompanionService:
     Attributes:
         stop: set it to end the process.
         exits_at_unix_s: when the process will exit if nobody comes, or 0; for the status.
+        owner_pid: of the client that we belong to, or 0.
+
+    Args:
+        dismiss: of this generation of the entry, nothing shall be handed back.
+        hide: no new client shall find us.
     """
 
     def __init__(
-        self, device: str, linger_s: float, dismiss: Callable[[EntryKey, int], None] = lambda key, generation: None
+        self,
+        device: str,
+        linger_s: float,
+        dismiss: Callable[[EntryKey, int], None] = lambda key, generation: None,
+        hide: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
         self.linger_s = linger_s
         self._dismiss = dismiss
+        self._hide = hide
+        self.owner_pid = 0
         self.stop = asyncio.Event()
         self.registry = Registry(
             close_fds=close_aside,
@@ -102,6 +116,7 @@ class CompanionService:
         self._changed = asyncio.Event()
         self._version = 0
         self._ended_by: type[CompanionError] = LeaseLostError
+        self._ending = False
 
     # ---- what the registry and the fd socket call
 
@@ -115,11 +130,6 @@ class CompanionService:
         # Every watcher waits on the event of its time; the next ones wait on a new one.
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def set_linger(self, linger_s: float) -> None:
-        """Stay this long with nobody attached, from now on."""
-        self.linger_s = linger_s
-        self._on_change()
 
     async def changed(self, timeout_s: float | None = None) -> None:
         """Return at the next change of the status, or after `timeout_s`."""
@@ -163,6 +173,7 @@ class CompanionService:
             linger_s=self.linger_s,
             exits_at_unix_s=self.exits_at_unix_s,
             entries=self.registry.status(),
+            owner_pid=self.owner_pid,
         )
 
     # ---- RPCs
@@ -192,6 +203,8 @@ class CompanionService:
                 f"(pid {os.getpid()}, version {__version__}) speaks {PROTOCOL_VERSION}. Upgrade the {older}: "
                 "install the same vllm-companion-plugin everywhere, then `vllm-companion stop`."
             )
+        if self._ending:
+            raise self._end_error()
         selected = request.WhichOneof("select")
         if selected is None:
             raise BadRequestError("An attach needs a key or a query.")
@@ -199,7 +212,14 @@ class CompanionService:
         client = printable(request.client[:200]) or "client"
         self._retire_lost()
         holds = mapping.generation_from_message(request.held_generation) if selected == "key" else 0
-        lease = self.registry.attach(select, may_load=request.may_load, pid=request.pid, client=client, holds=holds)
+        lease = self.registry.attach(
+            select,
+            may_load=request.may_load,
+            pid=request.pid,
+            client=client,
+            holds=holds,
+            passive=request.passive,
+        )
         logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
         return lease
 
@@ -327,18 +347,49 @@ class CompanionService:
         return mapping.companion_status_to_message(self.status())
 
     async def Watch(self, request: Any, context: Any) -> None:
+        owned = request.HasField("own")
         async with self._errors(context):
-            if self._watches >= MAX_WATCHES:
-                raise LimitError(f"{MAX_WATCHES} clients watch the companion already.")
-            self._watches += 1
-            try:
-                while True:
+            with self._owned(request.own) if owned else nullcontext(), self._watching():
+                while not self._ending:
                     version = self._version
                     await context.write(mapping.companion_status_to_message(self.status()))
-                    while version == self._version:
+                    while version == self._version and not self._ending:
                         await self._changed.wait()
-            finally:
-                self._watches -= 1
+        # To its owner alone it matters how it ends.
+        await _abort(context, self._end_error(self._ended_by if owned else CompanionUnavailableError))
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        if self._watches >= MAX_WATCHES:
+            raise LimitError(f"{MAX_WATCHES} clients watch the companion already.")
+        self._watches += 1
+        try:
+            yield
+        finally:
+            self._watches -= 1
+
+    @contextmanager
+    def _owned(self, own: Any) -> Iterator[None]:
+        """While open, we belong to a client, and stay as long as it says."""
+        if self.owner_pid:
+            raise AlreadyRunningError(
+                f"A companion of {self.device} runs already (pid {os.getpid()}), for `vllm-companion serve` "
+                f"(pid {self.owner_pid}). End it: vllm-companion stop --device {self.device}"
+            )
+        if own.pid <= 0 or not math.isfinite(own.linger_s):
+            raise BadRequestError("An owner has a pid and a finite linger time.")
+        before, self.owner_pid, self.linger_s = self.linger_s, own.pid, own.linger_s
+        self._on_change()
+        try:
+            yield
+        finally:
+            self.owner_pid, self.linger_s = 0, before
+            self.registry.restart_idle_time()
+            self._on_change()
+            if not self._ending:
+                logger.warning(
+                    "Its owner (pid %d) has gone: this companion stays as if an engine had started it.", own.pid
+                )
 
     async def Unload(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
@@ -349,10 +400,11 @@ class CompanionService:
             return messages.UnloadResponse(unloaded=[mapping.entry_status_to_message(entry) for entry in unloaded])
 
     async def Shutdown(self, request: Any, context: Any) -> Any:
+        if request.replaced:
+            async with self._errors(context):
+                self.registry.check_replaceable()
         logger.info("Shutdown was asked for%s.", "; another companion follows" if request.replaced else "")
-        self._ended_by = CompanionReplacedError if request.replaced else LeaseLostError
-        # After the answer is on its way.
-        asyncio.get_running_loop().call_later(0.02, self.stop.set)
+        self.end(replaced=request.replaced)
         return messages.ShutdownResponse(pid=os.getpid())
 
     async def Report(self, request: Any, context: Any) -> Any:
@@ -382,19 +434,30 @@ class CompanionService:
         except CompanionError as error:
             self._count_failure("companion", error)
             logger.warning("Refused: %s", str(error)[:MAX_ERROR_TEXT])
-            await context.abort(
-                getattr(grpc.StatusCode, error.grpc_status),
-                str(error)[:MAX_ERROR_TEXT],
-                trailing_metadata=((ERROR_METADATA, error.code),),
-            )
+            await _abort(context, error)
+
+    def end(self, *, replaced: bool = False) -> None:
+        """Let nobody in any more, and set `stop` when answers that are being written are on their way.
+
+        Args:
+            replaced: another companion follows, to which clients shall hand back what they map.
+        """
+        self._ending = True
+        self._ended_by = CompanionReplacedError if replaced else LeaseLostError
+        self._hide()
+        asyncio.get_running_loop().call_later(0.02, self.stop.set)
+
+    def _end_error(self, kind: type[CompanionError] | None = None) -> CompanionError:
+        text = f"The companion of {self.device} (pid {os.getpid()}) has shut down. Mapped memory stays valid."
+        return (kind or self._ended_by)(text)
 
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
-        text = f"The companion of {self.device} (pid {os.getpid()}) has shut down. Mapped memory stays valid."
+        self._ending = True
         if self._ended_by is LeaseLostError:
             for entry in self.registry.status():
                 self._dismiss(entry.key, entry.generation)
-        self.registry.close(self._ended_by(text))
+        self.registry.close(self._end_error())
 
 
 class _Receiving:
@@ -432,3 +495,11 @@ def _query(message: Any) -> Query:
 
 def _failed(error: CompanionError) -> Any:
     return messages.AttachEvent(failed=messages.Failed(code=error.code, message=str(error)))
+
+
+async def _abort(context: Any, error: CompanionError) -> None:
+    await context.abort(
+        getattr(grpc.StatusCode, error.grpc_status),
+        str(error)[:MAX_ERROR_TEXT],
+        trailing_metadata=((ERROR_METADATA, error.code),),
+    )

@@ -50,6 +50,7 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     LimitError,
     NotShareableError,
+    WaitTimeoutError,
 )
 from vllm_companion_plugin.types import (
     ArenaInfo,
@@ -113,6 +114,8 @@ class Lease:
     """One client's claim on one entry. `ended` leases take part in nothing any more.
 
     Attributes:
+        holds: the generation that this client maps and may hand back; 0: none.
+        passive: it uses nothing, and only holds the entry for the next companion: nobody is kept waiting for it.
         waiting_since: monotonic time since which it waits for somebody else; None if it does not.
     """
 
@@ -123,6 +126,7 @@ class Lease:
     since_unix_s: float
     entry: Entry
     holds: int = 0
+    passive: bool = False
     state: LeaseState = LeaseState.WAITING
     waiting_since: float | None = None
     ended: bool = False
@@ -154,6 +158,10 @@ class Entry:
     fds: tuple[int, ...] = ()
 
     @property
+    def users(self) -> list[Lease]:
+        return [lease for lease in self.leases if not lease.passive]
+
+    @property
     def loading_lease(self) -> Lease | None:
         return next((lease for lease in self.leases if lease.state is LeaseState.LOADING), None)
 
@@ -174,7 +182,7 @@ class Entry:
             ready_unix_s=self.published.ready_unix_s,
             load_s=self.published.load_s,
             loader=self.loader_info(),
-            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.leases),
+            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users),
             ways=self.published.ways,
         )
 
@@ -212,7 +220,7 @@ class Registry:
         self.counters = Counters()
         self.entries: list[Entry] = []
         self.idle_since: float | None = monotonic()
-        """Monotonic time since which no lease exists (a load is a lease too); None while one does."""
+        """Monotonic time since which nobody uses anything (a load is a use too); None while somebody does."""
 
     def status(self) -> tuple[EntryStatus, ...]:
         return tuple(entry.status() for entry in self.entries)
@@ -241,11 +249,38 @@ class Registry:
             self._changed()
         return given_up
 
-    def attach(self, select: EntryKey | Query, *, may_load: bool, pid: int, client: str, holds: int = 0) -> Lease:
+    def end_overdue(self, limit_s: float) -> tuple[list[Lease], float | None]:
+        """Who was let to hand back, and has not done so for `limit_s`, may not any more: it hangs. The next one may.
+
+        Returns:
+            Their leases, and seconds until the next one will be late; None: nobody is handing back.
+        """
+        busy = [lease for entry in self.entries if (lease := entry.loading_lease) is not None and lease.holds]
+        left_s = {lease.id: lease.entry.load_since + limit_s - self._monotonic() for lease in busy}
+        late = [lease for lease in busy if left_s[lease.id] <= 0]
+        for lease in late:
+            what = f"{lease.client} (pid {lease.pid}) did not hand back {describe([lease.entry])} in time."
+            self._tell(lease, FailedEvent(WaitTimeoutError(what)))
+            self.end_lease(lease)
+        if late:
+            return late, 0.0  # others were elected
+        return late, min(left_s.values(), default=None)
+
+    def attach(
+        self,
+        select: EntryKey | Query,
+        *,
+        may_load: bool,
+        pid: int,
+        client: str,
+        holds: int = 0,
+        passive: bool = False,
+    ) -> Lease:
         """A new lease on the entry that `select` names.
 
         Args:
             holds: the generation that the client maps and can publish again; heeded if it is the latest. 0: none.
+            passive: as of `Lease`.
 
         Raises:
             EntryNotFoundError: nothing matches and this client may not load it.
@@ -265,9 +300,10 @@ class Registry:
             if len(self.entries) >= MAX_ENTRIES:
                 raise LimitError(f"The companion has {MAX_ENTRIES} entries already; unload some: vllm-companion unload")
             entry = self._add(Entry(select))
-        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds)
+        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive)
         entry.leases.append(lease)
-        self.idle_since = None
+        if not passive:
+            self.idle_since = None
         if entry.state is EntryState.READY:
             self._attach_ready(lease)
         else:
@@ -308,7 +344,7 @@ class Registry:
         if entry.state is EntryState.LOADING:
             stopped = f"{lease.client} (pid {lease.pid}) stopped loading"
             self._elect_or_discard(entry, f"{stopped} {describe([entry])}; nobody else may load it.")
-        elif entry.state is EntryState.RETIRED and not entry.leases:
+        elif entry.state is EntryState.RETIRED and not entry.users:
             self._discard(entry, None)
         self._changed()
 
@@ -407,9 +443,9 @@ class Registry:
         found = [e for e in self.entries if _current(e) and query.matches(e.key)]
         if not found:
             raise EntryNotFoundError(no_match_text(query, [e for e in self.entries if _current(e)]))
-        used = [e for e in found if e.leases]
+        used = [e for e in found if e.users]
         if used and not force:
-            users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.leases)
+            users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.users)
             raise EntryInUseError(f"{describe(used)} is in use by {users}. Stop them, or force the unload.")
         before = tuple(entry.status() for entry in found)
         for entry in found:
@@ -431,6 +467,21 @@ class Registry:
             self._changed()
         return found
 
+    def check_replaceable(self) -> None:
+        """Raise `EntryInUseError` if another companion could not take over all entries from those who hold them."""
+        for entry in self.entries:
+            if entry.state is EntryState.LOADING:
+                lease = entry.loading_lease
+                by = f" by {lease.client} (pid {lease.pid})" if lease else ""
+                raise EntryInUseError(f"{describe([entry])} is being loaded{by}; try again afterwards.")
+            if entry.state is EntryState.READY and not entry.leases:
+                raise EntryInUseError(f"{describe([entry])} was published meanwhile; try again.")
+
+    def restart_idle_time(self) -> None:
+        """Nobody uses anything, but that shall count from now on."""
+        if self.idle_since is not None:
+            self.idle_since = self._monotonic()
+
     def close(self, error: CompanionError) -> None:
         """End everything: every lease fails with `error`, every descriptor is closed."""
         for entry in list(self.entries):
@@ -445,7 +496,7 @@ class Registry:
         entry.fds = ()
         for lease in entry.leases:
             self._tell(lease, RetiredEvent())
-        if not entry.leases:
+        if not entry.users:
             self._discard(entry, None)
 
     def _require_loading(self, lease: Lease) -> Entry:
@@ -480,7 +531,7 @@ class Registry:
         self._end_wait(lease)
         if lease.holds:
             self.counters.count("readoptions", *subject(lease.entry.key), "renewed")
-        else:
+        elif not lease.passive:
             self.counters.count("attaches", *subject(lease.entry.key))
         self._tell(lease, ReadyEvent())
 
@@ -524,7 +575,7 @@ class Registry:
         self.entries.remove(entry)
 
     def _changed(self) -> None:
-        if self.idle_since is None and not self.leases:
+        if self.idle_since is None and not any(entry.users for entry in self.entries):
             self.idle_since = self._monotonic()
         self._on_change()
 

@@ -103,7 +103,7 @@ class CompanionModelLoader(BaseModelLoader):
         held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
         session.keep(decision, self._settings, held)
         if not decision.announced:
-            compat.adjust_budget(-decision.arena.info.size_bytes, session.ready_since(decision))
+            compat.adjust_budget(-decision.arena.info.size_bytes, ready.published.ready_unix_s)
 
     def _give_up(self, decision: session.Attach, error: CompanionError) -> session.Alone:
         """Undo an attach that failed, so that a normal load finds what it needs."""

@@ -209,15 +209,6 @@ def keep(decision: Attach | Load, settings: Settings, held: Held) -> None:
         logger.warning("%s will be loaded again if its companion dies: %s", held.key.title, error)
 
 
-def ready_since(decision: Attach) -> float:
-    """Unix time since which what `decision` maps has been on the device; 0 if nobody knows any more."""
-    try:
-        entries = _connections[decision.device.id].status().entries
-    except CompanionError:
-        return 0.0
-    return next((entry.ready_unix_s for entry in entries if entry.key.id == decision.key.id), 0.0)
-
-
 def record(
     outcome: Outcome, *, device_id: str = "", key_id: str = "", attach_s: float = 0.0, failure: str = ""
 ) -> None:
@@ -350,6 +341,8 @@ def _obtain(
     except (CompanionUnavailableError, LeaseLostError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
+        if isinstance(error, CompanionUnavailableError):
+            _connections.pop(device.id, None)  # its channel would wait in its backoff, whoever listens there by now
         decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
     except EntryNotFoundError:
         if own is None:

@@ -20,6 +20,8 @@ from vllm_companion_plugin.types import GENERATIONS, EntryKey
 
 _MAX_BYTES = 4 << 20
 _DIGITS = len(str(GENERATIONS.stop))
+_DISMISSED = b"-"
+"""Begins the file instead of JSON; its unlinking alone may be a clean-up of the directory."""
 
 
 def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
@@ -52,12 +54,23 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
 
 def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
     """Whoever holds this entry shall not hand it back: it was unloaded, or its companion stopped, on purpose."""
+    path = _path(paths, key, generation)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(_path(paths, key, generation))
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.pwrite(fd, _DISMISSED, 0)
+        finally:
+            os.close(fd)
+            os.unlink(path)
 
 
 def is_dismissed(fd: int) -> bool:
     """Whether the hold behind a descriptor of `hold` means nothing any more."""
+    return os.pread(fd, 1, 0) == _DISMISSED
+
+
+def is_removed(fd: int) -> bool:
+    """Whether no companion finds the hold behind a descriptor of `hold`, because its directory was removed."""
     return os.fstat(fd).st_nlink == 0
 
 

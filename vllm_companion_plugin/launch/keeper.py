@@ -16,6 +16,7 @@ SIZE = struct.Struct("!Q")
 OK, FAILED = b"O", b"F"
 ANSWER_TIMEOUT_S = 30.0
 _MAX_ANSWER_BYTES = 4096
+_UCRED = struct.Struct("iII")
 
 
 def allocate(device: str, size_bytes: int, settings: Settings) -> int:
@@ -39,6 +40,17 @@ def allocate(device: str, size_bytes: int, settings: Settings) -> int:
             f"The keeper of {device} ended at once. End of {paths.keeper_log}:\n{log_tail(paths.keeper_log)}"
         )
     return fd
+
+
+def keeper_pid(paths: DevicePaths) -> int:
+    """Of the keeper that listens there; 0 if none does, or it is in a container of its own."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(1)
+        try:
+            sock.connect(paths.keeper_socket)
+        except OSError:
+            return 0
+        return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
 
 
 def _ask(paths: DevicePaths, size_bytes: int) -> int | None:

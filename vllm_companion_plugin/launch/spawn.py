@@ -76,7 +76,7 @@ def replace_companion(device: str, settings: Settings, end: Callable[[], object]
     """Start a companion of this installation after `end()` has ended the one that runs; nobody else starts one.
 
     Raises:
-        CompanionError: as `ensure_companion`, and what `end` raises.
+        CompanionError: as `ensure_companion`, and what `end` raises; then nothing was started.
     """
     paths = device_paths(device, settings)
     with starting(paths.spawn_lock, f"the companion of {device}", paths.log, settings) as deadline:

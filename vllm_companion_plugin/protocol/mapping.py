@@ -234,6 +234,7 @@ def companion_status_to_message(status: CompanionStatus) -> Any:
         linger_s=status.linger_s,
         exits_at_unix_s=status.exits_at_unix_s,
         entries=[entry_status_to_message(entry) for entry in status.entries],
+        owner_pid=status.owner_pid,
     )
 
 
@@ -248,6 +249,7 @@ def companion_status_from_message(message: Any) -> CompanionStatus:
         linger_s=_time(message.linger_s),
         exits_at_unix_s=_time(message.exits_at_unix_s),
         entries=tuple(entry_status_from_message(entry) for entry in message.entries),
+        owner_pid=message.owner_pid,
     )
 
 
