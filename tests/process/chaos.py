@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.process.conftest import Place, alive
 from tests.process.standin import PACKET_BYTES, companions, content_of, key_of
-from vllm_companion_plugin.client import CompanionConnection, connect
+from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
@@ -37,12 +37,12 @@ ENGINES = 6
 MODELS = 2
 QUIET_S = 25.0
 SOCKETS = 8
-"""Of a companion without clients: two to listen, its event loop's, and those of our questions that it has not closed."""
-START = "started spawning spawned connected asked waiting".split()
-LOAD = "granted elected loading packing packed deposited committed published".split()
-ATTACH = "ready redeemed attached verified".split()
-HAND_BACK = "noticed,connected again,deposited,committed,handed back".split(",")
-UPGRADE = "ready,ending the old one,ended the old one,spawning,spawned".split(",")
+"""Of a companion without clients: two to listen, its event loop's, and our last questions' that it has yet to close."""
+START = ["started", "spawning", "spawned", "connected", "asked", "waiting"]
+LOAD = ["granted", "elected", "loading", "packing", "packed", "deposited", "committed", "published"]
+ATTACH = ["ready", "redeemed", "attached", "verified"]
+HAND_BACK = ["noticed", "connected again", "deposited", "committed", "handed back"]
+UPGRADE = ["ready", "ending the old one", "ended the old one", "spawning", "spawned"]
 
 HARM = {signal.SIGKILL: "kill", signal.SIGTERM: "stop", signal.SIGSTOP: "halt"}
 
@@ -72,7 +72,7 @@ class StandIn:
     before: dict[str, Any] | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.pid} of model {self.number} ({', '.join(self.steps[-4:])}{'; ' + self.alone if self.alone else ''})"
+        return f"{self.kind} {self.pid} of model {self.number} ({', '.join(self.steps[-4:])}; {self.alone or 'shares'})"
 
 
 class World:
@@ -124,7 +124,7 @@ class World:
             rng.randrange(MODELS),
         )
         upgrade = self._armed(rng, UPGRADE)
-        for standin, what, armed in zip(engines, plan, arms):
+        for standin, what, armed in zip(engines, plan, arms, strict=False):
             self._disturb(standin, what, armed, rng)
         for index in range(ENGINES - len(engines)):
             self._start("engine", numbers[index], starts[index])
