@@ -188,11 +188,13 @@ class World:
             standin.channel.send(json.dumps(order).encode())
 
     def _ask(self, standin: StandIn, armed: dict[str, Any]) -> dict[str, Any]:
-        """Arm a serving stand-in, and what it sees of itself."""
+        """Arm a serving stand-in; what it sees of itself, or nothing if it is about to die."""
         self._send(standin, {"do": "arm", "armed": armed})
         deadline = time.monotonic() + QUIET_S
         while not standin.answers:
-            if time.monotonic() > deadline or standin.ended:
+            if standin.doomed:
+                return {}
+            if time.monotonic() > deadline:
                 raise self._failure(f"{standin} does not answer")
             self._hear()
             time.sleep(0.001)

@@ -48,7 +48,9 @@ ITEM_SIZES: dict[str, int] = {
 
 _KINDS = {kind.value: kind for kind in TensorKind}
 # A frozen dataclass's own __init__ takes twice as long as setting its slots.
-_SET_TENSOR = tuple(getattr(TensorInfo, f.name).__set__ for f in fields(TensorInfo))
+_SET_STORAGE, _SET_TENSOR, _SET_SLOT = (
+    tuple(getattr(cls, f.name).__set__ for f in fields(cls)) for cls in (StorageInfo, TensorInfo, SlotInfo)
+)
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
@@ -118,6 +120,8 @@ def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:
 
 def _storages(message: Any) -> Iterator[StorageInfo]:
     end = 0
+    new = object.__new__
+    set_offset, set_size = _SET_STORAGE
     for index, item in enumerate(message.storages):
         offset, size = item.offset_bytes, item.size_bytes
         if offset < end:
@@ -127,7 +131,10 @@ def _storages(message: Any) -> Iterator[StorageInfo]:
             raise ManifestError(f"Storage {index} ends at byte {end}; no arena is larger than {MAX_STORAGE_END}.")
         if size == 0:
             raise ManifestError(f"Storage {index} is empty; tensors without elements are inline.")
-        yield StorageInfo(offset, size)
+        storage = new(StorageInfo)
+        set_offset(storage, offset)
+        set_size(storage, size)
+        yield storage
 
 
 def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
@@ -212,6 +219,8 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
     paths: set[str] = set()
     if not message.modules or message.modules[0].path:
         raise ManifestError("The first module is not the model itself.")
+    new = object.__new__
+    set_name, set_kind, set_tensor = _SET_SLOT
     for item in message.modules:
         path = item.path
         for name in (path, *item.aliases):
@@ -225,7 +234,11 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
                 raise ManifestError(f"Slot {slot.name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
             if tensor >= tensor_count:
                 raise ManifestError(f"Slot {slot.name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
-            slots.append(SlotInfo(slot.name, kind, tensor))
+            info = new(SlotInfo)
+            set_name(info, slot.name)
+            set_kind(info, kind)
+            set_tensor(info, tensor)
+            slots.append(info)
         if len({slot.name for slot in slots}) != len(slots) or any(not slot.name for slot in slots):
             raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
         yield ModuleInfo(
