@@ -127,7 +127,12 @@ class Lease:
             elif kind == "granted":
                 granted = event.granted
                 self._publication = Publication(
-                    self._stub, self._paths.fd_socket, granted.lease_token, granted.deposit_ticket, self._label
+                    self._stub,
+                    self._paths.fd_socket,
+                    granted.lease_token,
+                    granted.deposit_ticket,
+                    self._label,
+                    granted.generation,
                 )
                 return Granted(self._publication)
             elif kind == "ready":

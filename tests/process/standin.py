@@ -32,7 +32,7 @@ from vllm_companion_plugin import holder as holder_module
 from vllm_companion_plugin import publication
 from vllm_companion_plugin.arena import layout
 from vllm_companion_plugin.cli import upgrade as upgrade_module
-from vllm_companion_plugin.client import Granted, Lease, Ready, connect
+from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError, TicketError
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch import spawn
@@ -43,6 +43,7 @@ from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifes
 from vllm_companion_plugin.settings import resolve
 from vllm_companion_plugin.types import (
     EntryKey,
+    EntryState,
     Manifest,
     ModuleInfo,
     Progress,
@@ -189,24 +190,31 @@ class StandIn:
     def _ask(self) -> None:
         connection = connect("cpu", self.settings, spawn=True)
         self.step("connected")
-        lease = connection.attach(self.key, may_load=True, client_name="stand-in")
-        self.step("asked")
-        try:
-            outcome = lease.wait(self.settings.wait_timeout_s, lambda loader: self.step("waiting"))
-            if isinstance(outcome, Granted):
-                self._load(lease, outcome)
-            else:
-                self._attach(lease, outcome)
-        except BaseException:
-            lease.release()
-            connection.close()
-            raise
+        done = False
+        while not done:
+            lease = connection.attach(self.key, may_load=True, client_name="stand-in")
+            self.step("asked")
+            try:
+                outcome = lease.wait(self.settings.wait_timeout_s, lambda loader: self.step("waiting"))
+                if isinstance(outcome, Granted):
+                    done = self._load(connection, lease, outcome)
+                else:
+                    done = self._attach(lease, outcome)
+            except BaseException:
+                lease.release()
+                connection.close()
+                raise
 
-    def _load(self, lease: Lease, granted: Granted) -> None:
+    def _load(self, connection: CompanionConnection, lease: Lease, granted: Granted) -> bool:
+        """False if somebody else had it before we could begin."""
         self.step("granted")
         election = LoaderElection(device_paths("cpu", self.settings))
         with election.acquire(self.settings.wait_timeout_s, self.key.model):
             self.step("elected")
+            if any((e.key.id, e.state) == (self.key.id, EntryState.READY) for e in connection.status().entries):
+                self.step("was handed back")  # by whoever held the lock before us
+                lease.release()
+                return False
             granted.publication.report(Progress("loading", 1, 2))
             election.sign_of_life()
             self.step("loading")
@@ -225,15 +233,23 @@ class StandIn:
                 generation = granted.publication.publish(
                     self.arena.info, self.arena.fds, encoded, len(manifest.tensors)
                 )
+            except (CompanionUnavailableError, TicketError):
+                if not lease.lost.wait(2):
+                    raise
+                self.step("the next one gets it")
+                generation = granted.publication.generation
             except CompanionError as error:
                 self.tell(alone=f"{error.code}: {error}")  # its model is bound to the arena: it serves from there
                 lease.release()
-                return
+                return True
             self.step("published")
-        published = granted.publication.published
-        self._hold(lease, Held(self.key, generation, self.arena.info, self.arena.fds, encoded, published))
+            published = granted.publication.published
+            self._hold(lease, Held(self.key, generation, self.arena.info, self.arena.fds, encoded, published))
+            assert self.holder is not None
+            self.holder.wait_known(WAIT_S)
+        return True
 
-    def _attach(self, lease: Lease, ready: Ready) -> None:
+    def _attach(self, lease: Lease, ready: Ready) -> bool:
         self.step("ready")
         manifest = manifest_from_bytes(ready.manifest)
         check_manifest_fits(manifest, ready.arena)
@@ -246,6 +262,7 @@ class StandIn:
         self.step("verified")
         arena = self.arena
         self._hold(lease, Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published))
+        return True
 
     def _hold(self, lease: Lease, held: Held) -> None:
         self.holder = Holder("cpu", self.settings, held, lease, "stand-in")
