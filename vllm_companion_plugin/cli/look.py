@@ -65,9 +65,7 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
         pid = silent_pid(connection, error)
         if not pid:
             return  # it ended just now
-        raise WaitTimeoutError(
-            f"The companion of {connection.device} (pid {pid}) does not answer: {error} End it: kill -9 {pid}"
-        ) from error
+        raise WaitTimeoutError(f"The companion of {connection.device} (pid {pid}) does not answer. {error}") from error
 
 
 def watch(parsed: argparse.Namespace) -> int:
@@ -169,6 +167,14 @@ def _stop(connection: CompanionConnection) -> None:
         print(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
 
 
+def _is_companion(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"vllm_companion_plugin.companion" in file.read()
+    except OSError:
+        return False
+
+
 def wait_gone(device: str, pid: int) -> None:
     """Return when process `pid` has ended. Its exit frees the memory, not its answer."""
     try:
@@ -176,6 +182,8 @@ def wait_gone(device: str, pid: int) -> None:
     except ProcessLookupError:
         return
     try:
+        if not _is_companion(pid):
+            return  # it has ended, and its pid means another process by now
         if not select.select([pidfd], [], [], STOP_TIMEOUT_S)[0]:
             raise WaitTimeoutError(
                 f"The companion of {device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s. End it: kill -9 {pid}"
