@@ -12,6 +12,7 @@ ROUNDS = 100
 """Of each seed. The two run side by side, as a round mostly waits for a process to start."""
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(400)
 def test_after_each_of_200_rounds_of_chaos_everything_is_in_its_place() -> None:
     runs = [

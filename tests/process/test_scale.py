@@ -70,6 +70,7 @@ def test_a_thousand_attachments_leave_nothing_behind_in_client_or_companion(plac
         assert late[who]["space_kb"] <= early[who]["space_kb"] + 4_000, (who, early, late)
 
 
+@pytest.mark.alone
 def test_64_clients_at_once_attach_within_a_second_each(place: Place) -> None:
     with ExitStack() as undo:
         publish(place, 400, undo)
@@ -78,6 +79,7 @@ def test_64_clients_at_once_attach_within_a_second_each(place: Place) -> None:
     assert min(map(max, crowds)) < 1
 
 
+@pytest.mark.alone
 def test_an_entry_of_100000_tensors_is_attached_within_a_second(place: Place) -> None:
     with ExitStack() as undo:
         publish(place, TENSORS, undo)
