@@ -98,6 +98,14 @@ class CompanionConnection:
     def paths(self) -> DevicePaths:
         return self._paths
 
+    def recorded_pid(self) -> int:
+        """Pid that the companion wrote into its lock file, for messages; it may be out of date. 0 if there is none."""
+        try:
+            with open(self._paths.companion_lock, encoding="ascii") as file:
+                return max(0, int(file.read(20) or 0))  # kill(1) means something else by negative ones
+        except (OSError, ValueError):
+            return 0
+
     def check_protocol(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Raises `ProtocolMismatchError` unless the companion speaks our protocol version."""
         # By the message, not by the mapped status: another version's states may be unknown here.

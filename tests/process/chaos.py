@@ -140,7 +140,8 @@ class World:
         self._check()
 
     def _armed(self, rng: random.Random, steps: list[str], *, sure: bool = False) -> dict[str, Any]:
-        act = rng.choices(("die", "freeze", "kill", "halt", "stop", ""), (40, 10, 20, 5, 3, 0 if sure else 60))[0]
+        acts = ("die", "freeze", "kill", "kill and freeze", "halt", "stop", "")
+        act = rng.choices(acts, (40, 10, 15, 5, 5, 3, 0 if sure else 60))[0]
         delay_s = rng.choice((0.0, rng.uniform(0.0005, 0.02), rng.uniform(0.01, 0.4)))
         return {"at": rng.choice(steps), "act": act, "delay_s": delay_s} if act else {}
 

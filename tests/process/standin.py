@@ -116,7 +116,10 @@ class StandIn:
                 signal.setitimer(signal.ITIMER_REAL, delay_s)  # nothing handles it: the kernel ends us, wherever we are
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif act == "freeze":
+        elif act in ("freeze", "kill and freeze"):
+            if act == "kill and freeze":
+                self.tell(soon="kill")
+                self._harm_companion("kill")
             self.tell(frozen=os.getpid(), for_s=delay_s)
             os.kill(os.getpid(), signal.SIGSTOP)
         elif delay_s:
@@ -233,15 +236,13 @@ class StandIn:
                 generation = granted.publication.publish(
                     self.arena.info, self.arena.fds, encoded, len(manifest.tensors)
                 )
-            except (CompanionUnavailableError, TicketError):
+            except CompanionError as error:
                 if not lease.lost.wait(2):
-                    raise
+                    self.tell(alone=f"{error.code}: {error}")  # its model is bound to the arena: it serves from there
+                    lease.release()
+                    return True
                 self.step("the next one gets it")
                 generation = granted.publication.generation
-            except CompanionError as error:
-                self.tell(alone=f"{error.code}: {error}")  # its model is bound to the arena: it serves from there
-                lease.release()
-                return True
             self.step("published")
             published = granted.publication.published
             self._hold(lease, Held(self.key, generation, self.arena.info, self.arena.fds, encoded, published))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import KEY, Place, arena_of, until
-from vllm_companion_plugin import client, lease
+from vllm_companion_plugin import lease
 from vllm_companion_plugin.cli import look
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.companion.process import InstanceLock
@@ -51,6 +51,12 @@ def publish(connection: CompanionConnection, manifest: bytes = b"manifest") -> L
     return loader
 
 
+def answer_within(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompanionConnection._call, "__defaults__", (seconds,))
+    monkeypatch.setattr(CompanionConnection.check_protocol, "__defaults__", (seconds,))
+    monkeypatch.setattr(CompanionConnection.status, "__defaults__", (seconds,))
+
+
 def line(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None
     return child.stdout.readline().strip()
@@ -67,7 +73,7 @@ def test_a_stopped_companion_is_waited_for_no_longer_than_said_and_named(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = place.companion().pid
-    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.5)
+    answer_within(0.5, monkeypatch)
     monkeypatch.setattr(lease, "FD_TIMEOUT_S", 0.5)
     named = rf"0.5 s.*pid {pid}.*kill -CONT {pid}.*kill -9 {pid}"
     with connect("cpu", place.settings, spawn=False) as connection:
@@ -237,7 +243,7 @@ def test_a_client_that_reads_slowly_gets_everything(place: Place) -> None:
 
 def test_a_number_in_a_file_is_not_taken_for_the_companion(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     process = place.companion()
-    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.3)
+    answer_within(0.3, monkeypatch)
     Path(place.paths.companion_lock).write_text(f"{os.getppid()}\n")
     with (
         connect("cpu", place.settings, spawn=False) as connection,
