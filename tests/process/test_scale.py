@@ -31,7 +31,7 @@ def publish(place: Place, tensors: int, undo: ExitStack) -> None:
     per_module = 4
     modules = tuple(
         ModuleInfo(
-            f"model.layers.{i}.experts",
+            f"model.layers.{i}.experts" if i else "",
             (),
             "vllm.Experts",
             tuple(SlotInfo(f"weight_{j}", TensorKind.PARAMETER, i * per_module + j) for j in range(per_module)),
