@@ -227,19 +227,21 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
             if name in paths:
                 raise ManifestError(f"Two modules have the path {name!r}.")
             paths.add(name)
-        slots = []
+        slots: list[SlotInfo] = []
+        names: set[str] = set()
         for slot in item.slots:
-            kind, tensor = _KINDS.get(slot.kind), slot.tensor
+            name, kind, tensor = slot.name, _KINDS.get(slot.kind), slot.tensor
             if kind is None:
-                raise ManifestError(f"Slot {slot.name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
+                raise ManifestError(f"Slot {name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
             if tensor >= tensor_count:
-                raise ManifestError(f"Slot {slot.name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
+                raise ManifestError(f"Slot {name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
             info = new(SlotInfo)
-            set_name(info, slot.name)
+            set_name(info, name)
             set_kind(info, kind)
             set_tensor(info, tensor)
             slots.append(info)
-        if len({slot.name for slot in slots}) != len(slots) or any(not slot.name for slot in slots):
+            names.add(name)
+        if len(names) != len(slots) or "" in names:
             raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
         yield ModuleInfo(
             path, tuple(item.aliases), item.class_name, tuple(slots), dict(item.attributes), dict(item.floats)
