@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 VERSIONS ?= 0.27.1 0.29.0 0.31.0 0.32.0
 
-.PHONY: help test test-versions lint types demo stubs test-gpu clean
+.PHONY: help test test-slow test-versions lint types demo stubs test-gpu clean
 
 help: ## list the recipes
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -14,8 +14,12 @@ $(STAMP): pyproject.toml tools/make_venv.sh
 
 test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
 	$(BIN)/python -m pytest -q -m "not vllm and not alone and not gpu" -n 2 --dist worksteal
-	$(BIN)/python -m pytest -q -m "vllm and not alone and not gpu" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m "vllm and not alone and not slow and not gpu" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m alone
+
+test-slow: $(STAMP) ## ten rounds of chaos with real engines, and a thousand with stand-ins
+	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m tests.process.chaos --rounds 1000
 
 test-versions: ## the core of the tests over VERSIONS of vLLM, each in a .venv-VERSION that is kept
 	PYTHON=$(PYTHON) tools/test_versions.sh $(VERSIONS)

@@ -25,7 +25,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, read_file
-from vllm_companion_plugin.launch.spawn import ensure_companion
+from vllm_companion_plugin.launch.spawn import ensure_companion, who_is_silent
 from vllm_companion_plugin.lease import Granted, Lease, Ready
 from vllm_companion_plugin.protocol import mapping, messages
 from vllm_companion_plugin.protocol.rpc import open_channel, typed_error
@@ -109,7 +109,7 @@ class CompanionConnection:
         return self._paths
 
     def recorded_pid(self) -> int:
-        """Pid that the companion wrote into its lock file, for when it does not answer; 0 if there is none."""
+        """Pid that the companion wrote into its lock file, for messages; it may be out of date. 0 if there is none."""
         try:
             # kill(1) means something else by negative ones.
             return max(0, int(read_file(self._paths.companion_lock, 20) or 0))
@@ -268,7 +268,10 @@ class CompanionConnection:
         try:
             return getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise typed_error(error, f"{method} of the companion of {self.device}") from error
+            typed = typed_error(error, f"{method} of the companion of {self.device}")
+            if isinstance(typed, WaitTimeoutError):
+                typed = WaitTimeoutError(f"{method}: waited {timeout_s:g} s for {who_is_silent(self._paths)}")
+            raise typed from error
 
     def close(self) -> None:
         """Release all leases and close the channel. Idempotent."""

@@ -28,6 +28,7 @@ logger = logging.getLogger("vllm.companion.holder")
 
 GIVE_UP_S = 60.0
 RETRY_S = 0.1
+POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class Holder:
     def lost(self) -> bool:
         """Whether no companion knows of this hold at the moment. What is mapped stays valid."""
         return self._lease.lost.is_set()
+
+    def wait_known(self, timeout_s: float) -> None:
+        """Return once a companion knows of this hold, nothing is to be handed back, or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while self.lost and time.monotonic() < deadline and not self._closed.wait(POLL_S):
+            pass
 
     def close(self) -> None:
         """End the hold and its lease. Idempotent."""

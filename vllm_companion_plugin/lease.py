@@ -27,6 +27,7 @@ from vllm_companion_plugin.errors import (
     from_code,
 )
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
+from vllm_companion_plugin.launch.spawn import who_is_silent
 from vllm_companion_plugin.protocol import fd_channel, mapping
 from vllm_companion_plugin.protocol.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.protocol.rpc import typed_error
@@ -128,7 +129,12 @@ class Lease:
             elif kind == "granted":
                 granted = event.granted
                 self._publication = Publication(
-                    self._stub, self._paths.fd_socket, granted.lease_token, granted.deposit_ticket, self._label
+                    self._stub,
+                    self._paths.fd_socket,
+                    granted.lease_token,
+                    granted.deposit_ticket,
+                    self._label,
+                    granted.generation,
                 )
                 return Granted(self._publication)
             elif kind == "ready":
@@ -139,9 +145,9 @@ class Lease:
             event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             waited = time.monotonic() - began
+            who = _who(loader) if loader is not None else f"no answer of {who_is_silent(self._paths)}"
             raise WaitTimeoutError(
-                f"{self._label}: {_who(loader)}; waited {waited:.0f} s in all, the last "
-                f"{timeout_s:g} s without progress."
+                f"{self._label}: waited {waited:.0f} s in all, the last {timeout_s:g} s without progress: {who}"
             ) from None
         if event is None:
             self._events.put(None)  # for the next call, too
@@ -244,14 +250,15 @@ class Lease:
         self.release()
 
 
-def _who(loader: LoaderInfo | None) -> str:
-    if loader is None:
-        return "the companion did not answer"
+def _who(loader: LoaderInfo) -> str:
     if not loader.pid:
-        return f"{loader.client} has it and did not hand it back"
+        return f"{loader.client} has it and did not hand it back."
     done, total = loader.progress.done_bytes / (1 << 30), loader.progress.total_bytes / (1 << 30)
     size = f", {done:.2f} of {total:.2f} GiB" if total else f", {done:.2f} GiB" if done else ""
-    return f"{loader.client} (pid {loader.pid}) is loading it (phase {loader.progress.phase!r}{size})"
+    return (
+        f"{loader.client} (pid {loader.pid}) is loading it (phase {loader.progress.phase!r}{size}). "
+        f"If it hangs, end it: kill -9 {loader.pid}; the next one that waits loads it."
+    )
 
 
 _open_leases: weakref.WeakSet[Lease] = weakref.WeakSet()

@@ -28,11 +28,14 @@ class Publication:
     """The duty that comes with a granted lease. It ends with `publish`, `decline` or the lease.
 
     Attributes:
-        published: what the companion shows of it, once it is published.
+        generation: that it will have; with it, it can be handed to the next companion, should this one end first.
+        published: what the companion shows of it, once it was asked to publish it.
     """
 
-    def __init__(self, stub: Stub, fd_socket: str, token: bytes, ticket: bytes, label: str) -> None:
+    def __init__(self, stub: Stub, fd_socket: str, token: bytes, ticket: bytes, label: str, generation: int) -> None:
         self.declined = False
+        self.generation = generation
+        self._since = time.monotonic()
         self.published = Published(0)
         self._stub = stub
         self._fd_socket = fd_socket
@@ -76,7 +79,8 @@ class Publication:
             TicketError: a second publication.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
-        return self.hand_back(arena, fds, manifest, Published(tensor_count, ways or {}), generation=0)
+        self.published = Published(tensor_count, ways or {}, time.time(), time.monotonic() - self._since)
+        return self.hand_back(arena, fds, manifest, self.published, generation=0)
 
     def hand_back(
         self, arena: ArenaInfo, fds: Sequence[int], manifest: bytes, published: Published, generation: int

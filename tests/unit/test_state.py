@@ -384,6 +384,34 @@ def test_a_companion_can_be_replaced_while_somebody_holds_each_entry_and_nothing
         world.registry.check_replaceable()
 
 
+def test_who_holds_an_entry_goes_before_whoever_was_elected_to_load_it(world: World) -> None:
+    newcomer = world.attach(key(), pid=1)
+    holder = hold(world, pid=2)
+    assert kinds(holder) == [GrantedEvent]
+    assert [x.state for x in (newcomer, holder)] == [LeaseState.WAITING, LeaseState.LOADING]
+    with pytest.raises(BadRequestError, match="is waiting, not loading"):
+        world.registry.deposit(newcomer, (17, 18))
+    world.registry.deposit(holder, (7, 8))
+    assert world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 4) == 4
+    assert kinds(newcomer)[-1] is ReadyEvent
+
+
+def test_who_is_about_to_publish_is_let_finish_before_a_holder(world: World) -> None:
+    newcomer = world.attach(key(), pid=1)
+    world.registry.deposit(newcomer, (17, 18))
+    holder = hold(world, pid=2)
+    assert kinds(holder) == [WaitingEvent]
+    assert world.registry.commit(newcomer, ARENA, MANIFEST, SHOWN) == 1
+    assert kinds(holder)[-1] is ReadyEvent
+
+
+def test_who_is_elected_is_told_the_generation_that_its_publication_will_have(world: World) -> None:
+    world.publish(key())
+    world.registry.unload(Query(model="m"), force=True)
+    (event,) = world.attach(key(), pid=2).events
+    assert event == GrantedEvent(2)
+
+
 def test_an_expected_entry_keeps_nobody_from_ending(world: World) -> None:
     world.registry.expect(key(), 1)
     assert world.registry.idle_since is not None

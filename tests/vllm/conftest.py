@@ -48,6 +48,16 @@ class Engine:
                 start_new_session=True,
             )
 
+    def tokens_now(self) -> list[list[int]]:
+        """What it answers to its prompts at this moment."""
+        self.result()
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._result = None
+        tokens: list[list[int]] = self.result()["tokens"]
+        return tokens
+
     def result(self) -> dict[str, Any]:
         if self._result is None:
             timer = threading.Timer(START_TIMEOUT_S, self.kill)

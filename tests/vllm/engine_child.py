@@ -1,7 +1,7 @@
 """One real vLLM engine on CPU, as a child process of the tests.
 
-Reads a JSON object of options from argv, prints "RESULT {...}", then waits until standard
-input closes, so that the parent can look at a living engine. The model runs in worker
+Reads a JSON object of options from argv, prints "RESULT {...}", and the tokens once more for each line of standard
+input, until that closes: the parent can look at a living engine. The model runs in worker
 processes of vLLM's own; `describe` and `reference` are sent there.
 """
 
@@ -95,17 +95,22 @@ def main() -> None:
     cache = llm.llm_engine.vllm_config.cache_config
     result = {"workers": llm.collective_rpc(look), "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size}
     requests = {"tokens": None} | ({"adapted": LoRARequest("adapter", 1, adapter)} if adapter else {})
-    for name, request in requests.items() if prompts else ():
+
+    def tokens(request: LoRARequest | None = None) -> list[list[int]]:
         outputs = llm.generate(
             [{"prompt_token_ids": p} for p in prompts],
             SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True),
             lora_request=request,
         )
-        result[name] = [list(output.outputs[0].token_ids) for output in outputs]
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    for name, request in requests.items() if prompts else ():
+        result[name] = tokens(request)
     if texts:
         result["vectors"] = [output.outputs.embedding for output in llm.embed(texts)]
     print("RESULT " + json.dumps(result), flush=True)
-    sys.stdin.read()
+    for _ in sys.stdin:
+        print("RESULT " + json.dumps({"tokens": tokens()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def run_to_end(command: list[str], environment: dict[str, str], signals: Signals
         command, stdin=subprocess.DEVNULL, stdout=stdout, env=environment, start_new_session=True
     )
     try:
-        while process.poll() is None:
+        # Left to be collected by `end`: until then its number, and its group's, mean nobody else.
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             signals.wait()
     finally:
         end([process], whole_group=True)
@@ -152,8 +153,10 @@ def end(processes: list[subprocess.Popen[bytes]], *, whole_group: bool = False) 
         tell(process, signal.SIGTERM)
     deadline = time.monotonic() + TERMINATE_S
     for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
+        while process.returncode is None and time.monotonic() < deadline:
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                break
+            time.sleep(0.01)
     for process in processes:
         tell(process, signal.SIGKILL)
         process.wait()

@@ -15,7 +15,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.launch.runtime_dir import check_device, device_paths, list_devices
-from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.launch.spawn import is_listening, listener_pid
 from vllm_companion_plugin.settings import Settings
 
 
@@ -52,8 +52,8 @@ def devices_named(text: str | None) -> list[str]:
 
 def silent_pid(connection: CompanionConnection, error: CompanionError) -> int:
     """Pid of a companion that lives and did not answer; 0 if it answered with `error`, or has ended."""
-    silent = isinstance(error, (CompanionUnavailableError, WaitTimeoutError)) and is_listening(connection.paths)
-    return connection.recorded_pid() if silent else 0
+    silent = isinstance(error, (CompanionUnavailableError, WaitTimeoutError))
+    return (listener_pid(connection.paths) or 0) if silent else 0
 
 
 @contextmanager

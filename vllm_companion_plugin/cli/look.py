@@ -77,10 +77,7 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
         pid = silent_pid(connection, error)
         if not pid:
             return  # it ended just now
-        how = f"End it: kill -9 {pid}" if listener_pid(connection.paths) == pid else "It runs in another container."
-        raise WaitTimeoutError(
-            f"The companion of {connection.device} (pid {pid}) does not answer: {error} {how}"
-        ) from error
+        raise WaitTimeoutError(f"The companion of {connection.device} (pid {pid}) does not answer. {error}") from error
 
 
 def watch(parsed: argparse.Namespace) -> int:

@@ -247,7 +247,7 @@ class CompanionService:
             token = secrets.token_bytes(16)
             self._tokens[token] = lease
             ticket = self.tickets.issue(fd_channel.DEPOSIT, lease)
-            granted = messages.Granted(lease_token=token, deposit_ticket=ticket)
+            granted = messages.Granted(lease_token=token, deposit_ticket=ticket, generation=event.generation)
             await context.write(messages.AttachEvent(granted=granted))
         elif isinstance(event, ReadyEvent):
             await self._tell_ready(lease, context)

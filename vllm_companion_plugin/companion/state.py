@@ -25,8 +25,9 @@ An entry may also begin as *expected*: somebody maps it, and its companion has d
 that holds it is elected, to hand it back, until the time for that is over.
 
 At most one lease of an entry is LOADING: the first WAITING one, in order of arrival, that may
-load. If it ends before its commit the next one is elected, and if none may load the others
-fail. Of one key at most one entry is LOADING or READY; any number may be RETIRED.
+load; but who holds the entry already goes before those who would load it. If it ends before its
+commit the next one is elected, and if none may load the others fail. Of one key at most one entry
+is LOADING or READY; any number may be RETIRED.
 
 What a client has to be told is appended to its lease's `events` (a later Waiting replaces an
 unread one, so a slow reader costs nothing), then `on_event(lease)` is called.
@@ -88,7 +89,7 @@ class WaitingEvent:
 
 @dataclass(frozen=True)
 class GrantedEvent:
-    pass
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -506,9 +507,12 @@ class Registry:
         return lease.entry
 
     def _elect(self, entry: Entry) -> None:
-        if entry.loading_lease is not None:
-            return
+        loader = entry.loading_lease
         holders = [lease for lease in entry.leases if lease.holds]
+        if loader is not None:
+            if loader.holds or loader.deposited or not holders:
+                return
+            loader.state = LeaseState.WAITING
         others = [lease for lease in entry.leases if lease.may_load and not entry.expected]
         heir = next(iter(holders + others), None)
         if heir is None:
@@ -518,7 +522,7 @@ class Registry:
         entry.progress = STARTING
         entry.load_since_unix_s, entry.load_since = self._wall(), self._monotonic()
         entry.progress_unix_s = entry.load_since_unix_s
-        self._tell(heir, GrantedEvent())
+        self._tell(heir, GrantedEvent(heir.holds or self._generations.get(entry.key.id, 0) + 1))
         self._tell_waiting(entry, entry.leases)
 
     def _elect_or_discard(self, entry: Entry, why: str) -> None:

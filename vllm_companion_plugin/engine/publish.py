@@ -33,6 +33,8 @@ from vllm_companion_plugin.types import Progress, Stage
 logger = init_logger("vllm.companion")
 
 SIGN_OF_LIFE_S = 1.0
+LOST_S = 2.0
+"""Until a companion that has ended is known to have."""
 REPORT_AFTER_S = 0.25
 """Packing is usually over before anybody could read about it."""
 
@@ -129,7 +131,13 @@ class _Publisher:
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
         ways = compat.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
-        generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count, ways)
+        try:
+            generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count, ways)
+        except CompanionError as error:  # which one depends on whether another companion answers already
+            if not self._decision.lease.lost.wait(LOST_S):
+                raise
+            logger.info("%s It goes to the next companion.", error)
+            generation = self._publication.generation
         self._held = Held(
             self._decision.key, generation, arena.info, arena.fds, manifest.result(), self._publication.published
         )
@@ -171,8 +179,8 @@ class _Publisher:
             published = session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes)
             session.record(published, device_id=self._decision.device.id, key_id=key.id)
             if self.is_bound:
-                self._decision.election.release()
                 session.keep(self._decision, self._settings, self._held)
+                self._decision.election.release()
             else:
                 self._decision.close()
             return

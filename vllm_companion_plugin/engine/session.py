@@ -30,6 +30,7 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     ManifestError,
     NotShareableError,
+    TicketError,
 )
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch.election import LoaderElection
@@ -204,9 +205,14 @@ def keep(decision: Attach | Load, settings: Settings, held: Held) -> None:
     """Hold lease and memory until the process ends, whatever becomes of the companion."""
     _kept.append(decision)
     try:
-        _kept.append(Holder(decision.device.id, settings, held, decision.lease, _client_name()))
+        holder = Holder(decision.device.id, settings, held, decision.lease, _client_name())
     except CompanionError as error:
         logger.warning("%s will be loaded again if its companion dies: %s", held.key.title, error)
+        return
+    _kept.append(holder)
+    if isinstance(decision, Load):
+        # Whoever waits to load it will find it then, if the companion has ended while we loaded.
+        holder.wait_known(settings.spawn_timeout_s)
 
 
 def record(
@@ -338,7 +344,7 @@ def _obtain(
     may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
         decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
-    except (CompanionUnavailableError, LeaseLostError) as error:
+    except (CompanionUnavailableError, LeaseLostError, TicketError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
         if isinstance(error, CompanionUnavailableError):
@@ -382,8 +388,9 @@ def _ask(
             election = _elect(device.id, asked, settings)
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
+            # Or somebody had loaded this, and handed it to the companion that followed the one that elected them.
             held = _held(status, wanted, settings, (EntryState.READY,))
-            if held is None or held.id == asked.id:
+            if held is None:
                 _explain(status, wanted)
                 return Load(device, asked, lease, outcome, election, path, dict(wanted.files))
         except BaseException:

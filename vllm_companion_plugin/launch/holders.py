@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from vllm_companion_plugin.errors import RuntimeDirError
+from vllm_companion_plugin.launch.locks import owner_text
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, ensure_private_directory
 from vllm_companion_plugin.types import GENERATIONS, EntryKey
 
+LOCK_TIMEOUT_S = 10.0
 _MAX_BYTES = 4 << 20
 _DIGITS = len(str(GENERATIONS.stop))
 _DISMISSED = b"-"
@@ -36,12 +40,12 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
         path = _path(paths, key, generation)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            _lock(path, fcntl.flock, fd, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):  # `held` may have removed it before it was locked
                 if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
                     break
             os.close(fd)
-        fcntl.lockf(fd, fcntl.LOCK_EX)  # of another kind than flock: the first one writes
+        _lock(path, fcntl.lockf, fd, fcntl.LOCK_EX)  # of another kind than flock: the first one writes
         if os.fstat(fd).st_size == 0:
             os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)
         fcntl.lockf(fd, fcntl.LOCK_UN)
@@ -101,6 +105,20 @@ def _key(fd: int) -> EntryKey | None:
     except (ValueError, TypeError, RecursionError):
         return None
     return None if key.problem() else key
+
+
+def _lock(path: str, lock: Callable[[int, int], object], fd: int, kind: int) -> None:
+    """Others hold it for a moment only, unless they are stopped just then. Raises `OSError` if one is."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            lock(fd, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                why = f"{owner_text(path)} has kept {path} locked for {LOCK_TIMEOUT_S:g} s"
+                raise OSError(errno.ETIMEDOUT, why) from None
+            time.sleep(0.005)
 
 
 def _path(paths: DevicePaths, key: EntryKey, generation: int) -> str:

@@ -8,17 +8,20 @@ import os
 import select
 import site
 import socket
+import struct
 import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import count
 
 from filelock import FileLock, Timeout
 
 from vllm_companion_plugin import peer
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.launch.locks import owner_text
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, read_file
 from vllm_companion_plugin.settings import Settings, to_environment
 
@@ -29,28 +32,61 @@ logger = logging.getLogger("vllm.companion.spawn")
 _KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES = ("LC_", "PYTHON")
 LOG_TAIL_BYTES = 2000
+CONNECT_TIMEOUT_S = 5.0
+RETRY_S = 0.2
+SPAWN_TRIALS = 3
+"""Of a companion that ends without a word: it may have been killed."""
 
 
 def is_listening(paths: DevicePaths) -> bool:
-    """Does a process accept connections at the companion's socket? A leftover file does not."""
+    """Does a process accept connections at the companion's socket? A leftover file does not.
+
+    Raises:
+        CompanionUnavailableError: it cannot be known, or not within 5 s.
+        RuntimeDirError: somebody of another user listens there.
+    """
     return listener_pid(paths) is not None
 
 
 def listener_pid(paths: DevicePaths) -> int | None:
     """Pid of who listens at the companion's socket, 0 if it is in another container; None if nobody does.
 
+    As the kernel knows it: a number in a file may have become another process's.
+
     Raises:
-        RuntimeDirError: somebody of another user listens there.
+        CompanionUnavailableError, RuntimeDirError: as `is_listening`.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(5)
+        # Not `settimeout`: without blocking, a Unix socket to which many connect at once fails right away.
+        seconds, rest = divmod(CONNECT_TIMEOUT_S, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(rest * 1e6)))
         try:
             sock.connect(paths.grpc_socket)
             return peer.check_listener(sock, paths.grpc_socket)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
+        except BlockingIOError:
+            raise CompanionUnavailableError(
+                f"Waited {CONNECT_TIMEOUT_S:g} s to connect to the companion of {paths.device}, where many others wait "
+                f"already: {owner_text(paths.companion_lock)} is stopped or hangs. End it: kill -9"
+            ) from None
         except OSError as error:
             raise CompanionUnavailableError(f"Cannot connect to {paths.grpc_socket}: {error.strerror}.") from error
+
+
+def who_is_silent(paths: DevicePaths) -> str:
+    """The companion that was waited for in vain, and what to do about it."""
+    pid = 0
+    with contextlib.suppress(CompanionError):
+        pid = listener_pid(paths) or 0
+    if not pid:
+        return (
+            f"the companion of {paths.device}, which has ended or cannot be reached; `vllm-companion status` shows it."
+        )
+    return (
+        f"the companion of {paths.device} (pid {pid}). If it was stopped, let it go on: kill -CONT {pid}. If it hangs, "
+        f"end it: kill -9 {pid}; engines keep what they map, and start another one."
+    )
 
 
 def ensure_companion(device: str, settings: Settings, *, linger_s: float | None = None) -> None:
@@ -100,7 +136,8 @@ def starting(
         lock.acquire(timeout=settings.spawn_timeout_s)
     except Timeout:
         raise error(
-            f"Another process has been starting {what} for {settings.spawn_timeout_s:g} s. Its log: {log}"
+            f"Waited {settings.spawn_timeout_s:g} s for {owner_text(lock_path)}, which has been starting {what}. "
+            f"Its log: {log}"
         ) from None
     except OSError as reason:
         raise RuntimeDirError(f"Cannot lock {lock_path}: {reason.strerror or reason}.") from reason
@@ -145,20 +182,21 @@ def _import_roots(more: Sequence[str]) -> list[str]:
 def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: float) -> None:
     started = time.monotonic()
     arguments = ["vllm_companion_plugin.companion", "--device", paths.device, f"--linger-s={linger_s}"]
-    try:
-        answer = start_detached(arguments, child_environment(settings), paths.log, deadline)
-    except OSError as error:
-        raise CompanionUnavailableError(f"Cannot start a companion of {paths.device}: {error}.") from error
-    if answer == "ok":
-        logger.info("Started the companion of %s in %.1f s.", paths.device, time.monotonic() - started)
-        return
-    if answer is not None and answer.startswith("already_running "):
-        # It holds the lock but did not listen yet: started by hand a moment ago, or stopping.
-        while not is_listening(paths):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        else:
+    for trial in count(1):
+        try:
+            answer = start_detached(arguments, child_environment(settings), paths.log, deadline)
+        except OSError as error:
+            raise CompanionUnavailableError(f"Cannot start a companion of {paths.device}: {error}.") from error
+        if answer == "ok":
+            logger.info("Started the companion of %s in %.1f s.", paths.device, time.monotonic() - started)
+            return
+        busy = answer is not None and answer.startswith("already_running ")
+        if (not busy and (answer != "" or trial == SPAWN_TRIALS)) or time.monotonic() > deadline:
+            break
+        # Killed while it started; or another one holds the lock and does not listen, because it was started by hand
+        # a moment ago, or is ending.
+        time.sleep(RETRY_S)
+        if is_listening(paths):
             return
     raise CompanionUnavailableError(
         f"The companion of {paths.device} could not be started: {why_not(answer)}\n"

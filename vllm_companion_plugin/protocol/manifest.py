@@ -48,7 +48,9 @@ ITEM_SIZES: dict[str, int] = {
 
 _KINDS = {kind.value: kind for kind in TensorKind}
 # A frozen dataclass's own __init__ takes twice as long as setting its slots.
-_SET_TENSOR = tuple(getattr(TensorInfo, f.name).__set__ for f in fields(TensorInfo))
+_SET_STORAGE, _SET_TENSOR, _SET_SLOT = (
+    tuple(getattr(cls, f.name).__set__ for f in fields(cls)) for cls in (StorageInfo, TensorInfo, SlotInfo)
+)
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
@@ -118,6 +120,8 @@ def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:
 
 def _storages(message: Any) -> Iterator[StorageInfo]:
     end = 0
+    new = object.__new__
+    set_offset, set_size = _SET_STORAGE
     for index, item in enumerate(message.storages):
         offset, size = item.offset_bytes, item.size_bytes
         if offset < end:
@@ -127,7 +131,10 @@ def _storages(message: Any) -> Iterator[StorageInfo]:
             raise ManifestError(f"Storage {index} ends at byte {end}; no arena is larger than {MAX_STORAGE_END}.")
         if size == 0:
             raise ManifestError(f"Storage {index} is empty; tensors without elements are inline.")
-        yield StorageInfo(offset, size)
+        storage = new(StorageInfo)
+        set_offset(storage, offset)
+        set_size(storage, size)
+        yield storage
 
 
 def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
@@ -212,21 +219,29 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
     paths: set[str] = set()
     if not message.modules or message.modules[0].path:
         raise ManifestError("The first module is not the model itself.")
+    new = object.__new__
+    set_name, set_kind, set_tensor = _SET_SLOT
     for item in message.modules:
         path = item.path
         for name in (path, *item.aliases):
             if name in paths:
                 raise ManifestError(f"Two modules have the path {name!r}.")
             paths.add(name)
-        slots = []
+        slots: list[SlotInfo] = []
+        names: set[str] = set()
         for slot in item.slots:
-            kind, tensor = _KINDS.get(slot.kind), slot.tensor
+            name, kind, tensor = slot.name, _KINDS.get(slot.kind), slot.tensor
             if kind is None:
-                raise ManifestError(f"Slot {slot.name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
+                raise ManifestError(f"Slot {name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
             if tensor >= tensor_count:
-                raise ManifestError(f"Slot {slot.name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
-            slots.append(SlotInfo(slot.name, kind, tensor))
-        if len({slot.name for slot in slots}) != len(slots) or any(not slot.name for slot in slots):
+                raise ManifestError(f"Slot {name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
+            info = new(SlotInfo)
+            set_name(info, name)
+            set_kind(info, kind)
+            set_tensor(info, tensor)
+            slots.append(info)
+            names.add(name)
+        if len(names) != len(slots) or "" in names:
             raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
         yield ModuleInfo(
             path, tuple(item.aliases), item.class_name, tuple(slots), dict(item.attributes), dict(item.floats)

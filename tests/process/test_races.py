@@ -1,0 +1,64 @@
+"""What rounds of chaos (tests/process/test_chaos.py) once found, each made to happen on purpose."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.process.chaos import World
+from tests.process.conftest import alive, until
+from tests.process.standin import companions
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.mark.parametrize("step", ["elected", "packed", "deposited"])
+def test_a_loader_whose_companion_is_killed_publishes_to_the_next_one_and_nobody_loads_again(step: str) -> None:
+    """A second engine asks the next companion, and is elected there before the first goes on."""
+    world = World(seed=1)
+    try:
+        world._start("engine", 0, {"at": step, "act": "kill and freeze", "delay_s": 3.0})
+        (loader,) = world.standins
+        until(lambda: world._hear() or "granted" in loader.steps, 20, "the first is elected")
+        world._start("engine", 0, {})
+        world.settle()
+        steps = [step for x in world.standins for step in x.steps]
+        assert (steps.count("packed"), steps.count("the next one gets it")) == (1, 1)
+        assert [x.alone for x in world.standins] == ["", ""]
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.6])
+def test_engines_that_start_while_the_companion_is_stopped_get_another_one(after_s: float) -> None:
+    world = World(seed=1)
+    try:
+        for number in range(6):
+            world._start("engine", number % 2, {})
+        world._kill_at = [(time.monotonic() + after_s, signal.SIGTERM)]
+        world.settle()
+        # Who maps what the first one had keeps it for itself: it was stopped on purpose.
+        assert [x.alone for x in world.standins if x.alone not in ("", "let go")] == []
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_companion_that_is_killed_while_it_starts_is_started_again(kills: int) -> None:
+    world = World(seed=1)
+    try:
+        world._start("engine", 0, {})
+        world._start("engine", 0, {})
+        for _ in range(kills):
+            until(lambda: companions(world.place.settings.runtime_dir), 20, "a companion starts", every_s=0.0)
+            for pid in companions(world.place.settings.runtime_dir):
+                os.kill(pid, signal.SIGKILL)
+                until(lambda pid=pid: not alive(pid), 5, "it is dead")
+        world.settle()
+        assert [x.alone for x in world.standins] == ["", ""]
+        assert all("asking again" not in x.steps for x in world.standins)
+    finally:
+        world.close()

@@ -1,0 +1,19 @@
+"""Who holds a lock, for the messages of those who wait for it in vain."""
+
+from __future__ import annotations
+
+import os
+
+
+def owner_text(path: str) -> str:
+    """The process that holds a lock on the file, e.g. "pid 123", as far as the kernel tells."""
+    try:
+        status = os.stat(path)
+        place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        with open("/proc/locks", encoding="ascii") as file:
+            locks = [line.split() for line in file]
+    except OSError:
+        return "another process"
+    # "1: FLOCK ADVISORY WRITE 123 00:2a:456 0 EOF"; who waits for it has an arrow, and who is elsewhere no pid
+    pids = {lock[4] for lock in locks if lock[1] != "->" and lock[5] == place and int(lock[4]) > 0}
+    return " and ".join(f"pid {pid}" for pid in sorted(pids, key=int)) or "another process"
