@@ -91,10 +91,12 @@ def show(runtime_dir: str) -> None:
             print([lease.client for lease in entry.leases], flush=True)
 
 
-def taken_over(runtime_dir: str) -> bool:
+def taken_over(runtime_dir: str, before: int) -> bool:
+    """Whether a companion other than the one with pid `before` holds the model for somebody."""
     try:
         with connect("cpu", resolve({"runtime_dir": runtime_dir}), spawn=False) as connection:
-            return any(e.state is EntryState.READY and e.leases for e in connection.status().entries)
+            status = connection.status()
+            return status.pid != before and any(e.state is EntryState.READY and e.leases for e in status.entries)
     except CompanionError:
         return False
 
@@ -113,10 +115,12 @@ def main() -> None:
         second, attached = start("web-2", root)
         print(f"equal tensors: {values(loaded) == values(attached)}, tokens: {loaded['tokens'] == attached['tokens']}")
         show(runtime_dir)
+        with connect("cpu", resolve({"runtime_dir": runtime_dir}), spawn=False) as connection:
+            before = connection.status().pid
         began = time.monotonic()
         first.kill()
         first.wait()
-        while not taken_over(runtime_dir):
+        while not taken_over(runtime_dir, before):
             time.sleep(0.02)
         print(f"web-1 was killed, and the companion with it; web-2 took over in {time.monotonic() - began:.2f} s")
         show(runtime_dir)

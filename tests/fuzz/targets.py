@@ -42,6 +42,7 @@ from vllm_companion_plugin.arena import ipc_tag
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.client import CompanionConnection
+from vllm_companion_plugin.companion.descriptors import CLOSING
 from vllm_companion_plugin.companion.fd_server import FdServer
 from vllm_companion_plugin.companion.service import CompanionService
 from vllm_companion_plugin.errors import (
@@ -172,6 +173,9 @@ def paths() -> DevicePaths:
 def no_descriptor_left() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
+    for thread in threading.enumerate():
+        if thread.name == CLOSING:
+            thread.join(5)
     after = len(os.listdir("/proc/self/fd"))
     assert after == before, f"{after - before} descriptors were left open"
 
@@ -544,7 +548,7 @@ async def _publish(service: CompanionService, requests: list[Any], streams: list
             if granted:
                 fd = os.dup(sealed_memfd())
                 try:
-                    service.check_deposit(granted[-1].deposit_ticket)([fd])
+                    service.check_deposit(granted[-1].deposit_ticket, 1)([fd])
                 except CompanionError:
                     os.close(fd)
 
@@ -650,12 +654,12 @@ def fd_socket_seeds() -> list[bytes]:
 
 
 async def _serve_descriptors(pieces: Sequence[bytes]) -> None:
-    def redeem(ticket: bytes) -> Sequence[int]:
+    def redeem(ticket: bytes) -> Callable[[], Sequence[int]]:
         if ticket != b"r" * 16:
             raise TicketError("unknown")
-        return [null()] * 3
+        return lambda: [null()] * 3
 
-    def check_deposit(ticket: bytes) -> Callable[[Sequence[int]], None]:
+    def check_deposit(ticket: bytes, count: int) -> Callable[[Sequence[int]], None]:
         redeem(ticket.replace(b"d", b"r"))
         return fd_channel.close_all
 

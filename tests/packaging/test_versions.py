@@ -14,7 +14,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 DECLARED = (
-    "filelock>=3.12",
+    "filelock>=3.20.1",
     "grpcio>=1.62",
     "grpcio-health-checking>=1.48,<1.63",
     "prometheus-client>=0.18",
@@ -76,7 +76,7 @@ def test_installing_beside_vllm_changes_no_version(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     requirements = [
         "grpcio-health-checking<1.63,>=1.48",
-        "filelock>=3.12",
+        "filelock>=3.20.1",
         "grpcio>=1.62",
         "prometheus-client>=0.18",
         "protobuf>=5.29.6,<8",

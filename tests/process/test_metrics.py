@@ -29,6 +29,8 @@ from vllm_companion_plugin.types import EntryKey, Progress, Report, Series
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "deploy" / "grafana" / "vllm-companion.json"
 NASTY = 'org/"quoted"\\back\nvllm_companion_up{device="forged"} 7\x1b[31m'
+QUOTED = 'org/"quoted"\\back vllm_companion_up{device="forged"} 7'
+"""As much of it as a key may have."""
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -165,14 +167,14 @@ def test_the_dashboard_uses_only_metrics_that_a_companion_has_and_every_panel_ha
 
 def test_what_is_gone_is_no_series_and_a_name_is_only_a_name(place: Place) -> None:
     place.companion()
-    key = replace(KEY, model=NASTY)
+    key = replace(KEY, model=QUOTED)
     with connect("cpu", place.settings, spawn=False) as connection:
         publish(connection, key)
         found = collect(place)
-        assert value(found, "arena_bytes", model=NASTY, state="ready") == 4096
+        assert value(found, "arena_bytes", model=QUOTED, state="ready") == 4096
         assert value(found, "up") == 1  # the only one
         connection.unload(force=True)
-        assert value(collect(place), "arenas", model=NASTY, state="retired") == 1
+        assert value(collect(place), "arenas", model=QUOTED, state="retired") == 1
     until(lambda: not [name for name, _ in collect(place) if name == PREFIX + "arenas"], 5, "the last lease has ended")
 
 

@@ -15,6 +15,7 @@ from vllm_companion_plugin.types import ArenaInfo
 
 # linux/fcntl.h
 F_SEAL_SHRINK, F_SEAL_WRITE = 0x2, 0x8
+CLOSING = "companion-close"
 
 
 def check_descriptors(arena: ArenaInfo, fds: Sequence[int]) -> None:
@@ -61,7 +62,7 @@ def close_aside(fds: Sequence[int]) -> None:
     if not fds:
         return
     try:
-        threading.Thread(target=fd_channel.close_all, args=(tuple(fds),), daemon=True).start()
+        threading.Thread(target=fd_channel.close_all, args=(tuple(fds),), name=CLOSING, daemon=True).start()
     except RuntimeError:  # no more threads
         fd_channel.close_all(fds)
 
