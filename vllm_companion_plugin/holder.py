@@ -184,10 +184,13 @@ class Holder:
             self._closed.set()
             fd_channel.close_all([self._note, *self._held.fds])
 
+    def _check_wanted(self) -> None:
+        if holders.is_dismissed(self._note):
+            raise LeaseLostError(f"{self._held.key.title} was unloaded, or its companion stopped.")
+
     def _attach_again(self) -> None:
         held, started = self._held, time.monotonic()
-        if holders.is_dismissed(self._note):
-            raise LeaseLostError(f"{held.key.title} was unloaded, or its companion stopped.")
+        self._check_wanted()
         paths = device_paths(self._device, self._settings)
         if holders.is_removed(self._note):
             self._note_again(paths)
@@ -206,6 +209,8 @@ class Holder:
             if self._closed.is_set():
                 connection.close()
                 return
+            # Another one may have been stopped since; it ended before this one began, so all that it said is there.
+            self._check_wanted()
             if isinstance(outcome, Granted):
                 outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
             elif (outcome.generation, outcome.published) != (held.generation, held.published):

@@ -326,12 +326,12 @@ class Upgrader(StandIn):
     """`vllm-companion upgrade`, with its steps."""
 
     def run(self) -> None:
-        def tell_end(*args: Any) -> None:
+        def tell_end(*args: Any, **kwargs: Any) -> None:
             self.step("ending the old one")
-            ended(*args)
+            ended(*args, **kwargs)
             self.step("ended the old one")
 
-        ended, upgrade_module.wait_gone = upgrade_module.wait_gone, tell_end  # type: ignore[attr-defined]
+        ended, upgrade_module.shut_down = upgrade_module.shut_down, tell_end  # type: ignore[attr-defined]
         upgrade_module.settings_of = lambda parsed: self.settings  # type: ignore[attr-defined]
         try:
             upgrade_module.upgrade(argparse.Namespace(device="cpu"))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 
 from tests.process.chaos import World
-from tests.process.conftest import alive, until
+from tests.process.conftest import KEY, Place, alive, until
 from tests.process.standin import companions
+from tests.process.test_holder import Engines
+from vllm_companion_plugin import holder
+from vllm_companion_plugin.client import CompanionConnection, connect
+from vllm_companion_plugin.launch import holders
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -62,3 +67,23 @@ def test_a_companion_that_is_killed_while_it_starts_is_started_again(kills: int)
         assert all("asking again" not in x.steps for x in world.standins)
     finally:
         world.close()
+
+
+def test_who_is_about_to_hand_back_when_the_companion_is_stopped_does_not(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before it connected only, and held afterwards what no companion to come would expect."""
+    engines = Engines(place)
+    try:
+        engines.start()
+
+        def connect_late(*args: Any, **kwargs: Any) -> CompanionConnection:
+            holders.dismiss(place.paths, KEY, 1)  # as a companion does that is stopped meanwhile
+            return connect(*args, **kwargs)
+
+        monkeypatch.setattr(holder, "connect", connect_late)
+        engines.kill_companion()
+        until(lambda: engines.holders[0]._closed.is_set(), 10, "it has let go")
+        until(lambda: (status := engines.status()) is not None and status.entries == (), 5, "nothing is held")
+    finally:
+        engines.close()

@@ -17,7 +17,6 @@ import pytest
 
 from tests.process.conftest import KEY, Place, arena_of, until
 from vllm_companion_plugin import lease
-from vllm_companion_plugin.cli import look
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.companion.process import InstanceLock
 from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError, WaitTimeoutError
@@ -251,12 +250,6 @@ def test_a_number_in_a_file_is_not_taken_for_the_companion(place: Place, monkeyp
         pytest.raises(WaitTimeoutError, match=f"kill -9 {process.pid}"),
     ):
         connection.status()
-
-
-def test_a_companion_that_has_ended_is_not_waited_for_under_a_number_that_is_anothers(place: Place) -> None:
-    began = time.monotonic()
-    look.wait_gone("cpu", os.getpid())
-    assert time.monotonic() - began < 1
 
 
 def test_who_holds_a_lock_is_known_from_the_kernel(tmp_path: Path) -> None:
