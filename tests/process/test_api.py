@@ -64,7 +64,7 @@ def test_weights_that_are_not_what_was_published_are_refused(place: Place, model
     before = open_fds()
     with pytest.raises(IntegrityError, match=r"1 of 1 pieces of test/model \(single\) on cpu.*unload --force"):
         client(place).attach(KEY.model)
-    assert open_fds() == before
+    until(lambda: open_fds() <= before, 5, "nothing of it is open")
     unverified = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir, verify="off")
     with unverified.attach(KEY.model) as weights:
         assert torch.equal(weights.tensors["embed.weight"], contents(model)["embed.weight"])

@@ -9,13 +9,10 @@ from importlib.util import find_spec
 from vllm_companion_plugin.client import CompanionConnection
 from vllm_companion_plugin.errors import (
     ArenaError,
-    CompanionError,
-    CompanionUnavailableError,
     SettingsError,
-    WaitTimeoutError,
 )
 from vllm_companion_plugin.launch.runtime_dir import check_device, device_paths, list_devices
-from vllm_companion_plugin.launch.spawn import is_listening, listener_pid
+from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
 
 
@@ -48,12 +45,6 @@ def devices_named(text: str | None) -> list[str]:
             )
         return [gpus[int(text)]]
     return [check_device(text)]
-
-
-def silent_pid(connection: CompanionConnection, error: CompanionError) -> int:
-    """Pid of a companion that lives and did not answer; 0 if it answered with `error`, or has ended."""
-    silent = isinstance(error, (CompanionUnavailableError, WaitTimeoutError))
-    return (listener_pid(connection.paths) or 0) if silent else 0
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from vllm_companion_plugin.cli import table
-from vllm_companion_plugin.cli.devices import running, silent_pid
+from vllm_companion_plugin.cli.devices import running
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection
 from vllm_companion_plugin.errors import (
@@ -74,10 +74,12 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
     try:
         act(connection)
     except (CompanionUnavailableError, WaitTimeoutError) as error:
-        pid = silent_pid(connection, error)
-        if not pid:
+        pid = listener_pid(connection.paths)
+        if pid is None:
             return  # it ended just now
-        raise WaitTimeoutError(f"The companion of {connection.device} (pid {pid}) does not answer. {error}") from error
+        who = f"pid {pid}" if pid else "in another container"
+        how = f" End it: kill -9 {pid}" if pid and "kill -9" not in str(error) else ""
+        raise WaitTimeoutError(f"The companion of {connection.device} ({who}) does not answer. {error}{how}") from error
 
 
 def watch(parsed: argparse.Namespace) -> int:

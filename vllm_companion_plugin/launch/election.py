@@ -89,7 +89,7 @@ class LoaderElection:
     def holder(self) -> str:
         """Who held the lock last, or "". For messages only: it may be out of date."""
         try:
-            return printable(read_file(self._holder_path, 500).decode(errors="replace"))
+            return printable(read_file(self._holder_path, 500).decode(errors="replace"))[:500]
         except OSError:
             return ""
 
