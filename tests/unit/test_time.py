@@ -42,7 +42,7 @@ def test_a_companion_lingers_as_long_as_it_should_while_the_clock_jumps_by_days(
         began = time.monotonic()
         waiting = asyncio.ensure_future(process._linger(service, 0.0))
         while not waiting.done():
-            service._on_change()  # a change makes it look at the time again
+            service._on_change()  # makes it look at the time again
             await asyncio.sleep(0.02)
         return time.monotonic() - began
 
