@@ -9,10 +9,11 @@ import json
 import os
 import queue
 import select
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
@@ -32,6 +33,9 @@ from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus
 
 STOP_TIMEOUT_S = 5.0
+
+_News = tuple[str, CompanionStatus | CompanionError | KeyboardInterrupt | None]
+"""From a device; the error, or None, if it has ended."""
 
 
 def status(parsed: argparse.Namespace) -> int:
@@ -84,9 +88,9 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
 
 def watch(parsed: argparse.Namespace) -> int:
     """Until Ctrl-C, or until the last companion has ended."""
-    news: queue.SimpleQueue[tuple[str, CompanionStatus | CompanionError | None]] = queue.SimpleQueue()
+    news: queue.SimpleQueue[_News] = queue.SimpleQueue()
     latest: dict[str, CompanionStatus] = {}
-    with running(settings_of(parsed), parsed.device) as connections:
+    with running(settings_of(parsed), parsed.device) as connections, _interrupts(news):
         if not connections:
             raise CompanionUnavailableError(f"{table.NOBODY} Start one: vllm-companion serve")
         for connection in connections:
@@ -95,6 +99,8 @@ def watch(parsed: argparse.Namespace) -> int:
         missing = {connection.device for connection in connections}
         while missing:
             device, item = news.get()
+            if isinstance(item, KeyboardInterrupt):
+                raise item
             if isinstance(item, CompanionStatus):
                 latest[device] = item
             else:
@@ -109,9 +115,17 @@ def watch(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _follow(
-    connection: CompanionConnection, news: queue.SimpleQueue[tuple[str, CompanionStatus | CompanionError | None]]
-) -> None:
+@contextlib.contextmanager
+def _interrupts(news: queue.SimpleQueue[_News]) -> Iterator[None]:
+    """Ctrl-C is news, too: as an exception it could arise where it is swallowed, as in a callback of gRPC."""
+    before = signal.signal(signal.SIGINT, lambda *_: news.put(("", KeyboardInterrupt())))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _follow(connection: CompanionConnection, news: queue.SimpleQueue[_News]) -> None:
     try:
         for item in connection.watch():
             news.put((connection.device, item))
