@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError, LeaseLostError
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    LeaseLostError,
+)
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.launch.spawn import is_listening
@@ -58,6 +64,7 @@ class Holder:
 
     Raises:
         RuntimeDirError: the hold cannot be noted where a new companion would look for it.
+        ArenaError: this process has no descriptors left.
     """
 
     def __init__(
@@ -74,17 +81,24 @@ class Holder:
         self._settings = settings
         self._passive = passive
         # Descriptors of its own: those of the owner may be closed, and mean something else, while it hands back.
-        self._held = replace(held, fds=[os.dup(fd) for fd in held.fds])
-        self._handing_back = False
+        fds: list[int] = []
+        self._held = replace(held, fds=fds)
+        self._handing_back = 0  # threads: the next companion may die before the one that handed back to it is done
         self._client_name = client_name
         self._lease = lease
         self._connection: CompanionConnection | None = None
         self._closed = threading.Event()
         self._mutex = threading.Lock()
         try:
+            for fd in held.fds:
+                fds.append(os.dup(fd))
             self._note = holders.hold(device_paths(device, settings), held.key, held.generation)
-        except BaseException:
-            fd_channel.close_all(self._held.fds)
+        except BaseException as error:
+            fd_channel.close_all(fds)
+            if isinstance(error, OSError):
+                raise ArenaError(
+                    f"{held.key.title} cannot be held: {error.strerror}. Raise the limit of open files (ulimit -n)."
+                ) from error
             raise
         _holders.add(self)
         self._watch(lease)
@@ -137,13 +151,13 @@ class Holder:
         with self._mutex:
             if self._closed.is_set():
                 return
-            self._handing_back = True
+            self._handing_back += 1
         try:
             self._try_to_hand_back()
         finally:
             with self._mutex:
-                self._handing_back = False
-                if self._closed.is_set():
+                self._handing_back -= 1
+                if self._closed.is_set() and not self._handing_back:
                     fd_channel.close_all(self._held.fds)
 
     def _try_to_hand_back(self) -> None:

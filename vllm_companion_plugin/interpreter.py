@@ -1,8 +1,9 @@
-"""Python's own pauses, kept out of work that takes milliseconds."""
+"""This process: Python's own pauses, kept out of work that takes milliseconds, and its limit of open files."""
 
 from __future__ import annotations
 
 import gc
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +36,9 @@ def quick_switches() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(interval)
+
+
+def raise_file_limit() -> None:
+    """Soft limit of open files up to the hard one: a descriptor stays open for every block."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

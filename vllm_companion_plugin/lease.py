@@ -240,6 +240,11 @@ class Lease:
         _open_leases.discard(self)
 
     @property
+    def error(self) -> CompanionError | None:
+        """Why it was lost; None if it was not."""
+        return self._error
+
+    @property
     def released(self) -> bool:
         return self._released
 

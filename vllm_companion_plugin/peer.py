@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -9,11 +10,18 @@ import struct
 from vllm_companion_plugin.errors import RuntimeDirError
 
 _UCRED = struct.Struct("iII")
+_NOBODY_YET = 0xFFFFFFFF
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
-    """Pid and uid of the other end, as the kernel tells them; pid 0 if it is not visible in our container."""
+    """Pid and uid of the other end, as the kernel tells them; pid 0 if it is not visible in our container.
+
+    Raises:
+        OSError: ENOTCONN: there is none; a signal interrupted the connect, which Python then took for done.
+    """
     pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid == _NOBODY_YET:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     return pid, uid
 
 

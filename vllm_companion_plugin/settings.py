@@ -93,10 +93,18 @@ def _fits_in_environment(text: str) -> bool:
         return False
 
 
+def _is_ours(path: str) -> bool:
+    """Not another user's, whose environment came with `sudo -E`; what is not there can be made."""
+    try:
+        return os.stat(path).st_uid == os.getuid()
+    except OSError:
+        return True
+
+
 def default_runtime_dir() -> str:
     """`$XDG_RUNTIME_DIR/vllm-companion`, or a directory per user below the temp directory."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    if base:
+    if base and _is_ours(base):
         return os.path.join(base, "vllm-companion")
     return os.path.join(tempfile.gettempdir(), f"vllm-companion-{os.getuid()}")
 

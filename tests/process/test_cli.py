@@ -299,6 +299,18 @@ def test_stop_names_who_keeps_serving_and_waits_for_the_end(place: Place) -> Non
     assert f"loader (pid {os.getpid()}) keeps serving {KEY.model}" in out
 
 
+def test_serve_that_cannot_hold_says_so_and_does_not_ask_again_and_again(place: Place) -> None:
+    serving = serve(place)
+    os.makedirs(place.paths.holders, exist_ok=True)
+    os.chmod(place.paths.holders, 0o755)
+    published(place)
+    time.sleep(2)
+    serving.terminate()
+    said = serving.communicate(timeout=10)[1]
+    assert said.count("would be lost with its companion") == 1
+    assert said.count("asks for") < 10
+
+
 def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     serve(place)
     watching = place.run("-u", *CLI, "watch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, alive, arena_of, until
+from tests.process.conftest import KEY, Place, alive, arena_of, open_fds, until
+from tests.process.publishing import Small, load
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.errors import CompanionError, CompanionReplacedError, EntryInUseError, EntryNotFoundError
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionReplacedError,
+    EntryInUseError,
+    EntryNotFoundError,
+)
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.protocol import fd_channel
@@ -409,3 +417,23 @@ def test_an_upgrade_waits_for_no_load_and_changes_nothing_then(engines: Engines)
     assert engines.place.companion_pid() == pid
     assert not lease.lost.is_set()
     lease.release()
+
+
+def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> None:
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        load(connection, Small())
+        lease = connection.attach(KEY, may_load=False, client_name="holder")
+        outcome = lease.wait(5)
+        assert isinstance(outcome, Ready)
+        fds = outcome.redeem() * 50
+        held = Held(KEY, 1, outcome.arena, fds, outcome.manifest, outcome.published)
+        before, limits = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
+        try:
+            with pytest.raises(ArenaError, match="cannot be held: Too many open files"):
+                Holder("cpu", place.settings, held, lease, "holder")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert open_fds() <= before
+        os.close(fds[0])

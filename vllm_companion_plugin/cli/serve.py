@@ -11,7 +11,7 @@ from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.cli.ward import Ward
+from vllm_companion_plugin.cli.ward import RETRY_S, Ward
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import (
     AlreadyRunningError,
@@ -20,6 +20,7 @@ from vllm_companion_plugin.errors import (
     CompanionUnavailableError,
     SettingsError,
 )
+from vllm_companion_plugin.interpreter import raise_file_limit
 from vllm_companion_plugin.settings import Settings, to_environment
 from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
 
@@ -27,6 +28,7 @@ from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
     """Run until a signal or `stop` ends all companions (0), or something failed (1)."""
     model, flags = _model_and_flags(rest)
+    raise_file_limit()  # what the companions hold we hold, too
     settings = settings_of(parsed)
     devices = devices_named(parsed.device)
     wards: list[Ward] = []
@@ -129,6 +131,7 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
 def _supervise(wards: list[Ward], signals: Signals) -> int:
     """Until all companions were stopped; at once if every one is another `serve`'s. Those that die are followed."""
     while wards:
+        again = False
         for ward in [ward for ward in wards if ward.ended]:
             if ward.error is None:
                 wards.remove(ward)
@@ -136,7 +139,14 @@ def _supervise(wards: list[Ward], signals: Signals) -> int:
             elif isinstance(ward.error, CompanionUnavailableError):
                 how = "was replaced" if isinstance(ward.error, CompanionReplacedError) else "has died"
                 before = ward.pid
-                ward.start(signals)
+                try:
+                    ward.start(signals)
+                except CompanionError as error:
+                    if len(wards) == 1:
+                        raise
+                    print(f"vllm-companion: error: {error} Trying again.", file=sys.stderr, flush=True)
+                    again = True  # the other devices go on
+                    continue
                 print(
                     f"The companion of {ward.device} (pid {before}) {how}; it is now pid {ward.pid}.",
                     file=sys.stderr,
@@ -145,5 +155,5 @@ def _supervise(wards: list[Ward], signals: Signals) -> int:
             else:
                 raise ward.error
         if wards:
-            signals.wait()
+            signals.wait(timeout_s=RETRY_S if again else None)
     return 0

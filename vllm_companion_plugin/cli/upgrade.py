@@ -13,6 +13,7 @@ from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection, connect
 from vllm_companion_plugin.errors import CompanionUnavailableError
 from vllm_companion_plugin.holder import hold
+from vllm_companion_plugin.interpreter import raise_file_limit
 from vllm_companion_plugin.launch.spawn import replace_companion
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus, EntryState, EntryStatus
@@ -23,6 +24,7 @@ BACK_TIMEOUT_S = 30.0
 
 def upgrade(parsed: argparse.Namespace) -> int:
     settings = settings_of(parsed)
+    raise_file_limit()  # what the companions hold we hold meanwhile
     with running(settings, parsed.device) as connections:
         if not connections:
             raise CompanionUnavailableError(table.NOBODY)

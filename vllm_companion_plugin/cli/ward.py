@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vllm_companion_plugin import __version__
 from vllm_companion_plugin.cli.children import Child, Signals, end
 from vllm_companion_plugin.cli.look import shut_down
 from vllm_companion_plugin.client import CompanionConnection, connect
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError, LeaseLostError
 from vllm_companion_plugin.holder import Holder, hold
 from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import is_listening, starting
@@ -21,6 +24,9 @@ from vllm_companion_plugin.types import CompanionStatus, EntryState
 
 NAME = f"vllm-companion serve {__version__}"
 TRIES = 3
+RETRY_S = 10.0
+HOLD_S = 10.0
+"""What is ready is held in an instant, or was unloaded."""
 
 
 class Ward:
@@ -42,12 +48,13 @@ class Ward:
         self.pid = 0
         self.error: CompanionError | None = None
         self.ended = False
-        self._settings = settings
+        self._settings = replace(settings, wait_timeout_s=min(settings.wait_timeout_s, HOLD_S))
         self._own_linger_s = own_linger_s if math.isfinite(own_linger_s) else -1.0
         self._children: list[Child] = []
         self._connection: CompanionConnection | None = None
         self._thread: threading.Thread | None = None
         self._holders: dict[tuple[str, int], Holder] = {}
+        self._refused_until: dict[tuple[str, int], float] = {}
 
     @property
     def started(self) -> bool:
@@ -104,6 +111,8 @@ class Ward:
             self.error = None
         except CompanionError as error:
             self.error = error
+        except Exception as error:  # whatever it is, it is not that somebody stopped the companion
+            self.error = CompanionError(f"The companion of {self.device}: {type(error).__name__}: {error}")
         finally:
             self.ended = True
             signals.wake()
@@ -113,9 +122,19 @@ class Ward:
         for number in [number for number, holder in self._holders.items() if holder.ended]:
             self._holders.pop(number).close()
         for entry in status.entries:
-            if entry.state is EntryState.READY and (entry.key.id, entry.generation) not in self._holders:
-                with contextlib.suppress(CompanionError):  # unloaded, or the companion has died: a status follows
-                    self._holders[entry.key.id, entry.generation] = hold(connection, entry.key, self._settings, NAME)
+            number = (entry.key.id, entry.generation)
+            refused = time.monotonic() < self._refused_until.get(number, 0.0)
+            if entry.state is not EntryState.READY or number in self._holders or refused:
+                continue
+            try:
+                self._holders[number] = hold(connection, entry.key, self._settings, NAME)
+            except (EntryNotFoundError, LeaseLostError, CompanionUnavailableError):
+                continue  # unloaded, or the companion has died: a status follows
+            except CompanionError as error:
+                # Each attempt changes the status, which would bring the next one at once.
+                self._refused_until[number] = time.monotonic() + RETRY_S
+                text = f"vllm-companion: {entry.key.title} would be lost with its companion: {error}"
+                print(text, file=sys.stderr, flush=True)
 
     def let_go(self) -> None:
         """It is nobody's any more, and we hold nothing. Its linger time begins to count."""
@@ -129,8 +148,13 @@ class Ward:
 
     def stop(self) -> None:
         """End it, whoever started it, and let go."""
-        if self._connection is not None and not self.ended and self.pid not in [c.process.pid for c in self._children]:
-            with contextlib.suppress(CompanionUnavailableError):  # it has gone by itself
-                shut_down(self._connection)
-        end([child.process for child in self._children])
-        self.let_go()
+        adopted = self.pid not in [child.process.pid for child in self._children]
+        try:
+            if self._connection is not None and not self.ended and adopted:
+                with contextlib.suppress(CompanionUnavailableError):  # it has gone by itself
+                    shut_down(self._connection)
+        except CompanionError as error:  # the others are to end all the same
+            print(f"vllm-companion: error: {error}", file=sys.stderr, flush=True)
+        finally:
+            end([child.process for child in self._children])
+            self.let_go()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vllm_companion_plugin import logs
 from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.interpreter import raise_file_limit
 from vllm_companion_plugin.launch.detach import detach, report
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.settings import BY_NAME, Settings, resolve
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> None:
     import asyncio
 
-    from vllm_companion_plugin.companion.process import InstanceLock, Lifetime, raise_file_limit, serve
+    from vllm_companion_plugin.companion.process import InstanceLock, Lifetime, serve
 
     life = Lifetime(
         settings.linger_s if parsed.linger_s is None else parsed.linger_s,

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import math
 import os
-import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -87,12 +86,6 @@ class InstanceLock:
     def release(self) -> None:
         os.close(self._root_fd)
         os.close(self._fd)
-
-
-def raise_file_limit() -> None:
-    """Soft limit of open files up to the hard one: a descriptor stays open for every block."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass(frozen=True)

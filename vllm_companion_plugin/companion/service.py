@@ -456,7 +456,10 @@ class CompanionService:
         self._ending = True
         if self._ended_by is LeaseLostError:
             for entry in self.registry.status():
-                self._dismiss(entry.key, entry.generation)
+                try:
+                    self._dismiss(entry.key, entry.generation)
+                except OSError as error:
+                    logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
         self.registry.close(self._end_error())
 
 

@@ -35,10 +35,10 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     device = decision.device.torch_device
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
-    views = ArenaViews(decision.arena, device)
-    # The device compares while the model is built here.
-    verification = Verification(views, decision.arena.info, settings.verify, device)
     try:
+        views = ArenaViews(decision.arena, device)
+        # The device compares while the model is built here.
+        verification = Verification(views, decision.arena.info, settings.verify, device)
         with compat.model_on_meta(vllm_config, model_config, prefix, device) as model, ExitStack() as without:
             if decision.key.role == "draft":
                 draft.set_flags(model, decision.manifest)

@@ -19,7 +19,7 @@ from vllm_companion_plugin.engine import checkpoint, compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
-from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
 from vllm_companion_plugin.holder import Held
 from vllm_companion_plugin.interpreter import collector_paused, quick_switches
 from vllm_companion_plugin.launch import keeper
@@ -134,7 +134,9 @@ class _Publisher:
         try:
             generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count, ways)
         except CompanionError as error:  # which one depends on whether another companion answers already
-            if not self._decision.lease.lost.wait(LOST_S):
+            lease = self._decision.lease
+            died = self.is_bound and lease.lost.wait(LOST_S) and isinstance(lease.error, CompanionUnavailableError)
+            if not died:  # it refuses, or was told to forget the entry
                 raise
             logger.info("%s It goes to the next companion.", error)
             generation = self._publication.generation

@@ -45,6 +45,7 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
                 if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
                     break
             os.close(fd)
+            fd = -1
         _lock(path, fcntl.lockf, fd, fcntl.LOCK_EX)  # of another kind than flock: the first one writes
         if os.fstat(fd).st_size == 0:
             os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)

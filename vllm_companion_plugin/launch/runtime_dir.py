@@ -136,7 +136,9 @@ def _check_not_replaceable(path: str) -> None:
             f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it. "
             "Set COMPANION_RUNTIME_DIR to a directory elsewhere."
         )
-    if info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX:
+    # A group with the number of its user is the user's own, by the custom of most distributions.
+    others = 0o002 if 0 < os.getuid() == info.st_uid == info.st_gid else 0o022
+    if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
         raise RuntimeDirError(
             f"{path}, above the runtime directory, has mode {stat.S_IMODE(info.st_mode):04o}, so others could replace "
             f"what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere, or mend it: chmod +t {path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -56,6 +57,17 @@ def listener_pid(paths: DevicePaths) -> int | None:
     Raises:
         CompanionUnavailableError, RuntimeDirError: as `is_listening`.
     """
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            return _listener_pid(paths)
+        except OSError as error:
+            # Not connected: a signal came while it waited.
+            if error.errno != errno.ENOTCONN or time.monotonic() > deadline:
+                raise CompanionUnavailableError(f"Cannot connect to {paths.grpc_socket}: {error.strerror}.") from error
+
+
+def _listener_pid(paths: DevicePaths) -> int | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         # Not `settimeout`: without blocking, a Unix socket to which many connect at once fails right away.
         seconds, rest = divmod(CONNECT_TIMEOUT_S, 1)
@@ -70,8 +82,6 @@ def listener_pid(paths: DevicePaths) -> int | None:
                 f"Waited {CONNECT_TIMEOUT_S:g} s to connect to the companion of {paths.device}, where many others wait "
                 f"already: {owner_text(paths.companion_lock)} is stopped or hangs. End it: kill -9"
             ) from None
-        except OSError as error:
-            raise CompanionUnavailableError(f"Cannot connect to {paths.grpc_socket}: {error.strerror}.") from error
 
 
 def who_is_silent(paths: DevicePaths) -> str:
