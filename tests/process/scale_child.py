@@ -17,6 +17,8 @@ from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifes
 from vllm_companion_plugin.settings import resolve
 from vllm_companion_plugin.types import EntryKey
 
+arenas.create(arenas.MEMFD, 4096).abort()  # imported once, not by each of a crowd
+
 
 def attach(stay: Callable[[float], None] = lambda seconds: None) -> None:
     """Attach as an engine does, `stay` with the seconds that it took, and detach."""
