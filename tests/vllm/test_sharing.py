@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from tests.process.conftest import Place, until
 from tests.process.publishing import damage
 from tests.vllm.conftest import MANY_PROCESSES, StartEngine, entries
 from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.types import EntryState
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -52,6 +54,13 @@ def counted(place: Place) -> dict[str, float]:
         for one in series
     )
     return {" ".join(name): one.value for name, one in zip(names, series, strict=True)}
+
+
+def ready_entries(place: Place) -> int:
+    """How many entries somebody is attached to; 0 if no companion answers."""
+    with contextlib.suppress(CompanionError):
+        return sum(entry.state is EntryState.READY and len(entry.leases) > 0 for entry in entries(place))
+    return 0
 
 
 def check_equal_and_shared(reference: dict[str, Any], *engines: dict[str, Any]) -> None:
@@ -192,7 +201,8 @@ def test_an_engine_whose_companion_dies_while_it_loads_serves_all_the_same(
     until(lambda: log.exists() and ": loading" in log.read_text(), 120, "the engine is elected")
     os.kill(place.companion_pid(), signal.SIGKILL)
     assert all(len(tokens) == 24 for tokens in engine.result()["tokens"])
-    assert "are not shared" in engine.output() or "asking again" in engine.output()
+    # Whether it asks the next companion anew, or hands over what it has loaded, or hands it back, depends on the moment.
+    until(lambda: ready_entries(place) == 1, 20, "the next companion has it")
 
 
 def test_an_engine_does_not_use_what_is_not_what_was_published(
