@@ -201,7 +201,7 @@ def test_an_engine_whose_companion_dies_while_it_loads_serves_all_the_same(
     until(lambda: log.exists() and ": loading" in log.read_text(), 120, "the engine is elected")
     os.kill(place.companion_pid(), signal.SIGKILL)
     assert all(len(tokens) == 24 for tokens in engine.result()["tokens"])
-    # Whether it asks the next companion anew, or hands over what it has loaded, or hands it back, depends on the moment.
+    # Whether it asks the next one to be elected, hands over what it has loaded, or hands it back depends on the moment.
     until(lambda: ready_entries(place) == 1, 20, "the next companion has it")
 
 
