@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,10 @@ def place() -> Iterator[Place]:
     try:
         yield made
     finally:
+        # One that was closed while it handed back may be starting a companion yet.
+        for thread in threading.enumerate():
+            if thread.name == "companion-hand-back":
+                thread.join(10)
         made.clean()
         shutil.rmtree(root, ignore_errors=True)
 
