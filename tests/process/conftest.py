@@ -129,6 +129,16 @@ def place() -> Iterator[Place]:
         shutil.rmtree(root, ignore_errors=True)
 
 
+@pytest.fixture
+def serve_ends_its_companions(place: Place) -> Iterator[None]:
+    """`place` kills what it started, and a killed `serve` cannot end its companions."""
+    yield
+    for process in place.processes:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(5)
+
+
 @contextlib.contextmanager
 def answering(place: Place, version: int) -> Iterator[None]:
     """While open, something listens on the companion's socket and speaks another version of the protocol."""

@@ -25,18 +25,10 @@ from vllm_companion_plugin.launch.spawn import ensure_companion, is_listening
 from vllm_companion_plugin.protocol import fd_channel
 from vllm_companion_plugin.types import EntryState
 
+pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
+
 CLI = ("-m", "vllm_companion_plugin.cli.main")
 WITHIN_S = 30
-
-
-@pytest.fixture(autouse=True)
-def _serve_ends_its_companions(place: Place) -> Iterator[None]:
-    """`place` kills what it started, and a killed `serve` cannot end its companions."""
-    yield
-    for process in place.processes:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(5)
 
 
 def cli(place: Place, *arguments: str) -> tuple[int, str, str]:

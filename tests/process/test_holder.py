@@ -7,7 +7,9 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +19,7 @@ import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, open_fds, until
 from tests.process.publishing import Small, load
+from vllm_companion_plugin import peer
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.errors import (
     ArenaError,
@@ -24,8 +27,9 @@ from vllm_companion_plugin.errors import (
     CompanionReplacedError,
     EntryInUseError,
     EntryNotFoundError,
+    RuntimeDirError,
 )
-from vllm_companion_plugin.holder import Held, Holder
+from vllm_companion_plugin.holder import Held, Holder, hold
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.protocol import fd_channel
 from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
@@ -426,7 +430,7 @@ def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> 
         lease = connection.attach(KEY, may_load=False, client_name="holder")
         outcome = lease.wait(5)
         assert isinstance(outcome, Ready)
-        fds = outcome.redeem() * 50
+        fds = outcome.redeem() * 2000  # more than there are free numbers below the limit
         held = Held(KEY, 1, outcome.arena, fds, outcome.manifest, outcome.published)
         before, limits = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
@@ -437,3 +441,57 @@ def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> 
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert open_fds() <= before
         os.close(fds[0])
+
+
+def test_a_hold_whose_file_vanishes_while_it_is_made_closes_nothing_twice(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is cleaned between the locking and the look at it, and is gone at the next try."""
+    real_stat = os.stat
+
+    def stat(path: object, **options: object) -> os.stat_result:
+        if str(path).endswith(".3"):
+            shutil.rmtree(place.paths.holders)
+        return real_stat(path, **options)  # type: ignore[call-overload, no-any-return]
+
+    paths = place.paths
+    monkeypatch.setattr(holders.os, "stat", stat)
+    with pytest.raises(RuntimeDirError, match="Cannot note in"):
+        holders.hold(paths, KEY, 3)  # a second close would be EBADF, which has no type of ours
+
+
+def test_a_connect_that_a_signal_interrupted_is_no_connection() -> None:
+    """Python takes it for done; the kernel knows nobody at the other end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, pytest.raises(OSError, match="not connected"):
+        peer.check_listener(sock, "/nowhere")
+
+
+def test_threads_that_hand_back_one_after_the_other_close_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next companion dies before the thread that handed back to it is done."""
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        load(connection, Small())
+        holder = hold(connection, KEY, place.settings, "holder")
+        inside, go = threading.Semaphore(0), [threading.Event(), threading.Event()]
+        turns = iter(go)
+
+        def wait_for_turn(self: Holder) -> None:
+            turn = next(turns)
+            inside.release()
+            turn.wait(10)
+
+        monkeypatch.setattr(Holder, "_try_to_hand_back", wait_for_turn)
+        threads = [threading.Thread(target=holder._hand_back) for _ in go]
+        for thread in threads:
+            thread.start()
+            inside.acquire()
+        go[0].set()
+        threads[0].join(5)
+        holder.close()  # the second one still needs the descriptors
+        for fd in holder._held.fds:
+            os.fstat(fd)
+        go[1].set()
+        threads[1].join(5)
+        for fd in holder._held.fds:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)

@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.protocol import fd_channel, mapping
 from vllm_companion_plugin.types import EntryKey, Progress, Report, Series
+
+pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "deploy" / "grafana" / "vllm-companion.json"
 NASTY = 'org/"quoted"\\back\nvllm_companion_up{device="forged"} 7\x1b[31m'
@@ -65,15 +66,6 @@ def port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-@pytest.fixture(autouse=True)
-def _serve_ends_its_companions(place: Place) -> Iterator[None]:
-    yield
-    for process in place.processes:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(5)
 
 
 def publish(connection: CompanionConnection, key: EntryKey, size_bytes: int = 4096) -> None:

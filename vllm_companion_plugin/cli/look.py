@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import queue
@@ -27,6 +26,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.launch.keeper import keeper_pid
+from vllm_companion_plugin.launch.locks import is_locked
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.launch.spawn import listener_pid
 from vllm_companion_plugin.settings import Settings
@@ -219,14 +219,4 @@ def _ended(paths: DevicePaths, pidfd: int) -> bool:
     if pidfd >= 0:
         return bool(select.select([pidfd], [], [], 0.05)[0])
     time.sleep(0.05)
-    try:
-        fd = os.open(paths.companion_lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
+    return not is_locked(paths.companion_lock)

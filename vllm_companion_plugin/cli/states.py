@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import socket
-import struct
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,8 +22,10 @@ from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
 from vllm_companion_plugin.client import CompanionConnection
 from vllm_companion_plugin.errors import CompanionError, ProtocolMismatchError
 from vllm_companion_plugin.launch import holders
+from vllm_companion_plugin.launch.locks import is_locked
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import log_tail
+from vllm_companion_plugin.peer import credentials
 from vllm_companion_plugin.settings import BY_NAME, Settings, unknown_variables
 from vllm_companion_plugin.types import CompanionStatus
 
@@ -34,8 +35,6 @@ SILENT_S = 60.0
 """Of a process that loads. Long phases report nothing, so this is only a warning."""
 MIN_FILES = 4096
 """A companion keeps a descriptor for each block of at most 960 MiB, and one or two for each client."""
-
-_UCRED = struct.Struct("iII")
 
 
 def check_companions(settings: Settings) -> Iterator[Check]:
@@ -299,24 +298,17 @@ def _listener(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> int | 
         sock.settimeout(ANSWER_S)
         try:
             sock.connect(path)
+            return credentials(sock)[0]
         except (TimeoutError, BlockingIOError):
             return 0  # its queue is full
         except OSError:
             return None
-        pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        return int(pid)
 
 
 def _is_locked(path: str) -> bool:
     """Whether somebody holds the flock of a file."""
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
+        return is_locked(path)
     return False
 
 

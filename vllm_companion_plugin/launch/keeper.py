@@ -16,7 +16,6 @@ SIZE = struct.Struct("!Q")
 OK, FAILED = b"O", b"F"
 ANSWER_TIMEOUT_S = 30.0
 _MAX_ANSWER_BYTES = 4096
-_UCRED = struct.Struct("iII")
 
 
 def allocate(device: str, size_bytes: int, settings: Settings) -> int:
@@ -48,9 +47,9 @@ def keeper_pid(paths: DevicePaths) -> int:
         sock.settimeout(1)
         try:
             sock.connect(paths.keeper_socket)
+            return peer.credentials(sock)[0]
         except OSError:
             return 0
-        return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
 
 
 def _ask(paths: DevicePaths, size_bytes: int) -> int | None:

@@ -1,7 +1,8 @@
-"""Who holds a lock, for the messages of those who wait for it in vain."""
+"""Whether somebody holds a lock, and who: for the messages of those who wait for it in vain."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 
@@ -17,3 +18,18 @@ def owner_text(path: str) -> str:
     # "1: FLOCK ADVISORY WRITE 123 00:2a:456 0 EOF"; who waits for it has an arrow, and who is elsewhere no pid
     pids = {lock[4] for lock in locks if lock[1] != "->" and lock[5] == place and int(lock[4]) > 0}
     return " and ".join(f"pid {pid}" for pid in sorted(pids, key=int)) or "another process"
+
+
+def is_locked(path: str) -> bool:
+    """Whether somebody holds the flock of a file. Raises `OSError` if it is there and cannot be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
