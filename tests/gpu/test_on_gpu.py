@@ -20,9 +20,11 @@ from vllm_companion_plugin.arena.layout import CHUNK_BYTES
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.checksum import Summing
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.types import PIECE_BYTES, Stage
 
 __all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
@@ -167,7 +169,8 @@ from torch import nn
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.types import PIECE_BYTES, Stage
 device = torch.device("cuda", 0)
 free, total = torch.cuda.mem_get_info()
 each = 240 << 20
@@ -197,6 +200,34 @@ def test_a_model_that_fills_85_percent_of_the_gpu_is_packed() -> None:
     assert figures["weights"] > 0.84 * figures["total"]
     assert figures["extra"] <= GIB
     assert figures["extra"] >= CHUNK_BYTES // 2
+
+
+class Written:
+    """Memory where an arena is expected."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self.words = words
+        self.address = words.data_ptr()
+
+    def sums(self) -> tuple[int, ...]:
+        views = ArenaViews(self, self.words.device)  # type: ignore[arg-type]
+        summing = Summing(views, self.words.nbytes, self.words.device)
+        summing.extend(PIECE_BYTES)
+        summing.extend(self.words.nbytes)
+        return summing.values()
+
+
+def test_the_kernel_adds_up_what_torch_does() -> None:
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, ((3 * PIECE_BYTES + 69 * 4096) // 8,))
+    on_host, on_device = Written(words), Written(words.cuda())
+    sums = on_device.sums()
+    assert len(sums) == 4
+    assert sums == on_host.sums()
+    for at in (0, PIECE_BYTES // 8 - 1, 2 * PIECE_BYTES // 8 + 4242, words.numel() - 1):
+        on_device.words[at] ^= 1 << (at % 63)
+        damaged = [piece for piece, pair in enumerate(zip(sums, on_device.sums(), strict=True)) if pair[0] != pair[1]]
+        assert damaged == [at * 8 // PIECE_BYTES]
+        on_device.words[at] ^= 1 << (at % 63)
 
 
 def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:

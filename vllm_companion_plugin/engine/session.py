@@ -36,6 +36,7 @@ from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.module_tree import checksum
 from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings
@@ -294,6 +295,7 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     with Turn(settings.wait_timeout_s) as turn:
         device = compat.engine_device(vllm_config, settings.arena)
         turn.announce(device.id)
+        checksum.prepare(device.torch_device)
         return _decide_target(device, vllm_config, model_config, settings, turn.wait)
 
 

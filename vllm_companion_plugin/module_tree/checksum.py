@@ -1,4 +1,4 @@
-"""Checksums of an arena, computed where its memory is, in two readings at the speed of that memory.
+"""Checksums of an arena, computed where its memory is: by torch, or by a kernel of arena/cuda_sums.py.
 
 The arena is taken in pieces of 16 MiB, a piece as a matrix of 64-bit words. Its checksum is the sum of all words,
 each times a weight of its row plus one of its column, modulo 2**64. The weights are fixed random numbers whose sum is
@@ -9,14 +9,18 @@ could publish what he likes.
 
 from __future__ import annotations
 
+import logging
 import random
+import threading
 from collections.abc import Iterable
 
 import torch
 
-from vllm_companion_plugin.errors import IntegrityError
+from vllm_companion_plugin.errors import ArenaError, IntegrityError
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.types import ARENA_CHECKSUM, PIECE_BYTES, ArenaInfo, Checksums, Manifest, piece_count
+
+logger = logging.getLogger("vllm.companion")
 
 ROW_WORDS = 512
 ROW_BYTES = ROW_WORDS * 8
@@ -29,15 +33,23 @@ SAMPLED_AT_LEAST = 4
 _SIGN = 1 << 63
 
 
+def prepare(device: torch.device) -> None:
+    """Compile the kernel in a thread meanwhile, so that the first arena need not wait for it."""
+    if device.type == "cuda":
+        threading.Thread(target=_has_kernel, args=(device,), name="companion-kernel", daemon=True).start()
+
+
 class Summing:
     """Computes checksums of an arena. On a GPU in the order of the current stream, without waiting."""
 
     def __init__(self, views: ArenaViews, size_bytes: int, device: torch.device) -> None:
         self._views = views
         self._size_bytes = size_bytes
-        self._rows, self._columns = _weights(device)
+        self._device = device
         self._done = 0
-        self._sums: list[torch.Tensor] = []
+        self._count = 0
+        self._sums = torch.zeros(piece_count(size_bytes), dtype=torch.int64, device=device)
+        self._weights = None if _has_kernel(device) else _weights(device)
 
     def extend(self, until_bytes: int) -> None:
         """Sum the pieces that end by `until_bytes`, from where the last call ended."""
@@ -46,24 +58,25 @@ class Summing:
         self._done = whole
 
     def add(self, pieces: Iterable[int]) -> None:
-        """Sum these pieces; runs of them at once."""
+        """Sum these pieces, each once; runs of them at once."""
         for first, last in _runs(pieces):
             start, stop = first * PIECE_BYTES, min(last * PIECE_BYTES, self._size_bytes)
             # Our arenas are multiples of 4 KiB.
             words = self._views.bytes_at(start, stop - start - stop % ROW_BYTES).view(torch.int64)
-            whole = words.numel() // (ROWS * ROW_WORDS)
-            for batch in torch.split(words[: whole * ROWS * ROW_WORDS].view(whole, ROWS, ROW_WORDS), BATCH):
-                self._sums.append(self._sum(batch))
-            if rest := words[whole * ROWS * ROW_WORDS :].numel():
-                self._sums.append(self._sum(words[-rest:].view(1, rest // ROW_WORDS, ROW_WORDS)))
+            sums = self._sums[self._count : self._count + last - first]
+            self._count += last - first
+            if self._weights is None:
+                from vllm_companion_plugin.arena import cuda_sums
 
-    def _sum(self, words: torch.Tensor) -> torch.Tensor:
-        by_row, by_column = words.sum(2), words.sum(1)
-        return (by_row * self._rows[: by_row.shape[1]]).sum(1) + (by_column * self._columns).sum(1)
+                stream = torch.cuda.current_stream(self._device).cuda_stream
+                index, rows = self._device.index, words.numel() // ROW_WORDS
+                cuda_sums.launch(index, ROWS, words.data_ptr(), rows, sums.data_ptr(), stream)
+            else:
+                _sum(words, *self._weights, sums)
 
     def values(self) -> tuple[int, ...]:
         """Of what was summed, in that order. Waits for the device."""
-        return tuple(value % (1 << 64) for value in torch.cat(self._sums).tolist()) if self._sums else ()
+        return tuple(value % (1 << 64) for value in self._sums[: self._count].tolist())
 
     def checksums(self) -> Checksums:
         """Of the whole arena, after `extend` to its end. Waits for the device."""
@@ -111,6 +124,33 @@ def _chosen(info: ArenaInfo, mode: str) -> list[int]:
     if mode == "full":
         return list(range(count))
     return sorted(random.sample(range(count), min(count, max(SAMPLED_AT_LEAST, count // SAMPLED_SHARE))))
+
+
+def _has_kernel(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        from vllm_companion_plugin.arena import cuda_sums
+
+        cuda_sums.compiled(device.index, ROWS)
+    except (ArenaError, ImportError) as error:
+        logger.info("torch computes checksums, in two readings and with 264 MiB more: %s", error)
+        return False
+    return True
+
+
+def _sum(words: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, sums: torch.Tensor) -> None:
+    """Sums of pieces, of which the last may be shorter, with torch."""
+    whole = words.numel() // (ROWS * ROW_WORDS)
+    pieces = words[: whole * ROWS * ROW_WORDS].view(whole, ROWS, ROW_WORDS)
+    batches = [pieces[at : at + BATCH] for at in range(0, whole, BATCH)]
+    if rest := words.numel() - pieces.numel():
+        batches.append(words[-rest:].view(1, rest // ROW_WORDS, ROW_WORDS))
+    done = 0
+    for batch in batches:
+        by_row, by_column = batch.sum(2), batch.sum(1)
+        sums[done : done + len(batch)] = (by_row * rows[: by_row.shape[1]]).sum(1) + (by_column * columns).sum(1)
+        done += len(batch)
 
 
 def _weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
