@@ -38,14 +38,14 @@ def main() -> None:
     for _ in range(6):
         synchronize()
         started = time.perf_counter()
-        summing = Summing(ArenaViews(memory, device), size_bytes, device)  # type: ignore[arg-type]
+        summing = Summing(ArenaViews(memory, size_bytes, device), size_bytes, device)  # type: ignore[arg-type]
         summing.extend(size_bytes)
         enqueued = time.perf_counter()
         values = summing.values()
         runs.append({"enqueued_ms": 1e3 * (enqueued - started), "ms": 1e3 * (time.perf_counter() - started)})
     first = values[0]
     memory.words[PIECE_BYTES // 8 * 3 + 12345] ^= 1 << 17
-    summing = Summing(ArenaViews(memory, device), size_bytes, device)  # type: ignore[arg-type]
+    summing = Summing(ArenaViews(memory, size_bytes, device), size_bytes, device)  # type: ignore[arg-type]
     summing.extend(size_bytes)
     changed = [index for index, pair in enumerate(zip(values, summing.values(), strict=True)) if pair[0] != pair[1]]
     report = {

@@ -159,7 +159,7 @@ class Attachment:
         self._device = device
         self._arena = arenas.open_arena(ready.arena, ready.redeem(), torch_device.index)
         try:
-            views = ArenaViews(self._arena, torch_device)
+            views = ArenaViews(self._arena, ready.arena.size_bytes, torch_device)
             verification = Verification(views, ready.arena, verify, torch_device)
             self.tensors = tensors_by_name(self.manifest, views)
             verification.check(self.manifest, f"{ready.key.title} ({self.rank}) on {device}")

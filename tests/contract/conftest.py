@@ -50,7 +50,9 @@ class Memory:
 
         from vllm_companion_plugin.module_tree.views import ArenaViews
 
-        return bytes(ArenaViews(arena, torch.device("cuda", 0)).bytes_at(offset, size).cpu().numpy())
+        return bytes(
+            ArenaViews(arena, arena.info.size_bytes, torch.device("cuda", 0)).bytes_at(offset, size).cpu().numpy()
+        )
 
     def filled(self, *contents: bytes) -> arenas.Arena:
         """A sealed arena of one block for each of `contents` (host memory: one block for all)."""

@@ -112,7 +112,7 @@ from tests.contract.conftest import Memory
 from vllm_companion_plugin.module_tree.views import ArenaViews
 memory = Memory('cuda_vmm')
 arena = memory.filled(b'weights')
-view = ArenaViews(arena, torch.device('cuda', 0)).bytes_at(0, 7)
+view = ArenaViews(arena, arena.info.size_bytes, torch.device('cuda', 0)).bytes_at(0, 7)
 assert bytes(view.cpu().numpy()) == b'weights'
 view.fill_(0)
 try:

@@ -273,8 +273,8 @@ def manifest(data: bytes) -> None:
 
 def _check_tensors(found: Manifest) -> None:
     arena: Any = reserved()
-    tensors_by_name(found, ArenaViews(arena, CPU))
-    views = ArenaViews(arena, CPU)
+    tensors_by_name(found, ArenaViews(arena, _Reserved.SIZE, CPU))
+    views = ArenaViews(arena, _Reserved.SIZE, CPU)
     for info in found.tensors:
         if info.storage >= 0:
             storage = found.storages[info.storage]
@@ -307,7 +307,9 @@ def restore(data: bytes) -> None:
         model = Model()
     known = {id(module): set(dir(module)) for module in model.modules()}
     try:
-        restorer = Restorer(model, Source(found, ArenaViews(published()[1], CPU), CPU, copy=False), CPU)
+        arena = published()[1]
+        views = ArenaViews(arena, arena.info.size_bytes, CPU)
+        restorer = Restorer(model, Source(found, views, CPU, copy=False), CPU)
         restorer.bind_early(lambda module: Strategy.HIDE)
         restorer.finish()
     except CompanionError:
@@ -405,7 +407,7 @@ def attach(data: bytes) -> None:
     if not isinstance(outcome, Granted):
         size_bytes = outcome.arena.size_bytes
         if size_bytes <= _Reserved.SIZE:
-            views = ArenaViews(reserved(), CPU)  # type: ignore[arg-type]
+            views = ArenaViews(reserved(), _Reserved.SIZE, CPU)  # type: ignore[arg-type]
             with contextlib.suppress(IntegrityError, ManifestError):
                 verification = Verification(views, outcome.arena, "sample", CPU)
                 verification.check(manifest_from_bytes(outcome.manifest), "fuzz")

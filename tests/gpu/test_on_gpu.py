@@ -210,7 +210,7 @@ class Written:
         self.address = words.data_ptr()
 
     def sums(self) -> tuple[int, ...]:
-        views = ArenaViews(self, self.words.device)  # type: ignore[arg-type]
+        views = ArenaViews(self, self.words.nbytes, self.words.device)  # type: ignore[arg-type]
         summing = Summing(views, self.words.nbytes, self.words.device)
         summing.extend(PIECE_BYTES)
         summing.extend(self.words.nbytes)

@@ -39,7 +39,7 @@ class Memory:
         return self.bytes.data_ptr()
 
     def sums(self) -> tuple[int, ...]:
-        summing = Summing(ArenaViews(self, CPU), self.bytes.numel(), CPU)
+        summing = Summing(ArenaViews(self, self.bytes.numel(), CPU), self.bytes.numel(), CPU)
         summing.extend(self.bytes.numel())
         return summing.values()
 
@@ -65,7 +65,7 @@ def test_weights_are_odd_together_and_all_different() -> None:
 
 def test_sums_do_not_depend_on_the_steps_in_which_they_are_made() -> None:
     memory = Memory(2 * PIECE_BYTES + 5 * ROW_BYTES)
-    summing = Summing(ArenaViews(memory, CPU), memory.bytes.numel(), CPU)
+    summing = Summing(ArenaViews(memory, memory.bytes.numel(), CPU), memory.bytes.numel(), CPU)
     for until in (ROW_BYTES, PIECE_BYTES + ROW_BYTES, memory.bytes.numel()):
         summing.extend(until)
     assert summing.values() == memory.sums()
@@ -110,7 +110,7 @@ def packed(seed: int = 0) -> tuple[arenas.Arena, ArenaViews, object]:
     model = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.Linear(2048, 1024))
     prepared = prepare(capture(model, ()), Stage.PROCESSED, arenas.MEMFD, CPU)
     arena = copy(prepared, arenas.MEMFD, CPU, rebind=False, release=lambda: None)
-    return arena, ArenaViews(arena, CPU), prepared.manifest
+    return arena, ArenaViews(arena, arena.info.size_bytes, CPU), prepared.manifest
 
 
 def test_what_is_packed_carries_its_checksums_and_verifies() -> None:

@@ -70,7 +70,7 @@ def restored(
     with torch.device("meta"):
         model = Model()
     change(model)
-    restorer = Restorer(model, Source(manifest, ArenaViews(arena, CPU), CPU, copy=copy), CPU)
+    restorer = Restorer(model, Source(manifest, ArenaViews(arena, arena.info.size_bytes, CPU), CPU, copy=copy), CPU)
     restorer.bind_early(lambda module: Strategy.HIDE)
     restorer.finish()
     return model
@@ -228,7 +228,7 @@ def test_a_replayed_module_is_processed_on_benign_values_and_then_bound() -> Non
     model, manifest, arena = published()
     with torch.device("meta"):
         other = Model()
-    restorer = Restorer(other, Source(manifest, ArenaViews(arena, CPU), CPU, copy=False), CPU)
+    restorer = Restorer(other, Source(manifest, ArenaViews(arena, arena.info.size_bytes, CPU), CPU, copy=False), CPU)
     restorer.bind_early(lambda m: Strategy.REPLAY if m is other.first else Strategy.HIDE)
     with restorer.replaying(other.first):
         assert torch.equal(other.first.bias, torch.ones(6))
@@ -323,7 +323,9 @@ def replayed(make: Callable[[nn.Parameter], Any]) -> Processed:
     arena = pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
     with torch.device("meta"):
         other = Processed(make)
-    restorer = Restorer(other, Source(packed.manifest, ArenaViews(arena, CPU), CPU, copy=False), CPU)
+    restorer = Restorer(
+        other, Source(packed.manifest, ArenaViews(arena, arena.info.size_bytes, CPU), CPU, copy=False), CPU
+    )
     restorer.bind_early(lambda m: Strategy.REPLAY)
     with restorer.replaying(other):
         other.process()
@@ -379,7 +381,7 @@ def overwritten(manifest: Manifest, arena: arenas.Arena, write: Callable[[Model]
     """A model restored although its processing wrote to what was bound before."""
     with torch.device("meta"):
         other = Model()
-    restorer = Restorer(other, Source(manifest, ArenaViews(arena, CPU), CPU, copy=copy), CPU)
+    restorer = Restorer(other, Source(manifest, ArenaViews(arena, arena.info.size_bytes, CPU), CPU, copy=copy), CPU)
     restorer.bind_early(lambda m: Strategy.REPLAY if m is other.first else Strategy.HIDE)
     with restorer.replaying(other.first):
         write(other)

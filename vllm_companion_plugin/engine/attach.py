@@ -36,7 +36,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
     try:
-        views = ArenaViews(decision.arena, device)
+        views = ArenaViews(decision.arena, decision.arena.info.size_bytes, device)
         # The device compares while the model is built here.
         verification = Verification(views, decision.arena.info, settings.verify, device)
         with compat.model_on_meta(vllm_config, model_config, prefix, device) as model, ExitStack() as without:

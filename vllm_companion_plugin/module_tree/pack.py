@@ -252,7 +252,7 @@ def copy(
     writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
     rebound: list[torch.Tensor] = []
     try:
-        views = ArenaViews(writer, device)
+        views = ArenaViews(writer, layout.size_bytes, device)
         summing = Summing(views, layout.size_bytes, device)
         for chunk in layout.chunks:
             writer.add_block(chunk.size_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -34,23 +35,32 @@ class ArenaViews:
     """Makes tensors on an arena. Storages are created once, so ties share them.
 
     Args:
-        arena: sealed, or still being written.
+        arena: sealed, or still being written; its first block is there.
+        size_bytes: of the arena, when it is complete.
         device: where the arena's memory is.
     """
 
-    def __init__(self, arena: Arena | ArenaWriter, device: torch.device) -> None:
+    def __init__(self, arena: Arena | ArenaWriter, size_bytes: int, device: torch.device) -> None:
         self._arena = arena
+        self._size_bytes = size_bytes
         self._device = device
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def bytes_at(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A uint8 tensor of `size_bytes` at `offset_bytes`; its storage is exactly that."""
-        address = self._arena.address + offset_bytes
+        empty = torch.empty(0, dtype=torch.uint8, device=self._device)
+        return empty.set_(self._part(offset_bytes, size_bytes))
+
+    @functools.cached_property
+    def _whole(self) -> torch.UntypedStorage:
+        """Of which all others are parts, since PyTorch loses 160 bytes with each array interface that it reads."""
+        address, size_bytes = self._arena.address, self._size_bytes
         if self._device.type == "cpu":
             buffer: Any = (ctypes.c_ubyte * size_bytes).from_address(address)
             buffer._owner = self._arena
-            return torch.frombuffer(buffer, dtype=torch.uint8)
-        return torch.as_tensor(_DeviceBytes(address, size_bytes, self._arena), device=self._device)
+            return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+        whole = torch.as_tensor(_DeviceBytes(address, size_bytes, self._arena), device=self._device)
+        return whole.untyped_storage()
 
     def tensor(self, info: TensorInfo, storage: StorageInfo) -> torch.Tensor:
         """The tensor that `info` describes, viewing `storage` in the arena."""
@@ -63,9 +73,12 @@ class ArenaViews:
     def _storage(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
         known = self._storages.get(index)
         if known is None:
-            known = self.bytes_at(storage.offset_bytes, storage.size_bytes).untyped_storage()
-            self._storages[index] = known
+            known = self._storages[index] = self._part(storage.offset_bytes, storage.size_bytes)
         return known
+
+    def _part(self, offset_bytes: int, size_bytes: int) -> torch.UntypedStorage:
+        part: torch.UntypedStorage = self._whole[offset_bytes : offset_bytes + size_bytes]
+        return part
 
 
 def view(storage: torch.UntypedStorage, info: TensorInfo, device: torch.device) -> torch.Tensor:
