@@ -23,7 +23,7 @@ from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableErr
 from vllm_companion_plugin.holder import Held
 from vllm_companion_plugin.interpreter import collector_paused, quick_switches
 from vllm_companion_plugin.launch import keeper
-from vllm_companion_plugin.module_tree.capture import Tree, capture
+from vllm_companion_plugin.module_tree.capture import Tree, capture, plain_tensors
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
@@ -87,7 +87,8 @@ class _Publisher:
     def publish(self, model: nn.Module) -> None:
         """Pack and publish `model`; it is bound to the arena afterwards."""
         try:
-            self._publish(model)
+            with plain_tensors():
+                self._publish(model)
         except CompanionError as error:
             self._reason = error
         except Exception as error:  # the model is loaded, so this is no reason to end the engine

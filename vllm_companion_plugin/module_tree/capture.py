@@ -12,6 +12,7 @@ import enum
 import functools
 import types
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,15 @@ def capture(model: nn.Module, opaque: tuple[type, ...] = ()) -> Tree:
     for index, live in enumerate(tree.modules):
         walk.module(live, index)
     return tree
+
+
+def plain_tensors() -> AbstractContextManager[None]:
+    """While open, tensors of any class answer like plain ones: vLLM's parameters take a way through Python for it.
+
+    https://docs.pytorch.org/docs/stable/notes/extending.html
+    """
+    plain: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return plain
 
 
 def class_name(cls: type) -> str:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, Tree, capture, class_name
+from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, Tree, capture, class_name, plain_tensors
 from vllm_companion_plugin.module_tree.hidden import hidden_tensors
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
@@ -113,12 +113,13 @@ class Restorer:
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
         """Bind all parameters and buffers that exist before post-processing and are not remade by it."""
-        for path, module in self._model.named_modules():
-            self._paths[id(module)] = path
-            published = self._published(path)
-            if strategy(module) is not Strategy.REPLAY:
-                self._bind_all(module._parameters.items(), published)
-            self._bind_all(module._buffers.items(), published)
+        with plain_tensors():
+            for path, module in self._model.named_modules():
+                self._paths[id(module)] = path
+                published = self._published(path)
+                if strategy(module) is not Strategy.REPLAY:
+                    self._bind_all(module._parameters.items(), published)
+                self._bind_all(module._buffers.items(), published)
 
     def bind_module(self, module: nn.Module) -> None:
         """Bind one module's own parameters, just after its post-processing ran."""
@@ -167,6 +168,10 @@ class Restorer:
             ParityError: the tree differs; the model must not be used.
             NotShareableError: the model keeps views that cannot be restored; it must not be used.
         """
+        with plain_tensors():
+            self._finish()
+
+    def _finish(self) -> None:
         # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
         self._source.renew()
         tree = capture(self._model, self._opaque)
