@@ -21,7 +21,7 @@ from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.checksum import Summing
-from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
+from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.types import PIECE_BYTES, Stage
@@ -245,4 +245,4 @@ def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:
     secret = torch.ones(3, device="cuda")
     model.function = lambda: secret
     assert compat.requested_bytes(device) - before - storage_bytes(capture(model), "cuda") == 12
-    assert len(hidden_tensors(model, tree, "cuda")) == 1
+    assert len(hidden_tensors(model, Known.of(tree), "cuda")) == 1

@@ -18,7 +18,7 @@ from vllm_companion_plugin.errors import ArenaError, CompanionError, ManifestErr
 from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.hidden import hidden_tensors, storage_bytes
+from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews, dtype_of
 from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
@@ -269,11 +269,11 @@ class Slotted:
 
 def test_a_tensor_that_capture_cannot_see_is_named_with_what_holds_it() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert hidden_tensors(model, capture(model), "cpu") == []
+    assert hidden_tensors(model, Known.of(capture(model)), "cpu") == []
     secret = torch.ones(3, dtype=torch.float64)
     model[1].kernel = Slotted(lambda x: x + secret)
-    assert hidden_tensors(model, capture(model), "meta") == []
-    (line,) = hidden_tensors(model, capture(model), "cpu")
+    assert hidden_tensors(model, Known.of(capture(model)), "meta") == []
+    (line,) = hidden_tensors(model, Known.of(capture(model)), "cpu")
     assert line.startswith("(3,) float64 in ")
     assert "<lambda> of tests.unit.test_module_tree.Slotted of torch.nn.modules.linear.Linear" in line
 
@@ -283,15 +283,25 @@ def test_what_capture_sees_is_not_hidden() -> None:
     model.kernel = Slotted(functools.partial(torch.add, torch.ones(3)))
     model.part = model.weight[0]
     tree = capture(model)
-    assert hidden_tensors(model, tree, "cpu") == []
+    assert hidden_tensors(model, Known.of(tree), "cpu") == []
     assert storage_bytes(tree, "cpu") == 16 + 8 + 12
 
 
 def test_what_is_reached_in_another_model_of_the_engine_is_not_hidden() -> None:
     target, model = nn.Linear(2, 2), nn.Linear(2, 2)
     model.config = Slotted(types.SimpleNamespace(layers=lambda: target))
-    assert len(hidden_tensors(model, capture(model), "cpu")) == 2
-    assert hidden_tensors(model, capture(model), "cpu", others=[capture(target)]) == []
+    assert len(hidden_tensors(model, Known.of(capture(model)), "cpu")) == 2
+    assert hidden_tensors(model, Known.of(capture(model), capture(target)), "cpu") == []
+
+
+def test_what_is_bound_to_other_memory_during_the_search_is_not_hidden() -> None:
+    model = nn.Linear(2, 2)
+    view = model.weight[0]
+    model.kernel = Slotted(lambda x: x + view)
+    known = Known.of(capture(model))
+    model.weight.data = model.weight.data.clone()
+    assert hidden_tensors(model, known, "cpu") == []
+    assert len(hidden_tensors(model, Known.of(capture(model)), "cpu")) == 1
 
 
 GLOBAL = torch.ones(7)
@@ -300,7 +310,7 @@ GLOBAL = torch.ones(7)
 def test_the_globals_of_a_program_are_no_part_of_a_model() -> None:
     model = nn.Linear(2, 2)
     model.function = lambda: GLOBAL
-    assert hidden_tensors(model, capture(model), "cpu") == []
+    assert hidden_tensors(model, Known.of(capture(model)), "cpu") == []
 
 
 class Processed(nn.Module):
@@ -420,5 +430,5 @@ def test_objects_that_cannot_be_looked_into_do_not_stop_the_search() -> None:
     sparse = torch.eye(3).to_sparse()
     model.function = lambda x: (x, proxy, sparse)
     del gone
-    (line,) = hidden_tensors(model, capture(model), "cpu")
+    (line,) = hidden_tensors(model, Known.of(capture(model)), "cpu")
     assert line.startswith("(3, 3) float32 in ")

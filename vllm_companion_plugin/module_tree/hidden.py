@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,24 +30,31 @@ def storage_bytes(tree: Tree, device_type: str) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def hidden_tensors(
-    model: nn.Module,
-    tree: Tree,
-    device_type: str,
-    *,
-    others: Iterable[Tree] = (),
-    among: Container[int] | None = None,
-) -> list[str]:
-    """Tensors on such a device that can be reached from `model` and share no storage with its tree.
+@dataclass(slots=True)
+class Known:
+    """Tensors of captured trees, and where their storages are now: they may be bound to other memory later."""
 
-    Each is described by the objects that lead to it. Takes a second for a large model.
+    objects: set[int]
+    addresses: set[int]
+
+    @classmethod
+    def of(cls, *trees: Tree) -> Known:
+        tensors = [slot.tensor for tree in trees for slot in tree.slots()]
+        return cls(set(map(id, tensors)), {tensor.untyped_storage().data_ptr() for tensor in tensors})
+
+
+def hidden_tensors(
+    model: nn.Module, known: Known, device_type: str, *, among: Container[int] | None = None
+) -> list[str]:
+    """Tensors on such a device that can be reached from `model` and share no storage with what is `known`.
+
+    Each is described by the objects that lead to it. Takes 15 ms for Llama-8B, a second for a large model.
 
     Args:
-        others: share no storage with these either: an engine's config leads from one of its models to the other.
+        known: of a draft that is a part of an engine, the target too: the engine's config leads from one to the other.
         among: addresses of the only storages to look for; None for all.
     """
-    slots = (slot for known in (tree, *others) for slot in known.slots())
-    found = {slot.tensor.untyped_storage().data_ptr() for slot in slots}
+    found = set(known.addresses)
     came_from: dict[int, Any] = {id(model): None}
     level: list[Any] = [model]
     hidden = []
@@ -59,6 +67,8 @@ def hidden_tensors(
                     continue
                 came_from[id(child)] = parent
                 following.append(child)
+                if id(child) in known.objects:
+                    continue
                 if issubclass(type(child), torch.Tensor) and child.device.type == device_type and child.numel():
                     pointer = _pointer(child)
                     if pointer not in found and (among is None or pointer in among):

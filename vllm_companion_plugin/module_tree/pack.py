@@ -261,13 +261,15 @@ def copy(
                 writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
             replacements = _replacements(packed, chunk, views) if rebind else []  # while the device copies
             writer.flush()
-            summing.extend(chunk.offset_bytes + chunk.size_bytes)
+            if device.type == "cpu":
+                summing.extend(chunk.offset_bytes + chunk.size_bytes)  # before it leaves the caches
             for tensor, replacement in replacements:
                 tensor.data = replacement
                 rebound.append(tensor)
             del replacements
             release()
             report(chunk.offset_bytes + chunk.size_bytes, layout.size_bytes)
+        summing.extend(layout.size_bytes)  # freeing would wait for it, chunk by chunk
         checksums = summing.checksums()
         arena = writer.seal()
         arena.info = replace(arena.info, checksums=checksums)

@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, Tree, capture, class_name, plain_tensors
-from vllm_companion_plugin.module_tree.hidden import hidden_tensors
+from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
 from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline, view
@@ -213,7 +213,7 @@ class Restorer:
         gc.collect(0)
         if left := self._placeholders():
             # Whatever else uses it (a cache of the process) computes nothing for this model.
-            held = hidden_tensors(self._model, tree, self._device.type, among=left)
+            held = hidden_tensors(self._model, Known.of(tree), self._device.type, among=left)
             if held:
                 raise NotShareableError(
                     f"{len(held)} views of weights are kept where they cannot be restored, the first is {held[0]}"
