@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Container, Iterator
+from collections import OrderedDict
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from vllm_companion_plugin.module_tree.pack import dtype_name
 
 # What everything leads to, and what belongs to no model.
 _NOT_PARTS = (type, types.ModuleType, types.FrameType, types.CodeType, str, bytes, int, float, bool, type(None))
+_WITHOUT_PARTS = frozenset(_NOT_PARTS)
+_CONTAINERS = frozenset((dict, list, tuple, set, OrderedDict))  # of hooks, mostly: empty
 
 
 def storage_bytes(tree: Tree, device_type: str) -> int:
@@ -63,13 +66,16 @@ def hidden_tensors(
         for parent in level:
             for child in _parts(parent):
                 # By `type`: a weak reference whose object is gone cannot be asked for its class.
-                if id(child) in came_from or issubclass(type(child), _NOT_PARTS):
+                kind = type(child)
+                if kind in _WITHOUT_PARTS or (kind in _CONTAINERS and not child) or id(child) in came_from:
+                    continue  # nine of ten
+                if issubclass(kind, _NOT_PARTS):
                     continue
                 came_from[id(child)] = parent
                 following.append(child)
                 if id(child) in known.objects:
                     continue
-                if issubclass(type(child), torch.Tensor) and child.device.type == device_type and child.numel():
+                if issubclass(kind, torch.Tensor) and child.device.type == device_type and child.numel():
                     pointer = _pointer(child)
                     if pointer not in found and (among is None or pointer in among):
                         found.add(pointer)
@@ -85,11 +91,10 @@ def _pointer(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> Iterable[Any]:
     if type(value) is types.FunctionType:  # not its globals, which are the whole program
-        yield from (value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}, value.__dict__)
-    else:
-        yield from gc.get_referents(value)
+        return value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}, value.__dict__
+    return gc.get_referents(value)
 
 
 def _describe(tensor: torch.Tensor, came_from: dict[int, Any]) -> str:
