@@ -25,13 +25,17 @@ def test_a_loader_whose_companion_is_killed_publishes_to_the_next_one_and_nobody
     """A second engine asks the next companion, and is elected there before the first goes on."""
     world = World(seed=1)
     try:
-        world._start("engine", 0, {"at": step, "act": "kill and freeze", "delay_s": 3.0})
+        world._start("engine", 0, {"at": step, "act": "kill and freeze", "delay_s": 60.0})
         (loader,) = world.standins
         until(lambda: world._hear() or "granted" in loader.steps, 20, "the first is elected")
         world._start("engine", 0, {})
+        until(lambda: world._hear() or "granted" in world.standins[1].steps, 30, "the second is elected, too")
+        world._thaw[loader.pid] = time.monotonic()
         world.settle()
         steps = [step for x in world.standins for step in x.steps]
-        assert (steps.count("packed"), steps.count("the next one gets it")) == (1, 1)
+        assert steps.count("packed") == 1
+        # Elected only, it may notice at once that its companion is gone: then the second loads, for both.
+        assert steps.count("the next one gets it") == 1 or (step, "asking again" in loader.steps) == ("elected", True)
         assert [x.alone for x in world.standins] == ["", ""]
     finally:
         world.close()
