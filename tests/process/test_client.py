@@ -426,7 +426,10 @@ def test_waiting_for_the_loader_lock_is_bounded_by_silence(place: Place) -> None
     thread.start()
     threading.Timer(2.0, stop.set).start()
     began = time.monotonic()
-    LoaderElection(place.paths).acquire(0.5, "next").release()
+    heard: list[str] = []
+    LoaderElection(place.paths).acquire(0.5, "next", heard.append).release()
+    assert len(heard) > 5  # who waits for the next one is told of each sign of life
+    assert set(heard) == {f"pid {os.getpid()} (slow)"}
     assert time.monotonic() - began > 1.5
     thread.join(5)
 

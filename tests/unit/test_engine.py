@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,8 @@ from tests.unit import test_mapping
 from vllm_companion_plugin.engine import checkpoint, compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import ManifestError, NotShareableError
+from vllm_companion_plugin.launch.election import LoaderElection
+from vllm_companion_plugin.launch.runtime_dir import device_paths, ensure_private_directory
 from vllm_companion_plugin.lease import Ready
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import prepare
@@ -253,3 +257,29 @@ def test_what_a_draft_has_from_its_target_is_not_published(
         built.get_submodule(path) is (target.lm_head if path in HEADS else target.model.embed_tokens) for path in left
     )
     assert {name: vars(built)[name] for name in flags} == flags
+
+
+def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take it for silent and give up, though the load before it gets on."""
+    monkeypatch.setenv("COMPANION_RUNTIME_DIR", str(tmp_path / "run"))
+    settings = resolve()
+    ensure_private_directory(settings.runtime_dir)
+    before = LoaderElection(device_paths("cpu", settings)).acquire(1, "another model")
+    heard: list[str] = []
+    publication: Any = SimpleNamespace(report=lambda progress: heard.append(progress.phase))
+
+    def work() -> None:
+        for _ in range(3):
+            time.sleep(1.0)
+            before.sign_of_life()
+        before.release()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wanted = test_mapping.KEY
+    session._elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
+    thread.join()
+    assert len(set(heard)) >= 3
+    assert heard[0] == "waiting for its turn since 0 s"

@@ -39,8 +39,9 @@ from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.module_tree import checksum
 from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
+from vllm_companion_plugin.publication import Publication
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest, Report
+from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest, Progress, Report
 
 logger = init_logger("vllm.companion")
 
@@ -387,7 +388,7 @@ def _ask(
                 outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
             if isinstance(outcome, Ready):
                 return _open(device, asked, lease, outcome, started, time.perf_counter() - waiting)
-            election = _elect(device.id, asked, settings)
+            election = _elect(device.id, asked, settings, outcome.publication)
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
             # Or somebody had loaded this, and handed it to the companion that followed the one that elected them.
@@ -470,12 +471,19 @@ def _open(
     return Attach(device, entry_key, lease, ready, manifest, arena, time.perf_counter() - started, waited_s)
 
 
-def _elect(device_id: str, entry_key: EntryKey, settings: Settings) -> LoaderElection:
+def _elect(device_id: str, entry_key: EntryKey, settings: Settings, publication: Publication) -> LoaderElection:
+    """The right to load on a device. Who waits for this load hears meanwhile that it gets on as the one before does."""
     election = LoaderElection(device_paths(device_id, settings))
+    began, holders = time.monotonic(), [""]
+
+    def on_wait(holder: str) -> None:
+        if holder != holders[-1]:
+            holders.append(holder)
+            logger.info("Waiting to load on %s: %s", device_id, holder)
+        publication.report(Progress(f"waiting for its turn since {time.monotonic() - began:.0f} s"))
+
     election.acquire(
-        settings.wait_timeout_s,
-        f"pid {os.getpid()} loading {entry_key.model} ({entry_key.rank})",
-        lambda holder: logger.info("Waiting to load on %s: %s", device_id, holder),
+        settings.wait_timeout_s, f"pid {os.getpid()} loading {entry_key.model} ({entry_key.rank})", on_wait
     )
     return election
 

@@ -40,7 +40,7 @@ class LoaderElection:
         Args:
             timeout_s: longest silence of a holder; a new holder, or a sign of life, restarts it.
             holder_text: who we are, for the others' messages.
-            on_wait: called with the holder's text when waiting begins and when the holder changes.
+            on_wait: called with the holder's text when waiting begins, and with each sign of life.
 
         Raises:
             WaitTimeoutError: a holder kept it for `timeout_s` without a sign of life.
@@ -53,10 +53,10 @@ class LoaderElection:
         deadline = 0.0
         while not self._try():
             current, last_sign = self.holder(), self._last_sign()
-            if current != holder and on_wait is not None:
-                on_wait(current)
             if (current, last_sign) != (holder, sign):
                 holder, sign, deadline = current, last_sign, time.monotonic() + timeout_s
+                if on_wait is not None:
+                    on_wait(current)
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
                     f"Waited for {holder or 'another process'} to finish loading on {self._device}, the last "
