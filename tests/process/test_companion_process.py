@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client import Granted, Ready, connect
+from vllm_companion_plugin.companion.process import InstanceLock
 from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import ensure_companion
@@ -123,6 +125,15 @@ def test_a_second_one_is_refused_and_names_the_first(place: Place) -> None:
     assert second.returncode == 1
     assert f"runs already (pid {first.pid})" in text
     assert first.poll() is None
+
+
+def test_who_looks_at_the_lock_just_then_does_not_prevent_a_start(place: Place) -> None:
+    paths = place.paths
+    InstanceLock(paths).release()
+    looking = os.open(paths.companion_lock, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.04, os.close, (looking,)).start()
+    InstanceLock(paths).release()
 
 
 def test_it_is_no_descendant_of_its_spawner_and_survives_its_death(place: Place) -> None:

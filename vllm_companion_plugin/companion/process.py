@@ -36,6 +36,7 @@ STOP_LIMIT_S = 1.8
 HEALTH_S = 0.2
 CHECK_INTERVAL_S = 2.0
 HANDSHAKE_MS = 10_000
+LOOKS, LOOK_S = 10, 0.01
 MAX_RPCS = 2048
 """More than all leases, watches and publications that the service allows, so that it is the service that refuses."""
 HAND_BACK_S = 5.0
@@ -52,14 +53,12 @@ class InstanceLock:
             self._fd = os.open(paths.companion_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise RuntimeDirError(f"Cannot open {paths.companion_lock}: {error.strerror}.") from error
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked_soon(self._fd):
             pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise AlreadyRunningError(
                 f"A companion of {paths.device} runs already (pid {pid}); `vllm-companion stop` ends it."
-            ) from None
+            )
         try:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
@@ -86,6 +85,16 @@ class InstanceLock:
     def release(self) -> None:
         os.close(self._root_fd)
         os.close(self._fd)
+
+
+def _locked_soon(fd: int) -> bool:
+    """Take the lock for ourselves. Who only looks whether it is taken (`doctor`) shares it for an instant."""
+    for _ in range(LOOKS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOOK_S)
+    return False
 
 
 @dataclass(frozen=True)
