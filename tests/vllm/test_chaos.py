@@ -89,12 +89,12 @@ def arenas_open(pid: int) -> set[int]:
     return {path.stat().st_ino for path in paths if path.exists() and "memfd:vllm-companion" in os.readlink(path)}
 
 
-def run(rounds: int, start_engine: StartEngine, place: Place, model: Path) -> None:
+def run(rounds: range, start_engine: StartEngine, place: Place, model: Path) -> None:
     options = {"model": model, "prompts": PROMPTS, "skip_tokenizer_init": True}
     normal = start_engine(load_format="auto", **options)
     world = Rounds(lambda: start_engine(load_format="companion", **options), place)
     expected = None
-    for number in range(rounds):
+    for number in rounds:
         began = time.monotonic()
         done = world.play(random.Random(f"{SEED}:{number}"))
         if expected is None:
@@ -109,13 +109,13 @@ def run(rounds: int, start_engine: StartEngine, place: Place, model: Path) -> No
 def test_engines_and_their_companion_may_be_killed_at_any_moment(
     start_engine: StartEngine, place: Place, tiny_llama: Path
 ) -> None:
-    run(3, start_engine, place, tiny_llama)
+    run(range(10), start_engine, place, tiny_llama)
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(1200)
-def test_engines_and_their_companion_may_be_killed_at_any_moment_ten_times(
+def test_engines_and_their_companion_may_be_killed_at_thirty_other_moments(
     start_engine: StartEngine, place: Place, tiny_llama: Path
 ) -> None:
-    run(10, start_engine, place, tiny_llama)
+    run(range(10, 40), start_engine, place, tiny_llama)
