@@ -24,6 +24,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.holder import Held, Holder
+from vllm_companion_plugin.module_tree import checksum
 from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.views import ArenaViews, check_dtypes, from_inline
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
@@ -115,6 +116,8 @@ class CompanionClient:
             ArenaError: it cannot be mapped.
             IntegrityError: its bytes are not those that were published.
         """
+        if self.settings.verify != "off":
+            checksum.prepare(torch_device_of(self.device))
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connect())
             lease = connection.attach(

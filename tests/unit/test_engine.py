@@ -282,4 +282,4 @@ def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
     session._elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
     thread.join()
     assert len(set(heard)) >= 3
-    assert heard[0] == "waiting for its turn since 0 s"
+    assert heard[0] == "waiting for its turn (0 s)"

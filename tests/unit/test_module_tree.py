@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -302,6 +304,38 @@ def test_what_is_bound_to_other_memory_during_the_search_is_not_hidden() -> None
     model.weight.data = model.weight.data.clone()
     assert hidden_tensors(model, known, "cpu") == []
     assert len(hidden_tensors(model, Known.of(capture(model)), "cpu")) == 1
+
+
+def test_an_attribute_of_an_empty_dictionary_is_searched() -> None:
+    model = nn.Linear(2, 2)
+    model.nothing = OrderedDict()
+    known = Known.of(capture(model))
+    model.hooks = OrderedDict()
+    model.hooks.secret = torch.ones(3)
+    assert len(hidden_tensors(model, known, "cpu")) == 1
+
+
+def test_what_refuses_before_rebinding_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    before = [parameter.data_ptr() for parameter in model.parameters()]
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def refuse() -> None:
+        raise NotShareableError("hidden")
+
+    packed = pack.prepare(capture(model), Stage.PROCESSED, arenas.MEMFD, CPU)
+    with pytest.raises(NotShareableError, match="hidden"):
+        pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None, before_rebinding=refuse)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize(("offset", "size"), [(-10, 5), (90, 20), (200, 1)])
+def test_a_view_beyond_its_arena_is_refused(offset: int, size: int) -> None:
+    memory = torch.zeros(100, dtype=torch.uint8)
+    arena: Any = types.SimpleNamespace(address=memory.data_ptr())
+    with pytest.raises(ManifestError, match="of 100"):
+        ArenaViews(arena, 100, CPU).bytes_at(offset, size)
 
 
 GLOBAL = torch.ones(7)

@@ -65,7 +65,7 @@ def launch(device_index: int, piece_rows: int, address: int, rows: int, sums_add
     """Start to add up pieces of memory, in the order of `stream`.
 
     Args:
-        device_index: of the memory; its context is current.
+        device_index: of the memory; its context must be current, as it must be for `compiled`.
         piece_rows: rows of 4 KiB in a piece, a multiple of `ROWS_A_BLOCK`.
         address: of the first piece, which begins at a multiple of 16 bytes.
         rows: in all; the last piece may have fewer.
@@ -81,7 +81,7 @@ def launch(device_index: int, piece_rows: int, address: int, rows: int, sums_add
 
 
 def compiled(device_index: int, piece_rows: int) -> Any:
-    """The kernel, compiled at the first call (15 ms). Raises as `launch`."""
+    """The kernel, compiled at the first call (15 ms, and 50 to find and load NVRTC). Raises as `launch`."""
     with _compiling:  # whoever comes while another thread compiles has it when that is done
         return _compiled(device_index, piece_rows)
 

@@ -113,9 +113,9 @@ class _Publisher:
         ):
             tree = capture(model, compat.OPAQUE)
             packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
-            # While the device copies and the driver frees: both take as long as half of that.
+            # While the device copies and the driver frees.
+            search = executor.submit(self._search(model, tree, besides))
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
-            hidden = executor.submit(self._search(model, tree, besides))
 
             def report(done: int, total: int) -> None:
                 bar.update(done, total)
@@ -130,12 +130,9 @@ class _Publisher:
                 release=_release(device.torch_device),
                 keeper=partial(keeper.allocate, device.id, settings=self._settings),
                 report=report,
+                before_rebinding=lambda: _refuse(search.result()),
             )
             self._arena = arena  # the model views it, published or not
-        if found := hidden.result():
-            raise NotShareableError(
-                f"{len(found)} tensors are kept where they cannot be restored, the first is {found[0]}"
-            )
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
         ways = compat.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
@@ -205,6 +202,13 @@ class _Publisher:
         if not self._settings.fallback:
             raise reason
         session.not_shared(self._decision.key.model, self._decision.key.role, str(reason), reason.code)
+
+
+def _refuse(hidden: list[str]) -> None:
+    if hidden:
+        raise NotShareableError(
+            f"{len(hidden)} tensors are kept where they cannot be restored, the first is {hidden[0]}"
+        )
 
 
 def _release(device: torch.device) -> Any:

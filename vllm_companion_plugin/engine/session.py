@@ -480,7 +480,7 @@ def _elect(device_id: str, entry_key: EntryKey, settings: Settings, publication:
         if holder != holders[-1]:
             holders.append(holder)
             logger.info("Waiting to load on %s: %s", device_id, holder)
-        publication.report(Progress(f"waiting for its turn since {time.monotonic() - began:.0f} s"))
+        publication.report(Progress(f"waiting for its turn ({time.monotonic() - began:.0f} s)"))
 
     election.acquire(
         settings.wait_timeout_s, f"pid {os.getpid()} loading {entry_key.model} ({entry_key.rank})", on_wait

@@ -9,10 +9,13 @@ could publish what he likes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -40,16 +43,22 @@ def prepare(device: torch.device) -> None:
 
 
 class Summing:
-    """Computes checksums of an arena. On a GPU in the order of the current stream, without waiting."""
+    """Computes checksums of an arena. On a GPU in the order of the stream that was current first, without waiting."""
 
     def __init__(self, views: ArenaViews, size_bytes: int, device: torch.device) -> None:
         self._views = views
         self._size_bytes = size_bytes
         self._device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._done = 0
         self._count = 0
-        self._sums = torch.zeros(piece_count(size_bytes), dtype=torch.int64, device=device)
-        self._weights = None if _has_kernel(device) else _weights(device)
+        with self._on_device():
+            self._sums = torch.zeros(piece_count(size_bytes), dtype=torch.int64, device=device)
+            self._weights = None if _has_kernel(device) else _weights(device)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """While open, device and stream are current: whoever attaches may work on another GPU, or change streams."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def extend(self, until_bytes: int) -> None:
         """Sum the pieces that end by `until_bytes`, from where the last call ended."""
@@ -59,24 +68,28 @@ class Summing:
 
     def add(self, pieces: Iterable[int]) -> None:
         """Sum these pieces, each once; runs of them at once."""
-        for first, last in _runs(pieces):
-            start, stop = first * PIECE_BYTES, min(last * PIECE_BYTES, self._size_bytes)
-            # Our arenas are multiples of 4 KiB.
-            words = self._views.bytes_at(start, stop - start - stop % ROW_BYTES).view(torch.int64)
-            sums = self._sums[self._count : self._count + last - first]
-            self._count += last - first
-            if self._weights is None:
+        with self._on_device():
+            for first, last in _runs(pieces):
+                start, stop = first * PIECE_BYTES, min(last * PIECE_BYTES, self._size_bytes)
+                # Our arenas are multiples of 4 KiB.
+                words = self._views.bytes_at(start, stop - start - stop % ROW_BYTES).view(torch.int64)
+                sums = self._sums.narrow(0, self._count, last - first)  # raises where a slice would be shorter
+                self._count += last - first
+                if not words.numel():
+                    continue
+                if self._stream is None or self._weights is not None:
+                    assert self._weights is not None
+                    _sum(words, *self._weights, sums)
+                    continue
                 from vllm_companion_plugin.arena import cuda_sums
 
-                stream = torch.cuda.current_stream(self._device).cuda_stream
-                index, rows = self._device.index, words.numel() // ROW_WORDS
+                index, rows, stream = self._device.index, words.numel() // ROW_WORDS, self._stream.cuda_stream
                 cuda_sums.launch(index, ROWS, words.data_ptr(), rows, sums.data_ptr(), stream)
-            else:
-                _sum(words, *self._weights, sums)
 
     def values(self) -> tuple[int, ...]:
         """Of what was summed, in that order. Waits for the device."""
-        return tuple(value % (1 << 64) for value in self._sums[: self._count].tolist())
+        with self._on_device():
+            return tuple(value % (1 << 64) for value in self._sums[: self._count].tolist())
 
     def checksums(self) -> Checksums:
         """Of the whole arena, after `extend` to its end. Waits for the device."""
@@ -132,7 +145,8 @@ def _has_kernel(device: torch.device) -> bool:
     try:
         from vllm_companion_plugin.arena import cuda_sums
 
-        cuda_sums.compiled(device.index, ROWS)
+        with torch.cuda.device(device):
+            cuda_sums.compiled(device.index, ROWS)
     except (ArenaError, ImportError) as error:
         logger.info("torch computes checksums, in two readings and with 264 MiB more: %s", error)
         return False

@@ -22,6 +22,7 @@ from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, class_name
 from vllm_companion_plugin.module_tree.checksum import Summing
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.types import (
+    PIECE_BYTES,
     Manifest,
     ModuleInfo,
     SlotInfo,
@@ -225,6 +226,7 @@ def copy(
     release: Callable[[], None],
     keeper: Callable[[int], int] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
+    before_rebinding: Callable[[], None] = lambda: None,
 ) -> arenas.Arena:
     """Copy the tensors into a new arena, chunk by chunk.
 
@@ -236,6 +238,7 @@ def copy(
         release: returns freed memory to the device, called after each chunk.
         keeper: as for `arena.create`.
         report: told bytes done and in all.
+        before_rebinding: called once, while nothing is changed yet; what it raises ends the copying.
 
     Returns:
         The sealed arena, which the caller owns, with the checksums of its bytes.
@@ -261,22 +264,28 @@ def copy(
                 writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
             replacements = _replacements(packed, chunk, views) if rebind else []  # while the device copies
             writer.flush()
-            if device.type == "cpu":
-                summing.extend(chunk.offset_bytes + chunk.size_bytes)  # before it leaves the caches
+            # On a GPU freeing would wait for all sums; the first shows that there will be some.
+            until = chunk.offset_bytes + chunk.size_bytes
+            summing.extend(until if device.type == "cpu" else min(until, PIECE_BYTES))
+            if not chunk.offset_bytes:
+                before_rebinding()
             for tensor, replacement in replacements:
                 tensor.data = replacement
                 rebound.append(tensor)
             del replacements
             release()
-            report(chunk.offset_bytes + chunk.size_bytes, layout.size_bytes)
-        summing.extend(layout.size_bytes)  # freeing would wait for it, chunk by chunk
+            report(until, layout.size_bytes)
+        summing.extend(layout.size_bytes)
         checksums = summing.checksums()
         arena = writer.seal()
         arena.info = replace(arena.info, checksums=checksums)
         return arena
-    except BaseException:
-        for tensor in rebound:
-            tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+    except BaseException as error:
+        try:
+            for tensor in rebound:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        except torch.OutOfMemoryError:
+            raise error from None  # the rest of the model stays where it is: the arena is mapped until the process ends
         writer.abort()
         raise
 

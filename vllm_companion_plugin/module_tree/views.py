@@ -77,6 +77,8 @@ class ArenaViews:
         return known
 
     def _part(self, offset_bytes: int, size_bytes: int) -> torch.UntypedStorage:
+        if offset_bytes < 0 or offset_bytes + size_bytes > self._size_bytes:  # a slice would just be shorter
+            raise ManifestError(f"Bytes {offset_bytes} to {offset_bytes + size_bytes} of {self._size_bytes}.")
         part: torch.UntypedStorage = self._whole[offset_bytes : offset_bytes + size_bytes]
         return part
 
