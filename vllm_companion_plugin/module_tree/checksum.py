@@ -9,13 +9,11 @@ could publish what he likes.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import threading
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -43,32 +41,46 @@ def prepare(device: torch.device) -> None:
 
 
 class Summing:
-    """Computes checksums of an arena. On a GPU in the order of the stream that was current first, without waiting."""
+    """Computes checksums of an arena. On a GPU in the order of the current stream, without waiting."""
 
     def __init__(self, views: ArenaViews, size_bytes: int, device: torch.device) -> None:
         self._views = views
         self._size_bytes = size_bytes
         self._device = device
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
         self._done = 0
         self._count = 0
-        with self._on_device():
+        with self._in_order():
             self._sums = torch.zeros(piece_count(size_bytes), dtype=torch.int64, device=device)
             self._weights = None if _has_kernel(device) else _weights(device)
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """While open, device and stream are current: whoever attaches may work on another GPU, or change streams."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """While open, the device is current, and its current stream comes behind all that was summed so far.
+
+        Who attaches may work on another GPU, or change streams meanwhile. `torch.cuda.stream` would do, but after it
+        vLLM takes the default stream for one that was chosen, and captures CUDA graphs on it, which fails.
+        """
+        if self._device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream(self._device)
+            if self._stream is not None:
+                current.wait_stream(self._stream)
+            self._stream = current
+            yield
 
     def extend(self, until_bytes: int) -> None:
         """Sum the pieces that end by `until_bytes`, from where the last call ended."""
         whole = until_bytes // PIECE_BYTES if until_bytes < self._size_bytes else piece_count(self._size_bytes)
-        self.add(range(self._done, whole))
-        self._done = whole
+        if whole > self._done:
+            self.add(range(self._done, whole))
+            self._done = whole
 
     def add(self, pieces: Iterable[int]) -> None:
         """Sum these pieces, each once; runs of them at once."""
-        with self._on_device():
+        with self._in_order():
             for first, last in _runs(pieces):
                 start, stop = first * PIECE_BYTES, min(last * PIECE_BYTES, self._size_bytes)
                 # Our arenas are multiples of 4 KiB.
@@ -77,18 +89,18 @@ class Summing:
                 self._count += last - first
                 if not words.numel():
                     continue
-                if self._stream is None or self._weights is not None:
-                    assert self._weights is not None
+                if self._weights is not None:
                     _sum(words, *self._weights, sums)
                     continue
                 from vllm_companion_plugin.arena import cuda_sums
 
+                assert self._stream is not None
                 index, rows, stream = self._device.index, words.numel() // ROW_WORDS, self._stream.cuda_stream
                 cuda_sums.launch(index, ROWS, words.data_ptr(), rows, sums.data_ptr(), stream)
 
     def values(self) -> tuple[int, ...]:
         """Of what was summed, in that order. Waits for the device."""
-        with self._on_device():
+        with self._in_order():
             return tuple(value % (1 << 64) for value in self._sums[: self._count].tolist())
 
     def checksums(self) -> Checksums:
