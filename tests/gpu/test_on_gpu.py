@@ -217,9 +217,14 @@ class Written:
         return summing.values()
 
 
-def test_the_kernel_adds_up_what_torch_does() -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_kernel_adds_up_what_torch_does(index: int) -> None:
+    """Also on a GPU that is not the current one."""
+    if index >= torch.cuda.device_count():
+        pytest.skip("one GPU")
+    torch.cuda.set_device(0)
     words = torch.randint(-(1 << 63), (1 << 63) - 1, ((3 * PIECE_BYTES + 69 * 4096) // 8,))
-    on_host, on_device = Written(words), Written(words.cuda())
+    on_host, on_device = Written(words), Written(words.to(f"cuda:{index}"))
     sums = on_device.sums()
     assert len(sums) == 4
     assert sums == on_host.sums()
