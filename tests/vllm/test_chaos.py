@@ -17,11 +17,11 @@ from tests.process.standin import companions
 from tests.vllm.conftest import START_TIMEOUT_S, Engine, StartEngine
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.types import EntryStatus
+from vllm_companion_plugin.types import EntryState, EntryStatus, LeaseState
 
 SEED = 20261121
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
-STEPS = ("a companion", "elected", "published", "attached", "serving")
+STEPS = ("a companion", "asked", "published", "attached", "serving")
 
 
 class Rounds:
@@ -39,14 +39,20 @@ class Rounds:
     def has_come_to(self, step: str, engine: Engine) -> bool:
         """Whether `engine`, which starts, has taken this step or a later one."""
         assert engine.process.poll() is None, engine.output()[-5000:]
-        text = engine.output()
-        if step == "serving" or "Attached to" in text or "Published" in text:
-            return "Attached to" in text or "Published" in text
+        if step == "serving":
+            return bool(engine.result())
+        if step == "a companion":
+            return bool(companions(self.place.settings.runtime_dir))
         entry = self.entry()
-        leases = [] if entry is None else [lease.pid for lease in entry.leases]
-        return (
-            bool(companions(self.place.settings.runtime_dir)) if step == "a companion" else engine.process.pid in leases
-        )
+        states = {lease.pid: lease.state for lease in entry.leases} if entry is not None else {}
+        if entry is None or engine.process.pid not in states:
+            return False
+        reached = {
+            "asked": True,
+            "published": entry.state is EntryState.READY,
+            "attached": states[engine.process.pid] is LeaseState.ATTACHED,
+        }
+        return reached[step]
 
     def play(self, rng: random.Random) -> str:
         """One round; what it did."""
