@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import sys
 import time
 from typing import Any
 
 TEXT = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s"
 """As vLLM's logs (vllm/logger.py), so that both read alike side by side."""
+
+PATIENCE_MS = 100
+"""For a reader that is merely slow."""
 
 
 def printable(text: str) -> str:
@@ -61,9 +65,46 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)  # in ASCII: nothing in it acts
 
 
+class PatientHandler(logging.Handler):
+    """Writes to a descriptor, and waits for no reader: whoever attaches would wait with us.
+
+    Lines that a full pipe cannot take are lost. The next one that it takes is preceded by their number.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            lines = [self.format(record)]
+            if self._lost:
+                text = "%d lines of this log were lost: nobody reads standard error."
+                note = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (self._lost,), None)
+                lines = ["", self.format(note), *lines]  # the last one may have been cut
+            data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+            for at in range(0, len(data), select.PIPE_BUF):  # so much is taken at once, or none
+                if not self._is_writable():
+                    self._lost += 1
+                    return
+                os.write(self._fd, data[at : at + select.PIPE_BUF])
+            self._lost = 0
+        except OSError:  # nobody will read it any more
+            self._lost += 1
+        except Exception:
+            self.handleError(record)
+
+    def _is_writable(self) -> bool:
+        events = self._poll.poll(0 if self._lost else PATIENCE_MS)
+        return any(event & select.POLLOUT and not event & select.POLLERR for _, event in events)
+
+
 def configure(level: str, format: str, device: str) -> None:
     """Log to standard error from now on, also what nobody catches."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = PatientHandler(sys.stderr.fileno())
     handler.setFormatter(JsonFormatter(device) if format == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     sys.excepthook = lambda kind, error, trace: logging.critical("Ended by", exc_info=(kind, error, trace))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -78,13 +81,52 @@ def test_json_is_one_object_a_line_with_everything_in_it(stream: io.StringIO) ->
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_what_ends_a_process_is_said_in_its_form(
-    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    form: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     logs.configure("INFO", form, "cpu")
     logs.fatal(ValueError(FORGED))
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert json.loads(line)["message"] == FORGED if form == "json" else line.startswith(r"vllm-companion: org/m\nINFO")
     sys.excepthook(ValueError, ValueError("nobody caught it"), None)
-    assert "nobody caught it" in capsys.readouterr().err
+    assert "nobody caught it" in capfd.readouterr().err
+
+
+WRITER = """
+import logging, sys
+from vllm_companion_plugin import logs
+logs.configure("INFO", sys.argv[1], "cpu")
+for number in range(3000):
+    logging.info("line %d of a log that nobody reads, with some more words to fill the pipe", number)
+print("done", flush=True)
+sys.stdin.readline()
+logging.info("after")
+"""
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_lost(format: str) -> None:
+    command = [sys.executable, "-c", WRITER, format]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        timer = threading.Timer(20, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "done\n"
+        os.set_blocking(process.stderr.fileno(), False)
+        early = process.stderr.read()
+        os.set_blocking(process.stderr.fileno(), True)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        late = process.stderr.read()
+        timer.cancel()
+    seen = early.count("of a log that nobody reads")
+    assert 100 < seen < 3000
+    assert f"{3000 - seen} lines of this log were lost" in late
+    assert "after" in late.splitlines()[-1]
+    if format == "json":
+        assert [json.loads(line)["level"] for line in late.splitlines() if line] == ["WARNING", "INFO"]
