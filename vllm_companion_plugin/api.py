@@ -25,7 +25,6 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.module_tree import checksum
-from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.views import ArenaViews, check_dtypes, from_inline
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings, resolve
@@ -163,7 +162,7 @@ class Attachment:
         self._arena = arenas.open_arena(ready.arena, ready.redeem(), torch_device.index)
         try:
             views = ArenaViews(self._arena, ready.arena.size_bytes, torch_device)
-            verification = Verification(views, ready.arena, verify, torch_device)
+            verification = checksum.Verification(views, ready.arena, verify, torch_device)
             self.tensors = tensors_by_name(self.manifest, views)
             verification.check(self.manifest, f"{ready.key.title} ({self.rank}) on {device}")
         except BaseException:

@@ -104,7 +104,8 @@ class PatientHandler(logging.Handler):
 
 def configure(level: str, format: str, device: str) -> None:
     """Log to standard error from now on, also what nobody catches."""
-    handler = PatientHandler(sys.stderr.fileno())
+    # Python has none where its descriptor was closed, whose number may be a socket's by now.
+    handler = PatientHandler(sys.stderr.fileno()) if sys.stderr is not None else logging.NullHandler()
     handler.setFormatter(JsonFormatter(device) if format == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     sys.excepthook = lambda kind, error, trace: logging.critical("Ended by", exc_info=(kind, error, trace))

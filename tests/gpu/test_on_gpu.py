@@ -206,8 +206,7 @@ from torch import nn
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.module_tree.views import ArenaViews
-from vllm_companion_plugin.types import PIECE_BYTES, Stage
+from vllm_companion_plugin.types import Stage
 device = torch.device("cuda", 0)
 free, total = torch.cuda.mem_get_info()
 each = 240 << 20

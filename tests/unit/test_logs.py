@@ -130,3 +130,10 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_lost(format: 
     assert "after" in late.splitlines()[-1]
     if format == "json":
         assert [json.loads(line)["level"] for line in late.splitlines() if line] == ["WARNING", "INFO"]
+
+
+def test_without_standard_error_nothing_is_logged_and_nothing_fails() -> None:
+    code = "import logging; from vllm_companion_plugin import logs; logs.configure('INFO', 'text', 'cpu'); "
+    command = ["sh", "-c", f'exec {sys.executable} -c "{code}logging.info(1); print(2)" 2>&-']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (0, "2\n")

@@ -9,6 +9,7 @@ could publish what he likes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import threading
@@ -34,8 +35,9 @@ SAMPLED_AT_LEAST = 4
 _SIGN = 1 << 63
 
 
+@functools.cache
 def prepare(device: torch.device) -> None:
-    """Compile the kernel in a thread meanwhile, so that the first arena need not wait for it."""
+    """Compile the kernel in a thread, once a process, so that the first arena need not wait for it."""
     if device.type == "cuda":
         threading.Thread(target=_has_kernel, args=(device,), name="companion-kernel", daemon=True).start()
 
