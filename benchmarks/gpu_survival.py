@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -158,30 +158,44 @@ def survive(report: Report, servers: list[Server], start: Any, memory: Memory, d
     report.figures |= {"handed_back_s": times_s, "weights_gib": weights / GIB, "samples": len(memory.samples)}
 
 
-def cycle(report: Report, memory: Memory, device: str, cycles: int) -> None:
+# A client like any other: argv are the device, the model, how often to attach, and after how often to begin to measure.
+CYCLES = """
+import json, os, sys, time, torch
+from tests.process.scale_child import usage
+from vllm_companion_plugin import CompanionClient
+
+device, model, cycles, first = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+client, measured = CompanionClient(device, verify="off"), []
+for number in range(1, cycles + 1):
+    if number == first + 1:
+        began = time.monotonic()
+    with client.attach(model, role="target"):
+        pass
+    if number in (first, cycles):
+        seconds = time.monotonic() - began if measured else 0.0
+        time.sleep(1)  # what ends in the background has ended
+        free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+        measured.append({**usage(os.getpid()), "device_kb": -free >> 10})
+print(json.dumps([*measured, seconds / (cycles - first)]))
+"""
+
+
+def cycle(report: Report, device: str, cycles: int) -> None:
     """Attach and detach; what grows between the hundredth and the last is lost."""
     entry = entry_now(device)
     assert entry is not None
-
-    def state() -> dict[str, int]:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        numbers = {name: int(fields[name].split()[0]) for name in ("VmSize", "VmRSS", "Threads")}
-        return numbers | {"fds": len(os.listdir("/proc/self/fd")), "device": memory.now() >> 10}
-
-    ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: glibc gives each new thread 64 MiB of addresses, up to a limit
-    client, before = CompanionClient(device, verify="off"), {}
-    began = time.monotonic()
-    for number in range(cycles):
-        if number == min(100, cycles // 2):
-            before = state()
-        with client.attach(entry.key.model, role="target"):
-            pass
-    after = state()
-    seconds = (time.monotonic() - began) / cycles
+    arguments = [device, entry.key.model, str(cycles), str(min(100, cycles // 2))]
+    environment = dict(
+        os.environ, MALLOC_ARENA_MAX="2"
+    )  # glibc reserves 64 MiB for a thread now and then, up to a limit
+    done = subprocess.run(
+        [sys.executable, "-c", CYCLES, *arguments], stdout=subprocess.PIPE, env=environment, text=True, check=True
+    )
+    before, after, seconds = json.loads(done.stdout)
     grown = {name: after[name] - before[name] for name in after}
-    flat = grown["fds"] <= 0 and grown["Threads"] <= 0 and grown["VmRSS"] < 4096 and grown["device"] < 4096
+    flat = grown["fds"] <= 0 and grown["threads"] <= 0 and grown["resident_kb"] < 4096 and grown["device_kb"] < 4096
     report.check(
-        f"{cycles} attachments leave nothing", flat and grown["VmSize"] < 65536, f"{grown} KiB, {seconds:.4f} s each"
+        f"{cycles} attachments leave nothing", flat and grown["space_kb"] < 65536, f"{grown}, {seconds:.4f} s each"
     )
     report.figures["cycles"] = {"grown": grown, "seconds_each": seconds}
 
@@ -218,7 +232,7 @@ def main() -> int:
             for _ in range(2):
                 until(start().is_up, 300, "a server is up")
             survive(report, servers[:2], start, memory, device, parsed.kills)
-            cycle(report, memory, device, parsed.cycles)
+            cycle(report, device, parsed.cycles)
         finally:
             for server in servers:
                 server.stop()

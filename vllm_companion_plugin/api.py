@@ -25,7 +25,7 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.module_tree import checksum
-from vllm_companion_plugin.module_tree.views import ArenaViews, check_dtypes, from_inline
+from vllm_companion_plugin.module_tree.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.settings import Settings, resolve
 from vllm_companion_plugin.types import CompanionStatus, EntryStatus, Manifest
@@ -202,7 +202,7 @@ class Attachment:
 def tensors_by_name(manifest: Manifest, views: ArenaViews) -> dict[str, torch.Tensor]:
     """One tensor object for each of the manifest's, under every name that it has."""
     made = [
-        from_inline(info) if info.storage < 0 else views.tensor(info, manifest.storages[info.storage])
+        without_storage(info, views.device) if info.storage < 0 else views.tensor(info, manifest.storages[info.storage])
         for info in manifest.tensors
     ]
     return {

@@ -200,14 +200,14 @@ class TensorInfo:
     """One tensor object.
 
     Attributes:
-        storage: index into `Manifest.storages`; -1 if the bytes are `inline`.
+        storage: index into `Manifest.storages`; -1 if the bytes are `inline`, or if there are none.
         storage_offset: in elements from the start of that storage.
         stride: in elements.
         dtype: torch's name without the prefix, e.g. "bfloat16".
         class_name: qualified name of the tensor's class.
         requires_grad: of a parameter.
         private: engines may write to it, so each clones it instead of mapping it.
-        inline: bytes of a small tensor that lives in host memory beside a device model.
+        inline: bytes of a small tensor that lives in host memory beside a device model, maybe none.
         attributes: what vLLM hung on the tensor, in canonical text.
     """
 

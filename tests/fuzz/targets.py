@@ -65,7 +65,7 @@ from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture, describe_value
 from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, _plain
-from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline
+from vllm_companion_plugin.module_tree.views import ArenaViews, without_storage
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.manifest import (
     ITEM_SIZES,
@@ -286,7 +286,7 @@ def _check_tensors(found: Manifest) -> None:
                 assert first + reach + tensor.itemsize <= storage.offset_bytes + storage.size_bytes
                 assert first % tensor.itemsize == 0
         else:
-            tensor = from_inline(info)
+            tensor = without_storage(info, CPU)
             assert bytes(tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"") or not (
                 info.inline
             )

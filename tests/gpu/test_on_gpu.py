@@ -16,6 +16,7 @@ from tests.process.conftest import Place, alive, place, until
 from tests.process.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.api import tensors_by_name
 from vllm_companion_plugin.arena.layout import CHUNK_BYTES
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
@@ -24,6 +25,7 @@ from vllm_companion_plugin.module_tree.checksum import Summing
 from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import PIECE_BYTES, Stage
 
 __all__ = ["place"]
@@ -184,6 +186,21 @@ def test_a_thousand_attachments_leave_nothing_on_the_gpu_or_beside_it(
     # What allocators keep. 160 bytes a tensor, which PyTorch loses with each array interface, would be 40,000.
     assert late["resident_kb"] <= early["resident_kb"] + 8_000
     assert late["space_kb"] <= early["space_kb"] + 8_000
+
+
+def test_each_tensor_is_where_it_was_with_elements_or_without() -> None:
+    device = torch.device("cuda", 0)
+    model = nn.Linear(8, 8, device=device)
+    model.indices = nn.Parameter(torch.empty((8, 0), dtype=torch.int32, device=device), requires_grad=False)
+    model.on_host = [torch.empty((8, 0)), torch.ones(3)]
+    packed = prepare(capture(model), Stage.PROCESSED, arenas.CUDA_VMM, device)
+    arena = copy(packed, arenas.CUDA_VMM, device, rebind=False, release=lambda: None)
+    manifest = manifest_from_bytes(manifest_to_bytes(packed.manifest))
+    found = tensors_by_name(manifest, ArenaViews(arena, arena.info.size_bytes, device))
+    where = {name: tensor.device.type for name, tensor in found.items()}
+    here = {"weight": "cuda", "bias": "cuda", "indices": "cuda", "on_host[0]": "cpu", "on_host[1]": "cpu"}
+    assert where == here
+    arena.close()
 
 
 def test_what_another_stream_has_not_computed_yet_is_waited_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 import types
@@ -22,7 +23,7 @@ from vllm_companion_plugin.module_tree import pack
 from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
-from vllm_companion_plugin.module_tree.views import ArenaViews, dtype_of
+from vllm_companion_plugin.module_tree.views import ArenaViews, dtype_of, without_storage
 from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
 from vllm_companion_plugin.types import Manifest, Stage
 
@@ -466,3 +467,14 @@ def test_objects_that_cannot_be_looked_into_do_not_stop_the_search() -> None:
     del gone
     (line,) = hidden_tensors(model, Known.of(capture(model)), "cpu")
     assert line.startswith("(3, 3) float32 in ")
+
+
+def test_a_tensor_without_elements_is_on_the_device_of_the_model() -> None:
+    def change(model: Model) -> None:
+        model.indices = nn.Parameter(torch.empty((8, 0), dtype=torch.int32), requires_grad=False)
+
+    _, manifest, arena = published(change=change)
+    (info,) = [info for info in manifest.tensors if info.shape == (8, 0)]
+    assert without_storage(info, torch.device("meta")).is_meta  # which stands for another device
+    assert not without_storage(dataclasses.replace(info, inline=b""), torch.device("meta")).is_meta
+    assert restored(manifest, arena, change=change).indices.shape == (8, 0)

@@ -101,6 +101,7 @@ def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, 
             continue
         tensors[name] = {
             "kind": slot.kind.value,
+            "device": tensor.device.type,
             "dtype": dtype_name(tensor.dtype),
             "shape": list(tensor.shape),
             "stride": list(tensor.stride()),

@@ -106,7 +106,7 @@ def survey(tree: Tree, device: torch.device) -> Packing:
     storages = sorted(by_storage.values(), key=lambda storage: storage.start - storage.stop)
     number = {id(storage): position for position, storage in enumerate(storages)}
     infos = [
-        _describe(tensor, storage, number[id(storage)] if storage else -1)
+        _describe(tensor, storage, number[id(storage)] if storage else -1, device)
         for tensor, storage in zip(tensors, placed, strict=True)
     ]
     modules = tuple(
@@ -163,12 +163,13 @@ def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
     return start, start + (reach + 1) * tensor.element_size()
 
 
-def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int) -> TensorInfo:
+def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int, device: torch.device) -> TensorInfo:
     inline, offset = None, 0
     if storage is None:
         if tensor.numel() and not tensor.is_contiguous():
             raise NotShareableError("a host tensor beside a device model is not contiguous.")
-        inline = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
+        if tensor.device.type != device.type:  # without elements on the device, there are no bytes either
+            inline = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
     else:
         offset, rest = divmod(tensor.data_ptr() - storage.start, tensor.element_size())
         if rest:

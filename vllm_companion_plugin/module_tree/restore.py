@@ -33,7 +33,7 @@ from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, Tre
 from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
 from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
-from vllm_companion_plugin.module_tree.views import ArenaViews, from_inline, view
+from vllm_companion_plugin.module_tree.views import ArenaViews, view, without_storage
 from vllm_companion_plugin.types import Manifest, ModuleInfo, StorageInfo, TensorInfo, TensorKind
 
 
@@ -65,7 +65,7 @@ class Source:
         """Tensor `index` of the manifest. Ties between private tensors survive the cloning."""
         info = self.manifest.tensors[index]
         if info.storage < 0:
-            return from_inline(info)
+            return without_storage(info, self._device)
         storage = self.manifest.storages[info.storage]
         if not (info.private or self._copy):
             return self._views.tensor(info, storage)

@@ -37,34 +37,34 @@ class ArenaViews:
     Args:
         arena: sealed, or still being written; its first block is there.
         size_bytes: of the arena, when it is complete.
-        device: where the arena's memory is.
+        device: where the arena's memory is; an attribute, too.
     """
 
     def __init__(self, arena: Arena | ArenaWriter, size_bytes: int, device: torch.device) -> None:
         self._arena = arena
         self._size_bytes = size_bytes
-        self._device = device
+        self.device = device
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def bytes_at(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A uint8 tensor of `size_bytes` at `offset_bytes`; its storage is exactly that."""
-        empty = torch.empty(0, dtype=torch.uint8, device=self._device)
+        empty = torch.empty(0, dtype=torch.uint8, device=self.device)
         return empty.set_(self._part(offset_bytes, size_bytes))
 
     @functools.cached_property
     def _whole(self) -> torch.UntypedStorage:
         """Of which all others are parts, since PyTorch loses 160 bytes with each array interface that it reads."""
         address, size_bytes = self._arena.address, self._size_bytes
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             buffer: Any = (ctypes.c_ubyte * size_bytes).from_address(address)
             buffer._owner = self._arena
             return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
-        whole = torch.as_tensor(_DeviceBytes(address, size_bytes, self._arena), device=self._device)
+        whole = torch.as_tensor(_DeviceBytes(address, size_bytes, self._arena), device=self.device)
         return whole.untyped_storage()
 
     def tensor(self, info: TensorInfo, storage: StorageInfo) -> torch.Tensor:
         """The tensor that `info` describes, viewing `storage` in the arena."""
-        return view(self._storage(info.storage, storage), info, self._device)
+        return view(self._storage(info.storage, storage), info, self.device)
 
     def addresses(self) -> set[int]:
         """Of the storages made so far."""
@@ -89,11 +89,12 @@ def view(storage: torch.UntypedStorage, info: TensorInfo, device: torch.device) 
     return empty.set_(storage, info.storage_offset, info.shape, info.stride)
 
 
-def from_inline(info: TensorInfo) -> torch.Tensor:
-    """The host tensor whose bytes travel in the manifest."""
+def without_storage(info: TensorInfo, device: torch.device) -> torch.Tensor:
+    """The host tensor whose bytes travel in the manifest, or one without elements on the model's `device`."""
     dtype = dtype_of(info.dtype)
     if not info.inline:
-        return torch.empty_strided(info.shape, info.stride, dtype=dtype, device="cpu")
+        where = device if info.inline is None else torch.device("cpu")
+        return torch.empty_strided(info.shape, info.stride, dtype=dtype, device=where)
     flat = torch.frombuffer(bytearray(info.inline), dtype=dtype)
     return flat.as_strided(info.shape, info.stride)
 

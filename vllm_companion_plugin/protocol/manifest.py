@@ -188,15 +188,15 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
                 raise ManifestError(
                     f"Tensor {index} ({dtype}) is in storage {storage} from byte {starts[storage]}: misaligned."
                 )
-        elif storage != -1 or inline is None:
+        elif storage != -1 or (inline is None and count):
             raise ManifestError(
                 f"Tensor {index} is in storage {storage} of {storage_count}, "
                 f"{'with' if inline is not None else 'without'} inline bytes."
             )
-        elif len(inline) != count * item_size or offset != 0:
+        elif len(inline or b"") != count * item_size or offset != 0:
             raise ManifestError(
                 f"Tensor {index} ({dtype}, shape {shape}) needs {count * item_size} inline bytes from offset 0; "
-                f"it has {len(inline)} and offset {offset}."
+                f"it has {len(inline or b'')} and offset {offset}."
             )
         elif span != count:
             raise ManifestError(f"Tensor {index} ({dtype}, shape {shape}, stride {stride}) is inline with gaps.")
