@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ COMMON = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 512,
 }
-CASE_TIMEOUT_S = 150
+CASE_TIMEOUT_S = 300
 
 
 def flags_of(options: dict[str, object], path: Path) -> list[str]:
@@ -131,10 +131,13 @@ def main() -> None:
     cases = args.only or sorted(name for name, case in models.CASES.items() if case.gpus == args.gpus)
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    rows = []
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda name: verify(name, args.models, args.out, args.tiny), cases):
+        running = [pool.submit(verify, name, args.models, args.out, args.tiny) for name in cases]
+        for done in as_completed(running):
+            row = done.result()
             rows.append(row)
+            rows.sort(key=lambda one: str(one["case"]))
             print({key: row[key] for key in row if key not in ("versions",)}, flush=True)
             version = next((r["versions"]["vllm"] for r in rows if "versions" in r), "none")
             report = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": rows}

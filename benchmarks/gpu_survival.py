@@ -229,8 +229,8 @@ def main() -> int:
             return servers[-1]
 
         try:
-            for _ in range(2):
-                until(start().is_up, 300, "a server is up")
+            for server in [start(), start()]:  # one of them loads
+                until(server.is_up, 300, "a server is up")
             survive(report, servers[:2], start, memory, device, parsed.kills)
             cycle(report, device, parsed.cycles)
         finally:

@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.engine.imports import around_imports
 from vllm_companion_plugin.errors import EngineVersionError, NotShareableError
 from vllm_companion_plugin.module_tree.restore import Strategy
 from vllm_companion_plugin.types import Stage
@@ -242,9 +243,10 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
-            get_model_architecture(model_config)  # imports what the next line looks for
-            with torch.device("meta"), _expert_maps_on_host():
-                model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            with around_imports(lambda: device):  # as in a normal load, where constants of modules are made on it
+                get_model_architecture(model_config)  # imports what the next line looks for
+                with torch.device("meta"), _expert_maps_on_host():
+                    model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             for module in model.modules():
                 if module in layerwise.LAYERWISE_INFO:
                     layerwise.LAYERWISE_INFO[module].restore_device = device

@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.engine import checkpoint, compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.engine.imports import around_imports
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
@@ -48,7 +49,11 @@ def load_and_publish(
         CompanionError: the weights could not be shared and `fallback` is off.
     """
     publisher = _Publisher(decision, settings, vllm_config, model_config)
-    with checkpoint.pinned(model_config, decision.checkpoint), ExitStack() as after_processing:
+    with (
+        checkpoint.pinned(model_config, decision.checkpoint),
+        around_imports(publisher.not_the_model),
+        ExitStack() as after_processing,
+    ):
         _hook_load_weights(source, publisher, after_processing)
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
@@ -71,7 +76,7 @@ class _Publisher:
         self._next_sign = 0.0
         self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
-        self._bytes_before = compat.requested_bytes(decision.device)
+        self._bytes_besides = compat.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._publication.report(Progress(phase, done_bytes, total_bytes))
@@ -83,6 +88,13 @@ class _Publisher:
     def is_bound(self) -> bool:
         """Whether the model views the arena, published or not: nobody may write to it."""
         return self._arena is not None and self._settings.share == "readonly"
+
+    @contextmanager
+    def not_the_model(self) -> Iterator[None]:
+        """What is asked for inside is not to be looked for in the model."""
+        before = compat.requested_bytes(self._decision.device)
+        yield
+        self._bytes_besides += compat.requested_bytes(self._decision.device) - before
 
     def publish(self, model: nn.Module) -> None:
         """Pack and publish `model`; it is bound to the arena afterwards."""
@@ -167,7 +179,7 @@ class _Publisher:
         device = self._decision.device
         if device.stage is not Stage.PROCESSED:
             return list
-        left_over = compat.requested_bytes(device) - self._bytes_before - storage_bytes(tree, device.torch_device.type)
+        left_over = compat.requested_bytes(device) - self._bytes_besides - storage_bytes(tree, device.torch_device.type)
         logger.debug("%d bytes were asked for that are not in the module tree", left_over)
         if not left_over:
             return list

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from vllm_companion_plugin.engine.post_import import when_imported
+from vllm_companion_plugin.engine.imports import when_imported
 
 LOAD_FORMAT = "companion"
 

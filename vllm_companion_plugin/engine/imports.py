@@ -1,7 +1,8 @@
-"""Run a callback just after a module is imported, or now if it is already.
+"""What happens when modules are imported.
 
-Importing vLLM's loader or worker modules costs seconds, and `register()` runs in processes
-that never need them.
+A callback just after one is: importing vLLM's loader or worker modules costs seconds, and
+`register()` runs in processes that never need them. And a context around those that a model
+imports while it is built or loaded: their constants are tensors, and none of the model's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 Callback = Callable[[ModuleType], None]
@@ -60,3 +64,26 @@ class _Loader(importlib.abc.Loader):
         module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
         self._callback(module)
+
+
+@contextmanager
+def around_imports(make: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """While open, modules that this thread imports are executed inside `make()`, each with what it imports in turn."""
+    inner, thread, executing = SourceFileLoader.exec_module, threading.get_ident(), False
+
+    def exec_module(self: SourceFileLoader, module: ModuleType) -> None:
+        nonlocal executing
+        if executing or threading.get_ident() != thread:
+            return inner(self, module)
+        executing = True
+        try:
+            with make():
+                return inner(self, module)
+        finally:
+            executing = False
+
+    SourceFileLoader.exec_module = exec_module  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        SourceFileLoader.exec_module = inner  # type: ignore[method-assign]
