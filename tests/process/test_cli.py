@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -225,6 +226,27 @@ def test_serve_stopped_while_loading_leaves_no_process(place: Place) -> None:
     assert process.wait(5) == 0
     assert time.monotonic() - began < 2
     assert not any(map(alive, pids))
+
+
+def sockets(pid: int) -> int:
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += str(descriptor.readlink()).startswith("socket:")
+    return count
+
+
+def test_serve_stopped_while_another_process_starts_the_companion_is_gone(place: Place) -> None:
+    with open(place.paths.spawn_lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = place.run(*CLI, "serve", "--device", "cpu")
+        until(lambda: sockets(process.pid) >= 2, 20, "it listens for signals")
+        time.sleep(0.5)  # to where it waits for us
+        assert process.poll() is None
+        process.terminate()
+        began = time.monotonic()
+        assert process.wait(5) == 0
+        assert time.monotonic() - began < 2
 
 
 def test_without_a_companion_status_and_stop_say_so(place: Place) -> None:

@@ -83,7 +83,8 @@ class Ward:
         if is_listening(paths):
             return
         # Engines that map its entries, or an upgrade, may be starting one as well.
-        with starting(paths.spawn_lock, f"the companion of {self.device}", paths.log, self._settings):
+        what, pause = f"the companion of {self.device}", lambda seconds: signals.wait(timeout_s=seconds)
+        with starting(paths.spawn_lock, what, paths.log, self._settings, pause=pause):
             if not is_listening(paths):
                 self._children.append(Child(self.device, self._settings))
                 self._children[-1].wait_ready(signals, self._settings.spawn_timeout_s)

@@ -35,6 +35,7 @@ _KEPT_PREFIXES = ("LC_", "PYTHON")
 LOG_TAIL_BYTES = 2000
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.2
+POLL_S = 0.05
 SPAWN_TRIALS = 3
 """Of a companion that ends without a word: it may have been killed."""
 
@@ -132,9 +133,17 @@ def replace_companion(device: str, settings: Settings, end: Callable[[], object]
 
 @contextlib.contextmanager
 def starting(
-    lock_path: str, what: str, log: str, settings: Settings, error: type[CompanionError] = CompanionUnavailableError
+    lock_path: str,
+    what: str,
+    log: str,
+    settings: Settings,
+    error: type[CompanionError] = CompanionUnavailableError,
+    pause: Callable[[float], object] = time.sleep,
 ) -> Iterator[float]:
     """The right to start `what`, which logs to `log`; gives the monotonic time until when.
+
+    Args:
+        pause: lets so many seconds pass; what it raises ends the waiting.
 
     Raises:
         RuntimeDirError: the lock file cannot be opened.
@@ -142,15 +151,18 @@ def starting(
     """
     deadline = time.monotonic() + settings.spawn_timeout_s
     lock = FileLock(lock_path, thread_local=False)
-    try:
-        lock.acquire(timeout=settings.spawn_timeout_s)
-    except Timeout:
-        raise error(
-            f"Waited {settings.spawn_timeout_s:g} s for {owner_text(lock_path)}, which has been starting {what}. "
-            f"Its log: {log}"
-        ) from None
-    except OSError as reason:
-        raise RuntimeDirError(f"Cannot lock {lock_path}: {reason.strerror or reason}.") from reason
+    while not lock.is_locked:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if time.monotonic() > deadline:
+                raise error(
+                    f"Waited {settings.spawn_timeout_s:g} s for {owner_text(lock_path)}, which has been starting "
+                    f"{what}. Its log: {log}"
+                ) from None
+            pause(POLL_S)
+        except OSError as reason:
+            raise RuntimeDirError(f"Cannot lock {lock_path}: {reason.strerror or reason}.") from reason
     try:
         yield deadline
     finally:
