@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from vllm_companion_plugin.companion.selection import Query
-from vllm_companion_plugin.companion.state import (
+from vllm_companion_plugin.companion.entries import (
     FailedEvent,
     GrantedEvent,
     Lease,
     ReadyEvent,
-    Registry,
     RetiredEvent,
-    StoredManifest,
     WaitingEvent,
 )
+from vllm_companion_plugin.companion.manifests import StoredManifest
+from vllm_companion_plugin.companion.selection import Query
+from vllm_companion_plugin.companion.state import Registry
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,

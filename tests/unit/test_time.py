@@ -10,8 +10,9 @@ import time
 import pytest
 
 from vllm_companion_plugin.companion import process
+from vllm_companion_plugin.companion.manifests import StoredManifest
 from vllm_companion_plugin.companion.service import CompanionService
-from vllm_companion_plugin.companion.state import Registry, StoredManifest
+from vllm_companion_plugin.companion.state import Registry
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.settings import resolve

@@ -8,7 +8,6 @@ an abandoned generator would keep its lease until it is collected.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import os
@@ -31,18 +30,18 @@ from vllm_companion_plugin.companion.counters import (
     subject,
 )
 from vllm_companion_plugin.companion.descriptors import check_descriptors, close_aside, memory_is_lost
-from vllm_companion_plugin.companion.selection import Query
-from vllm_companion_plugin.companion.state import (
+from vllm_companion_plugin.companion.entries import (
     Event,
     FailedEvent,
     GrantedEvent,
     Lease,
     ReadyEvent,
-    Registry,
     RetiredEvent,
-    StoredManifest,
     WaitingEvent,
 )
+from vllm_companion_plugin.companion.manifests import IncomingManifest
+from vllm_companion_plugin.companion.selection import Query
+from vllm_companion_plugin.companion.state import Registry
 from vllm_companion_plugin.companion.tickets import Tickets
 from vllm_companion_plugin.errors import (
     BY_CODE,
@@ -58,7 +57,6 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
-from vllm_companion_plugin.protocol.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.protocol.rpc import ERROR_METADATA
 from vllm_companion_plugin.types import MAX_TEXT, PROTOCOL_VERSION, ArenaInfo, CompanionStatus, EntryKey
 
@@ -68,8 +66,6 @@ MAX_WATCHES = 256
 MAX_PUBLICATIONS = 256
 MAX_MANIFESTS_BYTES = 1 << 30
 """Of all manifests, published or on their way."""
-MIN_CHUNK_BYTES = 64 << 10
-"""Of a manifest, but for its last one: many small ones would take many times their size."""
 MAX_ERROR_TEXT = 1500  # gRPC percent-encodes it into metadata, which has 8 KiB
 
 
@@ -110,7 +106,7 @@ class CompanionService:
         self.exits_at_unix_s = 0.0
         self._started_unix_s = time.time()
         self._tokens: dict[bytes, Lease] = {}
-        self._receiving: set[_Receiving] = set()
+        self._receiving: set[IncomingManifest] = set()
         self._watches = 0
         self._wake: dict[int, asyncio.Event] = {}
         self._changed = asyncio.Event()
@@ -279,14 +275,14 @@ class CompanionService:
         async with self._errors(context):
             if len(self._receiving) >= MAX_PUBLICATIONS:
                 raise LimitError(f"The companion receives {MAX_PUBLICATIONS} publications already.")
-            manifest = _Receiving()
+            manifest = IncomingManifest()
             self._receiving.add(manifest)
             try:
                 return await self._publish(requests, manifest)
             finally:
                 self._receiving.discard(manifest)
 
-    async def _publish(self, requests: AsyncIterator[Any], manifest: _Receiving) -> Any:
+    async def _publish(self, requests: AsyncIterator[Any], manifest: IncomingManifest) -> Any:
         lease: Lease | None = None
         async for request in requests:
             step = request.WhichOneof("step")
@@ -316,7 +312,7 @@ class CompanionService:
         if stored + sum(x.size_bytes for x in self._receiving) + size_bytes > MAX_MANIFESTS_BYTES:
             raise LimitError(f"All manifests together would be larger than {MAX_MANIFESTS_BYTES} bytes.")
 
-    def _commit(self, lease: Lease, commit: Any, manifest: _Receiving) -> Any:
+    def _commit(self, lease: Lease, commit: Any, manifest: IncomingManifest) -> Any:
         arena, _ = mapping.arena_from_message(commit.arena)
         stored = manifest.finish(commit)
         # The loader's lease may have ended while chunks were on their way; the registry says so.
@@ -461,33 +457,6 @@ class CompanionService:
                 except OSError as error:
                     logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
         self.registry.close(self._end_error())
-
-
-class _Receiving:
-    """A manifest on its way in: bounded, and hashed as it comes."""
-
-    def __init__(self) -> None:
-        self.size_bytes = 0
-        self._chunks: list[bytes] = []
-        self._hash = hashlib.sha256()
-
-    def add(self, chunk: bytes) -> None:
-        self.size_bytes += len(chunk)
-        if self.size_bytes > MAX_MANIFEST_BYTES:
-            raise BadRequestError(f"The manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
-        if self._chunks and len(self._chunks[-1]) < MIN_CHUNK_BYTES:
-            raise BadRequestError(
-                f"A chunk of a manifest has less than {MIN_CHUNK_BYTES} bytes and is not the last one."
-            )
-        self._hash.update(chunk)
-        self._chunks.append(chunk)
-
-    def finish(self, commit: Any) -> StoredManifest:
-        if self.size_bytes != commit.manifest_bytes or self._hash.digest() != commit.manifest_sha256:
-            raise BadRequestError(
-                f"The manifest arrived damaged: {self.size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
-            )
-        return StoredManifest(tuple(self._chunks), self.size_bytes, self._hash.digest())
 
 
 def _query(message: Any) -> Query:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_companion_plugin.companion.state import Lease
+from vllm_companion_plugin.companion.entries import Lease
 from vllm_companion_plugin.errors import TicketError
 from vllm_companion_plugin.protocol.fd_channel import DEPOSIT, REDEEM, TICKET_BYTES
 
