@@ -189,8 +189,11 @@ def cycle(report: Report, device: str, cycles: int) -> None:
         os.environ, MALLOC_ARENA_MAX="2"
     )  # glibc reserves 64 MiB for a thread now and then, up to a limit
     done = subprocess.run(
-        [sys.executable, "-c", CYCLES, *arguments], stdout=subprocess.PIPE, env=environment, text=True, check=True
+        [sys.executable, "-c", CYCLES, *arguments], stdout=subprocess.PIPE, env=environment, text=True, timeout=300
     )
+    if done.returncode:
+        report.check(f"{cycles} attachments leave nothing", False, f"the client ended with {done.returncode}")
+        return
     before, after, seconds = json.loads(done.stdout)
     grown = {name: after[name] - before[name] for name in after}
     flat = grown["fds"] <= 0 and grown["threads"] <= 0 and grown["resident_kb"] < 4096 and grown["device_kb"] < 4096
@@ -205,7 +208,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--cycles", type=int, default=1000, help="at least 2")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parsed = parser.parse_args()
     parsed.out.mkdir(parents=True, exist_ok=True)
@@ -242,7 +245,14 @@ def main() -> int:
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("vllm", "torch", "vllm-companion-plugin")}
-    written = {"versions": versions, "checks": report.checks, "figures": report.figures}
+    written = {
+        "gpu": torch.cuda.get_device_name() if not tiny else "none",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmarks.gpu_survival " + " ".join(sys.argv[1:]),
+        "versions": versions,
+        "checks": report.checks,
+        "figures": report.figures,
+    }
     (parsed.out / "survival.json").write_text(json.dumps(written) + "\n")
     return int(not all(good for _, good, _ in report.checks))
 

@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +21,10 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
 from tests.unit import test_mapping
+from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.engine import checkpoint, compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.engine.publish import _Publisher
 from vllm_companion_plugin.errors import ManifestError, NotShareableError
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, ensure_private_directory
@@ -283,3 +285,20 @@ def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
     thread.join()
     assert len(set(heard)) >= 3
     assert heard[0] == "waiting for its turn (0 s)"
+
+
+def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = 0
+    monkeypatch.setattr(compat, "requested_bytes", lambda device: asked_for)  # as a GPU's allocator counts
+    device = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
+    decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
+    publisher = _Publisher(decision, resolve(), None, None)
+    module, model, secret = ModuleType("imported"), nn.Linear(2, 2), torch.ones(1)
+    module.USED, module.UNUSED = torch.ones(1), torch.ones(1)  # type: ignore[attr-defined]
+    model.scale, model.run = module.USED, lambda: secret
+    publisher.imported = [module]
+    asked_for = 16 + 8 + 4 + 4
+    assert publisher._search(model, capture(model), [])() == []
+    asked_for += secret.nbytes
+    (hidden,) = publisher._search(model, capture(model), [])()
+    assert hidden.startswith("(1,) float32 in ")

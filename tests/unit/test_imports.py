@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import py_compile
 import sys
 import threading
 from collections.abc import Iterator
@@ -61,6 +62,21 @@ def test_a_module_imported_on_meta_has_its_constants(entered: list[str]) -> None
     assert torch.empty(1).is_meta
 
 
+def test_all_that_was_imported_is_listed(entered: list[str]) -> None:
+    with around_imports() as modules:
+        eps("outer")
+    assert [module.__name__ for module in modules] == ["companion_constants.outer", "companion_constants.inner"]
+    assert entered  # what is open outside of it is entered all the same
+
+
+def test_a_module_without_its_source_is_one_too(entered: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "companion_constants" / "inner.py"
+    py_compile.compile(str(source), str(source.with_suffix(".pyc")))
+    source.unlink()
+    importlib.invalidate_caches()
+    assert not eps("inner").is_meta
+
+
 def test_a_module_that_fails_ends_nothing(entered: list[str]) -> None:
     with pytest.raises(LookupError):
         importlib.import_module("companion_constants.broken")
@@ -81,7 +97,9 @@ def test_afterwards_nothing_is_left(entered: list[str]) -> None:
         pass
     assert not eps("inner").is_meta
     assert entered
-    exec_module = importlib.machinery.SourceFileLoader.exec_module
+    module = sys.modules["companion_constants.inner"]
+    assert type(module.__loader__) is type(module.__spec__.loader) is importlib.machinery.SourceFileLoader
+    finders = list(sys.meta_path)
     with around_imports(lambda: torch.device("cpu")):
-        assert importlib.machinery.SourceFileLoader.exec_module is not exec_module
-    assert importlib.machinery.SourceFileLoader.exec_module is exec_module
+        assert sys.meta_path[1:] == finders
+    assert sys.meta_path == finders

@@ -11,7 +11,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -243,10 +243,15 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
-            with around_imports(lambda: device):  # as in a normal load, where constants of modules are made on it
-                get_model_architecture(model_config)  # imports what the next line looks for
-                with torch.device("meta"), _expert_maps_on_host():
-                    model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            with device:
+                get_model_architecture(model_config)  # imports what the next lines look for
+
+            def where_constants_are() -> AbstractContextManager[object]:
+                """As in a normal load, also for what is imported on the way."""
+                return device if torch.get_default_device().type == "meta" else nullcontext()
+
+            with torch.device("meta"), around_imports(where_constants_are), _expert_maps_on_host():
+                model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             for module in model.modules():
                 if module in layerwise.LAYERWISE_INFO:
                     layerwise.LAYERWISE_INFO[module].restore_device = device

@@ -20,7 +20,7 @@ from vllm_companion_plugin.types import EntryKey, model_name
 CHECKPOINT = "checkpoint"
 """The field that says which files were read; all others say what was made of them."""
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 """Raised when capture or packing changes in a way that an older manifest would fail."""
 
 # Switches that choose kernels or layouts.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def load_and_publish(
     publisher = _Publisher(decision, settings, vllm_config, model_config)
     with (
         checkpoint.pinned(model_config, decision.checkpoint),
-        around_imports(publisher.not_the_model),
+        around_imports() as publisher.imported,
         ExitStack() as after_processing,
     ):
         _hook_load_weights(source, publisher, after_processing)
@@ -63,7 +64,11 @@ def load_and_publish(
 
 
 class _Publisher:
-    """Publishes once, and turns what prevents it into a log line or an error, as configured."""
+    """Publishes once, and turns what prevents it into a log line or an error, as configured.
+
+    Attributes:
+        imported: modules that were imported while the model was loaded; their constants are none of its tensors.
+    """
 
     def __init__(self, decision: Load, settings: Settings, vllm_config: Any, model_config: Any) -> None:
         self._decision = decision
@@ -76,7 +81,8 @@ class _Publisher:
         self._next_sign = 0.0
         self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
-        self._bytes_besides = compat.requested_bytes(decision.device)
+        self.imported: Sequence[ModuleType] = ()
+        self._bytes_before = compat.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._publication.report(Progress(phase, done_bytes, total_bytes))
@@ -88,13 +94,6 @@ class _Publisher:
     def is_bound(self) -> bool:
         """Whether the model views the arena, published or not: nobody may write to it."""
         return self._arena is not None and self._settings.share == "readonly"
-
-    @contextmanager
-    def not_the_model(self) -> Iterator[None]:
-        """What is asked for inside is not to be looked for in the model."""
-        before = compat.requested_bytes(self._decision.device)
-        yield
-        self._bytes_besides += compat.requested_bytes(self._decision.device) - before
 
     def publish(self, model: nn.Module) -> None:
         """Pack and publish `model`; it is bound to the arena afterwards."""
@@ -179,7 +178,9 @@ class _Publisher:
         device = self._decision.device
         if device.stage is not Stage.PROCESSED:
             return list
-        left_over = compat.requested_bytes(device) - self._bytes_besides - storage_bytes(tree, device.torch_device.type)
+        constants = [value for module in self.imported for value in list(vars(module).values())]
+        asked_for = compat.requested_bytes(device) - self._bytes_before
+        left_over = asked_for - storage_bytes(tree, device.torch_device.type, besides=constants)
         logger.debug("%d bytes were asked for that are not in the module tree", left_over)
         if not left_over:
             return list

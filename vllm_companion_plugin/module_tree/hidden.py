@@ -9,6 +9,7 @@ of memory that `capture` has found; `Restorer.finish` refuses a model that keeps
 from __future__ import annotations
 
 import gc
+import itertools
 import types
 from collections import OrderedDict
 from collections.abc import Container, Iterable
@@ -27,9 +28,11 @@ _WITHOUT_PARTS = frozenset(_NOT_PARTS)
 _CONTAINERS = frozenset((dict, list, tuple, set, OrderedDict))
 
 
-def storage_bytes(tree: Tree, device_type: str) -> int:
-    """Bytes of all storages under the tensors of `tree` on such a device, each counted once."""
-    storages = (slot.tensor.untyped_storage() for slot in tree.slots() if slot.tensor.device.type == device_type)
+def storage_bytes(tree: Tree, device_type: str, *, besides: Iterable[object] = ()) -> int:
+    """Bytes of all storages on such a device under the tensors of `tree` and those `besides`, each counted once."""
+    plain = (value for value in besides if type(value) is torch.Tensor and value.layout is torch.strided)
+    tensors = itertools.chain((slot.tensor for slot in tree.slots()), plain)
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device_type)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
