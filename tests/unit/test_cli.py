@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from vllm_companion_plugin.cli import doctor, look, main, table
+from vllm_companion_plugin.cli import doctor, look, main, serve, table
+from vllm_companion_plugin.cli.children import Signals
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
 from vllm_companion_plugin.companion.process import InstanceLock
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.settings import TABLE, resolve
 from vllm_companion_plugin.types import (
@@ -307,3 +309,29 @@ def test_stop_waits_by_the_lock_for_a_companion_of_another_container(
         look.shut_down(connection)
     lock.release()
     look.shut_down(connection)
+
+
+class FakeWard:
+    """A companion that ends and starts as the test says."""
+
+    def __init__(self, device: str, start: Callable[[Signals], None]) -> None:
+        self.device, self.pid, self.ended = device, 1, False
+        self.error: CompanionError | None = CompanionUnavailableError("killed")
+        self.start = start
+
+
+@pytest.mark.timeout(20)
+def test_serve_follows_a_companion_that_ends_while_another_one_is_started() -> None:
+    def start_first(signals: Signals) -> None:
+        first.ended, second.ended = False, True
+        signals.wake()
+        signals.wait(timeout_s=1)  # for the lock, and hears what was meant for all
+
+    def start_second(signals: Signals) -> None:
+        first.ended, first.error, second.error = True, None, None  # both are stopped
+
+    first, second = FakeWard("a", start_first), FakeWard("b", start_second)
+    first.ended = True
+    wards: Any = [first, second]
+    with Signals() as signals:
+        assert serve._supervise(wards, signals) == 0

@@ -293,11 +293,15 @@ def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monke
     device = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
     decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
     publisher = _Publisher(decision, resolve(), None, None)
-    module, model, secret = ModuleType("imported"), nn.Linear(2, 2), torch.ones(1)
-    module.USED, module.UNUSED = torch.ones(1), torch.ones(1)  # type: ignore[attr-defined]
+    module, old, model, secret = ModuleType("new"), torch.ones(1), nn.Linear(2, 2), torch.ones(1)
+    with publisher.importing(module):
+        module.USED, module.UNUSED = torch.ones(1), torch.ones(1)  # type: ignore[attr-defined]
+        asked_for += 8
+    with publisher.importing(other := ModuleType("other")):
+        other.OLD = old  # type: ignore[attr-defined]
+    module.LATER = torch.ones(1)  # type: ignore[attr-defined]
     model.scale, model.run = module.USED, lambda: secret
-    publisher.imported = [module]
-    asked_for = 16 + 8 + 4 + 4
+    asked_for += 16 + 8
     assert publisher._search(model, capture(model), [])() == []
     asked_for += secret.nbytes
     (hidden,) = publisher._search(model, capture(model), [])()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import py_compile
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from vllm_companion_plugin.engine import imports
 from vllm_companion_plugin.engine.imports import around_imports
 
 pytestmark = pytest.mark.core
@@ -37,8 +40,8 @@ def entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
     found: list[str] = []
 
     @contextmanager
-    def apart() -> Iterator[None]:
-        found.append("entered")
+    def apart(module: ModuleType) -> Iterator[None]:
+        found.append(module.__name__.split(".")[-1])
         with torch.device("cpu"):
             yield
 
@@ -58,15 +61,20 @@ def eps(name: str) -> torch.Tensor:
 def test_a_module_imported_on_meta_has_its_constants(entered: list[str]) -> None:
     assert not eps("outer").is_meta
     assert not eps("inner").is_meta
-    assert entered == ["entered"]
+    assert entered == ["outer", "inner"]
     assert torch.empty(1).is_meta
 
 
-def test_all_that_was_imported_is_listed(entered: list[str]) -> None:
-    with around_imports() as modules:
-        eps("outer")
-    assert [module.__name__ for module in modules] == ["companion_constants.outer", "companion_constants.inner"]
-    assert entered  # what is open outside of it is entered all the same
+def test_a_module_that_no_finder_finds_is_one_too(entered: list[str]) -> None:
+    """Transformers imports a model's own code so."""
+    path = Path(sys.modules["companion_constants"].__path__[0]) / "inner.py"
+    spec = importlib.util.spec_from_file_location("companion_constants.inner", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert entered == ["inner"]
+    assert not module.EPS.is_meta
 
 
 def test_a_module_without_its_source_is_one_too(entered: list[str], tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_a_module_that_fails_ends_nothing(entered: list[str]) -> None:
     with pytest.raises(LookupError):
         importlib.import_module("companion_constants.broken")
     assert not eps("inner").is_meta
-    assert entered == ["entered", "entered"]
+    assert entered == ["broken", "inner"]
 
 
 def test_another_thread_imports_as_it_would(entered: list[str]) -> None:
@@ -92,14 +100,19 @@ def test_another_thread_imports_as_it_would(entered: list[str]) -> None:
     assert not eps("elsewhere").is_meta  # it had no device chosen
 
 
-def test_afterwards_nothing_is_left(entered: list[str]) -> None:
-    with around_imports(lambda: torch.device("cpu")):
+def test_what_is_open_outside_is_entered_first_and_closed_last(entered: list[str]) -> None:
+    with around_imports(lambda module: torch.device("meta")):
+        assert eps("inner").is_meta
+    assert entered == ["inner"]
+    assert not eps("elsewhere").is_meta
+
+
+def test_afterwards_nothing_is_around() -> None:
+    imports._install()
+    exec_module = importlib.machinery.SourceFileLoader.exec_module
+    with around_imports(lambda module: nullcontext()):
         pass
-    assert not eps("inner").is_meta
-    assert entered
-    module = sys.modules["companion_constants.inner"]
-    assert type(module.__loader__) is type(module.__spec__.loader) is importlib.machinery.SourceFileLoader
-    finders = list(sys.meta_path)
-    with around_imports(lambda: torch.device("cpu")):
-        assert sys.meta_path[1:] == finders
-    assert sys.meta_path == finders
+    with pytest.raises(LookupError), around_imports(lambda module: nullcontext()):
+        raise LookupError
+    assert imports._contexts() == ()
+    assert importlib.machinery.SourceFileLoader.exec_module is exec_module

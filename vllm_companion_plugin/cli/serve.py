@@ -131,7 +131,7 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
 def _supervise(wards: list[Ward], signals: Signals) -> int:
     """Until all companions were stopped; at once if every one is another `serve`'s. Those that die are followed."""
     while wards:
-        again = False
+        failed = []
         for ward in [ward for ward in wards if ward.ended]:
             if ward.error is None:
                 wards.remove(ward)
@@ -145,7 +145,7 @@ def _supervise(wards: list[Ward], signals: Signals) -> int:
                     if len(wards) == 1:
                         raise
                     print(f"vllm-companion: error: {error} Trying again.", file=sys.stderr, flush=True)
-                    again = True  # the other devices go on
+                    failed.append(ward)  # the other devices go on
                     continue
                 print(
                     f"The companion of {ward.device} (pid {before}) {how}; it is now pid {ward.pid}.",
@@ -154,6 +154,7 @@ def _supervise(wards: list[Ward], signals: Signals) -> int:
                 )
             else:
                 raise ward.error
-        if wards:
-            signals.wait(timeout_s=RETRY_S if again else None)
+        # One that ended meanwhile has woken somebody else, who waited for a lock or a child.
+        if wards and not any(ward.ended and ward not in failed for ward in wards):
+            signals.wait(timeout_s=RETRY_S if failed else None)
     return 0

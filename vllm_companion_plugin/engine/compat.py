@@ -246,7 +246,7 @@ def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torc
             with device:
                 get_model_architecture(model_config)  # imports what the next lines look for
 
-            def where_constants_are() -> AbstractContextManager[object]:
+            def where_constants_are(module: types.ModuleType) -> AbstractContextManager[object]:
                 """As in a normal load, also for what is imported on the way."""
                 return device if torch.get_default_device().type == "meta" else nullcontext()
 

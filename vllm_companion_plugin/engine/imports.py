@@ -7,16 +7,18 @@ imports while it is built: their constants are tensors, too, but none of the mod
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
 
 Callback = Callable[[ModuleType], None]
+Around = Callable[[ModuleType], AbstractContextManager[object]]
 
 
 def when_imported(name: str, callback: Callback) -> None:
@@ -30,19 +32,14 @@ def when_imported(name: str, callback: Callback) -> None:
 
 
 @contextmanager
-def around_imports(
-    make: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> Iterator[list[ModuleType]]:
-    """While open, modules that this thread imports are executed inside `make()`; the list of them, which grows.
-
-    What such a module imports in turn is executed inside the same context.
-    """
-    finder = _Surrounder(make)
-    sys.meta_path.insert(0, finder)
+def around_imports(around: Around) -> Iterator[None]:
+    """While open, each Python module that this thread executes is executed inside `around(module)`."""
+    _install()
+    _open.contexts = (*_contexts(), around)
     try:
-        yield finder.modules
+        yield
     finally:
-        sys.meta_path.remove(finder)
+        _open.contexts = _contexts()[:-1]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -60,61 +57,16 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._then)
+            spec.loader = _Loader(spec.loader, self._callback)
         return spec
-
-    @contextmanager
-    def _then(self, module: ModuleType) -> Iterator[None]:
-        yield
-        self._callback(module)
-
-
-class _Surrounder(importlib.abc.MetaPathFinder):
-    """Finds what the finders after it find."""
-
-    def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
-        self.modules: list[ModuleType] = []
-        self._make = make
-        self._thread = threading.get_ident()
-        self._executing = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if threading.get_ident() != self._thread:
-            return None
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            find = getattr(finder, "find_spec", None)
-            spec: importlib.machinery.ModuleSpec | None = find(fullname, path, target) if find is not None else None
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):  # a namespace has no loader
-                    assert spec.loader is not None
-                    spec.loader = _Loader(spec.loader, self._around)
-                return spec
-        return None
-
-    @contextmanager
-    def _around(self, module: ModuleType) -> Iterator[None]:
-        self.modules.append(module)
-        if self._executing:
-            yield
-            return
-        self._executing = True
-        try:
-            with self._make():
-                yield
-        finally:
-            self._executing = False
 
 
 class _Loader(importlib.abc.Loader):
-    """Executes the module as its own loader would, with something around it."""
+    """Executes the module as its own loader would, then calls back."""
 
-    def __init__(
-        self, inner: importlib.abc.Loader, around: Callable[[ModuleType], AbstractContextManager[object]]
-    ) -> None:
+    def __init__(self, inner: importlib.abc.Loader, callback: Callback) -> None:
         self._inner = inner
-        self._around = around
+        self._callback = callback
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
@@ -122,5 +74,32 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
-        with self._around(module):
-            self._inner.exec_module(module)
+        self._inner.exec_module(module)
+        self._callback(module)
+
+
+_open = threading.local()
+
+
+def _contexts() -> tuple[Around, ...]:
+    """What this thread has open, the outermost first."""
+    contexts: tuple[Around, ...] = getattr(_open, "contexts", ())
+    return contexts
+
+
+@functools.cache
+def _install() -> None:
+    """Not a finder: `trust_remote_code` imports without any. It stays, as other threads may be importing."""
+    for cls in (importlib.machinery.SourceFileLoader, importlib.machinery.SourcelessFileLoader):
+        cls.exec_module = _surrounded(cls.exec_module)  # type: ignore[method-assign]
+
+
+def _surrounded(inner: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inner)
+    def exec_module(self: object, module: ModuleType) -> None:
+        with ExitStack() as stack:
+            for around in _contexts():
+                stack.enter_context(around(module))
+            inner(self, module)
+
+    return exec_module

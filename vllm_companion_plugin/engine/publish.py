@@ -52,7 +52,7 @@ def load_and_publish(
     publisher = _Publisher(decision, settings, vllm_config, model_config)
     with (
         checkpoint.pinned(model_config, decision.checkpoint),
-        around_imports() as publisher.imported,
+        around_imports(publisher.importing),
         ExitStack() as after_processing,
     ):
         _hook_load_weights(source, publisher, after_processing)
@@ -64,11 +64,7 @@ def load_and_publish(
 
 
 class _Publisher:
-    """Publishes once, and turns what prevents it into a log line or an error, as configured.
-
-    Attributes:
-        imported: modules that were imported while the model was loaded; their constants are none of its tensors.
-    """
+    """Publishes once, and turns what prevents it into a log line or an error, as configured."""
 
     def __init__(self, decision: Load, settings: Settings, vllm_config: Any, model_config: Any) -> None:
         self._decision = decision
@@ -81,7 +77,7 @@ class _Publisher:
         self._next_sign = 0.0
         self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
-        self.imported: Sequence[ModuleType] = ()
+        self._constants: list[torch.Tensor] = []
         self._bytes_before = compat.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -94,6 +90,24 @@ class _Publisher:
     def is_bound(self) -> bool:
         """Whether the model views the arena, published or not: nobody may write to it."""
         return self._arena is not None and self._settings.share == "readonly"
+
+    @contextmanager
+    def importing(self, module: ModuleType) -> Iterator[None]:
+        """While open, `module` is executed. The constants that it makes are none of the model's tensors."""
+        device = self._decision.device
+        before = compat.requested_bytes(device)
+        yield
+        known = set(map(id, self._constants))
+        found = [
+            value
+            for value in list(vars(module).values())
+            if type(value) is torch.Tensor
+            and value.layout is torch.strided
+            and id(value) not in known
+            and value.device.type == device.torch_device.type
+        ]
+        if found and sum(value.nbytes for value in found) <= compat.requested_bytes(device) - before:
+            self._constants += found  # else some are of somebody else, and of before
 
     def publish(self, model: nn.Module) -> None:
         """Pack and publish `model`; it is bound to the arena afterwards."""
@@ -178,9 +192,8 @@ class _Publisher:
         device = self._decision.device
         if device.stage is not Stage.PROCESSED:
             return list
-        constants = [value for module in self.imported for value in list(vars(module).values())]
         asked_for = compat.requested_bytes(device) - self._bytes_before
-        left_over = asked_for - storage_bytes(tree, device.torch_device.type, besides=constants)
+        left_over = asked_for - storage_bytes(tree, device.torch_device.type, besides=self._constants)
         logger.debug("%d bytes were asked for that are not in the module tree", left_over)
         if not left_over:
             return list

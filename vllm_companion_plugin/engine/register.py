@@ -54,7 +54,8 @@ def _watch_load_format(module: ModuleType) -> None:
         wanted, settings = self.load_format, self.model_loader_extra_config
         config = inner(self, *args, **kwargs)
         used = config.load_config.load_format
-        if wanted == LOAD_FORMAT != used:
+        if str(wanted).lower() == LOAD_FORMAT != used:
+            self.load_format = wanted  # it is replaced here as well, and we may be asked again
             reason = f"this version of vLLM loads such models with --load-format {used}, whatever is asked for."
             if not resolve_extra_config(settings).fallback:
                 raise NotShareableError(f"{self.model}: {reason}")

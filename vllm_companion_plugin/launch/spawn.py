@@ -151,18 +151,19 @@ def starting(
     """
     deadline = time.monotonic() + settings.spawn_timeout_s
     lock = FileLock(lock_path, thread_local=False)
-    while not lock.is_locked:
+    while True:
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            if time.monotonic() > deadline:
-                raise error(
-                    f"Waited {settings.spawn_timeout_s:g} s for {owner_text(lock_path)}, which has been starting "
-                    f"{what}. Its log: {log}"
-                ) from None
-            pause(POLL_S)
+            with contextlib.suppress(Timeout):
+                lock.acquire(blocking=False)
+                break
         except OSError as reason:
             raise RuntimeDirError(f"Cannot lock {lock_path}: {reason.strerror or reason}.") from reason
+        if time.monotonic() > deadline:
+            raise error(
+                f"Waited {settings.spawn_timeout_s:g} s for {owner_text(lock_path)}, which has been starting {what}. "
+                f"Its log: {log}"
+            )
+        pause(POLL_S)
     try:
         yield deadline
     finally:

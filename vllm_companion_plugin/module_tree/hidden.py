@@ -28,10 +28,9 @@ _WITHOUT_PARTS = frozenset(_NOT_PARTS)
 _CONTAINERS = frozenset((dict, list, tuple, set, OrderedDict))
 
 
-def storage_bytes(tree: Tree, device_type: str, *, besides: Iterable[object] = ()) -> int:
+def storage_bytes(tree: Tree, device_type: str, *, besides: Iterable[torch.Tensor] = ()) -> int:
     """Bytes of all storages on such a device under the tensors of `tree` and those `besides`, each counted once."""
-    plain = (value for value in besides if type(value) is torch.Tensor and value.layout is torch.strided)
-    tensors = itertools.chain((slot.tensor for slot in tree.slots()), plain)
+    tensors = itertools.chain((slot.tensor for slot in tree.slots()), besides)
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device_type)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
