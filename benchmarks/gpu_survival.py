@@ -185,9 +185,7 @@ def cycle(report: Report, device: str, cycles: int) -> None:
     entry = entry_now(device)
     assert entry is not None
     arguments = [device, entry.key.model, str(cycles), str(min(100, cycles // 2))]
-    environment = dict(
-        os.environ, MALLOC_ARENA_MAX="2"
-    )  # glibc reserves 64 MiB for a thread now and then, up to a limit
+    environment = dict(os.environ, MALLOC_ARENA_MAX="2")  # or glibc reserves 64 MiB for a thread now and then
     done = subprocess.run(
         [sys.executable, "-c", CYCLES, *arguments], stdout=subprocess.PIPE, env=environment, text=True, timeout=300
     )

@@ -106,11 +106,13 @@ class Place:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
-            process.communicate(timeout=10)
         pid = self.companion_pid()
-        if pid and alive(pid) and b"vllm_companion_plugin" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        left = pid and alive(pid) and b"vllm_companion_plugin" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if left:
             os.kill(pid, signal.SIGKILL)
-            until(lambda: not alive(pid), 5, "the companion is gone")
+        for process in self.processes:  # whose children may have their pipes, if a test failed
+            process.communicate(timeout=10)
+        until(lambda: not left or not alive(pid), 5, "the companion is gone")
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int, devic
     if storage is None:
         if tensor.numel() and not tensor.is_contiguous():
             raise NotShareableError("a host tensor beside a device model is not contiguous.")
-        if tensor.device.type != device.type:  # without elements on the device, there are no bytes either
+        if tensor.device.type != device.type:  # else it has no elements, and no bytes
             inline = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
     else:
         offset, rest = divmod(tensor.data_ptr() - storage.start, tensor.element_size())
