@@ -56,6 +56,7 @@ def publish(place: Place, tensors: int, undo: ExitStack) -> None:
 def test_a_thousand_attachments_leave_nothing_behind_in_client_or_companion(place: Place) -> None:
     with ExitStack() as undo:
         publish(place, 400, undo)
+        at_once(place, 16)  # gRPC's pool has been as large as it gets, and glibc keeps the stacks of its threads
         place.environment["MALLOC_ARENA_MAX"] = "2"  # or glibc reserves 64 MiB for a thread now and then
         child = place.run(CHILD, "many", str(CYCLES), str(place.companion_pid()))
         out, err = child.communicate(timeout=150)
@@ -63,14 +64,12 @@ def test_a_thousand_attachments_leave_nothing_behind_in_client_or_companion(plac
         early, late, threads = json.loads(out)
     print(early, late, threads)
     for who in ("client", "companion"):
-        assert late[who]["fds"] <= early[who]["fds"], (who, early, late)
-        # gRPC's pool has a thread more or less from second to second, with a stack of 8 MiB.
-        more = max(0, late[who]["threads"] - early[who]["threads"])
-        assert more <= 2, (who, early, late)
+        for what in ("fds", "threads"):
+            assert late[who][what] <= early[who][what], (who, what, early, late)
         # What allocators keep; a leaked arena, manifest, thread or stream would be a hundred times more.
         assert late[who]["maps"] <= early[who]["maps"] + 8, (who, early, late)
         assert late[who]["resident_kb"] <= early[who]["resident_kb"] + 4_000, (who, early, late)
-        assert late[who]["space_kb"] <= early[who]["space_kb"] + 4_000 + more * 8_200, (who, early, late)
+        assert late[who]["space_kb"] <= early[who]["space_kb"] + 4_000, (who, early, late)
 
 
 @pytest.mark.alone
