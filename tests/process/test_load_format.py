@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +27,10 @@ def replacing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """vLLM lets its loggers pass nothing on, once it has set them up."""
-    logger = logging.getLogger("vllm.companion")
+    """vLLM sets its loggers up when it is imported: they lose their handlers then, and pass nothing on."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.companion")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
