@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_matrix --out DIR [--only CASE ...] [--jobs N] [--tiny]
 
-Makes the checkpoints itself. Writes DIR/matrix-<vllm version>.json and .md; exits with 1 if a row is different.
+Makes the checkpoints itself, and removes each after its row. Writes DIR/matrix-<vllm version>.json and .md; exits with
+1 if a row is different.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,6 +97,15 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     }
 
 
+def row_of(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
+    """`verify`, and room for the next checkpoint."""
+    try:
+        return verify(name, root, out, tiny)
+    finally:
+        for path in (root / name, root / f"{name}-draft"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def reason(log: str) -> str:
     """Which engine failed, and the first exception that it printed, with the line that raised it."""
     lines = [line.split("] ", 1)[-1].strip() for line in log.splitlines()]
@@ -133,7 +144,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = [pool.submit(verify, name, args.models, args.out, args.tiny) for name in cases]
+        running = [pool.submit(row_of, name, args.models, args.out, args.tiny) for name in cases]
         for done in as_completed(running):
             row = done.result()
             rows.append(row)

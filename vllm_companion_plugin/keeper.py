@@ -181,11 +181,11 @@ def _keep(paths: DevicePaths, ready_fd: int | None) -> None:
 
 def _listen(paths: DevicePaths) -> socket.socket:
     """The socket where we are asked, once the device has let us in."""
-    from vllm_companion_plugin.arena.cuda_driver import ensure_context
+    from vllm_companion_plugin.arena.cuda_driver import primary_context
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor stays open for every allocation
-    ensure_context(0)
+    primary_context(0)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Whoever starts us holds the lock and has found that nobody listens here.
     with contextlib.suppress(FileNotFoundError):

@@ -18,20 +18,20 @@ from vllm_companion_plugin.settings import resolve
 class Memory:
     """One arena kind, with the means to put bytes into its memory and to read them back."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, index: int = 0) -> None:
         self.kind = kind
-        self.index = None if kind == arenas.MEMFD else 0
+        self.index = None if kind == arenas.MEMFD else index
         self.page = arenas.granularity(kind, self.index)
         self._kept: list[Any] = []
 
     def create(self, size_bytes: int) -> arenas.ArenaWriter:
         return arenas.create(self.kind, size_bytes, self.index, self._keeper)
 
-    @staticmethod
-    def _keeper(size_bytes: int) -> int:
-        from vllm_companion_plugin.arena.cuda_driver import device_uuids
+    def _keeper(self, size_bytes: int) -> int:
+        from vllm_companion_plugin.arena.cuda_driver import device_uuid
 
-        return allocate(device_uuids()[0], size_bytes, resolve())
+        assert self.index is not None
+        return allocate(device_uuid(self.index), size_bytes, resolve())
 
     def source(self, content: bytes) -> int:
         """Address of `content` in this kind of memory."""
@@ -40,7 +40,7 @@ class Memory:
             return ctypes.addressof(self._kept[-1])
         import torch
 
-        self._kept.append(torch.frombuffer(bytearray(content), dtype=torch.uint8).cuda())
+        self._kept.append(torch.frombuffer(bytearray(content), dtype=torch.uint8).cuda(self.index))
         return int(self._kept[-1].data_ptr())
 
     def read(self, arena: arenas.Arena, offset: int, size: int) -> bytes:
@@ -51,7 +51,10 @@ class Memory:
         from vllm_companion_plugin.module_tree.views import ArenaViews
 
         return bytes(
-            ArenaViews(arena, arena.info.size_bytes, torch.device("cuda", 0)).bytes_at(offset, size).cpu().numpy()
+            ArenaViews(arena, arena.info.size_bytes, torch.device("cuda", self.index))
+            .bytes_at(offset, size)
+            .cpu()
+            .numpy()
         )
 
     def filled(self, *contents: bytes) -> arenas.Arena:

@@ -8,6 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -207,6 +210,44 @@ def test_closing_and_aborting_return_every_descriptor(memory: Memory) -> None:
         writer.abort()
         writer.abort()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [arenas.CUDA_VMM, arenas.CUDA_IPC])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_thread_of_no_device_makes_maps_and_closes_an_arena_and_waits_for_its_device(kind: str, index: int) -> None:
+    """A new thread has no CUDA context; another GPU than the arena's would do as much harm."""
+    import torch
+
+    if index >= torch.cuda.device_count():
+        pytest.skip("one GPU")
+
+    def in_new_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(function, *arguments).result()
+
+    memory = Memory(kind, index)
+    source = memory.source(b"weights")
+    busy = torch.cuda.Stream(index)
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(1)
+    busy.synchronize()
+
+    def make() -> arenas.Arena:
+        writer = memory.create(memory.page)
+        writer.add_block(memory.page)
+        writer.write(0, source, 7)
+        return writer.seal()
+
+    arena = in_new_thread(make)
+    again = in_new_thread(arenas.open_arena, arena.info, duplicates(arena), index)
+    assert memory.read(arena, 0, 7) == memory.read(again, 0, 7) == b"weights"
+    for opened in (again, arena):
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(1 << 30)  # half a second, as of a kernel that reads
+        assert not busy.query()
+        in_new_thread(opened.close)
+        assert busy.query()
 
 
 @pytest.mark.gpu

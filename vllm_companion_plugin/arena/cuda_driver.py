@@ -1,10 +1,11 @@
 """Driver calls that every kind of device memory needs.
 
-Calls run in the current context of the calling thread, or in the device's primary one if there is none.
+A thread has no context at first, or that of another GPU, so what depends on one runs inside of `primary_context`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from cuda.bindings import driver
@@ -21,14 +22,31 @@ def call(what: str, result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def ensure_context(device_index: int) -> Any:
-    """Make sure that this thread has a context; the device."""
-    call("cuInit", driver.cuInit(0))
-    device = call("cuDeviceGet", driver.cuDeviceGet(device_index))
-    if int(call("cuCtxGetCurrent", driver.cuCtxGetCurrent())) == 0:
-        context = call("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
-        call("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
-    return device
+class PrimaryContext:
+    """The context of a device that PyTorch uses, too: inside of `with` it is this thread's current one.
+
+    It stays until the process ends, as PyTorch's does.
+
+    Raises:
+        ArenaError: no such device, or no memory for a context.
+    """
+
+    def __init__(self, device_index: int) -> None:
+        call("cuInit", driver.cuInit(0))
+        self.device = call("cuDeviceGet", driver.cuDeviceGet(device_index))
+        self._context = call("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(self.device))
+
+    def __enter__(self) -> None:
+        call("cuCtxPushCurrent", driver.cuCtxPushCurrent(self._context))
+
+    def __exit__(self, *_: object) -> None:
+        driver.cuCtxPopCurrent()
+
+
+@functools.cache
+def primary_context(device_index: int) -> PrimaryContext:
+    """That of a visible device, made at the first call. Raises as `PrimaryContext`."""
+    return PrimaryContext(device_index)
 
 
 def device_uuid(device_index: int) -> str:
@@ -59,10 +77,10 @@ def device_uuids() -> list[str]:
 
 
 def copy_to_device(target_address: int, source_address: int, size_bytes: int) -> None:
-    """Start a copy within the device, ordered behind PyTorch's default stream."""
+    """Start a copy within the current device, ordered behind PyTorch's default stream."""
     call("Copying weights", driver.cuMemcpyDtoDAsync(target_address, source_address, size_bytes, 0))
 
 
 def wait_for_copies() -> None:
-    """Return once all copies so far have landed."""
+    """Return once all copies so far within the current device have landed."""
     call("Copying weights", driver.cuStreamSynchronize(0))

@@ -8,13 +8,14 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
 from cuda.bindings import driver
 
 from vllm_companion_plugin.arena import ipc_tag
-from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, ensure_context, wait_for_copies
+from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, primary_context, wait_for_copies
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
 
@@ -26,19 +27,20 @@ _LAZY_PEER_ACCESS = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 def allocate(size_bytes: int) -> tuple[int, bytes]:
     """Address and handle of a new allocation on device 0, which is this process's until `free`."""
-    ensure_context(0)
-    address = int(call(f"Allocating {size_bytes} bytes", driver.cuMemAlloc(size_bytes)))
-    try:
-        handle = call("Exporting memory", driver.cuIpcGetMemHandle(address))
-    except ArenaError:
-        free(address)
-        raise
+    with primary_context(0):
+        address = int(call(f"Allocating {size_bytes} bytes", driver.cuMemAlloc(size_bytes)))
+        try:
+            handle = call("Exporting memory", driver.cuIpcGetMemHandle(address))
+        except ArenaError:
+            free(address)
+            raise
     return address, bytes(handle.reserved)
 
 
 def free(address: int) -> None:
     """End an allocation that nobody has open: its tag ends only after the last mapping."""
-    call("Freeing memory", driver.cuMemFree(address))
+    with primary_context(0):
+        call("Freeing memory", driver.cuMemFree(address))
 
 
 class CudaIpcArena:
@@ -54,11 +56,12 @@ class CudaIpcArena:
             tag = ipc_tag.read(fds[0])
             if tag.size_bytes != info.size_bytes:
                 raise ArenaError(f"The arena should have {info.size_bytes} bytes; its memory has {tag.size_bytes}.")
-            ensure_context(device_index)
+            self._context = primary_context(device_index)
             handle = driver.CUipcMemHandle()
             handle.reserved = tag.handle
             what = f"Opening memory of the keeper (pid {tag.keeper_pid}; has it ended?)"
-            self._address = int(call(what, driver.cuIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
+            with self._context:
+                self._address = int(call(what, driver.cuIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
         except BaseException:
             self.close()
             raise
@@ -72,9 +75,11 @@ class CudaIpcArena:
         return self._fds
 
     def close(self) -> None:
+        """Unmap it. Kernels that use it must be done: synchronizes first."""
         if self._address:
-            driver.cuCtxSynchronize()
-            driver.cuIpcCloseMemHandle(self._address)
+            with contextlib.suppress(ArenaError), self._context:  # a driver that has ended has nothing mapped
+                driver.cuCtxSynchronize()
+                driver.cuIpcCloseMemHandle(self._address)
         for fd in self._fds:
             os.close(fd)
         self._address, self._fds = 0, ()
@@ -88,6 +93,7 @@ class CudaIpcWriter:
     """
 
     def __init__(self, size_bytes: int, device_index: int, allocate: Callable[[int], int]) -> None:
+        self._context = primary_context(device_index)
         info = ArenaInfo("cuda_ipc", (size_bytes,))
         self._arena: CudaIpcArena | None = CudaIpcArena(info, [allocate(size_bytes)], device_index)
         self._free_bytes = size_bytes
@@ -103,10 +109,12 @@ class CudaIpcWriter:
         self._free_bytes -= size_bytes
 
     def write(self, offset_bytes: int, source_address: int, size_bytes: int) -> None:
-        copy_to_device(self.address + offset_bytes, source_address, size_bytes)
+        with self._context:
+            copy_to_device(self.address + offset_bytes, source_address, size_bytes)
 
     def flush(self) -> None:
-        wait_for_copies()
+        with self._context:
+            wait_for_copies()
 
     def seal(self) -> CudaIpcArena:
         self.flush()

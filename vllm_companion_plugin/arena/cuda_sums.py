@@ -14,7 +14,7 @@ from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
-from vllm_companion_plugin.arena.cuda_driver import call, ensure_context
+from vllm_companion_plugin.arena.cuda_driver import call, primary_context
 from vllm_companion_plugin.errors import ArenaError
 
 THREADS = 256
@@ -65,7 +65,7 @@ def launch(device_index: int, piece_rows: int, address: int, rows: int, sums_add
     """Start to add up pieces of memory, in the order of `stream`.
 
     Args:
-        device_index: of the memory; its context must be current, as it must be for `compiled`.
+        device_index: of the memory; its context must be current.
         piece_rows: rows of 4 KiB in a piece, a multiple of `ROWS_A_BLOCK`.
         address: of the first piece, which begins at a multiple of 16 bytes.
         rows: in all; the last piece may have fewer.
@@ -88,10 +88,10 @@ def compiled(device_index: int, piece_rows: int) -> Any:
 
 @functools.cache
 def _compiled(device_index: int, piece_rows: int) -> Any:
-    device = ensure_context(device_index)
+    context = primary_context(device_index)
     attribute = driver.CUdevice_attribute
     major, minor = (
-        call("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(which, device))
+        call("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(which, context.device))
         for which in (
             attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -107,7 +107,8 @@ def _compiled(device_index: int, piece_rows: int) -> Any:
         _nvrtc(nvrtc.nvrtcDestroyProgram(program))
     except (RuntimeError, ImportError, OSError) as error:  # the library is not there
         raise ArenaError(f"NVRTC cannot be used: {error}") from error
-    module = call("Loading a kernel", driver.cuModuleLoadData(binary))
+    with context:
+        module = call("Loading a kernel", driver.cuModuleLoadData(binary))
     return call("Loading a kernel", driver.cuModuleGetFunction(module, b"sum_pieces"))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, ensure_context, wait_for_copies
+from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, primary_context, wait_for_copies
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
 
@@ -25,7 +25,7 @@ _READ_WRITE = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 def unsupported_reason(device_index: int) -> str | None:
     """Why this device cannot share memory by file descriptor, or None if it can."""
-    device = ensure_context(device_index)
+    device = primary_context(device_index).device
     attribute = driver.CUdevice_attribute
     for needed in (
         attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
@@ -55,7 +55,7 @@ def _properties(device_index: int) -> Any:
 
 def granularity(device_index: int) -> int:
     """Bytes that allocations on this device must be a multiple of (2 MiB on Hopper)."""
-    ensure_context(device_index)
+    primary_context(device_index)
     minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     return int(
         call("cuMemGetAllocationGranularity", driver.cuMemGetAllocationGranularity(_properties(device_index), minimum))
@@ -70,10 +70,11 @@ class _Range:
         self.size_bytes = size_bytes
         self.mapped_bytes = 0
         self._undo: list[Callable[[], object]] = []
-        ensure_context(device_index)
-        self.address = int(
-            call(f"Reserving {size_bytes} bytes of addresses", driver.cuMemAddressReserve(size_bytes, 0, 0, 0))
-        )
+        self.context = primary_context(device_index)
+        with self.context:
+            self.address = int(
+                call(f"Reserving {size_bytes} bytes of addresses", driver.cuMemAddressReserve(size_bytes, 0, 0, 0))
+            )
         self._undo.append(lambda: driver.cuMemAddressFree(self.address, size_bytes))
 
     def map(self, handle: Any, size_bytes: int) -> None:
@@ -95,10 +96,12 @@ class _Range:
 
     def close(self) -> None:
         """Unmap everything. Kernels that use the range must be done: synchronizes first."""
-        if self._undo:
+        if not self._undo:
+            return
+        with contextlib.suppress(ArenaError), self.context:  # a driver that has ended has nothing mapped
             driver.cuCtxSynchronize()
-        while self._undo:
-            self._undo.pop()()
+            while self._undo:
+                self._undo.pop()()
 
 
 class CudaVmmArena:
@@ -116,13 +119,14 @@ class CudaVmmArena:
             if len(fds) != len(info.block_sizes):
                 raise ArenaError(f"{len(info.block_sizes)} blocks need as many descriptors; got {len(fds)}.")
             self._range = _Range(info.size_bytes, device_index)
-            for fd, size_bytes in zip(fds, info.block_sizes, strict=True):
-                handle = call("Importing a block", driver.cuMemImportFromShareableHandle(fd, _FD))
-                try:
-                    self._range.map(handle, size_bytes)
-                finally:
-                    driver.cuMemRelease(handle)  # the mapping keeps the memory
-            self._range.allow(0, info.size_bytes, _READ)
+            with self._range.context:
+                for fd, size_bytes in zip(fds, info.block_sizes, strict=True):
+                    handle = call("Importing a block", driver.cuMemImportFromShareableHandle(fd, _FD))
+                    try:
+                        self._range.map(handle, size_bytes)
+                    finally:
+                        driver.cuMemRelease(handle)  # the mapping keeps the memory
+                self._range.allow(0, info.size_bytes, _READ)
         except BaseException:
             self.close()
             raise
@@ -160,29 +164,35 @@ class CudaVmmWriter:
     def add_block(self, size_bytes: int) -> None:
         assert self._range is not None
         device_index, offset = self._range.device_index, self._range.mapped_bytes
-        handle = call(
-            f"Allocating {size_bytes} bytes on device {device_index}",
-            driver.cuMemCreate(size_bytes, _properties(device_index), 0),
-        )
-        try:
-            self._fds.append(int(call("Exporting a block", driver.cuMemExportToShareableHandle(handle, _FD, 0))))
-            os.set_inheritable(self._fds[-1], False)
-            self._range.map(handle, size_bytes)
-        finally:
-            driver.cuMemRelease(handle)
-        self._range.allow(offset, size_bytes, _READ_WRITE)
+        with self._range.context:
+            handle = call(
+                f"Allocating {size_bytes} bytes on device {device_index}",
+                driver.cuMemCreate(size_bytes, _properties(device_index), 0),
+            )
+            try:
+                self._fds.append(int(call("Exporting a block", driver.cuMemExportToShareableHandle(handle, _FD, 0))))
+                os.set_inheritable(self._fds[-1], False)
+                self._range.map(handle, size_bytes)
+            finally:
+                driver.cuMemRelease(handle)
+            self._range.allow(offset, size_bytes, _READ_WRITE)
         self._block_sizes.append(size_bytes)
 
     def write(self, offset_bytes: int, source_address: int, size_bytes: int) -> None:
-        copy_to_device(self.address + offset_bytes, source_address, size_bytes)
+        assert self._range is not None
+        with self._range.context:
+            copy_to_device(self.address + offset_bytes, source_address, size_bytes)
 
     def flush(self) -> None:
-        wait_for_copies()
+        assert self._range is not None
+        with self._range.context:
+            wait_for_copies()
 
     def seal(self) -> CudaVmmArena:
         self.flush()
         assert self._range is not None
-        self._range.allow(0, self._range.mapped_bytes, _READ)
+        with self._range.context:
+            self._range.allow(0, self._range.mapped_bytes, _READ)
         info = ArenaInfo("cuda_vmm", tuple(self._block_sizes))
         arena = CudaVmmArena(info, self._fds, self._range.device_index, self._range)
         self._range, self._fds = None, []
