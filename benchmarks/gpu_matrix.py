@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
+    version = metadata.version("vllm")
     with ThreadPoolExecutor(args.jobs) as pool:
         running = [pool.submit(row_of, name, args.models, args.out, args.tiny) for name in cases]
         for done in as_completed(running):
@@ -150,7 +152,6 @@ def main() -> None:
             rows.append(row)
             rows.sort(key=lambda one: str(one["case"]))
             print({key: row[key] for key in row if key not in ("versions",)}, flush=True)
-            version = next((r["versions"]["vllm"] for r in rows if "versions" in r), "none")
             report = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": rows}
             (args.out / f"matrix-{version}.json").write_text(json.dumps(report, indent=1))
             (args.out / f"matrix-{version}.md").write_text(table(rows))
