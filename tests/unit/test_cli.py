@@ -20,7 +20,7 @@ from vllm_companion_plugin.cli.children import Signals
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
 from vllm_companion_plugin.companion.process import InstanceLock
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
+from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.settings import TABLE, resolve
 from vllm_companion_plugin.types import (
@@ -278,6 +278,30 @@ def test_vllm_plugins_without_us_fails(value: str, mend: str, monkeypatch: pytes
 def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "filelock", None)
     assert levels(list(doctor.check_libraries()))["filelock"] == FAIL
+
+
+def test_a_gpu_that_has_no_memory_for_a_context_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm_companion_plugin.arena import cuda_driver, cuda_vmm
+
+    def unsupported_reason(index: int) -> str | None:
+        if index == 1:
+            raise ArenaError("no memory.")
+        return "too old" if index == 2 else None
+
+    monkeypatch.setattr(cuda_driver, "device_uuids", lambda: ["GPU-a", "GPU-b", "GPU-c"])
+    monkeypatch.setattr(cuda_vmm, "unsupported_reason", unsupported_reason)
+    exec(doctor._CUDA_PROBE, {})
+    answer = subprocess.CompletedProcess([], 0, capsys.readouterr().out, "")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(doctor.os.path, "exists", lambda path: path == "/dev/nvidiactl")
+    checks = {check.name: (check.level, check.text) for check in doctor.check_cuda()}
+    assert checks == {
+        "GPU GPU-a": (OK, "shares memory by file descriptor"),
+        "GPU GPU-b": (WARN, "not asked: no memory."),
+        "GPU GPU-c": (WARN, "shares memory by CUDA IPC, mapped writable: too old"),
+    }
 
 
 def test_stop_waits_for_the_process_and_not_for_its_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,19 +25,20 @@ def call(what: str, result: tuple[Any, ...]) -> Any:
 class PrimaryContext:
     """The context of a device that PyTorch uses, too: inside of `with` it is this thread's current one.
 
-    It stays until the process ends, as PyTorch's does.
+    It stays until the process ends, as PyTorch's does; who resets the device must end the process.
 
     Raises:
-        ArenaError: no such device, or no memory for a context.
+        ArenaError: no such device, or no memory for a context; at `with`, the context is of a process that forked.
     """
 
     def __init__(self, device_index: int) -> None:
         call("cuInit", driver.cuInit(0))
         self.device = call("cuDeviceGet", driver.cuDeviceGet(device_index))
-        self._context = call("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(self.device))
+        what = f"Making a CUDA context on device {device_index} (it takes about 0.5 GiB of its memory)"
+        self._context = call(what, driver.cuDevicePrimaryCtxRetain(self.device))
 
     def __enter__(self) -> None:
-        call("cuCtxPushCurrent", driver.cuCtxPushCurrent(self._context))
+        call("Using this process's CUDA context", driver.cuCtxPushCurrent(self._context))
 
     def __exit__(self, *_: object) -> None:
         driver.cuCtxPopCurrent()

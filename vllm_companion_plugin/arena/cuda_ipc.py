@@ -9,8 +9,10 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cuda.bindings import driver
 
@@ -30,17 +32,28 @@ def allocate(size_bytes: int) -> tuple[int, bytes]:
     with primary_context(0):
         address = int(call(f"Allocating {size_bytes} bytes", driver.cuMemAlloc(size_bytes)))
         try:
-            handle = call("Exporting memory", driver.cuIpcGetMemHandle(address))
-        except ArenaError:
+            return address, to_bytes(call("Exporting memory", driver.cuIpcGetMemHandle(address)))
+        except BaseException:
             free(address)
             raise
-    return address, bytes(handle.reserved)
 
 
 def free(address: int) -> None:
     """End an allocation that nobody has open: its tag ends only after the last mapping."""
     with primary_context(0):
         call("Freeing memory", driver.cuMemFree(address))
+
+
+def to_bytes(handle: Any) -> bytes:
+    """The 64 bytes of a CUipcMemHandle, whose attribute for them went away with cuda-bindings 13.4."""
+    return ctypes.string_at(int(handle.getPtr()), driver.CU_IPC_HANDLE_SIZE)
+
+
+def from_bytes(data: bytes) -> Any:
+    """The CUipcMemHandle of `to_bytes`."""
+    handle = driver.CUipcMemHandle()
+    ctypes.memmove(int(handle.getPtr()), data, driver.CU_IPC_HANDLE_SIZE)
+    return handle
 
 
 class CudaIpcArena:
@@ -57,11 +70,9 @@ class CudaIpcArena:
             if tag.size_bytes != info.size_bytes:
                 raise ArenaError(f"The arena should have {info.size_bytes} bytes; its memory has {tag.size_bytes}.")
             self._context = primary_context(device_index)
-            handle = driver.CUipcMemHandle()
-            handle.reserved = tag.handle
             what = f"Opening memory of the keeper (pid {tag.keeper_pid}; has it ended?)"
             with self._context:
-                self._address = int(call(what, driver.cuIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
+                self._address = int(call(what, driver.cuIpcOpenMemHandle(from_bytes(tag.handle), _LAZY_PEER_ACCESS)))
         except BaseException:
             self.close()
             raise
@@ -77,7 +88,7 @@ class CudaIpcArena:
     def close(self) -> None:
         """Unmap it. Kernels that use it must be done: synchronizes first."""
         if self._address:
-            with contextlib.suppress(ArenaError), self._context:  # a driver that has ended has nothing mapped
+            with contextlib.suppress(ArenaError), self._context:  # in a process that forked, or ends, there is none
                 driver.cuCtxSynchronize()
                 driver.cuIpcCloseMemHandle(self._address)
         for fd in self._fds:

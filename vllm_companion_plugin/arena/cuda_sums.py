@@ -65,7 +65,7 @@ def launch(device_index: int, piece_rows: int, address: int, rows: int, sums_add
     """Start to add up pieces of memory, in the order of `stream`.
 
     Args:
-        device_index: of the memory; its context must be current.
+        device_index: of the memory.
         piece_rows: rows of 4 KiB in a piece, a multiple of `ROWS_A_BLOCK`.
         address: of the first piece, which begins at a multiple of 16 bytes.
         rows: in all; the last piece may have fewer.
@@ -77,7 +77,8 @@ def launch(device_index: int, piece_rows: int, address: int, rows: int, sums_add
     kernel = compiled(device_index, piece_rows)
     blocks = -(-rows // ROWS_A_BLOCK)
     values = ((address, sums_address, rows), (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64))
-    call("Summing", driver.cuLaunchKernel(kernel, blocks, 1, 1, THREADS, 1, 1, 0, stream, values, 0))
+    with primary_context(device_index):
+        call("Summing", driver.cuLaunchKernel(kernel, blocks, 1, 1, THREADS, 1, 1, 0, stream, values, 0))
 
 
 def compiled(device_index: int, piece_rows: int) -> Any:
@@ -109,7 +110,7 @@ def _compiled(device_index: int, piece_rows: int) -> Any:
         raise ArenaError(f"NVRTC cannot be used: {error}") from error
     with context:
         module = call("Loading a kernel", driver.cuModuleLoadData(binary))
-    return call("Loading a kernel", driver.cuModuleGetFunction(module, b"sum_pieces"))
+        return call("Loading a kernel", driver.cuModuleGetFunction(module, b"sum_pieces"))
 
 
 def _nvrtc(result: tuple[Any, ...]) -> Any:

@@ -98,10 +98,10 @@ class _Range:
         """Unmap everything. Kernels that use the range must be done: synchronizes first."""
         if not self._undo:
             return
-        with contextlib.suppress(ArenaError), self.context:  # a driver that has ended has nothing mapped
+        with contextlib.suppress(ArenaError), self.context:  # in a process that forked, or ends, there is none
             driver.cuCtxSynchronize()
-            while self._undo:
-                self._undo.pop()()
+        while self._undo:
+            self._undo.pop()()
 
 
 class CudaVmmArena:

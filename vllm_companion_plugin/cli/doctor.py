@@ -194,7 +194,15 @@ def _states(settings: Settings) -> Iterator[Check]:
 _CUDA_PROBE = """
 import json
 from vllm_companion_plugin.arena import cuda_driver, cuda_vmm
-print(json.dumps([[uuid, cuda_vmm.unsupported_reason(i)] for i, uuid in enumerate(cuda_driver.device_uuids())]))
+from vllm_companion_plugin.errors import ArenaError
+
+def answer(index):
+    try:
+        return cuda_vmm.unsupported_reason(index), None
+    except ArenaError as error:
+        return None, str(error)
+
+print(json.dumps([[uuid, *answer(index)] for index, uuid in enumerate(cuda_driver.device_uuids())]))
 """
 
 
@@ -215,8 +223,10 @@ def check_cuda() -> Iterator[Check]:
         missing = "ModuleNotFoundError" in text
         yield Check("GPU", FAIL, text, "pip install cuda-bindings" if missing else "nvidia-smi")
         return
-    for uuid, reason in json.loads(probe.stdout):
-        if reason is None:
+    for uuid, reason, error in json.loads(probe.stdout):
+        if error is not None:
+            yield Check(f"GPU {uuid}", WARN, f"not asked: {error}", "ask again when it has free memory (nvidia-smi)")
+        elif reason is None:
             yield Check(f"GPU {uuid}", OK, "shares memory by file descriptor")
         else:
             yield Check(

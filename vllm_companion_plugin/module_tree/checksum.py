@@ -159,8 +159,7 @@ def _has_kernel(device: torch.device) -> bool:
     try:
         from vllm_companion_plugin.arena import cuda_sums
 
-        with torch.cuda.device(device):
-            cuda_sums.compiled(device.index, ROWS)
+        cuda_sums.compiled(device.index, ROWS)
     except (ArenaError, ImportError) as error:
         logger.info("torch computes checksums, in two readings and with 264 MiB more: %s", error)
         return False

@@ -1,0 +1,192 @@
+"""What only a driver that fails can show of the arenas on CUDA memory: at whatever call, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from cuda.bindings import driver
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.arena import cuda_driver, cuda_ipc, cuda_vmm, ipc_tag
+from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.types import ArenaInfo
+
+BLOCK = 2 << 20
+DEVICE = 1
+HANDLE = bytes(range(64))
+TAKES = {
+    "cuMemAddressReserve": "addresses",
+    "cuMemCreate": "blocks",
+    "cuMemImportFromShareableHandle": "blocks",
+    "cuMemMap": "mappings",
+    "cuMemAlloc": "allocations",
+    "cuIpcOpenMemHandle": "opened",
+    "cuCtxPushCurrent": "contexts",
+}
+GIVES = {
+    "cuMemAddressFree": "addresses",
+    "cuMemRelease": "blocks",
+    "cuMemUnmap": "mappings",
+    "cuMemFree": "allocations",
+    "cuIpcCloseMemHandle": "opened",
+    "cuCtxPopCurrent": "contexts",
+}
+IN_CONTEXT = {
+    "cuCtxSynchronize",
+    "cuStreamSynchronize",
+    "cuMemcpyDtoDAsync",
+    "cuMemAlloc",
+    "cuMemFree",
+    "cuIpcGetMemHandle",
+    "cuIpcOpenMemHandle",
+    "cuIpcCloseMemHandle",
+}
+PLAIN = {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuMemSetAccess", "cuGetErrorName"}
+
+
+class Driver:
+    """The real types and constants; functions that count what they take and give back, one of which fails."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.fails_at = fails_at
+        self.calls: list[str] = []
+        self.held: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            return getattr(driver, name)
+
+        def function(*_: Any) -> tuple[Any, ...]:
+            if name == "cuGetErrorName":
+                return driver.CUresult.CUDA_SUCCESS, b"CUDA_ERROR_OUT_OF_MEMORY"
+            self.calls.append(name)
+            assert name not in IN_CONTEXT or self.held["contexts"], f"{name} without a context"
+            if len(self.calls) == self.fails_at:
+                return (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY,)
+            self.held[TAKES.get(name, "")] += name in TAKES
+            self.held[GIVES.get(name, "")] -= name in GIVES
+            return driver.CUresult.CUDA_SUCCESS, self._value(name)
+
+        return function
+
+    @staticmethod
+    def _value(name: str) -> Any:
+        if name == "cuMemExportToShareableHandle":
+            return os.open(os.devnull, os.O_RDONLY)
+        if name == "cuMemGetAllocationGranularity":
+            return BLOCK
+        if name == "cuIpcGetMemHandle":
+            return cuda_ipc.from_bytes(HANDLE)
+        assert name in TAKES or name in GIVES or name in IN_CONTEXT or name in PLAIN, name
+        return 1 << 40
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Driver]]:
+    """A driver that fails at its n-th call, for a process that has made no context."""
+
+    def install(fails_at: int) -> Driver:
+        fake = Driver(fails_at)
+        for module in (cuda_driver, cuda_vmm, cuda_ipc):
+            monkeypatch.setattr(module, "driver", fake)
+        cuda_driver.primary_context.cache_clear()
+        return fake
+
+    yield install
+    cuda_driver.primary_context.cache_clear()
+
+
+def fill(kind: str, keeper: Callable[[int], int] | None = None) -> None:
+    blocks = 3 if kind == arenas.CUDA_VMM else 1
+    writer = arenas.create(kind, blocks * BLOCK, DEVICE, keeper)
+    try:
+        for number in range(blocks):
+            writer.add_block(BLOCK)
+            writer.write(number * BLOCK, 1 << 40, 7)
+        arena = writer.seal()
+    except ArenaError:
+        writer.abort()
+        raise
+    arena.close()
+
+
+def fill_keepers() -> None:
+    ends: list[socket.socket] = []
+
+    def keeper(size_bytes: int) -> int:
+        end, fd = ipc_tag.make(ipc_tag.Tag(size_bytes, os.getpid(), HANDLE))
+        ends.append(end)
+        return fd
+
+    try:
+        fill(arenas.CUDA_IPC, keeper)
+    finally:
+        for end in ends:
+            end.close()
+
+
+def map_vmm() -> None:
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), fds, DEVICE).close()
+
+
+def map_ipc() -> None:
+    end, fd = ipc_tag.make(ipc_tag.Tag(BLOCK, os.getpid(), HANDLE))
+    with end:
+        arenas.open_arena(ArenaInfo(arenas.CUDA_IPC, (BLOCK,)), [fd], DEVICE).close()
+
+
+def keep() -> None:
+    address, handle = cuda_ipc.allocate(BLOCK)
+    assert handle == HANDLE
+    cuda_ipc.free(address)
+
+
+SCENARIOS = [lambda: fill(arenas.CUDA_VMM), fill_keepers, map_vmm, map_ipc, keep]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=["fill vmm", "fill ipc", "map vmm", "map ipc", "keep"])
+def test_whichever_call_fails_nothing_is_left_behind(
+    scenario: Callable[[], None], failing: Callable[[int], Driver]
+) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    fake = failing(0)
+    scenario()
+    count = len(fake.calls)
+    assert +fake.held == Counter()
+    outcomes = set()
+    for number in range(1, count + 1):
+        fake = failing(number)
+        try:
+            scenario()
+            outcomes.add("done")
+        except ArenaError as error:
+            outcomes.add(str(error).rpartition(": ")[2])
+        failed = fake.calls[number - 1]
+        assert sorted(os.listdir("/proc/self/fd")) == before, failed
+        left = +fake.held
+        # What the driver does not take back stays; what needs a context cannot be given back without.
+        stays = {"opened", "allocations"} if failed == "cuCtxPushCurrent" else {GIVES.get(failed)}
+        assert set(left) <= stays, (failed, left)
+    assert outcomes - {"done"} == {"CUDA_ERROR_OUT_OF_MEMORY."}
+
+
+def test_a_device_that_has_no_memory_for_a_context_says_so_and_is_asked_again(
+    failing: Callable[[int], Driver],
+) -> None:
+    failing(3)
+    with pytest.raises(ArenaError, match=r"CUDA context on device 1 .*0\.5 GiB.* failed: CUDA_ERROR_OUT_OF_MEMORY"):
+        cuda_driver.primary_context(DEVICE)
+    assert cuda_driver.primary_context(DEVICE) is cuda_driver.primary_context(DEVICE)
+
+
+def test_a_handle_is_the_same_in_another_process() -> None:
+    """By the memory that it is: cuda-bindings 13.4 and later have no name for it."""
+    handle = cuda_ipc.from_bytes(HANDLE)
+    assert type(handle) is driver.CUipcMemHandle
+    assert cuda_ipc.to_bytes(handle) == HANDLE
