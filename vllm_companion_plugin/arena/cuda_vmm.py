@@ -98,10 +98,12 @@ class _Range:
         """Unmap everything. Kernels that use the range must be done: synchronizes first."""
         if not self._undo:
             return
-        with contextlib.suppress(ArenaError), self.context:  # in a process that forked, or ends, there is none
-            driver.cuCtxSynchronize()
-        while self._undo:
-            self._undo.pop()()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ArenaError):  # in a process that forked, or ends, there is no context
+                stack.enter_context(self.context)
+                driver.cuCtxSynchronize()
+            while self._undo:
+                self._undo.pop()()
 
 
 class CudaVmmArena:
