@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -147,9 +147,16 @@ def test_a_client_that_says_nothing_or_nonsense_disturbs_nobody(
         os.close(ask(place, 5))
 
 
-@pytest.mark.skipif(find_spec("cuda") is not None, reason="the driver's bindings are here")
-def test_without_a_driver_no_keeper_starts_and_the_reason_is_told(place: Place) -> None:
-    with pytest.raises(ArenaError, match=r"keeper of cpu could not be started: No module named 'cuda'"):
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="the driver is here")
+@pytest.mark.parametrize("lacks", ["bindings", "driver"])
+def test_without_a_driver_no_keeper_starts_and_the_reason_is_told(
+    place: Place, lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if lacks == "bindings":
+        (tmp_path / "cuda.py").touch()  # no package
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    reason = "No module named 'cuda" if lacks == "bindings" else "There is no CUDA driver: "
+    with pytest.raises(ArenaError, match=f"keeper of cpu could not be started: {reason}"):
         ask(place, 100)
 
 

@@ -22,6 +22,15 @@ def call(what: str, result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+def _begin() -> None:
+    """The first call of all: there may be no driver behind the bindings."""
+    try:
+        result = driver.cuInit(0)
+    except RuntimeError as error:
+        raise ArenaError(f"There is no CUDA driver: {error}") from error
+    call("cuInit", result)
+
+
 class PrimaryContext:
     """The context of a device that PyTorch uses, too: inside of `with` it is this thread's current one.
 
@@ -32,7 +41,7 @@ class PrimaryContext:
     """
 
     def __init__(self, device_index: int) -> None:
-        call("cuInit", driver.cuInit(0))
+        _begin()
         self.device = call("cuDeviceGet", driver.cuDeviceGet(device_index))
         what = f"Making a CUDA context on device {device_index} (it takes about 0.5 GiB of its memory)"
         self._context = call(what, driver.cuDevicePrimaryCtxRetain(self.device))
@@ -62,7 +71,7 @@ def device_uuid(device_index: int) -> str:
     Raises:
         ArenaError: no such device.
     """
-    call("cuInit", driver.cuInit(0))
+    _begin()
     device = call("cuDeviceGet", driver.cuDeviceGet(device_index))
     get_uuid = getattr(driver, "cuDeviceGetUuid_v2", driver.cuDeviceGetUuid)
     raw = bytes(call("cuDeviceGetUuid", get_uuid(device)).bytes).hex()
@@ -72,8 +81,8 @@ def device_uuid(device_index: int) -> str:
 
 
 def device_uuids() -> list[str]:
-    """`device_uuid` of the visible devices, by index."""
-    call("cuInit", driver.cuInit(0))
+    """`device_uuid` of the visible devices, by index. Raises `ArenaError` without a driver."""
+    _begin()
     return [device_uuid(index) for index in range(call("cuDeviceGetCount", driver.cuDeviceGetCount()))]
 
 
