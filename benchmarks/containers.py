@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.servers import SMALL_CPU_ENGINE
 from tests.process.test_containers import ROOT, UNSHARE
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
@@ -35,13 +36,10 @@ OPTIONS = {
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"},
     "COMPANION_RUNTIME_DIR": "/mnt/r",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
+    **SMALL_CPU_ENGINE,
     "PYTHONPATH": str(ROOT),
     "VLLM_CACHE_ROOT": "/tmp/cache",
     "VLLM_CONFIG_ROOT": "/tmp/config",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks import models
+from benchmarks.servers import SMALL_CPU_ENGINE
 from vllm_companion_plugin import CompanionClient
 
 ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for a mistake
@@ -67,20 +68,20 @@ def tokens(name: str, load_format: str, model: Path, environment: dict[str, str]
 def executor(name: str, model: Path, directory: Path) -> list[str]:
     """What was seen of one executor, of three engines in turn."""
     runtime_dir = directory / f"run-{name}"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(directory / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "COMPANION_RUNTIME_DIR": str(runtime_dir),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "RAY_ADDRESS": f"{ADDRESS}:{PORT}",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_HOST_IP": ADDRESS,
-        "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY": "COMPANION_",
-        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": EXECUTORS[name],
-    }
+    environment = (
+        os.environ
+        | SMALL_CPU_ENGINE
+        | {
+            "PYTHONPATH": os.pathsep.join([str(directory / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "COMPANION_RUNTIME_DIR": str(runtime_dir),
+            "RAY_ADDRESS": f"{ADDRESS}:{PORT}",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "VLLM_HOST_IP": ADDRESS,
+            "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY": "COMPANION_",
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": EXECUTORS[name],
+        }
+    )
     start = f"start --head --node-ip-address {ADDRESS} --port {PORT} --num-cpus 4 --num-gpus 2 --block"
     start += f" --include-dashboard false --object-store-memory 200000000 --temp-dir {directory / 'ray'}"
     with (directory / f"ray-{name}.log").open("w") as log:

@@ -15,6 +15,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+SMALL_CPU_ENGINE = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""Environment of engines that share a few cores."""
+
 _http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

@@ -46,7 +46,7 @@ IN_CONTEXT = {
     "cuIpcOpenMemHandle",
     "cuIpcCloseMemHandle",
 }
-PLAIN = {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuMemSetAccess", "cuGetErrorName"}
+PLAIN = {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuMemSetAccess"}
 
 
 class Driver:
