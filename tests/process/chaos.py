@@ -21,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.process.conftest import Place, alive
 from tests.process.standin import PACKET_BYTES, companions, content_of, key_of
@@ -32,6 +34,8 @@ from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
+
+_Answer = TypeVar("_Answer")
 
 ENGINES = 6
 MODELS = 2
@@ -100,6 +104,7 @@ class World:
                 stderr=log,
             )
         self._control = ours
+        self._asker = futures.ThreadPoolExecutor(1)
 
     # ---- a round
 
@@ -179,12 +184,13 @@ class World:
             self.harmed["replace"] += 1
         elif event in ("unload", "shutdown"):
             time.sleep(min(delays[0], 0.3))
-            with contextlib.suppress(CompanionError), connect("cpu", self.place.settings, spawn=False) as connection:
+            look = partial(connect, "cpu", self.place.settings, spawn=False)
+            with contextlib.suppress(CompanionError), self._hearing(look) as connection:
                 if event == "unload":
                     self.harmed["unload", number] += 1
-                    connection.unload(model=key_of(number).model, force=True)
+                    self._hearing(partial(connection.unload, model=key_of(number).model, force=True))
                 else:
-                    self._note_harm("stop", [connection.shutdown()])
+                    self._note_harm("stop", [self._hearing(connection.shutdown)])
 
     # ---- talking with stand-ins
 
@@ -204,6 +210,13 @@ class World:
             self._hear()
             time.sleep(0.001)
         return standin.answers.pop()
+
+    def _hearing(self, question: Callable[[], _Answer]) -> _Answer:
+        """What the companion answers. It may be halted, and then it is we who have to let it go on."""
+        answer = self._asker.submit(question)
+        while not futures.wait([answer], timeout=0.002).done:
+            self._hear()
+        return answer.result()
 
     def _hear(self) -> None:
         """Take in what stand-ins say, and do what is due."""
@@ -323,8 +336,9 @@ class World:
         return ""
 
     def status(self) -> CompanionStatus | None:
-        with contextlib.suppress(CompanionError), connect("cpu", self.place.settings, spawn=False) as connection:
-            return connection.status()
+        look = partial(connect, "cpu", self.place.settings, spawn=False)
+        with contextlib.suppress(CompanionError), self._hearing(look) as connection:
+            return self._hearing(connection.status)
         return None
 
     def _check(self) -> None:
@@ -452,6 +466,7 @@ class World:
             if not standin.ended:
                 _kill(standin.pid, signal.SIGKILL)
                 standin.channel.close()
+        self._asker.shutdown(wait=False)
         self._control.close()
         self.nursery.kill()
         self.nursery.wait(10)
