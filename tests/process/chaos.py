@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from tests.process.conftest import Place, alive
 from tests.process.standin import PACKET_BYTES, companions, content_of, key_of
 from vllm_companion_plugin.client import connect
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, WaitTimeoutError
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
 
@@ -46,7 +46,7 @@ START = ["started", "spawning", "spawned", "connected", "asked", "waiting"]
 LOAD = ["granted", "elected", "loading", "packing", "packed", "deposited", "committed", "published"]
 ATTACH = ["ready", "redeemed", "attached", "verified"]
 HAND_BACK = ["noticed", "connected again", "deposited", "committed", "handed back"]
-UPGRADE = ["ready", "ending the old one", "ended the old one", "spawning", "spawned"]
+UPGRADE = ["ending the old one", "ended the old one", "spawning", "spawned"]
 
 HARM = {signal.SIGKILL: "kill", signal.SIGTERM: "stop", signal.SIGSTOP: "halt"}
 
@@ -216,7 +216,10 @@ class World:
         answer = self._asker.submit(question)
         while not futures.wait([answer], timeout=0.002).done:
             self._hear()
-        return answer.result()
+        try:
+            return answer.result()
+        except WaitTimeoutError as error:
+            raise self._failure(str(error)) from error
 
     def _hear(self) -> None:
         """Take in what stand-ins say, and do what is due."""
@@ -234,7 +237,9 @@ class World:
                     break
                 self._take(standin, json.loads(packet), now)
         for pid, when in list(self._thaw.items()):
-            if when <= now and _is_stopped(pid):
+            # A stand-in tells its own freeze before it stops; who was halted has been stopped already, and may have
+            # gone on with an earlier SIGCONT than the one of this halt.
+            if when <= now and (_is_stopped(pid) or all(pid != x.pid for x in self.standins)):
                 del self._thaw[pid]
                 _kill(pid, signal.SIGCONT)
             elif not alive(pid):
@@ -329,8 +334,8 @@ class World:
             if (lease.state, entry.state) == (LeaseState.ATTACHED, EntryState.READY)
         )
         leases = sum(len(entry.leases) for entry in status.entries if entry.state is not EntryState.RETIRED)
-        if self.harmed.total() != harmed:
-            return "something was harmed a moment ago"
+        if self.harmed.total() != harmed or any(x.soon and not x.ended for x in self.standins):
+            return "something was harmed a moment ago, or is about to be"
         if attached != holding or leases != len(holding):
             return f"the companion has {attached} of {leases} leases, and {holding} hold"
         return ""
@@ -414,9 +419,10 @@ class World:
         return found
 
     def _model_of(self, path: str) -> int:
+        firsts = [content_of(self.seed, number)[0] for number in range(MODELS)]
         with open(path, "rb") as file:
-            start = file.read(16)
-        return next(i for i in range(MODELS) if content_of(self.seed, i)[0][:16].ljust(16, b"\0")[:1] == start[:1])
+            start = file.read(max(map(len, firsts)))
+        return next(number for number, first in enumerate(firsts) if start.startswith(first))
 
     def _check_processes(self, pids: list[int]) -> None:
         wanted = f"COMPANION_RUNTIME_DIR={self.place.settings.runtime_dir}".encode()

@@ -94,6 +94,7 @@ class StandIn:
         self.key = key_of(number)
         self.content = content_of(seed, number)
         self.armed: dict[str, Any] = {}
+        self._arming = threading.Lock()
         self.holder: Holder | None = None
         self.arena: arenas.Arena | None = None
         self.manifest = self._place()[0]
@@ -105,9 +106,10 @@ class StandIn:
 
     def step(self, name: str) -> None:
         self.tell(step=name)
-        if self.armed.get("at") == name:
-            armed, self.armed = self.armed, {}
-            self._carry_out(armed["act"], armed["delay_s"])
+        with self._arming:  # who answers that it was armed anew has told before what it does yet
+            if self.armed.get("at") == name:
+                armed, self.armed = self.armed, {}
+                self._carry_out(armed["act"], armed["delay_s"])
 
     def _carry_out(self, act: str, delay_s: float) -> None:
         if act == "die":
@@ -174,7 +176,8 @@ class StandIn:
             if order["do"] == "leave":
                 break
             if order["do"] == "arm":
-                self.armed = order["armed"]
+                with self._arming:
+                    self.armed = order["armed"]
             self.tell(answer=self.look())
         self.step("leaving")
         if self.holder is not None:

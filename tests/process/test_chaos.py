@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -24,7 +25,12 @@ def test_after_each_of_200_rounds_of_chaos_everything_is_in_its_place() -> None:
         )
         for seed in SEEDS
     ]
-    outputs = [run.communicate(timeout=380)[0] for run in runs]
+    try:
+        outputs = [run.communicate(timeout=380)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.send_signal(signal.SIGINT)  # does nothing to one that has ended
+            run.communicate()
     for run, output in zip(runs, outputs, strict=True):
         print(output)
         assert run.returncode == 0, output[-12_000:]

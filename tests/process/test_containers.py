@@ -105,6 +105,7 @@ def test_containers_that_share_only_the_runtime_directory_share_a_model(shared: 
 
     try:
         first = start("web-1", "engine", "weights")
+        loaded = first.hear()
         second = start("web-2", "engine", "never loaded")
         for container in (first, second):
             facts = container.facts
@@ -114,7 +115,7 @@ def test_containers_that_share_only_the_runtime_directory_share_a_model(shared: 
         apart = zip(first.facts["namespaces"], second.facts["namespaces"], ours, strict=True)
         assert all(len(set(numbers)) == 3 for numbers in apart)
 
-        loaded, attached = first.hear(), second.hear()
+        attached = second.hear()
         assert (loaded["loaded"], loaded["read"]) == (True, "weights")
         assert loaded["companion"] > 1
         # The second one cannot even see the companion's process.

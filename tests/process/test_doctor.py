@@ -241,10 +241,10 @@ def test_a_keeper_that_hangs_is_gone_or_well(place: Place) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(place.paths.keeper_socket)
     listener.listen(8)
-    keeper = threading.Thread(target=Keeper(listener, lambda size: (1, b""), lambda address: None).run, args=(0.5,))
+    keeper = threading.Thread(target=Keeper(listener, lambda size: (1, b""), lambda address: None).run, args=(3.0,))
     keeper.start()
     found(place, KEEPER, OK, f"pid {os.getpid()}")
-    keeper.join(5)
+    keeper.join(10)
     listener.close()
 
 

@@ -298,6 +298,7 @@ def test_a_child_of_a_dead_holder_holds_nothing(engines: Engines) -> None:
 
 def test_of_what_nobody_maps_any_more_nothing_is_expected(engines: Engines) -> None:
     process = child(engines.place)
+    os.kill(process.pid, signal.SIGSTOP)  # or it might hand back before we kill it
     engines.kill_companion()
     process.kill()
     process.wait()

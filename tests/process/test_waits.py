@@ -72,13 +72,13 @@ def test_a_stopped_companion_is_waited_for_no_longer_than_said_and_named(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = place.companion().pid
-    answer_within(0.5, monkeypatch)
-    monkeypatch.setattr(lease, "FD_TIMEOUT_S", 0.5)
     named = rf"0.5 s.*pid {pid}.*kill -CONT {pid}.*kill -9 {pid}"
     with connect("cpu", place.settings, spawn=False) as connection:
         publish(connection)
         ready = connection.attach(KEY, may_load=False, client_name="reader").wait(5)
         assert isinstance(ready, Ready)
+        answer_within(0.5, monkeypatch)
+        monkeypatch.setattr(lease, "FD_TIMEOUT_S", 0.5)
         with stopped(pid):
             with pytest.raises(WaitTimeoutError, match=named):
                 connect("cpu", place.settings, spawn=True)
@@ -242,14 +242,11 @@ def test_a_client_that_reads_slowly_gets_everything(place: Place) -> None:
 
 def test_a_number_in_a_file_is_not_taken_for_the_companion(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     process = place.companion()
-    answer_within(0.3, monkeypatch)
     Path(place.paths.companion_lock).write_text(f"{os.getppid()}\n")
-    with (
-        connect("cpu", place.settings, spawn=False) as connection,
-        stopped(process.pid),
-        pytest.raises(WaitTimeoutError, match=f"kill -9 {process.pid}"),
-    ):
-        connection.status()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        answer_within(0.3, monkeypatch)
+        with stopped(process.pid), pytest.raises(WaitTimeoutError, match=f"kill -9 {process.pid}"):
+            connection.status()
 
 
 def test_who_holds_a_lock_is_known_from_the_kernel(tmp_path: Path) -> None:
