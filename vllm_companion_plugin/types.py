@@ -20,7 +20,7 @@ MAX_TEXT = 4096
 MAX_KEY_CHARACTERS = 256 << 10
 """Of all texts of a key together; a checkpoint of 1000 files needs about half of it."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised by every change that an older client or companion would misread."""
 
 GENERATIONS = range(1, 1 << 53)

@@ -36,6 +36,7 @@ import torch
 from torch import nn
 
 from tests.fuzz.mutate import mutate_message, mutated_bytes
+from tests.manifests import type_of
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.api import tensors_by_name
 from vllm_companion_plugin.arena import ipc_tag
@@ -231,7 +232,7 @@ def manifest_seeds() -> list[bytes]:
     # As a device model has them: small host tensors travel inline.
     inline = parsed(messages.Manifest, manifest_to_bytes(published()[0]))
     for tensor in inline.tensors:
-        if list(tensor.shape) == [3]:
+        if list(type_of(inline, tensor).shape) == [3]:
             tensor.storage, tensor.storage_offset, tensor.inline = -1, 0, b"\0" * 12
     return [manifest_to_bytes(published()[0]), wire(inline)]
 

@@ -14,6 +14,7 @@ import pytest
 from tests.fuzz import targets
 from tests.fuzz.run import fuzz
 from tests.fuzz.targets import KEY, TARGETS, framed, parsed, wire
+from tests.manifests import change, type_of
 from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.lease import Lease
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
@@ -41,24 +42,17 @@ def tensor(**values: Any) -> Callable[[Any], None]:
     """Change the inline tensor: three float32."""
 
     def edit(message: Any) -> None:
-        found = next(one for one in message.tensors if one.inline)
-        for name, value in values.items():
-            if isinstance(value, list):
-                del getattr(found, name)[:]
-                getattr(found, name).extend(value)
-            else:
-                setattr(found, name, value)
+        change(message, next(one for one in message.tensors if one.inline), **values)
 
     return edit
 
 
 def empty_storage(message: Any) -> None:
     message.storages.add(offset_bytes=message.storages[-1].offset_bytes + message.storages[-1].size_bytes)
-    del message.tensors[0].shape[:]
-    message.tensors[0].shape.append(0)
-    del message.tensors[0].stride[:]
-    message.tensors[0].stride.append(1)
-    message.tensors[0].storage, message.tensors[0].storage_offset = len(message.storages) - 1, 0
+    change(
+        *(message, message.tensors[0]),
+        **{"shape": [0], "stride": [1], "storage": len(message.storages) - 1, "storage_offset": 0},
+    )
 
 
 def misaligned(message: Any) -> None:
@@ -67,8 +61,12 @@ def misaligned(message: Any) -> None:
 
 
 def far_too_long(message: Any) -> None:
-    found = next(one for one in message.tensors if one.dtype == "float32" and len(one.shape) == 1 and not one.inline)
-    found.shape[0], found.stride[0] = 1 << 62, 0
+    found = next(one for one in message.tensors if is_vector(type_of(message, one)) and not one.inline)
+    change(message, found, shape=[1 << 62], stride=[0])
+
+
+def is_vector(of: Any) -> bool:
+    return bool(of.dtype == "float32" and len(of.shape) == 1)
 
 
 def new_attribute(name: str, text: str) -> Callable[[Any], None]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.manifests import change, set_field
 from vllm_companion_plugin.errors import BadRequestError, ManifestError
 from vllm_companion_plugin.protocol import mapping, messages
+from vllm_companion_plugin.protocol.manifest import MAX_TENSORS
 from vllm_companion_plugin.types import (
     ArenaInfo,
     CompanionStatus,
@@ -83,12 +85,11 @@ def _edited(edit: Callable[[Any], object]) -> bytes:
 def _set(name: str, index: int, **values: Any) -> Callable[[Any], None]:
     def edit(message: Any) -> None:
         item = getattr(message, name)[index]
+        if name == "tensors":
+            change(message, item, **values)
+            return
         for field, value in values.items():
-            if isinstance(value, list):
-                del getattr(item, field)[:]
-                getattr(item, field).extend(value)
-            else:
-                setattr(item, field, value)
+            set_field(item, field, value)
 
     return edit
 
@@ -118,6 +119,8 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "misaligned storage": (_set("storages", 0, offset_bytes=1), "from byte 1: misaligned"),
     "inline bytes with gaps": (_set("tensors", 2, shape=[2], stride=[2], inline=b"\0" * 8), "inline with gaps"),
     "absurd shape of nothing": (_set("tensors", 3, shape=[0, 1 << 62]), "absurd shape"),
+    "type that is not there": (lambda m: setattr(m.tensors[0], "type", 6), "Tensor 0 is of type 6 of 6"),
+    "too many tensors": (lambda m: m.tensors.extend([m.tensors[0]] * MAX_TENSORS), "tensors; at most"),
     "no root": (lambda m: m.modules.__delitem__(0), "not the model itself"),
     "slot of a tensor that is not there": (lambda m: setattr(m.modules[1].slots[0], "tensor", 7), "tensor 7 of 7"),
     "two modules of one path": (_set("modules", 1, path=""), "Two modules"),

@@ -2,15 +2,16 @@
 
 Nothing read here is believed: a tensor that reaches outside its storage would read another
 tensor's bytes or fault the engine. The reading is written for speed (an engine attaches in
-tens of milliseconds and a large MoE has 100,000 tensors): extents are computed once per
-distinct layout, and the garbage collector, which would walk the growing result again and
-again, pauses.
+tens of milliseconds and a large MoE has 100,000 tensors): what tensors have in common is a type
+of theirs, checked once, and the garbage collector, which would walk the growing result again
+and again, pauses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -30,7 +31,9 @@ from vllm_companion_plugin.types import (
 )
 
 MAX_MANIFEST_BYTES = 64 << 20
-"""Seven times that of 100,000 tensors. Hostile bytes grow 60 times where protobuf makes objects of them."""
+"""Eight times that of 100,000 tensors. Hostile bytes grow 60 times where protobuf makes objects of them."""
+MAX_TENSORS = 1_000_000
+"""Two bytes can name a tensor, and make an object of a hundred."""
 MAX_STORAGE_END = 1 << 50
 """Bounds lengths, strides and numbers of elements as well: torch's own arithmetic overflows further up."""
 MAX_DIMENSIONS = 64
@@ -46,10 +49,12 @@ ITEM_SIZES: dict[str, int] = {
 }
 """Bytes of one element by torch's dtype name."""
 
+_TYPE = ("dtype", "shape", "stride", "class_name", "requires_grad", "private")
+_type_of = attrgetter(*_TYPE)
 _KINDS = {kind.value: kind for kind in TensorKind}
 # A frozen dataclass's own __init__ takes twice as long as setting its slots.
-_SET_STORAGE, _SET_TENSOR, _SET_SLOT = (
-    tuple(getattr(cls, f.name).__set__ for f in fields(cls)) for cls in (StorageInfo, TensorInfo, SlotInfo)
+_SET_STORAGE, _SET_TENSOR, _SET_SLOT, _SET_MODULE = (
+    tuple(getattr(cls, f.name).__set__ for f in fields(cls)) for cls in (StorageInfo, TensorInfo, SlotInfo, ModuleInfo)
 )
 
 
@@ -59,19 +64,18 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
     with collector_paused():
         for storage in manifest.storages:
             message.storages.add(offset_bytes=storage.offset_bytes, size_bytes=storage.size_bytes)
+        types: dict[tuple[Any, ...], int] = {}
         for tensor in manifest.tensors:
+            of = _type_of(tensor)
             message.tensors.add(
                 storage=tensor.storage,
                 storage_offset=tensor.storage_offset,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                stride=tensor.stride,
-                class_name=tensor.class_name,
-                requires_grad=tensor.requires_grad,
-                private=tensor.private,
+                type=types.setdefault(of, len(types)),
                 inline=tensor.inline,
                 attributes=tensor.attributes or None,  # an empty map costs as much as a small one
             )
+        for of in types:
+            message.types.add(**dict(zip(_TYPE, of, strict=True)))
         for module in manifest.modules:
             target = message.modules.add(
                 path=module.path,
@@ -102,6 +106,8 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             stage = Stage(message.stage)
         except ValueError:
             raise ManifestError(f"Manifest of unknown stage {message.stage!r}.") from None
+        if len(message.tensors) > MAX_TENSORS:
+            raise ManifestError(f"Manifest of {len(message.tensors)} tensors; at most {MAX_TENSORS} are allowed.")
         storages = tuple(_storages(message))
         tensors = tuple(_tensors(message, storages))
         return Manifest(stage, storages, tensors, tuple(_modules(message, len(tensors))))
@@ -137,7 +143,7 @@ def _storages(message: Any) -> Iterator[StorageInfo]:
         yield storage
 
 
-def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
+def _extent(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
     """Bytes an element, elements from the first to the last one inclusive, number of elements."""
     item_size = ITEM_SIZES.get(dtype)
     if item_size is None:
@@ -156,8 +162,20 @@ def _layout(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
     return (item_size, 0, 0) if 0 in shape else (item_size, span, count)
 
 
+def _types(message: Any) -> list[tuple[Any, ...]]:
+    """Of each type `_extent`, and then what a `TensorInfo` has of it."""
+    types = []
+    for index, item in enumerate(message.types):
+        dtype, shape, stride = item.dtype, tuple(item.shape), tuple(item.stride)
+        try:
+            extent = _extent(dtype, shape, stride)
+        except ManifestError as error:
+            raise ManifestError(f"Tensor type {index}: {error}.") from None
+        types.append((*extent, dtype, shape, stride, item.class_name, item.requires_grad, item.private))
+    return types
+
+
 def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[TensorInfo]:
-    layouts: dict[tuple[str, tuple[int, ...], tuple[int, ...]], tuple[Any, ...]] = {}
     new = object.__new__
     (
         set_storage, set_offset, set_dtype, set_shape, set_stride,
@@ -166,17 +184,12 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
     sizes = [storage.size_bytes for storage in storages]
     starts = [storage.offset_bytes for storage in storages]
     storage_count = len(sizes)
+    types = _types(message)
     for index, item in enumerate(message.tensors):
-        storage, offset, dtype = item.storage, item.storage_offset, item.dtype
-        shape, stride = tuple(item.shape[:]), tuple(item.stride[:])
-        layout = layouts.get((dtype, shape, stride))
-        if layout is None:
-            try:
-                layout = layouts[dtype, shape, stride] = (*_layout(dtype, shape, stride), dtype, shape, stride)
-            except ManifestError as error:
-                raise ManifestError(f"Tensor {index}: {error}.") from None
-        # Tensors of one layout share its tuples: less memory to touch.
-        item_size, span, count, dtype, shape, stride = layout
+        storage, offset, number = item.storage, item.storage_offset, item.type
+        if number >= len(types):
+            raise ManifestError(f"Tensor {index} is of type {number} of {len(types)}.")
+        item_size, span, count, dtype, shape, stride, class_name, requires_grad, private = types[number]
         inline = item.inline if item.HasField("inline") else None
         if 0 <= storage < storage_count and inline is None:
             if (offset + span) * item_size > sizes[storage]:
@@ -207,9 +220,9 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         set_dtype(tensor, dtype)
         set_shape(tensor, shape)
         set_stride(tensor, stride)
-        set_class(tensor, item.class_name)
-        set_grad(tensor, item.requires_grad)
-        set_private(tensor, item.private)
+        set_class(tensor, class_name)
+        set_grad(tensor, requires_grad)
+        set_private(tensor, private)
         set_inline(tensor, inline)
         set_attributes(tensor, dict(attributes) if attributes else {})
         yield tensor
@@ -221,15 +234,16 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
         raise ManifestError("The first module is not the model itself.")
     new = object.__new__
     set_name, set_kind, set_tensor = _SET_SLOT
+    set_path, set_aliases, set_class, set_slots, set_attributes, set_floats = _SET_MODULE
     for item in message.modules:
-        path = item.path
-        for name in (path, *item.aliases):
+        path, aliases = item.path, tuple(item.aliases[:])
+        for name in (path, *aliases):
             if name in paths:
                 raise ManifestError(f"Two modules have the path {name!r}.")
             paths.add(name)
         slots: list[SlotInfo] = []
         names: set[str] = set()
-        for slot in item.slots:
+        for slot in item.slots[:]:
             name, kind, tensor = slot.name, _KINDS.get(slot.kind), slot.tensor
             if kind is None:
                 raise ManifestError(f"Slot {name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
@@ -243,6 +257,11 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
             names.add(name)
         if len(names) != len(slots) or "" in names:
             raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
-        yield ModuleInfo(
-            path, tuple(item.aliases), item.class_name, tuple(slots), dict(item.attributes), dict(item.floats)
-        )
+        module = new(ModuleInfo)
+        set_path(module, path)
+        set_aliases(module, aliases)
+        set_class(module, item.class_name)
+        set_slots(module, tuple(slots))
+        set_attributes(module, dict(item.attributes))
+        set_floats(module, dict(item.floats))
+        yield module
