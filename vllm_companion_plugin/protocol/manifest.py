@@ -33,7 +33,7 @@ from vllm_companion_plugin.types import (
 MAX_MANIFEST_BYTES = 64 << 20
 """Eight times that of 100,000 tensors. Hostile bytes grow 60 times where protobuf makes objects of them."""
 MAX_TENSORS = 1_000_000
-"""Two bytes can name a tensor, and make an object of a hundred."""
+"""And types. Two bytes can be a tensor, which makes an object of a hundred."""
 MAX_STORAGE_END = 1 << 50
 """Bounds lengths, strides and numbers of elements as well: torch's own arithmetic overflows further up."""
 MAX_DIMENSIONS = 64
@@ -106,8 +106,8 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             stage = Stage(message.stage)
         except ValueError:
             raise ManifestError(f"Manifest of unknown stage {message.stage!r}.") from None
-        if len(message.tensors) > MAX_TENSORS:
-            raise ManifestError(f"Manifest of {len(message.tensors)} tensors; at most {MAX_TENSORS} are allowed.")
+        if (count := max(len(message.types), len(message.tensors))) > MAX_TENSORS:
+            raise ManifestError(f"Manifest of {count} tensors or types; at most {MAX_TENSORS} are allowed.")
         storages = tuple(_storages(message))
         tensors = tuple(_tensors(message, storages))
         return Manifest(stage, storages, tensors, tuple(_modules(message, len(tensors))))
