@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_a_manifest_that_lies_is_refused(name: str) -> None:
     edit, text = LIES[name]
     with pytest.raises(ManifestError, match=text):
         mapping.manifest_from_bytes(_edited(edit))
+
+
+def test_of_slots_that_are_refused_no_objects_are_made() -> None:
+    data = _edited(lambda message: message.modules[1].slots.extend([messages.Slot()] * 200_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ManifestError, match="unknown kind ''"):
+            mapping.manifest_from_bytes(data)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_bytes_that_are_no_manifest_are_refused() -> None:

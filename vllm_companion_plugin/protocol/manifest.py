@@ -31,7 +31,7 @@ from vllm_companion_plugin.types import (
 )
 
 MAX_MANIFEST_BYTES = 64 << 20
-"""Eight times that of 100,000 tensors. Hostile bytes grow 60 times where protobuf makes objects of them."""
+"""Eight times that of 100,000 tensors. Hostile bytes grow 100 times where protobuf makes objects of them."""
 MAX_TENSORS = 1_000_000
 """And types. Two bytes can be a tensor, which makes an object of a hundred."""
 MAX_STORAGE_END = 1 << 50
@@ -93,7 +93,7 @@ def manifest_from_bytes(data: bytes) -> Manifest:
     """The manifest in `data`, with every index, size and layout checked.
 
     Raises:
-        ManifestError: anything that `manifest_to_bytes` of a correct manifest cannot produce.
+        ManifestError: anything that no correct manifest says.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"Manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed.")
@@ -243,7 +243,7 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
             paths.add(name)
         slots: list[SlotInfo] = []
         names: set[str] = set()
-        for slot in item.slots[:]:
+        for slot in item.slots:  # a slice would make objects of all before the first is looked at
             name, kind, tensor = slot.name, _KINDS.get(slot.kind), slot.tensor
             if kind is None:
                 raise ManifestError(f"Slot {name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
