@@ -49,10 +49,8 @@ def tensor(**values: Any) -> Callable[[Any], None]:
 
 def empty_storage(message: Any) -> None:
     message.storages.add(offset_bytes=message.storages[-1].offset_bytes + message.storages[-1].size_bytes)
-    change(
-        *(message, message.tensors[0]),
-        **{"shape": [0], "stride": [1], "storage": len(message.storages) - 1, "storage_offset": 0},
-    )
+    last = len(message.storages) - 1
+    change(message, message.tensors[0], shape=[0], stride=[1], storage=last, storage_offset=0)
 
 
 def misaligned(message: Any) -> None:

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from tests.process.conftest import Place, alive
 from tests.process.standin import PACKET_BYTES, companions, content_of, key_of
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client import CompanionConnection, connect
 from vllm_companion_plugin.errors import CompanionError, WaitTimeoutError
 from vllm_companion_plugin.launch import holders
 from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
@@ -184,8 +184,7 @@ class World:
             self.harmed["replace"] += 1
         elif event in ("unload", "shutdown"):
             time.sleep(min(delays[0], 0.3))
-            look = partial(connect, "cpu", self.place.settings, spawn=False)
-            with contextlib.suppress(CompanionError), self._hearing(look) as connection:
+            with contextlib.suppress(CompanionError), self._connection() as connection:
                 if event == "unload":
                     self.harmed["unload", number] += 1
                     self._hearing(partial(connection.unload, model=key_of(number).model, force=True))
@@ -220,6 +219,9 @@ class World:
             return answer.result()
         except WaitTimeoutError as error:
             raise self._failure(str(error)) from error
+
+    def _connection(self) -> CompanionConnection:
+        return self._hearing(partial(connect, "cpu", self.place.settings, spawn=False))
 
     def _hear(self) -> None:
         """Take in what stand-ins say, and do what is due."""
@@ -341,8 +343,7 @@ class World:
         return ""
 
     def status(self) -> CompanionStatus | None:
-        look = partial(connect, "cpu", self.place.settings, spawn=False)
-        with contextlib.suppress(CompanionError), self._hearing(look) as connection:
+        with contextlib.suppress(CompanionError), self._connection() as connection:
             return self._hearing(connection.status)
         return None
 

@@ -30,6 +30,7 @@ def test_after_each_of_200_rounds_of_chaos_everything_is_in_its_place() -> None:
     finally:
         for run in runs:
             run.send_signal(signal.SIGINT)  # does nothing to one that has ended
+        for run in runs:
             run.communicate()
     for run, output in zip(runs, outputs, strict=True):
         print(output)

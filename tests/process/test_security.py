@@ -39,7 +39,7 @@ from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.protocol import fd_channel, messages, schema
 from vllm_companion_plugin.publication import Publication
-from vllm_companion_plugin.types import GENERATIONS, EntryKey, Published
+from vllm_companion_plugin.types import GENERATIONS, PROTOCOL_VERSION, EntryKey, Published
 
 NOBODY = 65534
 OTHER = 54321
@@ -327,7 +327,7 @@ def test_an_oversized_message_is_refused(victim: Victim, what: str) -> None:
     big = "x" * (5 << 20)
     with victim.connect() as connection:
         if what == "message":
-            request = messages.AttachRequest(protocol_version=1, client=big)
+            request = messages.AttachRequest(protocol_version=PROTOCOL_VERSION, client=big)
             request.query.SetInParent()
             unlimited = grpc.insecure_channel(f"unix:{victim.place.paths.grpc_socket}")
             with unlimited as channel, pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
