@@ -150,10 +150,20 @@ class NotShareableError(CompanionError):
 
 
 class ParityError(CompanionError):
-    """A restored module tree differs from the published one; it was not used."""
+    """A restored module tree differs from the published one; it was not used.
+
+    Attributes:
+        where: the module, tensor or value that differs, by its full name; empty if it is none of these.
+        here: what this engine has there; empty if it is no value.
+    """
 
     code = "parity"
     grpc_status = "DATA_LOSS"
+
+    def __init__(self, message: str, where: str = "", here: str = "") -> None:
+        super().__init__(message)
+        self.where = where
+        self.here = here
 
 
 class EngineVersionError(CompanionError):

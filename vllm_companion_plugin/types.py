@@ -207,6 +207,10 @@ class TensorInfo:
         class_name: qualified name of the tensor's class.
         requires_grad: of a parameter.
         private: engines may write to it, so each clones it instead of mapping it.
+        own: building the model made it and loading never wrote it: each engine keeps the one that it made. Without
+            a storage nothing of it was published.
+        conj: its elements are conjugated when they are read.
+        neg: its elements are negated when they are read.
         inline: bytes of a small tensor that lives in host memory beside a device model, maybe none.
         attributes: what vLLM hung on the tensor, in canonical text.
     """
@@ -219,6 +223,9 @@ class TensorInfo:
     class_name: str
     requires_grad: bool = False
     private: bool = False
+    own: bool = False
+    conj: bool = False
+    neg: bool = False
     inline: bytes | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
 
@@ -238,6 +245,48 @@ class SlotInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AddedSlot:
+    """A tensor that loading put into a module where building the model had left none.
+
+    Attributes:
+        dtype, shape, requires_grad, class_name: as of a `TensorInfo`, before post-processing.
+    """
+
+    name: str
+    kind: TensorKind
+    dtype: str
+    shape: tuple[int, ...]
+    class_name: str
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the publisher saw loading and post-processing do to one module. Names are as in `ModuleInfo`.
+
+    Attributes:
+        values: values that loading changed: the text as built and the text after loading, None for none.
+        added: tensors that loading added.
+        removed: slots that loading removed.
+        retied: slots that loading tied to another one, by its full name: the path of its module, a colon, its name.
+        untouched: parameters and buffers that loading did not write.
+        processed: names of values that post-processing changed.
+        measured: post-processing read data of tensors into Python, so values may follow from it.
+    """
+
+    values: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    added: tuple[AddedSlot, ...] = ()
+    removed: tuple[str, ...] = ()
+    retied: Mapping[str, str] = field(default_factory=dict)
+    untouched: tuple[str, ...] = ()
+    processed: tuple[str, ...] = ()
+    measured: bool = False
+
+
+NOTHING_OBSERVED = Observed()
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleInfo:
     """One module object of the tree.
 
@@ -245,8 +294,8 @@ class ModuleInfo:
         path: its first name from the root, "" for the root itself.
         aliases: further names of the same module object.
         class_name: qualified name of its class.
-        attributes: primitive attributes and the classes of the others, canonical text.
-        floats: float attributes, restored by value because processing may measure them.
+        attributes: values and the classes of objects, by name, in canonical text.
+        observed: how its state came about.
     """
 
     path: str
@@ -254,17 +303,28 @@ class ModuleInfo:
     class_name: str
     slots: tuple[SlotInfo, ...]
     attributes: Mapping[str, str]
-    floats: Mapping[str, float]
+    observed: Observed = NOTHING_OBSERVED
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A module tree described in full, with every tensor placed in an arena."""
+    """A module tree described in full, with every tensor placed in an arena.
+
+    Attributes:
+        removed_modules: paths of modules that loading took out of the model.
+        retied_modules: paths that loading gave to another module of the model, with that module's first path.
+        files: digests of the small files that were read to build and load the model, by name.
+        is_observed: somebody watched how the model came about. If not, all of it counts as made by loading.
+    """
 
     stage: Stage
     storages: tuple[StorageInfo, ...]
     tensors: tuple[TensorInfo, ...]
     modules: tuple[ModuleInfo, ...]
+    removed_modules: tuple[str, ...] = ()
+    retied_modules: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    is_observed: bool = False
 
     @property
     def tensor_bytes(self) -> int:

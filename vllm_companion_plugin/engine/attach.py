@@ -15,6 +15,7 @@ from vllm_companion_plugin.engine import compat, draft, session
 from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError
 from vllm_companion_plugin.interpreter import collector_paused
+from vllm_companion_plugin.module_tree.building import WithoutWeights
 from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews
@@ -39,7 +40,11 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         views = ArenaViews(decision.arena, decision.arena.info.size_bytes, device)
         # The device compares while the model is built here.
         verification = Verification(views, decision.arena.info, settings.verify, device)
-        with compat.model_on_meta(vllm_config, model_config, prefix, device) as model, ExitStack() as without:
+        without_weights = WithoutWeights(device)
+        with (
+            compat.model_without_weights(vllm_config, model_config, prefix, without_weights) as model,
+            ExitStack() as without,
+        ):
             if decision.key.role == "draft":
                 draft.set_flags(model, decision.manifest)
                 if (target := session.target()) is not None:
@@ -47,7 +52,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
             source = Source(decision.manifest, views, device, copy=copy)
-            restorer = Restorer(model, source, device, compat.OPAQUE)
+            restorer = Restorer(model, source, device, built=without_weights)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()
@@ -70,6 +75,8 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
         ) from error
     draft.put_in(model, targets)
+    if restorer.own:
+        logger.debug("Values of this engine that differ from the publisher's: %s", restorer.own)
     if restorer.ways[Strategy.REPLAY] and device.type == "cuda":
         torch.cuda.empty_cache()
     finished = time.perf_counter()

@@ -11,31 +11,24 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import vllm
 from torch import nn
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.utils import (
-    get_model_architecture,
-    initialize_model,
-    process_weights_after_loading,
-)
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine.imports import around_imports
 from vllm_companion_plugin.errors import EngineVersionError, NotShareableError
+from vllm_companion_plugin.module_tree.building import WithoutWeights
 from vllm_companion_plugin.module_tree.restore import Strategy
 from vllm_companion_plugin.types import Stage
-
-# Made from the key's fields; some hold lists in the order of a set, or a measured time.
-OPAQUE = (QuantizationConfig,)
 
 # Their post-processing changes no tensor on CUDA, and on CPU only packs a private copy of a matrix.
 _LEAVES_TENSORS_ALONE = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -231,56 +224,26 @@ class _Registered:
 
 
 @contextmanager
-def model_on_meta(vllm_config: Any, model_config: Any, prefix: str, device: torch.device) -> Iterator[nn.Module]:
-    """Build the model without memory, and undo every trace of it if the body fails.
+def model_without_weights(
+    vllm_config: Any, model_config: Any, prefix: str, built: WithoutWeights
+) -> Iterator[nn.Module]:
+    """Build the model without memory for its weights, and undo every trace of it if the body fails.
 
-    A build leaves three traces: modules register themselves in the compilation config, rope
-    modules in a cache of the process, and a reload would restore tensors on the build's device.
+    A build leaves traces: modules register themselves in the compilation config, and rope modules in a cache of
+    the process.
     """
-    from vllm.model_executor.model_loader.reload import layerwise
-
     registered = _Registered(vllm_config)
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
-            with device:
-                get_model_architecture(model_config)  # imports what the next lines look for
-
-            def where_constants_are(module: types.ModuleType) -> AbstractContextManager[object]:
-                """As in a normal load, also for what is imported on the way."""
-                return device if torch.get_default_device().type == "meta" else nullcontext()
-
-            with torch.device("meta"), around_imports(where_constants_are), _expert_maps_on_host():
+            with built.building():
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-            for module in model.modules():
-                if module in layerwise.LAYERWISE_INFO:
-                    layerwise.LAYERWISE_INFO[module].restore_device = device
             yield model
     except BaseException:
         registered.restore()
         for key in set(_rope_cache()) - ropes:
             del _rope_cache()[key]
         raise
-
-
-@contextmanager
-def _expert_maps_on_host() -> Iterator[None]:
-    """Which experts a rank has is read while a model is built. vLLM before 0.33 does so on any device."""
-    module: Any = sys.modules.get("vllm.model_executor.layers.fused_moe.expert_map_manager")
-    if module is None:
-        yield
-        return
-    determine = module.determine_expert_map
-
-    def on_host(*args: Any, **kwargs: Any) -> Any:
-        with torch.device("cpu"):
-            return determine(*args, **kwargs)
-
-    module.determine_expert_map = on_host
-    try:
-        yield
-    finally:
-        module.determine_expert_map = determine
 
 
 @contextmanager

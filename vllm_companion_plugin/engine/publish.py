@@ -27,6 +27,7 @@ from vllm_companion_plugin.interpreter import collector_paused, quick_switches
 from vllm_companion_plugin.launch import keeper
 from vllm_companion_plugin.module_tree.capture import Tree, capture, plain_tensors
 from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
+from vllm_companion_plugin.module_tree.observe import Observation
 from vllm_companion_plugin.module_tree.pack import copy, prepare
 from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
 from vllm_companion_plugin.settings import Settings
@@ -78,6 +79,7 @@ class _Publisher:
         self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
         self._constants: list[torch.Tensor] = []
+        self._observation: Observation | None = None
         self._bytes_before = compat.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -90,6 +92,21 @@ class _Publisher:
     def is_bound(self) -> bool:
         """Whether the model views the arena, published or not: nobody may write to it."""
         return self._arena is not None and self._settings.share == "readonly"
+
+    def begin(self, model: nn.Module, until: ExitStack) -> None:
+        """The model was built: watch what becomes of it, until `until` closes."""
+        self._observation = Observation(model)
+        until.enter_context(compat.around_post_processing(model, self._observation.processing))
+        until.enter_context(self._observation.watching())
+
+    def loaded(self, model: nn.Module) -> None:
+        """The model was loaded, and will be post-processed."""
+        if self._observation is None:
+            return
+        try:
+            self._observation.end_loading(model)
+        except NotShareableError as error:
+            self._reason = error
 
     @contextmanager
     def importing(self, module: ModuleType) -> Iterator[None]:
@@ -111,9 +128,15 @@ class _Publisher:
 
     def publish(self, model: nn.Module) -> None:
         """Pack and publish `model`; it is bound to the arena afterwards."""
+        if self._reason is not None:
+            return
         try:
-            with plain_tensors():
-                self._publish(model)
+            if self._observation is None:
+                raise NotShareableError(
+                    f"source format {self._settings.source_format!r} loads in a way that cannot be watched"
+                )
+            with plain_tensors(), self._observation.paused():
+                self._publish(model, self._observation)
         except CompanionError as error:
             self._reason = error
         except Exception as error:  # the model is loaded, so this is no reason to end the engine
@@ -121,7 +144,7 @@ class _Publisher:
             self._reason = NotShareableError(f"it could not be published: {type(error).__name__}: {error}")
 
     @collector_paused()
-    def _publish(self, model: nn.Module) -> None:
+    def _publish(self, model: nn.Module, observation: Observation) -> None:
         self._decision.check_unchanged()
         if foreign := compat.other_checkpoints(model, self._model_config):
             raise NotShareableError(f"it takes weights from {', '.join(foreign)} too, which its key does not name")
@@ -136,8 +159,8 @@ class _Publisher:
             quick_switches(),
             ProgressBar("Packing weights") as bar,
         ):
-            tree = capture(model, compat.OPAQUE)
-            packed = prepare(tree, device.stage, device.arena_kind, device.torch_device)
+            tree = capture(model)
+            packed = prepare(tree, device.stage, device.arena_kind, device.torch_device, observation)
             # While the device copies and the driver frees.
             search = executor.submit(self._search(model, tree, besides))
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
@@ -197,7 +220,7 @@ class _Publisher:
         logger.debug("%d bytes were asked for that are not in the module tree", left_over)
         if not left_over:
             return list
-        known = Known.of(tree, *(capture(other, compat.OPAQUE) for other in besides))
+        known = Known.of(tree, *(capture(other) for other in besides))
         return partial(hidden_tensors, model, known, device.torch_device.type)
 
     def finish(self) -> None:
@@ -246,8 +269,10 @@ def _hook_load_weights(source: BaseModelLoader, publisher: _Publisher, after_pro
     load_weights = source.load_weights
 
     def hooked(model: nn.Module, model_config: Any) -> None:
+        publisher.begin(model, after_processing)
         with _counted(model, publisher):
             load_weights(model, model_config)
+        publisher.loaded(model)
         if publisher._decision.device.stage is Stage.UNPROCESSED:
             publisher.publish(model)
             if publisher.is_bound:

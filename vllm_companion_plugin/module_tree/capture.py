@@ -1,17 +1,19 @@
-"""Walk a live model and list all that makes it what it is: tensors, ties, attributes, classes.
+"""Walk a live model and list all that makes it what it is: tensors, ties, values, classes.
 
-Tensors are found as parameters, as buffers, in plain attributes, inside lists, tuples and
-dicts, and inside the helper objects that modules own (attention backends, kernels,
-quantization methods). Everything else is noted as canonical text, so that two trees can be
-compared. The walk is deterministic; an object met again is noted by where it was first met.
+Everything that Python can reach from the model is visited: parameters, buffers, plain attributes,
+containers, helper objects that modules own (attention backends, kernels, quantization methods), slots,
+what functions captured, arguments of `functools.partial`, hooks, what was hung on tensors, and modules
+that live in any of these. Plain values are noted as canonical text (values.py), objects by their class,
+so that two trees can be compared. The walk is deterministic; an object met again is noted by where it was
+first met.
 """
 
 from __future__ import annotations
 
-import enum
+import collections
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,19 +21,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_companion_plugin.module_tree.values import class_name, text_of
 from vllm_companion_plugin.types import TensorKind
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
-_PRIMITIVES = (bool, int, str, bytes, type(None))
-_EXACT_PRIMITIVES = frozenset(_PRIMITIVES)
-_TEXT_TYPES = (torch.dtype, torch.Size, torch.memory_format, torch.layout, enum.Enum)
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_MAX_DEPTH = 4
-_MAX_SEARCH_DEPTH = 16
+_HOOKS = tuple(sorted(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks")))
+_SIMPLE = frozenset((bool, int, float, str, type(None)))
+_MAX_DEPTH = 48
+"""Deeper objects are no state of a model: nothing in vLLM is half as deep."""
 
-# Objects of these packages are shared infrastructure (configs, process groups, loggers), not
-# state of one module: their class is noted, their insides are not.
-_OPAQUE = ("torch", "transformers", "vllm.config", "vllm.distributed", "logging", "threading", "numpy", "pydantic")
+# Objects of these packages, and of classes made from theirs, are noted by their class alone. They are shared
+# infrastructure: an engine's configuration (its flags are its own), process groups, loggers, locks, handles of
+# the driver. What they hold is the same for every model of an engine, or belongs to the process.
+_OPAQUE = (
+    "torch",
+    "transformers",
+    "vllm.config",
+    "vllm.distributed",
+    "logging",
+    "threading",
+    "_thread",
+    "numpy",
+    "pydantic",
+    "asyncio",
+    "concurrent",
+    "weakref",
+)
+_LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 
 
 @dataclass(slots=True)
@@ -45,21 +62,6 @@ class LiveSlot:
 
 
 @dataclass(slots=True)
-class LiveFloat:
-    """A float attribute and how to set it."""
-
-    value: float
-    holder: Any
-    key: Any
-
-    def set(self, value: float) -> None:
-        if isinstance(self.holder, (dict, list)):
-            self.holder[self.key] = value
-        elif not isinstance(self.holder, tuple):
-            object.__setattr__(self.holder, self.key, value)
-
-
-@dataclass(slots=True)
 class LiveModule:
     """One module object with what was found in it."""
 
@@ -68,14 +70,60 @@ class LiveModule:
     aliases: list[str] = field(default_factory=list)
     slots: list[LiveSlot] = field(default_factory=list)
     attributes: dict[str, str] = field(default_factory=dict)
-    floats: dict[str, LiveFloat] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a value lives, to be changed. `steps` lead to it: each a holder and the key in it, the outermost first."""
+
+    steps: tuple[tuple[Any, Any], ...]
+    value: Any
+
+    def set(self, value: Any) -> None:
+        """Put `value` here. Raises `TypeError` or `AttributeError` where nothing can be put."""
+        for holder, key in reversed(self.steps):
+            if not isinstance(holder, tuple):
+                _set_item(holder, key, value)
+                return
+            items = (*holder[:key], value, *holder[key + 1 :])
+            value = items if type(holder) is tuple else tuple.__new__(type(holder), items)
+        raise TypeError("it is a part of nothing that can be changed")
+
+    def delete(self) -> None:
+        """Remove what is here. Raises `TypeError` or `AttributeError` where nothing can be removed."""
+        holder, key = self.steps[-1]
+        if isinstance(holder, dict):
+            del holder[key]
+        elif isinstance(holder, (list, tuple, collections.deque, types.CellType, functools.partial)):
+            raise TypeError(f"a {type(holder).__name__} cannot do without it")
+        else:
+            object.__delattr__(holder, key)
+
+
+def _set_item(holder: Any, key: Any, value: Any) -> None:
+    if isinstance(holder, (dict, list, collections.deque)):
+        holder[key] = value
+    elif isinstance(holder, types.CellType):
+        holder.cell_contents = value
+    elif isinstance(holder, functools.partial):
+        holder.__setstate__((holder.func, value, holder.keywords, vars(holder)))  # type: ignore[attr-defined]
+    else:
+        object.__setattr__(holder, key, value)
 
 
 @dataclass(slots=True)
 class Tree:
-    """A captured model: live references, to be described, packed or rebound."""
+    """A captured model: live references, to be described, packed or rebound.
+
+    Attributes:
+        opaque: objects that are noted by their class alone, by module and name: whether one was replaced by
+            another can be known by nothing but the object.
+        places: of what was asked for.
+    """
 
     modules: list[LiveModule]
+    opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
+    places: dict[tuple[int, str], Place] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
         for module in self.modules:
@@ -83,16 +131,22 @@ class Tree:
 
     def describe(self, slot: LiveSlot) -> str:
         """The full name of a slot, for messages."""
-        path = self.modules[slot.module].path
-        return f"{path}.{slot.name}" if path else slot.name
+        return full_name(self.modules[slot.module].path, slot.name)
 
 
-def capture(model: nn.Module, opaque: tuple[type, ...] = ()) -> Tree:
+def full_name(path: str, name: str) -> str:
+    """How a message names something in a module."""
+    return f"{path}.{name}" if path else name
+
+
+def capture(
+    model: nn.Module, opaque: tuple[type, ...] = (), wanted: Mapping[str, Collection[str]] | None = None
+) -> Tree:
     """The tree of `model`, in the order of `named_modules`. Reads no tensor data.
 
     Args:
-        opaque: classes of objects whose insides are not state of the model: they follow from its
-            configuration, and may differ from process to process.
+        opaque: classes of further objects whose insides are not state of the model.
+        wanted: names of values by path of their module, whose places are wanted to change them.
     """
     by_id: dict[int, LiveModule] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -102,9 +156,9 @@ def capture(model: nn.Module, opaque: tuple[type, ...] = ()) -> Tree:
         else:
             known.aliases.append(path)
     tree = Tree(list(by_id.values()))
-    walk = _Walk(opaque)
+    walk = _Walk(tree, by_id, opaque, wanted)
     for index, live in enumerate(tree.modules):
-        walk.module(live, index)
+        walk.named_module(live, index)
     return tree
 
 
@@ -117,140 +171,233 @@ def plain_tensors() -> AbstractContextManager[None]:
     return plain
 
 
-def class_name(cls: type) -> str:
-    """Qualified name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def describe_value(value: Any) -> str | None:
-    """Canonical text of a value without parts, or None for everything else."""
-    if type(value) in _EXACT_PRIMITIVES:  # nearly all of them, and this runs 10,000 times in an attach
-        return repr(value)
-    if isinstance(value, _TEXT_TYPES):
-        return str(value)
-    if isinstance(value, _PRIMITIVES):
-        return repr(value)
-    if isinstance(value, torch.device):
-        return f"device:{value.type}"  # the index is this process's affair
-    if isinstance(value, float):
-        return repr(value)
+    """Canonical text of a plain value, a class or a function; None for everything else."""
+    text = text_of(value)
+    if text is not None:
+        return text
     if isinstance(value, type):
         return f"class {class_name(value)}"
-    if isinstance(value, _FUNCTIONS):
-        return f"function {value.__qualname__}"
     if isinstance(value, functools.partial):
         return f"partial of {describe_value(value.func)}"
+    if isinstance(value, _FUNCTIONS):
+        return f"function {value.__module__}.{value.__qualname__}"
     return None
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a container or an object holds, with how to write the way to it."""
-    if isinstance(value, (list, tuple)):
-        yield from ((f"[{position}]", item) for position, item in enumerate(value))
-    elif isinstance(value, dict):
-        yield from ((f"[{key!r}]", item) for key, item in value.items())
-    elif isinstance(value, functools.partial):
-        yield from ((f".args[{position}]", item) for position, item in enumerate(value.args))
-        yield from ((f".keywords[{key!r}]", item) for key, item in value.keywords.items())
-    else:
-        yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
-        yield from ((f".{name}", item) for name, item in _slots(value))
+def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
+    """What was hung on a tensor, as canonical text."""
+    return {name: describe_value(value) or class_name(type(value)) for name, value in tensor.__dict__.items()}
 
 
-def _slots(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds outside its dictionary."""
-    for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)
+@functools.cache
+def _is_opaque(cls: type) -> bool:
+    return any(
+        module == package or module.startswith(f"{package}.")
+        for module in (getattr(base, "__module__", None) or "" for base in cls.__mro__)
+        for package in _OPAQUE
+    )
+
+
+@functools.cache
+def _slot_members(cls: type) -> tuple[tuple[str, Any], ...]:
+    """What objects of `cls` hold outside their dictionary: names and descriptors."""
+    return tuple(
+        (name, member)
+        for base in cls.__mro__
+        if "__slots__" in vars(base)
+        for name, member in vars(base).items()
+        if isinstance(member, types.MemberDescriptorType)
+    )
 
 
 class _Walk:
     """One walk over a tree; remembers the objects it has met."""
 
-    def __init__(self, opaque: tuple[type, ...]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        named: Mapping[int, LiveModule],
+        opaque: tuple[type, ...],
+        wanted: Mapping[str, Collection[str]] | None,
+    ) -> None:
+        self._tree = tree
+        self._named = named
         self._opaque = opaque
+        self._wanted = wanted
         # Object id to where it was first met. Objects are kept alive by the model meanwhile.
         self._met: dict[int, str] = {}
-        self._searched: set[int] = set()
+        self._steps: list[tuple[Any, Any]] = []
 
-    def module(self, live: LiveModule, index: int) -> None:
-        module = live.module
+    def named_module(self, live: LiveModule, index: int) -> None:
+        self._module(live, index, "", live.module, 0)
+
+    def _module(self, live: LiveModule, index: int, prefix: str, module: nn.Module, depth: int) -> None:
+        attributes = live.attributes
         for name, parameter in module._parameters.items():
             if parameter is None:
-                live.attributes[name] = "None"
+                attributes[prefix + name] = "None"
             else:
-                live.slots.append(LiveSlot(name, TensorKind.PARAMETER, parameter, index))
+                self._tensor(live, index, prefix + name, TensorKind.PARAMETER, parameter, depth)
         for name, buffer in module._buffers.items():
             if buffer is None:
-                live.attributes[name] = "None"
+                attributes[prefix + name] = "None"
                 continue
             transient = name in module._non_persistent_buffers_set
             kind = TensorKind.NON_PERSISTENT_BUFFER if transient else TensorKind.BUFFER
-            live.slots.append(LiveSlot(name, kind, buffer, index))
-        for name, value in module.__dict__.items():
+            self._tensor(live, index, prefix + name, kind, buffer, depth)
+        own = module.__dict__
+        for name, value in own.items():
             if name in _MODULE_INTERNALS:
                 continue
-            if type(value) in _EXACT_PRIMITIVES:
-                live.attributes[name] = repr(value)
+            if type(value) in _SIMPLE and self._wanted is None:
+                attributes[prefix + name] = repr(value)
             else:
-                self._value(live, index, name, value, module.__dict__, name, 0)
+                self._value(live, index, prefix + name, value, own, name, depth)
+        for name in _HOOKS:
+            if own.get(name):  # by position: keys are numbers that the process counts
+                for position, (key, hook) in enumerate(own[name].items()):
+                    self._value(live, index, f"{prefix}{name}[{position}]", hook, own[name], key, depth)
+
+    def _tensor(
+        self, live: LiveModule, index: int, path: str, kind: TensorKind, tensor: torch.Tensor, depth: int
+    ) -> None:
+        live.slots.append(LiveSlot(path, kind, tensor, index))
+        hung = tensor.__dict__
+        if hung and id(tensor) not in self._met:
+            self._met[id(tensor)] = path
+            for name, value in list(hung.items()):
+                if describe_value(value) is None:  # the others are noted with the tensor
+                    self._value(live, index, f"{path}.{name}", value, hung, name, depth + 1)
 
     def _value(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            live.slots.append(LiveSlot(path, TensorKind.ATTRIBUTE, value, index))
+        if self._wanted is None:
+            self._note(live, index, path, value, depth)
             return
-        if type(value) is float:
-            live.floats[path] = LiveFloat(value, holder, key)
+        self._steps.append((holder, key))
+        if path in self._wanted.get(live.path, ()):
+            self._tree.places[index, path] = Place(tuple(self._steps), value)
+        self._note(live, index, path, value, depth)
+        self._steps.pop()
+
+    def _note(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            self._tensor(live, index, path, TensorKind.ATTRIBUTE, value, depth)
             return
         text = describe_value(value)
         if text is None:
             text = self._compound(live, index, path, value, depth)
-        elif isinstance(value, functools.partial):
-            self._search(live, index, path, value, depth)
+        elif isinstance(value, _FUNCTIONS):
+            self._function(live, index, path, value, depth)
         live.attributes[path] = text
 
     def _compound(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> str:
         cls = type(value)
         name = class_name(cls)
         if isinstance(value, nn.Module):
+            if (known := self._named.get(id(value))) is not None:
+                return f"{name} @{known.path}:"
+            first = self._first(live, path, value)
+            if first is None:
+                self._inner_module(live, index, path, value, depth + 1)
+            return name if first is None else f"{name} @{first}"
+        if isinstance(value, _LEAVES) or depth >= _MAX_DEPTH:
             return name
-        if depth >= _MAX_DEPTH:
-            self._search(live, index, path, value, depth)
-            return name
-        first = self._met.setdefault(id(value), f"{live.path}:{path}")
-        if first != f"{live.path}:{path}":
-            return f"{name} @{first}" if not isinstance(value, tuple) else name
-        if isinstance(value, (list, tuple)):
+        first = self._first(live, path, value)
+        if first is not None:
+            return name if isinstance(value, (tuple, frozenset)) else f"{name} @{first}"
+        if isinstance(value, dict):
+            for item_key, item in value.items():
+                self._value(live, index, f"{path}[{_key_text(item_key)}]", item, value, item_key, depth + 1)
+            return f"{name} of {len(value)}"
+        if isinstance(value, (list, tuple, collections.deque)):
             for position, item in enumerate(value):
                 self._value(live, index, f"{path}[{position}]", item, value, position, depth + 1)
             return f"{name} of {len(value)}"
-        if isinstance(value, dict):
-            for item_key, item in value.items():
-                self._value(live, index, f"{path}[{item_key!r}]", item, value, item_key, depth + 1)
-            return f"{name} of {len(value)}"
         if isinstance(value, (set, frozenset)):
-            return f"{name} of {sorted(map(str, value))}"
-        if not name.startswith(_OPAQUE) and not isinstance(value, self._opaque):
-            for item_key, item in list(getattr(value, "__dict__", {}).items()):
-                self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
-            for item_key, item in _slots(value):
-                self._look(live, index, f"{path}.{item_key}", item, depth)
+            for position, item in enumerate(_in_order(value)):
+                self._value(live, index, f"{path}{{{position}}}", item, None, "", depth + 1)
+            return f"{name} of {len(value)}"
+        if _is_opaque(cls) or isinstance(value, self._opaque):
+            self._tree.opaque[index, path] = value
+            return name
+        self._insides(live, index, path, value, depth)
         return name
 
-    def _search(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
-        """Only the tensors, further down: kernels keep scales several objects deep, and each must be found."""
-        if isinstance(value, nn.Module) or depth >= _MAX_SEARCH_DEPTH or id(value) in self._searched:
-            return
-        if class_name(type(value)).startswith(_OPAQUE) or isinstance(value, self._opaque):
-            return
-        self._searched.add(id(value))
-        for way, item in _parts(value):
-            self._look(live, index, f"{path}{way}", item, depth)
+    def _insides(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+        found = False
+        for item_key, item in list(_dictionary(value).items()):
+            found = True
+            self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
+        for item_key, member in _slot_members(type(value)):
+            try:
+                item = member.__get__(value)
+            except AttributeError:  # nothing was put there yet
+                continue
+            found = True
+            self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
+        if not found:
+            self._tree.opaque[index, path] = value
 
-    def _look(self, live: LiveModule, index: int, path: str, item: Any, depth: int) -> None:
-        if isinstance(item, torch.Tensor):
-            live.slots.append(LiveSlot(path, TensorKind.ATTRIBUTE, item, index))
-        elif isinstance(item, functools.partial) or describe_value(item) is None:
-            self._search(live, index, path, item, depth + 1)
+    def _inner_module(self, live: LiveModule, index: int, path: str, module: nn.Module, depth: int) -> None:
+        """A module that is no child of another one: a container or a helper object holds it."""
+        self._module(live, index, f"{path}.", module, depth)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._value(live, index, f"{path}.{name}", child, module._modules, name, depth + 1)
+
+    def _function(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+        """What a function takes along: captured values, defaults, arguments, the object of a method."""
+        if depth >= _MAX_DEPTH or self._first(live, path, value) is not None:
+            return
+        if isinstance(value, functools.partial):
+            self._value(live, index, f"{path}.func", value.func, None, "", depth + 1)
+            self._value(live, index, f"{path}.args", value.args, value, "args", depth + 1)
+            for key, item in value.keywords.items():
+                self._value(live, index, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth + 1)
+        elif isinstance(value, types.MethodType):
+            self._value(live, index, f"{path}.__self__", value.__self__, None, "", depth + 1)
+            self._function(live, index, f"{path}.__func__", value.__func__, depth + 1)
+        elif isinstance(value, types.FunctionType):
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+                try:
+                    item = cell.cell_contents
+                except ValueError:  # a variable that was deleted, or not set yet
+                    continue
+                self._value(live, index, f"{path}.__closure__[{name!r}]", item, cell, 0, depth + 1)
+            for name in ("__defaults__", "__kwdefaults__"):
+                if getattr(value, name):
+                    self._value(live, index, f"{path}.{name}", getattr(value, name), value, name, depth + 1)
+            for key, item in value.__dict__.items():
+                self._value(live, index, f"{path}.{key}", item, value.__dict__, key, depth + 1)
+        elif isinstance(value.__self__, torch.Tensor) or not isinstance(value.__self__, _LEAVES):
+            self._value(live, index, f"{path}.__self__", value.__self__, None, "", depth + 1)
+
+    def _first(self, live: LiveModule, path: str, value: Any) -> str | None:
+        """Where `value` was met before; None for the first time."""
+        here = f"{live.path}:{path}"
+        first = self._met.setdefault(id(value), here)
+        return None if first is here else first
+
+
+def _key_text(key: Any) -> str:
+    return describe_value(key) or class_name(type(key))
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Parts of a set in an order that does not depend on addresses, as far as they can be told apart."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{value.dtype} {tuple(value.shape)}"
+        return describe_value(value) or class_name(type(value))
+
+    return sorted(values, key=text)
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}

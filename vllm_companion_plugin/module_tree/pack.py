@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.arena.layout import ALIGNMENT, Chunk, Layout, plan
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, class_name, describe_value
+from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, tensor_attributes
 from vllm_companion_plugin.module_tree.checksum import Summing
+from vllm_companion_plugin.module_tree.observe import Loaded, Observation
+from vllm_companion_plugin.module_tree.values import class_name
 from vllm_companion_plugin.module_tree.views import ArenaViews
 from vllm_companion_plugin.types import (
+    NOTHING_OBSERVED,
     PIECE_BYTES,
     Manifest,
     ModuleInfo,
@@ -56,36 +59,42 @@ class Packing:
     tensors: list[torch.Tensor]
     storages: list[_Storage]
     infos: list[TensorInfo]
-    modules: tuple[ModuleInfo, ...]
 
 
-def survey(tree: Tree, device: torch.device) -> Packing:
+def survey(tree: Tree, device: torch.device, observation: Observation | None) -> Packing:
     """Describe every tensor of `tree` and group them by the memory they use.
+
+    Args:
+        observation: tells where tensors came from; without one all are taken for the checkpoint's.
 
     Raises:
         NotShareableError: a tensor that cannot be placed in an arena of `device`.
     """
     tensors: list[torch.Tensor] = []
     index_of: dict[int, int] = {}
-    slot_tensors: list[list[int]] = []
     first_slots: list[LiveSlot] = []
     private: list[bool] = []
-    for module in tree.modules:
-        indexes = []
-        for slot in module.slots:
-            index = index_of.setdefault(id(slot.tensor), len(tensors))
-            if index == len(tensors):
-                tensors.append(slot.tensor)
-                first_slots.append(slot)
-                private.append(True)
-            private[index] &= is_private(slot)
-            indexes.append(index)
-        slot_tensors.append(indexes)
+    parameters: set[int] = set()
+    for slot in tree.slots():
+        index = index_of.setdefault(id(slot.tensor), len(tensors))
+        if index == len(tensors):
+            tensors.append(slot.tensor)
+            first_slots.append(slot)
+            private.append(True)
+        private[index] &= is_private(slot, observation)
+        if slot.kind is TensorKind.PARAMETER:
+            parameters.add(index)
+    own = {
+        index for index, tensor in enumerate(tensors) if observation is not None and observation.is_own(tensor)
+    }
 
     by_storage: dict[int, _Storage] = {}
     placed: list[_Storage | None] = []
     for index, tensor in enumerate(tensors):
         slot = first_slots[index]
+        if index in own and index not in parameters:
+            placed.append(None)
+            continue
         start, stop = _span(tensor, tree, slot)
         if start == stop or (tensor.device.type == "cpu" and device.type != "cpu"):
             if stop - start > INLINE_BYTES:
@@ -106,38 +115,43 @@ def survey(tree: Tree, device: torch.device) -> Packing:
     storages = sorted(by_storage.values(), key=lambda storage: storage.start - storage.stop)
     number = {id(storage): position for position, storage in enumerate(storages)}
     infos = [
-        _describe(tensor, storage, number[id(storage)] if storage else -1, device)
-        for tensor, storage in zip(tensors, placed, strict=True)
+        _describe(tensor, storage, number[id(storage)] if storage else -1, device, own=index in own)
+        for index, (tensor, storage) in enumerate(zip(tensors, placed, strict=True))
     ]
-    modules = tuple(
+    return Packing(tensors, storages, infos)
+
+
+def describe_modules(tree: Tree, packing: Packing, loaded: Loaded) -> tuple[ModuleInfo, ...]:
+    """The modules of `tree` with their slots as indexes of tensors."""
+    index_of = {id(tensor): index for index, tensor in enumerate(packing.tensors)}
+    return tuple(
         ModuleInfo(
             live.path,
             tuple(live.aliases),
             class_name(type(live.module)),
-            tuple(SlotInfo(s.name, s.kind, t) for s, t in zip(live.slots, indexes, strict=True)),
+            tuple(SlotInfo(slot.name, slot.kind, index_of[id(slot.tensor)]) for slot in live.slots),
             live.attributes,
-            {name: number.value for name, number in live.floats.items()},
+            loaded.modules.get(live.path, NOTHING_OBSERVED),
         )
-        for live, indexes in zip(tree.modules, slot_tensors, strict=True)
+        for live in tree.modules
     )
-    return Packing(tensors, storages, infos, modules)
 
 
-def is_private(slot: LiveSlot) -> bool:
+def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
     """Whether engines may write to this tensor while serving, so that each needs its own.
 
-    Buffers and small attribute tensors hold caches, scales and maps; weights are parameters,
-    or large attributes that processing made from them.
+    What was not made from the checkpoint is a cache or work space. So are buffers and small tensors in
+    attributes (scales, maps), wherever they came from; weights are parameters, or large attributes that
+    processing made from them.
     """
+    tensor = slot.tensor
+    if observation is not None and (observation.is_own(tensor) or not observation.is_derived(tensor)):
+        return True
+    if tensor.is_conj() or tensor.is_neg():  # what is bound in place of it would lose that
+        return True
     if slot.kind is TensorKind.PARAMETER:
         return False
-    return slot.kind is not TensorKind.ATTRIBUTE or slot.tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
-
-
-def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
-    """What was hung on a tensor, as canonical text."""
-    hung = getattr(tensor, "__dict__", {})
-    return {name: describe_value(value) or class_name(type(value)) for name, value in hung.items()}
+    return slot.kind is not TensorKind.ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
 
 
 @functools.cache
@@ -163,9 +177,13 @@ def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
     return start, start + (reach + 1) * tensor.element_size()
 
 
-def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int, device: torch.device) -> TensorInfo:
+def _describe(
+    tensor: torch.Tensor, storage: _Storage | None, number: int, device: torch.device, *, own: bool
+) -> TensorInfo:
     inline, offset = None, 0
-    if storage is None:
+    if storage is None and own:
+        pass  # each engine has its own
+    elif storage is None:
         if tensor.numel() and not tensor.is_contiguous():
             raise NotShareableError("a host tensor beside a device model is not contiguous.")
         if tensor.device.type != device.type:  # else it has no elements, and no bytes
@@ -185,6 +203,9 @@ def _describe(tensor: torch.Tensor, storage: _Storage | None, number: int, devic
         class_name=class_name(type(tensor)),
         requires_grad=tensor.requires_grad,
         private=storage.private if storage else True,
+        own=own,
+        conj=tensor.is_conj(),
+        neg=tensor.is_neg(),
         inline=inline,
         attributes=tensor_attributes(tensor),
     )
@@ -199,13 +220,18 @@ class Packed:
     manifest: Manifest
 
 
-def prepare(tree: Tree, stage: Stage, kind: str, device: torch.device) -> Packed:
+def prepare(
+    tree: Tree, stage: Stage, kind: str, device: torch.device, observation: Observation | None = None
+) -> Packed:
     """Place all tensors of `tree` in an arena of `kind` that does not exist yet.
+
+    Args:
+        observation: of how the model came about; without one all of it is taken for the checkpoint's.
 
     Raises:
         NotShareableError: a tensor cannot be placed; nothing was changed.
     """
-    packing = survey(tree, device)
+    packing = survey(tree, device, observation)
     if not packing.storages:
         raise NotShareableError("the model has no tensors.")
     layout = plan(
@@ -215,7 +241,18 @@ def prepare(tree: Tree, stage: Stage, kind: str, device: torch.device) -> Packed
     )
     places = zip(layout.offsets, packing.storages, strict=True)
     storages = tuple(StorageInfo(offset, s.stop - s.start) for offset, s in places)
-    return Packed(packing, layout, Manifest(stage, storages, tuple(packing.infos), packing.modules))
+    loaded = observation.finish(tree) if observation is not None else Loaded()
+    modules = describe_modules(tree, packing, loaded)
+    manifest = Manifest(
+        stage,
+        storages,
+        tuple(packing.infos),
+        modules,
+        loaded.removed_modules,
+        loaded.retied_modules,
+        is_observed=observation is not None,
+    )
+    return Packed(packing, layout, manifest)
 
 
 def copy(

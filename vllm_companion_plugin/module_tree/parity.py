@@ -1,10 +1,31 @@
-"""Compare a live tree with a published one: modules, classes, attributes, and the meta device."""
+"""Compare a live tree with a published one: modules, classes, values, tensors, and the meta device.
+
+Equal where it matters, the engine's own where it follows from the engine's flags:
+
+- modules, classes of objects, functions, enums and dtypes decide how bytes are understood, and must be equal;
+- plain values (numbers, strings, containers of them) that neither loading nor post-processing changed were made
+  by building this model here, from this engine's flags: they stay as they are;
+- what loading changed was set to the published value before, and must be equal now;
+- a number that post-processing made is this engine's own, too, unless it read data of tensors: then a float is
+  set to the published value. Anything else that it made must be equal.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import nn
+
 from vllm_companion_plugin.errors import ParityError
-from vllm_companion_plugin.module_tree.capture import Tree, class_name
-from vllm_companion_plugin.types import Manifest
+from vllm_companion_plugin.module_tree.capture import Tree, capture, full_name, tensor_attributes
+from vllm_companion_plugin.module_tree.changes import is_restorable
+from vllm_companion_plugin.module_tree.pack import dtype_name
+from vllm_companion_plugin.module_tree.values import class_name, value_of
+from vllm_companion_plugin.types import Manifest, ModuleInfo, TensorInfo
+
+_PLAIN_STARTS = "'\"([{-0123456789"
+_PLAIN_NAMES = ("None", "True", "False", "nan", "inf", "b'", 'b"')
 
 
 def compare_modules(tree: Tree, manifest: Manifest) -> None:
@@ -16,32 +37,116 @@ def compare_modules(tree: Tree, manifest: Manifest) -> None:
     for live, published in zip(tree.modules, manifest.modules, strict=False):
         where = live.path or "the model"
         if live.path != published.path or tuple(live.aliases) != published.aliases:
-            raise ParityError(f"module {live.path!r} {live.aliases} here is {published.path!r} in the published model.")
+            raise ParityError(
+                f"module {live.path!r} {live.aliases} here is {published.path!r} in the published model.", where
+            )
         if (here := class_name(type(live.module))) != published.class_name:
-            raise ParityError(f"{where} is a {here} here and a {published.class_name} in the published model.")
+            raise ParityError(f"{where} is a {here} here and a {published.class_name} in the published model.", where)
     if len(tree.modules) != len(manifest.modules):
         raise ParityError(f"{len(tree.modules)} modules here, {len(manifest.modules)} in the published model.")
 
 
-def compare_structure(tree: Tree, manifest: Manifest) -> None:
-    """Equal attributes, floats included, and no tensor left without data.
+def set_measured(model: nn.Module, tree: Tree, manifest: Manifest) -> None:
+    """Set floats that the publisher's post-processing measured on the weights; here it had only placeholders."""
+    wanted = {}
+    for live, published in zip(tree.modules, manifest.modules, strict=True):
+        if published.observed.measured and live.attributes != published.attributes:
+            names = [name for name in published.observed.processed if _is_measured(live.attributes, published, name)]
+            if names:
+                wanted[live.path] = names
+    if not wanted:
+        return
+    places = capture(model, wanted=wanted).places
+    for (index, name), place in places.items():
+        text = manifest.modules[index].attributes[name]
+        place.set(value_of(text))
+        tree.modules[index].attributes[name] = text
+
+
+def _is_measured(here: dict[str, str], published: ModuleInfo, name: str) -> bool:
+    there = published.attributes.get(name)
+    return here.get(name) != there and _is_float(here.get(name)) and _is_float(there)
+
+
+def _is_float(text: str | None) -> bool:
+    if text is None or text[:1] not in "-0123456789ni":
+        return False
+    try:
+        return type(value_of(text)) is float
+    except ValueError:
+        return False
+
+
+def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
+    """Values and classes are equal where they must be, and no tensor is without data.
+
+    Returns:
+        This engine's own values that differ from the published ones, by full name.
 
     Raises:
         ParityError: naming module, attribute and both values.
     """
+    own: dict[str, str] = {}
     for live, published in zip(tree.modules, manifest.modules, strict=True):
-        where = live.path or "the model"
-        if live.attributes != published.attributes:
-            name = _first_difference(live.attributes, dict(published.attributes))
-            here, there = live.attributes.get(name, "absent"), published.attributes.get(name, "absent")
-            raise ParityError(f"{where}.{name} is {here} here and {there} in the published model.")
-        if live.floats.keys() != published.floats.keys():
-            name = min(live.floats.keys() ^ published.floats.keys())
-            raise ParityError(f"{where}.{name} is a number in only one of this and the published model.")
+        if live.attributes == published.attributes:
+            continue
+        changed = set(published.observed.values)
+        processed = set(published.observed.processed)
+        for name in sorted(live.attributes.keys() | published.attributes.keys()):
+            here, there = live.attributes.get(name), published.attributes.get(name)
+            if here == there:
+                continue
+            where = full_name(live.path, name)
+            is_own = name not in changed and not (published.observed.measured and name in processed)
+            fits = _is_number if name in processed else _is_plain
+            if not (is_own and fits(here) and fits(there)):
+                raise ParityError(
+                    f"{where} is {here or 'absent'} here and {there or 'absent'} in the published model.",
+                    where,
+                    here or "absent",
+                )
+            own[where] = here or "absent"
     for slot in tree.slots():
         if slot.tensor.is_meta:
-            raise ParityError(f"{tree.describe(slot)} was left without data.")
+            raise ParityError(f"{tree.describe(slot)} was left without data.", tree.describe(slot))
+    return own
 
 
-def _first_difference(here: dict[str, str], there: dict[str, str]) -> str:
-    return min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+def _is_plain(text: str | None) -> bool:
+    """Whether a text is that of numbers, strings and containers of them: no class, function, enum or dtype."""
+    return text is None or text[0] in _PLAIN_STARTS or text.startswith(_PLAIN_NAMES)
+
+
+def _is_number(text: str | None) -> bool:
+    return text is None or text[0].isdigit() or text[0] == "-" or text in ("nan", "inf")
+
+
+def set_tensor_attributes(tensor: torch.Tensor, info: TensorInfo) -> None:
+    """Hang on a published tensor what the publisher's has, where it is missing here and can be made."""
+    if not info.attributes or info.attributes.keys() <= tensor.__dict__.keys():
+        return
+    for name in info.attributes.keys() - tensor.__dict__.keys():
+        if name.isidentifier() and not name.startswith("__") and is_restorable(info.attributes[name]):
+            try:
+                tensor.__dict__[name] = value_of(info.attributes[name])
+            except ValueError:
+                continue
+
+
+def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
+    """How `tensor` differs from what was published, values aside; None if it does not."""
+    checks: tuple[tuple[str, Any, Any], ...] = (
+        ("dtype", dtype_name(tensor.dtype), info.dtype),
+        ("shape", tuple(tensor.shape), info.shape),
+        ("stride", tensor.stride(), info.stride),
+        ("class", class_name(type(tensor)), info.class_name),
+        ("attributes", tensor_attributes(tensor), dict(info.attributes)),
+    )
+    if tensor.requires_grad != info.requires_grad and tensor.is_leaf:
+        tensor.requires_grad_(info.requires_grad)
+    for what, here, published in checks:
+        if here != published:
+            return f"{what} is {here} here and {published} in the published model"
+    return None
+
+

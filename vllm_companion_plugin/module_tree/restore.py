@@ -1,7 +1,8 @@
-"""Bring a model that was built on the meta device to the published state.
+"""Bring a model that was built without its weights to the published state.
 
-The state that is not tensors (kernels chosen, layouts, flags) comes from running the engine's
-own post-processing, module by module:
+The engine builds the model itself (building.py), so everything that follows from its flags is its own. What
+loading changed at the publisher is done here again (changes.py). The state that is not tensors (kernels
+chosen, layouts, flags) comes from running the engine's own post-processing, module by module:
 
 - `HIDE`: the module's tensors are bound first and stand aside as meta tensors while its method
   runs. For methods that leave tensors as they are; nothing can be written.
@@ -10,31 +11,37 @@ own post-processing, module by module:
   method, at one module's memory. The results are placeholders, and none may be left.
 
 Tensors are replaced inside their Python objects, so whatever holds a reference (a kernel, a
-tuple, a closure) sees the published ones. Then everything is compared, and any difference
-raises before the model is used.
+tuple, a closure) sees the published ones. Then the tree is compared (parity.py), and any difference
+that matters raises before the model is used.
 """
 
 from __future__ import annotations
 
-import ast
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.module_tree.capture import LiveFloat, LiveModule, Tree, capture, class_name, plain_tensors
+from vllm_companion_plugin.module_tree.building import WithoutWeights
+from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, capture, full_name, plain_tensors
+from vllm_companion_plugin.module_tree.changes import apply_loading
 from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors
-from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
-from vllm_companion_plugin.module_tree.parity import compare_modules, compare_structure
+from vllm_companion_plugin.module_tree.pack import dtype_name
+from vllm_companion_plugin.module_tree.parity import (
+    compare_modules,
+    compare_values,
+    set_measured,
+    set_tensor_attributes,
+    tensor_difference,
+)
 from vllm_companion_plugin.module_tree.views import ArenaViews, view, without_storage
-from vllm_companion_plugin.types import Manifest, ModuleInfo, StorageInfo, TensorInfo, TensorKind
+from vllm_companion_plugin.types import Manifest, SlotInfo, StorageInfo, TensorInfo, TensorKind
 
 
 class Strategy(Enum):
@@ -69,7 +76,9 @@ class Source:
         storage = self.manifest.storages[info.storage]
         if not (info.private or self._copy):
             return self._views.tensor(info, storage)
-        return view(self._clone(info.storage, storage), info, self._device)
+        tensor = view(self._clone(info.storage, storage), info, self._device)
+        tensor = tensor.conj() if info.conj else tensor
+        return torch._neg_view(tensor) if info.neg else tensor
 
     def _clone(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
         known = self._clones.get(index)
@@ -94,16 +103,29 @@ class Source:
 class Restorer:
     """Binds one model to one published manifest.
 
+    Args:
+        built: what was left out when the model was built; None if it was built in another way.
+
     Attributes:
         ways: modules whose post-processing ran, by strategy.
+        own: values that are this engine's own and differ from the publisher's, by their full name.
     """
 
-    def __init__(self, model: nn.Module, source: Source, device: torch.device, opaque: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        device: torch.device,
+        opaque: tuple[type, ...] = (),
+        built: WithoutWeights | None = None,
+    ) -> None:
         self._model = model
         self._source = source
         self._device = device
         self._opaque = opaque
+        self._built = built
         self.ways: Counter[Strategy] = Counter()
+        self.own: dict[str, str] = {}
         self._modules = {module.path: module for module in source.manifest.modules}
         self._paths: dict[int, str] = {}
         # By id of the tensor object: its index, its address, and the object itself, which keeps the id valid.
@@ -112,8 +134,9 @@ class Restorer:
         self._displaced: dict[int, StorageWeakRef] = {}
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
-        """Bind all parameters and buffers that exist before post-processing and are not remade by it."""
+        """Do what loading did, and bind all that exists before post-processing and is not remade by it."""
         with plain_tensors():
+            apply_loading(self._model, self._source.manifest)
             for path, module in self._model.named_modules():
                 self._paths[id(module)] = path
                 published = self._published(path)
@@ -129,7 +152,12 @@ class Restorer:
         """Names of the parameters and buffers of a module, with their tensors."""
         module = self._modules.get(path)  # None: post-processing may still rename or retie it
         slots = module.slots if module else ()
-        return {slot.name: slot.tensor for slot in slots if slot.kind is not TensorKind.ATTRIBUTE}
+        tensors = self._source.manifest.tensors
+        return {
+            slot.name: slot.tensor
+            for slot in slots
+            if slot.kind is not TensorKind.ATTRIBUTE and not tensors[slot.tensor].own
+        }
 
     def _bind_all(self, named: Iterable[tuple[str, torch.Tensor | None]], published: dict[str, int]) -> None:
         for name, tensor in named:
@@ -153,16 +181,24 @@ class Restorer:
 
     @contextmanager
     def replaying(self, module: nn.Module) -> Iterator[None]:
-        """While open, the module's own tensors are real, private and benign. Then they are bound."""
+        """While open, the module's own tensors are real and private, and those that loading fills benign.
+
+        Then they are bound.
+        """
         self.ways[Strategy.REPLAY] += 1
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and tensor.is_meta:
+        info = self._modules.get(self._name(module))
+        untouched = info.observed.untouched if info is not None else ()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            to_load = isinstance(tensor, nn.Parameter) and name not in untouched and tensor.device == self._device
+            if tensor.is_meta or to_load:
                 _replace(tensor, _benign(tensor, self._device), self._name(module))
         yield
         self.bind_module(module)
 
     def finish(self) -> None:
-        """Bind all that is left, set measured floats, and prove the tree equal.
+        """Bind all that is left, set measured values, and prove the tree equal.
 
         Raises:
             ParityError: the tree differs; the model must not be used.
@@ -170,36 +206,58 @@ class Restorer:
         """
         with plain_tensors():
             self._finish()
+        if self._built is not None:
+            self._built.forget()
 
     def _finish(self) -> None:
         # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
         self._source.renew()
+        manifest = self._source.manifest
         tree = capture(self._model, self._opaque)
-        compare_modules(tree, self._source.manifest)
+        compare_modules(tree, manifest)
         carriers: dict[int, torch.Tensor] = {}
         indexes: dict[int, int] = {}
-        for live, published in zip(tree.modules, self._source.manifest.modules, strict=True):
+        for live, published in zip(tree.modules, manifest.modules, strict=True):
             wanted = {(slot.kind, slot.name): slot for slot in published.slots}
             for slot in live.slots:
                 name = tree.describe(slot)
                 want = wanted.pop((slot.kind, slot.name), None)
                 if want is None:
-                    raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.")
-                if difference := tensor_difference(slot.tensor, self._source.manifest.tensors[want.tensor]):
-                    raise ParityError(f"{name}: {difference}.")
+                    raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
+                info = manifest.tensors[want.tensor]
+                if info.own:
+                    self._keep_own(slot, info, want.tensor, name)
+                    continue
+                set_tensor_attributes(slot.tensor, info)
+                if difference := tensor_difference(slot.tensor, info):
+                    raise ParityError(f"{name}: {difference}.", name)
                 carrier = carriers.setdefault(want.tensor, slot.tensor)
                 if carrier is not slot.tensor or indexes.setdefault(id(slot.tensor), want.tensor) != want.tensor:
-                    raise ParityError(f"{name} is not tied to the same tensors here as in the published model.")
+                    raise ParityError(f"{name} is not tied to the same tensors here as in the published model.", name)
                 self._ensure_bound(slot.tensor, want.tensor, name)
-            if wanted:
-                kind, missing = next(iter(wanted))
-                raise ParityError(f"{published.path}.{missing} ({kind.value}) was published but does not exist here.")
-            for name, number in live.floats.items():
-                if name in published.floats:
-                    number.set(published.floats[name])
-            _leave_behind(live, published)
-        compare_structure(tree, self._source.manifest)
+            self._check_missing(published.path, wanted.values())
+        set_measured(self._model, tree, manifest)
+        self.own = compare_values(tree, manifest)
         self._check_placeholders_are_gone(tree)
+
+    def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, name: str) -> None:
+        """The tensor that building this model made, unless it was deferred."""
+        tensor = slot.tensor
+        if not tensor.is_meta:
+            return
+        if info.storage >= 0 and tensor_difference(tensor, info) is None:
+            self._bind(tensor, index, name)  # what the publisher's constructor made of it
+        elif self._built is not None and self._built.is_uninitialized(tensor):
+            _replace(tensor, torch.empty_like(tensor, device=self._device), name)
+        else:
+            raise ParityError(f"{name} was left without data.", name)
+
+    def _check_missing(self, path: str, missing: Iterable[SlotInfo]) -> None:
+        """Only what is an engine's own may be absent here: whether it is made may follow from flags."""
+        for slot in missing:
+            if not self._source.manifest.tensors[slot.tensor].own:
+                name = full_name(path, slot.name)
+                raise ParityError(f"{name} ({slot.kind.value}) was published but does not exist here.", name)
 
     def _check_placeholders_are_gone(self, tree: Tree) -> None:
         """Raise `NotShareableError` if the model still views memory that a published tensor took the place of.
@@ -243,40 +301,6 @@ class Restorer:
         return self._paths[id(module)]
 
 
-def _leave_behind(live: LiveModule, published: ModuleInfo) -> None:
-    """Set the plain values that loading, which never ran here, leaves on a module.
-
-    Only what is missing altogether: a value that differs has another reason.
-    """
-    for name, text in published.attributes.items():
-        if name not in live.attributes and _is_free(live.module, name):
-            found = _plain(text)
-            if found is not None:
-                setattr(live.module, name, found[0])
-                live.attributes[name] = text
-    for name, number in published.floats.items():
-        if name not in live.floats and _is_free(live.module, name):
-            setattr(live.module, name, number)
-            live.floats[name] = LiveFloat(number, live.module, name)
-
-
-def _is_free(module: nn.Module, name: str) -> bool:
-    """Whether `name` means nothing yet, to the module or to Python itself."""
-    return name.isidentifier() and not name.startswith("__") and not hasattr(module, name)
-
-
-def _plain(text: str) -> tuple[Any] | None:
-    """The value that `describe_value` gave this text, in a tuple; None if text does not tell."""
-    empty: dict[str, type] = {"builtins.dict of 0": dict, "builtins.list of 0": list, "builtins.set of []": set}
-    if text in empty:
-        return (empty[text](),)
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the last three of nested text
-        return None
-    return (value,) if isinstance(value, (bool, int, str, bytes, type(None))) and repr(value) == text else None
-
-
 @contextmanager
 def meta_parameters(module: nn.Module) -> Iterator[None]:
     """While open, the module's own parameters are meta tensors. Then they are back."""
@@ -290,22 +314,6 @@ def meta_parameters(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(kept)
-
-
-def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
-    """How `tensor` differs from what was published, values aside; None if it does not."""
-    checks = (
-        ("dtype", dtype_name(tensor.dtype), info.dtype),
-        ("shape", tuple(tensor.shape), info.shape),
-        ("stride", tensor.stride(), info.stride),
-        ("class", class_name(type(tensor)), info.class_name),
-        ("requires_grad", tensor.requires_grad, info.requires_grad),
-        ("attributes", tensor_attributes(tensor), dict(info.attributes)),
-    )
-    for what, here, published in checks:
-        if here != published:
-            return f"{what} is {here} here and {published} in the published model"
-    return None
 
 
 def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,12 @@ from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.protocol import messages
 from vllm_companion_plugin.types import (
+    NOTHING_OBSERVED,
+    AddedSlot,
     ArenaInfo,
     Manifest,
     ModuleInfo,
+    Observed,
     SlotInfo,
     Stage,
     StorageInfo,
@@ -49,7 +52,7 @@ ITEM_SIZES: dict[str, int] = {
 }
 """Bytes of one element by torch's dtype name."""
 
-_TYPE = ("dtype", "shape", "stride", "class_name", "requires_grad", "private")
+_TYPE = ("dtype", "shape", "stride", "class_name", "requires_grad", "private", "own", "conj", "neg")
 _type_of = attrgetter(*_TYPE)
 _KINDS = {kind.value: kind for kind in TensorKind}
 # A frozen dataclass's own __init__ takes twice as long as setting its slots.
@@ -60,7 +63,7 @@ _SET_STORAGE, _SET_TENSOR, _SET_SLOT, _SET_MODULE = (
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """Equal manifests give equal bytes within one protobuf version."""
-    message = messages.Manifest(stage=manifest.stage.value)
+    message = messages.Manifest(stage=manifest.stage.value, is_observed=manifest.is_observed)
     with collector_paused():
         for storage in manifest.storages:
             message.storages.add(offset_bytes=storage.offset_bytes, size_bytes=storage.size_bytes)
@@ -82,11 +85,34 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
                 aliases=module.aliases,
                 class_name=module.class_name,
                 attributes=module.attributes or None,
-                floats=module.floats or None,
             )
             for slot in module.slots:
                 target.slots.add(name=slot.name, kind=slot.kind.value, tensor=slot.tensor)
+            if module.observed != NOTHING_OBSERVED:
+                _write_observed(target.observed, module.observed)
+        message.removed_modules.extend(manifest.removed_modules)
+        message.retied_modules.update(manifest.retied_modules)
+        message.files.update(manifest.files)
         return bytes(message.SerializeToString(deterministic=True))
+
+
+def _write_observed(target: Any, observed: Observed) -> None:
+    target.SetInParent()
+    for name, (built, loaded) in observed.values.items():
+        target.values.add(name=name, built=built, loaded=loaded)
+    for slot in observed.added:
+        target.added.add(
+            name=slot.name,
+            kind=slot.kind.value,
+            dtype=slot.dtype,
+            shape=slot.shape,
+            class_name=slot.class_name,
+            requires_grad=slot.requires_grad,
+        )
+    for name in ("removed", "untouched", "processed"):
+        getattr(target, name).extend(getattr(observed, name))
+    target.retied.update(observed.retied)
+    target.measured = observed.measured
 
 
 def manifest_from_bytes(data: bytes) -> Manifest:
@@ -110,7 +136,10 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             raise ManifestError(f"Manifest of {count} tensors or types; at most {MAX_TENSORS} are allowed.")
         storages = tuple(_storages(message))
         tensors = tuple(_tensors(message, storages))
-        return Manifest(stage, storages, tensors, tuple(_modules(message, len(tensors))))
+        modules = tuple(_modules(message, len(tensors)))
+        removed, retied = tuple(message.removed_modules), dict(message.retied_modules)
+        files, observed = dict(message.files), message.is_observed
+        return Manifest(stage, storages, tensors, modules, removed, retied, files, is_observed=observed)
 
 
 def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:
@@ -171,7 +200,8 @@ def _types(message: Any) -> list[tuple[Any, ...]]:
             extent = _extent(dtype, shape, stride)
         except ManifestError as error:
             raise ManifestError(f"Tensor type {index}: {error}.") from None
-        types.append((*extent, dtype, shape, stride, item.class_name, item.requires_grad, item.private))
+        flags = (item.requires_grad, item.private, item.own, item.conj, item.neg)
+        types.append((*extent, dtype, shape, stride, item.class_name, *flags))
     return types
 
 
@@ -179,7 +209,7 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
     new = object.__new__
     (
         set_storage, set_offset, set_dtype, set_shape, set_stride,
-        set_class, set_grad, set_private, set_inline, set_attributes,
+        set_class, set_grad, set_private, set_own, set_conj, set_neg, set_inline, set_attributes,
     ) = _SET_TENSOR  # fmt: skip
     sizes = [storage.size_bytes for storage in storages]
     starts = [storage.offset_bytes for storage in storages]
@@ -189,7 +219,7 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         storage, offset, number = item.storage, item.storage_offset, item.type
         if number >= len(types):
             raise ManifestError(f"Tensor {index} is of type {number} of {len(types)}.")
-        item_size, span, count, dtype, shape, stride, class_name, requires_grad, private = types[number]
+        item_size, span, count, dtype, shape, stride, class_name, requires_grad, private, own, conj, neg = types[number]
         inline = item.inline if item.HasField("inline") else None
         if 0 <= storage < storage_count and inline is None:
             if (offset + span) * item_size > sizes[storage]:
@@ -201,17 +231,17 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
                 raise ManifestError(
                     f"Tensor {index} ({dtype}) is in storage {storage} from byte {starts[storage]}: misaligned."
                 )
-        elif storage != -1 or (inline is None and count):
+        elif storage != -1 or (inline is None and count and not own):
             raise ManifestError(
                 f"Tensor {index} is in storage {storage} of {storage_count}, "
                 f"{'with' if inline is not None else 'without'} inline bytes."
             )
-        elif len(inline or b"") != count * item_size or offset != 0:
+        elif (inline is not None or not own) and (len(inline or b"") != count * item_size or offset != 0):
             raise ManifestError(
                 f"Tensor {index} ({dtype}, shape {shape}) needs {count * item_size} inline bytes from offset 0; "
                 f"it has {len(inline or b'')} and offset {offset}."
             )
-        elif span != count:
+        elif inline is not None and span != count:
             raise ManifestError(f"Tensor {index} ({dtype}, shape {shape}, stride {stride}) is inline with gaps.")
         attributes = item.attributes
         tensor = new(TensorInfo)
@@ -223,6 +253,9 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         set_class(tensor, class_name)
         set_grad(tensor, requires_grad)
         set_private(tensor, private)
+        set_own(tensor, own)
+        set_conj(tensor, conj)
+        set_neg(tensor, neg)
         set_inline(tensor, inline)
         set_attributes(tensor, dict(attributes) if attributes else {})
         yield tensor
@@ -234,7 +267,7 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
         raise ManifestError("The first module is not the model itself.")
     new = object.__new__
     set_name, set_kind, set_tensor = _SET_SLOT
-    set_path, set_aliases, set_class, set_slots, set_attributes, set_floats = _SET_MODULE
+    set_path, set_aliases, set_class, set_slots, set_attributes, set_observed = _SET_MODULE
     for item in message.modules:
         path, aliases = item.path, tuple(item.aliases[:])
         for name in (path, *aliases):
@@ -263,5 +296,32 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
         set_class(module, item.class_name)
         set_slots(module, tuple(slots))
         set_attributes(module, dict(item.attributes))
-        set_floats(module, dict(item.floats))
+        set_observed(module, _observed(item.observed) if item.HasField("observed") else NOTHING_OBSERVED)
         yield module
+
+
+def _observed(item: Any) -> Observed:
+    return Observed(
+        values={change.name: (_text(change, "built"), _text(change, "loaded")) for change in item.values},
+        added=tuple(map(_added, item.added)),
+        removed=tuple(item.removed),
+        retied=dict(item.retied),
+        untouched=tuple(item.untouched),
+        processed=tuple(item.processed),
+        measured=item.measured,
+    )
+
+
+def _text(change: Any, name: str) -> str | None:
+    return getattr(change, name) if change.HasField(name) else None
+
+
+def _added(item: Any) -> AddedSlot:
+    kind, shape = _KINDS.get(item.kind), tuple(item.shape)
+    if kind is None:
+        raise ManifestError(f"Slot {item.name!r} that loading added has the unknown kind {item.kind!r}.")
+    try:
+        _extent(item.dtype, shape, (0,) * len(shape))
+    except ManifestError as error:
+        raise ManifestError(f"Slot {item.name!r} that loading added: {error}.") from None
+    return AddedSlot(item.name, kind, item.dtype, shape, item.class_name, item.requires_grad)

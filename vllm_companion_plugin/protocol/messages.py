@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm_companion_plugin.protocol.schema import message_class
 
+AddedSlot: Any = message_class("AddedSlot")
 ArenaDescriptor: Any = message_class("ArenaDescriptor")
 AttachEvent: Any = message_class("AttachEvent")
 AttachRequest: Any = message_class("AttachRequest")
@@ -20,6 +21,7 @@ Manifest: Any = message_class("Manifest")
 MetricsRequest: Any = message_class("MetricsRequest")
 MetricsResponse: Any = message_class("MetricsResponse")
 Module: Any = message_class("Module")
+Observed: Any = message_class("Observed")
 Progress: Any = message_class("Progress")
 PublishRequest: Any = message_class("PublishRequest")
 PublishResponse: Any = message_class("PublishResponse")
@@ -38,4 +40,5 @@ Tensor: Any = message_class("Tensor")
 TensorType: Any = message_class("TensorType")
 UnloadRequest: Any = message_class("UnloadRequest")
 UnloadResponse: Any = message_class("UnloadResponse")
+ValueChange: Any = message_class("ValueChange")
 Waiting: Any = message_class("Waiting")
