@@ -1,0 +1,336 @@
+"""Give a model that was built, and not loaded, what loading would have changed in it besides its tensors' bytes.
+
+The publisher saw what loading did (observe.py): values that it set, modules and tensors that it added,
+removed or tied to others. The same is done here to a model that was only built.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_companion_plugin.errors import ParityError
+from vllm_companion_plugin.module_tree.capture import LiveModule, Place, Tree, capture, full_name
+from vllm_companion_plugin.module_tree.values import loaded_class, value_of
+from vllm_companion_plugin.types import AddedSlot, Manifest, Observed, TensorKind
+
+_PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
+_CONTAINERS: dict[str, Callable[[], Any]] = {
+    "builtins.list": list,
+    "builtins.dict": dict,
+    "collections.deque": collections.deque,
+    "collections.OrderedDict": collections.OrderedDict,
+}
+_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
+
+
+def is_restorable(text: str | None) -> bool:
+    """Whether a value of this text, or its absence, can be brought about in another model."""
+    if text is None or " @" in text:
+        return True
+    try:
+        _made(text)
+    except ValueError:
+        return False
+    return True
+
+
+def apply_loading(model: nn.Module, manifest: Manifest) -> None:
+    """Change `model`, just built, as the publisher saw loading change its own.
+
+    Raises:
+        ParityError: a change that cannot be made here, because the model was built differently.
+    """
+    _apply_to_modules(model, manifest)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if manifest.is_observed:
+        seen = {info.path: info.observed for info in manifest.modules}
+    else:
+        seen = _differences(capture(model), manifest)
+    changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
+    if not changed:
+        return
+    for path, observed in changed.items():
+        if path in modules:
+            _remove_slots(modules[path], observed)
+    wanted = {path: _wanted(observed) for path, observed in changed.items()}
+    for reference in _references(changed):
+        owner, _, name = reference.partition(":")
+        wanted.setdefault(owner, set()).add(name)
+    tree = capture(model, wanted=wanted)
+    values = _Values(tree)
+    for path, observed in changed.items():
+        live = values.by_path.get(path)
+        if live is not None:
+            values.change(live, observed)
+    for path, observed in changed.items():
+        live = values.by_path.get(path)
+        if live is not None:
+            for name, first in observed.retied.items():
+                values.put(live, name, values.tensor(first), _kind_of(manifest, path, name))
+
+
+def _has_changes(observed: Observed) -> bool:
+    return bool(observed.values or observed.added or observed.removed or observed.retied)
+
+
+def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
+    """What would have to change in a model to be the published one."""
+    seen: dict[str, Observed] = {}
+    by_path = {live.path: live for live in tree.modules}
+    first_slot: dict[int, str] = {}
+    for info in manifest.modules:
+        live = by_path.get(info.path)
+        if live is None:
+            continue
+        here = {slot.name: slot for slot in live.slots}
+        added, retied = [], {}
+        for slot in info.slots:
+            first = first_slot.setdefault(slot.tensor, f"{info.path}:{slot.name}")
+            if slot.name in here:
+                continue
+            tensor = manifest.tensors[slot.tensor]
+            if first == f"{info.path}:{slot.name}":
+                form = (tensor.dtype, tensor.shape, tensor.class_name, tensor.requires_grad)
+                added.append(AddedSlot(slot.name, slot.kind, *form))
+            else:
+                retied[slot.name] = first
+        names = live.attributes.keys() | info.attributes.keys()
+        texts = {name: (live.attributes.get(name), info.attributes.get(name)) for name in sorted(names)}
+        seen[info.path] = Observed(
+            values={name: pair for name, pair in texts.items() if pair[0] != pair[1] and name not in here},
+            added=tuple(added),
+            removed=tuple(here.keys() - {slot.name for slot in info.slots}),
+            retied=retied,
+        )
+    return seen
+
+
+def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
+    try:
+        found = {path: model.get_submodule(first) for path, first in manifest.retied_modules.items()}
+        for path, module in found.items():
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = module
+        for path in manifest.removed_modules:
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules.pop(name, None)
+    except AttributeError as error:
+        raise ParityError(f"loading changed modules of the published model that do not exist here: {error}.") from None
+
+
+def _remove_slots(module: nn.Module, observed: Observed) -> None:
+    for name in observed.removed:
+        for table in (module._parameters, module._buffers, module.__dict__):
+            if name in table:
+                del table[name]
+
+
+def _wanted(observed: Observed) -> set[str]:
+    """Names of the values that change, and of what holds them."""
+    names = {*observed.values, *(slot.name for slot in observed.added), *observed.retied}
+    for name in list(names):
+        while (part := _PART.fullmatch(name)) is not None:
+            name = part["parent"]
+            names.add(name)
+    return names
+
+
+def _references(changed: dict[str, Observed]) -> set[str]:
+    texts = (after for observed in changed.values() for _, after in observed.values.values() if after)
+    return {text.partition(" @")[2] for text in texts if " @" in text}
+
+
+def _kind_of(manifest: Manifest, path: str, name: str) -> TensorKind:
+    module = next(module for module in manifest.modules if module.path == path)
+    return next((slot.kind for slot in module.slots if slot.name == name), TensorKind.PARAMETER)
+
+
+class _Values:
+    """Changes values of one captured tree."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.by_path = {live.path: live for live in tree.modules}
+        self._index = {id(live): index for index, live in enumerate(tree.modules)}
+        self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+
+    def change(self, live: LiveModule, observed: Observed) -> None:
+        for name, (_, text) in observed.values.items():  # sorted, so what holds others comes first
+            if text is not None:
+                self._set(live, name, text)
+        for name in sorted(observed.values, reverse=True):
+            if observed.values[name][1] is None:
+                self._delete(live, name)
+        for slot in observed.added:
+            self.put(live, slot.name, self._without_data(live, slot), slot.kind)
+
+    def tensor(self, full: str) -> torch.Tensor:
+        """The tensor at "path:name"."""
+        path, _, name = full.partition(":")
+        live = self.by_path.get(path)
+        if live is not None:
+            for table in (live.module._parameters, live.module._buffers):
+                found = table.get(name)
+                if found is not None:
+                    return found
+        if full not in self._slots:
+            raise ParityError(f"the published model ties tensors to {full}, which does not exist here.")
+        return self._slots[full]
+
+    def put(self, live: LiveModule, name: str, value: Any, kind: TensorKind) -> None:
+        """Let `name` hold a tensor."""
+        module = live.module
+        if kind is TensorKind.PARAMETER and name.isidentifier():
+            module._parameters[name] = value
+        elif kind in (TensorKind.BUFFER, TensorKind.NON_PERSISTENT_BUFFER) and name.isidentifier():
+            module.__dict__.pop(name, None)
+            module.register_buffer(name, value, persistent=kind is TensorKind.BUFFER)
+        else:
+            self._put(live, name, value)
+        self._slots[f"{live.path}:{name}"] = value
+
+    def _without_data(self, live: LiveModule, slot: AddedSlot) -> torch.Tensor:
+        dtype = getattr(torch, slot.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ParityError(f"{full_name(live.path, slot.name)} is of the unknown dtype {slot.dtype!r}.")
+        data = torch.empty(slot.shape, dtype=dtype, device="meta")
+        cls = loaded_class(slot.class_name)
+        if cls is torch.Tensor:
+            return data.requires_grad_(slot.requires_grad)
+        if cls is None or not issubclass(cls, torch.Tensor):
+            raise ParityError(f"{full_name(live.path, slot.name)} is a {slot.class_name}, which is not known here.")
+        made = torch.Tensor._make_subclass(cls, data, slot.requires_grad)
+        known = self._slots.get(f"{live.path}:{slot.name}")
+        if known is not None:
+            made.__dict__.update(known.__dict__)
+        return made
+
+    def _place(self, live: LiveModule, name: str) -> Place | None:
+        return self._tree.places.get((self._index[id(live)], name))
+
+    def _set(self, live: LiveModule, name: str, text: str) -> None:
+        try:
+            value = self._referred(text) if " @" in text else _made(text)
+        except ValueError:
+            return  # an object, which processing makes; the comparison says it if it does not
+        place = self._place(live, name)
+        if place is not None:
+            if not _assign_in_place(place.value, value):
+                _change(live, name, lambda: place.set(value))
+        else:
+            self._put(live, name, value)
+
+    def _put(self, live: LiveModule, name: str, value: Any) -> None:
+        """Give `name` a value where nothing is yet."""
+        part = _PART.fullmatch(name)
+        if part is None:
+            if not name.isidentifier() or (name.startswith("__") and name.endswith("__")):
+                raise ParityError(f"the published model has {full_name(live.path, name)}, which is no name here.")
+            live.module.__dict__[name] = value
+            self._note(live, name, live.module.__dict__, name, value)
+            return
+        parent = self._holder(live, part["parent"])
+        if parent is None:
+            raise ParityError(f"{full_name(live.path, part['parent'])} of the published model does not exist here.")
+        _change(live, name, lambda: self._put_into(live, name, parent, part, value))
+
+    def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
+        key: Any = part["name"]
+        if key is not None:
+            if key.startswith("__"):
+                raise TypeError("it is Python's own")
+            object.__setattr__(parent, key, value)
+        else:
+            key = value_of(part["key"])
+            if isinstance(parent, (list, collections.deque)) and key == len(parent):
+                parent.append(value)
+            else:
+                parent[key] = value
+        self._note(live, name, parent, key, value)
+
+    def _note(self, live: LiveModule, name: str, holder: Any, key: Any, value: Any) -> None:
+        self._tree.places[self._index[id(live)], name] = Place(((holder, key),), value)
+
+    def _holder(self, live: LiveModule, name: str) -> Any:
+        place = self._place(live, name)
+        return place.value if place is not None else self._slots.get(f"{live.path}:{name}")
+
+    def _delete(self, live: LiveModule, name: str) -> None:
+        place = self._place(live, name)
+        if place is None:
+            part = _PART.fullmatch(name)
+            tensor = self._slots.get(f"{live.path}:{part['parent']}") if part is not None else None
+            if tensor is not None and part is not None and part["name"] is not None:
+                tensor.__dict__.pop(part["name"], None)
+            return  # with what held it
+        _change(live, name, place.delete)
+
+    def _referred(self, text: str) -> Any:
+        """The object that was met first where the text says."""
+        path, _, name = text.partition(" @")[2].partition(":")
+        live = self.by_path.get(path)
+        if live is not None:
+            if not name:
+                return live.module
+            if (place := self._place(live, name)) is not None:
+                return place.value
+        raise ParityError(f"the published model refers to {path}:{name}, which does not exist here.")
+
+
+def _change(live: LiveModule, name: str, change: Callable[[], None]) -> None:
+    try:
+        change()
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        where = full_name(live.path, name)
+        raise ParityError(f"{where} cannot be set to what the published model has there: {error}.") from None
+
+
+def _made(text: str) -> Any:
+    """The value of a text that needs no other object. Raises `ValueError` if there is none."""
+    if (container := _CONTAINER.fullmatch(text)) is not None and container["kind"] in _CONTAINERS:
+        return _CONTAINERS[container["kind"]]()
+    if text.startswith("class ") and (cls := loaded_class(text.removeprefix("class "))) is not None:
+        return cls
+    if text.startswith("function "):
+        return _loaded_function(text.removeprefix("function "))
+    return value_of(text)
+
+
+def _loaded_function(name: str) -> Any:
+    """A function of a module that is loaded. Raises `ValueError` for all others."""
+    module, _, last = name.rpartition(".")
+    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
+    if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) and f"{found.__module__}.{last}" == name:
+        return found
+    raise ValueError(f"{name} is no function that is loaded")
+
+
+def _assign_in_place(current: Any, value: Any) -> bool:
+    """Give a mutable object the content of another one of its type, so that whoever holds it sees that."""
+    kind = type(current)
+    if kind is not type(value):
+        return False
+    if kind is list or kind is bytearray:
+        current[:] = value
+    elif kind in (dict, set, collections.OrderedDict):
+        current.clear()
+        current.update(value)
+    elif kind is collections.deque and current.maxlen == value.maxlen:
+        current.clear()
+        current.extend(value)
+    elif kind is np.ndarray and (current.dtype, current.shape) == (value.dtype, value.shape) and current.flags.writeable:
+        current[...] = value
+    elif kind is torch.Generator:
+        current.set_state(value.get_state())
+    else:
+        return False
+    return True

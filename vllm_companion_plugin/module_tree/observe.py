@@ -1,0 +1,359 @@
+"""Watch a model being loaded, to know of every tensor and value where it came from.
+
+A value belongs to the engine if building the model made it, and to the publication if loading or
+post-processing changed it. So the model is looked at when it has been built, when it has been loaded and
+when it has been processed, and in between every operation on tensors is watched:
+
+- a storage is *own* if building the model made it, no operation wrote to it and its bytes are still
+  what they were;
+- it is *derived* if it holds bytes of the checkpoint, or was computed from such a storage. What was made of
+  nothing (zeros, a workspace) is not.
+
+What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes, or
+counts as derived: then it is published, and no engine computes with a guess.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.module_tree.capture import (
+    LiveSlot,
+    Tree,
+    capture,
+    full_name,
+    plain_tensors,
+    tensor_attributes,
+)
+from vllm_companion_plugin.module_tree.changes import is_restorable
+from vllm_companion_plugin.module_tree.values import class_name
+from vllm_companion_plugin.types import AddedSlot, Observed, TensorKind
+
+_SMALL_BYTES = 1 << 20
+"""Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
+_ROW_BYTES = 4096
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """A model's values and structure at one moment, without keeping its tensors alive."""
+
+    modules: dict[str, weakref.ref[nn.Module]]
+    attributes: dict[str, dict[str, str]]
+    opaque: dict[tuple[str, str], Any]
+    slots: dict[str, dict[str, AddedSlot]]
+    ties: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
+        first: dict[int, str] = {}
+        ties: dict[str, str] = {}
+        for slot in tree.slots():
+            name = f"{tree.modules[slot.module].path}:{slot.name}"
+            ties[name] = first.setdefault(id(slot.tensor), name)
+        named = dict(model.named_modules(remove_duplicate=False))
+        attributes = {live.path: live.attributes for live in tree.modules}
+        for slot in tree.slots():
+            for name, text in tensor_attributes(slot.tensor).items():
+                attributes[tree.modules[slot.module].path][f"{slot.name}.{name}"] = text
+        return cls(
+            modules={path: weakref.ref(module) for path, module in named.items()},
+            attributes=attributes,
+            opaque={(tree.modules[index].path, name): value for (index, name), value in tree.opaque.items()},
+            slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
+            ties=ties,
+        )
+
+
+def _added(slot: LiveSlot) -> AddedSlot:
+    tensor = slot.tensor
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return AddedSlot(
+        slot.name, slot.kind, dtype, tuple(tensor.shape), class_name(type(tensor)), bool(tensor.requires_grad)
+    )
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What loading did to the structure of a model, and to the values of its modules by path."""
+
+    removed_modules: tuple[str, ...] = ()
+    retied_modules: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, Observed] = field(default_factory=dict)
+
+
+class Observation:
+    """Watches one model from the moment it was built.
+
+    Args:
+        model: just built, nothing loaded yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        with plain_tensors():
+            tree = capture(model)
+            self._built = Snapshot.of(model, tree)
+            self._watch = _Watch()
+            self._fingerprints: dict[int, torch.Tensor] = {}
+            for slot in tree.slots():
+                storage = _storage_of(slot.tensor)
+                if storage is None or slot.tensor.is_meta:
+                    continue
+                self._watch.built.add(storage)
+                if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
+                    self._fingerprints.setdefault(storage, _fingerprint(slot.tensor))
+            self._watch.clean |= self._watch.built
+        self._processed_while_loading = False
+        self._loaded_values: dict[str, dict[str, str]] | None = None
+        self._loaded = Loaded()
+        self._same: dict[int, bool] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While open, all operations of this thread on tensors are watched."""
+        with self._watch:
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, operations are those of publishing, and none of loading."""
+        with self._watch.paused():
+            yield
+
+    @contextmanager
+    def processing(self, module: nn.Module) -> Iterator[None]:
+        """While open, `module` is post-processed."""
+        if self._loaded_values is None:
+            self._processed_while_loading = True
+        before, self._watch.module = self._watch.module, module
+        try:
+            yield
+        finally:
+            self._watch.module = before
+
+    def end_loading(self, model: nn.Module) -> None:
+        """The model has been loaded and not been processed yet.
+
+        Raises:
+            NotShareableError: loading changed something that no engine could restore; it is named.
+        """
+        with plain_tensors(), self._watch.paused():
+            tree = capture(model)
+            now = Snapshot.of(model, tree)
+            self._loaded = self._compare(now, tree)
+            self._loaded_values = now.attributes
+            self._same.clear()  # processing may still write
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether building the model made the storage of `tensor` and nothing wrote to it since."""
+        storage = _storage_of(tensor)
+        if storage is None or storage not in self._watch.built or storage in self._watch.written:
+            return False
+        known = self._same.get(storage)
+        if known is None:
+            before = self._fingerprints.get(storage)
+            with self._watch.paused():
+                known = self._same[storage] = before is not None and bool(torch.equal(before, _fingerprint(tensor)))
+        return known
+
+    def is_derived(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` holds, or was computed from, bytes of the checkpoint."""
+        return _storage_of(tensor) not in self._watch.clean
+
+    def finish(self, tree: Tree) -> Loaded:
+        """What was observed, for a model that is ready to be published.
+
+        Args:
+            tree: of the model as it is now, with its final values.
+        """
+        before = self._loaded_values or {}
+        measured = self._watch.measured
+        for live in tree.modules:
+            seen = self._loaded.modules.get(live.path, Observed())
+            then = before.get(live.path, {})
+            processed = tuple(name for name, text in live.attributes.items() if then.get(name) != text)
+            reads = id(live.module) in measured or (None in measured and bool(processed))
+            if processed or reads:
+                seen = Observed(
+                    seen.values, seen.added, seen.removed, seen.retied, seen.untouched, processed, measured=reads
+                )
+            self._loaded.modules[live.path] = seen
+        return self._loaded
+
+    def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
+        loaded = Loaded()
+        built = self._built
+        paths = {path: reference() for path, reference in built.modules.items()}
+        removed = [path for path in paths if path not in now.modules]
+        loaded.removed_modules = tuple(path for path in removed if path.rpartition(".")[0] not in removed)
+        for path, reference in now.modules.items():
+            module = reference()
+            if path in paths and paths[path] is module:
+                continue
+            first = next((known for known, there in paths.items() if there is module), None)
+            if first is None:
+                what = class_name(type(module))
+                raise NotShareableError(f"loading added the module {path!r} ({what}), which no engine could restore")
+            if path.rpartition(".")[0] not in loaded.retied_modules:
+                loaded.retied_modules[path] = first
+        for live in tree.modules:
+            was = next((path for path in (live.path, *live.aliases) if path in built.attributes), live.path)
+            loaded.modules[live.path] = self._compare_module(live.path, was, now, live.slots)
+        return loaded
+
+    def _compare_module(self, path: str, was: str, now: Snapshot, slots: list[LiveSlot]) -> Observed:
+        built = self._built
+        texts, then = now.attributes[path], built.attributes.get(was, {})
+        values = {
+            name: (then.get(name), texts.get(name))
+            for name in texts.keys() | then.keys()
+            if then.get(name) != texts.get(name) and name not in now.slots[path]
+        }
+        for name, (_, text) in values.items():
+            # Engines process for themselves, so what processing made is there. What loading made is not.
+            if not self._processed_while_loading and not is_restorable(text):
+                raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        for (where, name), value in now.opaque.items():
+            if where == path and name not in values and built.opaque.get((was, name), value) is not value:
+                raise NotShareableError(
+                    f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
+                )
+        here, there = now.slots[path], built.slots.get(was, {})
+        # A slot that is tied to nothing any more has its own name here.
+        tied = {
+            name: now.ties[f"{path}:{name}"]
+            for name in here
+            if now.ties[f"{path}:{name}"] != built.ties.get(f"{was}:{name}", f"{path}:{name}")
+        }
+        return Observed(
+            values=dict(sorted(values.items())),
+            added=tuple(
+                slot for name, slot in here.items() if there.get(name) != slot and tied.get(name) in (None, f"{path}:{name}")
+            ),
+            removed=tuple(name for name in there if name not in here),
+            retied={name: first for name, first in tied.items() if first != f"{path}:{name}"},
+            untouched=tuple(
+                slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor)
+            ),
+        )
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which storages operations write and make.
+
+    Storages are told apart by the address of their C++ object. One that is freed may leave its address to a new
+    one, which an operation makes and which is noted then.
+
+    Attributes:
+        built: storages that building the model made.
+        written: storages that an operation wrote to.
+        clean: storages that hold nothing of the checkpoint.
+        measured: ids of modules whose processing read data into Python; None for what belongs to no module.
+        module: what is being processed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built: set[int] = set()
+        self.written: set[int] = set()
+        self.clean: set[int] = set()
+        self.measured: set[int | None] = set()
+        self.module: nn.Module | None = None
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, operations are our own and none of the loading."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._paused:
+            with plain_tensors():
+                self._note(func, args, kwargs or {}, result)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        writes, reads = _traits(func)
+        if reads or _leaves_device(args, result):
+            self.measured.add(None if self.module is None else id(self.module))
+        read = set()
+        for value in (*args, *kwargs.values()):
+            read.update(_storages(value))
+        derived = not read <= self.clean
+        for position, name in writes:
+            target = args[position] if position is not None and position < len(args) else kwargs.get(name)
+            for storage in _storages(target):
+                self.written.add(storage)
+                if derived:
+                    self.clean.discard(storage)
+        for storage in _storages(result):
+            if storage in read:  # a view
+                continue
+            self.built.discard(storage)
+            self.written.discard(storage)
+            (self.clean.discard if derived else self.clean.add)(storage)
+
+
+@functools.cache
+def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool]:
+    """Which arguments an operator writes, and whether what it returns to Python depends on data."""
+    writes = tuple(
+        (None if argument.kwarg_only else position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    tags = getattr(func, "tags", ())
+    return writes, any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+
+
+def _leaves_device(args: Any, result: Any) -> bool:
+    """Whether data of a device went to the host, where Python reads it."""
+    return (
+        isinstance(result, torch.Tensor)
+        and result.device.type == "cpu"
+        and any(isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta") for value in args)
+    )
+
+
+def _storages(value: Any) -> Iterator[int]:
+    if isinstance(value, torch.Tensor):
+        storage = _storage_of(value)
+        if storage is not None:
+            yield storage
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _storages(item)
+
+
+def _storage_of(tensor: torch.Tensor) -> int | None:
+    """The address of the C++ storage; None for tensors that have none of their own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
+        return None
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal ones mean equal bytes of the whole storage: a copy of small ones, sums of large ones."""
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+    if flat.numel() <= _SMALL_BYTES:
+        return flat.clone()
+    whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
+    rows = flat[:whole].view(-1, _ROW_BYTES)
+    return torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()])
