@@ -200,16 +200,22 @@ class Attachment:
 
 
 def tensors_by_name(manifest: Manifest, views: ArenaViews) -> dict[str, torch.Tensor]:
-    """One tensor object for each of the manifest's, under every name that it has."""
-    made = [
-        without_storage(info, views.device) if info.storage < 0 else views.tensor(info, manifest.storages[info.storage])
-        for info in manifest.tensors
-    ]
+    """One tensor object for each that was published, under every name that it has.
+
+    What each engine makes for itself (caches, work space) was not.
+    """
+    made: list[torch.Tensor | None] = []
+    for info in manifest.tensors:
+        if info.storage >= 0:
+            made.append(views.tensor(info, manifest.storages[info.storage]))
+        else:
+            made.append(None if info.own else without_storage(info, views.device))
     return {
-        f"{path}.{slot.name}" if path else slot.name: made[slot.tensor]
+        f"{path}.{slot.name}" if path else slot.name: tensor
         for module in manifest.modules
         for path in (module.path, *module.aliases)
         for slot in module.slots
+        if (tensor := made[slot.tensor]) is not None
     }
 
 

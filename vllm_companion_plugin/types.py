@@ -209,6 +209,7 @@ class TensorInfo:
         private: engines may write to it, so each clones it instead of mapping it.
         own: building the model made it and loading never wrote it: each engine keeps the one that it made. Without
             a storage nothing of it was published.
+        meta: it has no data in the publisher's model either: vLLM leaves it so.
         conj: its elements are conjugated when they are read.
         neg: its elements are negated when they are read.
         inline: bytes of a small tensor that lives in host memory beside a device model, maybe none.
@@ -224,6 +225,7 @@ class TensorInfo:
     requires_grad: bool = False
     private: bool = False
     own: bool = False
+    meta: bool = False
     conj: bool = False
     neg: bool = False
     inline: bytes | None = None
@@ -249,13 +251,14 @@ class AddedSlot:
     """A tensor that loading put into a module where building the model had left none.
 
     Attributes:
-        dtype, shape, requires_grad, class_name: as of a `TensorInfo`, before post-processing.
+        dtype, shape, stride, class_name, requires_grad: as of a `TensorInfo`, before post-processing.
     """
 
     name: str
     kind: TensorKind
     dtype: str
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     class_name: str
     requires_grad: bool = False
 

@@ -63,9 +63,10 @@ from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, check_device
 from vllm_companion_plugin.lease import Granted, Lease
 from vllm_companion_plugin.module_tree import pack
-from vllm_companion_plugin.module_tree.capture import capture, describe_value
+from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.checksum import Verification
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, _plain
+from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy
+from vllm_companion_plugin.module_tree.values import text_of, value_of
 from vllm_companion_plugin.module_tree.views import ArenaViews, without_storage
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.manifest import (
@@ -324,9 +325,13 @@ def restore(data: bytes) -> None:
 
 def plain(data: bytes) -> None:
     text = data.decode(errors="replace")
-    found = _plain(text)
-    if found is not None and " of " not in text:
-        assert describe_value(found[0]) == text
+    try:
+        found = value_of(text)
+    except ValueError:
+        return
+    again = text_of(found)
+    assert again is not None
+    assert text_of(value_of(again)) == again
 
 
 # ---- messages

@@ -278,7 +278,7 @@ class StandIn:
         storages = tuple(StorageInfo(*place) for place in zip(plan.offsets, sizes, strict=True))
         tensors = tuple(TensorInfo(i, 0, "uint8", (n,), (1,), "Tensor") for i, n in enumerate(sizes))
         slots = tuple(SlotInfo(f"weight_{i}", TensorKind.PARAMETER, i) for i in range(len(sizes)))
-        module = ModuleInfo("", (), "Model", slots, {}, {})
+        module = ModuleInfo("", (), "Model", slots, {})
         return Manifest(Stage.UNPROCESSED, storages, tensors, (module,)), plan.size_bytes
 
     # ---- looking

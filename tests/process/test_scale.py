@@ -36,8 +36,7 @@ def publish(place: Place, tensors: int, undo: ExitStack) -> None:
             (),
             "vllm.Experts",
             tuple(SlotInfo(f"weight_{j}", TensorKind.PARAMETER, i * per_module + j) for j in range(per_module)),
-            {"activation": "silu", "quant_method": "vllm.UnquantizedFusedMoEMethod"},
-            {"scale": 1.0},
+            {"activation": "silu", "quant_method": "vllm.UnquantizedFusedMoEMethod", "scale": "1.0"},
         )
         for i in range(tensors // per_module)
     )

@@ -15,6 +15,7 @@ from vllm_companion_plugin.errors import BadRequestError, ManifestError
 from vllm_companion_plugin.protocol import mapping, messages
 from vllm_companion_plugin.protocol.manifest import MAX_TENSORS
 from vllm_companion_plugin.types import (
+    AddedSlot,
     ArenaInfo,
     CompanionStatus,
     EntryKey,
@@ -25,6 +26,7 @@ from vllm_companion_plugin.types import (
     LoaderInfo,
     Manifest,
     ModuleInfo,
+    Observed,
     Progress,
     SlotInfo,
     Stage,
@@ -41,6 +43,17 @@ ENTRY = EntryStatus(
     KEY, EntryState.LOADING, 2, 4096, 17, "memfd", 3.5, 1.25, LOADER,
     (LeaseStatus(7, "engine", LeaseState.LOADING, 1.5),), {"hide": 2},
 )  # fmt: skip
+
+
+OBSERVED = Observed(
+    values={"scale": ("1.0", "0.5"), "gone": ("1", None), "new": (None, "[]")},
+    added=(AddedSlot("bias", TensorKind.PARAMETER, "float32", (4,), (1,), "torch.nn.parameter.Parameter", True),),
+    removed=("old",),
+    retied={"weight": "embed:weight"},
+    untouched=("scale",),
+    processed=("kernel",),
+    measured=True,
+)
 
 
 def tensor(storage: int = 0, **changes: Any) -> TensorInfo:
@@ -60,14 +73,17 @@ def manifest() -> Manifest:
             tensor(0, shape=(9, 32), stride=(0, 1)),
             tensor(-1, shape=(8, 0), stride=(1, 1)),
             tensor(-1, shape=(8, 0), stride=(1, 1), inline=b""),
+            tensor(-1, private=True, own=True),
+            tensor(0, private=True, meta=True, conj=True, neg=True),
         ),
         (
-            ModuleInfo("", (), "Model", (), {"training": "bool:False"}, {"scale": 0.5}),
+            ModuleInfo("", (), "Model", (), {"training": "bool:False"}, OBSERVED),
             ModuleInfo(
                 "embed", ("lm_head",), "Embedding",
-                (SlotInfo("weight", TensorKind.PARAMETER, 0), SlotInfo("tied[0]", TensorKind.ATTRIBUTE, 0)), {}, {},
+                (SlotInfo("weight", TensorKind.PARAMETER, 0), SlotInfo("tied[0]", TensorKind.ATTRIBUTE, 0)), {},
             ),
         ),
+        ("vision",), {"lm_head": "embed"}, {"config.json": "ab"}, is_observed=True,
     )  # fmt: skip
 
 
@@ -120,13 +136,21 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "misaligned storage": (_set("storages", 0, offset_bytes=1), "from byte 1: misaligned"),
     "inline bytes with gaps": (_set("tensors", 2, shape=[2], stride=[2], inline=b"\0" * 8), "inline with gaps"),
     "absurd shape of nothing": (_set("tensors", 3, shape=[0, 1 << 62]), "absurd shape"),
-    "type that is not there": (lambda m: setattr(m.tensors[0], "type", 6), "Tensor 0 is of type 6 of 6"),
-    "too many tensors": (lambda m: m.tensors.extend([m.tensors[0]] * MAX_TENSORS), "of 1000007 tensors"),
-    "too many types": (lambda m: m.types.extend([m.types[0]] * MAX_TENSORS), "of 1000006 tensors or types"),
+    "type that is not there": (lambda m: setattr(m.tensors[0], "type", 8), "Tensor 0 is of type 8 of 8"),
+    "too many tensors": (lambda m: m.tensors.extend([m.tensors[0]] * MAX_TENSORS), "of 1000009 tensors"),
+    "too many types": (lambda m: m.types.extend([m.types[0]] * MAX_TENSORS), "of 1000008 tensors or types"),
     "no root": (lambda m: m.modules.__delitem__(0), "not the model itself"),
-    "slot of a tensor that is not there": (lambda m: setattr(m.modules[1].slots[0], "tensor", 7), "tensor 7 of 7"),
+    "slot of a tensor that is not there": (lambda m: setattr(m.modules[1].slots[0], "tensor", 9), "tensor 9 of 9"),
     "two modules of one path": (_set("modules", 1, path=""), "Two modules"),
     "an alias that is a path": (_set("modules", 1, aliases=[""]), "Two modules"),
+    "added slot of an unknown kind": (
+        lambda m: setattr(m.modules[0].observed.added[0], "kind", "magic"),
+        "'bias' that loading added has the unknown kind 'magic'",
+    ),
+    "added slot of an absurd shape": (
+        lambda m: m.modules[0].observed.added[0].shape.__setitem__(0, 1 << 60),
+        "'bias' that loading added: absurd shape",
+    ),
     "two slots of one name": (lambda m: setattr(m.modules[1].slots[1], "name", "weight"), "share a name"),
 }
 
@@ -171,7 +195,7 @@ def test_a_hundred_thousand_tensors_are_read_without_quadratic_cost() -> None:
         Stage.PROCESSED,
         tuple(StorageInfo(i * 256, 64) for i in range(count)),
         tuple(tensor(i) for i in range(count)),
-        (ModuleInfo("", (), "Model", slots, {}, {}),),
+        (ModuleInfo("", (), "Model", slots, {}),),
     )
     data = mapping.manifest_to_bytes(large)
     began = time.process_time()

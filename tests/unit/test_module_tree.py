@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
 import os
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -38,6 +40,20 @@ class Kernel:
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
         self.tile = 16
+
+
+class Slotted:
+    """What vLLM's methods make: something behind a slot."""
+
+    __slots__ = ("__weakref__", "run")
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+
+def in_c(tensor: torch.Tensor) -> Any:
+    """An object written in C that holds a tensor: nothing in Python leads to it."""
+    return itertools.repeat(tensor)
 
 
 class Model(nn.Module):
@@ -158,8 +174,8 @@ def test_plain_values_that_loading_leaves_behind_are_set(value: object) -> None:
     assert type(other.loaded) is type(value)
 
 
-@pytest.mark.parametrize("value", [torch.float16, Kernel(torch.ones(1)), {"a": 1}, nn.Linear])
-def test_what_is_not_plain_and_missing_is_refused(value: object) -> None:
+@pytest.mark.parametrize("value", [Kernel(torch.ones(1)), lambda: 0, threading.Lock()])
+def test_what_cannot_be_described_and_is_missing_is_refused(value: object) -> None:
     _, manifest, arena = published(change=lambda m: setattr(m, "loaded", value))
     with pytest.raises(ParityError, match="loaded"):
         restored(manifest, arena)
@@ -193,7 +209,7 @@ class Config:
 def test_the_insides_of_opaque_objects_do_not_count() -> None:
     model = Model()
     model.config = Config("a", "b")
-    inside = "config.names[0]"
+    inside = "config.names"
     assert inside in capture(model).modules[0].attributes
     assert inside not in capture(model, (Config,)).modules[0].attributes
     assert "config" in capture(model, (Config,)).modules[0].attributes
@@ -202,19 +218,18 @@ def test_the_insides_of_opaque_objects_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: setattr(m, "mode", "slow"), "mode"),
-        (lambda m: setattr(m.kernel, "tile", 32), "tile"),
-        (lambda m: setattr(m, "extra", torch.zeros(1)), "extra"),
-        (lambda m: m.parts.pop(), "parts"),
+        (lambda m: setattr(m, "kernel", Slotted(m.first.weight)), "kernel"),
+        (lambda m: setattr(m, "mode", Kernel), "mode"),
+        (lambda m: setattr(m, "extra", [torch.zeros(1)]), "extra"),
         (lambda m: setattr(m, "first", nn.Linear(8, 7)), "first"),
         (lambda m: setattr(m.tied, "weight", nn.Parameter(torch.empty(6, 8, device="meta"))), "tied"),
-        (lambda m: setattr(m, "integers", nn.Parameter(torch.arange(6), requires_grad=False)), "integers"),
+        (lambda m: setattr(m, "integers", nn.Parameter(torch.arange(7), requires_grad=False)), "integers"),
         (lambda m: m.add_module("more", nn.Linear(1, 1)), "more|modules"),
-        (lambda m: m.eval(), "training"),
     ],
 )
-def test_any_difference_is_refused_and_named(change: Callable[[Model], object], named: str) -> None:
+def test_a_difference_that_matters_is_refused_and_named(change: Callable[[Model], object], named: str) -> None:
     _, manifest, arena = published()
+    manifest = dataclasses.replace(manifest, is_observed=True)  # loading changed nothing
     with pytest.raises(ParityError, match=named):
         restored(manifest, arena, change=change)
 
@@ -261,24 +276,15 @@ def test_a_failure_in_the_middle_gives_the_model_its_memory_back(monkeypatch: py
     assert equal(values(model), before)
 
 
-class Slotted:
-    """What vLLM's methods make: tensors behind a slot, a partial and a captured value are found or named."""
-
-    __slots__ = ("__weakref__", "run")
-
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-
 def test_a_tensor_that_capture_cannot_see_is_named_with_what_holds_it() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert hidden_tensors(model, Known.of(capture(model)), "cpu") == []
     secret = torch.ones(3, dtype=torch.float64)
-    model[1].kernel = Slotted(lambda x: x + secret)
+    model[1].kernel = Slotted(in_c(secret))
     assert hidden_tensors(model, Known.of(capture(model)), "meta") == []
     (line,) = hidden_tensors(model, Known.of(capture(model)), "cpu")
     assert line.startswith("(3,) float64 in ")
-    assert "<lambda> of tests.unit.test_module_tree.Slotted of torch.nn.modules.linear.Linear" in line
+    assert "itertools.repeat of tests.unit.test_module_tree.Slotted of torch.nn.modules.linear.Linear" in line
 
 
 def test_what_capture_sees_is_not_hidden() -> None:
@@ -292,7 +298,7 @@ def test_what_capture_sees_is_not_hidden() -> None:
 
 def test_what_is_reached_in_another_model_of_the_engine_is_not_hidden() -> None:
     target, model = nn.Linear(2, 2), nn.Linear(2, 2)
-    model.config = Slotted(types.SimpleNamespace(layers=lambda: target))
+    model.config = Slotted(in_c(target))  # type: ignore[arg-type]
     assert len(hidden_tensors(model, Known.of(capture(model)), "cpu")) == 2
     assert hidden_tensors(model, Known.of(capture(model), capture(target)), "cpu") == []
 
@@ -300,7 +306,7 @@ def test_what_is_reached_in_another_model_of_the_engine_is_not_hidden() -> None:
 def test_what_is_bound_to_other_memory_during_the_search_is_not_hidden() -> None:
     model = nn.Linear(2, 2)
     view = model.weight[0]
-    model.kernel = Slotted(lambda x: x + view)
+    model.kernel = Slotted(in_c(view))
     known = Known.of(capture(model))
     model.weight.data = model.weight.data.clone()
     assert hidden_tensors(model, known, "cpu") == []
@@ -383,12 +389,12 @@ def over_a_view(weight: nn.Parameter) -> Any:
     return lambda x: x @ view
 
 
-@pytest.mark.parametrize("make", [over_a_view, lambda weight: Slotted(over_a_view(weight)).run])
-def test_a_view_of_a_weight_that_only_a_function_holds_is_refused_and_named(
+@pytest.mark.parametrize("make", [lambda weight: in_c(weight.data.t()), lambda weight: Slotted(in_c(weight.data.t()))])
+def test_a_view_of_a_weight_that_nothing_in_python_leads_to_is_refused_and_named(
     make: Callable[[nn.Parameter], Any],
 ) -> None:
     """It would be a view of what the replay computed: neither the account of memory nor parity tells."""
-    with pytest.raises(NotShareableError, match=r"1 views of weights .* \(3, 2\) float32 in .*over_a_view.*Processed"):
+    with pytest.raises(NotShareableError, match=r"1 views of weights .* \(3, 2\) float32 in .*repeat.*Processed"):
         replayed(make)
 
 
@@ -404,11 +410,12 @@ def in_a_cycle(weight: nn.Parameter) -> None:
     "make",
     [
         lambda weight: lambda x: x @ weight.t(),
+        over_a_view,
         lambda weight: functools.partial(torch.mul, weight.data.t()),
         in_a_cycle,
         lambda weight: CACHE.update(last=weight.data.t()),
     ],
-    ids=["the weight itself", "found", "garbage", "elsewhere"],
+    ids=["the weight itself", "captured", "found", "garbage", "elsewhere"],
 )
 def test_views_that_are_restored_or_not_the_models_are_no_reason_to_refuse(
     make: Callable[[nn.Parameter], Any],
@@ -463,7 +470,7 @@ def test_objects_that_cannot_be_looked_into_do_not_stop_the_search() -> None:
     gone = Slotted(None)
     proxy = weakref.proxy(gone)
     sparse = torch.eye(3).to_sparse()
-    model.function = lambda x: (x, proxy, sparse)
+    model.function = itertools.cycle([proxy, sparse])
     del gone
     (line,) = hidden_tensors(model, Known.of(capture(model)), "cpu")
     assert line.startswith("(3, 3) float32 in ")

@@ -99,6 +99,11 @@ class _Publisher:
         until.enter_context(compat.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
 
+    def read(self, tensor: torch.Tensor) -> None:
+        """A tensor of the checkpoint comes."""
+        if self._observation is not None:
+            self._observation.note_read(tensor)
+
     def loaded(self, model: nn.Module) -> None:
         """The model was loaded, and will be post-processed."""
         if self._observation is None:
@@ -302,6 +307,7 @@ def _counted(model: nn.Module, publisher: _Publisher) -> Iterator[None]:
 def _count(weights: Iterable[tuple[str, torch.Tensor]], publisher: _Publisher) -> Iterator[tuple[str, torch.Tensor]]:
     done = 0
     for name, tensor in weights:
+        publisher.read(tensor)
         yield name, tensor
         done += tensor.nbytes
         publisher.report("loading", done, publisher.checkpoint_bytes)

@@ -24,8 +24,8 @@ from torch import nn
 from vllm_companion_plugin.engine import compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import CompanionError, SettingsError
-from vllm_companion_plugin.module_tree.capture import Tree, capture, class_name
-from vllm_companion_plugin.module_tree.pack import dtype_name, tensor_attributes
+from vllm_companion_plugin.module_tree.capture import Tree, capture, class_name, tensor_attributes
+from vllm_companion_plugin.module_tree.pack import dtype_name
 from vllm_companion_plugin.settings import resolve_extra_config
 from vllm_companion_plugin.types import Stage
 
@@ -85,7 +85,7 @@ def _opaque() -> tuple[type, ...]:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import PunicaWrapperBase
 
-    return (*compat.OPAQUE, LoRAModelManager, PunicaWrapperBase)
+    return (LoRAModelManager, PunicaWrapperBase)
 
 
 def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
@@ -122,7 +122,6 @@ def modules_of(tree: Tree) -> dict[str, dict[str, Any]]:
             "class": class_name(type(live.module)),
             "aliases": live.aliases,
             "attributes": {name: text for name, text in live.attributes.items() if not _AFTER_LOADING.search(name)},
-            "floats": {name: number.value for name, number in live.floats.items()},
         }
         for live in tree.modules
     }

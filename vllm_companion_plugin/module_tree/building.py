@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
@@ -45,6 +46,7 @@ class WithoutWeights:
         # By address of the C++ storage, with what keeps that address from being used again.
         self._deferred: dict[int, torch.UntypedStorage] = {}
         self._touched: set[int] = set()
+        self._computed: list[torch.UntypedStorage] = []
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -67,16 +69,25 @@ class WithoutWeights:
         address = tensor.untyped_storage()._cdata
         return address in self._deferred and address not in self._touched and tensor._version == 0
 
-    def forget(self) -> None:
-        """The model has been restored."""
+    def is_left(self) -> bool:
+        """Whether something still uses what was deferred, or was computed from it. To be asked once, at the end."""
+        storages = [StorageWeakRef(storage) for storage in (*self._deferred.values(), *self._computed)]  # type: ignore[no-untyped-call]
         self._deferred.clear()
         self._touched.clear()
+        self._computed.clear()
+        return not all(storage.expired() for storage in storages)  # type: ignore[no-untyped-call]
 
     def note(self, tensor: torch.Tensor) -> None:
+        """`tensor` was deferred."""
         storage = tensor.untyped_storage()
         self._deferred[storage._cdata] = storage
 
+    def note_computed(self, tensor: torch.Tensor) -> None:
+        """`tensor` is on meta because it was computed from what was deferred."""
+        self._computed.append(tensor.untyped_storage())
+
     def touch(self, tensor: torch.Tensor) -> None:
+        """`tensor` was given values, which are lost, or may have been."""
         self._touched.add(tensor.untyped_storage()._cdata)
 
     def _defer_parameter(self, parameter: nn.Parameter) -> None:
@@ -110,7 +121,10 @@ class _Deferring(TorchFunctionMode):
             return self._uninitialized(func, args, kwargs)
         if func == _data_of and args[0].is_meta:
             self._model.touch(args[0])  # writes through it are not counted
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            self._model.note_computed(result)
+        return result
 
     def _uninitialized(self, func: Any, args: Any, kwargs: Any) -> Any:
         wanted = kwargs.get("device")

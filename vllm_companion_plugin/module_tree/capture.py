@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ _OPAQUE = (
     "weakref",
 )
 _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
+_WEAK = frozenset((weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType))
+_OURS = __name__.partition(".")[0] + "."
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 
 
@@ -281,9 +284,14 @@ class _Walk:
         self._steps.pop()
 
     def _note(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+        if type(value) in _WEAK:  # what it leads to may be gone
+            live.attributes[path] = class_name(type(value))
+            return
         if isinstance(value, torch.Tensor):
             self._tensor(live, index, path, TensorKind.ATTRIBUTE, value, depth)
             return
+        if isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS):
+            return  # it hangs there while we watch the model, and is none of it
         text = describe_value(value)
         if text is None:
             text = self._compound(live, index, path, value, depth)

@@ -99,7 +99,7 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
                 continue
             tensor = manifest.tensors[slot.tensor]
             if first == f"{info.path}:{slot.name}":
-                form = (tensor.dtype, tensor.shape, tensor.class_name, tensor.requires_grad)
+                form = (tensor.dtype, tensor.shape, tensor.stride, tensor.class_name, tensor.requires_grad)
                 added.append(AddedSlot(slot.name, slot.kind, *form))
             else:
                 retied[slot.name] = first
@@ -202,7 +202,7 @@ class _Values:
         dtype = getattr(torch, slot.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ParityError(f"{full_name(live.path, slot.name)} is of the unknown dtype {slot.dtype!r}.")
-        data = torch.empty(slot.shape, dtype=dtype, device="meta")
+        data = torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
         cls = loaded_class(slot.class_name)
         if cls is torch.Tensor:
             return data.requires_grad_(slot.requires_grad)
@@ -224,6 +224,8 @@ class _Values:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
         if place is not None:
+            if _CONTAINER.fullmatch(text) and type(place.value) is type(value):
+                return  # what is in it changes by itself
             if not _assign_in_place(place.value, value):
                 _change(live, name, lambda: place.set(value))
         else:
@@ -240,7 +242,7 @@ class _Values:
             return
         parent = self._holder(live, part["parent"])
         if parent is None:
-            raise ParityError(f"{full_name(live.path, part['parent'])} of the published model does not exist here.")
+            return  # processing makes it; if it does not, the comparison says so
         _change(live, name, lambda: self._put_into(live, name, parent, part, value))
 
     def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
@@ -327,7 +329,9 @@ def _assign_in_place(current: Any, value: Any) -> bool:
     elif kind is collections.deque and current.maxlen == value.maxlen:
         current.clear()
         current.extend(value)
-    elif kind is np.ndarray and (current.dtype, current.shape) == (value.dtype, value.shape) and current.flags.writeable:
+    elif (
+        kind is np.ndarray and (current.dtype, current.shape) == (value.dtype, value.shape) and current.flags.writeable
+    ):
         current[...] = value
     elif kind is torch.Generator:
         current.set_state(value.get_state())

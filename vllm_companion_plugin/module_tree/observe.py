@@ -77,9 +77,14 @@ class Snapshot:
 
 def _added(slot: LiveSlot) -> AddedSlot:
     tensor = slot.tensor
-    dtype = str(tensor.dtype).removeprefix("torch.")
     return AddedSlot(
-        slot.name, slot.kind, dtype, tuple(tensor.shape), class_name(type(tensor)), bool(tensor.requires_grad)
+        slot.name,
+        slot.kind,
+        str(tensor.dtype).removeprefix("torch."),
+        tuple(tensor.shape),
+        tuple(tensor.stride()) if tensor.layout is torch.strided else (),
+        class_name(type(tensor)),
+        bool(tensor.requires_grad),
     )
 
 
@@ -123,6 +128,12 @@ class Observation:
         """While open, all operations of this thread on tensors are watched."""
         with self._watch:
             yield
+
+    def note_read(self, tensor: torch.Tensor) -> None:
+        """`tensor` was read from the checkpoint, in whatever way: no operator shows who fills memory that was empty."""
+        storage = _storage_of(tensor)
+        if storage is not None:
+            self._watch.clean.discard(storage)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -238,7 +249,9 @@ class Observation:
         return Observed(
             values=dict(sorted(values.items())),
             added=tuple(
-                slot for name, slot in here.items() if there.get(name) != slot and tied.get(name) in (None, f"{path}:{name}")
+                slot
+                for name, slot in here.items()
+                if (there.get(name) != slot or name in tied) and tied.get(name) in (None, f"{path}:{name}")
             ),
             removed=tuple(name for name in there if name not in here),
             retied={name: first for name, first in tied.items() if first != f"{path}:{name}"},

@@ -84,15 +84,15 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
         private[index] &= is_private(slot, observation)
         if slot.kind is TensorKind.PARAMETER:
             parameters.add(index)
-    own = {
-        index for index, tensor in enumerate(tensors) if observation is not None and observation.is_own(tensor)
-    }
+    own = {index for index, tensor in enumerate(tensors) if observation is not None and observation.is_own(tensor)}
 
     by_storage: dict[int, _Storage] = {}
     placed: list[_Storage | None] = []
     for index, tensor in enumerate(tensors):
         slot = first_slots[index]
-        if index in own and index not in parameters:
+        if tensor.is_meta and observation is not None:
+            own.add(index)
+        if index in own and (tensor.is_meta or index not in parameters):
             placed.append(None)
             continue
         start, stop = _span(tensor, tree, slot)
@@ -204,6 +204,7 @@ def _describe(
         requires_grad=tensor.requires_grad,
         private=storage.private if storage else True,
         own=own,
+        meta=tensor.is_meta,
         conj=tensor.is_conj(),
         neg=tensor.is_neg(),
         inline=inline,

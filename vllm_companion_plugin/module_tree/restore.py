@@ -206,8 +206,6 @@ class Restorer:
         """
         with plain_tensors():
             self._finish()
-        if self._built is not None:
-            self._built.forget()
 
     def _finish(self) -> None:
         # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
@@ -239,11 +237,12 @@ class Restorer:
         set_measured(self._model, tree, manifest)
         self.own = compare_values(tree, manifest)
         self._check_placeholders_are_gone(tree)
+        self._check_nothing_is_deferred(tree)
 
     def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, name: str) -> None:
         """The tensor that building this model made, unless it was deferred."""
         tensor = slot.tensor
-        if not tensor.is_meta:
+        if not tensor.is_meta or info.meta:
             return
         if info.storage >= 0 and tensor_difference(tensor, info) is None:
             self._bind(tensor, index, name)  # what the publisher's constructor made of it
@@ -276,6 +275,14 @@ class Restorer:
                 raise NotShareableError(
                     f"{len(held)} views of weights are kept where they cannot be restored, the first is {held[0]}"
                 )
+
+    def _check_nothing_is_deferred(self, tree: Tree) -> None:
+        """Raise `NotShareableError` if the model can reach a tensor whose memory was left out when it was built."""
+        if self._built is None or not self._built.is_left():
+            return
+        left = hidden_tensors(self._model, Known.of(tree), "meta")
+        if left:
+            raise NotShareableError(f"{len(left)} tensors are left without data, the first is {left[0]}")
 
     def _placeholders(self) -> set[int]:
         """Addresses of displaced memory that is still in use."""

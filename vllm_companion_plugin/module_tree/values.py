@@ -65,7 +65,7 @@ def value_of(text: str) -> Any:
     """
     try:
         return _read(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError, KeyError, AttributeError, MemoryError, RecursionError, ArithmeticError) as error:
+    except _NO_VALUE as error:
         raise ValueError(f"no value can be made of {text[:200]!r}: {error}") from None
 
 
@@ -161,7 +161,7 @@ _WRITERS: dict[type, Callable[[Any, int], str | None]] = {
     range: lambda value, depth: f"range({value.start}, {value.stop}, {value.step})",
     slice: _slice,
     decimal.Decimal: lambda value, depth: f"decimal.Decimal({str(value)!r})",
-    fractions.Fraction: lambda value, depth: f"fractions.Fraction({str(value)!r})",
+    fractions.Fraction: lambda value, depth: f"fractions.Fraction({value.numerator}, {value.denominator})",
     random.Random: lambda value, depth: f"random.Random({value.getstate()!r})",
     np.ndarray: lambda value, depth: _array_text("array", value),
     np.random.RandomState: lambda value, depth: _random_state_text(value, depth),
@@ -185,8 +185,17 @@ def _namespace_text(value: types.SimpleNamespace, depth: int) -> str | None:
     return None if text is None else f"types.SimpleNamespace({text})"
 
 
+# What parsing and the constructors raise; the last ones of nested text.
+_NO_VALUE = (SyntaxError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 _CONSTANTS = {"nan": float("nan"), "inf": float("inf"), "Ellipsis": ...}
 _FACTORIES: dict[str, type] = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "str": str}
+
+
+def _checked(value: Any, kind: type) -> Any:
+    """`value` if it is a `kind`: of a number, a constructor may make gigabytes."""
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
 
 
 def _make_array(dtype: str, shape: tuple[int, ...], data: bytes) -> np.ndarray[Any, Any]:
@@ -212,7 +221,10 @@ def _make_random_state(state: Any) -> np.random.RandomState:
 
 
 def _make_numpy_generator(state: Any) -> np.random.Generator:
-    bits: Any = getattr(np.random, state["bit_generator"])()
+    cls: Any = getattr(np.random, state["bit_generator"])
+    if not (isinstance(cls, type) and issubclass(cls, np.random.BitGenerator)):
+        raise ValueError("no bit generator")
+    bits: Any = cls()
     bits.state = state
     return np.random.Generator(bits)
 
@@ -227,11 +239,11 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch.Size": torch.Size,
     "torch.device": torch.device,
     "torch.Generator": _make_generator,
-    "bytearray": bytearray,
+    "bytearray": lambda data: bytearray(_checked(data, bytes)),
     "range": range,
     "slice": slice,
     "decimal.Decimal": decimal.Decimal,
-    "fractions.Fraction": fractions.Fraction,
+    "fractions.Fraction": lambda *parts: fractions.Fraction(*(_checked(part, int) for part in parts)),
     "random.Random": _make_random,
     "numpy.array": _make_array,
     "numpy.scalar": lambda *parts: _make_array(*parts)[()],
@@ -302,7 +314,7 @@ def _made_by_class(name: str, parts: list[Any]) -> Any:
         if type(parts[0]) in (bool, int, float):
             return kind(parts[0])
     cls = loaded_class(name)
-    if cls is not None and issubclass(cls, tuple) and hasattr(cls, "_fields") and cls.__new__ is not tuple.__new__:
+    if cls is not None and issubclass(cls, tuple) and len(getattr(cls, "_fields", ())) == len(parts) > 0:
         return tuple.__new__(cls, parts)
     raise ValueError(f"{name} is unknown")
 

@@ -52,7 +52,7 @@ ITEM_SIZES: dict[str, int] = {
 }
 """Bytes of one element by torch's dtype name."""
 
-_TYPE = ("dtype", "shape", "stride", "class_name", "requires_grad", "private", "own", "conj", "neg")
+_TYPE = ("dtype", "shape", "stride", "class_name", "requires_grad", "private", "own", "meta", "conj", "neg")
 _type_of = attrgetter(*_TYPE)
 _KINDS = {kind.value: kind for kind in TensorKind}
 # A frozen dataclass's own __init__ takes twice as long as setting its slots.
@@ -106,6 +106,7 @@ def _write_observed(target: Any, observed: Observed) -> None:
             kind=slot.kind.value,
             dtype=slot.dtype,
             shape=slot.shape,
+            stride=slot.stride,
             class_name=slot.class_name,
             requires_grad=slot.requires_grad,
         )
@@ -200,7 +201,7 @@ def _types(message: Any) -> list[tuple[Any, ...]]:
             extent = _extent(dtype, shape, stride)
         except ManifestError as error:
             raise ManifestError(f"Tensor type {index}: {error}.") from None
-        flags = (item.requires_grad, item.private, item.own, item.conj, item.neg)
+        flags = (item.requires_grad, item.private, item.own, item.meta, item.conj, item.neg)
         types.append((*extent, dtype, shape, stride, item.class_name, *flags))
     return types
 
@@ -209,7 +210,7 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
     new = object.__new__
     (
         set_storage, set_offset, set_dtype, set_shape, set_stride,
-        set_class, set_grad, set_private, set_own, set_conj, set_neg, set_inline, set_attributes,
+        set_class, set_grad, set_private, set_own, set_meta, set_conj, set_neg, set_inline, set_attributes,
     ) = _SET_TENSOR  # fmt: skip
     sizes = [storage.size_bytes for storage in storages]
     starts = [storage.offset_bytes for storage in storages]
@@ -219,7 +220,8 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         storage, offset, number = item.storage, item.storage_offset, item.type
         if number >= len(types):
             raise ManifestError(f"Tensor {index} is of type {number} of {len(types)}.")
-        item_size, span, count, dtype, shape, stride, class_name, requires_grad, private, own, conj, neg = types[number]
+        item_size, span, count, dtype, shape, stride, class_name, *flags = types[number]
+        requires_grad, private, own, meta, conj, neg = flags
         inline = item.inline if item.HasField("inline") else None
         if 0 <= storage < storage_count and inline is None:
             if (offset + span) * item_size > sizes[storage]:
@@ -254,6 +256,7 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         set_grad(tensor, requires_grad)
         set_private(tensor, private)
         set_own(tensor, own)
+        set_meta(tensor, meta)
         set_conj(tensor, conj)
         set_neg(tensor, neg)
         set_inline(tensor, inline)
@@ -317,11 +320,11 @@ def _text(change: Any, name: str) -> str | None:
 
 
 def _added(item: Any) -> AddedSlot:
-    kind, shape = _KINDS.get(item.kind), tuple(item.shape)
+    kind, shape, stride = _KINDS.get(item.kind), tuple(item.shape), tuple(item.stride)
     if kind is None:
         raise ManifestError(f"Slot {item.name!r} that loading added has the unknown kind {item.kind!r}.")
     try:
-        _extent(item.dtype, shape, (0,) * len(shape))
+        _extent(item.dtype, shape, stride)
     except ManifestError as error:
         raise ManifestError(f"Slot {item.name!r} that loading added: {error}.") from None
-    return AddedSlot(item.name, kind, item.dtype, shape, item.class_name, item.requires_grad)
+    return AddedSlot(item.name, kind, item.dtype, shape, stride, item.class_name, item.requires_grad)

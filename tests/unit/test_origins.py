@@ -1,0 +1,539 @@
+"""Where a value came from decides whose it is: the engine's that built it, or the publication's that loaded it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import decimal
+import fractions
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
+from vllm_companion_plugin.module_tree import pack
+from vllm_companion_plugin.module_tree.building import WithoutWeights
+from vllm_companion_plugin.module_tree.capture import capture
+from vllm_companion_plugin.module_tree.observe import Observation
+from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy
+from vllm_companion_plugin.module_tree.values import text_of, value_of
+from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
+from vllm_companion_plugin.types import Manifest, Stage
+
+pytestmark = pytest.mark.core
+
+CPU = torch.device("cpu")
+LARGE = 1 << 19
+"""Elements of a float32 tensor that is large enough to be shared, were it a weight."""
+
+Change = Callable[["Model"], object]
+
+
+def checkpoint(value: float) -> torch.Tensor:
+    """Memory that no operator of PyTorch filled, as of a file."""
+    return torch.from_numpy(np.full(LARGE, value, dtype=np.float32))
+
+
+def nothing(model: Model) -> None:
+    """Changes nothing."""
+
+
+class Box:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    value: Any
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+class Model(nn.Module):
+    """What `build` makes depends on the engine's flags, here `flag`."""
+
+    def __init__(self, build: Callable[[Model, float], object], flag: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+        self.second = nn.Linear(8, 6)
+        build(self, flag)
+
+
+@dataclasses.dataclass
+class Published:
+    model: Model
+    manifest: Manifest
+    arena: arenas.Arena
+
+
+def publish(
+    build: Callable[[Model, float], object], load: Change = nothing, process: Change = nothing, flag: float = 1.0
+) -> Published:
+    """Build, load and process under observation, and pack what came of it."""
+    model = Model(build, flag)
+    observation = Observation(model)
+    with observation.watching():
+        with torch.no_grad():
+            for parameter in (*model.first.parameters(), *model.second.parameters()):
+                parameter.data.copy_(checkpoint(0.25)[: parameter.numel()].view_as(parameter))
+            load(model)
+        observation.end_loading(model)
+        with observation.processing(model):
+            process(model)
+    packed = pack.prepare(capture(model), Stage.PROCESSED, arenas.MEMFD, CPU, observation)
+    arena = pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
+    return Published(model, manifest_from_bytes(manifest_to_bytes(packed.manifest)), arena)
+
+
+def attach(
+    published: Published, build: Callable[[Model, float], object], process: Change = nothing, flag: float = 1.0
+) -> Model:
+    """Build with this engine's flag, and bind to what was published."""
+    built = WithoutWeights(CPU)
+    with built.building():
+        model = Model(build, flag)
+    source = Source(
+        published.manifest, ArenaViews(published.arena, published.arena.info.size_bytes, CPU), CPU, copy=False
+    )
+    restorer = Restorer(model, source, CPU, built=built)
+    restorer.bind_early(lambda module: Strategy.REPLAY if module is model and process is not nothing else Strategy.HIDE)
+    if process is not nothing:
+        with restorer.replaying(model):
+            process(model)
+    restorer.finish()
+    return model
+
+
+def in_arena(tensor: torch.Tensor, published: Published) -> bool:
+    start = published.arena.address
+    return start <= tensor.data_ptr() < start + published.arena.info.size_bytes
+
+
+# Values of a kind, made of a number.
+KINDS: dict[str, Callable[[float], Any]] = {
+    "float": lambda x: x,
+    "int": lambda x: int(x * 8),
+    "bool": lambda x: x > 0.5,
+    "str": str,
+    "bytes": lambda x: str(x).encode(),
+    "None": lambda x: None if x == 1.0 else x,
+    "nan": lambda x: x if x == 1.0 else float("nan"),
+    "complex": lambda x: complex(x, -0.0),
+    "tuple": lambda x: (x, (int(x * 8),)),
+    "list": lambda x: [x, "a"],
+    "dict": lambda x: {"b": x, "a": [x]},
+    "order of a dict": lambda x: dict.fromkeys("ab" if x == 1.0 else "ba"),
+    "dict by number": lambda x: {x: 1},
+    "set": lambda x: {x, 2.0},
+    "frozenset": lambda x: frozenset((x,)),
+    "deque": lambda x: collections.deque([x], maxlen=3),
+    "OrderedDict": lambda x: collections.OrderedDict(a=x),
+    "named tuple": lambda x: Pair(x, 2),
+    "bytearray": lambda x: bytearray([int(x * 8)]),
+    "Decimal": lambda x: decimal.Decimal(str(x)),
+    "Fraction": fractions.Fraction,
+    "range": lambda x: range(int(x * 8)),
+    "slice": lambda x: slice(int(x * 8)),
+    "numpy float32": np.float32,
+    "numpy float64": np.float64,
+    "numpy int": lambda x: np.int16(x * 8),
+    "numpy array": lambda x: np.full((2, 3), x),
+    "dtype": lambda x: torch.float16 if x == 1.0 else torch.int8,
+    "Size": lambda x: torch.Size([int(x * 8)]),
+    "enum": lambda x: Stage.PROCESSED if x == 1.0 else Stage.UNPROCESSED,
+    "torch generator": lambda x: torch.Generator().manual_seed(int(x * 8)),
+    "random generator": lambda x: random.Random(int(x * 8)),
+    "numpy generator": lambda x: np.random.default_rng(int(x * 8)),
+}
+
+
+def deep(value: Any, depth: int = 12) -> Any:
+    return Box(deep(value, depth - 1)) if depth else value
+
+
+def closure(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+# How a model holds a value: put it there, and read it.
+PLACES: dict[str, tuple[Callable[[Model, Any], object], Callable[[Model], Any]]] = {
+    "attribute": (lambda m, v: setattr(m, "x", v), lambda m: m.x),
+    "of a child": (lambda m, v: setattr(m.first, "x", v), lambda m: m.first.x),
+    "in a list with objects": (lambda m, v: setattr(m, "x", [Box(0), v]), lambda m: m.x[1]),
+    "in a tuple with objects": (lambda m, v: setattr(m, "x", (Box(0), v)), lambda m: m.x[1]),
+    "in a named tuple with objects": (lambda m, v: setattr(m, "x", Pair(Box(0), v)), lambda m: m.x.second),
+    "in a dict with objects": (lambda m, v: setattr(m, "x", {"a": Box(0), "b": v}), lambda m: m.x["b"]),
+    "in a deque with objects": (lambda m, v: setattr(m, "x", collections.deque([Box(0), v])), lambda m: m.x[1]),
+    "of an object": (lambda m, v: setattr(m, "x", Box(v)), lambda m: m.x.value),
+    "of a frozen object": (lambda m, v: setattr(m, "x", Frozen(v)), lambda m: m.x.value),
+    "in a slot": (lambda m, v: setattr(m, "x", Slots(v)), lambda m: m.x.value),
+    "deep": (
+        lambda m, v: setattr(m, "x", deep(v)),
+        lambda m: functools.reduce(lambda held, _: held.value, range(12), m.x),
+    ),
+    "argument of a partial": (lambda m, v: setattr(m, "x", functools.partial(max, v)), lambda m: m.x.args[0]),
+    "keyword of a partial": (lambda m, v: setattr(m, "x", functools.partial(max, k=v)), lambda m: m.x.keywords["k"]),
+    "captured": (lambda m, v: setattr(m, "x", closure(v)), lambda m: m.x()),
+    "of a method's object": (lambda m, v: setattr(m, "x", Box(v).__init__), lambda m: m.x.__self__.value),
+    "on a parameter": (lambda m, v: setattr(m.first.weight, "x", v), lambda m: m.first.weight.x),
+    "of an object on a parameter": (
+        lambda m, v: setattr(m.first.weight, "x", Box(v)),
+        lambda m: m.first.weight.x.value,
+    ),
+    "of a module in a dict": (lambda m, v: setattr(m, "x", {"a": in_module(v)}), lambda m: m.x["a"].x),
+    "of a module in an object": (lambda m, v: setattr(m, "x", Box([in_module(v)])), lambda m: m.x.value[0].x),
+}
+
+
+def in_module(value: Any) -> nn.Module:
+    module = nn.Linear(2, 2)
+    module.x = value
+    return module
+
+
+def same(one: Any, other: Any) -> bool:
+    return text_of(one) == text_of(other) and type(one) is type(other)
+
+
+CASES = [(kind, "attribute") for kind in KINDS] + [
+    (kind, place) for place in PLACES for kind in ("float", "tuple", "numpy float32")
+]
+
+
+@pytest.mark.parametrize(("kind", "place"), CASES)
+class TestValue:
+    def test_loaded_is_the_publications(self, kind: str, place: str) -> None:
+        """What loading set is what the publisher has, whatever this engine's constructor made."""
+        make, (put, get) = KINDS[kind], PLACES[place]
+        published = publish(lambda m, flag: put(m, make(1.0)), load=lambda m: put(m, make(0.25)))
+        assert same(get(attach(published, lambda m, flag: put(m, make(1.0)))), make(0.25))
+
+    def test_built_is_the_engines(self, kind: str, place: str) -> None:
+        """What the constructor made of a flag stays as this engine's flag made it, or is refused."""
+        make, (put, get) = KINDS[kind], PLACES[place]
+        published = publish(lambda m, flag: put(m, make(flag)), flag=1.0)
+        try:
+            attached = attach(published, lambda m, flag: put(m, make(flag)), flag=0.25)
+        except ParityError as error:
+            assert kind in ("dtype", "Size", "enum", "torch generator", "random generator") or "numpy" in kind or error
+            return
+        assert same(get(attached), make(0.25))
+
+
+class TestLoading:
+    def test_what_it_adds_and_removes(self) -> None:
+        """Values and tensors that only loading makes are there; what it deletes is gone."""
+
+        def build(m: Model, flag: float) -> None:
+            m.gone, m.table, m.unused = 1, {"a": Box(1)}, nn.Parameter(torch.ones(3))
+
+        def load(m: Model) -> None:
+            del m.gone, m.unused
+            m.note, m.listed, m.table["b"] = "loaded", [1, 2], 5
+            m.added = nn.Parameter(torch.full((3, 40_000), 7.0), requires_grad=False)
+            m.first.register_buffer("seen", torch.full((2,), 3.0), persistent=False)
+            m.parts = [torch.full((2,), 4.0)]
+            m.first.weight.scale = torch.full((2,), 6.0)
+
+        attached = attach(publish(build, load), build)
+        assert (attached.note, attached.listed, attached.table["b"]) == ("loaded", [1, 2], 5)
+        assert not hasattr(attached, "gone")
+        assert not hasattr(attached, "unused")
+        assert attached.added.unique().tolist() == [7.0]
+        assert not attached.added.requires_grad
+        assert "seen" in attached.first._non_persistent_buffers_set
+        assert attached.first.seen.tolist() == [3.0, 3.0]
+        assert attached.parts[0].tolist() == [4.0, 4.0]
+        assert attached.first.weight.scale.tolist() == [6.0, 6.0]
+
+    def test_what_it_ties(self) -> None:
+        """Parameters and modules that loading ties are one object."""
+
+        def build(m: Model, flag: float) -> None:
+            m.third = nn.Linear(8, 6)
+
+        def load(m: Model) -> None:
+            m.second.weight = m.first.weight
+            m.third = m.first
+
+        attached = attach(publish(build, load), build)
+        assert attached.second.weight is attached.first.weight
+        assert attached.second.bias is not attached.first.bias
+        assert attached.third is attached.first
+
+    def test_what_it_unties(self) -> None:
+        """A parameter that had another one's memory when it was built has its own."""
+
+        def build(m: Model, flag: float) -> None:
+            m.second.weight = m.first.weight
+
+        def load(m: Model) -> None:
+            m.second.weight = nn.Parameter(torch.full((6, 8), 9.0))
+
+        attached = attach(publish(build, load), build)
+        assert attached.second.weight.unique().tolist() == [9.0]
+        assert attached.first.weight.unique().tolist() == [0.25]
+
+    def test_modules_that_it_removes(self) -> None:
+        """A part that loading takes out is not there."""
+
+        def build(m: Model, flag: float) -> None:
+            m.tower = nn.Sequential(nn.Linear(2, 2))
+
+        attached = attach(publish(build, lambda m: delattr(m, "tower")), build)
+        assert not hasattr(attached, "tower")
+
+    def test_a_form_that_it_changes(self) -> None:
+        """A parameter of another shape and dtype than it was built with is the published one."""
+
+        def load(m: Model) -> None:
+            m.first.weight.data = torch.full((3, 50_000), 2.0, dtype=torch.float16)
+
+        attached = attach(publish(lambda m, flag: None, load), lambda m, flag: None)
+        assert attached.first.weight.shape == (3, 50_000)
+        assert attached.first.weight.dtype is torch.float16
+
+    def test_flags_of_tensors(self) -> None:
+        """Whether gradients are wanted, and lazily conjugated or negated elements, are restored."""
+
+        def load(m: Model) -> None:
+            m.first.weight.requires_grad_(False)
+            values = torch.complex(torch.full((3,), 1.0), torch.full((3,), 2.0))
+            m.register_buffer("conjugated", values.conj(), persistent=False)
+            m.register_buffer("negated", values.conj().imag, persistent=False)
+
+        published = publish(lambda m, flag: None, load)
+        attached = attach(published, lambda m, flag: None)
+        assert not attached.first.weight.requires_grad
+        for name in ("conjugated", "negated"):
+            assert torch.equal(getattr(attached, name), getattr(published.model, name))
+
+    @pytest.mark.parametrize(
+        "load",
+        [
+            lambda m: m.first.register_forward_hook(lambda module, args, output: output * 2),
+            lambda m: setattr(m, "function", lambda: 1),
+            lambda m: setattr(m, "helper", Box(1)),
+            lambda m: m.add_module("third", nn.Linear(2, 2)),
+            lambda m: setattr(m, "opaque", object()),
+        ],
+        ids=["hook", "function", "object", "module", "opaque"],
+    )
+    def test_what_cannot_be_described_is_refused_by_name(self, load: Change) -> None:
+        """The publisher says what it is, and nobody gets a guess."""
+
+        def build(m: Model, flag: float) -> None:
+            m.opaque = object()
+
+        with pytest.raises(NotShareableError, match=r"_forward_hooks|function|helper|third|opaque"):
+            publish(build, load)
+
+
+class TestTensor:
+    def test_work_space_is_private_and_the_engines(self) -> None:
+        """A large buffer that nothing fills is never mapped, and has the shape of this engine's limits."""
+
+        def build(m: Model, flag: float) -> None:
+            rows = int(flag * 8)
+            m.zeros = torch.zeros(rows, LARGE // 8)
+            m.uninitialized = torch.empty(rows, LARGE // 8)
+            m.parameter = nn.Parameter(torch.zeros(rows, LARGE // 8), requires_grad=False)
+            m.listed = [torch.zeros(rows, LARGE // 8)]
+
+        published = publish(build, flag=1.0)
+        for model, rows in ((published.model, 8), (attach(published, build, flag=1.0), 8)):
+            for tensor in (model.zeros, model.uninitialized, model.parameter, model.listed[0]):
+                assert tensor.shape == (rows, LARGE // 8)
+                assert not in_arena(tensor, published)
+                tensor.fill_(1.0)  # a write to shared memory would end this process
+
+        def others(m: Model, flag: float) -> None:
+            build(m, flag)
+            del m.parameter
+
+        published = publish(others, flag=1.0)
+        attached = attach(published, others, flag=0.25)
+        for tensor in (attached.zeros, attached.uninitialized, attached.listed[0]):
+            assert tensor.shape == (2, LARGE // 8)
+            tensor.fill_(1.0)
+        assert published.arena.info.size_bytes < 1 << 20
+
+    def test_a_table_of_the_constructor_is_the_engines(self) -> None:
+        """A rope table is as long as this engine's limit, with this engine's values."""
+
+        def build(m: Model, flag: float) -> None:
+            m.register_buffer("table", torch.arange(int(flag * 400_000), dtype=torch.float32) * flag, persistent=False)
+
+        attached = attach(publish(build, flag=1.0), build, flag=0.25)
+        assert torch.equal(attached.table, torch.arange(100_000) * 0.25)
+
+    def test_a_parameter_that_loading_does_not_touch(self) -> None:
+        """A parameter that the checkpoint lacks has the value that its constructor gave it."""
+
+        def build(m: Model, flag: float) -> None:
+            m.small = nn.Parameter(torch.full((4,), flag))
+            m.large = nn.Parameter(torch.full((LARGE,), 3.0))
+
+        published = publish(build, flag=1.0)
+        attached = attach(published, build, flag=0.25)
+        assert attached.small.tolist() == [0.25] * 4
+        assert attached.large.unique().tolist() == [3.0]
+        assert not in_arena(attached.large, published)
+
+    def test_what_loading_writes_is_shared(self) -> None:
+        """Weights are mapped, also those that were zeros and stay zeros."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.zeros(LARGE))
+
+        def load(m: Model) -> None:
+            m.large.data.copy_(checkpoint(0.0))
+
+        published = publish(build, load)
+        assert in_arena(published.model.large, published)
+        attached = attach(published, build)
+        assert in_arena(attached.large, published)
+        assert in_arena(attached.first.weight, published)
+
+    def test_a_buffer_that_a_foreign_write_changes_is_published(self) -> None:
+        """A write that no operator makes is found by the bytes."""
+
+        def build(m: Model, flag: float) -> None:
+            m.register_buffer("table", torch.zeros(LARGE))
+            m.small = torch.zeros(4)
+
+        def load(m: Model) -> None:
+            m.table.numpy()[5] = 7.0
+            m.small.numpy()[1] = 8.0
+
+        attached = attach(publish(build, load), build)
+        assert attached.table[5] == 7.0
+        assert attached.small.tolist() == [0.0, 8.0, 0.0, 0.0]
+
+    def test_derived_is_shared_and_new_work_space_is_not(self) -> None:
+        """Of large attributes that post-processing makes, those computed from weights are mapped."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+
+        def load(m: Model) -> None:
+            m.large.data.copy_(checkpoint(5.0))
+
+        def process(m: Model) -> None:
+            m.derived = (m.large * 2).detach()
+            m.workspace = torch.zeros(LARGE)
+
+        published = publish(build, load, process)
+        attached = attach(published, build, process)
+        assert in_arena(attached.derived, published)
+        assert attached.derived.unique().tolist() == [10.0]
+        assert not in_arena(attached.workspace, published)
+        attached.workspace.fill_(1.0)
+
+    def test_left_on_meta_is_refused(self) -> None:
+        """A tensor that was computed from weights that were not there yet, where no walk leads, is refused."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+            m.hidden = iter([m.large.detach() * 2])
+
+        published = publish(build, lambda m: m.large.data.copy_(torch.ones(LARGE)))
+        with pytest.raises(NotShareableError, match=r"1 tensors are left without data.*list_iterator"):
+            attach(published, build)
+
+
+class TestProcessing:
+    def test_numbers_that_follow_from_flags_are_the_engines(self) -> None:
+        """What post-processing makes of a limit is this engine's limit."""
+
+        def build(m: Model, flag: float) -> None:
+            m.limit = int(flag * 8)
+
+        def process(m: Model) -> None:
+            m.kernel = Box(m.limit * 2)
+
+        attached = attach(publish(build, nothing, process, flag=1.0), build, process, flag=0.25)
+        assert attached.kernel.value == 4
+
+    def test_measured_floats_are_the_publications(self) -> None:
+        """A float that was read from a weight is the published weight's, not a placeholder's."""
+
+        def process(m: Model) -> None:
+            m.scale = m.extra.max().item()
+
+        def build(m: Model, flag: float) -> None:
+            m.extra = nn.Parameter(torch.empty(3))
+
+        def load(m: Model) -> None:
+            m.extra.data.copy_(torch.full((3,), 0.75))
+
+        assert attach(publish(build, load, process), build, process).scale == 0.75
+
+    @pytest.mark.parametrize(
+        "make", [lambda x: bool(x > 0.8), lambda x: str(x), lambda x: Stage.PROCESSED if x > 0.8 else 0]
+    )
+    def test_anything_else_measured_must_be_equal(self, make: Callable[[float], Any]) -> None:
+        """Whether it follows from a weight or from a flag cannot be known."""
+
+        def process(m: Model) -> None:
+            m.note = make(m.extra.max().item())
+
+        def build(m: Model, flag: float) -> None:
+            m.extra = nn.Parameter(torch.empty(3))
+
+        def load(m: Model) -> None:
+            m.extra.data.copy_(torch.full((3,), 0.75))
+
+        with pytest.raises(ParityError, match="note") as caught:
+            attach(publish(build, load, process), build, process)
+        assert caught.value.where == "note"
+
+    def test_another_kernel_is_refused(self) -> None:
+        """Objects of other classes understand bytes in another way."""
+        published = publish(lambda m, flag: None, process=lambda m: setattr(m, "kernel", Box(1)))
+        with pytest.raises(ParityError, match=r"kernel is tests\.unit\.test_origins\.Slots here"):
+            attach(published, lambda m, flag: None, process=lambda m: setattr(m, "kernel", Slots(1)))
+
+
+class TestTexts:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_value_survives(self, kind: str) -> None:
+        """The text of a value makes an equal one."""
+        for number in (1.0, 0.25):
+            value = KINDS[kind](number)
+            text = text_of(value)
+            assert text is not None
+            assert same(value_of(text), value)
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "__import__('os')", "x.y", "torch.nn", "bytearray(1 << 40)", "bytearray(99999999999)", "(" * 300, "1 + 1",
+         "collections.deque([], -1)", "numpy.random.Generator({'bit_generator': 'seed'})", "f'{1}'", "[*x]", "{**x}",
+         "fractions.Fraction('1e999999999')", "torch.Generator('cuda', b'')", "range(1, 2, 0)", "os.system('true')"],
+    )  # fmt: skip
+    def test_other_text_makes_nothing(self, text: str) -> None:
+        """Only the constructors of plain values are known, and none of them is given a chance to do harm."""
+        with pytest.raises(ValueError, match="."):
+            value_of(text)
+
+
+def test_all_errors_are_typed() -> None:
+    """A refusal is an error of ours, so that an engine can load by itself."""
+    assert issubclass(ParityError, CompanionError)
