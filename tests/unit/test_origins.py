@@ -226,14 +226,14 @@ class TestValue:
         assert same(get(attach(published, lambda m, flag: put(m, make(1.0)))), make(0.25))
 
     def test_built_is_the_engines(self, kind: str, place: str) -> None:
-        """What the constructor made of a flag stays as this engine's flag made it, or is refused."""
+        """What the constructor made of a flag stays so, but for what says how bytes are understood: that is refused."""
         make, (put, get) = KINDS[kind], PLACES[place]
         published = publish(lambda m, flag: put(m, make(flag)), flag=1.0)
-        try:
-            attached = attach(published, lambda m, flag: put(m, make(flag)), flag=0.25)
-        except ParityError as error:
-            assert kind in ("dtype", "Size", "enum", "torch generator", "random generator") or "numpy" in kind or error
+        if kind in ("dtype", "enum"):
+            with pytest.raises(ParityError, match="x is"):
+                attach(published, lambda m, flag: put(m, make(flag)), flag=0.25)
             return
+        attached = attach(published, lambda m, flag: put(m, make(flag)), flag=0.25)
         assert same(get(attached), make(0.25))
 
 
@@ -530,7 +530,7 @@ class TestTexts:
     )  # fmt: skip
     def test_other_text_makes_nothing(self, text: str) -> None:
         """Only the constructors of plain values are known, and none of them is given a chance to do harm."""
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"."):
             value_of(text)
 
 

@@ -24,8 +24,9 @@ from torch import nn
 from vllm_companion_plugin.engine import compat, draft, flags, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import CompanionError, SettingsError
-from vllm_companion_plugin.module_tree.capture import Tree, capture, class_name, tensor_attributes
+from vllm_companion_plugin.module_tree.capture import Tree, capture, tensor_attributes
 from vllm_companion_plugin.module_tree.pack import dtype_name
+from vllm_companion_plugin.module_tree.values import class_name
 from vllm_companion_plugin.settings import resolve_extra_config
 from vllm_companion_plugin.types import Stage
 

@@ -14,10 +14,10 @@ import collections
 import functools
 import types
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -183,7 +183,7 @@ def describe_value(value: Any) -> str | None:
         return f"class {class_name(value)}"
     if isinstance(value, functools.partial):
         return f"partial of {describe_value(value.func)}"
-    if isinstance(value, _FUNCTIONS):
+    if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
         return f"function {value.__module__}.{value.__qualname__}"
     return None
 
@@ -194,7 +194,8 @@ def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
 
 
 @functools.cache
-def _is_opaque(cls: type) -> bool:
+def _is_opaque(cls: Hashable) -> bool:
+    assert isinstance(cls, type)
     return any(
         module == package or module.startswith(f"{package}.")
         for module in (getattr(base, "__module__", None) or "" for base in cls.__mro__)
@@ -203,8 +204,9 @@ def _is_opaque(cls: type) -> bool:
 
 
 @functools.cache
-def _slot_members(cls: type) -> tuple[tuple[str, Any], ...]:
+def _slot_members(cls: Hashable) -> tuple[tuple[str, Any], ...]:
     """What objects of `cls` hold outside their dictionary: names and descriptors."""
+    assert isinstance(cls, type)
     return tuple(
         (name, member)
         for base in cls.__mro__
@@ -326,7 +328,7 @@ class _Walk:
             for position, item in enumerate(_in_order(value)):
                 self._value(live, index, f"{path}{{{position}}}", item, None, "", depth + 1)
             return f"{name} of {len(value)}"
-        if _is_opaque(cls) or isinstance(value, self._opaque):
+        if _is_opaque(cast(Hashable, cls)) or isinstance(value, self._opaque):
             self._tree.opaque[index, path] = value
             return name
         self._insides(live, index, path, value, depth)
@@ -337,7 +339,7 @@ class _Walk:
         for item_key, item in list(_dictionary(value).items()):
             found = True
             self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
-        for item_key, member in _slot_members(type(value)):
+        for item_key, member in _slot_members(cast(Hashable, type(value))):
             try:
                 item = member.__get__(value)
             except AttributeError:  # nothing was put there yet

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.errors import ParityError
-from vllm_companion_plugin.module_tree.capture import LiveModule, Place, Tree, capture, full_name
+from vllm_companion_plugin.module_tree.capture import LiveModule, Place, Tree, capture, full_name, tensor_attributes
 from vllm_companion_plugin.module_tree.values import loaded_class, value_of
 from vllm_companion_plugin.types import AddedSlot, Manifest, Observed, TensorKind
 
@@ -93,9 +93,14 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
             continue
         here = {slot.name: slot for slot in live.slots}
         added, retied = [], {}
+        hung: dict[str, tuple[str | None, str | None]] = {}
         for slot in info.slots:
             first = first_slot.setdefault(slot.tensor, f"{info.path}:{slot.name}")
             if slot.name in here:
+                mine, other = tensor_attributes(here[slot.name].tensor), manifest.tensors[slot.tensor].attributes
+                hung |= {
+                    f"{slot.name}.{name}": (mine.get(name), other.get(name)) for name in mine.keys() | other.keys()
+                }
                 continue
             tensor = manifest.tensors[slot.tensor]
             if first == f"{info.path}:{slot.name}":
@@ -104,9 +109,9 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
             else:
                 retied[slot.name] = first
         names = live.attributes.keys() | info.attributes.keys()
-        texts = {name: (live.attributes.get(name), info.attributes.get(name)) for name in sorted(names)}
+        texts = {name: (live.attributes.get(name), info.attributes.get(name)) for name in names} | hung
         seen[info.path] = Observed(
-            values={name: pair for name, pair in texts.items() if pair[0] != pair[1] and name not in here},
+            values={name: pair for name, pair in sorted(texts.items()) if pair[0] != pair[1] and name not in here},
             added=tuple(added),
             removed=tuple(here.keys() - {slot.name for slot in info.slots}),
             retied=retied,

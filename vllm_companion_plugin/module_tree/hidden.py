@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_companion_plugin.module_tree.capture import Tree, class_name
+from vllm_companion_plugin.module_tree.capture import Tree
 from vllm_companion_plugin.module_tree.pack import dtype_name
+from vllm_companion_plugin.module_tree.values import class_name
 
 # What everything leads to, and what belongs to no model.
 _NOT_PARTS = (type, types.ModuleType, types.FrameType, types.CodeType, str, bytes, int, float, bool, type(None))

@@ -261,7 +261,7 @@ class Observation:
         )
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which storages operations write and make.
 
     Storages are told apart by the address of their C++ object. One that is freed may leave its address to a new
@@ -276,7 +276,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.built: set[int] = set()
         self.written: set[int] = set()
         self.clean: set[int] = set()
@@ -304,7 +304,7 @@ class _Watch(TorchDispatchMode):
         writes, reads = _traits(func)
         if reads or _leaves_device(args, result):
             self.measured.add(None if self.module is None else id(self.module))
-        read = set()
+        read: set[int] = set()
         for value in (*args, *kwargs.values()):
             read.update(_storages(value))
         derived = not read <= self.clean

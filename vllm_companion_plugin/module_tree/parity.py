@@ -12,20 +12,19 @@ Equal where it matters, the engine's own where it follows from the engine's flag
 
 from __future__ import annotations
 
+import collections
+import enum
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_companion_plugin.errors import ParityError
-from vllm_companion_plugin.module_tree.capture import Tree, capture, full_name, tensor_attributes
+from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, capture, full_name, tensor_attributes
 from vllm_companion_plugin.module_tree.changes import is_restorable
 from vllm_companion_plugin.module_tree.pack import dtype_name
 from vllm_companion_plugin.module_tree.values import class_name, value_of
-from vllm_companion_plugin.types import Manifest, ModuleInfo, TensorInfo
-
-_PLAIN_STARTS = "'\"([{-0123456789"
-_PLAIN_NAMES = ("None", "True", "False", "nan", "inf", "b'", 'b"')
+from vllm_companion_plugin.types import Manifest, ModuleInfo, Observed, TensorInfo
 
 
 def compare_modules(tree: Tree, manifest: Manifest) -> None:
@@ -98,7 +97,7 @@ def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
                 continue
             where = full_name(live.path, name)
             is_own = name not in changed and not (published.observed.measured and name in processed)
-            fits = _is_number if name in processed else _is_plain
+            fits = _is_number if name in processed else _is_data
             if not (is_own and fits(here) and fits(there)):
                 raise ParityError(
                     f"{where} is {here or 'absent'} here and {there or 'absent'} in the published model.",
@@ -109,19 +108,52 @@ def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
     return own
 
 
-def _is_plain(text: str | None) -> bool:
+def _is_data(text: str | None) -> bool:
     """Whether a text is that of numbers, strings and containers of them: no class, function, enum or dtype."""
-    return text is None or text[0] in _PLAIN_STARTS or text.startswith(_PLAIN_NAMES)
+    if text is None:
+        return True
+    try:
+        return not _names_code(value_of(text))
+    except ValueError:
+        return False
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, (enum.Enum, torch.dtype, torch.layout, torch.memory_format, type)):
+        return True
+    if isinstance(value, dict):
+        return any(map(_names_code, (*value.keys(), *value.values())))
+    return isinstance(value, (list, tuple, set, frozenset, collections.deque)) and any(map(_names_code, value))
 
 
 def _is_number(text: str | None) -> bool:
     return text is None or text[0].isdigit() or text[0] == "-" or text in ("nan", "inf")
 
 
-def set_tensor_attributes(tensor: torch.Tensor, info: TensorInfo) -> None:
-    """Hang on a published tensor what the publisher's has, where it is missing here and can be made."""
-    if not info.attributes or info.attributes.keys() <= tensor.__dict__.keys():
+def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, where: str, observed: Observed) -> None:
+    """What was hung on a published tensor is equal, or this engine's own as any other value.
+
+    What is missing here and can be made is made: post-processing hangs marks on the tensors that it makes.
+
+    Raises:
+        ParityError: naming tensor, attribute and both values.
+    """
+    tensor = slot.tensor
+    if not info.attributes and not tensor.__dict__:
         return
+    _set_missing_attributes(tensor, info)
+    mine = tensor_attributes(tensor)
+    for name in mine.keys() | info.attributes.keys():
+        here, there = mine.get(name), info.attributes.get(name)
+        if here != there and (f"{slot.name}.{name}" in observed.values or not (_is_data(here) and _is_data(there))):
+            raise ParityError(
+                f"{where}.{name} is {here or 'absent'} here and {there or 'absent'} in the published model.",
+                f"{where}.{name}",
+                here or "absent",
+            )
+
+
+def _set_missing_attributes(tensor: torch.Tensor, info: TensorInfo) -> None:
     for name in info.attributes.keys() - tensor.__dict__.keys():
         if name.isidentifier() and not name.startswith("__") and is_restorable(info.attributes[name]):
             try:
@@ -137,7 +169,6 @@ def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
         ("shape", tuple(tensor.shape), info.shape),
         ("stride", tensor.stride(), info.stride),
         ("class", class_name(type(tensor)), info.class_name),
-        ("attributes", tensor_attributes(tensor), dict(info.attributes)),
     )
     if tensor.requires_grad != info.requires_grad and tensor.is_leaf:
         tensor.requires_grad_(info.requires_grad)

@@ -35,9 +35,9 @@ from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.module_tree.pack import dtype_name
 from vllm_companion_plugin.module_tree.parity import (
     compare_modules,
+    compare_tensor_attributes,
     compare_values,
     set_measured,
-    set_tensor_attributes,
     tensor_difference,
 )
 from vllm_companion_plugin.module_tree.views import ArenaViews, view, without_storage
@@ -226,7 +226,7 @@ class Restorer:
                 if info.own:
                     self._keep_own(slot, info, want.tensor, name)
                     continue
-                set_tensor_attributes(slot.tensor, info)
+                compare_tensor_attributes(slot, info, name, published.observed)
                 if difference := tensor_difference(slot.tensor, info):
                     raise ParityError(f"{name}: {difference}.", name)
                 carrier = carriers.setdefault(want.tensor, slot.tensor)
