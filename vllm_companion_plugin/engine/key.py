@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.types import EntryKey, model_name
 
 CHECKPOINT = "checkpoint"
 """The field that says which files were read; all others say what was made of them."""
 
-MANIFEST_VERSION = 3
+VARIANT = "variant"
+"""The field that says how a model differs from the one that was published first under an otherwise equal key."""
+
+MAX_VARIANTS = 4
+"""Differences that one key names; an engine that is refused once more loads alone."""
+
+MANIFEST_VERSION = 4
 """Raised when capture or packing changes in a way that an older manifest would fail."""
 
 # Switches that choose kernels or layouts.
@@ -86,6 +93,7 @@ _SPECULATIVE_FIELDS = (
     "moe_backend",
 )
 _LONGEST = 100
+_LONGEST_DIFFERENCE = 400
 # Where the checkpoint was found is not what it contains.
 _HF_NAMES = ("_name_or_path", "transformers_version", "_commit_hash")
 
@@ -135,6 +143,20 @@ def compute(
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
     rank = " ".join(split) or "single"
     return _key(model_config, "target", rank, fields, source, content)
+
+
+def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
+    """The key of a model that was refused: its own value at one place sets it apart.
+
+    Raises:
+        NotShareableError: it was refused so often that there is no end to be seen.
+    """
+    before = refused.fields.get(VARIANT, "")
+    if before.count("; ") + 1 >= MAX_VARIANTS:
+        raise NotShareableError(f"it differs from {MAX_VARIANTS} published ones: {before}")
+    difference = f"{where} is {here or 'different'}"[:_LONGEST_DIFFERENCE]
+    fields = {**refused.fields, VARIANT: f"{before}; {difference}" if before else difference}
+    return dataclasses.replace(refused, id=_digest(fields), fields=fields)
 
 
 def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:

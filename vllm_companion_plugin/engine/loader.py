@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.attach import attach_model
 from vllm_companion_plugin.engine.publish import load_and_publish
-from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.holder import Held
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -65,11 +65,11 @@ class CompanionModelLoader(BaseModelLoader):
         decision = session.decide(vllm_config, model_config, self._settings)
         self._settings = session.settings_for(vllm_config, self._settings)
         session.forget(model_config)
-        if isinstance(decision, session.Attach):
+        while isinstance(decision, session.Attach):
             try:
                 model = attach_model(decision, vllm_config, model_config, prefix, self._settings)
             except CompanionError as error:
-                decision = self._give_up(decision, error)
+                decision = self._refused(decision, error, vllm_config, model_config)
             else:
                 self._keep(decision)
                 return model
@@ -105,15 +105,26 @@ class CompanionModelLoader(BaseModelLoader):
         if not decision.announced:
             compat.adjust_budget(-decision.arena.info.size_bytes, ready.published.ready_unix_s)
 
-    def _give_up(self, decision: session.Attach, error: CompanionError) -> session.Alone:
-        """Undo an attach that failed, so that a normal load finds what it needs."""
+    def _refused(
+        self, decision: session.Attach, error: CompanionError, vllm_config: Any, model_config: Any
+    ) -> session.Decision:
+        """What to do instead of an attach that failed: another variant of the entry, or a normal load."""
+        self._give_up(decision)
+        if isinstance(error, ParityError) and error.where:
+            try:
+                return session.decide_variant(decision, error, vllm_config, model_config, self._settings)
+            except CompanionError as other:
+                logger.debug("No variant: %s", other)
+        if not self._settings.fallback:
+            raise error
+        return session.Alone(str(error), error.code)
+
+    def _give_up(self, decision: session.Attach) -> None:
+        """Undo an attach that failed, so that whatever comes next finds the memory that it needs."""
         external = decision.arena.info.size_bytes
         gc.collect()  # the half-built model must not view the arena any more
         decision.close()
-        if not self._settings.fallback:
-            raise error
         if decision.announced:
             compat.adjust_budget(external)
         if decision.device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
-        return session.Alone(str(error), error.code)

@@ -30,6 +30,7 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     ManifestError,
     NotShareableError,
+    ParityError,
     TicketError,
 )
 from vllm_companion_plugin.holder import Held, Holder
@@ -51,9 +52,14 @@ _WITHOUT_CHECKPOINT = ("dummy",)
 
 @dataclass
 class Attach:
-    """The weights are held: map them. Owns lease and arena."""
+    """The weights are held: map them. Owns lease and arena.
+
+    Attributes:
+        wanted: the key of this engine's own checkpoint; `key` may be that of a copy.
+    """
 
     device: compat.EngineDevice
+    wanted: EntryKey
     key: EntryKey
     lease: Lease
     ready: Ready
@@ -332,6 +338,20 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     return _obtain(vllm_config, device, wanted, path, settings, may_load=may_load)
 
 
+def decide_variant(
+    refused: Attach, error: ParityError, vllm_config: Any, model_config: Any, settings: Settings
+) -> Attach | Load:
+    """The decision for a model that differs from what is held under its key: attach to one like it, or load that.
+
+    Raises:
+        CompanionError: it cannot be shared.
+    """
+    wanted = key.variant(refused.wanted, error.where, error.here)
+    logger.info("%s is held, but differs: %s It is a variant of its own.", refused.key.title, error)
+    path = _checkpoint(vllm_config, model_config, settings)
+    return _obtain(vllm_config, refused.device, wanted, path, settings)
+
+
 def _obtain(
     vllm_config: Any,
     device: compat.EngineDevice,
@@ -387,7 +407,7 @@ def _ask(
             with ProgressBar("Waiting for weights") as bar:
                 outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
             if isinstance(outcome, Ready):
-                return _open(device, asked, lease, outcome, started, time.perf_counter() - waiting)
+                return _open(device, wanted, asked, lease, outcome, started, time.perf_counter() - waiting)
             election = _elect(device.id, asked, settings, outcome.publication)
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
@@ -458,7 +478,13 @@ def _connection(device_id: str, settings: Settings) -> CompanionConnection:
 
 
 def _open(
-    device: compat.EngineDevice, entry_key: EntryKey, lease: Lease, ready: Ready, started: float, waited_s: float
+    device: compat.EngineDevice,
+    wanted: EntryKey,
+    entry_key: EntryKey,
+    lease: Lease,
+    ready: Ready,
+    started: float,
+    waited_s: float,
 ) -> Attach:
     manifest = manifest_from_bytes(ready.manifest)
     check_manifest_fits(manifest, ready.arena)
@@ -468,7 +494,7 @@ def _open(
             f"{entry_key.title} was published {manifest.stage.value}; {device.id} needs {device.stage.value}."
         )
     arena = arenas.open_arena(ready.arena, ready.redeem(), device.torch_device.index)
-    return Attach(device, entry_key, lease, ready, manifest, arena, time.perf_counter() - started, waited_s)
+    return Attach(device, wanted, entry_key, lease, ready, manifest, arena, time.perf_counter() - started, waited_s)
 
 
 def _elect(device_id: str, entry_key: EntryKey, settings: Settings, publication: Publication) -> LoaderElection:
