@@ -82,11 +82,15 @@ def _describe_both(loaded: nn.Module, running: nn.Module) -> dict[str, Any]:
 
 
 def _opaque() -> tuple[type, ...]:
-    """What `capture` shall not look into; LoRA's bookkeeping changes with every request."""
+    """What `capture` shall not look into.
+
+    LoRA's bookkeeping changes with every request; a quantization's config holds lists in the order of a set, and times.
+    """
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper import PunicaWrapperBase
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    return (LoRAModelManager, PunicaWrapperBase)
+    return (QuantizationConfig, LoRAModelManager, PunicaWrapperBase)
 
 
 def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:

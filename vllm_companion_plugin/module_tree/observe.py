@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_companion_plugin.errors import NotShareableError
@@ -110,10 +111,14 @@ class Observation:
             self._built = Snapshot.of(model, tree)
             self._watch = _Watch()
             self._fingerprints: dict[int, torch.Tensor] = {}
+            # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
+            # PyTorch makes some (`torch.tensor`) without an operator that could be watched.
+            self._addresses: list[StorageWeakRef] = []
             for slot in tree.slots():
                 storage = _storage_of(slot.tensor)
                 if storage is None or slot.tensor.is_meta:
                     continue
+                self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
                 self._watch.built.add(storage)
                 if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
                     self._fingerprints.setdefault(storage, _fingerprint(slot.tensor))
@@ -174,7 +179,9 @@ class Observation:
         if known is None:
             before = self._fingerprints.get(storage)
             with self._watch.paused():
-                known = self._same[storage] = before is not None and bool(torch.equal(before, _fingerprint(tensor)))
+                now = _fingerprint(tensor)
+                known = before is not None and before.device == now.device and bool(torch.equal(before, now))
+                self._same[storage] = known
         return known
 
     def is_derived(self, tensor: torch.Tensor) -> bool:
