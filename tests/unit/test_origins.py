@@ -460,6 +460,31 @@ class TestTensor:
 
 
 class TestProcessing:
+    def test_while_loading_is_processing(self) -> None:
+        """What online quantization makes of a layer as soon as it is loaded, each engine makes for itself."""
+
+        def build(m: Model, flag: float) -> None:
+            m.weight = nn.Parameter(torch.empty(LARGE))
+            m.limit = int(flag * 8)
+
+        def process(m: Model) -> None:
+            m.scale = nn.Parameter(m.weight.max().detach())
+            m.kernel = Box(m.limit)
+
+        model = Model(build, 1.0)
+        observation = Observation(model)
+        with observation.watching():
+            model.weight.data.copy_(checkpoint(5.0))
+            with observation.processing(model):
+                process(model)
+            observation.end_loading(model)
+        packed = pack.prepare(capture(model), Stage.PROCESSED, arenas.MEMFD, CPU, observation)
+        arena = pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
+        assert packed.manifest.modules[0].observed.added == ()
+        attached = attach(Published(model, packed.manifest, arena), build, process, flag=0.25)
+        assert attached.scale.item() == 5.0
+        assert attached.kernel.value == 2
+
     def test_numbers_that_follow_from_flags_are_the_engines(self) -> None:
         """What post-processing makes of a limit is this engine's limit."""
 

@@ -123,7 +123,9 @@ class Observation:
                 if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
                     self._fingerprints.setdefault(storage, _fingerprint(slot.tensor))
             self._watch.clean |= self._watch.built
-        self._processed_while_loading = False
+        # By id: modules that were post-processed before all was loaded, as online quantization does. All that
+        # changed in them counts as made by processing, which engines do for themselves.
+        self._processed_early: dict[int, nn.Module] = {}
         self._loaded_values: dict[str, dict[str, str]] | None = None
         self._loaded = Loaded()
         self._same: dict[int, bool] = {}
@@ -150,7 +152,7 @@ class Observation:
     def processing(self, module: nn.Module) -> Iterator[None]:
         """While open, `module` is post-processed."""
         if self._loaded_values is None:
-            self._processed_while_loading = True
+            self._processed_early[id(module)] = module
         before, self._watch.module = self._watch.module, module
         try:
             yield
@@ -226,7 +228,11 @@ class Observation:
                 loaded.retied_modules[path] = first
         for live in tree.modules:
             was = next((path for path in (live.path, *live.aliases) if path in built.attributes), live.path)
-            loaded.modules[live.path] = self._compare_module(live.path, was, now, live.slots)
+            if id(live.module) in self._processed_early:
+                now.attributes[live.path] = built.attributes.get(was, {})
+                loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
+            else:
+                loaded.modules[live.path] = self._compare_module(live.path, was, now, live.slots)
         return loaded
 
     def _compare_module(self, path: str, was: str, now: Snapshot, slots: list[LiveSlot]) -> Observed:
@@ -238,8 +244,7 @@ class Observation:
             if then.get(name) != texts.get(name) and name not in now.slots[path]
         }
         for name, (_, text) in values.items():
-            # Engines process for themselves, so what processing made is there. What loading made is not.
-            if not self._processed_while_loading and not is_restorable(text):
+            if not is_restorable(text):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
         for (where, name), value in now.opaque.items():
             if where == path and name not in values and built.opaque.get((was, name), value) is not value:
@@ -262,10 +267,11 @@ class Observation:
             ),
             removed=tuple(name for name in there if name not in here),
             retied={name: first for name, first in tied.items() if first != f"{path}:{name}"},
-            untouched=tuple(
-                slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor)
-            ),
+            untouched=self._untouched(slots),
         )
+
+    def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
+        return tuple(slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
