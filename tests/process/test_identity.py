@@ -396,18 +396,73 @@ def test_a_name_that_no_message_can_carry_is_a_reason_to_load_alone(engines: Eng
     assert "UnicodeEncodeError" in decision.reason
 
 
-def test_linked_directories_and_quantization_files_count(tiny: Path, first: Path, tmp_path: Path) -> None:
-    plain = key_of(first)
-    (first / "hf_quant_config.json").write_text("{}")
-    quantized = key_of(first)
-    other = tmp_path / "elsewhere"
-    other.mkdir()
-    (other / "model.safetensors").write_bytes(b"x")
-    (other / "back").symlink_to(first)  # around in a circle
-    (first / "2_Dense").symlink_to(other)
-    linked = key_of(first)
-    assert len({plain.id, quantized.id, linked.id}) == 3
-    assert set(linked.files) - set(quantized.files) == {"2_Dense/model.safetensors"}
+class TestFilesOfACheckpoint:
+    """What the loader reads is the model; what else lies there is not."""
+
+    def test_quantization_files_count(self, first: Path) -> None:
+        """vLLM reads them beside config.json; the difference is told by name, and copies need no comparing."""
+        plain = key_of(first)
+        (first / "hf_quant_config.json").write_text("{}")
+        assert "file.hf_quant_config.json" in {line.split(" is ")[0] for line in key_of(first).differences(plain)}
+
+    @pytest.mark.parametrize(
+        "name",
+        ["checkpoint-100/optimizer.pt", "lora/adapter_model.safetensors", "logs/loss.npy", "optimizer.pt", "notes.txt"],
+    )
+    def test_what_is_below_or_beside_is_not_the_models(self, first: Path, name: str) -> None:
+        """A training goes on, or an adapter is put where the model is."""
+        plain = key_of(first)
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_bytes(b"x")
+        assert key_of(first).id == plain.id
+
+    def test_a_link_to_a_large_directory_is_not_followed(self, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (first / "data").symlink_to("/")
+        monkeypatch.setattr(os, "walk", lambda *args, **kwargs: pytest.fail("it was"))
+        session.checkpoint.identity(first)
+
+    def test_weights_that_are_only_below_are_found(self, first: Path) -> None:
+        (first / "inner").mkdir()
+        (first / WEIGHTS).rename(first / "inner" / WEIGHTS)
+        assert list(session.checkpoint.identity(first)) == [f"inner/{WEIGHTS}"]
+
+    def test_modules_of_sentence_transformers_count(self, first: Path) -> None:
+        """Linked or not; each of its files is told by its name."""
+        paths = ("", "1_Pooling", "2_Dense", "/etc", "../first")
+        listed = [{"path": path, "type": "sentence_transformers.models.Other"} for path in paths]
+        (first / "modules.json").write_text(json.dumps(listed))
+        elsewhere = first.parent / "elsewhere"
+        elsewhere.mkdir()
+        (first / "2_Dense").symlink_to(elsewhere)
+        for name, content in (("config.json", "{}"), (WEIGHTS, "x")):
+            (elsewhere / name).write_text(content)
+        plain = key_of(first)
+        assert {"modules.json", "2_Dense/config.json", f"2_Dense/{WEIGHTS}"} <= plain.files.keys()
+        (elsewhere / "config.json").write_text('{"bias": 1}')
+        (first / "modules.json").write_text(json.dumps(listed[:4]))
+        changed = [line.split(" is ")[0] for line in key_of(first).differences(plain)]
+        assert changed == ["file.2_Dense/config.json", "file.modules.json"]
+
+    def test_folders_that_the_models_code_names_count(self, engines: Engines, first: Path) -> None:
+        """jina v5 merges an adapter while it loads; what another model finds in such a folder is not its own."""
+        adapter = first / "adapters" / "retrieval"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text('{"lora_alpha": 8}')
+        (adapter / "adapter_model.safetensors").write_bytes(b"x")
+        assert not any(name.startswith("adapters") for name in engines.load(first).content)
+        made = json.loads((first / "config.json").read_text())
+        jina = made | {"architectures": ["JinaEmbeddingsV5Model"], "model_type": "qwen3", "head_dim": 32}
+        (first / "config.json").write_text(json.dumps(jina))
+        loaded = engines.load(first, runner="pooling")
+        assert {
+            "adapters/retrieval/adapter_config.json",
+            f"adapters/retrieval/adapter_{WEIGHTS}",
+        } <= loaded.content.keys()
+        (adapter / "adapter_config.json").write_text('{"lora_alpha": 64}')
+        other = engines.decide(first, runner="pooling")
+        assert [line.split(" is ")[0] for line in other.key.differences(loaded.key)] == [
+            "file.adapters/retrieval/adapter_config.json"
+        ]
 
 
 # ---- drafts of speculative decoding

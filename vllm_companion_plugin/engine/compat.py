@@ -297,6 +297,24 @@ def second_model(vllm_config: Any, model_config: Any, prefix: str, device: torch
         registered.restore()
 
 
+def model_class(vllm_config: Any, model_config: Any) -> type[nn.Module] | None:
+    """The class that is built for `model_config`; None for what looks like a draft and has no weights.
+
+    It is imported as in a normal load: what its module makes on import is on the engine's device.
+    """
+    if is_draft(vllm_config, model_config) and not has_draft_weights(vllm_config):
+        return None
+    with torch.device(vllm_config.device_config.device_type):
+        found: type[nn.Module] = get_model_architecture(model_config)[0]
+        return found
+
+
+def quantization_classes(vllm_config: Any) -> tuple[type, ...]:
+    """Classes that say how this engine's weights are quantized."""
+    config = getattr(vllm_config, "quant_config", None)
+    return (type(config),) if config is not None else ()
+
+
 def _rope_cache() -> dict[Any, nn.Module]:
     """vLLM's cache of rope modules; empty until a model imports it, which is not ours to time."""
     module = sys.modules.get("vllm.model_executor.layers.rotary_embedding")

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.engine import checkpoint, compat, key
+from vllm_companion_plugin.engine import checkpoint, code, compat, key
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.turns import Turn
@@ -86,6 +86,8 @@ class Load:
     election: LoaderElection
     checkpoint: Path | None
     content: dict[str, str]
+    folders: tuple[str, ...] = ()
+    digests: Digests = field(default_factory=Digests)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -97,7 +99,10 @@ class Load:
 
     def check_unchanged(self) -> None:
         """Raise `NotShareableError` if what was loaded may not be what the key names."""
-        if self.checkpoint is not None and (now := checkpoint.identity(self.checkpoint)) != self.content:
+        if self.checkpoint is None:
+            return
+        now = checkpoint.identity(self.checkpoint, self.digests, self.folders)
+        if now != self.content:
             names = sorted(name for name in now.keys() | self.content.keys() if now.get(name) != self.content.get(name))
             raise NotShareableError(f"{', '.join(names)} of {self.checkpoint} changed while it was loaded.")
 
@@ -307,12 +312,11 @@ def _decide_target(
     settings: Settings,
     wait_for_turn: Callable[[], None],
 ) -> Decision:
-    path = _checkpoint(vllm_config, model_config, settings)
-    content = checkpoint.identity(path) if path else {}
-    wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
+    found = _find(vllm_config, model_config, settings)
+    wanted = key.compute(vllm_config, model_config, device, settings.source_format, found.path, found.content)
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
-    decision = _obtain(vllm_config, device, wanted, path, settings, wait_for_turn=wait_for_turn)
+    decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
     if draft is not None:
         _note(_drafts, draft, (fields, decision.key))
     return decision
@@ -325,18 +329,17 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     if id(draft) not in _drafts:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = _drafts[id(draft)]
-    path = _checkpoint(vllm_config, draft, settings)
-    content = checkpoint.identity(path) if path else {}
-    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
+    found = _find(vllm_config, draft, settings)
+    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, found.path, found.content)
     device = compat.engine_device(vllm_config, settings.arena)
-    return _obtain(vllm_config, device, wanted, path, settings, may_load=may_load)
+    return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
 
 
 def _obtain(
     vllm_config: Any,
     device: compat.EngineDevice,
     wanted: EntryKey,
-    path: Path | None,
+    found: _Found,
     settings: Settings,
     *,
     may_load: bool = True,
@@ -346,13 +349,13 @@ def _obtain(
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
     may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
-        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
+        decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except (CompanionUnavailableError, LeaseLostError, TicketError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
         if isinstance(error, CompanionUnavailableError):
             _connections.pop(device.id, None)  # its channel would wait in its backoff, whoever listens there by now
-        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
+        decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except EntryNotFoundError:
         if own is None:
             raise
@@ -368,7 +371,7 @@ def _obtain(
 def _ask(
     device: compat.EngineDevice,
     wanted: EntryKey,
-    path: Path | None,
+    found: _Found,
     settings: Settings,
     may_load: bool,
     wait_for_turn: Callable[[], None],
@@ -395,7 +398,7 @@ def _ask(
             held = _held(status, wanted, settings, (EntryState.READY,))
             if held is None:
                 _explain(status, wanted)
-                return Load(device, asked, lease, outcome, election, path, dict(wanted.files))
+                return Load(device, asked, lease, outcome, election, *vars(found).values())
         except BaseException:
             if election is not None:
                 election.release()
@@ -440,6 +443,26 @@ def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
     if same:
         text = wanted.nearest_text(same)
         logger.info("%s is held, but loaded differently, so it is loaded once more: %s.", wanted.model, text)
+
+
+@dataclass
+class _Found:
+    """Where a checkpoint is and what it contains, as `Load` has it."""
+
+    path: Path | None
+    content: dict[str, str]
+    folders: tuple[str, ...]
+    digests: Digests
+
+
+def _find(vllm_config: Any, model_config: Any, settings: Settings) -> _Found:
+    digests = Digests(digests_directory(settings), settings.wait_timeout_s)
+    path = _checkpoint(vllm_config, model_config, settings)
+    if path is None:
+        return _Found(None, {}, (), digests)
+    model_class = compat.model_class(vllm_config, model_config)
+    folders = tuple(code.folders(model_class, path)) if model_class is not None else ()
+    return _Found(path, checkpoint.identity(path, digests, folders), folders, digests)
 
 
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:
