@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
+import importlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks import models
 from tests.process import publishing
 from tests.process.conftest import Place
-from vllm_companion_plugin.engine import compat, digest, key, session
+from vllm_companion_plugin.engine import code, compat, configuration, digest, flags, key, session
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.launch.runtime_dir import digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.types import EntryKey, Stage
 
 WEIGHTS = "model.safetensors"
 
@@ -67,7 +72,10 @@ def config(model: Path | str, **options: Any) -> Any:
 
 
 def key_of(model: Path, **options: Any) -> EntryKey:
-    made = config(model, **options)
+    return key_of_config(config(model, **options), model)
+
+
+def key_of_config(made: Any, model: Path) -> EntryKey:
     files = session.checkpoint.identity(model)
     return key.compute(made, made.model_config, compat.engine_device(made), "auto", model, files)
 
@@ -116,10 +124,221 @@ def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_model_len": 32}, {"max_num_seqs": 2}, {"enforce_eager": True}, {"seed": 7}, {"served_model_name": "other"}],
+    [
+        {"max_model_len": 32},
+        {"max_num_seqs": 2},
+        {"max_num_batched_tokens": 128},
+        {"enforce_eager": True},
+        {"seed": 7},
+        {"served_model_name": "other"},
+        {"block_size": 32},
+        {"gpu_memory_utilization": 0.5},
+        {"enable_prefix_caching": False},
+        {"trust_remote_code": True},
+        {"distributed_executor_backend": "mp"},
+        {"override_generation_config": {"temperature": 0.5}},
+        {"compilation_config": {"custom_ops": ["all"]}},
+    ],
+    ids=lambda options: next(iter(options)),
 )
 def test_what_leaves_the_weights_alone_leaves_the_key(tiny: Path, options: dict[str, Any]) -> None:
-    assert key_of(tiny, **options).id == key_of(tiny).id
+    assert key_of(tiny, **options).differences(key_of(tiny)) == []
+
+
+class TestConfiguration:
+    """Whatever vLLM's configuration says is compared, unless it is known to leave bytes alone."""
+
+    def test_each_way_to_start_an_engine_has_the_same_key(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`LLM()`, `vllm serve` and `vllm-companion serve` have other limits by default."""
+        from vllm import LLM
+        from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        class Made(Exception):
+            pass
+
+        def note(engine_args: EngineArgs, usage_context: UsageContext, **_: Any) -> None:
+            raise Made(engine_args.create_engine_config(usage_context))
+
+        monkeypatch.setattr(LLMEngine, "from_engine_args", note)
+        with pytest.raises(Made) as caught:
+            LLM(str(tiny), load_format="companion")
+        arguments = [str(tiny), "--load-format", "companion"]
+        server = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", *arguments])
+        warmed = flags.through_companion(flags.parse("serve", [str(tiny)]), fallback=False)
+        made = {
+            "LLM": caught.value.args[0],
+            "vllm serve": AsyncEngineArgs.from_cli_args(server).create_engine_config(UsageContext.OPENAI_API_SERVER),
+            "vllm-companion serve": warmed.create_engine_config(),
+        }
+        limits = {name: one.scheduler_config.max_num_batched_tokens for name, one in made.items()}
+        assert len(set(limits.values())) > 1, "they do differ"
+        first, *others = (key_of_config(one, tiny) for one in made.values())
+        assert [first.differences(other) for other in others] == [[], []]
+
+    def test_what_nobody_has_looked_at_is_compared(self, tiny: Path) -> None:
+        """Whatever a newer vLLM or a platform's plugin sets."""
+        made = config(tiny)
+        plain = key_of_config(made, tiny)
+        made.model_config.twist = 2
+        made.cache_config.knot = {"b": 1, "a": 2}
+        assert key_of_config(made, tiny).differences(plain) == [
+            "cache.knot is 'absent' there and '{\"a\": 2, \"b\": 1}' here",
+            "model.twist is 'absent' there and '2' here",
+        ]
+
+    def test_additional_config_is_compared(self, tiny: Path) -> None:
+        """It is made for code that vLLM does not know."""
+        plain = key_of(tiny, additional_config={"factor": 1.0})
+        assert key_of(tiny, additional_config={"factor": 2.0}).differences(plain) == [
+            "additional is '{\"factor\": 1.0}' there and '{\"factor\": 2.0}' here"
+        ]
+
+    def test_variables_of_the_environment_are_compared(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """But for addresses, secrets and what Kubernetes puts there for a service named vllm-router."""
+        plain = key_of(tiny)
+        for name in ("API_KEY", "HOST_IP", "PORT", "LOGGING_PREFIX", "ROUTER_SERVICE_HOST", "ROUTER_PORT_80_TCP_ADDR"):
+            monkeypatch.setenv(f"VLLM_{name}", "80")
+        assert key_of(tiny).differences(plain) == []
+        monkeypatch.setenv("VLLM_OF_A_PLUGIN", "1")
+        assert key_of(tiny).differences(plain) == ["env.VLLM_OF_A_PLUGIN is 'absent' there and '1' here"]
+
+    def test_other_limits_of_pictures_are_the_same_model(self) -> None:
+        """A limit of 0 builds no encoder; any other builds the same one. Pruning and processing are for requests."""
+        from vllm.config.multimodal import MultiModalConfig
+
+        def fields(**options: Any) -> dict[str, str]:
+            return configuration.multimodal_fields(MultiModalConfig(**options))
+
+        plain = fields()
+        assert fields(limit_per_prompt={"image": 2}, video_pruning_rate=0.5, mm_processor_cache_gb=0) == plain
+        assert fields(limit_per_prompt={"image": 0})["multimodal.limit_per_prompt"] == '{"image": 0}'
+        assert fields(mm_encoder_tp_mode="data") != plain
+
+    def test_files_that_flags_name_are_compared(self, tiny: Path, tmp_path: Path) -> None:
+        scales = tmp_path / "scales.json"
+        scales.write_text("1")
+        named = {"hf_overrides": {"scales": str(scales)}}
+        plain = key_of(tiny, **named)
+        scales.write_text("2")
+        assert [line.split(" is ")[0] for line in key_of(tiny, **named).differences(plain)] == ["named.hf.scales"]
+
+    @pytest.mark.parametrize(
+        ("one", "same"),
+        [
+            ({"b": 1, "a": {2, 1}}, {"a": {1, 2}, "b": 1}),
+            (torch.float32, torch.float32),
+            (functools.partial(print, end=""), functools.partial(print, end="")),
+            (SimpleNamespace(x=Path("/a")), SimpleNamespace(x=Path("/a"))),
+            ((1, 2), [1, 2]),
+            (Stage.PROCESSED, Stage.PROCESSED),
+        ],
+    )
+    def test_texts_are_canonical(self, one: Any, same: Any) -> None:
+        """Equal values of two processes have equal texts: no addresses, no order of sets."""
+        assert configuration.text(one) == configuration.text(same)
+        assert "0x" not in configuration.text(one)
+
+    def test_what_does_not_say_what_it_is_is_refused_by_name(self, tiny: Path) -> None:
+        made = config(tiny)
+        made.model_config.thing = object()
+        with pytest.raises(NotShareableError, match=r"model\.thing cannot be compared: an object of builtins\.object"):
+            key_of_config(made, tiny)
+
+
+class TestCode:
+    """Code decides bytes, too."""
+
+    @pytest.fixture
+    def plugin(self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        """A model of a package outside vLLM, its checkpoint in `first`."""
+        package = tmp_path / "path" / "oot_model"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "model.py").write_text(
+            "import oot_helper\nfrom vllm.model_executor.models.llama import LlamaForCausalLM\n\n\n"
+            "class MyLlamaForCausalLM(LlamaForCausalLM):\n    pass\n"
+        )
+        (package / "factors.py").write_text("FACTOR = 1.0\n")
+        (package.parent / "oot_helper.py").write_text("SIGN = 1\n")
+        monkeypatch.syspath_prepend(package.parent)
+        inherited = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{inherited}")  # vLLM inspects it in a child
+        from vllm import ModelRegistry
+        from vllm.model_executor.model_loader import utils
+
+        ModelRegistry.register_model("MyLlamaForCausalLM", "oot_model.model:MyLlamaForCausalLM")
+        made = json.loads((first / "config.json").read_text())
+        (first / "config.json").write_text(json.dumps(made | {"architectures": ["MyLlamaForCausalLM"]}))
+        yield package
+        for name in ("oot_model", "oot_model.model", "oot_helper"):
+            sys.modules.pop(name, None)
+        utils._MODEL_ARCH_BY_HASH.clear()
+
+    def test_a_changed_plugin_is_another_key(self, plugin: Path, first: Path) -> None:
+        """Every file of its package counts, and what it uses beside it; the file is named."""
+        plain = key_of(first)
+        assert plain.fields["class"] == "oot_model.model.MyLlamaForCausalLM"
+        (plugin / "factors.py").write_text("FACTOR = 3.0\n")
+        assert [line.split(" is ")[0] for line in key_of(first).differences(plain)] == ["code.oot_model/factors.py"]
+        (plugin.parent / "oot_helper.py").write_text("SIGN = -1\n")
+        changed = [line.split(" is ")[0] for line in key_of(first).differences(plain)]
+        assert changed == ["code.oot_helper.py", "code.oot_model/factors.py"]
+
+    def test_vllm_as_released_is_said(self, tiny: Path) -> None:
+        assert key_of(tiny).fields["code.vllm"] == "as released"
+
+    def test_a_patched_vllm_of_the_same_version_is_another_key(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file that is not its wheel's is named, with a digest."""
+        read = code._sha256
+        monkeypatch.setattr(
+            code, "_sha256", lambda path: b"patched" if path.endswith("layers/linear.py") else read(path)
+        )
+        code._vllm_state.cache_clear()
+        found = key_of(tiny).fields["code.vllm"]
+        code._vllm_state.cache_clear()
+        assert found == f"vllm/model_executor/layers/linear.py {b'patched'.hex()}"
+
+    def test_a_function_put_into_a_class_counts(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a sitecustomize or a plugin does that replaces `load_weights`."""
+        from vllm.model_executor.models.llama import LlamaForCausalLM
+
+        plain = key_of(tiny)
+        (tmp_path / "patches.py").write_text("def load_weights(self, weights):\n    pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(LlamaForCausalLM, "load_weights", importlib.import_module("patches").load_weights)
+        assert [line.split(" is ")[0] for line in key_of(tiny).differences(plain)] == ["code.patches.py"]
+
+    def test_packages_that_lay_out_weights_are_named(self, tiny: Path) -> None:
+        import transformers
+
+        fields = key_of(tiny).fields
+        assert fields["version.transformers"] == transformers.__version__
+        assert "version.compressed-tensors" in fields
+
+    def test_a_tokenizer_counts_where_weights_follow_from_tokens(self, tiny: Path, tmp_path: Path) -> None:
+        """A reranker's score row is made of the rows of "no" and "yes"."""
+        tokenizer = tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_text("{}")
+
+        def keys(**options: Any) -> tuple[EntryKey, EntryKey]:
+            (tokenizer / "tokenizer.json").write_text("{}")
+            plain = key_of(tiny, tokenizer=str(tokenizer), **options)
+            (tokenizer / "tokenizer.json").write_text('{"vocab": {}}')
+            return plain, key_of(tiny, tokenizer=str(tokenizer), **options)
+
+        plain, other = keys()
+        assert plain.id == other.id
+        scored = {"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}
+        plain, other = keys(hf_overrides=scored, runner="pooling")
+        assert [line.split(" is ")[0] for line in other.differences(plain)] == ["tokenizer.tokenizer.json"]
 
 
 def test_a_link_is_what_it_points_to(tiny: Path, tmp_path: Path) -> None:

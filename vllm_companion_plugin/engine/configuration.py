@@ -178,13 +178,19 @@ def model_fields(model_config: Any) -> dict[str, str]:
     for name, value in model_config.hf_config.to_dict().items():
         fields |= _flat(f"hf.{name}", value) if name not in _HF else {}
     multimodal = getattr(model_config, "multimodal_config", None)
-    if multimodal is not None:
-        fields |= _flat("multimodal", multimodal)
-        # An encoder without a limit of 0 is there, whatever its limit.
-        limits = canonical(getattr(multimodal, "limit_per_prompt", {}))
-        none = [kind for kind, limit in limits.items() if (limit["count"] if isinstance(limit, dict) else limit) == 0]
-        fields["multimodal.limit_per_prompt"] = text(dict.fromkeys(none, 0))
-    return fields
+    return fields if multimodal is None else fields | multimodal_fields(multimodal)
+
+
+def multimodal_fields(config: Any) -> dict[str, str]:
+    """Fields of a model that takes pictures or sound."""
+    fields = _flat("multimodal", config)
+    # An encoder without a limit of 0 is there, whatever its limit.
+    limits = canonical(getattr(config, "limit_per_prompt", {}))
+    none = [kind for kind, limit in limits.items() if (limit["count"] if isinstance(limit, dict) else limit) == 0]
+    flattened = [name for name in fields if name.startswith("multimodal.limit_per_prompt")]
+    return {name: value for name, value in fields.items() if name not in flattened} | {
+        "multimodal.limit_per_prompt": text(dict.fromkeys(none, 0))
+    }
 
 
 def all_fields(kind: str, config: Any) -> dict[str, str]:
