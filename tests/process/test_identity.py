@@ -563,6 +563,19 @@ def test_a_mismatch_names_the_fields_and_both_values(
     assert said[0].endswith("so it is loaded once more: hf.rms_norm_eps is '1e-05' there and '0.5' here.")
 
 
+def test_a_mismatch_names_the_files_and_both_values(
+    engines: Engines, first: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the digest of all of them."""
+    engines.load(first)
+    before = files.file_identity(first / WEIGHTS)
+    flip(first / WEIGHTS, [-1])
+    assert not engines.attaches(first)
+    said = [record.getMessage() for record in caplog.records if "loaded differently" in record.getMessage()]
+    named = f"{WEIGHTS} is {before!r} there and {files.file_identity(first / WEIGHTS)!r} here."
+    assert [line.partition("once more: ")[2] for line in said] == [named]
+
+
 def test_a_pipe_where_another_client_says_that_its_checkpoint_is_does_not_hang_an_engine(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert digest._sample(tmp_path / "pipe") == (-1, b"")

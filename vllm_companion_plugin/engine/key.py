@@ -16,10 +16,7 @@ from typing import Any
 
 from vllm_companion_plugin.engine import checkpoint, code, compat, configuration
 from vllm_companion_plugin.engine.digest import digest_of
-from vllm_companion_plugin.types import EntryKey, model_name
-
-CHECKPOINT = "checkpoint"
-"""The field that says which files with weights were read; all others say what was made of them."""
+from vllm_companion_plugin.types import CHECKPOINT, EntryKey, model_name
 
 MANIFEST_VERSION = 3
 """Raised when capture or packing changes in a way that an older manifest would fail."""

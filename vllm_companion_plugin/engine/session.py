@@ -41,7 +41,16 @@ from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.publication import Publication
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest, Progress, Report
+from vllm_companion_plugin.types import (
+    CHECKPOINT,
+    CompanionStatus,
+    EntryKey,
+    EntryState,
+    LoaderInfo,
+    Manifest,
+    Progress,
+    Report,
+)
 
 logger = init_logger("vllm.companion")
 
@@ -433,7 +442,7 @@ def _held(
 def _differs_only_in_checkpoint(wanted: EntryKey, other: EntryKey) -> bool:
     names = wanted.fields.keys() | other.fields.keys()
     different = {name for name in names if wanted.fields.get(name) != other.fields.get(name)}
-    return (wanted.role, wanted.rank, different) == (other.role, other.rank, {key.CHECKPOINT})
+    return (wanted.role, wanted.rank, different) == (other.role, other.rank, {CHECKPOINT})
 
 
 def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
