@@ -316,6 +316,21 @@ class TestCode:
         monkeypatch.setattr(LlamaForCausalLM, "load_weights", importlib.import_module("patches").load_weights)
         assert [line.split(" is ")[0] for line in key_of(tiny).differences(plain)] == ["code.patches.py"]
 
+    def test_code_of_another_repository_counts(
+        self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a checkpoint whose `auto_map` names one; without --trust-remote-code nobody runs it."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "code").mkdir(parents=True)
+        (tmp_path / "org" / "code" / "modeling.py").write_text("A = 1")
+        made = json.loads((first / "config.json").read_text())
+        (first / "config.json").write_text(json.dumps(made | {"auto_map": {"AutoModel": "org/code--modeling.A"}}))
+        for trusted, changed in ((False, []), (True, ["code.org/code/modeling.py"])):
+            plain = key_of(first, trust_remote_code=trusted)
+            (tmp_path / "org" / "code" / "modeling.py").write_text(f"A = {trusted}")
+            other = key_of(first, trust_remote_code=trusted)
+            assert [line.split(" is ")[0] for line in other.differences(plain)] == changed
+
     def test_packages_that_lay_out_weights_are_named(self, tiny: Path) -> None:
         import transformers
 
@@ -766,6 +781,30 @@ class TestLooks:
 
         monkeypatch.setattr(files.os, "stat", fixed)
         assert files.look(first / WEIGHTS).lasts is files.Lasts.NOT
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_where_mounts_have_no_numbers_a_look_lasts_for_a_load(
+        self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Linux before 6.8: each engine reads its files once, and not again when it has loaded them."""
+        monkeypatch.setattr(files, "_mount", lambda path: None)
+        monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
+        (tmp_path / "digests").mkdir()
+        nobody: Any = None
+        with overlay(first, tmp_path) as place:
+            mine = digest.Digests(str(tmp_path / "digests"), 1)
+            content = session.checkpoint.identity(place, mine)
+            assert os.listdir(tmp_path / "digests") in ([], ["lock"])
+            load = session.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
+            reads = []
+            read = digest._read
+            monkeypatch.setattr(digest, "_read", lambda path: reads.append(path.name) or read(path))
+            load.check_unchanged()
+            assert reads == []
+            flip(place / WEIGHTS, [-1])
+            with pytest.raises(NotShareableError, match=rf"{WEIGHTS} .* changed while it was loaded"):
+                load.check_unchanged()
+            assert reads == [WEIGHTS]
 
     def test_digests_do_not_grow_without_bound(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The oldest go."""

@@ -102,7 +102,20 @@ def _model_fields(vllm_config: Any, model_config: Any) -> dict[str, str]:
     model_class = compat.model_class(vllm_config, model_config)
     if model_class is not None:
         fields |= code.fields(model_class, type(model_config.hf_config), *compat.quantization_classes(vllm_config))
-    return fields | _tokenizer(model_config)
+    return fields | _remote_code(model_config) | _tokenizer(model_config)
+
+
+def _remote_code(model_config: Any) -> dict[str, str]:
+    """Code that a checkpoint takes from another repository: "org/repo--modeling.Model". Its own is a file of its."""
+    if not model_config.trust_remote_code:
+        return {}
+    named = (one for one in _strings(configuration.text(getattr(model_config.hf_config, "auto_map", None) or {})))
+    fields = {}
+    for repository in sorted({name.partition("--")[0] for name in named if "--" in name}):
+        place = checkpoint.checkpoint_dir(repository, model_config.code_revision, None)
+        for path in sorted(place.glob("*.py")) if place is not None else ():
+            fields[f"code.{repository}/{path.name}"] = digest_of(path)[:_SHORT]
+    return fields
 
 
 def _tokenizer(model_config: Any) -> dict[str, str]:
