@@ -92,6 +92,7 @@ def _key(
     place = os.path.abspath(source) if source else ""
     small = {name: text for name, text in content.items() if text.startswith(checkpoint.SMALL)}
     weights = {name: identity for name, identity in content.items() if name not in small}
+    small = {name if name.isprintable() else ascii(name): text for name, text in small.items()}
     fields = fields | {f"file.{name}": text.removeprefix(checkpoint.SMALL)[:_SHORT] for name, text in small.items()}
     fields |= _named_files(fields, place) | {CHECKPOINT: _digest(weights)}
     return EntryKey(_digest(fields), model_name(model_config.model), role, rank, fields, place, content)
