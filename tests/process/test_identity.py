@@ -302,7 +302,23 @@ class TestCode:
         code._vllm_state.cache_clear()
         found = key_of(tiny).fields["code.vllm"]
         code._vllm_state.cache_clear()
-        assert found == f"vllm/model_executor/layers/linear.py {b'patched'.hex()}"
+        assert found == f"vllm/model_executor/layers/linear.py {code._base64(b'patched')}"
+
+    def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no list of what was released."""
+        read, patched = code._sha256, b""
+        monkeypatch.setattr(code, "_released", lambda place: {})
+        monkeypatch.setattr(
+            code, "_sha256", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
+        )
+        code._vllm_state.cache_clear()
+        plain = key_of(tiny)
+        patched = b"patched"
+        code._vllm_state.cache_clear()
+        other = key_of(tiny)
+        code._vllm_state.cache_clear()
+        changed = [line.split(" is ")[0] for line in other.differences(plain)]
+        assert changed == ["code.vllm/model_executor/layers"]
 
     def test_a_function_put_into_a_class_counts(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -795,6 +811,9 @@ class TestLooks:
             mine = digest.Digests(str(tmp_path / "digests"), 1)
             content = session.checkpoint.identity(place, mine)
             assert os.listdir(tmp_path / "digests") in ([], ["lock"])
+            monkeypatch.setattr(files, "_engine", lambda: "1-2")
+            assert files.look(place / WEIGHTS).lasts is files.Lasts.ENGINE, "its other ranks need not read, too"
+            monkeypatch.setattr(files, "_engine", lambda: None)
             load = session.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
             reads = []
             read = digest._read

@@ -53,7 +53,8 @@ _LOADING = ("model_executor", "kernels", "platforms", "_custom_ops.py", "scalar_
 _MODELS = ("vllm.model_executor.models.", "vllm.models.")
 _MOST_FILES = 40
 _SHORT = 16
-_RECORD_LINE = re.compile(r"(vllm/[^,]+\.py),sha256=([^,]+),")
+_MOST_SHOWN = 3
+_RECORD_LINE = re.compile(r"^(?:(vllm/[^,]+\.py),sha256=([^,]+),|(vllm/[^/,]+\.so),sha256=[^,]+,(\d+))", re.MULTILINE)
 _INSTALLED = ("site-packages", "dist-packages")
 
 
@@ -77,7 +78,7 @@ def fields(model_class: type, *involved: type) -> dict[str, str]:
         involved: classes that take part besides: of its configuration, of its quantization.
     """
     found = {"class": " ".join(f"{one.__module__}.{one.__name__}" for one in _own_classes(model_class))}
-    found["code.vllm"] = _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
+    found |= _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
     own = (one for kind in involved for one in _own_classes(kind)[1:] if _top(kind.__module__) not in _KNOWN)
     names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins()}
     for files in map(_files_of, sorted(_outside(names))):
@@ -235,23 +236,39 @@ def _vllm_models(classes: Iterable[type]) -> set[str]:
 
 
 @cache
-def _vllm_state(models: frozenset[str]) -> str:
-    """ "as released", or what is not, with digests. Once a process: what it has imported stays."""
+def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
+    """Which of vLLM's files are not as released. Once a process: what it has imported stays."""
     root = os.path.dirname(str(sys.modules["vllm"].__file__))
     start = len(os.path.dirname(root)) + 1
     files = [*_common_files(root), *sorted(str(sys.modules[name].__file__) for name in models)]
+    here = {path[start:]: _base64(_sha256(path)) for path in files}
+    # Libraries are told apart by their sizes: they are too large to be read for this.
+    here |= {f"vllm/{one.name}": str(one.stat().st_size) for one in os.scandir(root) if one.name.endswith(".so")}
     released = _released(os.path.dirname(root))
-    changed = {}
-    for path in files:
-        digest = _sha256(path)
-        if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != released.get(path[start:]):
-            changed[path[start:]] = digest.hex()
-    if not changed:
-        return "as released"
-    shown = ", ".join(f"{name} {digest[:_SHORT]}" for name, digest in list(changed.items())[:3])
-    if len(changed) <= 3:
-        return shown
-    return f"{shown} and {len(changed) - 3} more {hashlib.sha256(repr(changed).encode()).hexdigest()[:_SHORT]}"
+    if not released:  # an editable installation
+        return _by_folder(here)
+    changed = {name: value for name, value in here.items() if value != released.get(name)}
+    shown = [f"{name} {value[:_SHORT]}" for name, value in changed.items()]
+    if len(shown) > _MOST_SHOWN:
+        more = f"and {len(shown) - _MOST_SHOWN} more ({hashlib.sha256(repr(shown).encode()).hexdigest()[:_SHORT]})"
+        shown = [*shown[:_MOST_SHOWN], more]
+    return {"code.vllm": ", ".join(shown) or "as released"}
+
+
+def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
+    """A digest of the files of each folder, so that a message can name it."""
+    folders: dict[str, list[str]] = {}
+    for name, digest in digests.items():
+        folders.setdefault(os.path.dirname(name), []).append(f"{name} {digest}")
+    return {
+        f"code.{name}": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_SHORT]
+        for name, lines in folders.items()
+    }
+
+
+def _base64(digest: bytes) -> str:
+    """As RECORD has it."""
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def _common_files(root: str) -> Iterator[str]:
@@ -260,12 +277,13 @@ def _common_files(root: str) -> Iterator[str]:
 
 
 def _released(place: str) -> Mapping[str, str]:
-    """Digests of vLLM's sources as its wheel has them; nothing of an editable installation."""
+    """Digests of vLLM's sources and sizes of its libraries as its wheel has them; nothing of an editable one."""
     found: dict[str, str] = {}
     for name in os.listdir(place):
         if name.startswith("vllm") and name.endswith(".dist-info"):
             with contextlib.suppress(OSError), open(os.path.join(place, name, "RECORD"), errors="replace") as record:
-                found |= dict(_RECORD_LINE.findall(record.read()))
+                for source, digest, library, size in _RECORD_LINE.findall(record.read()):
+                    found[source or library] = digest or size
     return found
 
 

@@ -10,6 +10,7 @@ numbers uniquely for a boot (`STATX_MNT_ID_UNIQUE`, Linux 6.8), and content is n
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import struct
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ class Lasts(Enum):
 
     EVER = "ever"
     MOUNT = "while it is mounted"
-    LOAD = "while a model is loaded"  # mounts have no unique numbers here, and nobody mounts another one meanwhile
+    # Where mounts have no unique numbers: nobody mounts another image while one engine starts.
+    ENGINE = "while the processes of an engine live"
+    LOAD = "while a model is loaded"
     NOT = "not at all"
 
 
@@ -85,9 +88,12 @@ def look(path: str | os.PathLike[str]) -> Look:
     if magic not in _IMAGES and (status.st_ctime_ns < _EARLIEST_NS or (whole and _all_alike(path, status))):
         return Look(f"look {text}", Lasts.NOT, kind)
     mount = _mount(path)
-    if mount is None:
-        return Look(f"look {text}", Lasts.LOAD, kind)
-    return Look(f"mount {_boot()}:{mount}:{text}", Lasts.MOUNT, kind)
+    if mount is not None:
+        return Look(f"mount {_boot()}:{mount}:{text}", Lasts.MOUNT, kind)
+    engine = _engine()
+    if engine is not None:
+        return Look(f"engine {_boot()}:{engine}:{text}", Lasts.ENGINE, kind)
+    return Look(f"look {text}", Lasts.LOAD, kind)
 
 
 def file_identity(path: Path) -> str:
@@ -132,6 +138,17 @@ def _mount(path: str | os.PathLike[str]) -> int | None:
         return None
     mask = struct.unpack_from("=I", buffer)[0]
     return int(struct.unpack_from("=Q", buffer, _STATX_MNT_ID_AT)[0]) if mask & _STATX_MNT_ID_UNIQUE else None
+
+
+@cache
+def _engine() -> str | None:
+    """The process that started this worker and those of the other ranks, as no other of this boot is named."""
+    parent = multiprocessing.parent_process()
+    try:
+        status = Path(f"/proc/{parent.pid}/stat").read_text() if parent is not None else ""
+        return f"{parent.pid}-{status.rpartition(')')[2].split()[19]}" if parent is not None else None
+    except (OSError, IndexError):
+        return None
 
 
 @cache
