@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -241,6 +243,15 @@ class TestConfiguration:
         """Equal values of two processes have equal texts: no addresses, no order of sets."""
         assert configuration.text(one) == configuration.text(same)
         assert "0x" not in configuration.text(one)
+
+    def test_long_values_are_told_apart(self) -> None:
+        """Texts of arrays and patterns are cut short by their libraries."""
+        ones, others = torch.ones(5000), torch.ones(5000)
+        others[2500] = 2
+        pairs = [(ones, others), (ones.numpy(), others.numpy()), (re.compile("a" * 300), re.compile("a" * 301))]
+        assert all(configuration.text(one) != configuration.text(other) for one, other in pairs)
+        assert all(configuration.text(one) == configuration.text(copy.deepcopy(one)) for one, _ in pairs)
+        assert configuration.text(ones.bfloat16()) != configuration.text(ones.half())
 
     def test_what_does_not_say_what_it_is_is_refused_by_name(self, tiny: Path) -> None:
         made = config(tiny)
@@ -679,6 +690,16 @@ class TestFilesOfACheckpoint:
         (first / name).parent.mkdir(exist_ok=True)
         (first / name).write_bytes(b"x")
         assert key_of(first).id == plain.id
+
+    def test_code_names_few_folders(self, tmp_path: Path) -> None:
+        """Of all that may lie below a model, only what its own code mentions."""
+        from vllm.model_executor.models import jina, llama, qwen3_moe
+
+        for name in ("adapters", "checkpoint-100", "lora", "logs", "original", "onnx", "onnx/adapters", "1_Pooling"):
+            (tmp_path / name).mkdir()
+        assert code.folders(llama.LlamaForCausalLM, tmp_path) == []
+        assert code.folders(qwen3_moe.Qwen3MoeForCausalLM, tmp_path) == []
+        assert code.folders(jina.JinaEmbeddingsV5Model, tmp_path) == ["adapters"]
 
     def test_a_link_to_a_large_directory_is_not_followed(self, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (first / "data").symlink_to("/")

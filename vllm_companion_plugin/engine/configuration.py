@@ -260,6 +260,11 @@ def canonical(value: Any, depth: int = 0) -> Any:
         return bytes(value).hex()
     if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), inner(content)]
+    if isinstance(value, re.Pattern):
+        return [value.pattern, value.flags]
     if isinstance(value, partial):
         return [inner(value.func), inner(value.args), inner(value.keywords)]
     return _object(value, inner)
@@ -271,6 +276,9 @@ def _object(value: Any, inner: Any) -> Any:
         if method is not None:
             return inner(method(value))
     kind = type(value)
+    if hasattr(kind, "tobytes"):  # of NumPy, whose texts are cut short
+        shape, content = [*getattr(value, "shape", ())], hashlib.sha256(value.tobytes()).hexdigest()
+        return [inner(kind), str(getattr(value, "dtype", "")), shape, content]
     if dataclasses.is_dataclass(value):
         return {field.name: inner(getattr(value, field.name, None)) for field in dataclasses.fields(value)}
     if hasattr(kind, "compute_hash"):

@@ -73,6 +73,8 @@ class Attach:
     waited_s: float
     announced: bool = False
     """Whether vLLM subtracted it from this engine's memory budget."""
+    checkpoint: Path | None = None
+    """Where this engine would have loaded from."""
 
     def announce(self) -> int:
         """The bytes to subtract."""
@@ -399,7 +401,9 @@ def _ask(
             with ProgressBar("Waiting for weights") as bar:
                 outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
             if isinstance(outcome, Ready):
-                return _open(device, asked, lease, outcome, started, time.perf_counter() - waiting)
+                attached = _open(device, asked, lease, outcome, started, time.perf_counter() - waiting)
+                attached.checkpoint = found.path
+                return attached
             election = _elect(device.id, asked, settings, outcome.publication)
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
