@@ -40,7 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "lease": (BASE | {"protocol", "launch", "publication"}, {"grpc"}),
     "client": (BASE | {"settings", "protocol", "launch", "lease", "publication"}, {"grpc"}),
     "holder": (BASE | {"settings", "launch", "protocol", "client"}, set()),
-    "module_tree": (BASE | {"arena", "module_tree"}, {"torch"}),
+    "module_tree": (BASE | {"arena", "module_tree"}, {"torch", "numpy"}),
     "api": (CLIENT | {"module_tree", "api"}, {"torch"}),
     "engine": (
         CLIENT | {"module_tree", "engine"},

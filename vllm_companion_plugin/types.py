@@ -74,6 +74,10 @@ def model_name(model: str) -> str:
     return os.path.realpath(path) if model and os.path.exists(path) else model
 
 
+CHECKPOINT = "checkpoint"
+"""The field that holds the digest of `EntryKey.files`; all others say what was made of them."""
+
+
 @dataclass(frozen=True)
 class EntryKey:
     """What makes two loads interchangeable.
@@ -131,12 +135,19 @@ class EntryKey:
         return self.role == "draft" and mine == dict(target.fields)
 
     def differences(self, published: EntryKey) -> list[str]:
-        """How `published` was loaded otherwise: each field with both values."""
-        return [
-            f"{name} is {published.fields.get(name, 'absent')!r} there and {self.fields.get(name, 'absent')!r} here"
-            for name in sorted(self.fields.keys() | published.fields.keys())
-            if self.fields.get(name) != published.fields.get(name)
-        ]
+        """How `published` was loaded otherwise: each field and each file of weights with both values."""
+        fields = self.fields.keys() | published.fields.keys()
+        files = [name for name in self.files.keys() | published.files.keys() if f"file.{name}" not in fields]
+        sides = (self.fields, published.fields), (_named(self, files), _named(published, files))
+        changed = {
+            name: f"{name} is {there.get(name, 'absent')!r} there and {here.get(name, 'absent')!r} here"
+            for here, there in sides
+            for name in here.keys() | there.keys()
+            if here.get(name) != there.get(name)
+        }
+        if len(changed) > 1 and any(name in changed for name in files):
+            changed.pop(CHECKPOINT, None)
+        return [changed[name] for name in sorted(changed)]
 
     def nearest_text(self, published: Sequence[EntryKey]) -> str:
         """How the most similar of `published` differs, in one line."""
@@ -144,6 +155,10 @@ class EntryKey:
         lines = self.differences(nearest) or [f"its key is {nearest.id[:12]}"]
         rest = len(lines) - _MAX_DIFFERENCES
         return "; ".join(lines[:_MAX_DIFFERENCES] + ([f"and {rest} more"] if rest > 0 else []))
+
+
+def _named(key: EntryKey, names: Sequence[str]) -> dict[str, str]:
+    return {name: key.files[name] for name in names if name in key.files}
 
 
 ARENA_CHECKSUM = "rows-columns-64"

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import gc
 import hashlib
+import importlib
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks import models
 from tests.process import publishing
 from tests.process.conftest import Place
-from vllm_companion_plugin.engine import compat, digest, key, session
+from vllm_companion_plugin.engine import code, compat, configuration, digest, files, flags, key, session
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.launch.runtime_dir import digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.types import EntryKey, Stage
 
 WEIGHTS = "model.safetensors"
 
@@ -67,7 +75,10 @@ def config(model: Path | str, **options: Any) -> Any:
 
 
 def key_of(model: Path, **options: Any) -> EntryKey:
-    made = config(model, **options)
+    return key_of_config(config(model, **options), model)
+
+
+def key_of_config(made: Any, model: Path) -> EntryKey:
     files = session.checkpoint.identity(model)
     return key.compute(made, made.model_config, compat.engine_device(made), "auto", model, files)
 
@@ -116,10 +127,261 @@ def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_model_len": 32}, {"max_num_seqs": 2}, {"enforce_eager": True}, {"seed": 7}, {"served_model_name": "other"}],
+    [
+        {"max_model_len": 32},
+        {"max_num_seqs": 2},
+        {"max_num_batched_tokens": 128},
+        {"enforce_eager": True},
+        {"seed": 7},
+        {"served_model_name": "other"},
+        {"block_size": 32},
+        {"gpu_memory_utilization": 0.5},
+        {"enable_prefix_caching": False},
+        {"trust_remote_code": True},
+        {"distributed_executor_backend": "mp"},
+        {"override_generation_config": {"temperature": 0.5}},
+        {"compilation_config": {"custom_ops": ["all"]}},
+    ],
+    ids=lambda options: next(iter(options)),
 )
 def test_what_leaves_the_weights_alone_leaves_the_key(tiny: Path, options: dict[str, Any]) -> None:
-    assert key_of(tiny, **options).id == key_of(tiny).id
+    assert key_of(tiny, **options).differences(key_of(tiny)) == []
+
+
+class TestConfiguration:
+    """Whatever vLLM's configuration says is compared, unless it is known to leave bytes alone."""
+
+    def test_each_way_to_start_an_engine_has_the_same_key(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`LLM()`, `vllm serve` and `vllm-companion serve` have other limits by default."""
+        from vllm import LLM
+        from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        class Made(Exception):
+            pass
+
+        def note(engine_args: EngineArgs, usage_context: UsageContext, **_: Any) -> None:
+            raise Made(engine_args.create_engine_config(usage_context))
+
+        monkeypatch.setattr(LLMEngine, "from_engine_args", note)
+        with pytest.raises(Made) as caught:
+            LLM(str(tiny), load_format="companion")
+        arguments = [str(tiny), "--load-format", "companion"]
+        server = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", *arguments])
+        warmed = flags.through_companion(flags.parse("serve", [str(tiny)]), fallback=False)
+        made = {
+            "LLM": caught.value.args[0],
+            "vllm serve": AsyncEngineArgs.from_cli_args(server).create_engine_config(UsageContext.OPENAI_API_SERVER),
+            "vllm-companion serve": warmed.create_engine_config(),
+        }
+        limits = {name: one.scheduler_config.max_num_batched_tokens for name, one in made.items()}
+        assert len(set(limits.values())) > 1, "they do differ"
+        first, *others = (key_of_config(one, tiny) for one in made.values())
+        assert [first.differences(other) for other in others] == [[], []]
+
+    def test_what_nobody_has_looked_at_is_compared(self, tiny: Path) -> None:
+        """Whatever a newer vLLM or a platform's plugin sets."""
+        made = config(tiny)
+        plain = key_of_config(made, tiny)
+        made.model_config.twist = 2
+        made.cache_config.knot = {"b": 1, "a": 2}
+        assert key_of_config(made, tiny).differences(plain) == [
+            "cache.knot is 'absent' there and '{\"a\": 2, \"b\": 1}' here",
+            "model.twist is 'absent' there and '2' here",
+        ]
+
+    def test_additional_config_is_compared(self, tiny: Path) -> None:
+        """It is made for code that vLLM does not know."""
+        plain = key_of(tiny, additional_config={"factor": 1.0})
+        assert key_of(tiny, additional_config={"factor": 2.0}).differences(plain) == [
+            "additional is '{\"factor\": 1.0}' there and '{\"factor\": 2.0}' here"
+        ]
+
+    def test_variables_of_the_environment_are_compared(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """But for addresses, secrets and what Kubernetes puts there for a service named vllm-router."""
+        plain = key_of(tiny)
+        for name in ("API_KEY", "HOST_IP", "PORT", "LOGGING_PREFIX", "ROUTER_SERVICE_HOST", "ROUTER_PORT_80_TCP_ADDR"):
+            monkeypatch.setenv(f"VLLM_{name}", "80")
+        assert key_of(tiny).differences(plain) == []
+        monkeypatch.setenv("VLLM_OF_A_PLUGIN", "1")
+        assert key_of(tiny).differences(plain) == ["env.VLLM_OF_A_PLUGIN is 'absent' there and '1' here"]
+
+    def test_other_limits_of_pictures_are_the_same_model(self) -> None:
+        """A limit of 0 builds no encoder; any other builds the same one. Pruning and processing are for requests."""
+        from vllm.config.multimodal import MultiModalConfig
+
+        def fields(**options: Any) -> dict[str, str]:
+            return configuration.multimodal_fields(MultiModalConfig(**options))
+
+        plain = fields()
+        assert fields(limit_per_prompt={"image": 2}, video_pruning_rate=0.5, mm_processor_cache_gb=0) == plain
+        assert fields(limit_per_prompt={"image": 0})["multimodal.limit_per_prompt"] == '{"image": 0}'
+        assert fields(mm_encoder_tp_mode="data") != plain
+
+    def test_files_that_flags_name_are_compared(self, tiny: Path, tmp_path: Path) -> None:
+        scales = tmp_path / "scales.json"
+        scales.write_text("1")
+        named = {"hf_overrides": {"scales": str(scales)}}
+        plain = key_of(tiny, **named)
+        scales.write_text("2")
+        assert [line.split(" is ")[0] for line in key_of(tiny, **named).differences(plain)] == ["named.hf.scales"]
+
+    @pytest.mark.parametrize(
+        ("one", "same"),
+        [
+            ({"b": 1, "a": {2, 1}}, {"a": {1, 2}, "b": 1}),
+            (torch.float32, torch.float32),
+            (functools.partial(print, end=""), functools.partial(print, end="")),
+            (SimpleNamespace(x=Path("/a")), SimpleNamespace(x=Path("/a"))),
+            ((1, 2), [1, 2]),
+            (Stage.PROCESSED, Stage.PROCESSED),
+        ],
+    )
+    def test_texts_are_canonical(self, one: Any, same: Any) -> None:
+        """Equal values of two processes have equal texts: no addresses, no order of sets."""
+        assert configuration.text(one) == configuration.text(same)
+        assert "0x" not in configuration.text(one)
+
+    def test_long_values_are_told_apart(self) -> None:
+        """Texts of arrays and patterns are cut short by their libraries."""
+        ones, others = torch.ones(5000), torch.ones(5000)
+        others[2500] = 2
+        pairs = [(ones, others), (ones.numpy(), others.numpy()), (re.compile("a" * 300), re.compile("a" * 301))]
+        assert all(configuration.text(one) != configuration.text(other) for one, other in pairs)
+        assert all(configuration.text(one) == configuration.text(copy.deepcopy(one)) for one, _ in pairs)
+        assert configuration.text(ones.bfloat16()) != configuration.text(ones.half())
+
+    def test_what_does_not_say_what_it_is_is_refused_by_name(self, tiny: Path) -> None:
+        made = config(tiny)
+        made.model_config.thing = object()
+        with pytest.raises(NotShareableError, match=r"model\.thing cannot be compared: an object of builtins\.object"):
+            key_of_config(made, tiny)
+
+
+class TestCode:
+    """Code decides bytes, too."""
+
+    @pytest.fixture
+    def plugin(self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        """A model of a package outside vLLM, its checkpoint in `first`."""
+        package = tmp_path / "path" / "oot_model"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "model.py").write_text(
+            "import oot_helper\nfrom vllm.model_executor.models.llama import LlamaForCausalLM\n\n\n"
+            "class MyLlamaForCausalLM(LlamaForCausalLM):\n    pass\n"
+        )
+        (package / "factors.py").write_text("FACTOR = 1.0\n")
+        (package.parent / "oot_helper.py").write_text("SIGN = 1\n")
+        monkeypatch.syspath_prepend(package.parent)
+        inherited = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{inherited}")  # vLLM inspects it in a child
+        from vllm import ModelRegistry
+        from vllm.model_executor.model_loader import utils
+
+        ModelRegistry.register_model("MyLlamaForCausalLM", "oot_model.model:MyLlamaForCausalLM")
+        made = json.loads((first / "config.json").read_text())
+        (first / "config.json").write_text(json.dumps(made | {"architectures": ["MyLlamaForCausalLM"]}))
+        yield package
+        for name in ("oot_model", "oot_model.model", "oot_helper"):
+            sys.modules.pop(name, None)
+        utils._MODEL_ARCH_BY_HASH.clear()
+
+    def test_a_changed_plugin_is_another_key(self, plugin: Path, first: Path) -> None:
+        """Every file of its package counts, and what it uses beside it; the file is named."""
+        plain = key_of(first)
+        assert plain.fields["class"] == "oot_model.model.MyLlamaForCausalLM"
+        (plugin / "factors.py").write_text("FACTOR = 3.0\n")
+        assert [line.split(" is ")[0] for line in key_of(first).differences(plain)] == ["code.oot_model/factors.py"]
+        (plugin.parent / "oot_helper.py").write_text("SIGN = -1\n")
+        changed = [line.split(" is ")[0] for line in key_of(first).differences(plain)]
+        assert changed == ["code.oot_helper.py", "code.oot_model/factors.py"]
+
+    def test_vllm_as_released_is_said(self, tiny: Path) -> None:
+        assert key_of(tiny).fields["code.vllm"] == "as released"
+
+    def test_a_patched_vllm_of_the_same_version_is_another_key(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file that is not its wheel's is named, with a digest."""
+        read = code._sha256
+        monkeypatch.setattr(
+            code, "_sha256", lambda path: b"patched" if path.endswith("layers/linear.py") else read(path)
+        )
+        code._vllm_state.cache_clear()
+        found = key_of(tiny).fields["code.vllm"]
+        code._vllm_state.cache_clear()
+        assert found == f"vllm/model_executor/layers/linear.py {code._base64(b'patched')}"
+
+    def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no list of what was released."""
+        read, patched = code._sha256, b""
+        monkeypatch.setattr(code, "_released", lambda place: {})
+        monkeypatch.setattr(
+            code, "_sha256", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
+        )
+        code._vllm_state.cache_clear()
+        plain = key_of(tiny)
+        patched = b"patched"
+        code._vllm_state.cache_clear()
+        other = key_of(tiny)
+        code._vllm_state.cache_clear()
+        changed = [line.split(" is ")[0] for line in other.differences(plain)]
+        assert changed == ["code.vllm/model_executor/layers"]
+
+    def test_a_function_put_into_a_class_counts(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a sitecustomize or a plugin does that replaces `load_weights`."""
+        from vllm.model_executor.models.llama import LlamaForCausalLM
+
+        plain = key_of(tiny)
+        (tmp_path / "patches.py").write_text("def load_weights(self, weights):\n    pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(LlamaForCausalLM, "load_weights", importlib.import_module("patches").load_weights)
+        assert [line.split(" is ")[0] for line in key_of(tiny).differences(plain)] == ["code.patches.py"]
+
+    def test_code_of_another_repository_counts(
+        self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a checkpoint whose `auto_map` names one; without --trust-remote-code nobody runs it."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "code").mkdir(parents=True)
+        (tmp_path / "org" / "code" / "modeling.py").write_text("A = 1")
+        made = json.loads((first / "config.json").read_text())
+        (first / "config.json").write_text(json.dumps(made | {"auto_map": {"AutoModel": "org/code--modeling.A"}}))
+        for trusted, changed in ((False, []), (True, ["code.org/code/modeling.py"])):
+            plain = key_of(first, trust_remote_code=trusted)
+            (tmp_path / "org" / "code" / "modeling.py").write_text(f"A = {trusted}")
+            other = key_of(first, trust_remote_code=trusted)
+            assert [line.split(" is ")[0] for line in other.differences(plain)] == changed
+
+    def test_packages_that_lay_out_weights_are_named(self, tiny: Path) -> None:
+        import transformers
+
+        fields = key_of(tiny).fields
+        assert fields["version.transformers"] == transformers.__version__
+        assert "version.compressed-tensors" in fields
+
+    def test_a_tokenizer_counts_where_weights_follow_from_tokens(self, tiny: Path, tmp_path: Path) -> None:
+        """A reranker's score row is made of the rows of "no" and "yes"."""
+        tokenizer = tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_text("{}")
+
+        def keys(**options: Any) -> tuple[EntryKey, EntryKey]:
+            (tokenizer / "tokenizer.json").write_text("{}")
+            plain = key_of(tiny, tokenizer=str(tokenizer), **options)
+            (tokenizer / "tokenizer.json").write_text('{"vocab": {}}')
+            return plain, key_of(tiny, tokenizer=str(tokenizer), **options)
+
+        plain, other = keys()
+        assert plain.id == other.id
+        scored = {"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}
+        plain, other = keys(hf_overrides=scored, runner="pooling")
+        assert [line.split(" is ")[0] for line in other.differences(plain)] == ["tokenizer.tokenizer.json"]
 
 
 def test_a_link_is_what_it_points_to(tiny: Path, tmp_path: Path) -> None:
@@ -343,6 +605,19 @@ def test_a_mismatch_names_the_fields_and_both_values(
     assert said[0].endswith("so it is loaded once more: hf.rms_norm_eps is '1e-05' there and '0.5' here.")
 
 
+def test_a_mismatch_names_the_files_and_both_values(
+    engines: Engines, first: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the digest of all of them."""
+    engines.load(first)
+    before = files.file_identity(first / WEIGHTS)
+    flip(first / WEIGHTS, [-1])
+    assert not engines.attaches(first)
+    said = [record.getMessage() for record in caplog.records if "loaded differently" in record.getMessage()]
+    named = f"{WEIGHTS} is {before!r} there and {files.file_identity(first / WEIGHTS)!r} here."
+    assert [line.partition("once more: ")[2] for line in said] == [named]
+
+
 def test_a_pipe_where_another_client_says_that_its_checkpoint_is_does_not_hang_an_engine(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert digest._sample(tmp_path / "pipe") == (-1, b"")
@@ -396,18 +671,219 @@ def test_a_name_that_no_message_can_carry_is_a_reason_to_load_alone(engines: Eng
     assert "UnicodeEncodeError" in decision.reason
 
 
-def test_linked_directories_and_quantization_files_count(tiny: Path, first: Path, tmp_path: Path) -> None:
-    plain = key_of(first)
-    (first / "hf_quant_config.json").write_text("{}")
-    quantized = key_of(first)
-    other = tmp_path / "elsewhere"
-    other.mkdir()
-    (other / "model.safetensors").write_bytes(b"x")
-    (other / "back").symlink_to(first)  # around in a circle
-    (first / "2_Dense").symlink_to(other)
-    linked = key_of(first)
-    assert len({plain.id, quantized.id, linked.id}) == 3
-    assert set(linked.files) - set(quantized.files) == {"2_Dense/model.safetensors"}
+class TestFilesOfACheckpoint:
+    """What the loader reads is the model; what else lies there is not."""
+
+    def test_quantization_files_count(self, first: Path) -> None:
+        """vLLM reads them beside config.json; the difference is told by name, and copies need no comparing."""
+        plain = key_of(first)
+        (first / "hf_quant_config.json").write_text("{}")
+        assert "file.hf_quant_config.json" in {line.split(" is ")[0] for line in key_of(first).differences(plain)}
+
+    @pytest.mark.parametrize(
+        "name",
+        ["checkpoint-100/optimizer.pt", "lora/adapter_model.safetensors", "logs/loss.npy", "optimizer.pt", "notes.txt"],
+    )
+    def test_what_is_below_or_beside_is_not_the_models(self, first: Path, name: str) -> None:
+        """A training goes on, or an adapter is put where the model is."""
+        plain = key_of(first)
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_bytes(b"x")
+        assert key_of(first).id == plain.id
+
+    def test_code_names_few_folders(self, tmp_path: Path) -> None:
+        """Of all that may lie below a model, only what its own code mentions."""
+        from vllm.model_executor.models import jina, llama, qwen3_moe
+
+        for name in ("adapters", "checkpoint-100", "lora", "logs", "original", "onnx", "onnx/adapters", "1_Pooling"):
+            (tmp_path / name).mkdir()
+        assert code.folders(llama.LlamaForCausalLM, tmp_path) == []
+        assert code.folders(qwen3_moe.Qwen3MoeForCausalLM, tmp_path) == []
+        assert code.folders(jina.JinaEmbeddingsV5Model, tmp_path) == ["adapters"]
+
+    def test_a_link_to_a_large_directory_is_not_followed(self, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (first / "data").symlink_to("/")
+        monkeypatch.setattr(os, "walk", lambda *args, **kwargs: pytest.fail("it was"))
+        session.checkpoint.identity(first)
+
+    def test_weights_that_are_only_below_are_found(self, first: Path) -> None:
+        (first / "inner").mkdir()
+        (first / WEIGHTS).rename(first / "inner" / WEIGHTS)
+        assert list(session.checkpoint.identity(first)) == [f"inner/{WEIGHTS}"]
+
+    def test_modules_of_sentence_transformers_count(self, first: Path) -> None:
+        """Linked or not; each of its files is told by its name."""
+        paths = ("", "1_Pooling", "2_Dense", "/etc", "../first")
+        listed = [{"path": path, "type": "sentence_transformers.models.Other"} for path in paths]
+        (first / "modules.json").write_text(json.dumps(listed))
+        elsewhere = first.parent / "elsewhere"
+        elsewhere.mkdir()
+        (first / "2_Dense").symlink_to(elsewhere)
+        for name, content in (("config.json", "{}"), (WEIGHTS, "x")):
+            (elsewhere / name).write_text(content)
+        plain = key_of(first)
+        assert {"modules.json", "2_Dense/config.json", f"2_Dense/{WEIGHTS}"} <= plain.files.keys()
+        (elsewhere / "config.json").write_text('{"bias": 1}')
+        (first / "modules.json").write_text(json.dumps(listed[:4]))
+        changed = [line.split(" is ")[0] for line in key_of(first).differences(plain)]
+        assert changed == ["file.2_Dense/config.json", "file.modules.json"]
+
+    def test_folders_that_the_models_code_names_count(self, engines: Engines, first: Path) -> None:
+        """jina v5 merges an adapter while it loads; what another model finds in such a folder is not its own."""
+        adapter = first / "adapters" / "retrieval"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text('{"lora_alpha": 8}')
+        (adapter / "adapter_model.safetensors").write_bytes(b"x")
+        assert not any(name.startswith("adapters") for name in engines.load(first).content)
+        made = json.loads((first / "config.json").read_text())
+        jina = made | {"architectures": ["JinaEmbeddingsV5Model"], "model_type": "qwen3", "head_dim": 32}
+        (first / "config.json").write_text(json.dumps(jina))
+        loaded = engines.load(first, runner="pooling")
+        assert {
+            "adapters/retrieval/adapter_config.json",
+            f"adapters/retrieval/adapter_{WEIGHTS}",
+        } <= loaded.content.keys()
+        (adapter / "adapter_config.json").write_text('{"lora_alpha": 64}')
+        other = engines.decide(first, runner="pooling")
+        assert [line.split(" is ")[0] for line in other.key.differences(loaded.key)] == [
+            "file.adapters/retrieval/adapter_config.json"
+        ]
+
+
+class TestLooks:
+    """Times of files are believed where a kernel sets them."""
+
+    def test_a_file_on_a_disk_is_known_by_a_look(self, first: Path) -> None:
+        assert session.checkpoint.identity(first)[WEIGHTS].startswith("stat ")
+
+    @pytest.mark.skipif(shutil.which("mksquashfs") is None or os.geteuid() != 0, reason="needs mksquashfs and root")
+    def test_another_image_at_the_same_place_is_another_model(
+        self, engines: Engines, first: Path, tmp_path: Path
+    ) -> None:
+        """Device, inode, size and times are equal; so is an image that is mounted again."""
+        tuned = fine_tune_of(first, [-1])
+        images = [tmp_path / f"{name}.img" for name in ("first", "tuned")]
+        for model, image in zip((first, tuned), images, strict=True):
+            options = ("-mkfs-time", "0", "-all-time", "0", "-quiet", "-no-progress")
+            subprocess.run(["mksquashfs", model, image, *options], check=True, stdout=subprocess.DEVNULL)
+        place = tmp_path / "mounted"
+        place.mkdir()
+        with mounted(images[0], place):
+            before = os.stat(place / WEIGHTS)
+            engines.load(place)
+            assert engines.attaches(place)
+        with mounted(images[1], place):
+            after = os.stat(place / WEIGHTS)
+            same = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+            assert [getattr(before, name) for name in same] == [getattr(after, name) for name in same]
+            assert not engines.attaches(place)
+            assert not engines.attaches(tuned), "nobody has published it"
+        with mounted(images[0], place):
+            assert engines.attaches(place)
+        assert engines.attaches(first), "what it was made of has the same content"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_what_is_read_is_read_once_a_mount(
+        self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Later engines in one container attach as fast as on a disk."""
+        monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
+        (tmp_path / "digests").mkdir()
+        with overlay(first, tmp_path) as place:
+            read = session.checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1))
+            assert read[WEIGHTS].startswith("blake3 ")
+            monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read again"))
+            assert session.checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1)) == read
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_containers_of_one_image_share(self, engines: Engines, first: Path, tmp_path: Path) -> None:
+        """Each has an overlay of its own over one lower directory, that no other one sees."""
+        with overlay(first, tmp_path) as place:
+            seen = os.stat(place / WEIGHTS).st_dev
+            engines.load(place)
+        with overlay(fine_tune_of(first, [-1]), tmp_path) as place:
+            assert not engines.attaches(place)
+        with overlay(first, tmp_path, "busy"), overlay(first, tmp_path) as place:
+            assert os.stat(place / WEIGHTS).st_dev != seen
+            assert engines.attaches(place)
+
+    def test_times_that_nobody_had_prove_nothing(self, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An image that was made with one time for all may be of any file system."""
+        seen = os.stat
+
+        def fixed(path: Any, **options: Any) -> Any:
+            status = seen(path, **options)
+            times = {"st_mtime_ns": 1_700_000_000 * 10**9, "st_ctime_ns": 1_700_000_000 * 10**9}
+            return SimpleNamespace(**{n: getattr(status, n) for n in dir(status) if n.startswith("st_")} | times)
+
+        monkeypatch.setattr(files.os, "stat", fixed)
+        assert files.look(first / WEIGHTS).lasts is files.Lasts.NOT
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_where_mounts_have_no_numbers_a_look_lasts_for_a_load(
+        self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Linux before 6.8: each engine reads its files once, and not again when it has loaded them."""
+        monkeypatch.setattr(files, "_mount", lambda path: None)
+        monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
+        (tmp_path / "digests").mkdir()
+        nobody: Any = None
+        with overlay(first, tmp_path) as place:
+            mine = digest.Digests(str(tmp_path / "digests"), 1)
+            content = session.checkpoint.identity(place, mine)
+            assert os.listdir(tmp_path / "digests") in ([], ["lock"])
+            monkeypatch.setattr(files, "_engine", lambda: "1-2")
+            assert files.look(place / WEIGHTS).lasts is files.Lasts.ENGINE, "its other ranks need not read, too"
+            monkeypatch.setattr(files, "_engine", lambda: None)
+            load = session.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
+            reads = []
+            read = digest._read
+            monkeypatch.setattr(digest, "_read", lambda path: reads.append(path.name) or read(path))
+            load.check_unchanged()
+            assert reads == []
+            flip(place / WEIGHTS, [-1])
+            with pytest.raises(NotShareableError, match=rf"{WEIGHTS} .* changed while it was loaded"):
+                load.check_unchanged()
+            assert reads == [WEIGHTS]
+
+    def test_digests_do_not_grow_without_bound(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The oldest go."""
+        monkeypatch.setattr(digest, "_MOST_KEPT", 4)
+        monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
+        kept = tmp_path / "digests"
+        kept.mkdir()
+        digests = digest.Digests(str(kept), 1)
+        for number in range(20):
+            (tmp_path / f"{number}").write_text(str(number))
+            path = tmp_path / f"{number}"
+            digests.of(digest.File(path, files.file_identity(path)))
+            assert len(os.listdir(kept)) <= 4
+        again = digest.Digests(str(kept), 1)
+        assert again.known(files.file_identity(tmp_path / "19"))
+        assert not again.known(files.file_identity(tmp_path / "0"))
+
+
+@contextlib.contextmanager
+def mounted(image: Path, place: Path) -> Iterator[None]:
+    subprocess.run(["mount", "-o", "loop,ro", image, place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@contextlib.contextmanager
+def overlay(lower: Path, beside: Path, name: str = "root") -> Iterator[Path]:
+    """The directory `lower` as a container has it."""
+    upper, work, place = (beside / f"{name}-{part}" for part in ("upper", "work", "place"))
+    for path in (upper, work, place):
+        path.mkdir(exist_ok=True)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 # ---- drafts of speculative decoding

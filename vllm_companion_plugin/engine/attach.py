@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.engine import compat, draft, session
+from vllm_companion_plugin.engine import compat, draft, reading, session
 from vllm_companion_plugin.engine.session import Attach
-from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError
+from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
 from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree.building import WithoutWeights
 from vllm_companion_plugin.module_tree.checksum import Verification
@@ -36,6 +36,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     device = decision.device.torch_device
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
+    _check_files(decision)
     try:
         views = ArenaViews(decision.arena, decision.arena.info.size_bytes, device)
         # The device compares while the model is built here.
@@ -111,6 +112,22 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         attach_s=decision.seconds - decision.waited_s + finished - started,
     )
     return model.eval()
+
+
+def _check_files(decision: Attach) -> None:
+    """The small files that the publisher's model was made from are the same here.
+
+    Raises:
+        ParityError: naming them.
+    """
+    files = decision.manifest.files
+    if decision.checkpoint is None or not files:
+        return
+    changed = reading.changed(files, decision.checkpoint)
+    if changed:
+        name, digest = next(iter(changed.items()))
+        text = "; ".join(reading.differences({name: files[name] for name in changed}, decision.checkpoint))
+        raise ParityError(f"files that were read to load it differ: {text}.", f"file {name}", (digest or "absent")[:16])
 
 
 @contextmanager

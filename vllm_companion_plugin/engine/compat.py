@@ -20,7 +20,11 @@ from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.model_loader.utils import (
+    get_model_architecture,
+    initialize_model,
+    process_weights_after_loading,
+)
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -258,6 +262,24 @@ def second_model(vllm_config: Any, model_config: Any, prefix: str, device: torch
             yield model
     finally:
         registered.restore()
+
+
+def model_class(vllm_config: Any, model_config: Any) -> type[nn.Module] | None:
+    """The class that is built for `model_config`; None for what looks like a draft and has no weights.
+
+    It is imported as in a normal load: what its module makes on import is on the engine's device.
+    """
+    if is_draft(vllm_config, model_config) and not has_draft_weights(vllm_config):
+        return None
+    with torch.device(vllm_config.device_config.device_type):
+        found: type[nn.Module] = get_model_architecture(model_config)[0]
+        return found
+
+
+def quantization_classes(vllm_config: Any) -> tuple[type, ...]:
+    """Classes that say how this engine's weights are quantized."""
+    config = getattr(vllm_config, "quant_config", None)
+    return (type(config),) if config is not None else ()
 
 
 def _rope_cache() -> dict[Any, nn.Module]:

@@ -1,25 +1,24 @@
 """The key of an entry: everything that decides the bytes of a rank's tensors.
 
-Computed before the model is built, because building changes vLLM's config objects. What is
-left out of the key (context length, batch limits, scheduling) cannot change shared tensors;
-if it ever did, parity would refuse the entry.
+Computed before the model is built, because building changes vLLM's config objects. It holds vLLM's configuration but
+for what is known to leave bytes alone (`configuration`), the code that makes weights (`code`), the versions and devices
+that lay them out, and the files that are read (`checkpoint`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.engine import checkpoint, code, compat, configuration
+from vllm_companion_plugin.engine.digest import digest_of
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.types import EntryKey, model_name
-
-CHECKPOINT = "checkpoint"
-"""The field that says which files were read; all others say what was made of them."""
+from vllm_companion_plugin.types import CHECKPOINT, EntryKey, model_name
 
 VARIANT = "variant"
 """The field that says how a model differs from the one that was published first under an otherwise equal key."""
@@ -30,72 +29,10 @@ MAX_VARIANTS = 4
 MANIFEST_VERSION = 4
 """Raised when capture or packing changes in a way that an older manifest would fail."""
 
-# Switches that choose kernels or layouts.
-_ENVIRONMENT = (
-    "VLLM_BATCH_INVARIANT",
-    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER",
-    "VLLM_B12X_MOE_FP4_FORCE_A16",
-    "VLLM_CPU_INT4_W4A8",
-    "VLLM_CPU_SGL_KERNEL",
-    "VLLM_DEEPEPLL_NVFP4_DISPATCH",
-    "VLLM_DISABLED_KERNELS",
-    "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE",
-    "VLLM_GDN_DECODE_KERNEL",
-    "VLLM_MARLIN_INPUT_DTYPE",
-    "VLLM_MOE_SKIP_PADDING",
-    "VLLM_MOE_USE_DEEP_GEMM",
-    "VLLM_MXFP4_EMULATION_DEQUANT_AT_LOAD",
-    "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD",
-    "VLLM_PP_LAYER_PARTITION",
-    "VLLM_TEST_FORCE_FP8_MARLIN",
-    "VLLM_USE_DEEP_GEMM",
-    "VLLM_USE_DEEP_GEMM_E8M0",
-    "VLLM_USE_DEEP_GEMM_TMA_ALIGNED_SCALES",
-    "VLLM_USE_FLASHINFER_MOE_INT4",
-    "VLLM_ZENTORCH_WEIGHT_PREPACK",
-)
-_ENVIRONMENT_PREFIXES = ("VLLM_HUMMING_",)
-
-_MODEL_FIELDS = (
-    "dtype",
-    "quantization",
-    "quantization_config",
-    "model_impl",
-    "runner_type",
-    "convert_type",
-    "config_format",
-    "code_revision",
-    "is_attention_free",
-    "word_embeddings_untied_by_checkpoint",
-    "pooler_config",
-)
-_MULTIMODAL_FIELDS = ("language_model_only", "limit_per_prompt", "mm_encoder_only", "mm_encoder_tp_mode")
-_PARALLEL_FIELDS = (
-    "enable_eplb",
-    "enable_expert_parallel",
-    "expert_placement_strategy",
-    "all2all_backend",
-    "enable_ep_weight_filter",
-    "dcp_q_replicate",
-    "enable_hc_sp",
-)
-_KERNEL_FIELDS = ("moe_backend", "linear_backend", "linear_backend_per_quant", "monokernel")
-_CACHE_FIELDS = ("cache_dtype", "kv_cache_dtype_skip_layers", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
-_SPECULATIVE_FIELDS = (
-    "method",
-    "num_speculative_tokens",
-    "quantization",
-    "draft_tensor_parallel_size",
-    "parallel_drafting",
-    "use_heterogeneous_vocab",
-    "attention_backend",
-    "kv_cache_dtype",
-    "moe_backend",
-)
-_LONGEST = 100
+_SHORT = 16
+_LARGEST_NAMED_FILE = 16 << 20
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "tekken", "spiece", "sentencepiece")
 _LONGEST_DIFFERENCE = 400
-# Where the checkpoint was found is not what it contains.
-_HF_NAMES = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def compute(
@@ -113,33 +50,23 @@ def compute(
         content: identity of each of its files.
     """
     ranks = compat.ranks()
-    parallel = vllm_config.parallel_config
     fields = {
         "manifest": str(MANIFEST_VERSION),
         "source_format": source_format,
-        CHECKPOINT: _digest(content),
         "stage": device.stage.value,
         "device": compat.device_kind(device),
         "lora": str(vllm_config.lora_config is not None),
-        "attention_backend": _text(getattr(getattr(vllm_config, "attention_config", None), "backend", None)),
-        "redundant_experts": _text(getattr(getattr(parallel, "eplb_config", None), "num_redundant_experts", None)),
     }
-    fields |= _model_fields(model_config)
-    fields |= {f"version.{name}": value for name, value in compat.versions().items()}
-    fields |= {f"rank.{name}": value for name, value in ranks.items()}
-    fields |= _pick("parallel", parallel, _PARALLEL_FIELDS)
-    if getattr(model_config, "is_hybrid", False):  # gated delta nets keep the number, and decide no tensor by it
-        fields |= _pick("speculative", vllm_config.speculative_config, ("num_speculative_tokens",))
-    lora = dataclasses.asdict(vllm_config.lora_config) if vllm_config.lora_config is not None else {}
+    fields |= configuration.engine_fields(vllm_config)
     # All of them: some are read when a model is built, and which ones changes between versions.
-    fields |= {f"lora.{name}": _text(value) for name, value in lora.items()}
-    fields |= _pick("kernel", getattr(vllm_config, "kernel_config", None), _KERNEL_FIELDS)
-    fields |= _pick("cache", vllm_config.cache_config, _CACHE_FIELDS)
-    fields |= {
-        f"env.{name}": value
-        for name, value in sorted(os.environ.items())
-        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
-    }
+    fields |= configuration.all_fields("lora", vllm_config.lora_config)
+    fields |= _model_fields(vllm_config, model_config)
+    fields |= {f"version.{name}": value for name, value in (compat.versions() | code.versions()).items()}
+    fields |= {f"rank.{name}": value for name, value in ranks.items()}
+    speculative = vllm_config.speculative_config
+    if getattr(model_config, "is_hybrid", False) and speculative is not None:
+        # Gated delta nets keep the number, and decide no tensor by it.
+        fields["speculative.num_speculative_tokens"] = configuration.text(speculative.num_speculative_tokens)
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
     rank = " ".join(split) or "single"
     return _key(model_config, "target", rank, fields, source, content)
@@ -156,12 +83,13 @@ def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
         raise NotShareableError(f"it differs from {MAX_VARIANTS} published ones: {before}")
     difference = f"{where} is {here or 'different'}"[:_LONGEST_DIFFERENCE]
     fields = {**refused.fields, VARIANT: f"{before}; {difference}" if before else difference}
-    return dataclasses.replace(refused, id=_digest(fields), fields=fields)
+    return replace(refused, id=_digest(fields), fields=fields)
 
 
 def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:
     """What a draft's own configuration adds to its key. To be asked before the target is built."""
-    return _pick("speculative", vllm_config.speculative_config, _SPECULATIVE_FIELDS) | _model_fields(draft_config)
+    fields = configuration.all_fields("speculative", vllm_config.speculative_config)
+    return fields | _model_fields(vllm_config, draft_config)
 
 
 def compute_draft(
@@ -177,7 +105,7 @@ def compute_draft(
     Which config reaches the draft's loader differs between methods and versions of vLLM; each is made of these.
     """
     fields = fields | {f"target.{name}": value for name, value in target.fields.items()}
-    fields |= {"source_format": source_format, CHECKPOINT: _digest(content)}
+    fields["source_format"] = source_format
     return _key(draft_config, "draft", target.rank, fields, source, content)
 
 
@@ -185,34 +113,80 @@ def _key(
     model_config: Any, role: str, rank: str, fields: dict[str, str], source: Path | None, content: dict[str, str]
 ) -> EntryKey:
     place = os.path.abspath(source) if source else ""
+    small = {name: text for name, text in content.items() if text.startswith(checkpoint.SMALL)}
+    weights = {name: identity for name, identity in content.items() if name not in small}
+    small = {name if name.isprintable() else ascii(name): text for name, text in small.items()}
+    fields = fields | {f"file.{name}": text.removeprefix(checkpoint.SMALL)[:_SHORT] for name, text in small.items()}
+    fields |= _named_files(fields, place) | {CHECKPOINT: _digest(weights)}
     return EntryKey(_digest(fields), model_name(model_config.model), role, rank, fields, place, content)
 
 
-def _model_fields(model_config: Any) -> dict[str, str]:
-    fields = {f"hf.{name}": _short(value) for name, value in _hf_config(model_config.hf_config).items()}
-    fields |= _pick("model", model_config, _MODEL_FIELDS)
-    return fields | _pick("multimodal", getattr(model_config, "multimodal_config", None), _MULTIMODAL_FIELDS)
+def _model_fields(vllm_config: Any, model_config: Any) -> dict[str, str]:
+    fields = configuration.model_fields(model_config)
+    model_class = compat.model_class(vllm_config, model_config)
+    if model_class is not None:
+        fields |= code.fields(model_class, type(model_config.hf_config), *compat.quantization_classes(vllm_config))
+    return fields | _remote_code(model_config) | _tokenizer(model_config)
 
 
-def _hf_config(config: Any) -> dict[str, Any]:
-    values = config.to_dict()
-    return {name: value for name, value in values.items() if name not in _HF_NAMES}
+def _remote_code(model_config: Any) -> dict[str, str]:
+    """Code that a checkpoint takes from another repository: "org/repo--modeling.Model". Its own is a file of its."""
+    if not model_config.trust_remote_code:
+        return {}
+    named = (one for one in _strings(configuration.text(getattr(model_config.hf_config, "auto_map", None) or {})))
+    fields = {}
+    for repository in sorted({name.partition("--")[0] for name in named if "--" in name}):
+        place = checkpoint.checkpoint_dir(repository, model_config.code_revision, None)
+        for path in sorted(place.glob("*.py")) if place is not None else ():
+            fields[f"code.{repository}/{path.name}"] = digest_of(path)[:_SHORT]
+    return fields
 
 
-def _pick(prefix: str, config: Any, names: tuple[str, ...]) -> dict[str, str]:
-    return {f"{prefix}.{name}": _text(getattr(config, name)) for name in names if hasattr(config, name)}
+def _tokenizer(model_config: Any) -> dict[str, str]:
+    """The tokenizer of a model whose weights follow from tokens (a reranker made of a language model)."""
+    hf = model_config.hf_config
+    configs = (hf, hf.get_text_config())
+    if all(getattr(one, name, None) is None for one in configs for name in ("classifier_from_token", "method")):
+        return {}
+    place = checkpoint.checkpoint_dir(model_config.tokenizer, model_config.tokenizer_revision, None)
+    if place is None or not place.is_dir():
+        return {"tokenizer": str(model_config.tokenizer)}
+    names = sorted(one.name for one in place.iterdir() if one.is_file() and one.name.startswith(_TOKENIZER))
+    mode = configuration.text(getattr(model_config, "tokenizer_mode", None))
+    return {"tokenizer": mode} | {f"tokenizer.{name}": digest_of(place / name)[:_SHORT] for name in names}
 
 
-def _text(value: Any) -> str:
-    """Canonical text: JSON where possible, so that dict order does not matter."""
-    return json.dumps(value, sort_keys=True, default=str)
+def _named_files(fields: Mapping[str, str], place: str) -> dict[str, str]:
+    """Content of the files that values of fields name, in full or below the checkpoint."""
+    found = {}
+    for field, value in fields.items():
+        if "/" not in value and "." not in value:
+            continue
+        for number, name in enumerate(_strings(value)):
+            path = os.path.join(place, name)
+            try:
+                if os.path.isfile(path) and os.path.getsize(path) <= _LARGEST_NAMED_FILE:
+                    found[f"named.{field}" + (f".{number}" if number else "")] = digest_of(Path(path))[:_SHORT]
+            except (OSError, ValueError):  # no name of a file
+                continue
+    return found
 
 
-def _short(value: Any) -> str:
-    """Canonical text that is short enough for a message."""
-    text = _text(value)
-    return text if len(text) <= _LONGEST else f"sha256 {_digest(value)}"
+def _strings(value: str) -> Iterator[str]:
+    """Texts in a field's JSON."""
+    try:
+        waiting = [json.loads(value)]
+    except ValueError:
+        waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str) and one:
+            yield one
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += one.values()
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(_text(value).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from vllm_companion_plugin.engine import checkpoint, compat, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.imports import around_imports
 from vllm_companion_plugin.engine.progress import ProgressBar
+from vllm_companion_plugin.engine.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.session import Load
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
 from vllm_companion_plugin.holder import Held
@@ -56,6 +58,8 @@ def load_and_publish(
         around_imports(publisher.importing),
         ExitStack() as after_processing,
     ):
+        if decision.checkpoint is not None:
+            publisher.reading = after_processing.enter_context(observed_reading(decision.checkpoint))
         _hook_load_weights(source, publisher, after_processing)
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
@@ -80,6 +84,7 @@ class _Publisher:
         self._reason: CompanionError | None = None
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
+        self.reading: Reading | None = None
         self._bytes_before = compat.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -166,6 +171,8 @@ class _Publisher:
         ):
             tree = capture(model)
             packed = prepare(tree, device.stage, device.arena_kind, device.torch_device, observation)
+            if self.reading is not None:
+                packed.manifest = replace(packed.manifest, files=self.reading.files())
             # While the device copies and the driver frees.
             search = executor.submit(self._search(model, tree, besides))
             manifest = executor.submit(manifest_to_bytes, packed.manifest)

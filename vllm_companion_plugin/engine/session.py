@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.engine import checkpoint, compat, key
+from vllm_companion_plugin.engine import checkpoint, code, compat, key
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.turns import Turn
@@ -42,7 +42,16 @@ from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
 from vllm_companion_plugin.publication import Publication
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest, Progress, Report
+from vllm_companion_plugin.types import (
+    CHECKPOINT,
+    CompanionStatus,
+    EntryKey,
+    EntryState,
+    LoaderInfo,
+    Manifest,
+    Progress,
+    Report,
+)
 
 logger = init_logger("vllm.companion")
 
@@ -70,6 +79,8 @@ class Attach:
     waited_s: float
     announced: bool = False
     """Whether vLLM subtracted it from this engine's memory budget."""
+    checkpoint: Path | None = None
+    """Where this engine would have loaded from."""
 
     def announce(self) -> int:
         """The bytes to subtract."""
@@ -92,6 +103,8 @@ class Load:
     election: LoaderElection
     checkpoint: Path | None
     content: dict[str, str]
+    folders: tuple[str, ...] = ()
+    digests: Digests = field(default_factory=Digests)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -103,7 +116,10 @@ class Load:
 
     def check_unchanged(self) -> None:
         """Raise `NotShareableError` if what was loaded may not be what the key names."""
-        if self.checkpoint is not None and (now := checkpoint.identity(self.checkpoint)) != self.content:
+        if self.checkpoint is None:
+            return
+        now = checkpoint.identity(self.checkpoint, self.digests, self.folders)
+        if now != self.content:
             names = sorted(name for name in now.keys() | self.content.keys() if now.get(name) != self.content.get(name))
             raise NotShareableError(f"{', '.join(names)} of {self.checkpoint} changed while it was loaded.")
 
@@ -313,12 +329,11 @@ def _decide_target(
     settings: Settings,
     wait_for_turn: Callable[[], None],
 ) -> Decision:
-    path = _checkpoint(vllm_config, model_config, settings)
-    content = checkpoint.identity(path) if path else {}
-    wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
+    found = _find(vllm_config, model_config, settings)
+    wanted = key.compute(vllm_config, model_config, device, settings.source_format, found.path, found.content)
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
-    decision = _obtain(vllm_config, device, wanted, path, settings, wait_for_turn=wait_for_turn)
+    decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
     if draft is not None:
         _note(_drafts, draft, (fields, decision.key))
     return decision
@@ -331,11 +346,10 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     if id(draft) not in _drafts:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = _drafts[id(draft)]
-    path = _checkpoint(vllm_config, draft, settings)
-    content = checkpoint.identity(path) if path else {}
-    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
+    found = _find(vllm_config, draft, settings)
+    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, found.path, found.content)
     device = compat.engine_device(vllm_config, settings.arena)
-    return _obtain(vllm_config, device, wanted, path, settings, may_load=may_load)
+    return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
 
 
 def decide_variant(
@@ -348,15 +362,14 @@ def decide_variant(
     """
     wanted = key.variant(refused.wanted, error.where, error.here)
     logger.info("%s is held, but differs: %s It is a variant of its own.", refused.key.title, error)
-    path = _checkpoint(vllm_config, model_config, settings)
-    return _obtain(vllm_config, refused.device, wanted, path, settings)
+    return _obtain(vllm_config, refused.device, wanted, _find(vllm_config, model_config, settings), settings)
 
 
 def _obtain(
     vllm_config: Any,
     device: compat.EngineDevice,
     wanted: EntryKey,
-    path: Path | None,
+    found: _Found,
     settings: Settings,
     *,
     may_load: bool = True,
@@ -366,13 +379,13 @@ def _obtain(
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
     may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
-        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
+        decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except (CompanionUnavailableError, LeaseLostError, TicketError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
         if isinstance(error, CompanionUnavailableError):
             _connections.pop(device.id, None)  # its channel would wait in its backoff, whoever listens there by now
-        decision = _ask(device, wanted, path, settings, may_load, wait_for_turn)
+        decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except EntryNotFoundError:
         if own is None:
             raise
@@ -388,7 +401,7 @@ def _obtain(
 def _ask(
     device: compat.EngineDevice,
     wanted: EntryKey,
-    path: Path | None,
+    found: _Found,
     settings: Settings,
     may_load: bool,
     wait_for_turn: Callable[[], None],
@@ -407,7 +420,9 @@ def _ask(
             with ProgressBar("Waiting for weights") as bar:
                 outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
             if isinstance(outcome, Ready):
-                return _open(device, wanted, asked, lease, outcome, started, time.perf_counter() - waiting)
+                attached = _open(device, wanted, asked, lease, outcome, started, time.perf_counter() - waiting)
+                attached.checkpoint = found.path
+                return attached
             election = _elect(device.id, asked, settings, outcome.publication)
             # Whoever loaded before us may have published the same content from another directory.
             status = connection.status()
@@ -415,7 +430,7 @@ def _ask(
             held = _held(status, wanted, settings, (EntryState.READY,))
             if held is None:
                 _explain(status, wanted)
-                return Load(device, asked, lease, outcome, election, path, dict(wanted.files))
+                return Load(device, asked, lease, outcome, election, *vars(found).values())
         except BaseException:
             if election is not None:
                 election.release()
@@ -450,7 +465,7 @@ def _held(
 def _differs_only_in_checkpoint(wanted: EntryKey, other: EntryKey) -> bool:
     names = wanted.fields.keys() | other.fields.keys()
     different = {name for name in names if wanted.fields.get(name) != other.fields.get(name)}
-    return (wanted.role, wanted.rank, different) == (other.role, other.rank, {key.CHECKPOINT})
+    return (wanted.role, wanted.rank, different) == (other.role, other.rank, {CHECKPOINT})
 
 
 def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
@@ -460,6 +475,26 @@ def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
     if same:
         text = wanted.nearest_text(same)
         logger.info("%s is held, but loaded differently, so it is loaded once more: %s.", wanted.model, text)
+
+
+@dataclass
+class _Found:
+    """Where a checkpoint is and what it contains, as `Load` has it."""
+
+    path: Path | None
+    content: dict[str, str]
+    folders: tuple[str, ...]
+    digests: Digests
+
+
+def _find(vllm_config: Any, model_config: Any, settings: Settings) -> _Found:
+    digests = Digests(digests_directory(settings), settings.wait_timeout_s)
+    path = _checkpoint(vllm_config, model_config, settings)
+    if path is None:
+        return _Found(None, {}, (), digests)
+    model_class = compat.model_class(vllm_config, model_config)
+    folders = tuple(code.folders(model_class, path)) if model_class is not None else ()
+    return _Found(path, checkpoint.identity(path, digests, folders), folders, digests)
 
 
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:

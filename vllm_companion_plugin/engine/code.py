@@ -1,0 +1,316 @@
+"""Which code makes weights of a checkpoint: the classes of the model, what they are made of, and what changes vLLM.
+
+vLLM's own files are compared with its wheel's list of them (RECORD): where they agree, its version says everything.
+Whatever else takes part, like plugins and code that came with a checkpoint, is named file by file, by a digest of its
+source. Packages that lay out weights are named by their versions. Nothing is imported here.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+# Names of distributions; those that are not installed are left out.
+_LAYING_OUT = (
+    "transformers",
+    "compressed-tensors",
+    "flashinfer-python",
+    "flashinfer-cubin",
+    "triton",
+    "torchao",
+    "bitsandbytes",
+    "deep-gemm",
+    "deep-ep",
+    "gguf",
+    "amd-quark",
+    "auto-round",
+    "gptqmodel",
+    "humming-kernels",
+    "nvidia-cutlass-dsl",
+    "flash-attn",
+    "conch-triton-kernels",
+    "petit-kernel",
+    "zentorch",
+    "aiter",
+)
+_OWN = __name__.partition(".")[0]
+# Named by their versions.
+_KNOWN = {"vllm", "torch", "transformers", "numpy", _OWN, *sys.stdlib_module_names}
+# Of a checkpoint, each in a folder of its own of transformers' cache.
+_REMOTE = "transformers_modules"
+# Below vLLM's package: what lays out and processes weights of any model. Models are taken one by one.
+_LOADING = ("model_executor", "kernels", "platforms", "_custom_ops.py", "scalar_type.py")
+_MODELS = ("vllm.model_executor.models.", "vllm.models.")
+_MOST_FILES = 40
+_SHORT = 16
+_MOST_SHOWN = 3
+_RECORD_LINE = re.compile(r"^(?:(vllm/[^,]+\.py),sha256=([^,]+),|(vllm/[^/,]+\.so),sha256=[^,]+,(\d+))", re.MULTILINE)
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that lay out weights."""
+    return {name: found for name in _LAYING_OUT if (found := _version(name)) is not None}
+
+
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def fields(model_class: type, *involved: type) -> dict[str, str]:
+    """What makes a model of `model_class`, for its key.
+
+    Args:
+        involved: classes that take part besides: of its configuration, of its quantization.
+    """
+    found = {"class": " ".join(f"{one.__module__}.{one.__name__}" for one in _own_classes(model_class))}
+    found |= _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
+    own = (one for kind in involved for one in _own_classes(kind)[1:] if _top(kind.__module__) not in _KNOWN)
+    names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins()}
+    for files in map(_files_of, sorted(_outside(names))):
+        found |= _digests(files)
+    return found
+
+
+def folders(model_class: type, checkpoint: Path) -> list[str]:
+    """Folders of `checkpoint` that the code of the model names: jina's "adapters", a "speech_tokenizer"."""
+    try:
+        there = {entry.name for entry in os.scandir(checkpoint) if entry.is_dir() and not entry.name.startswith(".")}
+    except OSError:
+        return []
+    if not there:
+        return []
+    named: set[str] = set()
+    for name in _modules_of(model_class.__mro__):
+        module = sys.modules.get(name)
+        if module is not None and not name.startswith(("torch.", "transformers.")):
+            named |= {text.partition("/")[0] for text in _texts(module)}
+    return sorted(there & named)
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _own_classes(kind: type) -> list[type]:
+    """`kind`, and what it derives from before the first class of a known package."""
+    names = [_top(one.__module__) in _KNOWN for one in kind.__mro__]
+    return [kind, *kind.__mro__[1 : max(1, names.index(True))]]
+
+
+def _modules_of(classes: Iterable[type]) -> set[str]:
+    """Where the classes are defined, and the functions that were put into them from elsewhere."""
+    found = set()
+    for one in classes:
+        found.add(one.__module__)
+        put_in = {value.__module__ for value in vars(one).values() if isinstance(value, FunctionType)}
+        found |= {name for name in put_in if isinstance(name, str) and not _is_installed(name)}
+    return found
+
+
+def _plugins() -> set[str]:
+    """Modules that vLLM was told to load, and what they registered: they can change anything."""
+    found = set(_entry_points(os.environ.get("VLLM_PLUGINS")))
+    operations = sys.modules.get("vllm.model_executor.custom_op")
+    registered: Mapping[str, type] = getattr(operations, "op_registry_oot", {})
+    return found | _modules_of(registered.values())
+
+
+@cache
+def _entry_points(allowed: str | None) -> tuple[str, ...]:
+    names = None if allowed is None else {name.strip() for name in allowed.split(",")}
+    points = metadata.entry_points(group="vllm.general_plugins")
+    return tuple(point.module for point in points if names is None or point.name in names)
+
+
+# ---- what is outside vLLM
+
+
+def _outside(names: set[str]) -> set[str]:
+    """Those of `names` that no version stands for, and what they use of such code. One name a package."""
+    found: dict[str, str] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        package = name if name.startswith(_REMOTE) else _top(name)
+        if package in _KNOWN or package in found or name not in sys.modules:
+            continue
+        found[package] = name
+        for module in _loaded(package):
+            used = (_module_of(value) for value in list(vars(module).values()))
+            waiting += [one for one in used if one and not _is_installed(one)]
+    return set(found.values())
+
+
+def _loaded(package: str) -> list[ModuleType]:
+    return [one for name, one in list(sys.modules.items()) if name == package or name.startswith(f"{package}.")]
+
+
+def _module_of(value: Any) -> str:
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return name if isinstance(name, str) else ""
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package of a version, which is not the model's."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return file is None or any(part in _INSTALLED for part in Path(file).parts)
+
+
+def _files_of(name: str) -> dict[str, str]:
+    """Source of the package of module `name`, or of the module alone, by the names to show."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return {}
+    here = os.path.dirname(file)
+    if name.startswith(_REMOTE):
+        return {f"{_REMOTE}/{one}": os.path.join(here, one) for one in sorted(os.listdir(here)) if one.endswith(".py")}
+    package = getattr(sys.modules.get(_top(name)), "__file__", None)
+    if package is None or os.path.basename(package) != "__init__.py":  # one file, or a package without code of its own
+        return {os.path.basename(file): file}
+    root = os.path.dirname(package)
+    start = len(os.path.dirname(root)) + 1
+    return {path[start:]: path for path in _sources(root)}
+
+
+def _sources(root: str, without: str = "__pycache__") -> Iterator[str]:
+    if os.path.isfile(root):
+        yield root
+    for directory, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if name not in ("__pycache__", without))
+        yield from (os.path.join(directory, name) for name in sorted(files) if name.endswith(".py"))
+
+
+def _digests(files: Mapping[str, str]) -> dict[str, str]:
+    """Digests by file, or of all together if there are many."""
+    found = {f"code.{name}": _sha256(path).hex()[:_SHORT] for name, path in files.items()}
+    if len(found) <= _MOST_FILES:
+        return found
+    package = next(iter(found)).partition("/")[0]
+    return {package: f"{len(found)} files {hashlib.sha256(repr(found).encode()).hexdigest()[:_SHORT]}"}
+
+
+_read: dict[str, tuple[tuple[int, ...], bytes]] = {}
+
+
+def _sha256(path: str) -> bytes:
+    """Of a file; read once a version in this process. Empty if it cannot be read."""
+    try:
+        status = os.stat(path)
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if _read.get(path, ((),))[0] != version:
+            _read[path] = version, hashlib.sha256(Path(path).read_bytes()).digest()
+        return _read[path][1]
+    except OSError:
+        return b""
+
+
+# ---- vLLM's own
+
+
+def _vllm_models(classes: Iterable[type]) -> set[str]:
+    """Modules of the model's classes in vLLM, and those of other models that they use."""
+    found: set[str] = set()
+    waiting = [one.__module__ for one in classes]
+    while waiting:
+        name = waiting.pop()
+        if name in found or not name.startswith(_MODELS) or name not in sys.modules:
+            continue
+        found.add(name)
+        waiting += [one for one in map(_module_of, list(vars(sys.modules[name]).values())) if one]
+    return found
+
+
+@cache
+def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
+    """Which of vLLM's files are not as released. Once a process: what it has imported stays."""
+    root = os.path.dirname(str(sys.modules["vllm"].__file__))
+    start = len(os.path.dirname(root)) + 1
+    files = [*_common_files(root), *sorted(str(sys.modules[name].__file__) for name in models)]
+    here = {path[start:]: _base64(_sha256(path)) for path in files}
+    # Libraries are told apart by their sizes: they are too large to be read for this.
+    here |= {f"vllm/{one.name}": str(one.stat().st_size) for one in os.scandir(root) if one.name.endswith(".so")}
+    released = _released(os.path.dirname(root))
+    if not released:  # an editable installation
+        return _by_folder(here)
+    changed = {name: value for name, value in here.items() if value != released.get(name)}
+    shown = [f"{name} {value[:_SHORT]}" for name, value in changed.items()]
+    if len(shown) > _MOST_SHOWN:
+        more = f"and {len(shown) - _MOST_SHOWN} more ({hashlib.sha256(repr(shown).encode()).hexdigest()[:_SHORT]})"
+        shown = [*shown[:_MOST_SHOWN], more]
+    return {"code.vllm": ", ".join(shown) or "as released"}
+
+
+def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
+    """A digest of the files of each folder, so that a message can name it."""
+    folders: dict[str, list[str]] = {}
+    for name, digest in digests.items():
+        folders.setdefault(os.path.dirname(name), []).append(f"{name} {digest}")
+    return {
+        f"code.{name}": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_SHORT]
+        for name, lines in folders.items()
+    }
+
+
+def _base64(digest: bytes) -> str:
+    """As RECORD has it."""
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _common_files(root: str) -> Iterator[str]:
+    for name in _LOADING:
+        yield from _sources(os.path.join(root, name), without="models")
+
+
+def _released(place: str) -> Mapping[str, str]:
+    """Digests of vLLM's sources and sizes of its libraries as its wheel has them; nothing of an editable one."""
+    found: dict[str, str] = {}
+    for name in os.listdir(place):
+        if name.startswith("vllm") and name.endswith(".dist-info"):
+            with contextlib.suppress(OSError), open(os.path.join(place, name, "RECORD"), errors="replace") as record:
+                for source, digest, library, size in _RECORD_LINE.findall(record.read()):
+                    found[source or library] = digest or size
+    return found
+
+
+# ---- what code names
+
+
+def _texts(module: ModuleType) -> Iterator[str]:
+    """Strings in the code and among the constants of a module."""
+    for value in list(vars(module).values()):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
+            yield from _texts_of(value.__code__)
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            for part in vars(value).values():
+                function = getattr(part, "__func__", getattr(part, "fget", part))
+                if isinstance(function, FunctionType):
+                    yield from _texts_of(function.__code__)
+                elif isinstance(part, str):
+                    yield part
+
+
+def _texts_of(code: CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, tuple):
+            yield from (one for one in constant if isinstance(one, str))
+        elif isinstance(constant, CodeType):
+            yield from _texts_of(constant)
