@@ -86,7 +86,6 @@ def check_libraries() -> Iterator[Check]:
             )
     try:
         importlib.import_module("vllm_companion_plugin.protocol.messages")
-        importlib.import_module("grpc_health.v1.health_pb2")
     except Exception as error:  # protobuf reports a gencode mismatch with several types
         yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", "pip install --upgrade vllm-companion-plugin")
 

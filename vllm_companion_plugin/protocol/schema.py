@@ -23,19 +23,18 @@ _POOL = descriptor_pool.DescriptorPool()
 for _file in _FILES.file:
     _POOL.AddSerializedFile(_file.SerializeToString())
 
-PACKAGE = "vllm_companion.v1"
-SERVICE = f"{PACKAGE}.Companion"
+SERVICE = "vllm_companion.v1.Companion"
+HEALTH = "grpc.health.v1.Health"
 
 
 def message_class(name: str) -> Any:
-    """The class of message `name`, e.g. "AttachRequest" or "PublishRequest.Begin"."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+    """The class of message `name`, e.g. "vllm_companion.v1.AttachRequest"."""
+    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
 
 
-def _methods() -> list[tuple[str, Any, Any, bool, bool]]:
-    service = _POOL.FindServiceByName(SERVICE)
+def _methods(service: str) -> list[tuple[str, Any, Any, bool, bool]]:
     found = []
-    for method in service.methods:
+    for method in _POOL.FindServiceByName(service).methods:
         proto = descriptor_pb2.MethodDescriptorProto()
         method.CopyToProto(proto)
         found.append(
@@ -63,7 +62,7 @@ class Stub:
     Metrics: Callable[..., Any]
 
     def __init__(self, channel: Any) -> None:
-        for name, request, response, client_streams, server_streams in _methods():
+        for name, request, response, client_streams, server_streams in _methods(SERVICE):
             kind = ("stream" if client_streams else "unary") + "_" + ("stream" if server_streams else "unary")
             call = getattr(channel, kind)(
                 f"/{SERVICE}/{name}",
@@ -73,10 +72,10 @@ class Stub:
             setattr(self, name, call)
 
 
-def handlers(servicer: object) -> grpc.GenericRpcHandler:
+def handlers(servicer: object, service: str = SERVICE) -> grpc.GenericRpcHandler:
     """gRPC handlers that call the methods of `servicer` by the service's names."""
     table = {}
-    for name, request, response, client_streams, server_streams in _methods():
+    for name, request, response, client_streams, server_streams in _methods(service):
         kind = ("stream" if client_streams else "unary") + "_" + ("stream" if server_streams else "unary")
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         table[name] = make(
@@ -84,4 +83,4 @@ def handlers(servicer: object) -> grpc.GenericRpcHandler:
             request_deserializer=request.FromString,
             response_serializer=response.SerializeToString,
         )
-    return grpc.method_handlers_generic_handler(SERVICE, table)
+    return grpc.method_handlers_generic_handler(service, table)
