@@ -263,6 +263,13 @@ def doctor(place: Place, *flags: str, shell: str = "", **environment: str) -> di
     return {check["name"]: Check(**check) for check in json.loads(done.stdout)}
 
 
+def test_protobuf_in_pure_python(place: Place) -> None:
+    """Everything works, so it is a warning."""
+    name = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+    check = doctor(place, **{name: "python"})["protobuf"]
+    assert (check.level, check.mend) == (WARN, f"unset {name}")
+
+
 def test_limits_and_variables_and_a_port_that_is_taken(place: Place) -> None:
     device_paths("cpu", place.settings)
     with socket.create_server(("127.0.0.1", 0)) as taken:

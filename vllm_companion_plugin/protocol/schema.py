@@ -28,25 +28,37 @@ HEALTH = "grpc.health.v1.Health"
 
 
 def message_class(name: str) -> Any:
-    """The class of message `name`, e.g. "vllm_companion.v1.AttachRequest"."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
+    """The class of message `name`, e.g. "vllm_companion.v1.AttachRequest", with those of the messages inside it."""
+    descriptor = _POOL.FindMessageTypeByName(name)
+    made: Any = message_factory.GetMessageClass(descriptor)
+    for inner in descriptor.nested_types:  # protobuf's pure Python leaves them out
+        if not hasattr(made, inner.name):
+            setattr(made, inner.name, message_factory.GetMessageClass(inner))
+    return made
 
 
 def _methods(service: str) -> list[tuple[str, Any, Any, bool, bool]]:
-    found = []
-    for method in _POOL.FindServiceByName(service).methods:
-        proto = descriptor_pb2.MethodDescriptorProto()
-        method.CopyToProto(proto)
-        found.append(
-            (
-                method.name,
-                message_factory.GetMessageClass(method.input_type),
-                message_factory.GetMessageClass(method.output_type),
-                proto.client_streaming,
-                proto.server_streaming,
-            )
+    """Name, request, response, and whether client and server stream, of each method.
+
+    Read from the files, because the descriptors that protobuf's pure Python makes of a service cannot be copied.
+    """
+    methods = [
+        method
+        for file in _FILES.file
+        for one in file.service
+        if f"{file.package}.{one.name}" == service
+        for method in one.method
+    ]
+    return [
+        (
+            method.name,
+            message_class(method.input_type.lstrip(".")),
+            message_class(method.output_type.lstrip(".")),
+            method.client_streaming,
+            method.server_streaming,
         )
-    return found
+        for method in methods
+    ]
 
 
 class Stub:
