@@ -309,7 +309,7 @@ def _decide_target(
 ) -> Decision:
     path = _checkpoint(vllm_config, model_config, settings)
     content = checkpoint.identity(path) if path else {}
-    wanted = key.compute(vllm_config, model_config, device, settings.source_format, path, content)
+    wanted = key.compute(vllm_config, model_config, device, compat.source_text(settings), path, content)
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, path, settings, wait_for_turn=wait_for_turn)
@@ -327,7 +327,7 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     fields, target_key = _drafts[id(draft)]
     path = _checkpoint(vllm_config, draft, settings)
     content = checkpoint.identity(path) if path else {}
-    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, path, content)
+    wanted = key.compute_draft(fields, draft, target_key, compat.source_text(settings), path, content)
     device = compat.engine_device(vllm_config, settings.arena)
     return _obtain(vllm_config, device, wanted, path, settings, may_load=may_load)
 
@@ -445,6 +445,8 @@ def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:
     if settings.source_format in _WITHOUT_CHECKPOINT:
         return None
+    if reason := compat.elsewhere_reason(model_config, settings):
+        raise NotShareableError(reason)
     load_config = vllm_config.load_config
     source = compat.source_loader(load_config, settings.source_format)
     return checkpoint.ensure_downloaded(source, model_config, load_config)
