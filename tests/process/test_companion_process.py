@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -338,6 +339,47 @@ def test_a_directory_that_others_can_reach_is_refused_with_the_command_that_mend
     _root(place).mkdir(0o755)
     with pytest.raises(RuntimeDirError, match="chmod 0700"):
         connect("cpu", place.settings, spawn=True)
+
+
+class TestWhatIsNotOurs:
+    """No message proposes to change a directory that others may use."""
+
+    @pytest.mark.parametrize("path", [tempfile.gettempdir(), "/", "/usr", "/proc/self", "/var/tmp", "/dev/shm"])
+    def test_of_the_system(self, place: Place, path: str) -> None:
+        self.refused(place, path)
+
+    @pytest.mark.parametrize("kind", ["full", "sticky", "link", "file"])
+    def test_of_somebody(self, place: Place, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "d"
+        if kind == "link":
+            path.symlink_to(tmp_path)
+        elif kind == "file":
+            path.write_text("")
+        else:
+            path.mkdir()
+            path.chmod(0o1777 if kind == "sticky" else 0o755)
+        if kind == "full":
+            (path / "cpu").mkdir()
+            (path / "thesis.tex").touch()
+        self.refused(place, str(path))
+
+    @staticmethod
+    def refused(place: Place, path: str) -> None:
+        with pytest.raises(RuntimeDirError, match="Set COMPANION_RUNTIME_DIR to ") as caught:
+            device_paths("cpu", replace(place.settings, runtime_dir=path))
+        assert not re.search(r"\b(chmod|rm|mv)\b", str(caught.value))
+
+    def test_ours(self, place: Place) -> None:
+        """What only companions use can be mended by a command, a device's directory by its name."""
+        root = Path(place.paths.directory).parent
+        root.chmod(0o755)
+        with pytest.raises(RuntimeDirError, match=f"Mend it: chmod 0700 {root}$"):
+            device_paths("cpu", place.settings)
+        root.chmod(0o700)
+        (root / "cpu").rename(root / "GPU-00000000-0000-0000-0000-000000000000")
+        (root / "cpu").symlink_to("/tmp")
+        with pytest.raises(RuntimeDirError, match=f"Mend it: rm {root}/cpu$"):
+            device_paths("cpu", place.settings)
 
 
 def test_a_symbolic_link_is_refused(place: Place, tmp_path: Path) -> None:
