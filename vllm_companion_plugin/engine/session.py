@@ -36,6 +36,7 @@ from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.logs import PrintableLines
 from vllm_companion_plugin.module_tree import checksum
 from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
@@ -44,6 +45,7 @@ from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryState, LoaderInfo, Manifest, Progress, Report
 
 logger = init_logger("vllm.companion")
+logger.addFilter(PrintableLines())
 
 # Source formats that read no checkpoint.
 _WITHOUT_CHECKPOINT = ("dummy",)

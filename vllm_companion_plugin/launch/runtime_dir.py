@@ -252,7 +252,7 @@ def replace_file(path: str, text: str) -> None:
     """Write a file of the runtime directory; a reader sees the old text or the new one. Raises `OSError`."""
     fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
     try:
-        with open(fd, "w", encoding="utf-8") as file:
+        with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError:
