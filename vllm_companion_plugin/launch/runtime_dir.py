@@ -138,12 +138,14 @@ def _check_not_replaceable(path: str) -> None:
             f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it. "
             "Set COMPANION_RUNTIME_DIR to a directory elsewhere."
         )
-    # A group with the number of its user is the user's own, by the custom of most distributions.
-    others = 0o002 if 0 < os.getuid() == info.st_uid == info.st_gid else 0o022
+    # A group with our number is our own, by the custom of most distributions, and of OpenShift, which gives it to
+    # the volumes of a project as fsGroup.
+    others = 0o002 if 0 < os.getuid() == info.st_gid and info.st_uid in (0, os.getuid()) else 0o022
     if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
         raise RuntimeDirError(
             f"{path}, above the runtime directory, has mode {stat.S_IMODE(info.st_mode):04o}, so others could replace "
-            "what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere."
+            "what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere; in a pod, to one of an emptyDir with "
+            "`medium: Memory`, which is sticky."
         )
 
 
