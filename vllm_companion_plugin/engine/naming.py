@@ -17,7 +17,7 @@ LOAD_FORMAT = "companion"
 
 @contextmanager
 def named_as_source(load_config: Any) -> Iterator[None]:
-    """While open, a load config of ours names the format that reads the checkpoint.
+    """While open, a load config of ours is that of the format that reads the checkpoint, with its options.
 
     A format that vLLM has put in its place by then is the source format from now on.
 
@@ -27,12 +27,13 @@ def named_as_source(load_config: Any) -> Iterator[None]:
     if getattr(load_config, "load_format", None) != LOAD_FORMAT:
         yield
         return
-    source = resolve_extra_config(load_config.model_loader_extra_config).source_format
-    load_config.load_format = source
+    extra = load_config.model_loader_extra_config
+    settings = resolve_extra_config(extra)
+    load_config.load_format = settings.source_format
+    load_config.model_loader_extra_config = settings.source_extra_config
     try:
         yield
     finally:
-        used, load_config.load_format = load_config.load_format, LOAD_FORMAT
-        if used != source:
-            extra = {**(load_config.model_loader_extra_config or {}), "source_format": used}
-            load_config.model_loader_extra_config = extra
+        used = load_config.load_format
+        changed = {"source_format": used} if used != settings.source_format else {}
+        load_config.load_format, load_config.model_loader_extra_config = LOAD_FORMAT, {**(extra or {}), **changed}
