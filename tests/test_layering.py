@@ -34,7 +34,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "keeper": (BASE | {"settings", "arena", "launch"}, set()),
     "companion": (
         BASE | {"settings", "protocol", "launch", "companion"},
-        {"grpc", "grpc_health", "google", "filelock"},
+        {"grpc", "google", "filelock"},
     ),
     "publication": (BASE | {"protocol", "launch"}, {"grpc"}),
     "lease": (BASE | {"protocol", "launch", "publication"}, {"grpc"}),

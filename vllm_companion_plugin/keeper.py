@@ -104,7 +104,7 @@ class Keeper:
         try:
             tag_fd = self._new(size_bytes)
         except CompanionError as error:
-            peer.send(FAILED + str(error).encode())
+            peer.send(FAILED + str(error).encode(errors="backslashreplace"))
             return
         try:
             # If it has gone, so has its end of what was allocated.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import sys
 import time
@@ -22,6 +23,24 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """`text` in a line, printable. A space of another kind, as a path may have it, is escaped and not replaced."""
+    return printable(" ".join(re.split("[ \t\r\n]+", text.strip(" \t\r\n"))))
+
+
+def sendable(text: str) -> str:
+    """`text` without what no UTF-8 can carry, such as bytes of a path that are none."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class PrintableLines(logging.Filter):
+    """Lets every line of a message be printable, whatever paths and names are in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+        return True
 
 
 class TextFormatter(logging.Formatter):

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.logs import sendable
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.rpc import CHUNK_BYTES, typed_error
 from vllm_companion_plugin.protocol.schema import Stub
@@ -114,7 +115,7 @@ class Publication:
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
         self.declined = True
-        declined = messages.Failed(code="not_shareable", message=reason)
+        declined = messages.Failed(code="not_shareable", message=sendable(reason))
         self._send(iter([self._begin(), messages.PublishRequest(declined=declined)]), "declining", DECLINE_TIMEOUT_S)
 
     def _begin(self) -> Any:

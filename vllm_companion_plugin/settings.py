@@ -1,20 +1,24 @@
 """The one table of settings. Environment, flags, extra-config keys and docs derive from it.
 
 A value comes from, in this order: the flag or `--model-loader-extra-config` key, the
-environment variable `COMPANION_<NAME>`, the default. No other module reads `COMPANION_*`.
+environment variable `COMPANION_<NAME>` unless it is empty, the default. No other module reads `COMPANION_*`.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_companion_plugin.errors import SettingsError
 
 ENV_PREFIX = "COMPANION_"
+_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 LONGEST_WAIT_S = 30 * 86400.0
 """The operating system cannot wait for ever, and nobody wants to."""
 
@@ -24,11 +28,14 @@ class Setting:
     """One row of the table.
 
     Attributes:
+        type: of its values; `dict` is a JSON object.
         choices: allowed values; empty for any of the type.
         minimum: least allowed number.
         maximum: greatest allowed number.
+        absolute: must be a path that means the same in every process.
         engine: may be given as an extra-config key of `--load-format companion`.
         flag: may be given as a flag of `vllm-companion`.
+        commands_only: only commands that have it as a flag read it, no engine and no companion.
     """
 
     name: str
@@ -38,8 +45,10 @@ class Setting:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    absolute: bool = False
     engine: bool = False
     flag: bool = False
+    commands_only: bool = False
 
     @property
     def env(self) -> str:
@@ -53,13 +62,18 @@ class Setting:
         """`value` as this setting's type, checked. Raises `SettingsError` naming `origin`."""
         parsed = self._convert(value)
         if parsed is None:
-            expected = " | ".join(self.choices) or self.type.__name__
+            expected = " | ".join(self.choices) or ("a JSON object" if self.type is dict else self.type.__name__)
             raise SettingsError(f"{origin}: {value!r} is not valid for {self.name!r}; expected {expected}.")
         if self.minimum is not None and parsed < self.minimum:
             raise SettingsError(f"{origin}: {self.name!r} is {value!r}; the least allowed value is {self.minimum:g}.")
         if self.maximum is not None and parsed > self.maximum:
             raise SettingsError(
                 f"{origin}: {self.name!r} is {value!r}; the greatest allowed value is {self.maximum:g}."
+            )
+        if self.absolute and not os.path.isabs(parsed):
+            raise SettingsError(
+                f"{origin}: {self.name!r} is {value!r}, which is another directory for each process; give a path from "
+                f"the root, e.g. {os.path.abspath(os.path.expanduser(parsed))}"
             )
         return parsed
 
@@ -80,6 +94,8 @@ class Setting:
             except (TypeError, ValueError, OverflowError):
                 return None
             return number if number == number else None  # NaN compares unequal to itself
+        if self.type is dict:
+            return _json_object(value)
         if not isinstance(value, str) or not value or (self.choices and value not in self.choices):
             return None
         return value if _fits_in_environment(value) else None
@@ -93,20 +109,52 @@ def _fits_in_environment(text: str) -> bool:
         return False
 
 
-def _is_ours(path: str) -> bool:
-    """Not another user's, whose environment came with `sudo -E`; what is not there can be made."""
+def _json_object(value: Any) -> dict[str, Any] | None:
+    """`value`, or what its text says, as it is after a way through JSON; None if it is no object."""
     try:
-        return os.stat(path).st_uid == os.getuid()
-    except OSError:
-        return True
+        parsed = json.loads(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def xdg_problem() -> str | None:
+    """Why `XDG_RUNTIME_DIR` names no directory for us; None if it does, or is not set.
+
+    It may be another user's, whose environment came with `sudo -E`, or that of a session which has ended or never
+    began, as in a cron job or a container.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if not base:
+        return None
+    if not os.path.isabs(base):
+        return "is no path from the root"
+    try:
+        owner = os.stat(base).st_uid
+    except OSError as error:
+        return (error.strerror or "cannot be looked at").lower()
+    if owner != os.getuid():
+        return f"belongs to uid {owner}"
+    if not os.path.isdir(base) or not os.access(base, os.W_OK | os.X_OK):
+        return "is no directory that we can write"
+    return None
 
 
 def default_runtime_dir() -> str:
-    """`$XDG_RUNTIME_DIR/vllm-companion`, or a directory per user below the temp directory."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and _is_ours(base):
+    """`$XDG_RUNTIME_DIR/vllm-companion`, or a directory per user below the temp directory.
+
+    Raises:
+        SettingsError: there is no temp directory either.
+    """
+    if (base := os.environ.get("XDG_RUNTIME_DIR")) and xdg_problem() is None:
         return os.path.join(base, "vllm-companion")
-    return os.path.join(tempfile.gettempdir(), f"vllm-companion-{os.getuid()}")
+    try:
+        return os.path.join(tempfile.gettempdir(), f"vllm-companion-{os.getuid()}")
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"There is no place for the runtime directory: {error.strerror}. Set COMPANION_RUNTIME_DIR to a directory "
+            "that you can write."
+        ) from error
 
 
 TABLE: tuple[Setting, ...] = (
@@ -114,8 +162,9 @@ TABLE: tuple[Setting, ...] = (
         "runtime_dir",
         str,
         None,
-        "Directory of sockets, locks and logs: mode 0700, owned by the user. "
-        "Default: $XDG_RUNTIME_DIR/vllm-companion, else vllm-companion-UID in the temp directory.",
+        "Directory of sockets, locks and logs, by its path from the root: mode 0700, owned by the user. Default: "
+        "$XDG_RUNTIME_DIR/vllm-companion if that directory is there, else vllm-companion-UID in the temp directory.",
+        absolute=True,
         engine=True,
         flag=True,
     ),
@@ -153,6 +202,7 @@ TABLE: tuple[Setting, ...] = (
         minimum=0,
         maximum=65535,
         flag=True,
+        commands_only=True,
     ),
     Setting(
         "spawn_timeout_s",
@@ -180,6 +230,14 @@ TABLE: tuple[Setting, ...] = (
         str,
         "auto",
         "vLLM load format that reads the checkpoint when this engine is the one that loads.",
+        engine=True,
+    ),
+    Setting(
+        "source_extra_config",
+        dict,
+        {},
+        "Options of that load format's own loader, as `--model-loader-extra-config` gives them without a companion: a "
+        "JSON object.",
         engine=True,
     ),
     Setting(
@@ -225,6 +283,8 @@ TABLE: tuple[Setting, ...] = (
     ),
 )
 BY_NAME = {setting.name: setting for setting in TABLE}
+EVERYWHERE = frozenset(setting.name for setting in TABLE if not setting.commands_only)
+"""What engines, companions and all commands read."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +299,7 @@ class Settings:
     spawn_timeout_s: float
     wait_timeout_s: float
     source_format: str
+    source_extra_config: dict[str, Any]
     share: str
     arena: str
     verify: str
@@ -249,12 +310,15 @@ class Settings:
 assert [f.name for f in fields(Settings)] == [s.name for s in TABLE]
 
 
-def resolve(given: Mapping[str, Any] | None = None, *, origin: str = "flag") -> Settings:
+def resolve(
+    given: Mapping[str, Any] | None = None, *, origin: str = "flag", reads: Collection[str] = EVERYWHERE
+) -> Settings:
     """Settings from `given` (None values are absent), then environment, then defaults.
 
     Args:
         given: values by name, from flags or extra config.
         origin: where `given` came from, for messages.
+        reads: names of the settings that the caller uses; the variables of all others are not looked at.
 
     Raises:
         SettingsError: an unknown name, or a value that does not fit.
@@ -263,14 +327,20 @@ def resolve(given: Mapping[str, Any] | None = None, *, origin: str = "flag") -> 
     unknown = sorted(map(str, set(present) - set(BY_NAME)))
     if unknown:
         raise SettingsError(f"{origin}: unknown key(s) {', '.join(unknown)}; known keys: {', '.join(BY_NAME)}.")
-    return Settings(**{setting.name: _value(setting, present, origin) for setting in TABLE})
+    return Settings(**{setting.name: _value(setting, present, origin, setting.name in reads) for setting in TABLE})
 
 
-def _value(setting: Setting, given: Mapping[str, Any], origin: str) -> Any:
+def _value(setting: Setting, given: Mapping[str, Any], origin: str, is_read: bool) -> Any:
     if setting.name in given:
         return setting.parse(given[setting.name], origin)
-    if setting.env in os.environ:
-        return setting.parse(os.environ[setting.env], f"environment variable {setting.env}")
+    if is_read and (value := os.environ.get(setting.env)):
+        if _LINK_VALUE.match(value) and setting.type is int:
+            raise SettingsError(
+                f"environment variable {setting.env}: {value!r} is what Kubernetes tells pods of a service of that "
+                "name, not a setting. Set `enableServiceLinks: false` in the pod's spec, or the variable itself; "
+                "empty means the default."
+            )
+        return setting.parse(value, f"environment variable {setting.env}")
     return default_runtime_dir() if setting.name == "runtime_dir" else setting.default
 
 
@@ -294,21 +364,29 @@ def resolve_extra_config(extra: Any) -> Settings:
 
 
 def unknown_variables() -> list[str]:
-    """Variables that look like settings and are none."""
+    """Variables that look like settings and are none, nor what Kubernetes tells of a service."""
     known = {setting.env for setting in TABLE}
-    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    return sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith(ENV_PREFIX)
+        and name not in known
+        and not _LINK_NAME.search(name)
+        and not _LINK_VALUE.match(value)
+    )
 
 
 def to_environment(settings: Settings) -> dict[str, str]:
     """Variables that give a child process the same settings."""
-    return {setting.env: str(getattr(settings, setting.name)) for setting in TABLE}
+    values = ((setting, getattr(settings, setting.name)) for setting in TABLE)
+    return {s.env: json.dumps(value) if s.type is dict else str(value) for s, value in values}
 
 
 def to_markdown() -> str:
     """The table of docs/settings.md."""
     lines = ["| setting | default | environment | extra config | flag | meaning |", "| --- " * 6 + "|"]
     for setting in TABLE:
-        value = str(setting.default).lower() if setting.type is bool else str(setting.default)
+        value = json.dumps(setting.default) if setting.type in (bool, dict) else str(setting.default)
         choices = ", ".join(f"`{choice}`" for choice in setting.choices)
         cells = (
             f"`{setting.name}`",

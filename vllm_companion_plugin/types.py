@@ -6,6 +6,7 @@ know nothing of models; entries know nothing of CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -66,12 +67,21 @@ class LeaseState(Enum):
 def model_name(model: str) -> str:
     """One name for all ways to write a model: the hub id, or the real path of a local one.
 
-    A path into the hub cache is its hub id again: offline, vLLM replaces the one by the other.
+    A path into the hub cache is its hub id again: offline, vLLM replaces the one by the other. What cannot be printed
+    is escaped, so that the name can be shown anywhere, asked for as it was shown, and is the same in every locale.
     """
     path = os.path.abspath(model)
     if snapshot := _HUB_SNAPSHOT.search(path):
-        return snapshot["id"].replace("--", "/", 1)
-    return os.path.realpath(path) if model and os.path.exists(path) else model
+        name = snapshot["id"].replace("--", "/", 1)
+    else:
+        name = os.path.realpath(path) if model and os.path.exists(path) else model
+    with contextlib.suppress(UnicodeEncodeError):  # no name of a file
+        name = os.fsencode(name).decode("utf-8", "surrogateescape")
+    return name if name.isprintable() else "".join(map(_escaped, name))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 CHECKPOINT = "checkpoint"
@@ -120,7 +130,8 @@ class EntryKey:
             return "'fields' or 'files' is no mapping"
         parts = [self.source, *texts.values(), *(part for one in maps for pair in one.items() for part in pair)]
         try:
-            "".join(parts).encode()
+            "".join(parts)
+            "".join(self.fields.values()).encode()
         except (TypeError, UnicodeEncodeError):
             return "it holds something that is no text"
         if not all(map(str.isprintable, self.fields)):

@@ -58,6 +58,33 @@ def client(place: Place) -> CompanionClient:
     return CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
 
 
+PURE_PYTHON = """
+import torch
+from google.protobuf.internal import api_implementation
+from tests.process.publishing import KEY, Small, load
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.settings import resolve
+assert api_implementation.Type() == "python"
+model = Small()
+with connect("cpu", resolve(), spawn=True) as connection:
+    load(connection, model)
+    with CompanionClient("cpu").attach(KEY.model) as weights:
+        assert torch.equal(weights.tensors["embed.weight"], model.embed.weight)
+    assert [entry.key for entry in connection.status().entries] == [KEY]
+    connection.unload(force=True)
+    connection.shutdown()
+print("equal")
+"""
+
+
+def test_pure_python_protobuf(place: Place) -> None:
+    """With the implementation that some users must choose, a companion is started, published to and attached to."""
+    place.environment |= {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    out, error = place.run("-c", PURE_PYTHON).communicate(timeout=60)
+    assert out == "equal\n", error
+
+
 def test_weights_that_are_not_what_was_published_are_refused(place: Place, model: nn.Module) -> None:
     with connect("cpu", place.settings, spawn=False) as connection:
         damage(connection)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.launch.runtime_dir import device_paths
 from vllm_companion_plugin.launch.spawn import ensure_companion, is_listening
 from vllm_companion_plugin.protocol import fd_channel
-from vllm_companion_plugin.types import EntryState
+from vllm_companion_plugin.types import EntryState, model_name
 
 pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
 
@@ -300,6 +301,35 @@ def test_unload_by_model_rank_and_all(place: Place) -> None:
     assert cli(place, "unload", "--all")[:2] == (0, "Nothing was loaded.\n")
     published(place)
     assert cli(place, "unload", "--all")[:2] == (0, "Unloaded test/model (single) from cpu.\n")
+
+
+ODD_NAMES = ["org/模型", "/models/a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c", "/models/\udcff"]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=["not ASCII", "spaces", "not UTF-8"])
+@pytest.mark.parametrize("terminal", [{}, ASCII], ids=["UTF-8", "ASCII"])
+def test_a_terminal_that_cannot_show_a_name(place: Place, name: str, terminal: dict[str, str]) -> None:
+    """It is shown escaped, and can be asked for as it is and as it is shown."""
+    serve(place)
+    place.environment |= terminal
+    with connect("cpu", place.settings, spawn=False) as connection:
+        for number, asked in enumerate((name, model_name(name))):
+            named = replace(KEY, id=f"{number:02x}" * 32, model=model_name(name))
+            outcome = connection.attach(named, may_load=True, client_name="test").wait(5)
+            assert isinstance(outcome, Granted)
+            arena, fds = arena_of(b"weights")
+            outcome.publication.publish(arena, fds, b"manifest", 1)
+            fd_channel.close_all(fds)
+            code, shown, _ = cli(place, "status")
+            assert code == 0
+            assert model_name(name).encode("ascii" if terminal else "utf-8", "backslashreplace").decode() in shown
+            assert all(map(str.isprintable, shown.splitlines()))
+            code, said, error = cli(place, "unload", asked, "--force")
+            assert (code, said.partition(" ")[0]) == (0, "Unloaded"), error
+            code, _, error = cli(place, "unload", asked)
+            assert code == 1
+            assert error.startswith("vllm-companion: error: ")
 
 
 def test_stop_names_who_keeps_serving_and_waits_for_the_end(place: Place) -> None:

@@ -13,14 +13,15 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client import Granted, Ready, connect
@@ -29,6 +30,7 @@ from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirEr
 from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import ensure_companion
 from vllm_companion_plugin.protocol import fd_channel, schema
+from vllm_companion_plugin.protocol.messages import HealthCheckRequest, HealthCheckResponse
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -214,23 +216,48 @@ def test_a_start_that_fails_says_why_with_the_log(place: Place) -> None:
     assert "companion.log" in str(caught.value)
 
 
+def health_calls(channel: grpc.Channel) -> tuple[Any, Any]:
+    """Check and Watch, by the names under which gRPC's own clients know them."""
+    kinds = {"Check": channel.unary_unary, "Watch": channel.unary_stream}
+    check, watch = (
+        call(
+            f"/grpc.health.v1.Health/{name}",
+            request_serializer=HealthCheckRequest.SerializeToString,
+            response_deserializer=HealthCheckResponse.FromString,
+        )
+        for name, call in kinds.items()
+    )
+    return check, watch
+
+
 def test_its_sockets_are_for_the_owner_alone_and_health_is_served(place: Place) -> None:
     place.companion()
     for path in (place.paths.grpc_socket, place.paths.fd_socket):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     with grpc.insecure_channel(f"unix:{place.paths.grpc_socket}") as channel:
-        checks = health_pb2_grpc.HealthStub(channel)
+        check, _ = health_calls(channel)
         for service in ("", schema.SERVICE):
-            answer = checks.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            answer = check(HealthCheckRequest(service=service), timeout=5)
+            assert answer.status == HealthCheckResponse.SERVING
+
+
+def test_health_of_a_service_that_is_not_here(place: Place) -> None:
+    """A check fails with NOT_FOUND and a watch begins with SERVICE_UNKNOWN, as gRPC's protocol wants."""
+    place.companion()
+    with grpc.insecure_channel(f"unix:{place.paths.grpc_socket}") as channel:
+        check, watch = health_calls(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            check(HealthCheckRequest(service="other"), timeout=5)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        assert next(watch(HealthCheckRequest(service="other"), timeout=5)).status == HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def test_health_says_that_it_ends_before_it_ends(place: Place) -> None:
     process = place.companion()
     seen: dict[str, list[int]] = {"": [], schema.SERVICE: []}
     with grpc.insecure_channel(f"unix:{place.paths.grpc_socket}") as channel:
-        checks = health_pb2_grpc.HealthStub(channel)
-        watches = {name: checks.Watch(health_pb2.HealthCheckRequest(service=name), timeout=20) for name in seen}
+        _, watch_health = health_calls(channel)
+        watches = {name: watch_health(HealthCheckRequest(service=name), timeout=20) for name in seen}
         for name, watch in watches.items():
             seen[name].append(next(watch).status)
         process.terminate()
@@ -238,7 +265,7 @@ def test_health_says_that_it_ends_before_it_ends(place: Place) -> None:
             with contextlib.suppress(grpc.RpcError):  # how a stream ends whose server is gone
                 for answer in watch:
                     seen[name].append(answer.status)
-    status = health_pb2.HealthCheckResponse
+    status = HealthCheckResponse
     assert set(map(tuple, seen.values())) == {(status.SERVING, status.NOT_SERVING)}
     assert process.wait(5) == 0
 
@@ -312,6 +339,47 @@ def test_a_directory_that_others_can_reach_is_refused_with_the_command_that_mend
     _root(place).mkdir(0o755)
     with pytest.raises(RuntimeDirError, match="chmod 0700"):
         connect("cpu", place.settings, spawn=True)
+
+
+class TestWhatIsNotOurs:
+    """No message proposes to change a directory that others may use."""
+
+    @pytest.mark.parametrize("path", [tempfile.gettempdir(), "/", "/usr", "/proc/self", "/var/tmp", "/dev/shm"])
+    def test_of_the_system(self, place: Place, path: str) -> None:
+        self.refused(place, path)
+
+    @pytest.mark.parametrize("kind", ["full", "sticky", "link", "file"])
+    def test_of_somebody(self, place: Place, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "d"
+        if kind == "link":
+            path.symlink_to(tmp_path)
+        elif kind == "file":
+            path.write_text("")
+        else:
+            path.mkdir()
+            path.chmod(0o1777 if kind == "sticky" else 0o755)
+        if kind == "full":
+            (path / "cpu").mkdir()
+            (path / "thesis.tex").touch()
+        self.refused(place, str(path))
+
+    @staticmethod
+    def refused(place: Place, path: str) -> None:
+        with pytest.raises(RuntimeDirError, match="Set COMPANION_RUNTIME_DIR to ") as caught:
+            device_paths("cpu", replace(place.settings, runtime_dir=path))
+        assert not re.search(r"\b(chmod|rm|mv)\b", str(caught.value))
+
+    def test_ours(self, place: Place) -> None:
+        """What only companions use can be mended by a command, a device's directory by its name."""
+        root = Path(place.paths.directory).parent
+        root.chmod(0o755)
+        with pytest.raises(RuntimeDirError, match=f"Mend it: chmod 0700 {root}$"):
+            device_paths("cpu", place.settings)
+        root.chmod(0o700)
+        (root / "cpu").rename(root / "GPU-00000000-0000-0000-0000-000000000000")
+        (root / "cpu").symlink_to("/tmp")
+        with pytest.raises(RuntimeDirError, match=f"Mend it: rm {root}/cpu$"):
+            device_paths("cpu", place.settings)
 
 
 def test_a_symbolic_link_is_refused(place: Place, tmp_path: Path) -> None:

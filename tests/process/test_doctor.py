@@ -263,6 +263,25 @@ def doctor(place: Place, *flags: str, shell: str = "", **environment: str) -> di
     return {check["name"]: Check(**check) for check in json.loads(done.stdout)}
 
 
+def test_protobuf_in_pure_python(place: Place) -> None:
+    """Everything works, so it is a warning."""
+    name = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+    check = doctor(place, **{name: "python"})["protobuf"]
+    assert (check.level, check.mend) == (WARN, f"unset {name}")
+
+
+def test_a_runtime_directory_that_is_not_what_was_meant(place: Place) -> None:
+    """A session's directory that is gone is not used; a relative one would be another one for each process."""
+    check = doctor(place, XDG_RUNTIME_DIR="/run/user/none")["XDG_RUNTIME_DIR"]
+    assert (check.level, check.mend) == (WARN, "unset XDG_RUNTIME_DIR")
+    assert "no such file" in check.text
+    relative = doctor(place, "--runtime-dir", "r")["settings"]
+    assert (relative.level, "another directory for each process" in relative.text) == (FAIL, True)
+    linked = doctor(place, COMPANION_METRICS_PORT="tcp://10.0.0.1:9464")["settings"]
+    assert (linked.level, linked.mend) == (FAIL, "unset COMPANION_METRICS_PORT")
+    assert "enableServiceLinks: false" in linked.text
+
+
 def test_limits_and_variables_and_a_port_that_is_taken(place: Place) -> None:
     device_paths("cpu", place.settings)
     with socket.create_server(("127.0.0.1", 0)) as taken:

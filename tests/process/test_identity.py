@@ -34,7 +34,11 @@ from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.launch.runtime_dir import digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
+<<<<<<< HEAD
 from vllm_companion_plugin.types import EntryKey, Stage
+=======
+from vllm_companion_plugin.types import EntryKey, model_name
+>>>>>>> env
 
 WEIGHTS = "model.safetensors"
 
@@ -662,13 +666,23 @@ def test_an_engine_that_writes_to_its_weights_copies_what_is_held_and_publishes_
     loader.close()
 
 
-def test_a_name_that_no_message_can_carry_is_a_reason_to_load_alone(engines: Engines, first: Path) -> None:
-    Path(os.fsdecode(os.fsencode(first) + b"/\xff.safetensors")).write_bytes(b"x")
-    made = config(first)
-    decision = session.decide(made, made.model_config, engines.settings)
-    session.forget(made.model_config)
-    assert isinstance(decision, session.Alone)
-    assert "UnicodeEncodeError" in decision.reason
+ODD = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}模\u202e\n\x1b[2J\udcff\udcfe"
+"""What a path may have: spaces of other kinds, marks, control characters, and bytes that are no UTF-8."""
+
+
+def test_paths_with_any_characters(engines: Engines, first: Path, tmp_path: Path) -> None:
+    """What has such a path is published and attached to, also from a copy, and is shown in a printable way."""
+    odd = Path(shutil.move(first, tmp_path / ODD))
+    (odd / f"{ODD}.safetensors").write_bytes(b"x")
+    engines.load(odd)
+    assert engines.attaches(odd)
+    assert engines.attaches(copy_of(odd, f"{ODD}2"))
+    (entry,) = session._connection("cpu", engines.settings).status().entries
+    assert entry.key.source == str(odd)
+    assert f"{ODD}.safetensors" in entry.key.files
+    assert entry.key.model.isprintable()
+    assert entry.key.model.endswith("\\xa0\\u3000模\\u202e\\n\\x1b[2J\\udcff\\udcfe")
+    assert model_name(entry.key.model) == entry.key.model
 
 
 class TestFilesOfACheckpoint:

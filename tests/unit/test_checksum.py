@@ -151,10 +151,24 @@ def test_nothing_is_compared_if_it_is_off_or_the_algorithm_is_not_known(mode: st
 def test_a_sample_is_a_sixteenth_and_another_one_each_time() -> None:
     count = 160
     info = ArenaInfo("memfd", (count * PIECE_BYTES,), Checksums(ARENA_CHECKSUM, (0,) * count))
-    random.seed(1)
-    samples = [_chosen(info, "sample") for _ in range(200)]
+    samples = [_chosen(info, "sample") for _ in range(400)]
     assert {len(sample) for sample in samples} == {10}
     assert set().union(*samples) == set(range(count))
+
+
+def test_a_sample_is_not_chosen_by_the_seed_of_the_engine() -> None:
+    """vLLM seeds Python's generator with the same number in each engine, and each shall look elsewhere."""
+    info = ArenaInfo("memfd", (1600 * PIECE_BYTES,), Checksums(ARENA_CHECKSUM, (0,) * 1600))
+    samples = []
+    for _ in range(2):
+        random.seed(0)
+        samples.append(_chosen(info, "sample"))
+    assert samples[0] != samples[1]
+    random.seed(0)
+    undisturbed = random.random()
+    random.seed(0)
+    _chosen(info, "sample")
+    assert random.random() == undisturbed
 
 
 def test_an_arena_with_too_few_checksums_is_no_arena() -> None:

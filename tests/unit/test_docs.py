@@ -39,10 +39,10 @@ def test_every_threat_has_a_test() -> None:
     assert [test for _, tests in threats for test in tests if f"def {test}(" not in code] == []
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml"])
+@pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml", "kubernetes-restricted.yaml"])
 def test_manifests_share_the_runtime_directory_and_nothing_else(name: str) -> None:
     (*documents,) = yaml.safe_load_all((DOCS / "deploy" / name).read_text())
-    pods = [x["spec"]["template"]["spec"] for x in documents if "spec" in x]
+    pods = [x["spec"].get("template", x)["spec"] for x in documents if "spec" in x]
     containers: list[dict[str, Any]] = [c for pod in pods for c in pod["containers"]]
     containers += [c for x in documents for c in x.get("services", {}).values()]
     assert len(containers) >= 2

@@ -84,11 +84,28 @@ def check_libraries() -> Iterator[Check]:
             yield Check(
                 distribution, FAIL, f"cannot be imported: {error}", f"pip install --force-reinstall {distribution}"
             )
+    yield from check_protocol()
+
+
+def check_protocol() -> Iterator[Check]:
+    """Whether messages can be made here, of which protobuf has several implementations."""
     try:
-        importlib.import_module("vllm_companion_plugin.protocol.messages")
-        importlib.import_module("grpc_health.v1.health_pb2")
-    except Exception as error:  # protobuf reports a gencode mismatch with several types
-        yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", "pip install --upgrade vllm-companion-plugin")
+        schema = importlib.import_module("vllm_companion_plugin.protocol.schema")
+        messages = importlib.import_module("vllm_companion_plugin.protocol.messages")
+        implementation = importlib.import_module("google.protobuf.internal.api_implementation").Type()
+        with importlib.import_module("grpc").insecure_channel("unix:///nobody") as channel:
+            schema.Stub(channel)
+        begin = messages.PublishRequest(begin=messages.PublishRequest.Begin(lease_token=b"t"))
+        if messages.PublishRequest.FromString(begin.SerializeToString()) != begin:
+            raise ValueError("a message is not what was written")
+    except Exception as error:  # protobuf and gRPC report what does not fit with several types
+        yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", "pip install --upgrade protobuf grpcio")
+        return
+    if implementation == "python":
+        text = "protobuf runs as pure Python here: all works, and manifests of large models take seconds"
+        chosen = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" in os.environ
+        mend = "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" if chosen else "pip install --force-reinstall protobuf"
+        yield Check("protobuf", WARN, text, mend)
 
 
 def check_vllm() -> Iterator[Check]:

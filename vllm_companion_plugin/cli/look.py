@@ -29,6 +29,7 @@ from vllm_companion_plugin.launch.keeper import keeper_pid
 from vllm_companion_plugin.launch.locks import is_locked
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths
 from vllm_companion_plugin.launch.spawn import listener_pid
+from vllm_companion_plugin.logs import one_line
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.types import CompanionStatus
 
@@ -69,7 +70,7 @@ def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]
             try:
                 _act(connection, act)
             except CompanionError as error:
-                print(f"vllm-companion: error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"vllm-companion: error: {one_line(str(error))}", file=sys.stderr)
                 code = 1
     return code
 

@@ -8,22 +8,27 @@ them runs as a process of its own.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from vllm_companion_plugin import __version__
 from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.logs import one_line
 
 _DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU, cpu, or all (default)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal, or a reader, may not know every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(arguments)
     except CompanionError as error:
-        print(f"vllm-companion: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vllm-companion: error: {one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -21,6 +21,7 @@ from vllm_companion_plugin.errors import (
     SettingsError,
 )
 from vllm_companion_plugin.interpreter import raise_file_limit
+from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.settings import Settings, to_environment
 from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
 
@@ -99,7 +100,7 @@ def _environment(named: str | None, devices: list[str], settings: Settings) -> d
 
 def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Signals) -> None:
     """Load `model` as an engine would, in a process of its own, and wait for it."""
-    print(f"Loading {model} ...", flush=True)
+    print(f"Loading {printable(model)} ...", flush=True)
     command = [sys.executable, "-m", "vllm_companion_plugin.engine.warm", model, *flags]
     status = run_to_end(command, environment, signals)
     if status != 0:
@@ -118,7 +119,7 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
         for entry in ready:
             if entry.key in targets or any(entry.key.is_draft_of(target) for target in targets):
                 held += 1
-                what = model if entry.key in targets else entry.key.title
+                what = printable(model) if entry.key in targets else entry.key.title
                 print(
                     f"{device} holds {what} ({entry.key.rank}): {entry.size_bytes / table.GIB:.2f} GiB, "
                     f"{entry.tensor_count} tensors, generation {entry.generation}; stays: {_stay(status)}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_companion_plugin.settings import BY_NAME, TABLE, Settings, resolve
+from vllm_companion_plugin.settings import BY_NAME, EVERYWHERE, TABLE, Settings, resolve
 
 
 def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -19,4 +19,5 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
     """The settings of this command line. Raises `SettingsError`."""
-    return resolve({s.name: getattr(parsed, s.name, None) for s in TABLE if s.flag}, origin="command line")
+    given = {s.name: getattr(parsed, s.name) for s in TABLE if s.flag and hasattr(parsed, s.name)}
+    return resolve(given, origin="command line", reads=EVERYWHERE | given.keys())

@@ -26,7 +26,7 @@ from vllm_companion_plugin.launch.locks import is_locked
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import log_tail
 from vllm_companion_plugin.peer import credentials
-from vllm_companion_plugin.settings import BY_NAME, Settings, unknown_variables
+from vllm_companion_plugin.settings import BY_NAME, Settings, unknown_variables, xdg_problem
 from vllm_companion_plugin.types import CompanionStatus
 
 LASTING_S = 3.0
@@ -273,6 +273,9 @@ def check_metrics(settings: Settings) -> Iterator[Check]:
 
 
 def check_variables() -> Iterator[Check]:
+    if problem := xdg_problem():
+        text = f"{os.environ['XDG_RUNTIME_DIR']} {problem}, and is not used"
+        yield Check("XDG_RUNTIME_DIR", WARN, text, "unset XDG_RUNTIME_DIR")
     for name in unknown_variables():
         near = get_close_matches(name, [setting.env for setting in BY_NAME.values()], 1)
         meant = f"; {near[0]} was meant?" if near else ""

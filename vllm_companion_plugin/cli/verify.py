@@ -22,6 +22,7 @@ from vllm_companion_plugin.cli import look
 from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.table import GIB, columns
 from vllm_companion_plugin.errors import CompanionUnavailableError, SettingsError
+from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
 
 EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
@@ -106,7 +107,7 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
     if parsed.json:
         print(json.dumps(verdict.to_json(), indent=1))
     else:
-        print(text(verdict))
+        print("\n".join(map(printable, text(verdict).split("\n"))))
     return verdict.status
 
 

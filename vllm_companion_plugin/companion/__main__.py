@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         given = {name: getattr(parsed, name) for name in ("runtime_dir", "log_level", "log_format")}
-        settings = resolve(given)
+        settings = resolve(given, reads={*given, "linger_s"})
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             detach(paths.log)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from vllm_companion_plugin import __version__
 from vllm_companion_plugin.companion.fd_server import FdServer
+from vllm_companion_plugin.companion.health import Health
 from vllm_companion_plugin.companion.service import CompanionService
 from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.launch import holders
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8
-HEALTH_S = 0.2
 CHECK_INTERVAL_S = 2.0
 HANDSHAKE_MS = 10_000
 LOOKS, LOOK_S = 10, 0.01
@@ -136,7 +135,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, _on_signal, number, service)
     fd_server = FdServer(paths.fd_socket, redeem=service.redeem, check_deposit=service.check_deposit)
-    server, health_checks = await _start_grpc(paths, service)
+    health = Health(schema.SERVICE)
+    server = await _start_grpc(paths, service, health)
     try:
         fd_server.start()
         logger.info(
@@ -153,8 +153,7 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
     finally:
         # Whatever hangs below, the memory must be freed: the default action of SIGALRM ends us.
         signal.setitimer(signal.ITIMER_REAL, STOP_LIMIT_S)
-        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # a watcher of health that does not read
-            await asyncio.wait_for(health_checks.enter_graceful_shutdown(), HEALTH_S)
+        health.end()
         service.close()
         if not lock.is_reachable():
             # The usual way out would remove the sockets of a companion that has taken our place.
@@ -166,9 +165,7 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         logger.info("Companion of %s (pid %d) has ended; its memory is free.", paths.device, os.getpid())
 
 
-async def _start_grpc(
-    paths: DevicePaths, service: CompanionService
-) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+async def _start_grpc(paths: DevicePaths, service: CompanionService, health: Health) -> grpc.aio.Server:
     # We hold the lock, so a socket file is left over from a killed companion.
     _remove(paths.grpc_socket)
     server = grpc.aio.server(
@@ -180,18 +177,14 @@ async def _start_grpc(
         ],
         maximum_concurrent_rpcs=MAX_RPCS,
     )
-    server.add_generic_rpc_handlers((schema.handlers(service),))
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    for name in ("", schema.SERVICE):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    server.add_generic_rpc_handlers((schema.handlers(service), schema.handlers(health, schema.HEALTH)))
     try:
         server.add_insecure_port(address(paths.grpc_socket))
         await server.start()
         os.chmod(paths.grpc_socket, 0o600)
     except (OSError, RuntimeError) as error:
         raise CompanionUnavailableError(f"Cannot listen at {paths.grpc_socket}: {error}.") from error
-    return server, checks
+    return server
 
 
 def _remove(path: str) -> None:

@@ -55,7 +55,7 @@ from vllm_companion_plugin.errors import (
     ProtocolMismatchError,
     TicketError,
 )
-from vllm_companion_plugin.logs import printable
+from vllm_companion_plugin.logs import printable, sendable
 from vllm_companion_plugin.protocol import fd_channel, mapping, messages
 from vllm_companion_plugin.protocol.rpc import ERROR_METADATA
 from vllm_companion_plugin.types import MAX_TEXT, PROTOCOL_VERSION, ArenaInfo, CompanionStatus, EntryKey
@@ -466,12 +466,12 @@ def _query(message: Any) -> Query:
 
 
 def _failed(error: CompanionError) -> Any:
-    return messages.AttachEvent(failed=messages.Failed(code=error.code, message=str(error)))
+    return messages.AttachEvent(failed=messages.Failed(code=error.code, message=sendable(str(error))))
 
 
 async def _abort(context: Any, error: CompanionError) -> None:
     await context.abort(
         getattr(grpc.StatusCode, error.grpc_status),
-        str(error)[:MAX_ERROR_TEXT],
+        sendable(str(error)[:MAX_ERROR_TEXT]),
         trailing_metadata=((ERROR_METADATA, error.code),),
     )

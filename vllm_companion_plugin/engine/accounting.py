@@ -66,7 +66,7 @@ def _external_bytes() -> int | None:
     from vllm.config import get_current_vllm_config
 
     from vllm_companion_plugin.engine import session
-    from vllm_companion_plugin.engine.register import LOAD_FORMAT
+    from vllm_companion_plugin.engine.naming import LOAD_FORMAT
     from vllm_companion_plugin.settings import resolve_extra_config
 
     vllm_config = get_current_vllm_config()

@@ -12,6 +12,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin.engine import compat, session
 from vllm_companion_plugin.engine.attach import attach_model
+from vllm_companion_plugin.engine.naming import named_as_source
 from vllm_companion_plugin.engine.publish import load_and_publish
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.holder import Held
@@ -56,7 +57,8 @@ class CompanionModelLoader(BaseModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """The model with its weights: attached, loaded for all, or loaded alone."""
-        model = self._load_model(vllm_config, model_config, prefix)
+        with named_as_source(vllm_config.load_config):
+            model = self._load_model(vllm_config, model_config, prefix)
         if not compat.is_draft(vllm_config, model_config):
             session.set_target(model)
         return model

@@ -12,10 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from vllm_companion_plugin.engine.imports import when_imported
+from vllm_companion_plugin.engine.naming import LOAD_FORMAT, named_as_source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.settings import resolve_extra_config
-
-LOAD_FORMAT = "companion"
 
 logger = logging.getLogger("vllm.companion")
 
@@ -30,7 +29,9 @@ def register() -> None:
     _registered = True
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported("vllm.v1.worker.utils", _register_accounting)
+    when_imported("vllm.engine.arg_utils", _prepare_source)
     when_imported("vllm.engine.arg_utils", _watch_load_format)
+    when_imported("vllm.config.vllm", _name_source)
 
 
 def _register_loader(module: ModuleType) -> None:
@@ -43,6 +44,42 @@ def _register_accounting(module: ModuleType) -> None:
     from vllm_companion_plugin.engine.accounting import install_request_memory
 
     install_request_memory(module)
+
+
+def _name_source(module: ModuleType) -> None:
+    """vLLM's config decides by the name of the load format what it believes of a checkpoint, and where that may be."""
+    inner = module.VllmConfig.__post_init__
+
+    @functools.wraps(inner)
+    def __post_init__(self: Any, *args: Any) -> None:
+        with named_as_source(self.load_config):
+            inner(self, *args)
+
+    module.VllmConfig.__post_init__ = __post_init__
+
+
+def _prepare_source(module: ModuleType) -> None:
+    """vLLM completes the options of some load formats, so it is given those of the one that reads the checkpoint."""
+    inner = module.EngineArgs.create_load_config
+
+    @functools.wraps(inner)
+    def create_load_config(self: Any) -> Any:
+        wanted, extra = self.load_format, self.model_loader_extra_config
+        if str(wanted).lower() != LOAD_FORMAT:
+            return inner(self)
+        settings = resolve_extra_config(extra)
+        self.load_format, self.model_loader_extra_config = settings.source_format, dict(settings.source_extra_config)
+        try:
+            config = inner(self)
+        finally:
+            self.load_format, self.model_loader_extra_config = wanted, extra
+        if config.load_format == settings.source_format:  # else vLLM insists on another one
+            completed = config.model_loader_extra_config
+            changed = {"source_extra_config": completed} if completed != settings.source_extra_config else {}
+            config.load_format, config.model_loader_extra_config = LOAD_FORMAT, {**(extra or {}), **changed}
+        return config
+
+    module.EngineArgs.create_load_config = create_load_config
 
 
 def _watch_load_format(module: ModuleType) -> None:

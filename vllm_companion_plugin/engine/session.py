@@ -37,6 +37,7 @@ from vllm_companion_plugin.holder import Held, Holder
 from vllm_companion_plugin.launch.election import LoaderElection
 from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.logs import PrintableLines
 from vllm_companion_plugin.module_tree import checksum
 from vllm_companion_plugin.module_tree.views import check_dtypes
 from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
@@ -54,6 +55,7 @@ from vllm_companion_plugin.types import (
 )
 
 logger = init_logger("vllm.companion")
+logger.addFilter(PrintableLines())
 
 # Source formats that read no checkpoint.
 _WITHOUT_CHECKPOINT = ("dummy",)
@@ -330,7 +332,7 @@ def _decide_target(
     wait_for_turn: Callable[[], None],
 ) -> Decision:
     found = _find(vllm_config, model_config, settings)
-    wanted = key.compute(vllm_config, model_config, device, settings.source_format, found.path, found.content)
+    wanted = key.compute(vllm_config, model_config, device, compat.source_text(settings), found.path, found.content)
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
@@ -347,7 +349,7 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = _drafts[id(draft)]
     found = _find(vllm_config, draft, settings)
-    wanted = key.compute_draft(fields, draft, target_key, settings.source_format, found.path, found.content)
+    wanted = key.compute_draft(fields, draft, target_key, compat.source_text(settings), found.path, found.content)
     device = compat.engine_device(vllm_config, settings.arena)
     return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
 
@@ -500,6 +502,8 @@ def _find(vllm_config: Any, model_config: Any, settings: Settings) -> _Found:
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:
     if settings.source_format in _WITHOUT_CHECKPOINT:
         return None
+    if reason := compat.elsewhere_reason(model_config, settings):
+        raise NotShareableError(reason)
     load_config = vllm_config.load_config
     source = compat.source_loader(load_config, settings.source_format)
     return checkpoint.ensure_downloaded(source, model_config, load_config)

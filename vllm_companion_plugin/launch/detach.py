@@ -33,7 +33,7 @@ def report(ready_fd: int | None, text: str) -> None:
     if ready_fd is None:
         return
     try:
-        os.write(ready_fd, text.encode()[:4000])
+        os.write(ready_fd, text.encode(errors="backslashreplace")[:4000])
         os.close(ready_fd)
     except OSError as error:
         print(f"vllm-companion: nobody waits for our start any more ({error}).", file=sys.stderr, flush=True)

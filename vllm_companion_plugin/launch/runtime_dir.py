@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from vllm_companion_plugin.errors import RuntimeDirError
 from vllm_companion_plugin.settings import Settings
 
+_DIGESTS = "digests"
 MAX_SOCKET_PATH = 107
 """Bytes of sockaddr_un.sun_path without its NUL (man 7 unix)."""
 
@@ -109,8 +111,8 @@ def digests_directory(settings: Settings) -> str:
     """Where digests of checkpoint files are kept, made and checked. Raises `RuntimeDirError`."""
     root = _root(settings)
     ensure_private_directory(root)
-    ensure_private_directory(os.path.join(root, "digests"))
-    return os.path.join(root, "digests")
+    ensure_private_directory(os.path.join(root, _DIGESTS))
+    return os.path.join(root, _DIGESTS)
 
 
 def _root(settings: Settings) -> str:
@@ -136,12 +138,14 @@ def _check_not_replaceable(path: str) -> None:
             f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it. "
             "Set COMPANION_RUNTIME_DIR to a directory elsewhere."
         )
-    # A group with the number of its user is the user's own, by the custom of most distributions.
-    others = 0o002 if 0 < os.getuid() == info.st_uid == info.st_gid else 0o022
+    # A group with our number is our own, by the custom of most distributions, and of OpenShift, which gives it to
+    # the volumes of a project as fsGroup.
+    others = 0o002 if 0 < os.getuid() == info.st_gid and info.st_uid in (0, os.getuid()) else 0o022
     if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
         raise RuntimeDirError(
             f"{path}, above the runtime directory, has mode {stat.S_IMODE(info.st_mode):04o}, so others could replace "
-            f"what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere, or mend it: chmod +t {path}"
+            "what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere; in a pod, to one of an emptyDir with "
+            "`medium: Memory`, which is sticky."
         )
 
 
@@ -167,28 +171,60 @@ def check_private_directory(path: str) -> None:
     except OSError as error:
         raise RuntimeDirError(f"Cannot look at the runtime directory {path}: {error.strerror}.") from error
     if stat.S_ISLNK(info.st_mode):
-        raise RuntimeDirError(f"The runtime directory {path} is a symbolic link. Remove it: rm {path}")
+        raise RuntimeDirError(f"The runtime directory {path} is a symbolic link. {_instead(path, 'rm')}")
     if not stat.S_ISDIR(info.st_mode):
-        raise RuntimeDirError(f"The runtime directory {path} is not a directory. Move it away: mv {path} {path}.old")
+        raise RuntimeDirError(f"The runtime directory {path} is not a directory. {_instead(path, 'rm')}")
     if info.st_uid != os.getuid():
         raise RuntimeDirError(
             f"The runtime directory {path} belongs to uid {info.st_uid}, not to uid {os.getuid()}. "
-            f"Set COMPANION_RUNTIME_DIR to another one, or as its owner: rm -r {path}"
+            "Set COMPANION_RUNTIME_DIR to another one."
         )
     mode = stat.S_IMODE(info.st_mode)
     if mode & 0o077:
         raise RuntimeDirError(
-            f"The runtime directory {path} has mode {mode:04o}, so others can reach it. Close it: chmod 0700 {path}"
+            f"The runtime directory {path} has mode {mode:04o}, so others can reach it. {_instead(path, 'chmod 0700')}"
         )
     if mode & 0o700 != 0o700:
         raise RuntimeDirError(
-            f"The runtime directory {path} has mode {mode:04o}; its owner needs all. Open it: chmod 0700 {path}"
+            f"The runtime directory {path} has mode {mode:04o}; its owner needs all. {_instead(path, 'chmod 0700')}"
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise RuntimeDirError(
             f"The runtime directory {path} cannot be written (read-only file system?). "
             "Set COMPANION_RUNTIME_DIR to a directory that you can write."
         )
+
+
+def _instead(path: str, command: str) -> str:
+    """What to do about `path`: the command if it is ours to change, and another directory if it may be anybody's."""
+    if _is_made_by_us(path):
+        return f"Mend it: {command} {shlex.quote(path)}"
+    return "Set COMPANION_RUNTIME_DIR to a directory that is for companions alone; one that is not there is made."
+
+
+def _is_made_by_us(path: str) -> bool:
+    """Whether nothing but a companion can have use for `path`.
+
+    Everything in a runtime directory is ours. Itself it was named by somebody, who may have named a directory that
+    others use: one that holds anything else, is mounted, is directly below the root or is shared (sticky).
+    """
+    if _is_our_name(os.path.basename(path)) and _is_all_ours(os.path.dirname(path)):
+        return True
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode) or info.st_mode & stat.S_ISVTX:
+        return False
+    return not os.path.ismount(path) and os.path.dirname(path) != "/" and _is_all_ours(path)
+
+
+def _is_all_ours(directory: str) -> bool:
+    try:
+        return all(map(_is_our_name, os.listdir(directory)))
+    except OSError:
+        return False
+
+
+def _is_our_name(name: str) -> bool:
+    return name == _DIGESTS or bool(_DEVICE.fullmatch(name.replace("_", "/")))
 
 
 def list_devices(settings: Settings) -> list[str]:
@@ -218,7 +254,7 @@ def replace_file(path: str, text: str) -> None:
     """Write a file of the runtime directory; a reader sees the old text or the new one. Raises `OSError`."""
     fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
     try:
-        with open(fd, "w", encoding="utf-8") as file:
+        with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError:

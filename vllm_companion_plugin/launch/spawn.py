@@ -188,7 +188,7 @@ def _import_roots(more: Sequence[str]) -> list[str]:
     own = {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")}
     own.add(sysconfig.get_path("platlib"))
     roots: list[str] = []
-    for name in ("vllm_companion_plugin", "grpc", "google.protobuf", "grpc_health", "filelock", *more):
+    for name in ("vllm_companion_plugin", "grpc", "google.protobuf", "filelock", *more):
         spec = None
         with contextlib.suppress(ModuleNotFoundError):  # of the parent of a dotted name
             spec = find_spec(name)

@@ -150,7 +150,9 @@ def _chosen(info: ArenaInfo, mode: str) -> list[int]:
     count = len(info.checksums.values)
     if mode == "full":
         return list(range(count))
-    return sorted(random.sample(range(count), min(count, max(SAMPLED_AT_LEAST, count // SAMPLED_SHARE))))
+    # Not the module's generator, which vLLM seeds with the same number in every engine.
+    chosen = random.SystemRandom().sample(range(count), min(count, max(SAMPLED_AT_LEAST, count // SAMPLED_SHARE)))
+    return sorted(chosen)
 
 
 def _has_kernel(device: torch.device) -> bool:

@@ -51,7 +51,7 @@ def batches(fds: Sequence[int]) -> list[Sequence[int]]:
 
 
 def pack_error(error: CompanionError) -> bytes:
-    return (ERROR + error.code.encode() + b"\0" + str(error).encode())[:PACKET_BYTES]
+    return (ERROR + error.code.encode() + b"\0" + str(error).encode(errors="backslashreplace"))[:PACKET_BYTES]
 
 
 def unpack_error(packet: bytes) -> CompanionError:

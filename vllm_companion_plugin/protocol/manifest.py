@@ -127,7 +127,7 @@ def manifest_from_bytes(data: bytes) -> Manifest:
     with collector_paused():
         try:
             message = messages.Manifest.FromString(bytes(data))
-        except DecodeError as error:
+        except (DecodeError, UnicodeDecodeError) as error:  # the second by protobuf in pure Python
             raise ManifestError(f"Manifest of {len(data)} bytes cannot be decoded: {error}.") from error
         try:
             stage = Stage(message.stage)

@@ -6,7 +6,10 @@ Reading is strict where a value decides something (states, kinds, ids) and raise
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -67,6 +70,25 @@ MAX_ARENA_BYTES = 1 << 50
 MAX_WAYS = 100
 MAX_SECONDS = 1e9
 _PAGE_BYTES = 4096
+_UNSENDABLE = re.compile("[\0\ud800-\udfff]")
+_SENT = re.compile("\0([0-9a-f]{4})")
+
+
+def _path_to_text(path: str) -> str:
+    """A path as a text that a message can carry: a byte that is no UTF-8 becomes NUL, which no path has, and digits.
+
+    The same in every locale.
+    """
+    with contextlib.suppress(UnicodeEncodeError):  # no name of a file
+        path = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return _UNSENDABLE.sub(lambda match: f"\0{ord(match[0]):04x}", path)
+
+
+def _path_from_text(text: str) -> str:
+    path = _SENT.sub(lambda match: chr(int(match[1], 16)), text)
+    with contextlib.suppress(UnicodeEncodeError):
+        path = os.fsdecode(path.encode("utf-8", "surrogateescape"))
+    return path
 
 
 def key_to_message(key: EntryKey) -> Any:
@@ -76,8 +98,8 @@ def key_to_message(key: EntryKey) -> Any:
         role=key.role,
         rank=key.rank,
         fields=dict(key.fields),
-        source=key.source,
-        files=dict(key.files),
+        source=_path_to_text(key.source),
+        files={_path_to_text(name): identity for name, identity in key.files.items()},
     )
 
 
@@ -89,8 +111,8 @@ def key_from_message(message: Any) -> EntryKey:
         role=message.role,
         rank=message.rank,
         fields=dict(message.fields),
-        source=message.source,
-        files=dict(message.files),
+        source=_path_from_text(message.source),
+        files={_path_from_text(name): identity for name, identity in message.files.items()},
     )
     if problem := key.problem():
         raise BadRequestError(f"Entry key: {problem}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from urllib.parse import quote
 
@@ -26,7 +27,7 @@ ERROR_METADATA = "companion-error-code"
 
 def address(socket_path: str) -> str:
     """What gRPC calls a Unix socket. It reads a URI, in which some characters of a path mean something."""
-    return f"unix:{quote(socket_path)}"
+    return f"unix:{quote(os.fsencode(socket_path))}"
 
 
 def open_channel(socket_path: str) -> grpc.Channel:

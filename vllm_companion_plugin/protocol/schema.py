@@ -23,31 +23,42 @@ _POOL = descriptor_pool.DescriptorPool()
 for _file in _FILES.file:
     _POOL.AddSerializedFile(_file.SerializeToString())
 
-PACKAGE = "vllm_companion.v1"
-SERVICE = f"{PACKAGE}.Companion"
+SERVICE = "vllm_companion.v1.Companion"
+HEALTH = "grpc.health.v1.Health"
 
 
 def message_class(name: str) -> Any:
-    """The class of message `name`, e.g. "AttachRequest" or "PublishRequest.Begin"."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+    """The class of message `name`, e.g. "vllm_companion.v1.AttachRequest", with those of the messages inside it."""
+    descriptor = _POOL.FindMessageTypeByName(name)
+    made: Any = message_factory.GetMessageClass(descriptor)
+    for inner in descriptor.nested_types:  # protobuf's pure Python leaves them out
+        if not hasattr(made, inner.name):
+            setattr(made, inner.name, message_factory.GetMessageClass(inner))
+    return made
 
 
-def _methods() -> list[tuple[str, Any, Any, bool, bool]]:
-    service = _POOL.FindServiceByName(SERVICE)
-    found = []
-    for method in service.methods:
-        proto = descriptor_pb2.MethodDescriptorProto()
-        method.CopyToProto(proto)
-        found.append(
-            (
-                method.name,
-                message_factory.GetMessageClass(method.input_type),
-                message_factory.GetMessageClass(method.output_type),
-                proto.client_streaming,
-                proto.server_streaming,
-            )
+def _methods(service: str) -> list[tuple[str, Any, Any, bool, bool]]:
+    """Name, request, response, and whether client and server stream, of each method.
+
+    Read from the files, because the descriptors that protobuf's pure Python makes of a service cannot be copied.
+    """
+    methods = [
+        method
+        for file in _FILES.file
+        for one in file.service
+        if f"{file.package}.{one.name}" == service
+        for method in one.method
+    ]
+    return [
+        (
+            method.name,
+            message_class(method.input_type.lstrip(".")),
+            message_class(method.output_type.lstrip(".")),
+            method.client_streaming,
+            method.server_streaming,
         )
-    return found
+        for method in methods
+    ]
 
 
 class Stub:
@@ -63,7 +74,7 @@ class Stub:
     Metrics: Callable[..., Any]
 
     def __init__(self, channel: Any) -> None:
-        for name, request, response, client_streams, server_streams in _methods():
+        for name, request, response, client_streams, server_streams in _methods(SERVICE):
             kind = ("stream" if client_streams else "unary") + "_" + ("stream" if server_streams else "unary")
             call = getattr(channel, kind)(
                 f"/{SERVICE}/{name}",
@@ -73,10 +84,10 @@ class Stub:
             setattr(self, name, call)
 
 
-def handlers(servicer: object) -> grpc.GenericRpcHandler:
+def handlers(servicer: object, service: str = SERVICE) -> grpc.GenericRpcHandler:
     """gRPC handlers that call the methods of `servicer` by the service's names."""
     table = {}
-    for name, request, response, client_streams, server_streams in _methods():
+    for name, request, response, client_streams, server_streams in _methods(service):
         kind = ("stream" if client_streams else "unary") + "_" + ("stream" if server_streams else "unary")
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         table[name] = make(
@@ -84,4 +95,4 @@ def handlers(servicer: object) -> grpc.GenericRpcHandler:
             request_deserializer=request.FromString,
             response_serializer=response.SerializeToString,
         )
-    return grpc.method_handlers_generic_handler(SERVICE, table)
+    return grpc.method_handlers_generic_handler(service, table)
