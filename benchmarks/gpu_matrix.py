@@ -79,7 +79,7 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
         why = reason(log.read_text())
         return row | {"verdict": "vLLM refuses" if "loads normally" in why else "failed", "reason": why}
     verdict = json.loads(done.stdout)
-    found = [line for rank in verdict["ranks"] for line in rank["tensor_differences"] + rank["tree_differences"]]
+    found = [line for rank in verdict["ranks"] for line in rank["byte_differences"] + rank["attribute_differences"]]
     reasons = [text for rank in verdict["ranks"] for text in rank["reasons"]]
     rank = verdict["ranks"][0]
     drafts = [r for r in verdict["ranks"] if r["rank"].endswith(" draft")]
