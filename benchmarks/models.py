@@ -47,6 +47,10 @@ class Case:
     kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
     on_cpu: bool = False
     gpus: int = 1
+    cpu_flags: dict[str, object] = field(default_factory=dict)
+    publisher_flags: dict[str, object] = field(default_factory=dict)
+    """What the engine that publishes has differently, on CPU."""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {}
@@ -73,7 +77,15 @@ add("nemotron-h", nemotron_h, on_cpu=True)
 add("hybrid", granite_hybrid, on_cpu=True)
 add("gemma3", gemma3, on_cpu=True)
 reads: dict[str, object] = {"skip_tokenizer_init": False}
-add("bert", bert, flags=reads | {"runner": "pooling"}, kind="pooling", on_cpu=True)
+# Encoders read a prompt at once.
+add(
+    "bert",
+    bert,
+    flags=reads | {"runner": "pooling"},
+    kind="pooling",
+    on_cpu=True,
+    cpu_flags={"max_num_batched_tokens": 256},
+)
 add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
 # Its processor needs torchvision.
 add("qwen2.5-vl", qwen25_vl, flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}}, kind="multimodal")
