@@ -12,6 +12,7 @@ DIR/cpu-<vllm version>.json and .md; exits with 1 unless every row is equal.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,10 +94,8 @@ def fork(work: Callable[[], object], log: Path, environment: dict[str, str] | No
             raise Ended(f"not over after {TIMEOUT_S:g} s")
     finally:
         os.close(watched)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # it, or what it left
-        except ProcessLookupError:
-            pass
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status < 0:
         raise Ended(f"died by {signal.Signals(-status).name}")
@@ -120,33 +120,33 @@ def row_of(name: str, root: Path, out: Path) -> dict[str, Any]:
     settings = resolve({"runtime_dir": str(directory / "r")})
     environment = {"COMPANION_RUNTIME_DIR": str(directory / "r"), "COMPANION_LINGER_S": "60"} | case.environment
     reports: dict[str, dict[str, Any]] = {}
-    step = "making the checkpoint"
     try:
         fork(lambda: models.make(name, path, tiny=True), log)
-        for engine, step in ENGINES.items():
-            fork(lambda engine=engine: start(case, path, engine, directory / engine), log, environment)  # type: ignore[misc]
+        for engine in ENGINES:
+            fork(partial(start, case, path, engine, directory / engine), log, environment)
             reports[engine] = json.loads((directory / engine).read_text())
     except Ended as error:
-        refused = step == ENGINES["reference"]
-        return row | {"verdict": "vLLM refuses" if refused else "dies", "reason": f"the engine that {step}: {error}"}
+        what = next(words for engine, words in ENGINES.items() if engine not in reports)
+        verdict = "dies" if reports else "vLLM refuses"
+        return row | {"verdict": verdict, "reason": f"the engine that {what}: {error}"}
     finally:
         fork(lambda: look.stop_all(settings), out / "stop.log")
         shutil.rmtree(directory, ignore_errors=True)
-    verdict = judge(name, reports)
-    found = [line for rank in verdict.ranks for line in rank.byte_differences + rank.attribute_differences]
-    rank = verdict.ranks[0]
+    judged = judge(name, reports)
+    found = [line for rank in judged.ranks for line in rank.byte_differences + rank.attribute_differences]
+    rank = judged.ranks[0]
     return row | {
-        "verdict": verdict.to_json()["verdict"],
+        "verdict": judged.to_json()["verdict"],
         "seconds": round(time.monotonic() - started, 1),
         "ranks": 1,
         "GiB": round(rank.size_bytes / 2**30, 4),
         "tensors": rank.tensors,
         "attach_s": round(rank.seconds, 3),
         "ways": rank.ways,
-        "draft": ", ".join(r.attached for r in verdict.ranks[1:]),
-        "answers": verdict.answers,
+        "draft": ", ".join(r.attached for r in judged.ranks[1:]),
+        "answers": judged.answers,
         "differences": found,
-        "reason": "; ".join(dict.fromkeys(text for rank in verdict.ranks for text in rank.reasons)),
+        "reason": "; ".join(dict.fromkeys(text for rank in judged.ranks for text in rank.reasons)),
     }
 
 
@@ -154,6 +154,7 @@ def start(case: models.Case, path: Path, engine: str, out: Path) -> None:
     """One engine of a case, in this process."""
     from vllm_companion_plugin.engine import verify
 
+    sys.path[:0] = case.environment.get("PYTHONPATH", "").split(":")
     options = COMMON | case.flags | case.cpu_flags
     if engine == "published":
         options |= case.publisher_flags
@@ -222,6 +223,7 @@ def ready() -> None:
 
     gc.collect()
     gc.freeze()  # vLLM collects eight times in each engine
+
 
 if __name__ == "__main__":
     main()

@@ -21,16 +21,21 @@ from benchmarks.architectures import (
     gpt_oss,
     granite_hybrid,
     idefics3,
+    jina_v5,
     llama,
     llama_drafted,
+    llama_lora,
+    llama_plugin,
     mamba2,
     mimo,
     mixtral,
     nemotron_h,
     phi3,
     qwen3,
+    qwen3_dense,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl,
     qwen25_vl,
     whisper,
 )
@@ -87,7 +92,49 @@ add(
     cpu_flags={"max_num_batched_tokens": 256},
 )
 add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
-# Its processor needs torchvision.
+pools: dict[str, object] = reads | {"runner": "pooling"}
+add("dense", qwen3_dense, flags={"runner": "pooling"}, kind="pooling", on_cpu=True)
+add(
+    "embedding-gemma",
+    gemma3,
+    options={"embeds": True},
+    flags=pools,
+    kind="pooling",
+    on_cpu=True,
+    cpu_flags={"max_num_batched_tokens": 256},
+)
+add("jina-v5", jina_v5, flags=pools, kind="pooling", on_cpu=True)
+score = {
+    "architectures": ["Qwen3ForSequenceClassification"],
+    "classifier_from_token": ["no", "yes"],
+    "is_original_qwen3_reranker": True,
+}
+add(
+    "reranker",
+    qwen3,
+    options={"words": ("no", "yes")},
+    flags=pools | {"hf_overrides": score},
+    kind="pooling",
+    on_cpu=True,
+)
+for behaviour in ("Plain", "Tree", "Values"):
+    add(
+        f"plugin-{behaviour.lower()}",
+        llama_plugin,
+        options={"kind": behaviour},
+        on_cpu=True,
+        environment={"PYTHONPATH": str(Path(__file__).with_name("plugin_model"))},
+    )
+# The processors of these need torchvision.
+add(
+    "qwen3-vl",
+    qwen3_vl,
+    flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}},
+    kind="multimodal",
+    on_cpu=True,
+    # A buffer of 4 MiB.
+    cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 2048},
+)
 add("qwen2.5-vl", qwen25_vl, flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}}, kind="multimodal")
 add(
     "whisper",
@@ -97,7 +144,23 @@ add(
     on_cpu=True,
 )
 
-add("llama-lora", llama, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
+# What else an engine may have: limits follow from flags, and are not the model.
+add(
+    "qwen3-moe-limits",
+    qwen3_moe,
+    on_cpu=True,
+    publisher_flags={"max_num_batched_tokens": 512, "max_model_len": 512, "max_num_seqs": 16},
+)
+add(
+    "qwen3-vl-limits",
+    qwen3_vl,
+    flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}},
+    kind="multimodal",
+    on_cpu=True,
+    cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 1024},
+    publisher_flags={"max_model_len": 512, "max_num_batched_tokens": 2048},
+)
+add("llama-lora", llama_lora, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})
 add("fp8-kv-checkpoint", llama, options={"quant": "fp8-static", "kv_scales": True}, flags={"kv_cache_dtype": "fp8"})
@@ -109,6 +172,7 @@ for form in QUANTS:
 add("qwen3-moe-fp8-online", qwen3_moe, flags={"quantization": "fp8_per_tensor"})
 for form in ("fp8-block", "awq", "gptq"):
     add(f"qwen3-moe-{form}", qwen3_moe, options={"quant": form})
+add("deepseek-v3.2", deepseek_v3, options={"sparse": True})
 add("deepseek-v3-fp8-block", deepseek_v3, options={"quant": "fp8-block"})
 add("gpt-oss-mxfp4", gpt_oss)
 mtp: dict[str, object] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
