@@ -174,6 +174,7 @@ def qwen3_dense(path: Path, tiny: bool, *, name: str) -> None:
     c, weights = qwen3_config(tiny) | {"architectures": ["Qwen3Model"]}, Weights(name, tiny)
     qwen3_stack(weights, c)
     weights.rename("model.", "")
+    write_tokenizer(path, c["vocab_size"], [])
     hidden = c["hidden_size"]
     write_pooling(path, name, hidden, [(3 * hidden // 2, "activation.Tanh"), (48, "linear.Identity")])
     weights.save(path, c)

@@ -23,11 +23,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import models
 from benchmarks.gpu_matrix import flags_of, table
@@ -155,6 +158,7 @@ def start(case: models.Case, path: Path, engine: str, out: Path) -> None:
     from vllm_companion_plugin.engine import verify
 
     sys.path[:0] = case.environment.get("PYTHONPATH", "").split(":")
+    torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
     options = COMMON | case.flags | case.cpu_flags
     if engine == "published":
         options |= case.publisher_flags
@@ -193,22 +197,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "cpu-matrix-models")
     parser.add_argument("--only", nargs="*", choices=sorted(models.CASES), metavar="CASE", help="these cases")
+    parser.add_argument("--stdin", action="store_true", help="cases by name, a line each, as they come")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
     ready()
     rows: list[dict[str, Any]] = []
     version = metadata.version(metadata.packages_distributions()["vllm"][0])
-    for name in args.only or [name for name, case in models.CASES.items() if case.on_cpu]:
+    every = [name for name, case in models.CASES.items() if case.on_cpu or case.only_cpu]
+    for name in map(str.strip, sys.stdin) if args.stdin else args.only or every:
         row = row_of(name, args.models, args.out)
         rows.append(row)
-        shown = {key: value for key, value in row.items() if key in ("case", "verdict", "seconds", "answers", "reason")}
-        print(shown | {"differences": row.get("differences", [])[:3]}, flush=True)
+        print(json.dumps(row), flush=True)
         report = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": rows}
         (args.out / f"cpu-{version}.json").write_text(json.dumps(report, indent=1))
         (args.out / f"cpu-{version}.md").write_text(table(rows))
     gc.unfreeze()  # or what ends with the process is told as leaks
-    print({name: sum(row["verdict"] == name for row in rows) for name in {row["verdict"] for row in rows}})
+    print(json.dumps(Counter(row["verdict"] for row in rows)))
     raise SystemExit(any(row["verdict"] not in ("equal", "vLLM refuses") for row in rows))
 
 

@@ -147,7 +147,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU")
     args = parser.parse_args()
-    cases = args.only or sorted(name for name, case in models.CASES.items() if case.gpus == args.gpus)
+    cases = args.only or sorted(
+        name for name, case in models.CASES.items() if case.gpus == args.gpus and not case.only_cpu
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []

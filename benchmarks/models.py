@@ -40,6 +40,7 @@ from benchmarks.architectures import (
     whisper,
 )
 from benchmarks.checkpoints import QUANTS, Config
+from benchmarks.transformers_models import TABLE, from_transformers
 
 MARKER = ".complete"
 
@@ -51,6 +52,7 @@ class Case:
     flags: dict[str, object] = field(default_factory=dict)
     kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
     on_cpu: bool = False
+    only_cpu: bool = False
     gpus: int = 1
     cpu_flags: dict[str, object] = field(default_factory=dict)
     publisher_flags: dict[str, object] = field(default_factory=dict)
@@ -82,18 +84,11 @@ add("nemotron-h", nemotron_h, on_cpu=True)
 add("hybrid", granite_hybrid, on_cpu=True)
 add("gemma3", gemma3, on_cpu=True)
 reads: dict[str, object] = {"skip_tokenizer_init": False}
-# Encoders read a prompt at once.
-add(
-    "bert",
-    bert,
-    flags=reads | {"runner": "pooling"},
-    kind="pooling",
-    on_cpu=True,
-    cpu_flags={"max_num_batched_tokens": 256},
-)
-add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
+whole: dict[str, object] = {"max_num_batched_tokens": 256}  # encoders and means over all tokens read a prompt at once
 pools: dict[str, object] = reads | {"runner": "pooling"}
-add("dense", qwen3_dense, flags={"runner": "pooling"}, kind="pooling", on_cpu=True)
+add("bert", bert, flags=pools, kind="pooling", on_cpu=True, cpu_flags=whole)
+add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
+add("dense", qwen3_dense, flags=pools, kind="pooling", on_cpu=True, cpu_flags=whole)
 add(
     "embedding-gemma",
     gemma3,
@@ -101,7 +96,7 @@ add(
     flags=pools,
     kind="pooling",
     on_cpu=True,
-    cpu_flags={"max_num_batched_tokens": 256},
+    cpu_flags=whole,
 )
 add("jina-v5", jina_v5, flags=pools, kind="pooling", on_cpu=True)
 score = {
@@ -160,6 +155,13 @@ add(
     cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 1024},
     publisher_flags={"max_model_len": 512, "max_num_batched_tokens": 2048},
 )
+for kind, (_, _, call) in TABLE.items():
+    embeds: dict[str, Any] = {"kind": "pooling", "flags": pools, "cpu_flags": whole}
+    add(kind, from_transformers, options={"kind": kind}, only_cpu=True, **(embeds if call == "AutoModel" else {}))
+
+# As vLLM does it, but for what compiles the graph to machine code, which takes a minute.
+compiles: dict[str, object] = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+add("llama-compiled", llama, only_cpu=True, cpu_flags=compiles, environment={"TORCH_COMPILE_DISABLE": "0"})
 add("llama-lora", llama_lora, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})

@@ -31,8 +31,8 @@ class PlainPluginForCausalLM(LlamaForCausalLM):
 class TreePluginForCausalLM(LlamaForCausalLM):
     """Adds a module and a parameter, removes a buffer and ties two parameters while it loads."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.register_buffer("removed", torch.zeros(4), persistent=False)
         self.temperature: nn.Parameter | None = None
 
@@ -45,7 +45,7 @@ class TreePluginForCausalLM(LlamaForCausalLM):
         self.extra.weight = nn.Parameter(self.lm_head.weight.detach()[:4, :4].clone(), requires_grad=False)
         first.post_attention_layernorm.weight = first.input_layernorm.weight
         del self.removed
-        return found
+        return found | {"temperature", "extra.weight"}
 
     def compute_logits(self, hidden: torch.Tensor, *args: Any) -> torch.Tensor | None:
         logits = super().compute_logits(hidden, *args)
@@ -68,8 +68,8 @@ class Box:
 class ValuesPluginForCausalLM(LlamaForCausalLM):
     """Has values of many kinds, which building makes one way and loading, from the weights, another."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.derive(1.0)
 
     def derive(self, number: float) -> None:
