@@ -131,7 +131,7 @@ def row_of(name: str, root: Path, out: Path) -> dict[str, Any]:
     except Ended as error:
         what = next(words for engine, words in ENGINES.items() if engine not in reports)
         verdict = "dies" if reports else "vLLM refuses"
-        return row | {"verdict": verdict, "reason": f"the engine that {what}: {error}"}
+        return row | {"verdict": verdict, "reason": f"the engine that {what}: {error}", "differences": []}
     finally:
         fork(lambda: look.stop_all(settings), out / "stop.log")
         shutil.rmtree(directory, ignore_errors=True)

@@ -160,7 +160,7 @@ for kind, (_, _, call) in TABLE.items():
     add(kind, from_transformers, options={"kind": kind}, only_cpu=True, **(embeds if call == "AutoModel" else {}))
 
 # As vLLM does it, but for what compiles the graph to machine code, which takes a minute.
-compiles: dict[str, object] = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+compiles: dict[str, object] = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
 add("llama-compiled", llama, only_cpu=True, cpu_flags=compiles, environment={"TORCH_COMPILE_DISABLE": "0"})
 add("llama-lora", llama_lora, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
