@@ -172,16 +172,9 @@ def start(case: models.Case, path: Path, engine: str, out: Path) -> None:
 
 
 def judge(name: str, reports: dict[str, dict[str, Any]]) -> judging.Verdict:
-    """As `verify` does; and who packs its weights as vLLM does must have what a normal engine has, whatever it did.
-
-    A publisher with other flags than the rest is not compared.
-    """
-    case = models.CASES[name]
-    first = reports["attached" if case.publisher_flags else "published"]
-    verdict = judging.judge(name, [], reports["reference"], first, reports["attached"], seconds=0.0)
-    if case.publisher_flags:
-        for rank, worker in zip(verdict.ranks, reports["published"]["workers"], strict=False):
-            rank.loaded = worker["outcomes"][0]["what"]
+    """As `verify` does; and who packs its weights as vLLM does must have what a normal engine has, whatever it did."""
+    engines = (reports[engine] for engine in ("reference", "published", "attached"))
+    verdict = judging.judge(name, [], *engines, seconds=0.0, alike=not models.CASES[name].publisher_flags)
     pairs = zip(reports["reference"]["workers"], reports["packed"]["workers"], strict=True)
     for number, (normal, packed) in enumerate(pairs):
         for role, rank in zip(("target", "draft"), verdict.ranks[number:], strict=False):

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     if made.returncode:
         return row | {"verdict": "not made", "reason": made.stderr.strip().splitlines()[-1]}
     command = [sys.executable, "-m", "vllm_companion_plugin.cli.main", "verify", str(root / name), "--json"]
+    if case.publisher_flags:
+        command += ["--publisher", shlex.join(flags_of(case.publisher_flags, root / name))]
     log = out / f"{name}.log"
     try:
         with log.open("w") as errors:

@@ -56,7 +56,7 @@ class Case:
     gpus: int = 1
     cpu_flags: dict[str, object] = field(default_factory=dict)
     publisher_flags: dict[str, object] = field(default_factory=dict)
-    """What the engine that publishes has differently, on CPU."""
+    """What the engine that publishes has differently."""
     environment: dict[str, str] = field(default_factory=dict)
 
 

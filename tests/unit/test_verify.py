@@ -100,6 +100,18 @@ def test_bytes_and_attributes_are_told_apart() -> None:
     assert table.splitlines()[1].split()[-4:] == ["equal", "1", "differ", "equal"]
 
 
+def test_who_publishes_with_other_flags_is_not_compared() -> None:
+    """Only whoever attached must be equal to a normal engine."""
+    reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
+    for what, report in (("published", published), ("attached", attached)):
+        report["workers"][0]["outcomes"] = [outcome(what)]
+    published["workers"][0]["values"]["a.mode"] = "'y'"
+    published["answers"]["tokens"] = [[1, 3]]
+    assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
+    verdict = verify.judge("m", [], reference, published, attached, seconds=1.0, alike=False)
+    assert (verdict.status, verdict.ranks[0].loaded) == (verify.EQUAL, "published")
+
+
 def test_answers_asked_together_may_differ_in_their_last_bits() -> None:
     verdict = judged(lambda report: report["answers"].update(at_once=[[-0.501]]))
     assert (verdict.status, verdict.answers) == (verify.EQUAL, "equal, at once within 0.001")

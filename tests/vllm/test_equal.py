@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 QUICK = (
     *("llama-lora", "qwen3-vl", "qwen3-moe-limits", "dense", "embedding-gemma", "reranker", "jina-v5"),
-    *("plugin-plain", "plugin-tree", "plugin-values", "mamba", "gemma3n"),
+    *("plugin-plain", "plugin-tree", "plugin-values", "mamba", "gemma3n", "llama-compiled"),
 )
 """These are tried by `make test`; each is a kind of its own."""
 

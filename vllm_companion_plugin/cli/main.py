@@ -97,10 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         "every Python value that the model leads to, and the answers to prompts, short and long, with pictures and "
         "sound where the model takes them, one at a time and several at once. Starts three engines, one after the "
         "other, and a companion of its own. Status 0: equal, 1: different, 3: not shared, with the reason.",
-        usage="vllm-companion verify MODEL [--json] [--adapter DIR] [flags of vLLM]",
+        usage="vllm-companion verify MODEL [--json] [--adapter DIR] [--publisher FLAGS] [flags of vLLM]",
     )
     verify.add_argument("--json", action="store_true")
     verify.add_argument("--adapter", metavar="DIR", help="ask with this LoRA adapter, too; needs --enable-lora")
+    verify.add_argument(
+        "--publisher",
+        metavar="FLAGS",
+        default="",
+        help="the engine that publishes has these flags of vLLM besides: does one without them attach, and equal?",
+    )
     command("metrics", "Serve metrics of all companions for Prometheus, on loopback, until stopped.", "metrics_port")
     doctor = command("doctor", "Check this installation, and say how to mend it.", "metrics_port")
     doctor.add_argument("--json", action="store_true")

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -100,12 +101,13 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
         raise SettingsError("verify: which model? vllm-companion verify MODEL [flags of vLLM]")
     model, flags = rest[0], rest[1:]
     asked = ["--adapter", parsed.adapter] if parsed.adapter else []
+    others = shlex.split(parsed.publisher)
     # A place of its own: what other engines hold must not be what is proved.
     directory = tempfile.mkdtemp(prefix="vcv-")
     settings = resolve({"runtime_dir": f"{directory}/r"})
     try:
         with Signals() as signals:
-            verdict = verify(model, flags, Path(directory), settings, signals, asked)
+            verdict = verify(model, flags, Path(directory), settings, signals, asked, others)
     except Stopped:
         return 130
     finally:
@@ -119,12 +121,19 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
 
 
 def verify(
-    model: str, flags: list[str], directory: Path, settings: Settings, signals: Signals, asked: list[str]
+    model: str,
+    flags: list[str],
+    directory: Path,
+    settings: Settings,
+    signals: Signals,
+    asked: list[str],
+    others: list[str],
 ) -> Verdict:
     """Run the three engines and compare them.
 
     Args:
         asked: flags of `engine.verify`, which say what the engines are asked besides.
+        others: flags that the engine which publishes has besides, and the others have not.
     """
     started = time.monotonic()
     reports = []
@@ -134,6 +143,7 @@ def verify(
         print(f"Engine {number} of 3 {what} ...", file=sys.stderr, flush=True)
         out = directory / f"{number}.json"
         command = [sys.executable, "-m", "vllm_companion_plugin.engine.verify", role, str(out), *asked, model, *flags]
+        command += others if number == 2 else []
         # Standard output is for the verdict alone.
         status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())
         if status != 0 or not out.exists():
@@ -141,7 +151,7 @@ def verify(
                 f"{model}: the engine that {what} ended with status {status}; see its lines above."
             )
         reports.append(json.loads(out.read_text()))
-    return judge(model, flags, *reports, seconds=time.monotonic() - started)
+    return judge(model, flags, *reports, seconds=time.monotonic() - started, alike=not others)
 
 
 def judge(
@@ -152,8 +162,13 @@ def judge(
     attached: dict[str, Any],
     *,
     seconds: float,
+    alike: bool = True,
 ) -> Verdict:
-    """Compare three reports of `engine.verify`. Pure."""
+    """Compare three reports of `engine.verify`. Pure.
+
+    Args:
+        alike: the one that published has the flags of the others; otherwise what it became is not compared.
+    """
     ranks = []
     replicas = len({worker["replica"] for worker in reference["workers"]})
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
@@ -161,12 +176,12 @@ def judge(
         name = bound["rank"] or str(normal["rank"])
         if replicas > 1:
             name = f"replica {normal['replica']}: {name}"
-        ranks.append(_judge_model(name, loaded, bound, normal, first, second))
+        ranks.append(_judge_model(name, loaded, bound, normal, first if alike else second, second))
         if "draft" in normal:
             drafts = _outcome(first, "draft"), _outcome(second, "draft")
-            described = (worker["draft"] for worker in (normal, first, second))
+            described = (worker["draft"] for worker in (normal, first if alike else second, second))
             ranks.append(_judge_model(f"{name} draft", *drafts, *described))
-    answers, same = _compare_answers(reference, published, attached)
+    answers, same = _compare_answers(reference, published if alike else attached, attached)
     return Verdict(model, flags, reference["versions"], ranks, answers, same, seconds)
 
 

@@ -136,7 +136,7 @@ class _Walk:
         if issubclass(type(value), torch.Tensor):
             self._reached.tensors[path] = _describe(value)
         else:
-            self._reached.values[path] = _form(value)
+            self._reached.values[path] = _shortened(_form(value))
         parts = list(_parts(value))
         for way, part, in_tree in parts:
             (self._tree if in_tree else self._others).append(((path + way).removeprefix("."), part))
@@ -184,9 +184,13 @@ def _text(value: Any) -> str | None:
         return f"weak reference to a {name_of(type(value()))}"  # whoever keeps it leads to it
     else:
         return None
-    if len(text) > _LONGEST_TEXT:
-        text = f"{text[:_LONGEST_TEXT]}... sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
-    return text
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    return f"{text[:_LONGEST_TEXT]}... sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def _reason(cls: type) -> str | None:
@@ -220,11 +224,14 @@ def _form(value: Any) -> str:
     if issubclass(cls, (list, tuple)):
         return f"{name} of {len(value)}"
     if issubclass(cls, np.ndarray):
-        plain = value.dtype.hasobject
-        data = "" if plain else f", sha256 {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+        data = (
+            ""
+            if value.dtype.hasobject
+            else f", sha256 {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+        )
         return f"{name} {value.dtype} {value.shape} {value.strides}{data}"
     if issubclass(cls, torch.UntypedStorage):
-        return f"{name} of {value.nbytes()} bytes, sha256 {digest(torch.tensor([], dtype=torch.uint8).set_(value))}"
+        return f"{name} of {value.nbytes()} bytes, sha256 {digest(_bytes_of(value))}"
     if issubclass(cls, torch.Generator):
         return f"{name} on {value.device}, seed {value.initial_seed()}, state {digest(value.get_state())}"
     return name
@@ -398,6 +405,10 @@ def digest(tensor: torch.Tensor) -> str:
     except (RuntimeError, NotImplementedError, TypeError) as error:  # sparse, or a wrapper around others
         return type(error).__name__
     return hashlib.sha256(flat).hexdigest()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
