@@ -63,15 +63,9 @@ LEFT_OUT: Mapping[str, str] = {
     r"\.kv_cache(\[\d+\])?$": "vLLM's cache comes after loading and holds what requests left in it",
     r"\.lora_[ab]_stacked\b": "slots of adapters hold those that requests named",
     r"\.adapter_enabled$": "tells which of these slots are in use",
-    r"\.topk_indices_buffer$": "a work buffer, written before it is read; what is not in use is never initialized",
     r"\.handler_tensor$": "an address, of what a library packed for this process",
 }
 """Paths that are left out, and why."""
-
-NEVER_LOADED: Mapping[tuple[str, str], str] = {
-    ("StageMissingLayer", "module"): "built for its shape alone; nobody fills it, so it holds what memory held before",
-}
-"""Attributes, by class and name, that are left out, and why."""
 
 _PROGRAM = (types.ModuleType, types.CodeType, types.FrameType, types.TracebackType, functools._lru_cache_wrapper)
 _VALUES = (type(None), bool, int, float, complex, str, bytes, bytearray, range)
@@ -308,7 +302,7 @@ def _attributes(value: Any, besides: frozenset[str] = frozenset()) -> Iterator[t
                 except AttributeError:  # empty
                     continue
     for name in sorted(found, key=str):
-        if not _is_compilers(value, str(name)) and (type(value).__name__, name) not in NEVER_LOADED:
+        if not _is_compilers(value, str(name)):
             yield f".{name}", found[name], False
 
 
