@@ -63,6 +63,7 @@ LEFT_OUT: Mapping[str, str] = {
     r"\.kv_cache(\[\d+\])?$": "vLLM's cache comes after loading and holds what requests left in it",
     r"\.lora_[ab]_stacked\b": "slots of adapters hold those that requests named",
     r"\.adapter_enabled$": "tells which of these slots are in use",
+    r"\.topk_indices_buffer$": "a work buffer, written before it is read; what is not in use is never initialized",
     r"\.handler_tensor$": "an address, of what a library packed for this process",
 }
 """Paths that are left out, and why."""
