@@ -31,7 +31,7 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "
 MAMBA = {"mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 OLD = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512, "n_inner": 128}
 
-# Name: (model type, what its config has besides SIZES, how transformers calls the model).
+# Name: (model type, what its config has besides SIZES, None for what it lacks, how transformers calls the model).
 TABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("qwen2", {}, "AutoModelForCausalLM"),
     "gemma": ("gemma", {}, "AutoModelForCausalLM"),
@@ -49,7 +49,11 @@ TABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt-j": ("gptj", OLD | {"rotary_dim": 16}, "AutoModelForCausalLM"),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": True}, "AutoModelForCausalLM"),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 2}, "AutoModelForCausalLM"),
-    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": True}, "AutoModelForCausalLM"),
+    "falcon": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": True, "head_dim": None},
+        "AutoModelForCausalLM",
+    ),
     "cohere": ("cohere", {}, "AutoModelForCausalLM"),
     "cohere2": ("cohere2", {"sliding_window": 32}, "AutoModelForCausalLM"),
     "glm4": ("glm4", {}, "AutoModelForCausalLM"),
@@ -103,7 +107,8 @@ def from_transformers(path: Path, tiny: bool, *, name: str, kind: str) -> None:
     import transformers
 
     model_type, more, call = TABLE[kind]
-    config = transformers.AutoConfig.for_model(model_type, **SIZES | more)
+    options = {key: value for key, value in (SIZES | more).items() if value is not None}
+    config = transformers.AutoConfig.for_model(model_type, **options)
     torch.manual_seed(zlib.crc32(name.encode()))
     model = getattr(transformers, call).from_config(config).to(torch.float32)
     with torch.no_grad():
