@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.checkpoints import QUANTS, Config, Weights, write_json, write_tokenizer
+from benchmarks.checkpoints import QUANTS, Config, Weights, save_adapter, write_json, write_pooling, write_tokenizer
 
 
 def attention(
@@ -148,17 +148,122 @@ def mimo(path: Path, tiny: bool, *, name: str) -> None:
     weights.save(path, c)
 
 
-def qwen3(path: Path, tiny: bool, *, name: str) -> None:
-    c = llama_config(tiny, False) | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "tie_word_embeddings": True,
-    }
-    weights = Weights(name, tiny)
+def qwen3_config(tiny: bool) -> Config:
+    c = llama_config(tiny, False)
+    return c | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
+
+
+def qwen3_stack(weights: Weights, c: Config) -> None:
     llama_stack(weights, c)
     for layer in range(c["num_hidden_layers"]):
         for norm in ("q_norm", "k_norm"):
             weights.norm(f"model.layers.{layer}.self_attn.{norm}", c["head_dim"])
+
+
+def qwen3(path: Path, tiny: bool, *, name: str, words: tuple[str, ...] = ()) -> None:
+    """With `words`, it has a tokenizer that knows them, as a reranker whose score is that of a word needs it."""
+    c, weights = qwen3_config(tiny), Weights(name, tiny)
+    qwen3_stack(weights, c)
+    if words:
+        write_tokenizer(path, c["vocab_size"], list(words))
+    weights.save(path, c)
+
+
+def qwen3_dense(path: Path, tiny: bool, *, name: str) -> None:
+    """A model of sentence-transformers: behind the pooling, two layers with files of their own."""
+    c, weights = qwen3_config(tiny) | {"architectures": ["Qwen3Model"]}, Weights(name, tiny)
+    qwen3_stack(weights, c)
+    weights.rename("model.", "")
+    write_tokenizer(path, c["vocab_size"], [])
+    hidden = c["hidden_size"]
+    write_pooling(path, name, hidden, [(3 * hidden // 2, "activation.Tanh"), (48, "linear.Identity")])
+    weights.save(path, c)
+
+
+def jina_v5(path: Path, tiny: bool, *, name: str) -> None:
+    """An adapter that is merged into the weights while they are loaded; its config decides how strongly."""
+    c, weights = qwen3_config(tiny) | {"architectures": ["JinaEmbeddingsV5Model"]}, Weights(name, tiny)
+    qwen3_stack(weights, c)
+    weights.rename("model.", "")
+    write_tokenizer(path, c["vocab_size"], [])
+    save_adapter(path / "adapters" / "retrieval", c, start="base_model.model.")
+    weights.save(path, c)
+
+
+def qwen3_vl(path: Path, tiny: bool, *, name: str) -> None:
+    """What its vision tower says goes into a work buffer of the language model, from which several layers read."""
+    hidden, heads, inner, layers, levels = (64, 2, 128, 3, [0, 1]) if tiny else (1152, 16, 4304, 4, [0, 1, 2])
+    c = qwen3_config(tiny) | {"model_type": "qwen3_vl_text", "num_hidden_layers": len(levels) + 1}
+    # Wide enough that this buffer would be worth sharing, if it were a weight.
+    c |= {"hidden_size": 256} if tiny else {}
+    head, out = c["head_dim"], c["hidden_size"]
+    sections = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+    c["rope_scaling"] = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True}
+    weights = Weights(name, tiny)
+    qwen3_stack(weights, c)
+    weights.rename("model.", "model.language_model.")
+    weights.normal("model.visual.patch_embed.proj.weight", hidden, 3, 2, 16, 16)
+    weights.normal("model.visual.patch_embed.proj.bias", hidden)
+    weights.normal("model.visual.pos_embed.weight", 256, hidden)
+    for layer in range(layers):
+        prefix = f"model.visual.blocks.{layer}"
+        weights.norm(f"{prefix}.norm1", hidden, bias=True)
+        weights.norm(f"{prefix}.norm2", hidden, bias=True)
+        weights.linear(f"{prefix}.attn.qkv", 3 * hidden, hidden, bias=True)
+        weights.linear(f"{prefix}.attn.proj", hidden, hidden, bias=True)
+        weights.linear(f"{prefix}.mlp.linear_fc1", inner, hidden, bias=True)
+        weights.linear(f"{prefix}.mlp.linear_fc2", hidden, inner, bias=True)
+    mergers = {"merger": hidden} | {f"deepstack_merger_list.{level}": 4 * hidden for level in range(len(levels))}
+    for merger, width in mergers.items():
+        weights.norm(f"model.visual.{merger}.norm", width, bias=True)
+        weights.linear(f"model.visual.{merger}.linear_fc1", 4 * hidden, 4 * hidden, bias=True)
+        weights.linear(f"model.visual.{merger}.linear_fc2", out, 4 * hidden, bias=True)
+    special = ["vision_start", "vision_end", "image_pad", "video_pad"]
+    numbers = write_tokenizer(path, c["vocab_size"], [f"<|{token}|>" for token in special])
+    image: Config = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    image |= {"size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64 if tiny else 512 * 512}}
+    kinds = {"preprocessor": "image_processor_type", "video_preprocessor": "video_processor_type"}
+    for (file, key), kind in zip(kinds.items(), ("Qwen2VLImageProcessorFast", "Qwen3VLVideoProcessor"), strict=True):
+        write_json(path / f"{file}_config.json", {"processor_class": "Qwen3VLProcessor", key: kind, **image})
+    weights.save(
+        path,
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": "qwen3_vl",
+            "vision_start_token_id": numbers["<|vision_start|>"],
+            "vision_end_token_id": numbers["<|vision_end|>"],
+            "image_token_id": numbers["<|image_pad|>"],
+            "video_token_id": numbers["<|video_pad|>"],
+            "tie_word_embeddings": True,
+            "text_config": c,
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "depth": layers,
+                "hidden_size": hidden,
+                "intermediate_size": inner,
+                "num_heads": heads,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": out,
+                "num_position_embeddings": 256,
+                "deepstack_visual_indexes": levels,
+                "in_channels": 3,
+            },
+        },
+    )
+
+
+def llama_lora(path: Path, tiny: bool, *, name: str) -> None:
+    """A Llama, and beside it, in `path`-adapter, an adapter for it."""
+    llama(path, tiny, name=name)
+    save_adapter(Path(f"{path}-adapter"), llama_config(tiny, False))
+
+
+def llama_plugin(path: Path, tiny: bool, *, name: str, kind: str) -> None:
+    """A Llama whose class is one of benchmarks/plugin_model, which no vLLM knows."""
+    c, weights = llama_config(tiny, False) | {"architectures": [f"{kind}PluginForCausalLM"]}, Weights(name, tiny)
+    llama_stack(weights, c)
     weights.save(path, c)
 
 
@@ -348,7 +453,10 @@ def mixtral(path: Path, tiny: bool, *, name: str) -> None:
     )
 
 
-def deepseek_v3(path: Path, tiny: bool, *, name: str, quant: str | None = None, mtp: bool = False) -> None:
+def deepseek_v3(
+    path: Path, tiny: bool, *, name: str, quant: str | None = None, mtp: bool = False, sparse: bool = False
+) -> None:
+    """With `sparse`, an indexer in each layer chooses what is attended to, as in DeepSeek-V3.2."""
     c: Config = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -395,6 +503,9 @@ def deepseek_v3(path: Path, tiny: bool, *, name: str, quant: str | None = None, 
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+    if sparse:
+        c |= {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
+        c |= {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
     weights = Weights(name, tiny, QUANTS[quant] if quant else None)
     hidden, vocab = c["hidden_size"], c["vocab_size"]
     vocabulary(weights, vocab, hidden)
@@ -425,6 +536,11 @@ def deepseek_layer(weights: Weights, name: str, c: Config, *, dense: bool) -> No
     weights.norm(f"{attn}.kv_a_layernorm", c["kv_lora_rank"])
     weights.linear(f"{attn}.kv_b_proj", heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"])
     weights.linear(f"{attn}.o_proj", hidden, heads * c["v_head_dim"])
+    if "index_topk" in c:
+        weights.linear(f"{attn}.indexer.wq_b", c["index_n_heads"] * c["index_head_dim"], c["q_lora_rank"])
+        weights.linear(f"{attn}.indexer.wk", c["index_head_dim"], hidden)
+        weights.norm(f"{attn}.indexer.k_norm", c["index_head_dim"], bias=True)
+        weights.linear(f"{attn}.indexer.weights_proj", c["index_n_heads"], hidden, quantize=False)
     weights.norm(f"{name}.post_attention_layernorm", hidden)
     mlp = f"{name}.mlp"
     if dense:
@@ -620,7 +736,8 @@ def granite_hybrid(path: Path, tiny: bool, *, name: str) -> None:
     )
 
 
-def gemma3(path: Path, tiny: bool, *, name: str) -> None:
+def gemma3(path: Path, tiny: bool, *, name: str, embeds: bool = False) -> None:
+    """With `embeds`, as EmbeddingGemma: attention in both directions, and two layers behind the pooling."""
     if tiny:
         hidden, heads, kv_heads, head, inner, window, vocab = 64, 4, 2, 32, 128, 16, 512
     else:
@@ -638,11 +755,16 @@ def gemma3(path: Path, tiny: bool, *, name: str) -> None:
         weights.norm(f"{prefix}.self_attn.q_norm", head, centre=0.0)
         weights.norm(f"{prefix}.self_attn.k_norm", head, centre=0.0)
         gated(weights, f"{prefix}.mlp", hidden, inner)
+    if embeds:
+        weights.rename("model.", "")
+        write_tokenizer(path, vocab, [])
+        write_pooling(path, name, hidden, [(4 * hidden, "linear.Identity"), (hidden, "linear.Identity")], bias=False)
     weights.save(
         path,
         {
-            "architectures": ["Gemma3ForCausalLM"],
+            "architectures": ["Gemma3TextModel" if embeds else "Gemma3ForCausalLM"],
             "model_type": "gemma3_text",
+            "use_bidirectional_attention": embeds,
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,

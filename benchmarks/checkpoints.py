@@ -119,14 +119,46 @@ def write_tokenizer(path: Path, vocab: int, special: list[str]) -> dict[str, int
     return {token: words.index(token) for token in special}
 
 
-def save_adapter(path: Path, config: Config, rank: int = 8) -> None:
+def write_pooling(path: Path, name: str, hidden: int, dense: list[tuple[int, str]], *, bias: bool = True) -> None:
+    """What sentence-transformers adds to a model: a mean over the tokens, dense layers (width, activation), a norm."""
+    kinds = ["Transformer", "Pooling", *("Dense" for _ in dense), "Normalize"]
+    places = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds) if number)]
+    write_json(
+        path / "modules.json",
+        [
+            {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
+            for number, (place, kind) in enumerate(zip(places, kinds, strict=True))
+        ],
+    )
+    write_json(path / "config_sentence_transformers.json", {"__version__": {"sentence_transformers": "5.0.0"}})
+    write_json(path / "sentence_bert_config.json", {"max_seq_length": 256, "do_lower_case": False})
+    write_json(
+        path / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+    )
+    width = hidden
+    for number, (out, activation) in enumerate(dense):
+        place = path / places[2 + number]
+        weights = Weights(f"{name}-{number}", tiny=True)
+        weights.linear("linear", out, width, bias=bias)
+        config = {"in_features": width, "out_features": out, "bias": bias}
+        write_json(place / "config.json", config | {"activation_function": f"torch.nn.modules.{activation}"})
+        if number % 2:  # as older ones are stored
+            torch.save(weights.tensors, place / "pytorch_model.bin")
+        else:
+            save_file(weights.tensors, place / "model.safetensors")
+        width = out
+
+
+def save_adapter(path: Path, config: Config, rank: int = 8, start: str = "base_model.model.model.") -> None:
     """A random LoRA adapter, as peft writes it, for a Llama with this config: large enough to change what it says."""
     weights = Weights(path.name, tiny=True)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    parts = {"self_attn.q_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    queries = config["num_attention_heads"] * (config.get("head_dim") or hidden // config["num_attention_heads"])
+    parts = {"self_attn.q_proj": (queries, hidden), "mlp.gate_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     for layer in range(config["num_hidden_layers"]):
         for part, (out, width) in parts.items():
-            name = f"base_model.model.model.layers.{layer}.{part}"
+            name = f"{start}layers.{layer}.{part}"
             weights.normal(f"{name}.lora_A.weight", rank, width, std=width**-0.5)
             weights.normal(f"{name}.lora_B.weight", out, rank, std=1.0)
     path.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
     if made.returncode:
         return row | {"verdict": "not made", "reason": made.stderr.strip().splitlines()[-1]}
     command = [sys.executable, "-m", "vllm_companion_plugin.cli.main", "verify", str(root / name), "--json"]
+    if case.publisher_flags:
+        command += ["--publisher", shlex.join(flags_of(case.publisher_flags, root / name))]
     log = out / f"{name}.log"
     try:
         with log.open("w") as errors:
@@ -79,7 +82,7 @@ def verify(name: str, root: Path, out: Path, tiny: bool) -> dict[str, Any]:
         why = reason(log.read_text())
         return row | {"verdict": "vLLM refuses" if "loads normally" in why else "failed", "reason": why}
     verdict = json.loads(done.stdout)
-    found = [line for rank in verdict["ranks"] for line in rank["tensor_differences"] + rank["tree_differences"]]
+    found = [line for rank in verdict["ranks"] for line in rank["byte_differences"] + rank["attribute_differences"]]
     reasons = [text for rank in verdict["ranks"] for text in rank["reasons"]]
     rank = verdict["ranks"][0]
     drafts = [r for r in verdict["ranks"] if r["rank"].endswith(" draft")]
@@ -147,7 +150,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU")
     args = parser.parse_args()
-    cases = args.only or sorted(name for name, case in models.CASES.items() if case.gpus == args.gpus)
+    cases = args.only or sorted(
+        name for name, case in models.CASES.items() if case.gpus == args.gpus and not case.only_cpu
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []

@@ -21,20 +21,26 @@ from benchmarks.architectures import (
     gpt_oss,
     granite_hybrid,
     idefics3,
+    jina_v5,
     llama,
     llama_drafted,
+    llama_lora,
+    llama_plugin,
     mamba2,
     mimo,
     mixtral,
     nemotron_h,
     phi3,
     qwen3,
+    qwen3_dense,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl,
     qwen25_vl,
     whisper,
 )
 from benchmarks.checkpoints import QUANTS, Config
+from benchmarks.transformers_models import TABLE, from_transformers
 
 MARKER = ".complete"
 
@@ -46,7 +52,12 @@ class Case:
     flags: dict[str, object] = field(default_factory=dict)
     kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
     on_cpu: bool = False
+    only_cpu: bool = False
     gpus: int = 1
+    cpu_flags: dict[str, object] = field(default_factory=dict)
+    publisher_flags: dict[str, object] = field(default_factory=dict)
+    """What the engine that publishes has differently."""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {}
@@ -73,9 +84,52 @@ add("nemotron-h", nemotron_h, on_cpu=True)
 add("hybrid", granite_hybrid, on_cpu=True)
 add("gemma3", gemma3, on_cpu=True)
 reads: dict[str, object] = {"skip_tokenizer_init": False}
-add("bert", bert, flags=reads | {"runner": "pooling"}, kind="pooling", on_cpu=True)
+whole: dict[str, object] = {"max_num_batched_tokens": 256}  # encoders and means over all tokens read a prompt at once
+pools: dict[str, object] = reads | {"runner": "pooling"}
+add("bert", bert, flags=pools, kind="pooling", on_cpu=True, cpu_flags=whole)
 add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
-# Its processor needs torchvision.
+add("dense", qwen3_dense, flags=pools, kind="pooling", on_cpu=True, cpu_flags=whole)
+add(
+    "embedding-gemma",
+    gemma3,
+    options={"embeds": True},
+    flags=pools,
+    kind="pooling",
+    on_cpu=True,
+    cpu_flags=whole,
+)
+add("jina-v5", jina_v5, flags=pools, kind="pooling", on_cpu=True)
+score = {
+    "architectures": ["Qwen3ForSequenceClassification"],
+    "classifier_from_token": ["no", "yes"],
+    "is_original_qwen3_reranker": True,
+}
+add(
+    "reranker",
+    qwen3,
+    options={"words": ("no", "yes")},
+    flags=pools | {"hf_overrides": score},
+    kind="pooling",
+    on_cpu=True,
+)
+for behaviour in ("Plain", "Tree", "Values"):
+    add(
+        f"plugin-{behaviour.lower()}",
+        llama_plugin,
+        options={"kind": behaviour},
+        on_cpu=True,
+        environment={"PYTHONPATH": str(Path(__file__).with_name("plugin_model"))},
+    )
+# The processors of these need torchvision.
+add(
+    "qwen3-vl",
+    qwen3_vl,
+    flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}},
+    kind="multimodal",
+    on_cpu=True,
+    # A buffer of 4 MiB.
+    cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 2048},
+)
 add("qwen2.5-vl", qwen25_vl, flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}}, kind="multimodal")
 add(
     "whisper",
@@ -85,7 +139,30 @@ add(
     on_cpu=True,
 )
 
-add("llama-lora", llama, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
+# What else an engine may have: limits follow from flags, and are not the model.
+add(
+    "qwen3-moe-limits",
+    qwen3_moe,
+    on_cpu=True,
+    publisher_flags={"max_num_batched_tokens": 512, "max_model_len": 512, "max_num_seqs": 16},
+)
+add(
+    "qwen3-vl-limits",
+    qwen3_vl,
+    flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}},
+    kind="multimodal",
+    on_cpu=True,
+    cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 1024},
+    publisher_flags={"max_model_len": 512, "max_num_batched_tokens": 2048},
+)
+for kind, (_, _, call) in TABLE.items():
+    embeds: dict[str, Any] = {"kind": "pooling", "flags": pools, "cpu_flags": whole}
+    add(kind, from_transformers, options={"kind": kind}, only_cpu=True, **(embeds if call == "AutoModel" else {}))
+
+# As vLLM does it, but for what compiles the graph to machine code, which takes a minute.
+compiles: dict[str, object] = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+add("llama-compiled", llama, only_cpu=True, cpu_flags=compiles, environment={"TORCH_COMPILE_DISABLE": "0"})
+add("llama-lora", llama_lora, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})
 add("fp8-kv-checkpoint", llama, options={"quant": "fp8-static", "kv_scales": True}, flags={"kv_cache_dtype": "fp8"})
@@ -97,6 +174,7 @@ for form in QUANTS:
 add("qwen3-moe-fp8-online", qwen3_moe, flags={"quantization": "fp8_per_tensor"})
 for form in ("fp8-block", "awq", "gptq"):
     add(f"qwen3-moe-{form}", qwen3_moe, options={"quant": form})
+add("deepseek-v3.2", deepseek_v3, options={"sparse": True})
 add("deepseek-v3-fp8-block", deepseek_v3, options={"quant": "fp8-block"})
 add("gpt-oss-mxfp4", gpt_oss)
 mtp: dict[str, object] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}

@@ -44,7 +44,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "api": (CLIENT | {"module_tree", "api"}, {"torch"}),
     "engine": (
         CLIENT | {"module_tree", "engine"},
-        {"torch", "vllm", "tqdm", "huggingface_hub", "blake3", "filelock", "PIL"},
+        {"torch", "numpy", "vllm", "tqdm", "huggingface_hub", "blake3", "filelock", "PIL"},
     ),
     "cli": (CLIENT | {"companion", "cli"}, {"grpc", "google", "prometheus_client"}),
 }

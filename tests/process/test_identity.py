@@ -34,11 +34,7 @@ from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.launch.runtime_dir import digests_directory
 from vllm_companion_plugin.launch.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
-<<<<<<< HEAD
-from vllm_companion_plugin.types import EntryKey, Stage
-=======
-from vllm_companion_plugin.types import EntryKey, model_name
->>>>>>> env
+from vllm_companion_plugin.types import EntryKey, Stage, model_name
 
 WEIGHTS = "model.safetensors"
 

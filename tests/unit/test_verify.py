@@ -10,16 +10,19 @@ import pytest
 
 from vllm_companion_plugin.cli import verify
 
+CACHE = {"class": "Tensor", "dtype": "int8", "shape": [1], "sha256": "56"}
 REPORT: dict[str, Any] = {
     "versions": {"vllm": "0.0"},
-    "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5]]},
+    "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5]], "at_once": [[-0.5]]},
     "workers": [
         {
             "replica": 0,
             "rank": 0,
             "outcomes": [],
-            "modules": {"a": {"class": "Linear", "aliases": [], "attributes": {"mode": "'x'"}, "floats": {"f": 0.5}}},
-            "tensors": {"a.weight": {"sha256": "12", "bytes": 4, "tied_to": "a.weight", "attributes": {}}},
+            "values": {"": "Model", "a": "Linear", "a.mode": "'x'", "a.f": "0.5"},
+            "tensors": {
+                "a.weight": {"class": "Parameter", "dtype": "int8", "shape": [4], "stride": [1], "sha256": "12"}
+            },
         }
     ],
 }
@@ -52,17 +55,26 @@ def test_an_engine_that_loaded_alone_is_not_shared_with_its_reason() -> None:
     assert "single: not shared: because" in verify.text(verdict)
 
 
+def in_worker(part: str, **values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda report: report["workers"][0][part].update({name.replace("__", "."): v for name, v in values.items()})
+
+
+def of_weight(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda report: report["workers"][0]["tensors"]["a.weight"].update(fields)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda r: r["workers"][0]["tensors"]["a.weight"].update(sha256="13"), "a.weight sha256: 12 normally, 13 here"),
-        (lambda r: r["workers"][0]["tensors"]["a.weight"].update(tied_to="b"), "tied_to"),
-        (lambda r: r["workers"][0]["tensors"].clear(), "a.weight"),
-        (lambda r: r["workers"][0]["modules"]["a"]["attributes"].update(mode="'y'"), "mode: 'x' normally, 'y' here"),
-        (lambda r: r["workers"][0]["modules"]["a"]["floats"].update(f=0.25), "f: 0.5 normally, 0.25 here"),
-        (lambda r: r["workers"][0]["modules"].update(b={}), "b: absent normally"),
+        (of_weight(sha256="13"), "a.weight sha256: 12 normally, 13 here"),
+        (of_weight(memory="b"), "a.weight memory: absent normally, b here"),
+        (lambda r: r["workers"][0]["tensors"].clear(), "a.weight: Parameter int8 [4] normally, absent here"),
+        (in_worker("values", a__mode="'y'"), "a.mode: 'x' normally, 'y' here"),
+        (in_worker("values", b="Linear"), "b: absent normally"),
+        (lambda r: r["workers"][0]["values"].pop(""), "the model: Model normally, absent here"),
         (lambda r: r["answers"].update(tokens=[[1, 3]]), "other tokens"),
         (lambda r: r["answers"].update(values=[[-0.5, -1.6]]), "values within 0.1"),
+        (lambda r: r["answers"].update(at_once=[[-0.6]]), "equal, at once within 0.1"),
         (lambda r: r.update(answers=None, no_answers="it crashed"), "it crashed"),
     ],
 )
@@ -73,20 +85,55 @@ def test_any_difference_is_found_and_named(change: Callable[[dict[str, Any]], ob
     assert "IS DIFFERENT" in verify.text(verdict)
 
 
-def test_what_a_module_notes_while_running_may_be_either() -> None:
+def test_bytes_and_attributes_are_told_apart() -> None:
+    """The table counts what tensors hold in one column, and everything else in the other."""
+
+    def counts(change: Callable[[dict[str, Any]], object]) -> tuple[int, int]:
+        (rank,) = judged(change).ranks
+        return len(rank.byte_differences), len(rank.attribute_differences)
+
+    assert counts(of_weight(sha256="13")) == counts(of_weight(dtype="uint8")) == (1, 0)
+    assert counts(of_weight(stride=[2])) == counts(in_worker("values", a__f="0.25")) == (0, 1)
+    assert counts(in_worker("tensors", b=CACHE)) == (1, 0)
+    table = verify.text(judged(of_weight(requires_grad=True)))
+    assert table.splitlines()[0].split()[-3:] == ["BYTES", "ATTRIBUTES", "ANSWERS"]
+    assert table.splitlines()[1].split()[-4:] == ["equal", "1", "differ", "equal"]
+
+
+def test_who_publishes_with_other_flags_is_not_compared() -> None:
+    """Only whoever attached must be equal to a normal engine."""
     reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
-    for report in (published, attached):
-        report["workers"][0]["outcomes"] = [outcome("attached")]
-        report["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'vec'"
-        report["workers"][0]["tensors"]["a.cache"] = {"sha256": "56"}
-    reference["workers"][0]["running"] = {"a": {"attributes": {"mode": "'packed'", "isa": "'vec'"}}}
-    reference["workers"][0]["running_tensors"] = {"a.cache": {"sha256": "56"}, "a.packed": {"sha256": "78"}}
-    assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.EQUAL
-    reference["workers"][0]["running_tensors"]["a.cache"] = {"sha256": "57"}
+    for what, report in (("published", published), ("attached", attached)):
+        report["workers"][0]["outcomes"] = [outcome(what)]
+    published["workers"][0]["values"]["a.mode"] = "'y'"
+    published["answers"]["tokens"] = [[1, 3]]
     assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
-    reference["workers"][0]["running_tensors"]["a.cache"] = {"sha256": "56"}
-    attached["workers"][0]["modules"]["a"]["attributes"]["isa"] = "'other'"
-    assert verify.judge("m", [], reference, published, attached, seconds=1.0).status == verify.DIFFERENT
+    verdict = verify.judge("m", [], reference, published, attached, seconds=1.0, alike=False)
+    assert (verdict.status, verdict.ranks[0].loaded) == (verify.EQUAL, "published")
+
+
+def test_answers_asked_together_may_differ_in_their_last_bits() -> None:
+    verdict = judged(lambda report: report["answers"].update(at_once=[[-0.501]]))
+    assert (verdict.status, verdict.answers) == (verify.EQUAL, "equal, at once within 0.001")
+
+
+def test_what_a_module_notes_while_running_may_be_either() -> None:
+    def status(**changed: str) -> int:
+        reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
+        for report in (published, attached):
+            report["workers"][0]["outcomes"] = [outcome("attached")]
+            report["workers"][0]["values"]["a.isa"] = "'vec'"
+            report["workers"][0]["tensors"]["a.cache"] = CACHE
+        attached["workers"][0]["values"]["a.isa"] = changed.get("isa", "'vec'")
+        reference["workers"][0]["running"] = {
+            "values": {"": "Model", "a": "Linear", "a.mode": "'packed'", "a.f": "0.5", "a.isa": "'vec'"},
+            "tensors": {"a.cache": CACHE | {"sha256": changed.get("cache", "56")}, "a.packed": CACHE},
+        }
+        return verify.judge("m", [], reference, published, attached, seconds=1.0).status
+
+    assert status() == verify.EQUAL
+    assert status(cache="57") == verify.DIFFERENT
+    assert status(isa="'other'") == verify.DIFFERENT
 
 
 def test_a_picture_that_was_asked_or_left_out_is_named() -> None:
@@ -115,7 +162,7 @@ def test_a_draft_has_a_verdict_of_its_own() -> None:
         reports = [copy.deepcopy(REPORT) for _ in range(3)]
         for report in reports:
             worker = report["workers"][0]
-            worker["draft"] = {name: copy.deepcopy(worker[name]) for name in ("modules", "tensors")}
+            worker["draft"] = {name: copy.deepcopy(worker[name]) for name in ("values", "tensors")}
             worker["outcomes"] = [outcome("attached"), outcome(what, "why") | {"role": "draft"}]
         reports[2]["workers"][0]["draft"]["tensors"]["a.weight"]["sha256"] = sha256
         return verify.judge("m", [], reports[0], reports[1], reports[2], seconds=1.0)

@@ -85,6 +85,27 @@ def test_a_model_is_equal_through_the_companion(
     assert ("with image" in verdict["answers"]) == (models.CASES[case].kind == "multimodal")
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_equal_through_the_companion(
+    tiny_llama: Path, temporary: Path, engine_environment: dict[str, str]
+) -> None:
+    """As vLLM starts by default; test_equal.py has one whose graph is traced and not compiled to machine code."""
+    code, verdict, said = verify(tiny_llama, engine_environment, temporary, "--no-enforce-eager")
+    assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
+
+
+def test_limits_of_the_publisher_are_its_own(
+    tmp_path: Path, temporary: Path, engine_environment: dict[str, str]
+) -> None:
+    """Engines with other limits attach to what it published; a prompt is read in pieces."""
+    models.make("qwen3-moe", tmp_path / "moe", tiny=True)
+    limits = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8")
+    flags = ("--publisher", "--max-num-batched-tokens 128 --max-num-seqs 16", *limits)
+    code, verdict, said = verify(tmp_path / "moe", engine_environment, temporary, *flags)
+    assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
+    assert verdict["ranks"][0]["attached"] == "attached"
+
+
 def test_a_real_embedding_model_is_equal_through_the_companion(
     minilm: Path, temporary: Path, engine_environment: dict[str, str]
 ) -> None:

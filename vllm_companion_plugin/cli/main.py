@@ -96,13 +96,22 @@ def _parser() -> argparse.ArgumentParser:
     unload.add_argument("--all", action="store_true", help="every model")
     command("stop", "End companions; attached engines keep serving.")
     command("upgrade", "Replace companions by ones of this installation, while engines serve.", "spawn_timeout_s")
-    command(
+    verify = command(
         "verify",
         "Prove that MODEL with these flags is the same through a companion as without: every tensor byte for byte, "
-        "every module, and the answers to prompts. Starts three engines, one after the other, and a companion of its "
-        "own. Status 0: equal, 1: different, 3: not shared, with the reason.",
-        usage="vllm-companion verify MODEL [--json] [flags of vLLM]",
-    ).add_argument("--json", action="store_true")
+        "every Python value that the model leads to, and the answers to prompts, short and long, with pictures and "
+        "sound where the model takes them, one at a time and several at once. Starts three engines, one after the "
+        "other, and a companion of its own. Status 0: equal, 1: different, 3: not shared, with the reason.",
+        usage="vllm-companion verify MODEL [--json] [--adapter DIR] [--publisher FLAGS] [flags of vLLM]",
+    )
+    verify.add_argument("--json", action="store_true")
+    verify.add_argument("--adapter", metavar="DIR", help="ask with this LoRA adapter, too; needs --enable-lora")
+    verify.add_argument(
+        "--publisher",
+        metavar="FLAGS",
+        default="",
+        help="the engine that publishes has these flags of vLLM besides: does one without them attach, and equal?",
+    )
     command("metrics", "Serve metrics of all companions for Prometheus, on loopback, until stopped.", "metrics_port")
     doctor = command("doctor", "Check this installation, and say how to mend it.", "metrics_port")
     doctor.add_argument("--json", action="store_true")

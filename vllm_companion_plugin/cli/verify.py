@@ -1,7 +1,7 @@
 """`verify`: prove that a model is the same through the companion as without it.
 
 Three engines, one after the other: one loads normally, one loads and publishes, one attaches. Each
-describes its model (every tensor by digest, every module) and answers the same prompts.
+describes its model (every tensor by digest, every Python value that can be reached) and answers the same prompts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,13 @@ UNDECIDED: dict[str, Any] = {
 }
 """The outcome where there is none."""
 
-HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "TREE", "ANSWERS")
+BYTES = frozenset(("", "dtype", "shape", "sha256"))
+"""What a tensor holds, or "" for all of it. What else is said of a tensor, and Python values, are attributes."""
+
+AT_ONCE = 0.02
+"""How far values that were asked for together may differ, of the largest: kernels depend on who else asked."""
+
+HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "ATTRIBUTES", "ANSWERS")
 
 
 @dataclass
@@ -56,8 +64,8 @@ class Rank:
     attached: str = ""
     seconds: float = 0.0
     ways: dict[str, int] = field(default_factory=dict)
-    tensor_differences: list[str] = field(default_factory=list)
-    tree_differences: list[str] = field(default_factory=list)
+    byte_differences: list[str] = field(default_factory=list)
+    attribute_differences: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
 
@@ -75,7 +83,7 @@ class Verdict:
 
     @property
     def status(self) -> int:
-        if not self.same_answers or any(rank.tensor_differences or rank.tree_differences for rank in self.ranks):
+        if not self.same_answers or any(rank.byte_differences or rank.attribute_differences for rank in self.ranks):
             return DIFFERENT
         return NOT_SHARED if any(rank.reasons for rank in self.ranks) else EQUAL
 
@@ -93,12 +101,14 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise SettingsError("verify: which model? vllm-companion verify MODEL [flags of vLLM]")
     model, flags = rest[0], rest[1:]
+    asked = ["--adapter", parsed.adapter] if parsed.adapter else []
+    others = shlex.split(parsed.publisher)
     # A place of its own: what other engines hold must not be what is proved.
     directory = tempfile.mkdtemp(prefix="vcv-")
     settings = resolve({"runtime_dir": f"{directory}/r"})
     try:
         with Signals() as signals:
-            verdict = verify(model, flags, Path(directory), settings, signals)
+            verdict = verify(model, flags, Path(directory), settings, signals, asked, others)
     except Stopped:
         return 130
     finally:
@@ -111,8 +121,21 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
     return verdict.status
 
 
-def verify(model: str, flags: list[str], directory: Path, settings: Settings, signals: Signals) -> Verdict:
-    """Run the three engines and compare them."""
+def verify(
+    model: str,
+    flags: list[str],
+    directory: Path,
+    settings: Settings,
+    signals: Signals,
+    asked: list[str],
+    others: list[str],
+) -> Verdict:
+    """Run the three engines and compare them.
+
+    Args:
+        asked: flags of `engine.verify`, which say what the engines are asked besides.
+        others: flags that the engine which publishes has besides, and the others have not.
+    """
     started = time.monotonic()
     reports = []
     for number, (role, what) in enumerate(
@@ -120,7 +143,8 @@ def verify(model: str, flags: list[str], directory: Path, settings: Settings, si
     ):
         print(f"Engine {number} of 3 {what} ...", file=sys.stderr, flush=True)
         out = directory / f"{number}.json"
-        command = [sys.executable, "-m", "vllm_companion_plugin.engine.verify", role, str(out), model, *flags]
+        command = [sys.executable, "-m", "vllm_companion_plugin.engine.verify", role, str(out), *asked, model, *flags]
+        command += others if number == 2 else []
         # Standard output is for the verdict alone.
         status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())
         if status != 0 or not out.exists():
@@ -128,7 +152,7 @@ def verify(model: str, flags: list[str], directory: Path, settings: Settings, si
                 f"{model}: the engine that {what} ended with status {status}; see its lines above."
             )
         reports.append(json.loads(out.read_text()))
-    return judge(model, flags, *reports, seconds=time.monotonic() - started)
+    return judge(model, flags, *reports, seconds=time.monotonic() - started, alike=not others)
 
 
 def judge(
@@ -139,8 +163,13 @@ def judge(
     attached: dict[str, Any],
     *,
     seconds: float,
+    alike: bool = True,
 ) -> Verdict:
-    """Compare three reports of `engine.verify`. Pure."""
+    """Compare three reports of `engine.verify`. Pure.
+
+    Args:
+        alike: the one that published has the flags of the others; otherwise what it became is not compared.
+    """
     ranks = []
     replicas = len({worker["replica"] for worker in reference["workers"]})
     for normal, first, second in zip(reference["workers"], published["workers"], attached["workers"], strict=True):
@@ -148,12 +177,12 @@ def judge(
         name = bound["rank"] or str(normal["rank"])
         if replicas > 1:
             name = f"replica {normal['replica']}: {name}"
-        ranks.append(_judge_model(name, loaded, bound, normal, first, second))
+        ranks.append(_judge_model(name, loaded, bound, normal, first if alike else second, second))
         if "draft" in normal:
             drafts = _outcome(first, "draft"), _outcome(second, "draft")
-            described = (worker["draft"] for worker in (normal, first, second))
+            described = (worker["draft"] for worker in (normal, first if alike else second, second))
             ranks.append(_judge_model(f"{name} draft", *drafts, *described))
-    answers, same = _compare_answers(reference, published, attached)
+    answers, same = _compare_answers(reference, published if alike else attached, attached)
     return Verdict(model, flags, reference["versions"], ranks, answers, same, seconds)
 
 
@@ -174,36 +203,62 @@ def _judge_model(
     rank.seconds, rank.ways = bound["seconds"], bound["ways"]
     rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
     for what, model in (("published", first), ("attached", second)):
-        cached = normal.get("running_tensors", {}).items()
-        tensors = normal["tensors"] | {name: tensor for name, tensor in cached if model["tensors"].get(name) == tensor}
-        rank.tensor_differences += [f"{what}: {line}" for line in differences(tensors, model["tensors"])]
-        expected = _as_loaded_or_running(normal, model["modules"])
-        rank.tree_differences += [f"{what}: {line}" for line in differences(expected, model["modules"])]
+        for difference in differences(_expected(normal, model), model):
+            found = rank.byte_differences if difference.of_bytes else rank.attribute_differences
+            found.append(f"{what}: {difference}")
     return rank
 
 
-def differences(here: dict[str, Any], there: dict[str, Any], path: str = "") -> list[str]:
-    """Where two JSON objects differ, a line each: path, normal value, other value."""
-    lines = []
-    for name in sorted(here.keys() | there.keys()):
-        full = f"{path} {name}".strip()
-        one, other = here.get(name, "absent"), there.get(name, "absent")
-        if isinstance(one, dict) and isinstance(other, dict):
-            lines += differences(one, other, full)
-        elif one != other:
-            lines.append(f"{full}: {one} normally, {other} here")
-    return lines
+@dataclass(frozen=True)
+class Difference:
+    """One thing that two models do not have in common. `field` is what is said of a tensor, "" the whole of it."""
+
+    path: str
+    part: str
+    field: str
+    here: str
+    there: str
+
+    @property
+    def of_bytes(self) -> bool:
+        """Whether the tensors hold something else; otherwise an attribute differs."""
+        return self.part == "tensors" and self.field in BYTES
+
+    def __str__(self) -> str:
+        name = f"{self.path or 'the model'} {self.field}".rstrip()
+        return f"{name}: {self.here} normally, {self.there} here"
 
 
-def _as_loaded_or_running(normal: dict[str, Any], modules: dict[str, Any]) -> dict[str, Any]:
-    """The modules of a reference, with what they noted while running where `modules` has the same."""
-    expected = {
-        path: {**module, "attributes": dict(module["attributes"])} for path, module in normal["modules"].items()
-    }
-    for path, module in normal.get("running", {}).items():
-        for name, value in module["attributes"].items():
-            if path in expected and modules.get(path, {}).get("attributes", {}).get(name) == value:
-                expected[path]["attributes"][name] = value
+def differences(here: dict[str, Any], there: dict[str, Any]) -> list[Difference]:
+    """Where the descriptions of two models differ. Pure."""
+    found = []
+    for part in ("tensors", "values"):
+        for path in sorted(here[part].keys() | there[part].keys()):
+            one, other = here[part].get(path), there[part].get(path)
+            if part == "tensors" and one and other:
+                names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+                found += [Difference(path, part, n, *(str(t.get(n, "absent")) for t in (one, other))) for n in names]
+            elif one != other:
+                found.append(Difference(path, part, "", *(_shown(value) for value in (one, other))))
+    return found
+
+
+def _shown(value: dict[str, Any] | str | None) -> str:
+    if isinstance(value, dict):
+        return f"{value['class']} {value['dtype']} {value['shape']}"
+    return value or "absent"
+
+
+def _expected(normal: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What a reference has, after loading or, where `other` has the same, while running."""
+    running = normal.get("running", normal)
+    expected = {}
+    for part in ("tensors", "values"):
+        chosen = {
+            path: (other if other[part].get(path) == running[part].get(path) else normal)[part].get(path)
+            for path in normal[part].keys() | running[part].keys() | other[part].keys()
+        }
+        expected[part] = {path: value for path, value in chosen.items() if value is not None}
     return expected
 
 
@@ -231,16 +286,21 @@ def _compare_values(answers: list[dict[str, Any]]) -> tuple[str, bool]:
         return f"to other media: {[answer.get('media') for answer in answers]}", False
     if any(other.get("tokens") != normal.get("tokens") for other in others):
         return "other tokens", False
-    pairs = [
-        (a, b)
-        for other in others
-        for x, y in zip(normal["values"], other["values"], strict=True)
-        for a, b in zip(x, y, strict=True)
-    ]
+    pairs = [pair for other in others for pair in _pairs(normal["values"], other["values"])]
     largest = max((abs(a - b) for a, b in pairs), default=0.0)
     # Shared weights on CPU are multiplied by another kernel than vLLM's packed ones.
     close = all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in pairs)
-    return f"{'equal tokens, ' if 'tokens' in normal else ''}values within {largest:.1g}", close
+    words = "equal" if not largest else f"{'equal tokens, ' if 'tokens' in normal else ''}values within {largest:.1g}"
+    together = [pair for other in others for pair in _pairs(normal["at_once"], other["at_once"])]
+    apart = max((abs(a - b) for a, b in together), default=0.0)
+    if apart:
+        words += f", at once within {apart:.1g}"
+    return words, close and apart <= AT_ONCE * max((abs(a) for a, _ in together), default=0.0)
+
+
+def _pairs(here: list[list[float]], there: list[list[float]]) -> Iterator[tuple[float, float]]:
+    for one, other in zip(here, there, strict=True):
+        yield from zip(one, other, strict=True)
 
 
 def text(verdict: Verdict) -> str:
@@ -252,12 +312,12 @@ def text(verdict: Verdict) -> str:
             (
                 *(rank.rank, f"{rank.size_bytes / GIB:.2f}", str(rank.tensors), rank.loaded, rank.attached),
                 *(f"{rank.seconds:.3f} s", ways or "-"),
-                *(_count(rank.tensor_differences), _count(rank.tree_differences), verdict.answers),
+                *(_count(rank.byte_differences), _count(rank.attribute_differences), verdict.answers),
             )
         )
     lines = [columns(rows)]
     for rank in verdict.ranks:
-        found = rank.tensor_differences + rank.tree_differences
+        found = rank.byte_differences + rank.attribute_differences
         lines += [f"{rank.rank}: {line}" for line in found[:SHOWN]]
         if len(found) > SHOWN:
             lines.append(f"{rank.rank}: and {len(found) - SHOWN} more")

@@ -1,19 +1,19 @@
-"""`python -m vllm_companion_plugin.engine.verify ROLE OUT MODEL [flags of vLLM]`: one engine, described.
+"""`python -m vllm_companion_plugin.engine.verify ROLE OUT [--adapter DIR] MODEL [flags]` describes one engine.
 
-ROLE is "reference" (a normal load) or "companion". OUT receives a JSON object: of each worker what
-its model consists of, every tensor by its digest, and what the engine answered to fixed prompts.
-Two such descriptions are equal if the models are.
+ROLE is "reference" (a normal load) or "companion". OUT receives a JSON object: what the model of each worker leads
+to, every tensor by its digest, and what the engine answered to fixed prompts. Two such descriptions are equal if the
+models are.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import hashlib
+import itertools
 import json
 import random
-import re
 import sys
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_companion_plugin.engine import compat, draft, flags, session
+from vllm_companion_plugin.engine import compat, draft, flags, reachable, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.errors import CompanionError, SettingsError
-from vllm_companion_plugin.module_tree.capture import Tree, capture, tensor_attributes
-from vllm_companion_plugin.module_tree.pack import dtype_name
-from vllm_companion_plugin.module_tree.values import class_name
 from vllm_companion_plugin.settings import resolve_extra_config
 from vllm_companion_plugin.types import Stage
 
-# Come after loading, and hold what requests left in them: the KV cache, and the slots of LoRA adapters.
-_AFTER_LOADING = re.compile(r"(^|\.)kv_cache(\[\d+\])?$|(^|_)lora_[ab]_stacked|^adapter_enabled$")
 _PROMPT_LENGTHS = (1, 7, 16, 40)
 _MAX_TOKENS = 12
 _LOGPROBS = 5
@@ -54,14 +49,14 @@ class WorkerExtension:
         device = compat.engine_device(worker.vllm_config)
         running = {"target": worker.model_runner.model, "draft": compat.running_draft(worker.model_runner)}
         running = {name: model for name, model in running.items() if model is not None}
+        models = {name: describe(model) for name, model in running.items()}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
             again = _load_again(worker, device, running)
             if worker.vllm_config.lora_config is not None:
                 runner, config = worker.model_runner, worker.vllm_config
                 again["target"] = runner.load_lora_model(again["target"], config, device.torch_device)
-            models = {name: _describe_both(again[name], model) for name, model in running.items()}
-        else:
-            models = {name: describe(model) for name, model in running.items()}
+            # Modules note and cache things while they run, which a model that never ran has not.
+            models = {name: describe(again[name]) | {"running": model} for name, model in models.items()}
         place = {"replica": worker.vllm_config.parallel_config.data_parallel_index, "rank": worker.rank}
         report = place | {"outcomes": [asdict(outcome) for outcome in session.outcomes]}
         report |= models.pop("target") | models
@@ -69,73 +64,8 @@ class WorkerExtension:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Modules and tensors of `model` as JSON; equal for equal models in any process."""
-    tree = capture(model, _opaque())
-    return {"modules": modules_of(tree), "tensors": tensors_of(tree)}
-
-
-def _describe_both(loaded: nn.Module, running: nn.Module) -> dict[str, Any]:
-    """`loaded`, with what `running` has besides: modules note and cache things while they run."""
-    described, tree = describe(loaded), capture(running, _opaque())
-    besides = tensors_of(tree, without=described["tensors"])
-    return described | {"running": modules_of(tree), "running_tensors": besides}
-
-
-def _opaque() -> tuple[type, ...]:
-    """What `capture` shall not look into.
-
-    LoRA's bookkeeping changes with every request; a quantization's config holds lists in the order of a set, and times.
-    """
-    from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.punica_wrapper import PunicaWrapperBase
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-
-    return (QuantizationConfig, LoRAModelManager, PunicaWrapperBase)
-
-
-def tensors_of(tree: Tree, without: Container[str] = ()) -> dict[str, dict[str, Any]]:
-    """The tensors of `tree` by name, but for the names in `without`."""
-    tensors: dict[str, dict[str, Any]] = {}
-    first: dict[int, str] = {}
-    for slot in tree.slots():
-        if _AFTER_LOADING.search(slot.name):
-            continue
-        name, tensor = tree.describe(slot), slot.tensor
-        tied_to = first.setdefault(id(tensor), name)
-        if name in without:
-            continue
-        tensors[name] = {
-            "kind": slot.kind.value,
-            "device": tensor.device.type,
-            "dtype": dtype_name(tensor.dtype),
-            "shape": list(tensor.shape),
-            "stride": list(tensor.stride()),
-            "class": class_name(type(tensor)),
-            "requires_grad": tensor.requires_grad,
-            "attributes": tensor_attributes(tensor),
-            "tied_to": tied_to,
-            "bytes": tensor.nbytes,
-            "sha256": digest(tensor),
-        }
-    return tensors
-
-
-def modules_of(tree: Tree) -> dict[str, dict[str, Any]]:
-    """What `tree` has besides tensors, by module."""
-    return {
-        live.path: {
-            "class": class_name(type(live.module)),
-            "aliases": live.aliases,
-            "attributes": {name: text for name, text in live.attributes.items() if not _AFTER_LOADING.search(name)},
-        }
-        for live in tree.modules
-    }
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of the elements in logical order, as hexadecimal text."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else None
-    return hashlib.sha256(flat.cpu().numpy().data if flat is not None else b"").hexdigest()
+    """All that `model` leads to, as JSON; equal for equal models in any process."""
+    return vars(reachable.walk(model))
 
 
 def _load_again(worker: Any, device: compat.EngineDevice, running: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -170,11 +100,15 @@ class _Engine:
         self.config = self._llm.llm_engine.vllm_config
         self.tasks: Sequence[str] = self._llm.supported_tasks
 
-    def generate(self, prompt: Any, sampling: Any, replica: int) -> Any:
-        return self._llm.generate(prompt, sampling, use_tqdm=False)[0]
+    def generate(self, prompts: list[Any], sampling: Any, replica: int, adapters: list[Any]) -> list[Any]:
+        found: list[Any] = self._llm.generate(
+            prompts, sampling, use_tqdm=False, lora_request=adapters if any(adapters) else None
+        )
+        return found
 
-    def encode(self, prompt: Any, task: Any) -> Any:
-        return self._llm.encode(prompt, pooling_task=task, use_tqdm=False)[0]
+    def encode(self, prompts: list[Any], task: Any) -> list[Any]:
+        found: list[Any] = self._llm.encode(prompts, pooling_task=task, use_tqdm=False)
+        return found
 
     def call(self, method: str, *arguments: Any) -> None:
         self._llm.collective_rpc(method, args=arguments)
@@ -200,14 +134,18 @@ class _Replicas:
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**vars(args) | {"disable_log_stats": True}))
 
-    def generate(self, prompt: Any, sampling: Any, replica: int) -> Any:
-        return self._last(self._llm.generate(prompt, sampling, self._name(), data_parallel_rank=replica))
+    def generate(self, prompts: list[Any], sampling: Any, replica: int, adapters: list[Any]) -> list[Any]:
+        streams = [
+            self._llm.generate(prompt, sampling, self._name(), lora_request=adapter, data_parallel_rank=replica)
+            for prompt, adapter in zip(prompts, adapters, strict=True)
+        ]
+        return self._all(streams)
 
-    def encode(self, prompt: Any, task: Any) -> Any:
+    def encode(self, prompts: list[Any], task: Any) -> list[Any]:
         """By whichever replica vLLM chooses: it takes turns, and nobody can name one."""
         from vllm import PoolingParams
 
-        return self._last(self._llm.encode(prompt, PoolingParams(task=task), self._name()))
+        return self._all([self._llm.encode(prompt, PoolingParams(task=task), self._name()) for prompt in prompts])
 
     def call(self, method: str, *arguments: Any) -> None:
         self._loop.run_until_complete(self._llm.collective_rpc(method, args=arguments))
@@ -224,76 +162,105 @@ class _Replicas:
         self._asked += 1
         return f"verify-{self._asked}"
 
-    def _last(self, outputs: AsyncIterator[Any]) -> Any:
-        async def last() -> Any:
+    def _all(self, streams: list[AsyncIterator[Any]]) -> list[Any]:
+        """The last output of each, all asked at once."""
+
+        async def last(outputs: AsyncIterator[Any]) -> Any:
             return [output async for output in outputs][-1]
 
-        return self._loop.run_until_complete(last())
+        async def gathered() -> list[Any]:
+            return await asyncio.gather(*map(last, streams))
+
+        return self._loop.run_until_complete(gathered())
 
 
-def answers(engine: _Engine | _Replicas) -> dict[str, Any]:
+def answers(engine: _Engine | _Replicas, adapter: str | None = None) -> dict[str, Any]:
     """What the replicas make of fixed prompts: tokens with log probabilities, or vectors; of one after the other.
 
-    A picture and a sound are among the prompts of a model that takes them. "left_out" says which are not, and why.
+    One prompt is long enough to be read in several pieces, and a picture and a sound are among those of a model that
+    takes them; "left_out" says which are not, and why. "at_once" are values of other prompts of these kinds, asked
+    together.
+
+    Args:
+        adapter: a LoRA adapter that some prompts are asked with, too.
     """
-    replicas = [_answers(engine, replica) for replica in range(engine.config.parallel_config.data_parallel_size)]
+    replicas = [
+        _answers(engine, replica, adapter) for replica in range(engine.config.parallel_config.data_parallel_size)
+    ]
     together = {
-        key: [answer for one in replicas for answer in one[key]] for key in ("tokens", "values") if key in replicas[0]
+        key: [answer for one in replicas for answer in one[key]]
+        for key in ("tokens", "values", "at_once")
+        if key in replicas[0]
     }
     return replicas[0] | together
 
 
-def _answers(engine: _Engine | _Replicas, replica: int) -> dict[str, Any]:
+def _answers(engine: _Engine | _Replicas, replica: int, adapter: str | None) -> dict[str, Any]:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    config = engine.config.model_config
-    numbers = random.Random(7)
-    vocabulary = min(config.get_vocab_size(), 30000)
-    longest = config.max_model_len - _MAX_TOKENS - 1
+    config, numbers = engine.config.model_config, random.Random(7)
+    adapters = [None] + ([LoRARequest("adapter", 1, adapter)] if adapter else [])
+    task = next((name for name in ("embed", "token_embed", "classify", *engine.tasks) if name in engine.tasks), None)
+    sampling = SamplingParams(
+        max_tokens=_MAX_TOKENS, temperature=0, logprobs=_LOGPROBS, detokenize=False, ignore_eos=True
+    )
 
-    def words(length: int) -> list[int]:
-        return [numbers.randrange(3, vocabulary) for _ in range(min(length, longest))]
+    def ask(*asked: tuple[dict[str, Any], Any]) -> list[dict[str, list[Any]]]:
+        prompts, named = [prompt for prompt, _ in asked], [name for _, name in asked]
+        if config.runner_type == "pooling":
+            return [{"values": o.outputs.data.double().flatten().tolist()} for o in engine.encode(prompts, task)]
+        found = []
+        for output in (outputs.outputs[0] for outputs in engine.generate(prompts, sampling, replica, named)):
+            values = [entry.logprob for step in output.logprobs for entry in step.values()]
+            found.append({"tokens": list(output.token_ids), "values": values})
+        return found
 
     # One at a time: how requests are batched decides the kernels, and depends on when they arrive.
-    if config.runner_type == "pooling":
-        task = next(name for name in ("embed", "token_embed", "classify", *engine.tasks) if name in engine.tasks)
-
-        def ask(prompt: dict[str, Any]) -> dict[str, list[Any]]:
-            output = engine.encode(prompt, task)
-            return {"values": output.outputs.data.double().flatten().tolist()}
-    else:
-        sampling = SamplingParams(
-            max_tokens=_MAX_TOKENS, temperature=0, logprobs=_LOGPROBS, detokenize=False, ignore_eos=True
-        )
-
-        def ask(prompt: dict[str, Any]) -> dict[str, list[Any]]:
-            output = engine.generate(prompt, sampling, replica).outputs[0]
-            values = [entry.logprob for step in output.logprobs for entry in step.values()]
-            return {"tokens": list(output.token_ids), "values": values}
-
-    given = [] if config.is_encoder_decoder else [ask({"prompt_token_ids": words(n)}) for n in _PROMPT_LENGTHS]
+    given = [ask(one)[0] for one in itertools.product(_texts(engine.config, numbers), adapters)]
     media, left_out = [], ""
     if config.is_multimodal_model:
         try:
-            for kind, prompt in _media(config, words, numbers):
-                given.append(ask(prompt))
+            for kind, prompt in _media(engine.config, numbers):
+                given += ask((prompt, None))
                 media.append(kind)
         except Exception as error:  # no tokenizer or processor, or too little space for a picture
             left_out = f"{type(error).__name__}: {error}"
             if not given:
                 raise
+    others = [*itertools.product(_texts(engine.config, numbers), adapters)]
+    others += [(prompt, None) for _, prompt in (_media(engine.config, numbers) if media else ())][: len(media)]
+    # Other kernels make other last bits, and these in the end other tokens: only where generation begins is compared.
+    at_once = [
+        sorted(answer["values"][:_LOGPROBS]) if "tokens" in answer else answer["values"] for answer in ask(*others)
+    ]
     asked = {"media": media, "left_out": left_out} if media or left_out else {}
-    return {key: [answer[key] for answer in given] for key in given[0]} | asked
+    return {key: [answer[key] for answer in given] for key in given[0]} | {"at_once": at_once} | asked
 
 
-def _media(
-    config: Any, words: Callable[[int], list[int]], numbers: random.Random
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _words(config: Any, numbers: random.Random, length: int) -> list[int]:
+    """Tokens of a prompt that fits, and so does what is generated."""
+    vocabulary = min(config.model_config.get_vocab_size(), 30000)
+    longest = config.model_config.max_model_len - _MAX_TOKENS - 1
+    return [numbers.randrange(3, vocabulary) for _ in range(min(length, longest))]
+
+
+def _texts(config: Any, numbers: random.Random) -> list[dict[str, Any]]:
+    """Short prompts, and one that a scheduler that does so reads in three pieces."""
+    if config.model_config.is_encoder_decoder:
+        return []
+    scheduler = config.scheduler_config
+    long = scheduler.max_num_batched_tokens
+    long += long + 7 if scheduler.enable_chunked_prefill else 0
+    return [{"prompt_token_ids": _words(config, numbers, length)} for length in (*_PROMPT_LENGTHS, long)]
+
+
+def _media(config: Any, numbers: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
     """A prompt with noise for each kind of input that the model takes and we can make."""
     from PIL import Image
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
     noise: dict[str, Callable[[], Any]] = {
         "image": lambda: Image.frombytes("RGB", (64, 64), numbers.randbytes(64 * 64 * 3)),
         "audio": lambda: (torch.tensor([numbers.uniform(-0.5, 0.5) for _ in range(_SOUND_HZ)]).numpy(), _SOUND_HZ),
@@ -304,7 +271,8 @@ def _media(
             placeholders = processor.info.get_tokenizer().encode(
                 processor.dummy_inputs.get_dummy_text({kind: 1}), add_special_tokens=False
             )
-            yield kind, {"prompt_token_ids": [*placeholders, *words(7)], "multi_modal_data": {kind: make()}}
+            tokens = [*placeholders, *_words(config, numbers, 7)]
+            yield kind, {"prompt_token_ids": tokens, "multi_modal_data": {kind: make()}}
 
 
 def workers(engine: _Engine | _Replicas, role: str, directory: Path) -> list[dict[str, Any]]:
@@ -326,6 +294,9 @@ def workers(engine: _Engine | _Replicas, role: str, directory: Path) -> list[dic
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the engine, describe it, end it. Raises what vLLM or the loader raises."""
     role, out, *rest = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--adapter")
+    asked, rest = parser.parse_known_args(rest)
     args = flags.parse("verify", rest)
     if args.worker_extension_cls:
         raise SettingsError("verify: --worker-extension-cls is taken; verify without it.")
@@ -335,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report: dict[str, Any] = {"versions": compat.versions()}
         try:
-            report["answers"] = answers(engine)
+            report["answers"] = answers(engine, asked.adapter)
         except Exception as error:  # the tensors are what counts
             report["answers"] = None
             report["no_answers"] = f"{type(error).__name__}: {error}"

@@ -1,0 +1,424 @@
+"""All that a live model leads to, by name: every Python value and every tensor, to be compared with another engine's.
+
+The walk is the judge of `module_tree.capture` and shares no code with it: capture knows what models consist of, the
+walk asks the garbage collector (`gc.get_referents`), which also sees what no attribute and no container names. Names
+come from attributes, slots, items, arguments and closures; what has no name is numbered. Two engines that loaded the
+same model have equal descriptions, in any two processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import dis
+import enum
+import fractions
+import functools
+import gc
+import hashlib
+import itertools
+import os
+import random
+import re
+import sys
+import types
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+NOT_THE_MODELS: Mapping[str, str] = {
+    "vllm.config": "flags of this engine, the load format among them; the key names those that decide weights",
+    "vllm.distributed": "process groups belong to the process",
+    "torch.distributed": "process groups belong to the process",
+    "torch._C._distributed_c10d": "process groups belong to the process",
+    "vllm.compilation": "compilers note what was asked, and where their caches are",
+    "torch._dynamo": "compilers note what was asked",
+    "torch._functorch": "compilers note what was asked",
+    "torch._inductor": "compilers note what was asked",
+    "torch.fx": "compilers note what was asked",
+    "triton": "compilers note what was asked",
+    "torch._ops": "operators are the program",
+    "torch._library": "operators are the program",
+    "torch.library": "operators are the program",
+    "torch.cuda": "streams, events and graphs belong to the process",
+    "vllm.lora.model_manager": "adapters come and go with requests",
+    "vllm.lora.punica_wrapper": "adapters come and go with requests",
+    "logging": "loggers belong to the process",
+    "_thread": "locks belong to the process",
+    "threading": "threads belong to the process",
+    "concurrent": "threads belong to the process",
+    "_io": "files belong to the process",
+    "_contextvars": "a context belongs to its task",
+}
+"""Packages whose objects are noted by class alone, and why: they lead to the whole program."""
+
+LEFT_OUT: Mapping[str, str] = {
+    r"\.kv_cache(\[\d+\])?$": "vLLM's cache comes after loading and holds what requests left in it",
+    r"\.lora_[ab]_stacked\b": "slots of adapters hold those that requests named",
+    r"\.adapter_enabled$": "tells which of these slots are in use",
+    r"\.topk_indices_buffer$": "a work buffer, written before it is read; what is not in use is never initialized",
+    r"\.handler_tensor$": "an address, of what a library packed for this process",
+}
+"""Paths that are left out, and why."""
+
+_PROGRAM = (types.ModuleType, types.CodeType, types.FrameType, types.TracebackType, functools._lru_cache_wrapper)
+_VALUES = (type(None), bool, int, float, complex, str, bytes, bytearray, range)
+_EXACT_VALUES = frozenset(_VALUES)
+# Their text tells all of them.
+_TEXTS: tuple[type, ...] = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.dtype, np.generic),
+    *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
+    *(uuid.UUID, os.PathLike, re.Pattern, type(Ellipsis), type(NotImplemented)),
+)
+# Made anew by whoever asks for them, or interned: whether two are the same object says nothing.
+_WITHOUT_IDENTITY = (tuple, frozenset, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+_MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+# Of torch.compile: https://github.com/pytorch/pytorch/blob/main/torch/_dynamo/decorators.py has dozens.
+_COMPILERS = re.compile(r"dynamo_|^_compiled_call_impl$")
+_ADDRESS = re.compile(r"\b0x[0-9a-f]+\b")
+_LONGEST_TEXT = 200
+
+
+@dataclass
+class Reached:
+    """What a model leads to. Paths are those of `nn.Module` where modules and their tensors have one."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def walk(model: nn.Module, left_out: Mapping[str, str] = LEFT_OUT) -> Reached:
+    """Everything that can be reached from `model`. Reads all tensors, changes nothing, calls no code of the model.
+
+    Args:
+        left_out: patterns of paths that are not followed, with the reason of each.
+    """
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        return _Walk(left_out).run(model)
+
+
+class _Walk:
+    """One walk, breadth first, but modules, parameters and buffers before all others: these names are the best."""
+
+    def __init__(self, left_out: Mapping[str, str]) -> None:
+        self._left_out = re.compile("|".join(left_out)) if left_out else re.compile(r"(?!)")
+        self._reached = Reached()
+        self._tree: collections.deque[tuple[str, Any]] = collections.deque()
+        self._others: collections.deque[tuple[str, Any]] = collections.deque()
+        # By id; the objects are kept, so that no other one gets the id of one that came and went.
+        self._met: dict[int, tuple[str, Any]] = {}
+
+    def run(self, model: nn.Module) -> Reached:
+        self._tree.append(("", model))
+        while self._tree or self._others:
+            path, value = (self._tree or self._others).popleft()
+            if not self._left_out.search(path):
+                self._visit(path, value)
+        self._note_common_memory()
+        return self._reached
+
+    def _visit(self, path: str, value: Any) -> None:
+        if (text := _text(value)) is not None:
+            self._reached.values[path] = text
+            return
+        if not issubclass(type(value), _WITHOUT_IDENTITY):
+            first = self._met.setdefault(id(value), (path, value))[0]
+            if first != path:
+                self._reached.values[path] = f"is {first or 'the model'}"
+                return
+        if issubclass(type(value), torch.Tensor):
+            self._reached.tensors[path] = _describe(value)
+        else:
+            self._reached.values[path] = _shortened(_form(value))
+        parts = list(_parts(value))
+        for way, part, in_tree in parts:
+            (self._tree if in_tree else self._others).append(((path + way).removeprefix("."), part))
+        self._others.extend(
+            (f"{path}<{number}>", part) for number, part in enumerate(_unnamed(value, [part for _, part, _ in parts]))
+        )
+
+    def _note_common_memory(self) -> None:
+        """Say of each tensor which one met before lies in the same memory: what is written to one is in both."""
+        order = {path: number for number, path in enumerate(self._reached.tensors)}
+        spans = sorted(
+            (*_span(value), order[path], path)
+            for path, value in self._met.values()
+            if path in order and issubclass(type(value), torch.Tensor) and _span(value)[1]
+        )
+        group: list[tuple[int, str]] = []
+        end = -1
+        for start, stop, number, path in [*spans, (sys.maxsize, sys.maxsize, -1, "")]:
+            if start >= end:
+                first = min(group, default=(-1, ""))[1]
+                for _, other in group:
+                    if other != first:
+                        self._reached.tensors[other]["memory"] = first
+                group = []
+            group.append((number, path))
+            end = max(end, stop) if start < end else stop
+
+
+def _text(value: Any) -> str | None:
+    """The whole of a value without parts; None for all others."""
+    cls = type(value)
+    if cls in _EXACT_VALUES:
+        text = repr(value)
+    elif issubclass(cls, enum.Enum):
+        return f"{name_of(cls)}.{value._name_}"
+    elif issubclass(cls, _TEXTS):
+        text = f"{cls.__name__} {value!r}"
+    elif issubclass(cls, type):
+        return f"class {name_of(value)}"
+    elif issubclass(cls, types.ModuleType):
+        return f"module {value.__name__}"
+    elif issubclass(cls, _PROGRAM) or _reason(cls):
+        return f"a {name_of(cls)}"
+    elif issubclass(cls, weakref.ReferenceType):
+        return f"weak reference to a {name_of(type(value()))}"  # whoever keeps it leads to it
+    else:
+        return None
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    return f"{text[:_LONGEST_TEXT]}... sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+def _reason(cls: type) -> str | None:
+    """Why objects of a class are not followed, or None."""
+    package = cls.__module__ if isinstance(cls.__module__, str) else ""
+    while package:
+        if package in NOT_THE_MODELS:
+            return NOT_THE_MODELS[package]
+        package = package.rpartition(".")[0]
+    return None
+
+
+def _form(value: Any) -> str:
+    """A value with parts, without them."""
+    cls = type(value)
+    name = name_of(cls)
+    if issubclass(cls, types.FunctionType):
+        return f"function {value.__module__}.{value.__qualname__}:{value.__code__.co_firstlineno}"
+    if issubclass(cls, (types.BuiltinFunctionType, types.MethodWrapperType)):
+        return f"function {value.__qualname__}"
+    for kind in _VALUES:  # subclasses of theirs
+        if issubclass(cls, kind):
+            base: Any = kind
+            return f"{name} {base.__repr__(value)}"
+    if issubclass(cls, dict):
+        return f"{name} of {', '.join(_key(key, number) for number, key in enumerate(_items_of(value)))}"
+    if issubclass(cls, (set, frozenset)):
+        return f"{name} of {', '.join(sorted(_key(item, 0) for item in value))}"
+    if issubclass(cls, collections.deque):
+        return f"{name} of {len(value)}, at most {value.maxlen}"
+    if issubclass(cls, (list, tuple)):
+        return f"{name} of {len(value)}"
+    if issubclass(cls, np.ndarray):
+        data = (
+            ""
+            if value.dtype.hasobject
+            else f", sha256 {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+        )
+        return f"{name} {value.dtype} {value.shape} {value.strides}{data}"
+    if issubclass(cls, torch.UntypedStorage):
+        return f"{name} of {value.nbytes()} bytes, sha256 {digest(_bytes_of(value))}"
+    if issubclass(cls, torch.Generator):
+        return f"{name} on {value.device}, seed {value.initial_seed()}, state {digest(value.get_state())}"
+    return name
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
+    """Named parts of a value: the way to each, the part, and whether it is a module or tensor of the module tree."""
+    cls = type(value)
+    if issubclass(cls, nn.Module):
+        for name in sorted(_MODULE_INTERNALS.intersection(value.__dict__)):
+            part = value.__dict__[name]
+            if not part or _is_compilers(value, name):  # most are empty
+                continue
+            if name in _MODULE_TABLES:
+                yield f".{name}", tuple(part), False
+                yield from ((f".{child}", tensor, True) for child, tensor in part.items())
+            else:  # keys of hooks are numbers that the process gives out
+                yield f".{name}", list(part.values()) if isinstance(part, collections.OrderedDict) else part, False
+        yield from _attributes(value, _MODULE_INTERNALS)
+        return
+    if issubclass(cls, types.FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with_content = [cell.cell_contents] if cell != types.CellType() else []
+            yield from ((f".__closure__[{name}]", content, False) for content in with_content)
+        yield from ((f".{name}", getattr(value, name), False) for name in ("__defaults__", "__kwdefaults__"))
+    elif issubclass(cls, (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)):
+        yield ".__self__", value.__self__, False
+        if issubclass(cls, types.MethodType):
+            yield ".__func__", value.__func__, False
+            return  # it shows its function's attributes as its own
+    elif issubclass(cls, (torch.Generator, torch.UntypedStorage)):
+        return  # all that they show besides is where they are
+    elif issubclass(cls, types.GeneratorType):
+        yield ".gi_frame.f_locals", dict(value.gi_frame.f_locals) if value.gi_frame else None, False
+    elif issubclass(cls, torch.Tensor):
+        yield from ((f".{name}", getattr(value, name), False) for name in ("grad", "_backward_hooks") if value.is_leaf)
+    elif issubclass(cls, dict):
+        for number, (key, part) in enumerate(_items_of(value).items()):
+            yield f"[{_key(key, number)}]", part, False
+            if _text(key) is None:
+                yield f".keys()[{number}]", key, False
+    elif issubclass(cls, (list, tuple, collections.deque)):
+        yield from ((f"[{number}]", part, False) for number, part in enumerate(value))
+    elif issubclass(cls, (set, frozenset)):
+        members = sorted((part for part in value if _text(part) is None), key=lambda part: name_of(type(part)))
+        yield from ((f"{{{number}}}", part, False) for number, part in enumerate(members))
+    elif issubclass(cls, np.ndarray) and value.dtype.hasobject:
+        yield ".flat", list(value.flat), False
+    elif issubclass(cls, random.Random):
+        yield ".getstate()", _asked(value.getstate), False
+    elif type(vars(cls).get("__reduce__")) is types.MethodDescriptorType and cls is not functools.partial:
+        yield (
+            ".__reduce__()",
+            _asked(value.__reduce__),
+            False,
+        )  # state that only C code sees: iterators, generators, getters
+    yield from _attributes(value)
+
+
+def _attributes(value: Any, besides: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, bool]]:
+    """Attributes that a value itself holds, in its dictionary or in slots; no property is asked."""
+    found = {name: part for name, part in _dictionary(value).items() if name not in besides}
+    for cls in reversed(type(value).__mro__):
+        for name, slot in vars(cls).items():
+            if type(slot) is types.MemberDescriptorType and not (name.startswith("__") and name.endswith("__")):
+                try:
+                    found[name] = slot.__get__(value)
+                except AttributeError:  # empty
+                    continue
+    for name in sorted(found, key=str):
+        if not _is_compilers(value, str(name)):
+            yield f".{name}", found[name], False
+
+
+def _unnamed(value: Any, named: list[Any]) -> Iterator[Any]:
+    """What the garbage collector sees besides parts that have names."""
+    cls = type(value)
+    if issubclass(cls, (types.FunctionType, types.MethodType, nn.Module)):
+        return  # all of it has names; the rest of a function is the program
+    seen = {id(part) for part in named} | {id(cls), id(_dictionary(value))}
+    seen |= {id(part) for name, part in _dictionary(value).items() if _is_compilers(value, str(name))}
+    if issubclass(cls, dict):
+        seen.update(map(id, _items_of(value)))
+    for part in gc.get_referents(value):
+        # Those without parts are keys, names and texts: all that count have names.
+        if id(part) not in seen and _text(part) is None and not (type(part) is dict and not part):
+            yield part
+
+
+def _is_compilers(holder: Any, name: str) -> bool:
+    """Whether an attribute is what a compiler notes on a model that it compiled."""
+    if _COMPILERS.search(name):
+        return True
+    wrapper = getattr(sys.modules.get("vllm.compilation.wrapper"), "TorchCompileWithNoGuardsWrapper", None)
+    return wrapper is not None and issubclass(type(holder), wrapper) and name in _set_by_vllms_compiler()
+
+
+@functools.cache
+def _set_by_vllms_compiler() -> frozenset[str]:
+    """Attributes that vLLM's wrapper around torch.compile gives to the module that it wraps, from its code."""
+    names: set[str] = set()
+    codes: list[types.CodeType] = []
+    for module in filter(None, map(sys.modules.get, ("vllm.compilation.wrapper", "vllm.compilation.decorators"))):
+        classes = (vars(member) for member in vars(module).values() if isinstance(member, type))
+        functions = (member for members in (vars(module), *classes) for member in members.values())
+        own = (function for function in functions if getattr(function, "__module__", "") == module.__name__)
+        codes += [function.__code__ for function in own if isinstance(function, types.FunctionType)]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        steps = list(dis.get_instructions(code))
+        for before, step in itertools.pairwise(steps):
+            if step.opname == "STORE_ATTR" and before.argval == "self":
+                names.add(step.argval)
+    return frozenset(names)
+
+
+def _dictionary(value: Any) -> dict[Any, Any]:
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if type(found) is dict else {}
+
+
+def _items_of(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The items, in their order, whatever the class makes of them."""
+    if isinstance(value, collections.OrderedDict):
+        return dict(collections.OrderedDict.items(value))
+    return value if type(value) is dict else dict(dict.items(value))
+
+
+def _key(key: Any, number: int) -> str:
+    return _text(key) or f"{name_of(type(key))} #{number}"
+
+
+def _asked(state: Callable[[], Any]) -> Any:
+    try:
+        return state()
+    except Exception as error:  # it has none that could be told
+        return type(error)
+
+
+def name_of(cls: type) -> str:
+    """Qualified name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _describe(tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor, but for what is hung on it."""
+    return {
+        "class": name_of(type(tensor)),
+        "device": tensor.device.type,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()) if tensor.layout is torch.strided else str(tensor.layout),
+        "requires_grad": tensor.requires_grad,
+        "conj": tensor.is_conj(),
+        "neg": tensor.is_neg(),
+        "sha256": digest(tensor),
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of the elements in logical order, as hexadecimal text; why there is none, if they cannot be read."""
+    if tensor.is_meta:
+        return "meta"
+    try:
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        flat = plain.view(torch.uint8).cpu().numpy().data if plain.numel() else b""
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # sparse, or a wrapper around others
+        return type(error).__name__
+    return hashlib.sha256(flat).hexdigest()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's elements begin and end in memory; (0, 0) if it has none."""
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return 0, 0
+    try:
+        start = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
