@@ -16,6 +16,7 @@ from vllm_companion_plugin.engine.session import Attach
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
 from vllm_companion_plugin.interpreter import collector_paused
 from vllm_companion_plugin.module_tree.building import WithoutWeights
+from vllm_companion_plugin.module_tree.capture import capture
 from vllm_companion_plugin.module_tree.checksum import Verification
 from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.module_tree.views import ArenaViews
@@ -173,6 +174,20 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
     module's weights first, because nothing says that they do not write to them.
     """
     copied: list[int] = []
+    views: dict[int, list[torch.Tensor]] = {}
+
+    def make_private(parameter: nn.Parameter) -> None:
+        """Give the storage of `parameter`, and all that views it, memory of this engine's own."""
+        if not views:
+            for slot in capture(model).slots():
+                if not slot.tensor.is_meta:
+                    views.setdefault(slot.tensor.untyped_storage()._cdata, []).append(slot.tensor)
+        storage = parameter.untyped_storage()
+        mine = storage.clone()  # type: ignore[no-untyped-call]
+        for tensor in views.pop(storage._cdata, [parameter]):
+            empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            tensor.data = empty.set_(mine, tensor.storage_offset(), tensor.shape, tensor.stride())
+        copied.append(mine.nbytes())
 
     @contextmanager
     def around(module: nn.Module) -> Iterator[None]:
@@ -183,8 +198,7 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
                 yield
         else:
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
-                copied.append(parameter.nbytes)
+                make_private(parameter)
             yield
 
     with ExitStack() as stack:
