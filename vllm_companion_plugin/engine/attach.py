@@ -54,7 +54,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
             source = Source(decision.manifest, views, device, copy=copy)
-            restorer = Restorer(model, source, device, built=without_weights)
+            restorer = Restorer(model, source, device, built=without_weights, besides=compat.noted_for_reloads)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()

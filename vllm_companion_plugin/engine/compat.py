@@ -21,6 +21,7 @@ import vllm
 from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import (
     get_model_architecture,
@@ -280,7 +281,7 @@ def model_without_weights(
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
-            with built.building():
+            with built.building(), _noting_for_reloads(built):
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             yield model
     except BaseException:
@@ -288,6 +289,32 @@ def model_without_weights(
         for key in set(_rope_cache()) - ropes:
             del _rope_cache()[key]
         raise
+
+
+@contextmanager
+def _noting_for_reloads(built: WithoutWeights) -> Iterator[None]:
+    """While open, what vLLM notes of parameters for a later reload is no use of them."""
+    record = loader_utils.record_metadata_for_reloading
+
+    def noting(model: nn.Module) -> None:
+        with built.paused():
+            record(model)
+
+    loader_utils.record_metadata_for_reloading = noting
+    try:
+        yield
+    finally:
+        loader_utils.record_metadata_for_reloading = record
+
+
+def noted_for_reloads(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What vLLM keeps of the parameters of `model`, without data, for a later reload."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for module in model.modules():
+        if module in layerwise.LAYERWISE_INFO:
+            for noted in layerwise.LAYERWISE_INFO[module].restore_metadata:
+                yield from noted.values()
 
 
 @contextmanager

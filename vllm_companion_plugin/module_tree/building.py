@@ -8,7 +8,7 @@ device: its values are this engine's own, and may follow from this engine's flag
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,7 @@ class WithoutWeights:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.is_paused = False
         # By address of the C++ storage, with what keeps that address from being used again.
         self._deferred: dict[int, torch.UntypedStorage] = {}
         self._touched: set[int] = set()
@@ -69,9 +70,25 @@ class WithoutWeights:
         address = tensor.untyped_storage()._cdata
         return address in self._deferred and address not in self._touched and tensor._version == 0
 
-    def is_left(self) -> bool:
-        """Whether something still uses what was deferred, or was computed from it. To be asked once, at the end."""
-        storages = [StorageWeakRef(storage) for storage in (*self._deferred.values(), *self._computed)]  # type: ignore[no-untyped-call]
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, what is done with tensors belongs to no constructor."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    def is_left(self, besides: Iterable[torch.Tensor] = ()) -> bool:
+        """Whether something still uses what was deferred, or was computed from it. To be asked once, at the end.
+
+        Args:
+            besides: tensors that may.
+        """
+        known = {tensor.untyped_storage()._cdata for tensor in besides}
+        deferred = [storage for address, storage in self._deferred.items() if address not in known]
+        storages = [StorageWeakRef(storage) for storage in (*deferred, *self._computed)]  # type: ignore[no-untyped-call]
+        del deferred
         self._deferred.clear()
         self._touched.clear()
         self._computed.clear()
@@ -117,6 +134,8 @@ class _Deferring(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._model.is_paused:
+            return func(*args, **kwargs)
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
         if func == _data_of and args[0].is_meta:

@@ -50,7 +50,6 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
         ParityError: a change that cannot be made here, because the model was built differently.
     """
     _apply_to_modules(model, manifest)
-    modules = dict(model.named_modules(remove_duplicate=False))
     if manifest.is_observed:
         seen = {info.path: info.observed for info in manifest.modules}
     else:
@@ -58,6 +57,7 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
     if not changed:
         return
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, observed in changed.items():
         if path in modules:
             _remove_slots(modules[path], observed)

@@ -105,6 +105,7 @@ class Restorer:
 
     Args:
         built: what was left out when the model was built; None if it was built in another way.
+        besides: tensors that belong to a model and never have data.
 
     Attributes:
         ways: modules whose post-processing ran, by strategy.
@@ -118,12 +119,14 @@ class Restorer:
         device: torch.device,
         opaque: tuple[type, ...] = (),
         built: WithoutWeights | None = None,
+        besides: Callable[[nn.Module], Iterable[torch.Tensor]] = lambda model: (),
     ) -> None:
         self._model = model
         self._source = source
         self._device = device
         self._opaque = opaque
         self._built = built
+        self._besides = besides
         self.ways: Counter[Strategy] = Counter()
         self.own: dict[str, str] = {}
         self._modules = {module.path: module for module in source.manifest.modules}
@@ -278,7 +281,7 @@ class Restorer:
 
     def _check_nothing_is_deferred(self, tree: Tree) -> None:
         """Raise `NotShareableError` if the model can reach a tensor whose memory was left out when it was built."""
-        if self._built is None or not self._built.is_left():
+        if self._built is None or not self._built.is_left(self._besides(self._model)):
             return
         left = hidden_tensors(self._model, Known.of(tree), "meta")
         if left:
