@@ -340,6 +340,7 @@ class Manifest:
     """A module tree described in full, with every tensor placed in an arena.
 
     Attributes:
+        added_modules: classes of the modules that loading made, by path, a module before those in it.
         removed_modules: paths of modules that loading took out of the model.
         retied_modules: paths that loading gave to another module of the model, with that module's first path.
         files: digests of the small files that were read to build and load the model, by name.
@@ -350,6 +351,7 @@ class Manifest:
     storages: tuple[StorageInfo, ...]
     tensors: tuple[TensorInfo, ...]
     modules: tuple[ModuleInfo, ...]
+    added_modules: Mapping[str, str] = field(default_factory=dict)
     removed_modules: tuple[str, ...] = ()
     retied_modules: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)

@@ -83,7 +83,8 @@ def manifest() -> Manifest:
                 (SlotInfo("weight", TensorKind.PARAMETER, 0), SlotInfo("tied[0]", TensorKind.ATTRIBUTE, 0)), {},
             ),
         ),
-        ("vision",), {"lm_head": "embed"}, {"config.json": "ab"}, is_observed=True,
+        {"extra": "torch.nn.modules.linear.Linear"}, ("vision",), {"lm_head": "embed"}, {"config.json": "ab"},
+        is_observed=True,
     )  # fmt: skip
 
 

@@ -291,6 +291,22 @@ class TestLoading:
         assert attached.second.weight.unique().tolist() == [9.0]
         assert attached.first.weight.unique().tolist() == [0.25]
 
+    def test_modules_that_it_adds(self) -> None:
+        """A module that loading makes is made again, with what is in it, and no constructor is called."""
+
+        def load(m: Model) -> None:
+            m.extra = nn.Sequential(nn.Linear(2, 3, bias=False), nn.LayerNorm(3))
+            m.extra[0].weight = nn.Parameter(torch.full((3, 2), 5.0), requires_grad=False)
+            m.extra[1].note = "new"
+            m.again = m.extra[0]
+
+        attached = attach(publish(lambda m, flag: None, load), lambda m, flag: None)
+        assert attached.extra(torch.ones(1, 2)).shape == (1, 3)
+        assert attached.extra[0].weight.unique().tolist() == [5.0]
+        assert not attached.extra[0].weight.requires_grad
+        assert attached.extra[1].note == "new"
+        assert attached.again is attached.extra[0]
+
     def test_modules_that_it_removes(self) -> None:
         """A part that loading takes out is not there."""
 
@@ -331,7 +347,7 @@ class TestLoading:
             lambda m: m.first.register_forward_hook(lambda module, args, output: output * 2),
             lambda m: setattr(m, "function", lambda: 1),
             lambda m: setattr(m, "helper", Box(1)),
-            lambda m: m.add_module("third", nn.Linear(2, 2)),
+            lambda m: m.add_module("third", type("Local", (nn.Linear,), {})(2, 2)),
             lambda m: setattr(m, "opaque", object()),
         ],
         ids=["hook", "function", "object", "module", "opaque"],

@@ -64,6 +64,8 @@ LEFT_OUT: Mapping[str, str] = {
     r"\.lora_[ab]_stacked\b": "slots of adapters hold those that requests named",
     r"\.adapter_enabled$": "tells which of these slots are in use",
     r"\.topk_indices_buffer$": "a work buffer, written before it is read; what is not in use is never initialized",
+    r"quant_config\.online_quantization_time$": "a measured time",
+    r"quant_config\.(modules_in_block_to_quantize|modules_to_not_convert)\[": "a set's names in any order",
     r"\.handler_tensor$": "an address, of what a library packed for this process",
 }
 """Paths that are left out, and why."""

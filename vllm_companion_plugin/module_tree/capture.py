@@ -56,12 +56,14 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, f
 
 @dataclass(slots=True)
 class LiveSlot:
-    """A tensor and the place it was found. `module` is the index of its module."""
+    """A tensor and the place it was found. `module` is the index of its module; `holder` has the tensor as `key`."""
 
     name: str
     kind: TensorKind
     tensor: torch.Tensor
     module: int
+    holder: Any = None
+    key: Any = None
 
 
 @dataclass(slots=True)
@@ -243,14 +245,16 @@ class _Walk:
             if parameter is None:
                 attributes[prefix + name] = "None"
             else:
-                self._tensor(live, index, prefix + name, TensorKind.PARAMETER, parameter, depth)
+                self._tensor(
+                    live, index, prefix + name, TensorKind.PARAMETER, parameter, module._parameters, name, depth
+                )
         for name, buffer in module._buffers.items():
             if buffer is None:
                 attributes[prefix + name] = "None"
                 continue
             transient = name in module._non_persistent_buffers_set
             kind = TensorKind.NON_PERSISTENT_BUFFER if transient else TensorKind.BUFFER
-            self._tensor(live, index, prefix + name, kind, buffer, depth)
+            self._tensor(live, index, prefix + name, kind, buffer, module._buffers, name, depth)
         own = module.__dict__
         for name, value in own.items():
             if name in _MODULE_INTERNALS:
@@ -265,9 +269,17 @@ class _Walk:
                     self._value(live, index, f"{prefix}{name}[{position}]", hook, own[name], key, depth)
 
     def _tensor(
-        self, live: LiveModule, index: int, path: str, kind: TensorKind, tensor: torch.Tensor, depth: int
+        self,
+        live: LiveModule,
+        index: int,
+        path: str,
+        kind: TensorKind,
+        tensor: torch.Tensor,
+        holder: Any,
+        key: Any,
+        depth: int,
     ) -> None:
-        live.slots.append(LiveSlot(path, kind, tensor, index))
+        live.slots.append(LiveSlot(path, kind, tensor, index, holder, key))
         hung = tensor.__dict__
         if hung and id(tensor) not in self._met:
             self._met[id(tensor)] = path
@@ -277,20 +289,20 @@ class _Walk:
 
     def _value(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if self._wanted is None:
-            self._note(live, index, path, value, depth)
+            self._note(live, index, path, value, holder, key, depth)
             return
         self._steps.append((holder, key))
         if path in self._wanted.get(live.path, ()):
             self._tree.places[index, path] = Place(tuple(self._steps), value)
-        self._note(live, index, path, value, depth)
+        self._note(live, index, path, value, holder, key, depth)
         self._steps.pop()
 
-    def _note(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+    def _note(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if type(value) in _WEAK:  # what it leads to may be gone
             live.attributes[path] = class_name(type(value))
             return
         if isinstance(value, torch.Tensor):
-            self._tensor(live, index, path, TensorKind.ATTRIBUTE, value, depth)
+            self._tensor(live, index, path, TensorKind.ATTRIBUTE, value, holder, key, depth)
             return
         if isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS):
             return  # it hangs there while we watch the model, and is none of it

@@ -121,15 +121,35 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
 
 def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
     try:
-        found = {path: model.get_submodule(first) for path, first in manifest.retied_modules.items()}
-        for path, module in found.items():
-            parent, _, name = path.rpartition(".")
-            model.get_submodule(parent)._modules[name] = module
+        added = manifest.added_modules
+        found = {path: first for path, first in manifest.retied_modules.items() if first not in added}
+        modules = {path: model.get_submodule(first) for path, first in found.items()}
+        for path, class_name in manifest.added_modules.items():
+            _put_module(model, path, _empty_module(path, class_name))
+        for path, first in manifest.retied_modules.items():
+            _put_module(model, path, modules[path] if path in modules else model.get_submodule(first))
         for path in manifest.removed_modules:
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules.pop(name, None)
     except AttributeError as error:
         raise ParityError(f"loading changed modules of the published model that do not exist here: {error}.") from None
+
+
+def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    if not path or not name or name in model.get_submodule(parent).__dict__:
+        raise ParityError(f"the published model has a module {path!r}, which cannot be put here.", path)
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _empty_module(path: str, class_name: str) -> nn.Module:
+    """A module that has nothing yet: its values and tensors were published, and no constructor is called."""
+    cls = loaded_class(class_name)
+    if cls is None or not issubclass(cls, nn.Module):
+        raise ParityError(f"{path} is a {class_name} in the published model, which is not known here.", path)
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    return module
 
 
 def _remove_slots(module: nn.Module, observed: Observed) -> None:

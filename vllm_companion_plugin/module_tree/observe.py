@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ from vllm_companion_plugin.module_tree.capture import (
     tensor_attributes,
 )
 from vllm_companion_plugin.module_tree.changes import is_restorable
-from vllm_companion_plugin.module_tree.values import class_name
+from vllm_companion_plugin.module_tree.values import class_name, loaded_class
 from vllm_companion_plugin.types import AddedSlot, Observed, TensorKind
 
 _SMALL_BYTES = 1 << 20
@@ -93,6 +93,7 @@ def _added(slot: LiveSlot) -> AddedSlot:
 class Loaded:
     """What loading did to the structure of a model, and to the values of its modules by path."""
 
+    added_modules: dict[str, str] = field(default_factory=dict)
     removed_modules: tuple[str, ...] = ()
     retied_modules: dict[str, str] = field(default_factory=dict)
     modules: dict[str, Observed] = field(default_factory=dict)
@@ -221,23 +222,32 @@ class Observation:
             if path in paths and paths[path] is module:
                 continue
             first = next((known for known, there in paths.items() if there is module), None)
-            if first is None:
-                what = class_name(type(module))
-                raise NotShareableError(f"loading added the module {path!r} ({what}), which no engine could restore")
+            if first is None and path in {live.path for live in tree.modules}:
+                name = class_name(type(module))
+                if loaded_class(name) is not type(module):
+                    raise NotShareableError(f"loading added the module {path!r}, whose class {name} cannot be found")
+                loaded.added_modules[path] = name
+                continue
+            if first is None:  # another name of one that was added
+                first = next(live.path for live in tree.modules if live.module is module)
             if path.rpartition(".")[0] not in loaded.retied_modules:
                 loaded.retied_modules[path] = first
         for live in tree.modules:
-            was = next((path for path in (live.path, *live.aliases) if path in built.attributes), live.path)
+            known = (path for path in (live.path, *live.aliases) if path in built.attributes)
+            was = next(known, live.path)
             if id(live.module) in self._processed_early:
                 now.attributes[live.path] = built.attributes.get(was, {})
                 loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
             else:
-                loaded.modules[live.path] = self._compare_module(live.path, was, now, live.slots)
+                loaded.modules[live.path] = self._compare_module(live.path, was, now, live.slots, loaded.added_modules)
         return loaded
 
-    def _compare_module(self, path: str, was: str, now: Snapshot, slots: list[LiveSlot]) -> Observed:
+    def _compare_module(
+        self, path: str, was: str, now: Snapshot, slots: list[LiveSlot], added: Mapping[str, str]
+    ) -> Observed:
         built = self._built
-        texts, then = now.attributes[path], built.attributes.get(was, {})
+        is_new = path in added
+        texts, then = now.attributes[path], {} if is_new else built.attributes.get(was, {})
         values = {
             name: (then.get(name), texts.get(name))
             for name in texts.keys() | then.keys()
@@ -247,16 +257,21 @@ class Observation:
             if not is_restorable(text):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
         for (where, name), value in now.opaque.items():
-            if where == path and name not in values and built.opaque.get((was, name), value) is not value:
+            if (
+                where == path
+                and name not in values
+                and not is_new
+                and built.opaque.get((was, name), value) is not value
+            ):
                 raise NotShareableError(
                     f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
                 )
-        here, there = now.slots[path], built.slots.get(was, {})
+        here, there = now.slots[path], {} if is_new else built.slots.get(was, {})
         # A slot that is tied to nothing any more has its own name here.
         tied = {
             name: now.ties[f"{path}:{name}"]
             for name in here
-            if now.ties[f"{path}:{name}"] != built.ties.get(f"{was}:{name}", f"{path}:{name}")
+            if now.ties[f"{path}:{name}"] != (None if is_new else built.ties.get(f"{was}:{name}", f"{path}:{name}"))
         }
         return Observed(
             values=dict(sorted(values.items())),

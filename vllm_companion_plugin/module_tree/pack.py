@@ -249,6 +249,7 @@ def prepare(
         storages,
         tuple(packing.infos),
         modules,
+        loaded.added_modules,
         loaded.removed_modules,
         loaded.retied_modules,
         is_observed=observation is not None,

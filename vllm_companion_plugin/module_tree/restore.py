@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.module_tree.building import WithoutWeights
-from vllm_companion_plugin.module_tree.capture import LiveSlot, Tree, capture, full_name, plain_tensors
+from vllm_companion_plugin.module_tree.capture import LiveSlot, Place, Tree, capture, full_name, plain_tensors
 from vllm_companion_plugin.module_tree.changes import apply_loading
 from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.module_tree.pack import dtype_name
@@ -140,12 +140,36 @@ class Restorer:
         """Do what loading did, and bind all that exists before post-processing and is not remade by it."""
         with plain_tensors():
             apply_loading(self._model, self._source.manifest)
+            self._leave_on_meta()
             for path, module in self._model.named_modules():
                 self._paths[id(module)] = path
                 published = self._published(path)
                 if strategy(module) is not Strategy.REPLAY:
                     self._bind_all(module._parameters.items(), published)
                 self._bind_all(module._buffers.items(), published)
+
+    def _leave_on_meta(self) -> None:
+        """Give each slot that has no data in the publisher's model a tensor of its own without data.
+
+        vLLM moves such parameters to meta itself, which unties them from others in a normal load. Here the others
+        may have been on meta already.
+        """
+        manifest = self._source.manifest
+        if not any(info.meta for info in manifest.tensors):
+            return
+        meta = {
+            (module.path, slot.name)
+            for module in manifest.modules
+            for slot in module.slots
+            if manifest.tensors[slot.tensor].meta
+        }
+        tree = capture(self._model, self._opaque)
+        users = Counter(id(slot.tensor) for slot in tree.slots())
+        for slot in tree.slots():
+            tensor = slot.tensor
+            if (tree.modules[slot.module].path, slot.name) in meta and (users[id(tensor)] > 1 or not tensor.is_meta):
+                twin = _with_data(tensor, tensor.detach().to("meta"))
+                Place(((slot.holder, slot.key),), tensor).set(twin)
 
     def bind_module(self, module: nn.Module) -> None:
         """Bind one module's own parameters, just after its post-processing ran."""

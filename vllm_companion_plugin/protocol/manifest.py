@@ -90,6 +90,8 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
                 target.slots.add(name=slot.name, kind=slot.kind.value, tensor=slot.tensor)
             if module.observed != NOTHING_OBSERVED:
                 _write_observed(target.observed, module.observed)
+        for path, class_name in manifest.added_modules.items():
+            message.added_modules.add(path=path, class_name=class_name)
         message.removed_modules.extend(manifest.removed_modules)
         message.retied_modules.update(manifest.retied_modules)
         message.files.update(manifest.files)
@@ -139,8 +141,9 @@ def manifest_from_bytes(data: bytes) -> Manifest:
         tensors = tuple(_tensors(message, storages))
         modules = tuple(_modules(message, len(tensors)))
         removed, retied = tuple(message.removed_modules), dict(message.retied_modules)
+        added = {module.path: module.class_name for module in message.added_modules}
         files, observed = dict(message.files), message.is_observed
-        return Manifest(stage, storages, tensors, modules, removed, retied, files, is_observed=observed)
+        return Manifest(stage, storages, tensors, modules, added, removed, retied, files, is_observed=observed)
 
 
 def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:

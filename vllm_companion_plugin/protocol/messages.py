@@ -6,6 +6,7 @@ from vllm_companion_plugin.protocol.schema import message_class
 
 HealthCheckRequest: Any = message_class("grpc.health.v1.HealthCheckRequest")
 HealthCheckResponse: Any = message_class("grpc.health.v1.HealthCheckResponse")
+AddedModule: Any = message_class("vllm_companion.v1.AddedModule")
 AddedSlot: Any = message_class("vllm_companion.v1.AddedSlot")
 ArenaDescriptor: Any = message_class("vllm_companion.v1.ArenaDescriptor")
 AttachEvent: Any = message_class("vllm_companion.v1.AttachEvent")
