@@ -29,6 +29,7 @@ from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirEr
 from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import ensure_companion
 from vllm_companion_plugin.protocol import fd_channel, schema
+from vllm_companion_plugin.types import EntryKey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -186,6 +187,45 @@ def test_it_exits_after_its_linger_time_and_says_so(place: Place) -> None:
     assert process.returncode == 0
     assert "are held until" in text
     assert "Nobody was attached for 0.5 s" in text
+
+
+def test_an_entry_that_nobody_uses_goes_though_another_one_is_used(place: Place) -> None:
+    """A rolling restart piles up no copies: the old one goes after its own linger time."""
+    process = place.companion("--linger-s=1.5")
+    other = EntryKey("cd" * 32, "test/other")
+    with (
+        connect("cpu", place.settings, spawn=False) as user,
+        connect("cpu", place.settings, spawn=False) as former,
+    ):
+        for connection, key in ((user, KEY), (former, other)):
+            granted = connection.attach(key, may_load=True, client_name="engine").wait(5)
+            assert isinstance(granted, Granted)
+            arena, fds = arena_of(b"weights")
+            granted.publication.publish(arena, fds, b"manifest", 3)
+            fd_channel.close_all(fds)
+        former.close()
+
+        def arenas() -> int:
+            return sum("memfd:arena" in link(process.pid, fd) for fd in os.listdir(f"/proc/{process.pid}/fd"))
+
+        assert arenas() == 2
+        expiring: list[float] = []
+
+        def is_idle() -> bool:
+            expiring[:] = [e.expires_at_unix_s for e in user.status().entries if e.expires_at_unix_s]
+            return bool(expiring)
+
+        until(is_idle, 5, "nobody uses the other one")
+        until(lambda: [e.key.model for e in user.status().entries] == [KEY.model], 10, "the unused one has gone")
+        until(lambda: arenas() == 1, 5, "its memory is free")
+        assert abs(expiring[0] - time.time()) < 2
+        assert user.status().exits_at_unix_s == 0
+
+
+def link(pid: int, fd: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/fd/{fd}")
+    return ""
 
 
 @pytest.mark.parametrize("linger", ["never", "-1"])
