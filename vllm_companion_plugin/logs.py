@@ -8,6 +8,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 TEXT = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s"
@@ -65,41 +66,57 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)  # in ASCII: nothing in it acts
 
 
-class PatientHandler(logging.Handler):
-    """Writes to a descriptor, and waits for no reader: whoever attaches would wait with us.
+class PatientWriter:
+    """Writes lines to a descriptor, and waits for no reader: whoever needs us would wait, too.
 
-    Lines that a full pipe cannot take are lost. The next one that it takes is preceded by their number.
+    Lines that a full pipe or disk cannot take are lost. The next one that it takes is preceded by their number.
+
+    Args:
+        note: says how many were lost.
     """
 
-    def __init__(self, fd: int) -> None:
-        super().__init__()
+    def __init__(self, fd: int, note: Callable[[int], str]) -> None:
         self._fd = fd
+        self._note = note
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         self._lost = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def write(self, line: str) -> None:
+        """Write the line, or lose it. Never raises `OSError`."""
+        lines = ["", self._note(self._lost), line] if self._lost else [line]  # the last one may have been cut
+        data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
         try:
-            lines = [self.format(record)]
-            if self._lost:
-                text = "%d lines of this log were lost: nobody reads standard error."
-                note = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (self._lost,), None)
-                lines = ["", self.format(note), *lines]  # the last one may have been cut
-            data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
             for at in range(0, len(data), select.PIPE_BUF):  # so much is taken at once, or none
                 if not self._is_writable():
                     self._lost += 1
                     return
                 os.write(self._fd, data[at : at + select.PIPE_BUF])
             self._lost = 0
-        except OSError:  # nobody will read it any more
+        except OSError:  # nobody will read it any more, or there is no space
             self._lost += 1
-        except Exception:
-            self.handleError(record)
 
     def _is_writable(self) -> bool:
         events = self._poll.poll(0 if self._lost else PATIENCE_MS)
         return any(event & select.POLLOUT and not event & select.POLLERR for _, event in events)
+
+
+class PatientHandler(logging.Handler):
+    """Logs through a `PatientWriter`."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._writer = PatientWriter(fd, self._note)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._writer.write(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def _note(self, lost: int) -> str:
+        text = "%d lines of this log were lost: nobody reads standard error."
+        return self.format(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (lost,), None))
 
 
 def configure(level: str, format: str, device: str) -> None:

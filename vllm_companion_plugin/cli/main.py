@@ -8,7 +8,7 @@ them runs as a process of its own.
 from __future__ import annotations
 
 import argparse
-import os
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -20,16 +20,26 @@ _DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU, cpu, or all (default)"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    from vllm_companion_plugin.cli import output
+
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except CompanionError as error:
-        print(f"vllm-companion: error: {' '.join(str(error).split())}", file=sys.stderr)
+        output.say(f"vllm-companion: error: {' '.join(str(error).split())}", error=True)
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # our reader has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in output.LOST:
+            raise
+        if error.errno != errno.EPIPE:  # as with `| head`, where nobody wants to know
+            output.say(f"vllm-companion: error: The output cannot be written: {error.strerror}.", error=True)
         return 1
+    finally:
+        output.settle()
 
 
 def _run(arguments: Sequence[str] | None) -> int:
