@@ -13,7 +13,7 @@ import os
 import sys
 from typing import TextIO
 
-from vllm_companion_plugin.logs import PatientHandler, PatientWriter
+from vllm_companion_plugin.logs import PatientWriter
 
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What the system says of output that nobody can take."""
@@ -45,13 +45,17 @@ def _note(lost: int) -> str:
     return f"vllm-companion: {lost} lines were lost: nobody read them, or there was no space."
 
 
-def log_to_stderr() -> None:
-    """Warnings of the library are said like everything else, too."""
-    if sys.stderr is None:
-        return
-    handler = PatientHandler(sys.stderr.fileno())
-    handler.setFormatter(logging.Formatter("vllm-companion: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+class _SayingHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            say(f"vllm-companion: {self.format(record)}", error=True)
+        except Exception:
+            self.handleError(record)
+
+
+def say_warnings() -> None:
+    """Warnings of the library are said like everything else, from now on."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_SayingHandler()])
 
 
 def settle() -> None:

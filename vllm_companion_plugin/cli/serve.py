@@ -10,7 +10,7 @@ import time
 from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
-from vllm_companion_plugin.cli.output import log_to_stderr, say
+from vllm_companion_plugin.cli.output import say, say_warnings
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.cli.ward import Ward
 from vllm_companion_plugin.client import connect
@@ -34,7 +34,7 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
     """Run until a signal or `stop` ends all companions (0), or something failed (1)."""
     model, flags = _model_and_flags(rest)
     raise_file_limit()  # what the companions hold we hold, too
-    log_to_stderr()
+    say_warnings()
     settings = settings_of(parsed)
     devices = devices_named(parsed.device)
     wards: list[Ward] = []

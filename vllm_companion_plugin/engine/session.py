@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.engine import checkpoint, compat, key
+from vllm_companion_plugin.engine import checkpoint, compat, key, room
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.turns import Turn
@@ -313,6 +313,7 @@ def _decide_target(
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, path, settings, wait_for_turn=wait_for_turn)
+    _make_room(decision, vllm_config, settings)
     if draft is not None:
         _note(_drafts, draft, (fields, decision.key))
     return decision
@@ -404,6 +405,17 @@ def _ask(
         election.release()
         lease.release()
         asked = held
+
+
+def _make_room(decision: Attach | Load, vllm_config: Any, settings: Settings) -> None:
+    """Before vLLM measures the memory of the device."""
+    connection, device, wanted = _connections[decision.device.id], decision.device, decision.key
+    if isinstance(decision, Load):
+        room.make_room(connection, device, vllm_config, wanted, load_bytes=decision.checkpoint_bytes)
+        return
+    # One that copies takes the memory once more.
+    mapped = 0 if settings_for(vllm_config, settings).share == "copy" else decision.arena.info.size_bytes
+    room.make_room(connection, device, vllm_config, wanted, mapped_bytes=mapped)
 
 
 def _client_name() -> str:
