@@ -93,7 +93,10 @@ class PatientWriter:
     def write(self, line: str) -> None:
         """Write the line, or lose it. Never raises `OSError`."""
         lines = ["", self._note(self._lost), line] if self._lost else [line]  # the last one may have been cut
-        data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+        self.pass_on("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+
+    def pass_on(self, data: bytes) -> None:
+        """Write what somebody else has written, or lose it. Never raises `OSError`."""
         try:
             for at in range(0, len(data), select.PIPE_BUF):  # so much is taken at once, or none
                 if not self._is_writable():

@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.process.conftest import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client import Granted, Ready, connect
 from vllm_companion_plugin.companion.process import InstanceLock
-from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import ensure_companion
 from vllm_companion_plugin.protocol import fd_channel, schema
@@ -295,6 +295,18 @@ def test_its_log_is_json_on_request_and_a_name_forges_nothing(place: Place) -> N
     lines = [json.loads(line) for line in text.rstrip("\n").split("\n")]
     assert {(line["level"], line["device"], line["pid"]) for line in lines} == {("INFO", "cpu", process.pid)}
     assert any(line["message"] == f"x\\ny (pid {os.getpid()}) keeps {name}: because of this" for line in lines)
+
+
+def test_its_log_is_bounded_and_says_how_it_was_started(place: Place) -> None:
+    with connect("cpu", place.settings, spawn=True) as connection:
+        for _ in range(4000):
+            with pytest.raises(EntryNotFoundError):
+                connection.unload(model="x" * 4000)  # each is refused with a long line
+        lines = Path(place.paths.log).read_text().splitlines()
+        assert 1 << 20 < sum(map(len, lines)) < (4 << 20) + (1 << 17)
+        assert any("is ready at" in line for line in lines[:3])
+        assert sum("This log was shortened" in line for line in lines) == 1
+        assert "Refused" in lines[-1]
 
 
 def test_it_imports_nothing_heavy() -> None:

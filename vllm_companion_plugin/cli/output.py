@@ -11,12 +11,16 @@ import errno
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TextIO
 
 from vllm_companion_plugin.logs import PatientWriter
 
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What the system says of output that nobody can take."""
+
+RELAY_END_S = 2.0
 
 _writers: dict[int, PatientWriter] = {}
 
@@ -43,6 +47,38 @@ def _say(text: str, stream: TextIO) -> None:
 
 def _note(lost: int) -> str:
     return f"vllm-companion: {lost} lines were lost: nobody read them, or there was no space."
+
+
+@contextlib.contextmanager
+def relayed() -> Iterator[tuple[int | None, int | None]]:
+    """Standard output and error for a child that, unlike us, may end when nobody reads them: vLLM's do.
+
+    A terminal is the child's own; when it goes, a signal says so.
+    """
+    with contextlib.ExitStack() as undo:
+        yield _relay(sys.stdout, undo), _relay(sys.stderr, undo)
+
+
+def _relay(stream: TextIO | None, undo: contextlib.ExitStack) -> int | None:
+    try:
+        fd = stream.fileno() if stream is not None else -1
+    except (OSError, ValueError):
+        return None
+    if fd < 0 or os.isatty(fd):
+        return None
+    source, sink = os.pipe()
+    thread = threading.Thread(target=_pass_on, args=(source, fd), name="relay", daemon=True)
+    thread.start()
+    undo.callback(thread.join, RELAY_END_S)  # somebody the child has started may be writing yet
+    undo.callback(os.close, sink)
+    return sink
+
+
+def _pass_on(source: int, fd: int) -> None:
+    writer = PatientWriter(fd, _note)
+    with open(source, "rb", buffering=0) as file:
+        while data := file.read(1 << 16):
+            writer.pass_on(data)
 
 
 class _SayingHandler(logging.Handler):

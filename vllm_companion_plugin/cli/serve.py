@@ -10,7 +10,7 @@ import time
 from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
-from vllm_companion_plugin.cli.output import say, say_warnings
+from vllm_companion_plugin.cli.output import relayed, say, say_warnings
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.cli.ward import Ward
 from vllm_companion_plugin.client import connect
@@ -107,7 +107,8 @@ def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Si
     """Load `model` as an engine would, in a process of its own, and wait for it."""
     say(f"Loading {model} ...")
     command = [sys.executable, "-m", "vllm_companion_plugin.engine.warm", model, *flags]
-    status = run_to_end(command, environment, signals)
+    with relayed() as (stdout, stderr):
+        status = run_to_end(command, environment, signals, stdout, stderr)
     if status != 0:
         raise CompanionUnavailableError(
             f"{model} was not loaded: vLLM ended with status {status}; see its lines above."
