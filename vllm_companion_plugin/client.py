@@ -253,6 +253,14 @@ class CompanionConnection:
         response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
         return tuple(mapping.entry_status_from_message(entry) for entry in response.unloaded)
 
+    def make_room(self, size_bytes: int) -> tuple[EntryStatus, ...]:
+        """Drop entries that nobody uses and that would expire, until they make so many bytes; what they were.
+
+        The longest idle go first, and none if all together would not do. Their memory is free a moment later.
+        """
+        response = self._call("MakeRoom", messages.MakeRoomRequest(size_bytes=size_bytes))
+        return tuple(mapping.entry_status_from_message(entry) for entry in response.dropped)
+
     def shutdown(self, *, replaced: bool = False) -> int:
         """End the companion; its pid. Clients keep what they have mapped.
 

@@ -8,6 +8,7 @@ generation; the others of the same entry find it there and only renew their leas
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -32,8 +33,9 @@ from vllm_companion_plugin.types import ArenaInfo, EntryKey, Published
 
 logger = logging.getLogger("vllm.companion.holder")
 
-GIVE_UP_S = 60.0
-RETRY_S = 0.1
+SAID_AFTER_S = 60.0
+RETRY_S, RETRY_MOST_S = 0.1, 2.0
+"""Between attempts to hand back: at first, and after many."""
 POLL_S = 0.02
 
 
@@ -161,11 +163,10 @@ class Holder:
                     fd_channel.close_all(self._held.fds)
 
     def _try_to_hand_back(self) -> None:
-        title, deadline = self._held.key.title, time.monotonic() + GIVE_UP_S
+        """For as long as it takes: this may be the last copy."""
+        title, pause_s, late = self._held.key.title, RETRY_S, time.monotonic() + SAID_AFTER_S
         logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
-            # Of the beginning: who was frozen for longer in between tries once more.
-            late = time.monotonic() > deadline
             try:
                 self._attach_again()
                 return
@@ -173,11 +174,12 @@ class Holder:
                 logger.info("%s The weights stay mapped here.", error)
                 self._let_go()
             except (CompanionError, OSError) as error:
-                if late:
-                    logger.warning("%s could not be handed back: %s It stays mapped here.", title, error)
-                    self._let_go()
+                if time.monotonic() > late:
+                    late = math.inf
+                    logger.warning("%s cannot be handed back yet: %s It stays here; trying on.", title, error)
                 logger.debug("Handing back failed: %s", error)
-                time.sleep(RETRY_S)
+                self._closed.wait(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MOST_S)
 
     def _note_again(self, paths: DevicePaths) -> None:
         logger.warning(

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             detach(paths.keeper_log)
-        logs.configure("INFO", settings.log_format, paths.device)
+        logs.configure("INFO", settings.log_format, paths.device, bounded=parsed.detach)
         _keep(paths, parsed.ready_fd)
     except (CompanionError, ImportError, OSError) as error:
         logs.fatal(error)

@@ -172,7 +172,9 @@ TABLE: tuple[Setting, ...] = (
         "linger_s",
         float,
         600.0,
-        "Seconds that an auto-spawned companion stays with nobody attached before it exits and frees the memory.",
+        "Seconds that an auto-spawned companion keeps a model with nobody attached before it frees the memory, and "
+        "that it stays itself with nobody attached to anything. An engine that needs the memory has idle models "
+        "dropped sooner.",
         minimum=0,
         engine=True,
         flag=True,

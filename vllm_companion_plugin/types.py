@@ -421,6 +421,7 @@ class EntryStatus:
         ready_unix_s: 0 while it loads.
         load_s: from the election to the publication, 0 while it loads.
         ways: modules by the way in which engines restore them; empty if each processes its own.
+        expires_at_unix_s: when it will be dropped if nobody attaches; 0 while somebody uses it, or if it stays.
     """
 
     key: EntryKey
@@ -434,6 +435,7 @@ class EntryStatus:
     loader: LoaderInfo | None
     leases: tuple[LeaseStatus, ...]
     ways: Mapping[str, int] = field(default_factory=dict)
+    expires_at_unix_s: float = 0.0
 
 
 @dataclass

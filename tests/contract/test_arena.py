@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +34,44 @@ def test_a_second_mapping_reads_what_was_written(memory: Memory) -> None:
     first.close()
     assert memory.read(second, memory.page, 8) == b"and more"
     second.close()
+
+
+def is_open(fds: Sequence[int]) -> bool:
+    try:
+        for fd in fds:
+            os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("by", ["publisher", "reader"])
+def test_an_arena_that_nobody_closes_ends_with_the_last_tensor_that_views_it(memory: Memory, by: str) -> None:
+    """A model that is collected gives its memory back; until then nothing is unmapped under a tensor."""
+    import torch
+
+    from vllm_companion_plugin.module_tree.views import ArenaViews
+
+    device = torch.device("cpu") if memory.index is None else torch.device("cuda", memory.index)
+    writer = memory.create(memory.page)
+    writer.add_block(memory.page)
+    writer.write(0, memory.source(b"weights"), 7)
+    if by == "publisher":  # its model views what it writes
+        whole = ArenaViews(writer, memory.page, device).bytes_at(0, 7)
+        arena = writer.seal()
+    else:
+        first = writer.seal()
+        arena = arenas.open_arena(first.info, duplicates(first), memory.index)
+        whole = ArenaViews(arena, memory.page, device).bytes_at(0, 7)
+    fds = arena.fds
+    part = torch.nn.Parameter(whole[2:6].data, requires_grad=False)
+    del whole, arena, writer
+    gc.collect()
+    assert is_open(fds)
+    assert bytes(part.data.cpu().numpy()) == b"ight"
+    del part
+    gc.collect()
+    assert not is_open(fds)
 
 
 READER = """

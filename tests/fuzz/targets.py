@@ -476,8 +476,9 @@ def conversations() -> list[bytes]:
     handed_back = b"P" + wire(messages.PublishRequest(commit=returned))
     declined = b"P" + wire(messages.PublishRequest(declined=messages.Failed(code="not_shareable", message="why")))
     unload = b"U" + wire(messages.UnloadRequest(query=messages.EntryQuery(model=KEY.model), force=True))
+    room = b"R" + wire(messages.MakeRoomRequest(size_bytes=4096))
     return [
-        framed([b"A" + wire(attach_request), *steps, last, b"A" + wire(by_name), unload]),
+        framed([b"A" + wire(attach_request), *steps, last, room, b"A" + wire(by_name), unload]),
         framed([b"A" + wire(held), *steps, handed_back, b"A" + wire(attach_request)]),
         framed([b"A" + wire(attach_request), begin, declined, unload]),
         framed([b"A" + wire(greatest), *steps, last_of_all, unload, b"A" + wire(attach_request), *steps, last]),
@@ -538,6 +539,8 @@ async def _say(service: CompanionService, pieces: list[bytes], streams: list[Any
         elif tag == b"U" and (request := parsed(messages.UnloadRequest, rest)) is not None:
             with contextlib.suppress(_Aborted):
                 (await service.Unload(request, _Context())).SerializeToString()
+        elif tag == b"R" and (request := parsed(messages.MakeRoomRequest, rest)) is not None:
+            (await service.MakeRoom(request, _Context())).SerializeToString()
         for _ in range(3):
             await asyncio.sleep(0)
         (await service.Status(messages.StatusRequest(), _Context())).SerializeToString()
@@ -914,7 +917,12 @@ TARGETS: dict[str, Target] = {
     "companion": Target(
         companion,
         conversations,
-        {b"A": messages.AttachRequest, b"P": messages.PublishRequest, b"U": messages.UnloadRequest},
+        {
+            b"A": messages.AttachRequest,
+            b"P": messages.PublishRequest,
+            b"U": messages.UnloadRequest,
+            b"R": messages.MakeRoomRequest,
+        },
         is_framed=True,
     ),
     "descriptors": Target(descriptors, descriptor_seeds, is_framed=True),

@@ -189,6 +189,91 @@ def test_what_nobody_maps_survives_every_companion_of_a_serve(place: Place) -> N
     assert not alive(third)  # whoever started it
 
 
+class TestOwner:
+    """A `serve` that holds the last copy of something keeps it until it is told to end."""
+
+    @pytest.mark.parametrize("how", ["readers leave", "no space"])
+    def test_survives_its_output(self, place: Place, how: str) -> None:
+        """`| tee` that was killed, or a full disk, takes no weights along, and is no error in the end."""
+        process = serve(place)
+        if how == "no space":
+            process.terminate()
+            process.wait(5)
+            with open("/dev/full", "w") as full:
+                process = subprocess.Popen(
+                    [sys.executable, *CLI, "serve", "--device", "cpu"],
+                    **{"stdin": subprocess.PIPE, "stdout": full, "stderr": full, "text": True},
+                    env=place.environment,
+                )
+            place.processes.append(process)
+            until(lambda: is_owned_by(place, process.pid), WITHIN_S, "it is ready")
+        else:
+            for stream in (process.stdout, process.stderr):
+                assert stream is not None
+                stream.close()
+            process.stdout = process.stderr = None
+        published(place)
+        until(lambda: memory_of(process), 5, "serve holds it, too")
+        first = place.companion_pid()
+        os.kill(first, signal.SIGKILL)
+        followed(place, process, first)
+        process.terminate()
+        assert process.wait(5) == 0
+
+    def test_waits_for_a_companion_that_cannot_be_started(self, place: Place) -> None:
+        """It tries again, says so once, and loses nothing."""
+        process = serve(place)
+        published(place)
+        until(lambda: memory_of(process), 5, "serve holds it, too")
+        first = place.companion_pid()
+        os.chmod(place.settings.runtime_dir, 0o755)  # refused, until somebody mends it
+        os.kill(first, signal.SIGKILL)
+        assert process.stderr is not None
+        error = process.stderr.readline()
+        while "error" not in error:
+            error = process.stderr.readline()
+        assert re.search(r"has mode 0755.* trying again until .* told to end", error)
+        time.sleep(2.5)  # several attempts
+        assert process.poll() is None
+        assert memory_of(process)
+        os.chmod(place.settings.runtime_dir, 0o700)
+        followed(place, process, first)
+        process.terminate()
+        assert process.wait(5) == 0
+        rest = process.stderr.read()
+        assert ("it is now pid" in rest, "trying again" in rest) == (True, False)
+
+    def test_ends_while_it_waits_for_a_companion_when_it_is_told_to(self, place: Place) -> None:
+        """Trying for ever is no reason to ignore a signal."""
+        process = serve(place)
+        os.chmod(place.settings.runtime_dir, 0o755)
+        os.kill(place.companion_pid(), signal.SIGKILL)
+        assert process.stderr is not None
+        while "trying again" not in process.stderr.readline():
+            assert process.poll() is None
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(5) == 0
+        assert time.monotonic() - began < 2
+
+
+def is_owned_by(place: Place, pid: int) -> bool:
+    with contextlib.suppress(CompanionError), connect("cpu", place.settings, spawn=False) as connection:
+        return connection.status().owner_pid == pid
+    return False
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_cannot_be_written_is_one_line_and_no_traceback(place: Place, stream: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *CLI, *(["status"] if stream == "stdout" else ["unload"])]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: full}
+        done = subprocess.run(command, **streams, text=True, env=place.environment, timeout=WITHIN_S)
+    assert done.returncode == 1
+    said = done.stderr if stream == "stdout" else done.stdout
+    assert re.fullmatch(r"vllm-companion: error: .*No space left on device.\n" if stream == "stdout" else "", said)
+
+
 def test_a_serve_that_was_killed_is_followed_by_the_next_which_finds_all(place: Place) -> None:
     first = serve(place)
     published(place)

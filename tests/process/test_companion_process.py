@@ -26,11 +26,12 @@ import pytest
 from tests.process.conftest import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client import Granted, Ready, connect
 from vllm_companion_plugin.companion.process import InstanceLock
-from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, RuntimeDirError
 from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.launch.spawn import ensure_companion
 from vllm_companion_plugin.protocol import fd_channel, schema
 from vllm_companion_plugin.protocol.messages import HealthCheckRequest, HealthCheckResponse
+from vllm_companion_plugin.types import EntryKey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -190,6 +191,45 @@ def test_it_exits_after_its_linger_time_and_says_so(place: Place) -> None:
     assert "Nobody was attached for 0.5 s" in text
 
 
+def test_an_entry_that_nobody_uses_goes_though_another_one_is_used(place: Place) -> None:
+    """A rolling restart piles up no copies: the old one goes after its own linger time."""
+    process = place.companion("--linger-s=1.5")
+    other = EntryKey("cd" * 32, "test/other")
+    with (
+        connect("cpu", place.settings, spawn=False) as user,
+        connect("cpu", place.settings, spawn=False) as former,
+    ):
+        for connection, key in ((user, KEY), (former, other)):
+            granted = connection.attach(key, may_load=True, client_name="engine").wait(5)
+            assert isinstance(granted, Granted)
+            arena, fds = arena_of(b"weights")
+            granted.publication.publish(arena, fds, b"manifest", 3)
+            fd_channel.close_all(fds)
+        former.close()
+
+        def arenas() -> int:
+            return sum("memfd:arena" in link(process.pid, fd) for fd in os.listdir(f"/proc/{process.pid}/fd"))
+
+        assert arenas() == 2
+        expiring: list[float] = []
+
+        def is_idle() -> bool:
+            expiring[:] = [e.expires_at_unix_s for e in user.status().entries if e.expires_at_unix_s]
+            return bool(expiring)
+
+        until(is_idle, 5, "nobody uses the other one")
+        until(lambda: [e.key.model for e in user.status().entries] == [KEY.model], 10, "the unused one has gone")
+        until(lambda: arenas() == 1, 5, "its memory is free")
+        assert abs(expiring[0] - time.time()) < 2
+        assert user.status().exits_at_unix_s == 0
+
+
+def link(pid: int, fd: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/fd/{fd}")
+    return ""
+
+
 @pytest.mark.parametrize("linger", ["never", "-1"])
 def test_one_that_lingers_for_ever_has_no_exit_time(place: Place, linger: str) -> None:
     place.companion(f"--linger-s={linger}")
@@ -282,6 +322,18 @@ def test_its_log_is_json_on_request_and_a_name_forges_nothing(place: Place) -> N
     lines = [json.loads(line) for line in text.rstrip("\n").split("\n")]
     assert {(line["level"], line["device"], line["pid"]) for line in lines} == {("INFO", "cpu", process.pid)}
     assert any(line["message"] == f"x\\ny (pid {os.getpid()}) keeps {name}: because of this" for line in lines)
+
+
+def test_its_log_is_bounded_and_says_how_it_was_started(place: Place) -> None:
+    with connect("cpu", place.settings, spawn=True) as connection:
+        for _ in range(4000):
+            with pytest.raises(EntryNotFoundError):
+                connection.unload(model="x" * 4000)  # each is refused with a long line
+        lines = Path(place.paths.log).read_text().splitlines()
+        assert 1 << 20 < sum(map(len, lines)) < (4 << 20) + (1 << 17)
+        assert any("is ready at" in line for line in lines[:3])
+        assert sum("This log was shortened" in line for line in lines) == 1
+        assert "Refused" in lines[-1]
 
 
 def test_it_imports_nothing_heavy() -> None:

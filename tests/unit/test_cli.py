@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,17 @@ def test_linger_is_said_in_words(status: CompanionStatus, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("expires_in_s", "exits_in_s", "text"),
+    [(30, 0, "dropped in 30 s"), (30, 90, "dropped in 30 s"), (90, 90, "exits in 90 s"), (0, 90, "exits in 90 s")],
+)
+def test_an_entry_that_goes_before_its_companion_says_when(expires_in_s: float, exits_in_s: float, text: str) -> None:
+    idle = replace(READY, leases=(), expires_at_unix_s=expires_in_s and NOW + expires_in_s)
+    shown = companion(idle, LOADING, exits_at_unix_s=exits_in_s and NOW + exits_in_s)
+    assert table.to_text([shown], NOW).splitlines()[1].endswith(text)
+    assert table.to_json([shown])[0]["entries"][0]["expires_at_unix_s"] == (idle.expires_at_unix_s or None)
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(-3, "0s"), (59.9, "59s"), (60, "1m00s"), (725, "12m05s"), (3600, "1h00m"), (11_220, "3h07m"), (187_200, "2d04h")],
 )
@@ -113,6 +125,7 @@ def test_the_json_schema_is_this_one() -> None:
         },
         **{"tensor_count": 291, "arena_kind": "memfd", "ready_unix_s": NOW - 100, "load_s": 7.5, "loader": None},
         "ways": {"replay": 4, "hide": 18},
+        "expires_at_unix_s": None,
         "leases": [{"pid": 77, "client": "vLLM 0.32", "state": "attached", "since_unix_s": NOW - 3725}],
     }
     assert loading["loader"] == {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +131,63 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_lost(format: 
     assert "after" in late.splitlines()[-1]
     if format == "json":
         assert [json.loads(line)["level"] for line in late.splitlines() if line] == ["WARNING", "INFO"]
+
+
+LONG = """
+import logging, sys
+from vllm_companion_plugin import logs
+logs.MOST_BYTES, logs.KEPT_BYTES, logs.HEAD_CHARACTERS, logs.CHECK_CHARACTERS = 40_000, 10_000, 300, 2_000
+logs.configure("INFO", sys.argv[1], "cpu", bounded=sys.argv[2] == "bounded")
+logging.info("the beginning")
+for number in range(2000):
+    logging.info("line %d of a log that grows", number)
+"""
+
+
+def logged(path: Path, format: str, kind: str = "bounded") -> list[str]:
+    with path.open("ab") as log:
+        subprocess.run([sys.executable, "-c", LONG, format, kind], stderr=log, timeout=60, check=True)
+    return path.read_text().splitlines()
+
+
+class TestLength:
+    """A log file of ours keeps the beginning of the current run, and its newest lines."""
+
+    @pytest.mark.parametrize("format", ["text", "json"])
+    def test_is_bounded(self, format: str, tmp_path: Path) -> None:
+        """Every line is whole, and one says that some are gone."""
+        path = tmp_path / "companion.log"
+        logged(path, format)
+        lines = logged(path, format)
+        assert path.stat().st_size < 45_000
+        assert "the beginning" in lines[0]
+        assert "line 1999 of" in lines[-1]
+        assert sum("was shortened" in line for line in lines) == 1
+        if format == "json":
+            assert all(json.loads(line) for line in lines)
+
+    def test_of_somebody_elses_file_is_theirs(self, tmp_path: Path) -> None:
+        """A `serve` whose standard error is a file cuts nothing."""
+        assert len(logged(tmp_path / "log", "text", "theirs")) == 2001
+
+    def test_is_seen_to_when_something_is_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What processes wrote that ended at once is cut, too; who is writing goes on in the same file."""
+        path = tmp_path / "companion.log"
+        monkeypatch.setattr(logs, "MOST_BYTES", 1000)
+        monkeypatch.setattr(logs, "KEPT_BYTES", 100)
+        with path.open("ab", buffering=0) as writer:
+            writer.write(b"some words of a traceback\n" * 50)
+            logs.shorten(str(path))
+            writer.write(b"the end\n")
+        assert path.read_text() == "some words of a traceback\n" * 3 + "the end\n"
+
+    def test_of_what_a_link_names_is_not_changed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The log's directory is ours; what a link there leads to may not be."""
+        monkeypatch.setattr(logs, "MOST_BYTES", 10)
+        (tmp_path / "theirs").write_text("x" * 100)
+        (tmp_path / "companion.log").symlink_to(tmp_path / "theirs")
+        logs.shorten(str(tmp_path / "companion.log"))
+        assert (tmp_path / "theirs").stat().st_size == 100
 
 
 def test_without_standard_error_nothing_is_logged_and_nothing_fails() -> None:

@@ -59,6 +59,7 @@ def test_every_method_of_the_service_has_a_callable_of_its_kind() -> None:
         "/vllm_companion.v1.Companion/Status": "unary_unary",
         "/vllm_companion.v1.Companion/Watch": "unary_stream",
         "/vllm_companion.v1.Companion/Unload": "unary_unary",
+        "/vllm_companion.v1.Companion/MakeRoom": "unary_unary",
         "/vllm_companion.v1.Companion/Shutdown": "unary_unary",
         "/vllm_companion.v1.Companion/Report": "unary_unary",
         "/vllm_companion.v1.Companion/Metrics": "unary_unary",

@@ -282,6 +282,107 @@ def test_idle_time_runs_while_no_lease_exists(world: World) -> None:
     assert world.registry.idle_since == 1234
 
 
+class TestLinger:
+    """An entry that nobody uses goes after its own linger time."""
+
+    def test_ends_for_each_entry_by_itself(self, world: World) -> None:
+        """What a rolling restart leaves behind goes, though the companion is in use all the time."""
+        old, new = world.publish(key("old")), world.publish(key("new"), pid=2, fds=(17, 18))
+        world.registry.end_lease(old)
+        world.now += 4
+        assert world.registry.expire(10) == ((), 6)
+        (idle, used) = world.registry.status(10)
+        assert (idle.expires_at_unix_s, used.expires_at_unix_s) == (1010, 0)
+        world.now += 6
+        (dropped,), next_s = world.registry.expire(10)
+        assert (dropped.key.id, next_s, world.closed) == ("old", None, [7, 8])
+        assert [e.key.id for e in world.registry.status()] == ["new"]
+        assert world.registry.idle_since is None
+        world.registry.end_lease(new)
+
+    def test_begins_anew_with_every_user(self, world: World) -> None:
+        """A user that comes and goes restarts it."""
+        world.registry.end_lease(world.publish(key()))
+        world.now += 9
+        user = world.attach(key(), pid=2)
+        world.now += 9
+        assert world.registry.expire(10) == ((), None)
+        world.registry.end_lease(user)
+        world.now += 9
+        assert world.registry.expire(10) == ((), 1)
+
+    def test_leaves_alone_what_is_loading_and_what_is_held(self, world: World) -> None:
+        """An entry that an upgrade holds must be there to be handed back."""
+        world.registry.end_lease(world.publish(key("held")))
+        holder = world.registry.attach(key("held"), may_load=False, pid=9, client="upgrade", passive=True)
+        world.attach(key("loading"), pid=2)
+        world.now += 99
+        assert world.registry.expire(10) == ((), None)
+        world.registry.end_lease(holder)
+        assert [e.key.id for e in world.registry.expire(10)[0]] == ["held"]
+
+    def test_that_is_endless_drops_nothing(self, world: World) -> None:
+        """What a `serve` holds stays until it is stopped."""
+        world.registry.end_lease(world.publish(key()))
+        world.now += 1e6
+        assert world.registry.expire(-1) == ((), None)
+        assert world.registry.make_room(1, -1) == ()
+        assert world.registry.status(-1)[0].expires_at_unix_s == 0
+
+    def test_restarts_when_an_owner_goes(self, world: World) -> None:
+        """The time while the entry belonged to a `serve` does not count."""
+        world.registry.end_lease(world.publish(key()))
+        world.now += 99
+        world.registry.restart_idle_time()
+        assert world.registry.expire(10) == ((), 10)
+
+    def test_counts_from_the_hand_back_of_a_holder_that_uses_nothing(self, world: World) -> None:
+        """An entry that a `serve` or an upgrade handed back is idle from then on."""
+        world.registry.expect(key(), 4)
+        lease = world.registry.attach(key(), may_load=False, pid=1, client="serve", holds=4, passive=True)
+        world.registry.deposit(lease, (7, 8))
+        world.registry.commit(lease, ARENA, MANIFEST, SHOWN, 4)
+        world.registry.end_lease(lease)
+        assert world.registry.expire(10) == ((), 10)
+
+    def test_that_is_over_lets_nobody_hand_the_entry_back(self, world: World) -> None:
+        """Who held it for a companion that died comes too late."""
+        world.registry.end_lease(world.publish(key()))
+        world.now += 10
+        world.registry.expire(10)
+        with pytest.raises(EntryNotFoundError):
+            world.registry.attach(key(), may_load=False, pid=3, client="late", holds=1)
+
+
+class TestRoom:
+    """Who is about to load has idle entries dropped."""
+
+    @pytest.fixture
+    def idle(self, world: World) -> World:
+        """Entries a, b and c of 12288 bytes each: b is idle for longest, a is in use."""
+        leases = {name: world.publish(key(name), fds=(n, n + 1)) for n, name in enumerate("abc", start=10)}
+        for name in "bc":
+            world.registry.end_lease(leases[name])
+            world.now += 1
+        return world
+
+    @pytest.mark.parametrize(
+        ("size_bytes", "dropped"), [(0, ""), (1, "b"), (12288, "b"), (12289, "bc"), (24576, "bc"), (24577, "")]
+    )
+    def test_is_made_by_the_longest_idle_and_by_no_more_than_it_takes(
+        self, idle: World, size_bytes: int, dropped: str
+    ) -> None:
+        """What would not be enough is not dropped at all."""
+        assert "".join(e.key.id for e in idle.registry.make_room(size_bytes, 600)) == dropped
+        assert {e.key.id for e in idle.registry.status()} == set("abc") - set(dropped)
+
+    def test_is_never_made_of_what_somebody_uses_or_holds(self, idle: World) -> None:
+        """An attached engine, a waiting one and a holder keep an entry."""
+        idle.registry.attach(key("b"), may_load=False, pid=8, client="engine")
+        idle.registry.attach(key("c"), may_load=False, pid=9, client="serve", passive=True)
+        assert idle.registry.make_room(1, 600) == ()
+
+
 def test_closing_fails_all_leases_and_closes_each_descriptor_once(world: World) -> None:
     attached = world.publish(key("a"))
     loader = world.attach(key("b"), pid=2)

@@ -93,3 +93,19 @@ def test_an_engine_attaches_to_what_serve_loaded(
     assert f"cpu holds {held} ({ranks[0]})" in out
     assert out.count("cpu holds ") == len(ranks)
     until(lambda: not alive(companion), 2, "the companion ends with serve")
+
+
+def test_a_model_is_loaded_and_held_though_nobody_reads_what_is_said(
+    place: Place, tiny_llama: Path, engine_environment: dict[str, str]
+) -> None:
+    """vLLM ends when its output cannot be written; `| head` is no reason to have no weights."""
+    place.environment = engine_environment | to_environment(place.settings)
+    process = place.run(*("-m", "vllm_companion_plugin.cli.main", "serve", str(tiny_llama), "--device", "cpu"), *FLAGS)
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
+    process.stdout = process.stderr = None
+    until(lambda: ready_ranks(place) == ["single"] or process.poll() is not None, 240, "it is held")
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(20) == 0

@@ -26,7 +26,8 @@ class Arena(Protocol):
     """A sealed arena, mapped read-only in this process.
 
     It owns its mapping and its descriptors, which keep the memory alive and can be handed on.
-    A tensor that views the arena must not outlive `close`.
+    A tensor that views the arena must not outlive `close`; nobody has to call that: an arena that
+    nothing refers to any more, no tensor either, is closed.
     """
 
     info: ArenaInfo
@@ -64,7 +65,7 @@ class ArenaWriter(Protocol):
         """Wait until every write has landed."""
 
     def seal(self) -> Arena:
-        """Finish: nobody can write any more, this process included. The writer is spent."""
+        """Finish: nobody can write any more, this process included. The writer is spent, and keeps the arena in use."""
 
     def abort(self) -> None:
         """Free everything. Idempotent; harmless after `seal`."""

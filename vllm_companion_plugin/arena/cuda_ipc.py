@@ -17,6 +17,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from vllm_companion_plugin.arena import ipc_tag
+from vllm_companion_plugin.arena.closing import Closing
 from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, primary_context, wait_for_copies
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
@@ -56,7 +57,7 @@ def from_bytes(data: bytes) -> Any:
     return handle
 
 
-class CudaIpcArena:
+class CudaIpcArena(Closing):
     """An arena of a keeper's memory, mapped in this process. Nothing but good manners makes it read-only."""
 
     def __init__(self, info: ArenaInfo, fds: Sequence[int], device_index: int) -> None:
@@ -108,6 +109,7 @@ class CudaIpcWriter:
         info = ArenaInfo("cuda_ipc", (size_bytes,))
         self._arena: CudaIpcArena | None = CudaIpcArena(info, [allocate(size_bytes)], device_index)
         self._free_bytes = size_bytes
+        self._sealed: CudaIpcArena | None = None  # which tensors view that refer to us
 
     @property
     def address(self) -> int:
@@ -130,8 +132,8 @@ class CudaIpcWriter:
     def seal(self) -> CudaIpcArena:
         self.flush()
         assert self._arena is not None
-        arena, self._arena = self._arena, None
-        return arena
+        self._sealed, self._arena = self._arena, None
+        return self._sealed
 
     def abort(self) -> None:
         if self._arena is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
+from vllm_companion_plugin.arena.closing import Closing
 from vllm_companion_plugin.arena.cuda_driver import call, copy_to_device, primary_context, wait_for_copies
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
@@ -106,7 +107,7 @@ class _Range:
                 self._undo.pop()()
 
 
-class CudaVmmArena:
+class CudaVmmArena(Closing):
     """A sealed arena of device memory, mapped read-only: a kernel's write faults that process."""
 
     def __init__(
@@ -157,6 +158,7 @@ class CudaVmmWriter:
         self._range: _Range | None = _Range(size_bytes, device_index)
         self._fds: list[int] = []
         self._block_sizes: list[int] = []
+        self._sealed: CudaVmmArena | None = None  # which tensors view that refer to us
 
     @property
     def address(self) -> int:
@@ -196,9 +198,9 @@ class CudaVmmWriter:
         with self._range.context:
             self._range.allow(0, self._range.mapped_bytes, _READ)
         info = ArenaInfo("cuda_vmm", tuple(self._block_sizes))
-        arena = CudaVmmArena(info, self._fds, self._range.device_index, self._range)
+        self._sealed = CudaVmmArena(info, self._fds, self._range.device_index, self._range)
         self._range, self._fds = None, []
-        return arena
+        return self._sealed
 
     def abort(self) -> None:
         if self._range is not None:

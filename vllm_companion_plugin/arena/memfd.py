@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Sequence
 
+from vllm_companion_plugin.arena.closing import Closing
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.types import ArenaInfo
 
@@ -35,7 +36,7 @@ def _map_readonly(fd: int, size_bytes: int) -> int:
     return int(address)
 
 
-class MemfdArena:
+class MemfdArena(Closing):
     """A sealed memfd, mapped read-only with all its pages present."""
 
     def __init__(self, info: ArenaInfo, fds: Sequence[int], address: int | None = None) -> None:
@@ -90,6 +91,7 @@ class MemfdWriter:
         self._added = 0
         self._fd = self._readonly_fd = -1
         self._address: int | None = None
+        self._sealed: MemfdArena | None = None  # which tensors view that refer to us
         try:
             self._fd = os.memfd_create("vllm-companion", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self._fd, size_bytes)
@@ -129,7 +131,8 @@ class MemfdWriter:
         os.close(self._fd)
         fd, address = self._readonly_fd, self._address
         self._fd, self._readonly_fd, self._address = -1, -1, None
-        return MemfdArena(ArenaInfo("memfd", (self._size_bytes,)), (fd,), address)
+        self._sealed = MemfdArena(ArenaInfo("memfd", (self._size_bytes,)), (fd,), address)
+        return self._sealed
 
     def abort(self) -> None:
         if self._address is not None:

@@ -117,14 +117,20 @@ class Child:
             raise from_code(code, message)
 
 
-def run_to_end(command: list[str], environment: dict[str, str], signals: Signals, stdout: int | None = None) -> int:
+def run_to_end(
+    command: list[str],
+    environment: dict[str, str],
+    signals: Signals,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> int:
     """Run a process that starts others, and end all of them with it. Its status.
 
     Raises:
         Stopped: a signal asked us to end; nothing of it is left.
     """
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=stdout, env=environment, start_new_session=True
+        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
     )
     try:
         # Left to be collected by `end`: until then its number, and its group's, mean nobody else.

@@ -9,13 +9,13 @@ import os
 import queue
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
+from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection
 from vllm_companion_plugin.errors import (
@@ -70,7 +70,7 @@ def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]
             try:
                 _act(connection, act)
             except CompanionError as error:
-                print(f"vllm-companion: error: {one_line(str(error))}", file=sys.stderr)
+                say(f"vllm-companion: error: {one_line(str(error))}", error=True)
                 code = 1
     return code
 
@@ -155,13 +155,13 @@ def unload(parsed: argparse.Namespace) -> int:
                 continue
             for entry in gone:
                 found += 1
-                print(f"Unloaded {entry.key.title} ({entry.key.rank}) from {connection.device}.")
+                say(f"Unloaded {entry.key.title} ({entry.key.rank}) from {connection.device}.")
                 for lease in entry.leases:
-                    print(f"  {lease.client} (pid {lease.pid}) keeps its mapping; the memory is free when it ends.")
+                    say(f"  {lease.client} (pid {lease.pid}) keeps its mapping; the memory is free when it ends.")
     if not found and missing is not None:
         if not parsed.all:
             raise missing
-        print("Nothing was loaded.")
+        say("Nothing was loaded.")
     return 0
 
 
@@ -174,7 +174,7 @@ def stop(parsed: argparse.Namespace) -> int:
 
     code = _each(parsed, end)
     if not found:
-        print(table.NOBODY)
+        say(table.NOBODY)
     return code
 
 
@@ -190,9 +190,9 @@ def _stop(connection: CompanionConnection) -> None:
     with contextlib.suppress(CompanionError, ValueError):  # another version's status may not be readable
         leases = [(entry, lease) for entry in connection.status().entries for lease in entry.leases]
     pid = shut_down(connection)
-    print(f"Stopped the companion of {connection.device} (pid {pid}).")
+    say(f"Stopped the companion of {connection.device} (pid {pid}).")
     for entry, lease in leases:
-        print(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
+        say(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
 
 
 def shut_down(connection: CompanionConnection, *, replaced: bool = False) -> int:

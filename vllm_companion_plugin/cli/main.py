@@ -8,8 +8,8 @@ them runs as a process of its own.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
-import os
 import sys
 from collections.abc import Sequence
 
@@ -22,19 +22,29 @@ _DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU, cpu, or all (default)"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    from vllm_companion_plugin.cli import output
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal, or a reader, may not know every character
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except CompanionError as error:
-        print(f"vllm-companion: error: {one_line(str(error))}", file=sys.stderr)
+        output.say(f"vllm-companion: error: {one_line(str(error))}", error=True)
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # our reader has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in output.LOST:
+            raise
+        if error.errno != errno.EPIPE:  # as with `| head`, where nobody wants to know
+            output.say(f"vllm-companion: error: The output cannot be written: {error.strerror}.", error=True)
         return 1
+    finally:
+        output.settle()
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_companion_plugin.cli.children import Signals, Stopped
+from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection
 from vllm_companion_plugin.companion.counters import BY_NAME, PREFIX, TABLE, subject
@@ -44,7 +44,7 @@ def main(parsed: argparse.Namespace) -> int:
         raise SettingsError(f"metrics: name a port: {SETTINGS['metrics_port'].option} 9464")
     with Signals() as signals:
         _listen(settings)
-        print(f"Ready: {_where(settings)}", flush=True)
+        say(f"Ready: {_where(settings)}")
         try:
             while True:
                 signals.wait()
@@ -59,10 +59,10 @@ def serve_beside(settings: Settings) -> None:
     try:
         _listen(settings)
     except CompanionError as error:
-        print(f"vllm-companion: {error} Trying again every {RETRY_S:g} s.", file=sys.stderr, flush=True)
+        say(f"vllm-companion: {error} Trying again every {RETRY_S:g} s.", error=True)
         threading.Thread(target=_listen_later, args=(settings,), name="metrics", daemon=True).start()
     else:
-        print(f"Serving {_where(settings)}", flush=True)
+        say(f"Serving {_where(settings)}")
 
 
 def _listen_later(settings: Settings) -> None:
@@ -72,7 +72,7 @@ def _listen_later(settings: Settings) -> None:
             _listen(settings)
         except CompanionError:
             continue
-        print(f"Serving {_where(settings)}", flush=True)
+        say(f"Serving {_where(settings)}")
         return
 
 

@@ -10,14 +10,16 @@ import time
 from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
+from vllm_companion_plugin.cli.output import relayed, say, say_warnings
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.cli.ward import RETRY_S, Ward
+from vllm_companion_plugin.cli.ward import Ward
 from vllm_companion_plugin.client import connect
 from vllm_companion_plugin.errors import (
     AlreadyRunningError,
     CompanionError,
     CompanionReplacedError,
     CompanionUnavailableError,
+    LeaseLostError,
     SettingsError,
 )
 from vllm_companion_plugin.interpreter import raise_file_limit
@@ -25,11 +27,15 @@ from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.settings import Settings, to_environment
 from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
 
+RETRY_S, RETRY_MOST_S = 0.5, 30.0
+"""Between attempts to start a companion: at first, and after many."""
+
 
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
     """Run until a signal or `stop` ends all companions (0), or something failed (1)."""
     model, flags = _model_and_flags(rest)
     raise_file_limit()  # what the companions hold we hold, too
+    say_warnings()
     settings = settings_of(parsed)
     devices = devices_named(parsed.device)
     wards: list[Ward] = []
@@ -43,8 +49,8 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
             metrics.serve_beside(settings)
             if model is not None:
                 _warm(model, flags, _environment(parsed.device, devices, settings), signals)
-                _show_held(model, devices, settings)
-            print("Ready", flush=True)
+                _try_to_show_held(model, devices, settings)
+            say("Ready")
             return _supervise(wards, signals)
         except Stopped:
             return 0
@@ -75,10 +81,10 @@ def _own(ward: Ward, signals: Signals, *, may_join: bool) -> bool:
     except AlreadyRunningError as error:
         if not may_join:
             raise
-        print(f"Using the companion of {ward.device}: {error}", flush=True)
+        say(f"Using the companion of {ward.device}: {error}")
         return False
     if not ward.started:
-        print(f"Using the companion of {ward.device} (pid {ward.pid}); from now on it ends with us.", flush=True)
+        say(f"Using the companion of {ward.device} (pid {ward.pid}); from now on it ends with us.")
     return True
 
 
@@ -100,13 +106,22 @@ def _environment(named: str | None, devices: list[str], settings: Settings) -> d
 
 def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Signals) -> None:
     """Load `model` as an engine would, in a process of its own, and wait for it."""
-    print(f"Loading {printable(model)} ...", flush=True)
+    say(f"Loading {printable(model)} ...")
     command = [sys.executable, "-m", "vllm_companion_plugin.engine.warm", model, *flags]
-    status = run_to_end(command, environment, signals)
+    with relayed() as (stdout, stderr):
+        status = run_to_end(command, environment, signals, stdout, stderr)
     if status != 0:
         raise CompanionUnavailableError(
             f"{model} was not loaded: vLLM ended with status {status}; see its lines above."
         )
+
+
+def _try_to_show_held(model: str, devices: list[str], settings: Settings) -> None:
+    """A companion that has died since will be followed: what it held, we hold."""
+    try:
+        _show_held(model, devices, settings)
+    except (CompanionUnavailableError, LeaseLostError) as error:
+        say(f"vllm-companion: {error}", error=True)
 
 
 def _show_held(model: str, devices: list[str], settings: Settings) -> None:
@@ -120,42 +135,70 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
             if entry.key in targets or any(entry.key.is_draft_of(target) for target in targets):
                 held += 1
                 what = printable(model) if entry.key in targets else entry.key.title
-                print(
+                say(
                     f"{device} holds {what} ({entry.key.rank}): {entry.size_bytes / table.GIB:.2f} GiB, "
-                    f"{entry.tensor_count} tensors, generation {entry.generation}; stays: {_stay(status)}.",
-                    flush=True,
+                    f"{entry.tensor_count} tensors, generation {entry.generation}; stays: {_stay(status)}."
                 )
     if not held:
         raise CompanionError(f"{model} was loaded, but is not shared on {', '.join(devices)}; see vLLM's lines above.")
 
 
+class _Restart:
+    """When the companion of a ward is to be started again, and why it could not be so far."""
+
+    def __init__(self) -> None:
+        self.due = 0.0
+        self._pause_s = RETRY_S
+        self._told = ""
+
+    def failed(self, ward: Ward, error: Exception) -> None:
+        """Once more a little later. One line for each new reason: it may take days."""
+        self.due = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, RETRY_MOST_S)
+        reason = error.code if isinstance(error, CompanionError) else type(error).__name__
+        if reason != self._told:
+            self._told = reason
+            text = " ".join(str(error).split())
+            say(
+                f"vllm-companion: error: {text} What the companion of {ward.device} held stays here; trying again "
+                "until it can be handed back, or until this process is told to end.",
+                error=True,
+            )
+
+
 def _supervise(wards: list[Ward], signals: Signals) -> int:
-    """Until all companions were stopped; at once if every one is another `serve`'s. Those that die are followed."""
+    """Until all companions were stopped; at once if every one is another `serve`'s. Those that die are followed.
+
+    We may hold the last copy of the weights, so only a signal, or a companion that was stopped, makes us let go.
+    """
+    restarts: dict[str, _Restart] = {}
     while wards:
-        failed = []
         for ward in [ward for ward in wards if ward.ended]:
             if ward.error is None:
                 wards.remove(ward)
-                print(f"The companion of {ward.device} was stopped.", file=sys.stderr, flush=True)
-            elif isinstance(ward.error, CompanionUnavailableError):
-                how = "was replaced" if isinstance(ward.error, CompanionReplacedError) else "has died"
-                before = ward.pid
-                try:
-                    ward.start(signals)
-                except CompanionError as error:
-                    if len(wards) == 1:
-                        raise
-                    print(f"vllm-companion: error: {error} Trying again.", file=sys.stderr, flush=True)
-                    failed.append(ward)  # the other devices go on
-                    continue
-                print(
-                    f"The companion of {ward.device} (pid {before}) {how}; it is now pid {ward.pid}.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            else:
-                raise ward.error
+                say(f"The companion of {ward.device} was stopped.", error=True)
+                continue
+            restart = restarts.setdefault(ward.device, _Restart())
+            if time.monotonic() < restart.due:
+                continue
+            before, how = ward.pid, _ending(ward.error)
+            try:
+                ward.start(signals)
+            except Stopped:
+                raise
+            except Exception as error:  # whatever it is, it may be over later
+                restart.failed(ward, error)
+                continue
+            del restarts[ward.device]
+            say(f"The companion of {ward.device} (pid {before}) {how}; it is now pid {ward.pid}.", error=True)
         # One that ended meanwhile has woken somebody else, who waited for a lock or a child.
-        if wards and not any(ward.ended and ward not in failed for ward in wards):
-            signals.wait(timeout_s=RETRY_S if failed else None)
+        due = [restarts[ward.device].due if ward.device in restarts else 0.0 for ward in wards if ward.ended]
+        if wards:
+            signals.wait(timeout_s=max(0.0, min(due) - time.monotonic()) if due else None)
     return 0
+
+
+def _ending(error: CompanionError) -> str:
+    if isinstance(error, CompanionReplacedError):
+        return "was replaced"
+    return "has died" if isinstance(error, CompanionUnavailableError) else f"could not be followed ({error})"

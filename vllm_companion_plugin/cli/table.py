@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +45,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(status: CompanionStatus, entry: EntryStatus | None, now: float) -> tuple[str, ...]:
-    head, tail = (status.device, str(status.pid)), linger_text(status, now)
+    head, tail = (status.device, str(status.pid)), linger_text(status, now, entry)
     if entry is None:
         return (*head, "-", "-", "0.00", "0", "-", "-", "-", "empty", "-", tail)
     leases = ", ".join(f"{lease.pid} ({duration(now - lease.since_unix_s)})" for lease in entry.leases) or "-"
@@ -83,10 +84,12 @@ def progress_text(loader: LoaderInfo) -> str:
     return f"{progress.phase or 'starting'}{size} by {loader.pid}"
 
 
-def linger_text(status: CompanionStatus, now: float) -> str:
-    """Until when a companion stays."""
+def linger_text(status: CompanionStatus, now: float, entry: EntryStatus | None = None) -> str:
+    """Until when a companion stays, and in it an entry, which may go before."""
     if status.linger_s < 0:
         return "until stopped"
+    if entry is not None and 0 < entry.expires_at_unix_s < (status.exits_at_unix_s or math.inf) - 1:
+        return f"dropped in {max(0.0, entry.expires_at_unix_s - now):.0f} s"
     if status.exits_at_unix_s:
         return f"exits in {max(0.0, status.exits_at_unix_s - now):.0f} s"
     return f"{status.linger_s:g} s after the last"
@@ -141,6 +144,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "arena_kind": entry.arena_kind,
         "ready_unix_s": entry.ready_unix_s or None,
         "load_s": entry.load_s,
+        "expires_at_unix_s": entry.expires_at_unix_s or None,
         "ways": dict(entry.ways),
         "loader": loader
         and {

@@ -9,6 +9,7 @@ from vllm_companion_plugin import __version__
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
 from vllm_companion_plugin.cli.look import shut_down
+from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client import CompanionConnection, connect
 from vllm_companion_plugin.errors import CompanionUnavailableError
@@ -49,7 +50,7 @@ def _upgrade(connection: CompanionConnection, settings: Settings) -> None:
             settings.linger_s if before.owner_pid else before.linger_s,
         )
         after = _wait_until_back(connection.device, ready, settings)
-    print(
+    say(
         f"The companion of {connection.device} is now pid {after.pid}, version {after.version} "
         f"(was pid {before.pid}, version {before.version}), with {len(ready)} entries."
     )

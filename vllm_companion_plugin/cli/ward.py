@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import replace
 from vllm_companion_plugin import __version__
 from vllm_companion_plugin.cli.children import Child, Signals, end
 from vllm_companion_plugin.cli.look import shut_down
+from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.client import CompanionConnection, connect
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError, LeaseLostError
 from vllm_companion_plugin.holder import Holder, hold
@@ -86,8 +86,16 @@ class Ward:
         what, pause = f"the companion of {self.device}", lambda seconds: signals.wait(timeout_s=seconds)
         with starting(paths.spawn_lock, what, paths.log, self._settings, pause=pause):
             if not is_listening(paths):
-                self._children.append(Child(self.device, self._settings))
-                self._children[-1].wait_ready(signals, self._settings.spawn_timeout_s)
+                for before in self._children:
+                    before.process.poll()  # collected, if it has ended
+                child = Child(self.device, self._settings)
+                self._children.append(child)
+                try:
+                    child.wait_ready(signals, self._settings.spawn_timeout_s)
+                except CompanionError:  # of many attempts nothing may be left
+                    end([child.process])
+                    self._children.remove(child)
+                    raise
 
     def _own(self, signals: Signals) -> None:
         connection = connect(self.device, self._settings, spawn=False)
@@ -135,7 +143,7 @@ class Ward:
                 # Each attempt changes the status, which would bring the next one at once.
                 self._refused_until[number] = time.monotonic() + RETRY_S
                 text = f"vllm-companion: {entry.key.title} would be lost with its companion: {error}"
-                print(text, file=sys.stderr, flush=True)
+                say(text, error=True)
 
     def let_go(self) -> None:
         """It is nobody's any more, and we hold nothing. Its linger time begins to count."""
@@ -155,7 +163,7 @@ class Ward:
                 with contextlib.suppress(CompanionUnavailableError):  # it has gone by itself
                     shut_down(self._connection)
         except CompanionError as error:  # the others are to end all the same
-            print(f"vllm-companion: error: {error}", file=sys.stderr, flush=True)
+            say(f"vllm-companion: error: {error}", error=True)
         finally:
             end([child.process for child in self._children])
             self.let_go()

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             detach(paths.log)
-        logs.configure(settings.log_level, settings.log_format, paths.device)
+        logs.configure(settings.log_level, settings.log_format, paths.device, bounded=parsed.detach)
         _run(paths, parsed, settings)
     except CompanionError as error:
         report(parsed.ready_fd, f"{error.code} {error}")

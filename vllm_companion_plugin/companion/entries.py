@@ -83,6 +83,8 @@ class Entry:
 
     Attributes:
         expected: processes map it since before this companion; one of them will hand it back.
+        idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
+        idle_since_unix_s: the same by the wall clock, to be shown.
     """
 
     key: EntryKey
@@ -98,6 +100,12 @@ class Entry:
     arena: ArenaInfo | None = None
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
+    idle_since: float | None = None
+    idle_since_unix_s: float = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        return self.arena.size_bytes if self.arena else 0
 
     @property
     def users(self) -> list[Lease]:
@@ -113,12 +121,14 @@ class Entry:
             return replace(EXPECTED, since_unix_s=self.load_since_unix_s) if self.expected else None
         return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress, self.progress_unix_s)
 
-    def status(self) -> EntryStatus:
+    def status(self, linger_s: float = -1.0) -> EntryStatus:
+        """As it is shown; `linger_s` is how long it stays with nobody attached, negative: for ever."""
+        expires = self.idle_since is not None and linger_s >= 0
         return EntryStatus(
             key=self.key,
             state=self.state,
             generation=self.generation,
-            size_bytes=self.arena.size_bytes if self.arena else 0,
+            size_bytes=self.size_bytes,
             tensor_count=self.published.tensor_count,
             arena_kind=self.arena.kind if self.arena else "",
             ready_unix_s=self.published.ready_unix_s,
@@ -126,4 +136,5 @@ class Entry:
             loader=self.loader_info(),
             leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users),
             ways=self.published.ways,
+            expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
         )

@@ -145,7 +145,12 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         if on_ready is not None:
             on_ready.set()
         loop.call_later(HAND_BACK_S, _give_up_expected, service)
-        running = (_linger(service, life.grace_s), _stay_reachable(lock, service), _end_overdue(service))
+        running = (
+            _linger(service, life.grace_s),
+            _expire(service),
+            _stay_reachable(lock, service),
+            _end_overdue(service),
+        )
         watches = [loop.create_task(watch) for watch in running]
         await service.stop.wait()
         for watch in watches:
@@ -226,6 +231,12 @@ async def _stay_reachable(lock: InstanceLock, service: CompanionService) -> None
         "entries hand them to a companion in a new one; what nobody maps is lost."
     )
     service.end(replaced=True)
+
+
+async def _expire(service: CompanionService) -> None:
+    """An entry that nobody uses goes after its linger time, though the companion stays for others."""
+    while True:
+        await service.changed(service.expire())
 
 
 async def _linger(service: CompanionService, grace_s: float) -> None:

@@ -168,9 +168,25 @@ class CompanionService:
             started_unix_s=self._started_unix_s,
             linger_s=self.linger_s,
             exits_at_unix_s=self.exits_at_unix_s,
-            entries=self.registry.status(),
+            entries=self.registry.status(self._entry_linger_s),
             owner_pid=self.owner_pid,
         )
+
+    @property
+    def _entry_linger_s(self) -> float:
+        """What belongs to somebody stays, or goes as a whole."""
+        return -1.0 if self.owner_pid else self.linger_s
+
+    def expire(self) -> float | None:
+        """Drop what nobody has used for the linger time; seconds until something else will be due."""
+        dropped, next_s = self.registry.expire(self._entry_linger_s)
+        for entry in dropped:
+            self._dismiss(entry.key, entry.generation)
+            logger.info(
+                "Nobody has used %s (%s) for %g s: dropped, %.2f GiB are free.",
+                *(entry.key.title, entry.key.rank, self.linger_s, entry.size_bytes / (1 << 30)),
+            )
+        return next_s
 
     # ---- RPCs
 
@@ -394,6 +410,17 @@ class CompanionService:
                 self._dismiss(entry.key, entry.generation)
                 logger.info("Unloaded %s, generation %d.", entry.key.model, entry.generation)
             return messages.UnloadResponse(unloaded=[mapping.entry_status_to_message(entry) for entry in unloaded])
+
+    async def MakeRoom(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            dropped = self.registry.make_room(request.size_bytes, self._entry_linger_s)
+            for entry in dropped:
+                self._dismiss(entry.key, entry.generation)
+                logger.info(
+                    "Dropped %s (%s), which nobody uses, because somebody needs its %.2f GiB.",
+                    *(entry.key.title, entry.key.rank, entry.size_bytes / (1 << 30)),
+                )
+            return messages.MakeRoomResponse(dropped=[mapping.entry_status_to_message(entry) for entry in dropped])
 
     async def Shutdown(self, request: Any, context: Any) -> Any:
         if request.replaced:

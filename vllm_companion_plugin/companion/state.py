@@ -24,6 +24,10 @@ A *lease* is one client's open Attach stream. It belongs to one entry from its f
 An entry may also begin as *expected*: somebody maps it, and its companion has died. Then only a client
 that holds it is elected, to hand it back, until the time for that is over.
 
+Of a READY entry that nobody uses the *idle time* runs. One that has been idle for the linger time *expires*, whatever
+becomes of the others; before that it may be dropped for somebody who needs its memory. A companion that stays until
+it is stopped (a `serve`'s does) has a negative linger time: nothing in it expires, nothing is dropped for others.
+
 At most one lease of an entry is LOADING: the first WAITING one, in order of arrival, that may
 load; but who holds the entry already goes before those who would load it. If it ends before its
 commit the next one is elected, and if none may load the others fail. Of one key at most one entry
@@ -115,8 +119,9 @@ class Registry:
         self.idle_since: float | None = monotonic()
         """Monotonic time since which nobody uses anything (a load is a use too); None while somebody does."""
 
-    def status(self) -> tuple[EntryStatus, ...]:
-        return tuple(entry.status() for entry in self.entries)
+    def status(self, linger_s: float = -1.0) -> tuple[EntryStatus, ...]:
+        """All entries, with when they expire by this linger time; negative: never."""
+        return tuple(entry.status(linger_s) for entry in self.entries)
 
     @property
     def leases(self) -> list[Lease]:
@@ -196,7 +201,7 @@ class Registry:
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive)
         entry.leases.append(lease)
         if not passive:
-            self.idle_since = None
+            self.idle_since = entry.idle_since = None
         if entry.state is EntryState.READY:
             self._attach_ready(lease)
         else:
@@ -239,6 +244,8 @@ class Registry:
             self._elect_or_discard(entry, f"{stopped} {describe([entry])}; nobody else may load it.")
         elif entry.state is EntryState.RETIRED and not entry.users:
             self._discard(entry, None)
+        elif not lease.passive:
+            self._note_idle(entry)
         self._changed()
 
     # ---- loading
@@ -313,6 +320,7 @@ class Registry:
         for other in entry.leases:
             if other is not lease:
                 self._attach_ready(other)
+        self._note_idle(entry)  # a `serve` or an `upgrade` has handed it back
         self._on_change()
         return entry.generation
 
@@ -340,15 +348,51 @@ class Registry:
         if used and not force:
             users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.users)
             raise EntryInUseError(f"{describe(used)} is in use by {users}. Stop them, or force the unload.")
-        before = tuple(entry.status() for entry in found)
-        for entry in found:
+        return self._unload(found)
+
+    def expire(self, linger_s: float) -> tuple[tuple[EntryStatus, ...], float | None]:
+        """Drop what nobody has used for `linger_s`; negative: nothing.
+
+        Returns:
+            What it was, and seconds until the next one will be due; None: nothing is.
+        """
+        now = self._monotonic()
+        idle = [(since + linger_s - now, entry) for since, entry in self._idle(linger_s)]
+        dropped = self._unload([entry for left_s, entry in idle if left_s <= 0])
+        return dropped, min((left_s for left_s, _ in idle if left_s > 0), default=None)
+
+    def make_room(self, size_bytes: int, linger_s: float) -> tuple[EntryStatus, ...]:
+        """Drop what will expire by `linger_s`, the longest idle first, until so many bytes are dropped.
+
+        Returns:
+            What it was. Nothing if all together would not do: it would be lost in vain.
+        """
+        chosen: list[Entry] = []
+        for _, entry in sorted(self._idle(linger_s), key=lambda idle: idle[0]):
+            if sum(e.size_bytes for e in chosen) >= size_bytes:
+                break
+            chosen.append(entry)
+        return self._unload(chosen) if sum(e.size_bytes for e in chosen) >= size_bytes else ()
+
+    def _idle(self, linger_s: float) -> list[tuple[float, Entry]]:
+        """What may be dropped, each with the time since which it is idle."""
+        if linger_s < 0:
+            return []
+        # Whoever holds an entry without using it wants it for the next companion.
+        return [(e.idle_since, e) for e in self.entries if e.idle_since is not None and not e.leases]
+
+    def _unload(self, entries: Sequence[Entry]) -> tuple[EntryStatus, ...]:
+        """Nobody finds them any more, and nobody hands them back; their status before."""
+        before = tuple(entry.status() for entry in entries)
+        for entry in entries:
             _remember(self._unloaded, entry.key.id, max(entry.generation, self._generations.get(entry.key.id, 0)))
-        for entry in found:
+        for entry in entries:
             if entry.state is EntryState.LOADING:
                 self._discard(entry, LeaseLostError(f"{describe([entry])} was unloaded while it was loading."))
                 continue
             self._retire(entry)
-        self._changed()
+        if entries:
+            self._changed()
         return before
 
     def retire(self, is_lost: Callable[[ArenaInfo, Sequence[int]], bool]) -> list[Entry]:
@@ -374,6 +418,9 @@ class Registry:
         """Nobody uses anything, but that shall count from now on."""
         if self.idle_since is not None:
             self.idle_since = self._monotonic()
+        for entry in self.entries:
+            if entry.idle_since is not None:
+                self._note_idle(entry)
 
     def close(self, error: CompanionError) -> None:
         """End everything: every lease fails with `error`, every descriptor is closed."""
@@ -384,7 +431,7 @@ class Registry:
     # ---- inside
 
     def _retire(self, entry: Entry) -> None:
-        entry.state = EntryState.RETIRED
+        entry.state, entry.idle_since = EntryState.RETIRED, None
         self._close_fds(entry.fds)
         entry.fds = ()
         for lease in entry.leases:
@@ -469,6 +516,11 @@ class Registry:
         self._close_fds(entry.fds)
         entry.fds = ()
         self.entries.remove(entry)
+
+    def _note_idle(self, entry: Entry) -> None:
+        """Unless somebody uses the entry, its idle time runs from now on."""
+        if entry.state is EntryState.READY and not entry.users:
+            entry.idle_since, entry.idle_since_unix_s = self._monotonic(), self._wall()
 
     def _changed(self) -> None:
         if self.idle_since is None and not any(entry.users for entry in self.entries):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,34 @@ def requested_bytes(device: EngineDevice) -> int:
     if device.torch_device.type != "cuda":
         return 0
     return int(torch.cuda.memory_stats(device.torch_device).get("requested_bytes.all.current", 0))
+
+
+def memory(device: EngineDevice) -> tuple[int, int]:
+    """Bytes of `device` that are free, and all that it has, as vLLM is about to find them."""
+    if device.torch_device.type == "cuda" and not _has_host_memory(device):
+        free, total = torch.cuda.mem_get_info(device.torch_device)
+        return free, total
+    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(rows[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
+    if device.torch_device.type == "cuda":
+        return free, torch.cuda.mem_get_info(device.torch_device)[1]
+    # vLLM before 0.32 does not look at the limit of a container.
+    cgroup: Any = sys.modules.get("vllm.utils.cpu_resource_utils")
+    limit = getattr(cgroup, "get_cgroup_memory_limit", lambda: None)()
+    if limit is not None and limit < total:
+        return max(0, min(free, limit - (cgroup.get_cgroup_memory_usage() or 0))), limit
+    return free, total
+
+
+def _has_host_memory(device: EngineDevice) -> bool:
+    """Whether this is a GPU without memory of its own, of which CUDA knows less than the host does."""
+    is_integrated = getattr(current_platform, "is_integrated_gpu", lambda index: False)
+    return bool(is_integrated(device.torch_device.index))
+
+
+def resident_bytes() -> int:
+    """Host memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # All ranks of an engine read together, each a part for all.

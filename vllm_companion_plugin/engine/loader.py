@@ -103,7 +103,7 @@ class CompanionModelLoader(BaseModelLoader):
             return
         ready, arena = decision.ready, decision.arena
         held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
-        session.keep(decision, self._settings, held)
+        session.keep(decision, self._settings, held, arena)
         if not decision.announced:
             compat.adjust_budget(-decision.arena.info.size_bytes, ready.published.ready_unix_s)
 

@@ -246,8 +246,8 @@ class _Publisher:
             key = self._decision.key
             published = session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes)
             session.record(published, device_id=self._decision.device.id, key_id=key.id)
-            if self.is_bound:
-                session.keep(self._decision, self._settings, self._held)
+            if self.is_bound and self._arena is not None:
+                session.keep(self._decision, self._settings, self._held, self._arena)
                 self._decision.election.release()
             else:
                 self._decision.close()

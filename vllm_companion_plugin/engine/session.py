@@ -1,12 +1,16 @@
 """One decision per model and process: attach, load for all, or load alone.
 
 Taken once, before vLLM measures free memory, and kept until `load_model`: the KV cache is
-sized by it. What an engine maps it keeps mapped for the life of the process.
+sized by it. What an engine maps it keeps mapped until no tensor views it any more.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+import queue
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -19,7 +23,7 @@ from vllm.logger import init_logger
 
 from vllm_companion_plugin import arena as arenas
 from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.engine import checkpoint, code, compat, key
+from vllm_companion_plugin.engine import checkpoint, code, compat, key, room
 from vllm_companion_plugin.engine.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.turns import Turn
@@ -172,8 +176,11 @@ _decisions: dict[int, Decision] = {}
 _drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
 _target: weakref.ref[nn.Module] | None = None
 _connections: dict[str, CompanionConnection] = {}
-# What this process maps or published; dropped only by the end of the process.
-_kept: list[Attach | Load | Holder] = []
+# What this process maps or published, by number: how to give it back. For as long as a tensor views it.
+_kept: dict[int, tuple[str, Callable[[], None]]] = {}
+_numbers = itertools.count()
+# Numbers of what no tensor views any more. Put there by whatever thread collects garbage, wherever it stands.
+_unused: queue.SimpleQueue[int] = queue.SimpleQueue()
 outcomes: list[Outcome] = []
 """Of every model loaded in this process, in order."""
 
@@ -227,18 +234,39 @@ def forget(model_config: Any) -> None:
     _decisions.pop(id(model_config), None)
 
 
-def keep(decision: Attach | Load, settings: Settings, held: Held) -> None:
-    """Hold lease and memory until the process ends, whatever becomes of the companion."""
-    _kept.append(decision)
+def keep(decision: Attach | Load, settings: Settings, held: Held, arena: arenas.Arena) -> None:
+    """Hold the lease, whatever becomes of the companion, until no tensor views `arena`, or the process ends."""
+    lease = decision.lease
     try:
-        holder = Holder(decision.device.id, settings, held, decision.lease, _client_name())
+        holder = Holder(decision.device.id, settings, held, lease, _client_name())
     except CompanionError as error:
         logger.warning("%s will be loaded again if its companion dies: %s", held.key.title, error)
+        _keep_until_unused(arena, held.key.title, lease.release)
         return
-    _kept.append(holder)
+    _keep_until_unused(arena, held.key.title, holder.close)
     if isinstance(decision, Load):
         # Whoever waits to load it will find it then, if the companion has ended while we loaded.
         holder.wait_known(settings.spawn_timeout_s)
+
+
+def _keep_until_unused(arena: arenas.Arena, title: str, give_back: Callable[[], None]) -> None:
+    number = next(_numbers)
+    _kept[number] = title, give_back
+    weakref.finalize(arena, _unused.put, number).atexit = False
+    _start_giving_back()
+
+
+@functools.cache
+def _start_giving_back() -> None:
+    threading.Thread(target=_give_back, name="companion-give-back", daemon=True).start()
+
+
+def _give_back() -> None:
+    """End the leases of models that are gone, as in a process that runs one engine after the other."""
+    while True:
+        title, give_back = _kept.pop(_unused.get())
+        give_back()
+        logger.info("%s is not in use here any more, and given back.", title)
 
 
 def record(
@@ -336,6 +364,7 @@ def _decide_target(
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
+    _make_room(decision, vllm_config, settings)
     if draft is not None:
         _note(_drafts, draft, (fields, decision.key))
     return decision
@@ -441,6 +470,17 @@ def _ask(
         election.release()
         lease.release()
         asked = held
+
+
+def _make_room(decision: Attach | Load, vllm_config: Any, settings: Settings) -> None:
+    """Before vLLM measures the memory of the device."""
+    connection, device, wanted = _connections[decision.device.id], decision.device, decision.key
+    if isinstance(decision, Load):
+        room.make_room(connection, device, vllm_config, wanted, load_bytes=decision.checkpoint_bytes)
+        return
+    # One that copies takes the memory once more.
+    mapped = 0 if settings_for(vllm_config, settings).share == "copy" else decision.arena.info.size_bytes
+    room.make_room(connection, device, vllm_config, wanted, mapped_bytes=mapped)
 
 
 def _client_name() -> str:

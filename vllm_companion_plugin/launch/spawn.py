@@ -20,8 +20,9 @@ from itertools import count
 
 from filelock import FileLock, Timeout
 
-from vllm_companion_plugin import peer
+from vllm_companion_plugin import logs, peer
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, RuntimeDirError
+from vllm_companion_plugin.launch import systemd
 from vllm_companion_plugin.launch.locks import owner_text
 from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths, read_file
 from vllm_companion_plugin.settings import Settings, to_environment
@@ -212,6 +213,13 @@ def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: fl
             raise CompanionUnavailableError(f"Cannot start a companion of {paths.device}: {error}.") from error
         if answer == "ok":
             logger.info("Started the companion of %s in %.1f s.", paths.device, time.monotonic() - started)
+            if service := systemd.own_service():
+                logger.warning(
+                    "The companion of %s runs in %s, which started it: when systemd stops or restarts that, it ends "
+                    "the companion as well, and what it holds is loaded again. Run one as a service of its own: "
+                    "docs/deploy/vllm-companion@.service",
+                    *(paths.device, service),
+                )
             return
         busy = answer is not None and answer.startswith("already_running ")
         if (not busy and (answer != "" or trial == SPAWN_TRIALS)) or time.monotonic() > deadline:
@@ -243,6 +251,7 @@ def start_detached(arguments: list[str], environment: dict[str, str], log: str, 
     """
     if not sys.executable:
         raise OSError("this process does not know its Python interpreter (sys.executable)")
+    logs.shorten(log)
     read_fd, write_fd = os.pipe()
     try:
         try:

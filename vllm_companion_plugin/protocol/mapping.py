@@ -220,6 +220,7 @@ def entry_status_to_message(entry: EntryStatus) -> Any:
             for lease in entry.leases
         ],
         ways=dict(entry.ways),
+        expires_at_unix_s=entry.expires_at_unix_s,
     )
 
 
@@ -241,6 +242,7 @@ def entry_status_from_message(message: Any) -> EntryStatus:
                 for lease in message.leases
             ),
             ways=dict(message.ways),
+            expires_at_unix_s=_time(message.expires_at_unix_s),
         )
     except ValueError as error:
         raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error

@@ -69,6 +69,7 @@ class Stub:
     Status: Callable[..., Any]
     Watch: Callable[..., Any]
     Unload: Callable[..., Any]
+    MakeRoom: Callable[..., Any]
     Shutdown: Callable[..., Any]
     Report: Callable[..., Any]
     Metrics: Callable[..., Any]

@@ -1,0 +1,54 @@
+"""Engines one after the other in one process. Prints "RESULT [...]": for each its tokens, and what is left of it.
+
+The argument is a JSON object: models, prompts, and "room" if the device shall be so large that only one fits.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+
+def mapped() -> int:
+    """Arenas in this process's memory."""
+    return len({line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:vllm" in line})
+
+
+def shrink_device(size_bytes: int, kv_bytes: int) -> None:
+    """Let the device have `size_bytes` for weights, and nothing on it but what its companion holds."""
+    from vllm_companion_plugin.client import connect
+    from vllm_companion_plugin.engine import compat
+    from vllm_companion_plugin.settings import resolve
+
+    def memory(device: compat.EngineDevice) -> tuple[int, int]:
+        with connect("cpu", resolve(), spawn=False) as connection:
+            held = sum(entry.size_bytes for entry in connection.status().entries)
+        return size_bytes + kv_bytes - held, 1 << 40
+
+    compat.memory = memory
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    from vllm import LLM, SamplingParams
+
+    if "room" in options:
+        shrink_device(options["room"], 1 << 30)
+    results = []
+    for model in options["models"]:
+        flags = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+        llm = LLM(model=model, load_format=options.get("load_format", "companion"), **flags)
+        sampling = SamplingParams(max_tokens=16, temperature=0, detokenize=False, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in options["prompts"]], sampling)
+        result = {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "mapped": mapped()}
+        del llm, outputs
+        gc.collect()
+        results.append(result | {"left": mapped()})
+    print("RESULT " + json.dumps(results), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Room on a device, made before vLLM measures its memory: what nobody uses there goes before its time.
+
+Without a companion a model that nobody serves any more takes no memory; with one it may stay for its linger time.
+vLLM's own check would refuse an engine that finds too little free, and could not say whose memory it is.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_companion_plugin.client import CompanionConnection
+from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryStatus
+
+logger = init_logger("vllm.companion")
+
+FREE_TIMEOUT_S = 10.0
+"""For the memory of what was dropped: the companion closes its descriptors at once, the driver takes a moment."""
+POLL_S = 0.02
+
+
+def make_room(
+    connection: CompanionConnection,
+    device: compat.EngineDevice,
+    vllm_config: Any,
+    key: EntryKey,
+    *,
+    load_bytes: int = 0,
+    mapped_bytes: int = 0,
+) -> None:
+    """Have idle entries dropped if vLLM would find too little free; say what is in the way if that does not do.
+
+    Never raises: vLLM decides whether it starts.
+
+    Args:
+        key: of the entry that this engine will use, which is not in its way.
+        load_bytes: of the weights that this engine will load.
+        mapped_bytes: of those that it maps, which vLLM takes off what it wants.
+    """
+    try:
+        wanted = _wanted_bytes(device, vllm_config, load_bytes, mapped_bytes)
+        missing = wanted - compat.memory(device)[0]
+        if missing <= 0:
+            return
+        dropped = _drop(connection, missing, key)
+        free = _wait_for(wanted, device) if dropped else compat.memory(device)[0]
+        if free < wanted:
+            logger.warning("%s", in_the_way(connection.status(), key, wanted, free))
+    except CompanionError as error:
+        logger.warning("What nobody uses on %s stays there: %s", device.id, error)
+    except Exception as error:
+        logger.warning("It cannot be told whether %s has enough memory: %s: %s", device.id, type(error).__name__, error)
+
+
+def _wanted_bytes(device: compat.EngineDevice, vllm_config: Any, load_bytes: int, mapped_bytes: int) -> int:
+    """What must be free for vLLM to start."""
+    cache = vllm_config.cache_config
+    budget: int = math.ceil(compat.memory(device)[1] * cache.gpu_memory_utilization)
+    if device.torch_device.type != "cpu":
+        return budget - mapped_bytes
+    # Checked after loading: the KV cache of a given size, or what this process has not used of its budget.
+    kv_bytes: int | None = cache.kv_cache_memory_bytes
+    return load_bytes + kv_bytes if kv_bytes is not None else budget - compat.resident_bytes()
+
+
+def _drop(connection: CompanionConnection, missing: int, key: EntryKey) -> Sequence[EntryStatus]:
+    dropped = connection.make_room(missing)
+    for entry in dropped:
+        logger.info(
+            "Dropped %s (%s), which nobody used, from %s: %.2f GiB for %s.",
+            *(entry.key.title, entry.key.rank, connection.device, entry.size_bytes / 2**30, key.title),
+        )
+    return dropped
+
+
+def _wait_for(wanted: int, device: compat.EngineDevice) -> int:
+    """Free bytes, as soon as so many are wanted, or the time is over."""
+    deadline = time.monotonic() + FREE_TIMEOUT_S
+    while (free := compat.memory(device)[0]) < wanted and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return free
+
+
+def in_the_way(status: CompanionStatus, key: EntryKey, wanted: int, free: int) -> str:
+    """Whose memory it is that an engine lacks, and what frees it."""
+    others = [entry for entry in status.entries if entry.size_bytes and entry.key.id != key.id]
+    lines = [f"  {_describe(entry, status)}" for entry in others]
+    where = f"The companion of {status.device} (pid {status.pid}) holds"
+    return "\n".join(
+        [
+            f"{key.title} needs {wanted / 2**30:.2f} GiB free on {status.device}, and {free / 2**30:.2f} GiB are. "
+            + (f"{where}:" if others else f"{where} nothing else: the memory is used by other processes."),
+            *lines,
+        ]
+    )
+
+
+def _describe(entry: EntryStatus, status: CompanionStatus) -> str:
+    what = f"{entry.key.title} ({entry.key.rank}), {entry.size_bytes / 2**30:.2f} GiB"
+    if entry.leases:
+        users = ", ".join(f"{lease.client} (pid {lease.pid})" for lease in entry.leases)
+        return f"{what}, used by {users}: free when they have ended."
+    owner = f"which `vllm-companion serve` (pid {status.owner_pid}) keeps" if status.owner_pid else "which nobody uses"
+    command = f"vllm-companion unload {shlex.quote(entry.key.model)} --device {status.device}"
+    return f"{what}, {owner}: {command}"
