@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -91,8 +92,11 @@ def hold(place: Place, connection: CompanionConnection, *names: str, used: bool 
         if used:
             continue
         own.close()
-        idle = lambda name=name: [e for e in connection.status().entries if e.expires_at_unix_s and name in e.key.model]  # noqa: E731
-        until(idle, 5, f"{name} is idle")
+        until(partial(is_idle, connection, name), 5, f"{name} is idle")
+
+
+def is_idle(connection: CompanionConnection, name: str) -> bool:
+    return any(entry.expires_at_unix_s for entry in connection.status().entries if entry.key.model == f"test/{name}")
 
 
 def held(connection: CompanionConnection) -> str:
@@ -107,7 +111,7 @@ class TestRoom:
     ) -> None:
         """One line says for each entry what went, and the memory is free when the call returns."""
         hold(place, connection, "b", "a", "c")
-        room.make_room(connection, GPU, config(), WANTED)
+        room.make_room(connection, GPU, config(), [WANTED])
         assert held(connection) == "ac"
         assert device.memory(GPU)[0] >= 2 * SIZE
         assert log.messages == ["Dropped test/b (single), which nobody used, from cpu: 0.00 GiB for test/wanted."]
@@ -115,9 +119,9 @@ class TestRoom:
     def test_is_there_already(self, place: Place, connection: CompanionConnection, device: Device) -> None:
         """Where vLLM finds enough nothing is dropped; weights that are mapped count as this engine's."""
         hold(place, connection, "a", "b")
-        room.make_room(connection, GPU, config(), WANTED)
+        room.make_room(connection, GPU, config(), [WANTED])
         hold(place, connection, "c")
-        room.make_room(connection, GPU, config(), EntryKey("c" * 64, "test/c"), mapped_bytes=SIZE)
+        room.make_room(connection, GPU, config(), [EntryKey("c" * 64, "test/c")], mapped_bytes=SIZE)
         assert held(connection) == "abc"
 
     def test_is_not_made_in_vain(
@@ -126,7 +130,7 @@ class TestRoom:
         """If even all idle entries would not do they stay, and what is in the way is named with what frees it."""
         hold(place, connection, "a", "b", used=True)
         hold(place, connection, "c")
-        room.make_room(connection, GPU, config(0.9), WANTED)
+        room.make_room(connection, GPU, config(0.9), [WANTED])
         assert held(connection) == "abc"
         [message] = log.messages
         assert "test/wanted needs 0.00 GiB free on cpu" in message
@@ -141,7 +145,7 @@ class TestRoom:
         with connect("cpu", place.settings, spawn=False) as owner:
             statuses = owner.watch(own_linger_s=-1.0)
             next(statuses)
-            room.make_room(connection, GPU, config(), WANTED)
+            room.make_room(connection, GPU, config(), [WANTED])
             assert held(connection) == "abc"
             statuses.close()  # type: ignore[attr-defined]
         assert f"which `vllm-companion serve` (pid {os.getpid()}) keeps: vllm-companion unload" in log.messages[0]
@@ -151,9 +155,9 @@ class TestRoom:
     ) -> None:
         """There vLLM checks after loading."""
         hold(place, connection, "a", "b")
-        room.make_room(connection, HOST, config(kv_bytes=SIZE), WANTED, load_bytes=SIZE)
+        room.make_room(connection, HOST, config(kv_bytes=SIZE), [WANTED], load_bytes=SIZE)
         assert held(connection) == "ab"
-        room.make_room(connection, HOST, config(kv_bytes=SIZE), WANTED, load_bytes=SIZE + 1)
+        room.make_room(connection, HOST, config(kv_bytes=SIZE), [WANTED], load_bytes=SIZE + 1)
         assert held(connection) == "b"
 
     def test_that_a_companion_cannot_make_ends_nothing(
@@ -165,7 +169,7 @@ class TestRoom:
             other.shutdown()
         until(lambda: not alive(device.pid), 5, "it has ended")
         device.held = lambda: 3 * SIZE  # type: ignore[method-assign]
-        room.make_room(connection, GPU, config(), WANTED)
+        room.make_room(connection, GPU, config(), [WANTED])
         assert "stays there" in log.messages[0]
 
 

@@ -30,7 +30,7 @@ def make_room(
     connection: CompanionConnection,
     device: compat.EngineDevice,
     vllm_config: Any,
-    key: EntryKey,
+    keys: Sequence[EntryKey],
     *,
     load_bytes: int = 0,
     mapped_bytes: int = 0,
@@ -40,7 +40,7 @@ def make_room(
     Never raises: vLLM decides whether it starts.
 
     Args:
-        key: of the entry that this engine will use, which is not in its way.
+        keys: of the entries that this engine will use, which are not in its way; of its model first.
         load_bytes: of the weights that this engine will load.
         mapped_bytes: of those that it maps, which vLLM takes off what it wants.
     """
@@ -49,10 +49,10 @@ def make_room(
         missing = wanted - compat.memory(device)[0]
         if missing <= 0:
             return
-        dropped = _drop(connection, missing, key)
+        dropped = _drop(connection, missing, keys[0])
         free = _wait_for(wanted, device) if dropped else compat.memory(device)[0]
-        if free < wanted:
-            logger.warning("%s", in_the_way(connection.status(), key, wanted, free))
+        if free < wanted and (text := in_the_way(connection.status(), keys, wanted, free)):
+            logger.warning("%s", text)
     except CompanionError as error:
         logger.warning("What nobody uses on %s stays there: %s", device.id, error)
     except Exception as error:
@@ -88,18 +88,17 @@ def _wait_for(wanted: int, device: compat.EngineDevice) -> int:
     return free
 
 
-def in_the_way(status: CompanionStatus, key: EntryKey, wanted: int, free: int) -> str:
-    """Whose memory it is that an engine lacks, and what frees it."""
-    others = [entry for entry in status.entries if entry.size_bytes and entry.key.id != key.id]
-    lines = [f"  {_describe(entry, status)}" for entry in others]
-    where = f"The companion of {status.device} (pid {status.pid}) holds"
-    return "\n".join(
-        [
-            f"{key.title} needs {wanted / 2**30:.2f} GiB free on {status.device}, and {free / 2**30:.2f} GiB are. "
-            + (f"{where}:" if others else f"{where} nothing else: the memory is used by other processes."),
-            *lines,
-        ]
+def in_the_way(status: CompanionStatus, keys: Sequence[EntryKey], wanted: int, free: int) -> str:
+    """Which entries take the memory that an engine lacks, and what frees it; empty if no other one is there."""
+    own = {key.id for key in keys}
+    others = [entry for entry in status.entries if entry.size_bytes and entry.key.id not in own]
+    if not others:
+        return ""
+    first = (
+        f"{keys[0].title} needs {wanted / 2**30:.2f} GiB free on {status.device}, and {free / 2**30:.2f} GiB are. "
+        f"The companion there (pid {status.pid}) holds:"
     )
+    return "\n".join([first, *(f"  {_describe(entry, status)}" for entry in others)])
 
 
 def _describe(entry: EntryStatus, status: CompanionStatus) -> str:

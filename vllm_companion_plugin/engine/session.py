@@ -331,6 +331,8 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
     if not compat.loads_draft_alike(vllm_config):
         return None
     draft = compat.draft_config(vllm_config)
+    if (known := _decisions.get(id(draft))) is not None:
+        return known if isinstance(known, Attach) else None
     try:
         decision = _decide_draft(vllm_config, draft, settings, may_load=False)
     except Exception as error:
@@ -364,9 +366,11 @@ def _decide_target(
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
-    _make_room(decision, vllm_config, settings)
     if draft is not None:
         _note(_drafts, draft, (fields, decision.key))
+    # Before vLLM measures, and with the draft, which is in use from now on: nobody may drop it for us.
+    together = [decision] if isinstance(decision, Load) else [decision, _draft_if_held(vllm_config, settings)]
+    _make_room(decision, [each for each in together if isinstance(each, Attach)], vllm_config, settings)
     return decision
 
 
@@ -472,15 +476,16 @@ def _ask(
         asked = held
 
 
-def _make_room(decision: Attach | Load, vllm_config: Any, settings: Settings) -> None:
-    """Before vLLM measures the memory of the device."""
-    connection, device, wanted = _connections[decision.device.id], decision.device, decision.key
-    if isinstance(decision, Load):
-        room.make_room(connection, device, vllm_config, wanted, load_bytes=decision.checkpoint_bytes)
-        return
-    # One that copies takes the memory once more.
-    mapped = 0 if settings_for(vllm_config, settings).share == "copy" else decision.arena.info.size_bytes
-    room.make_room(connection, device, vllm_config, wanted, mapped_bytes=mapped)
+def _make_room(decision: Attach | Load, attached: list[Attach], vllm_config: Any, settings: Settings) -> None:
+    copy = settings_for(vllm_config, settings).share == "copy"  # which takes the memory once more
+    room.make_room(
+        _connections[decision.device.id],
+        decision.device,
+        vllm_config,
+        [decision.key, *(each.key for each in attached)],
+        load_bytes=decision.checkpoint_bytes if isinstance(decision, Load) else 0,
+        mapped_bytes=0 if copy else sum(each.arena.info.size_bytes for each in attached),
+    )
 
 
 def _client_name() -> str:
