@@ -88,6 +88,10 @@ CHECKPOINT = "checkpoint"
 """The field that holds the digest of `EntryKey.files`; all others say what was made of them."""
 
 
+VARIANT = "variant"
+"""The field of a key that holds `EntryKey.variant`."""
+
+
 @dataclass(frozen=True)
 class EntryKey:
     """What makes two loads interchangeable.
@@ -112,8 +116,15 @@ class EntryKey:
 
     @property
     def title(self) -> str:
-        """The model, and what it is for unless it is served."""
-        return self.model if self.role == "target" else f"{self.model} ({self.role})"
+        """The model, and what sets it apart: what it is for unless it is served, and that it is a variant."""
+        notes = [self.role] if self.role != "target" else []
+        notes += ["variant"] if self.variant else []
+        return f"{self.model} ({', '.join(notes)})" if notes else self.model
+
+    @property
+    def variant(self) -> str:
+        """How the model differs from what was published first under an otherwise equal key; empty for that one."""
+        return self.fields.get(VARIANT, "")
 
     def problem(self) -> str | None:
         """What is wrong with a key that came from outside; None if nothing is. File names are made of ids."""

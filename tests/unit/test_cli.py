@@ -107,6 +107,17 @@ def test_progress_without_a_total_has_no_percentage(progress: Progress, text: st
     assert table.progress_text(LoaderInfo(42, "vLLM", NOW, progress)) == text
 
 
+def test_variant_is_explained() -> None:
+    """A model that is held twice says why, in the table and in JSON."""
+    fields = {"dtype": "bfloat16", "variant": "scale is 5"}
+    other = replace(READY, key=replace(READY.key, id="ef" * 32, fields=fields))
+    lines = table.to_text([companion(READY, other)], NOW).splitlines()
+    assert "org/model (variant)" in lines[2]
+    assert lines[3:] == ["org/model (tp0/2) is held as a variant: scale is 5."]
+    (status,) = table.to_json([companion(READY, other)], NOW)
+    assert [entry["variant"] for entry in status["entries"]] == ["", "scale is 5"]
+
+
 def test_the_json_schema_is_this_one() -> None:
     first, second = json.loads(json.dumps(table.to_json([companion(READY, LOADING), companion(linger_s=-1)])))
     assert second == {
@@ -115,7 +126,7 @@ def test_the_json_schema_is_this_one() -> None:
     }
     ready, loading = first["entries"]
     assert ready == {
-        **{"model": "org/model", "role": "target", "rank": "tp0/2", "key_id": "ab" * 32},
+        **{"model": "org/model", "role": "target", "rank": "tp0/2", "variant": "", "key_id": "ab" * 32},
         **{
             "key_fields": {"dtype": "bfloat16"},
             "checkpoint": "/models/m",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.types import CompanionStatus, EntryState, EntryStatus, LoaderInfo
 
 GIB = 1 << 30
@@ -27,7 +28,17 @@ def to_text(statuses: Sequence[CompanionStatus], now: float) -> str:
     for status in statuses:
         for entry in status.entries or (None,):
             rows.append(_row(status, entry, now))
-    return columns(rows)
+    return "\n".join([columns(rows), *_variants(statuses)])
+
+
+def _variants(statuses: Sequence[CompanionStatus]) -> list[str]:
+    """Why a model is held more than once."""
+    return [
+        f"{entry.key.model} ({entry.key.rank}) is held as a variant: {printable(entry.key.variant)}."
+        for status in statuses
+        for entry in status.entries
+        if entry.key.variant
+    ]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -134,6 +145,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "model": entry.key.model,
         "role": entry.key.role,
         "rank": entry.key.rank,
+        "variant": entry.key.variant,
         "key_id": entry.key.id,
         "key_fields": dict(entry.key.fields),
         "checkpoint": entry.key.source or None,

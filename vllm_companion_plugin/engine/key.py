@@ -18,10 +18,7 @@ from typing import Any
 from vllm_companion_plugin.engine import checkpoint, code, compat, configuration
 from vllm_companion_plugin.engine.digest import digest_of
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.types import CHECKPOINT, EntryKey, model_name
-
-VARIANT = "variant"
-"""The field that says how a model differs from the one that was published first under an otherwise equal key."""
+from vllm_companion_plugin.types import CHECKPOINT, VARIANT, EntryKey, model_name
 
 MAX_VARIANTS = 4
 """Differences that one key names; an engine that is refused once more loads alone."""

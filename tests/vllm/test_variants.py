@@ -1,0 +1,68 @@
+"""An engine that differs from what is held does not stay alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import Place
+from tests.vllm.conftest import StartEngine, entries
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+PLUGIN = """
+import os
+import torch
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+class KindForCausalLM(LlamaForCausalLM):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.kind = getattr(torch, os.environ["TEST_KIND"])
+"""
+REGISTER = """
+def register():
+    from vllm import ModelRegistry
+    ModelRegistry.register_model("KindForCausalLM", "kind_model.model:KindForCausalLM")
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A plugin whose model has a dtype that a variable of its own decides, which no key can know."""
+    folder = tmp_path / "plugin"
+    for name, text in {
+        "kind_model/model.py": PLUGIN,
+        "kind_model/__init__.py": REGISTER,
+        "kind_model-1.0.dist-info/entry_points.txt": "[vllm.general_plugins]\nkind_model = kind_model:register\n",
+        "kind_model-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: kind-model\nVersion: 1.0\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_variant_is_loaded_once(start_engine: StartEngine, place: Place, tiny_llama: Path, plugin: Path) -> None:
+    """The first engine of another kind publishes a variant, the next one attaches to it, and the entry says why."""
+    model = Path(shutil.copytree(tiny_llama, plugin / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["KindForCausalLM"]}))
+    tokens = []
+    for kind, said in (
+        ("float32", "Published"),
+        ("int8", "Published"),
+        ("int8", "Attached to"),
+        ("float32", "Attached"),
+    ):
+        environment = {"PYTHONPATH": str(plugin), "TEST_KIND": kind}
+        engine = start_engine(
+            environment=environment, model=model, load_format="companion", skip_tokenizer_init=True, prompts=[[3, 5, 7]]
+        )
+        tokens.append(engine.result()["tokens"])
+        assert said in engine.output()
+        engine.stop()
+    assert tokens[1:] == tokens[:-1]
+    assert sorted(entry.key.variant for entry in entries(place)) == ["", "kind is torch.int8"]
