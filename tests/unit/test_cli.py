@@ -114,7 +114,7 @@ def test_variant_is_explained() -> None:
     lines = table.to_text([companion(READY, other)], NOW).splitlines()
     assert "org/model (variant)" in lines[2]
     assert lines[3:] == ["org/model (tp0/2) is held as a variant: scale is 5."]
-    (status,) = table.to_json([companion(READY, other)], NOW)
+    (status,) = table.to_json([companion(READY, other)])
     assert [entry["variant"] for entry in status["entries"]] == ["", "scale is 5"]
 
 
