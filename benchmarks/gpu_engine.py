@@ -63,10 +63,10 @@ def watch_loader(name: str, figures: dict[str, float]) -> None:
         publish.copy = copy
         inner_publish = publish._Publisher._publish
 
-        def publish_all(self, model):
+        def publish_all(self, *args):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            inner_publish(self, model)
+            inner_publish(self, *args)
             figures["pack_and_publish_s"] = time.perf_counter() - started
 
         publish._Publisher._publish = publish_all
