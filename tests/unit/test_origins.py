@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import decimal
 import fractions
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +58,27 @@ class Slots:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Listed(list[Any]):
+    """Has attributes beside its items."""
+
+
+class Keyed(dict[Any, Any]):
+    """Has attributes beside its items."""
+
+
+class Named(str):
+    """Has attributes beside its text."""
+
+
+def with_attribute(held: Any, value: Any) -> Any:
+    held.value = value
+    return held
+
+
+class SlotModule(nn.Module):
+    __slots__ = ("value",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +178,9 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "numpy float64": np.float64,
     "numpy int": lambda x: np.int16(x * 8),
     "numpy array": lambda x: np.full((2, 3), x),
+    "numpy records": lambda x: np.full(2, x, dtype=[("a", "f4"), ("b", "i8")]),
+    "array": lambda x: array.array("d", [x]),
+    "count": lambda x: itertools.count(int(x * 8)),
     "dtype": lambda x: torch.float16 if x == 1.0 else torch.int8,
     "Size": lambda x: torch.Size([int(x * 8)]),
     "enum": lambda x: Stage.PROCESSED if x == 1.0 else Stage.UNPROCESSED,
@@ -184,6 +210,14 @@ PLACES: dict[str, tuple[Callable[[Model, Any], object], Callable[[Model], Any]]]
     "of an object": (lambda m, v: setattr(m, "x", Box(v)), lambda m: m.x.value),
     "of a frozen object": (lambda m, v: setattr(m, "x", Frozen(v)), lambda m: m.x.value),
     "in a slot": (lambda m, v: setattr(m, "x", Slots(v)), lambda m: m.x.value),
+    "of a list": (lambda m, v: setattr(m, "x", with_attribute(Listed([1]), v)), lambda m: m.x.value),
+    "of a dict": (lambda m, v: setattr(m, "x", with_attribute(Keyed(a=1), v)), lambda m: m.x.value),
+    "of a string": (lambda m, v: setattr(m, "x", with_attribute(Named("a"), v)), lambda m: m.x.value),
+    "in a slot of a module": (
+        lambda m, v: setattr(m, "x", {"a": with_attribute(SlotModule(), v)}),
+        lambda m: m.x["a"].value,
+    ),
+    "of an object as key": (lambda m, v: setattr(m, "x", {Box(1): v, Box(2): 2}), lambda m: next(iter(m.x.values()))),
     "deep": (
         lambda m, v: setattr(m, "x", deep(v)),
         lambda m: functools.reduce(lambda held, _: held.value, range(12), m.x),
@@ -344,6 +378,39 @@ class TestLoading:
 
         with pytest.raises(NotShareableError, match=r"_forward_hooks|function|helper|third|opaque"):
             publish(build, load)
+
+    def test_functions_that_one_function_makes(self) -> None:
+        """They have one name, and are told apart by their code."""
+
+        def choose(twice: bool) -> Callable[[int], int]:
+            return (lambda number: 2 * number) if twice else (lambda number: number)
+
+        with pytest.raises(NotShareableError, match=r"loading set function to function .*<lambda>"):
+            publish(
+                lambda m, flag: setattr(m, "function", choose(True)),
+                lambda m: setattr(m, "function", choose(False)),
+            )
+
+    def test_parts_of_sets(self) -> None:
+        """The object that loading changed is the one that is changed here."""
+
+        def load(m: Model) -> None:
+            next(box for box in m.x if box.value == 1).value = 9
+
+        def build(m: Model, flag: float) -> None:
+            m.x = {Box(number) for number in range(1, 5)}
+
+        for _ in range(8):  # their order follows from addresses
+            assert sorted(box.value for box in attach(publish(build, load), build).x) == [2, 3, 4, 9]
+
+    def test_a_container_that_holds_itself_twice(self) -> None:
+        """Walking it ends."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x = []
+            m.x.extend([m.x, m.x])
+
+        assert len(attach(publish(build), build).x) == 2
 
 
 class TestTensor:

@@ -6,6 +6,7 @@ removed or tied to others. The same is done here to a model that was only built.
 
 from __future__ import annotations
 
+import array
 import collections
 import re
 import sys
@@ -326,7 +327,7 @@ def _assign_in_place(current: Any, value: Any) -> bool:
     kind = type(current)
     if kind is not type(value):
         return False
-    if kind is list or kind is bytearray:
+    if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
         current[:] = value
     elif kind in (dict, set, collections.OrderedDict):
         current.clear()
