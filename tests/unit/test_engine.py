@@ -150,7 +150,7 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
         # Asking for descriptors would fail otherwise: nobody listens there.
         data, arena = manifest_to_bytes(published), ArenaInfo("memfd", (384,))
         ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16)
-        session._open(device, test_mapping.KEY, None, ready, None, 0.0, 0.0)  # type: ignore[arg-type]
+        session._open(device, test_mapping.KEY, test_mapping.KEY, None, ready, 0.0, 0.0)  # type: ignore[arg-type]
 
     with pytest.raises(ManifestError, match="published unprocessed; cpu needs processed"):
         open_(replace(test_mapping.manifest(), stage=Stage.UNPROCESSED))

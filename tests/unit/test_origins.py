@@ -155,6 +155,7 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "int": lambda x: int(x * 8),
     "bool": lambda x: x > 0.5,
     "str": str,
+    "str like a reference": lambda x: f"Box @first:{x}",
     "bytes": lambda x: str(x).encode(),
     "None": lambda x: None if x == 1.0 else x,
     "nan": lambda x: x if x == 1.0 else float("nan"),
@@ -378,6 +379,83 @@ class TestLoading:
 
         with pytest.raises(NotShareableError, match=r"_forward_hooks|function|helper|third|opaque"):
             publish(build, load)
+
+    @pytest.mark.parametrize("kind", ["buffer", "parameter", "list", "module"])
+    def test_what_it_swaps(self, kind: str) -> None:
+        """Tensors that only building made are where loading put them."""
+
+        def build(m: Model, flag: float) -> None:
+            one, other = torch.full((4,), flag), torch.full((4,), 2 * flag)
+            if kind == "list":
+                m.x = [one, other]
+            elif kind == "module":
+                m.a, m.b = nn.Linear(1, 1), nn.Linear(1, 1)
+                m.a.register_buffer("table", one)
+                m.b.register_buffer("table", other)
+            else:
+                m.a, m.b = (nn.Parameter(one), nn.Parameter(other)) if kind == "parameter" else (one, other)
+
+        def load(m: Model) -> None:
+            if kind == "list":
+                m.x.reverse()
+            else:
+                m.a, m.b = m.b, m.a
+
+        def values(m: Model) -> list[float]:
+            tensors = m.x if kind == "list" else [m.a.table, m.b.table] if kind == "module" else [m.a, m.b]
+            return [float(tensor[0].detach()) for tensor in tensors]
+
+        published = publish(build, load)
+        assert values(published.model) == [2.0, 1.0]
+        assert values(attach(published, build, flag=0.25)) == [0.5, 0.25]
+
+    @pytest.mark.parametrize("kind", ["part", "replaced"])
+    def test_moves_that_cannot_be_described_are_refused(self, kind: str) -> None:
+        """Another part of what building made, or one that is moved away from where another one is now."""
+
+        def build(m: Model, flag: float) -> None:
+            m.a, m.b = torch.arange(8.0), torch.arange(8.0) * 2
+            m.part = m.a[:4]
+
+        def load(m: Model) -> None:
+            if kind == "part":
+                m.part = m.a[4:]
+            else:
+                m.b, m.a = m.a, checkpoint(3.0)[:8].clone()
+
+        with pytest.raises(NotShareableError, match=r"loading (set part to a part|moved :a to b)"):
+            publish(build, load)
+
+    @pytest.mark.parametrize("before", ["parameter", "buffer", "attribute"])
+    @pytest.mark.parametrize("after", ["parameter", "buffer", "attribute"])
+    def test_another_kind(self, before: str, after: str) -> None:
+        """A parameter becomes a buffer, and whatever else."""
+
+        def put(m: Model, kind: str, tensor: torch.Tensor) -> None:
+            if hasattr(m, "x"):
+                del m.x
+            if kind == "buffer":
+                m.register_buffer("x", tensor)
+            else:
+                m.x = nn.Parameter(tensor) if kind == "parameter" else tensor
+
+        published = publish(
+            lambda m, flag: put(m, before, torch.zeros(4)), lambda m: put(m, after, checkpoint(3.0)[:4].clone())
+        )
+        attached = attach(published, lambda m, flag: put(m, before, torch.zeros(4)))
+        assert attached.x.tolist() == [3.0] * 4
+        assert ("x" in attached._parameters, "x" in attached._buffers) == (after == "parameter", after == "buffer")
+
+    def test_parts_of_a_list_of_parameters(self) -> None:
+        """Their names are numbers."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+
+        def load(m: Model) -> None:
+            m.x.append(nn.Parameter(checkpoint(3.0)[:2].clone()))
+
+        assert attach(publish(build, load), build).x[1].tolist() == [3.0, 3.0]
 
     def test_functions_that_one_function_makes(self) -> None:
         """They have one name, and are told apart by their code."""
