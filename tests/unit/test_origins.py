@@ -380,6 +380,25 @@ class TestLoading:
         with pytest.raises(NotShareableError, match=r"_forward_hooks|function|helper|third|opaque"):
             publish(build, load)
 
+    @pytest.mark.parametrize("make", [lambda x: [x], lambda x: {"a": x}, lambda x: np.full(2, x)])
+    def test_replaced_is_not_changed_in_place(self, make: Callable[[float], Any]) -> None:
+        """Whoever else has the object that building put there keeps it: a module, a configuration, a constant."""
+
+        def build(m: Model, flag: float) -> None:
+            m.common = m.x = make(1.0)
+
+        attached = attach(publish(build, lambda m: setattr(m, "x", make(0.25))), build)
+        assert same(attached.x, make(0.25))
+        assert same(attached.common, make(1.0))
+
+    def test_changed_in_place_is_the_same_object(self) -> None:
+        """Whoever else has it sees what loading changed."""
+        constant = [1]
+        published = publish(lambda m, flag: setattr(m, "x", [1]), lambda m: m.x.append(2))
+        attached = attach(published, lambda m, flag: setattr(m, "x", constant))
+        assert attached.x is constant
+        assert constant == [1, 2]
+
     @pytest.mark.parametrize("kind", ["buffer", "parameter", "list", "module"])
     def test_what_it_swaps(self, kind: str) -> None:
         """Tensors that only building made are where loading put them."""

@@ -10,6 +10,7 @@ first met.
 
 from __future__ import annotations
 
+import array
 import collections
 import functools
 import hashlib
@@ -51,6 +52,10 @@ _OPAQUE = (
     "weakref",
 )
 _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
+MUTABLE = frozenset(
+    (list, dict, set, bytearray, array.array, collections.deque, collections.OrderedDict, np.ndarray, torch.Generator)
+)
+"""Plain values of these types can be changed in place."""
 _PLAIN_CONTAINERS = frozenset((dict, list, tuple, collections.deque, set, frozenset, collections.OrderedDict))
 _HOLDERS = (dict, list, collections.deque)
 _CONTAINERS = (*_HOLDERS, tuple, set, frozenset)
@@ -126,11 +131,13 @@ class Tree:
     Attributes:
         opaque: objects that are noted by their class alone, by module and name: whether one was replaced by
             another can be known by nothing but the object.
+        mutable: plain values that can be changed in place, by module and name.
         places: of what was asked for.
     """
 
     modules: list[LiveModule]
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
+    mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
@@ -328,6 +335,8 @@ class _Walk:
             text = self._compound(live, index, path, value, depth)
         elif isinstance(value, _FUNCTIONS):
             self._function(live, index, path, value, depth)
+        elif type(value) in MUTABLE:
+            self._tree.mutable[index, path] = value
         live.attributes[path] = text
 
     def _compound(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> str:

@@ -185,9 +185,9 @@ class _Values:
         self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
 
     def change(self, live: LiveModule, observed: Observed) -> None:
-        for name, (_, text) in observed.values.items():  # sorted, so what holds others comes first
+        for name, (built, text) in observed.values.items():  # sorted, so what holds others comes first
             if text is not None:
-                self._set(live, name, text)
+                self._set(live, name, text, in_place=built is not None)
         for name in sorted(observed.values, reverse=True):
             if observed.values[name][1] is None:
                 self._delete(live, name)
@@ -247,7 +247,7 @@ class _Values:
     def _place(self, live: LiveModule, name: str) -> Place | None:
         return self._tree.places.get((self._index[id(live)], name))
 
-    def _set(self, live: LiveModule, name: str, text: str) -> None:
+    def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
         try:
             value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
         except ValueError:
@@ -256,7 +256,7 @@ class _Values:
         if place is not None:
             if _CONTAINER.fullmatch(text) and type(place.value) is type(value):
                 return  # what is in it changes by itself
-            if not _assign_in_place(place.value, value):
+            if not (in_place and _assign_in_place(place.value, value)):
                 _change(live, name, lambda: place.set(value))
         else:
             self._put(live, name, value)

@@ -53,6 +53,7 @@ class Snapshot:
     modules: dict[str, weakref.ref[nn.Module]]
     attributes: dict[str, dict[str, str]]
     opaque: dict[tuple[str, str], Any]
+    mutable: dict[tuple[str, str], Any]
     slots: dict[str, dict[str, AddedSlot]]
     ties: dict[str, str]
 
@@ -72,6 +73,7 @@ class Snapshot:
             modules={path: weakref.ref(module) for path, module in named.items()},
             attributes=attributes,
             opaque={(tree.modules[index].path, name): value for (index, name), value in tree.opaque.items()},
+            mutable={(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()},
             slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
             ties=ties,
         )
@@ -263,6 +265,8 @@ class Observation:
             if then.get(name) != texts.get(name) and name not in now.slots[path]
         }
         for name, (_, text) in values.items():
+            if now.mutable.get((path, name)) is not built.mutable.get((was, name)):
+                values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
         for (where, name), value in now.opaque.items():
