@@ -305,7 +305,8 @@ class Observed:
     """What the publisher saw loading and post-processing do to one module. Names are as in `ModuleInfo`.
 
     Attributes:
-        values: values that loading changed: the text as built and the text after loading, None for none.
+        values: values that loading changed: the text as built and the text after loading, None for none. What can
+            be changed in place has a text as built only if loading changed that very object.
         added: tensors that loading added.
         removed: slots that loading removed.
         retied: slots that loading tied to another one, by its full name: the path of its module, a colon, its name.

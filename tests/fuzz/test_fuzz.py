@@ -71,6 +71,13 @@ def new_attribute(name: str, text: str) -> Callable[[Any], None]:
     return lambda message: message.modules[0].attributes.update({name: text})
 
 
+def named_slot(name: str) -> Callable[[Any], None]:
+    def edit(message: Any) -> None:
+        next(slot for slot in message.modules[0].slots if slot.kind == "buffer").name = name
+
+    return edit
+
+
 def key(**changes: Any) -> bytes:
     return wire(mapping.key_to_message(dataclasses.replace(KEY, **changes)))
 
@@ -128,6 +135,8 @@ FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
     "no module": ("manifest", lambda: manifest(lambda m: m.modules.__delitem__(slice(None)))),
     "no module that is the model": ("manifest", lambda: manifest(lambda m: setattr(m.modules[0], "path", "a"))),
     "an attribute with a meaning for Python": ("restore", lambda: manifest(new_attribute("__deepcopy__", "1"))),
+    "a buffer with a meaning for Python": ("restore", lambda: manifest(named_slot("__class__"))),
+    "a module inside of itself": ("restore", lambda: manifest(lambda m: m.retied_modules.update({"first": ""}))),
     "an attribute of nested text": ("plain", lambda: b"-" * 9000 + b"1"),
     "an attribute of text that no value has": ("plain", lambda: b"{[]: 1}"),
     "an attribute that is written otherwise": ("plain", lambda: b"0x10"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -299,3 +300,16 @@ def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monke
     asked_for += secret.nbytes
     (hidden,) = publisher._search(model, capture(model), [])()
     assert hidden.startswith("(1,) float32 in ")
+
+
+def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:
+    """The publisher notes why, and watches nothing."""
+    device = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
+    decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
+    publisher = _Publisher(decision, resolve(), None, None)
+    model = nn.Sequential(nn.LazyLinear(3))
+    with ExitStack() as until:
+        publisher.begin(model, until)
+        publisher.loaded(model)
+    publisher.publish(model)
+    assert "cannot be watched" in str(publisher._reason)

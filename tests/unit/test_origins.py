@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import decimal
 import fractions
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +58,27 @@ class Slots:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Listed(list[Any]):
+    """Has attributes beside its items."""
+
+
+class Keyed(dict[Any, Any]):
+    """Has attributes beside its items."""
+
+
+class Named(str):
+    """Has attributes beside its text."""
+
+
+def with_attribute(held: Any, value: Any) -> Any:
+    held.value = value
+    return held
+
+
+class SlotModule(nn.Module):
+    __slots__ = ("value",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +155,7 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "int": lambda x: int(x * 8),
     "bool": lambda x: x > 0.5,
     "str": str,
+    "str like a reference": lambda x: f"Box @first:{x}",
     "bytes": lambda x: str(x).encode(),
     "None": lambda x: None if x == 1.0 else x,
     "nan": lambda x: x if x == 1.0 else float("nan"),
@@ -155,6 +179,9 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "numpy float64": np.float64,
     "numpy int": lambda x: np.int16(x * 8),
     "numpy array": lambda x: np.full((2, 3), x),
+    "numpy records": lambda x: np.full(2, x, dtype=[("a", "f4"), ("b", "i8")]),
+    "array": lambda x: array.array("d", [x]),
+    "count": lambda x: itertools.count(int(x * 8)),
     "dtype": lambda x: torch.float16 if x == 1.0 else torch.int8,
     "Size": lambda x: torch.Size([int(x * 8)]),
     "enum": lambda x: Stage.PROCESSED if x == 1.0 else Stage.UNPROCESSED,
@@ -184,6 +211,14 @@ PLACES: dict[str, tuple[Callable[[Model, Any], object], Callable[[Model], Any]]]
     "of an object": (lambda m, v: setattr(m, "x", Box(v)), lambda m: m.x.value),
     "of a frozen object": (lambda m, v: setattr(m, "x", Frozen(v)), lambda m: m.x.value),
     "in a slot": (lambda m, v: setattr(m, "x", Slots(v)), lambda m: m.x.value),
+    "of a list": (lambda m, v: setattr(m, "x", with_attribute(Listed([1]), v)), lambda m: m.x.value),
+    "of a dict": (lambda m, v: setattr(m, "x", with_attribute(Keyed(a=1), v)), lambda m: m.x.value),
+    "of a string": (lambda m, v: setattr(m, "x", with_attribute(Named("a"), v)), lambda m: m.x.value),
+    "in a slot of a module": (
+        lambda m, v: setattr(m, "x", {"a": with_attribute(SlotModule(), v)}),
+        lambda m: m.x["a"].value,
+    ),
+    "of an object as key": (lambda m, v: setattr(m, "x", {Box(1): v, Box(2): 2}), lambda m: next(iter(m.x.values()))),
     "deep": (
         lambda m, v: setattr(m, "x", deep(v)),
         lambda m: functools.reduce(lambda held, _: held.value, range(12), m.x),
@@ -360,6 +395,135 @@ class TestLoading:
 
         with pytest.raises(NotShareableError, match=r"_forward_hooks|function|helper|third|opaque"):
             publish(build, load)
+
+    @pytest.mark.parametrize("make", [lambda x: [x], lambda x: {"a": x}, lambda x: np.full(2, x)])
+    def test_replaced_is_not_changed_in_place(self, make: Callable[[float], Any]) -> None:
+        """Whoever else has the object that building put there keeps it: a module, a configuration, a constant."""
+
+        def build(m: Model, flag: float) -> None:
+            m.common = m.x = make(1.0)
+
+        attached = attach(publish(build, lambda m: setattr(m, "x", make(0.25))), build)
+        assert same(attached.x, make(0.25))
+        assert same(attached.common, make(1.0))
+
+    def test_changed_in_place_is_the_same_object(self) -> None:
+        """Whoever else has it sees what loading changed."""
+        constant = [1]
+        published = publish(lambda m, flag: setattr(m, "x", [1]), lambda m: m.x.append(2))
+        attached = attach(published, lambda m, flag: setattr(m, "x", constant))
+        assert attached.x is constant
+        assert constant == [1, 2]
+
+    @pytest.mark.parametrize("kind", ["buffer", "parameter", "list", "module"])
+    def test_what_it_swaps(self, kind: str) -> None:
+        """Tensors that only building made are where loading put them."""
+
+        def build(m: Model, flag: float) -> None:
+            one, other = torch.full((4,), flag), torch.full((4,), 2 * flag)
+            if kind == "list":
+                m.x = [one, other]
+            elif kind == "module":
+                m.a, m.b = nn.Linear(1, 1), nn.Linear(1, 1)
+                m.a.register_buffer("table", one)
+                m.b.register_buffer("table", other)
+            else:
+                m.a, m.b = (nn.Parameter(one), nn.Parameter(other)) if kind == "parameter" else (one, other)
+
+        def load(m: Model) -> None:
+            if kind == "list":
+                m.x.reverse()
+            else:
+                m.a, m.b = m.b, m.a
+
+        def values(m: Model) -> list[float]:
+            tensors = m.x if kind == "list" else [m.a.table, m.b.table] if kind == "module" else [m.a, m.b]
+            return [float(tensor[0].detach()) for tensor in tensors]
+
+        published = publish(build, load)
+        assert values(published.model) == [2.0, 1.0]
+        assert values(attach(published, build, flag=0.25)) == [0.5, 0.25]
+
+    @pytest.mark.parametrize("kind", ["part", "replaced"])
+    def test_moves_that_cannot_be_described_are_refused(self, kind: str) -> None:
+        """Another part of what building made, or one that is moved away from where another one is now."""
+
+        def build(m: Model, flag: float) -> None:
+            m.a, m.b = torch.arange(8.0), torch.arange(8.0) * 2
+            m.part = m.a[:4]
+
+        def load(m: Model) -> None:
+            if kind == "part":
+                m.part = m.a[4:]
+            else:
+                m.b, m.a = m.a, checkpoint(3.0)[:8].clone()
+
+        with pytest.raises(NotShareableError, match=r"loading (set part to a part|moved :a to b)"):
+            publish(build, load)
+
+    @pytest.mark.parametrize("before", ["parameter", "buffer", "attribute"])
+    @pytest.mark.parametrize("after", ["parameter", "buffer", "attribute"])
+    def test_another_kind(self, before: str, after: str) -> None:
+        """A parameter becomes a buffer, and whatever else."""
+
+        def put(m: Model, kind: str, tensor: torch.Tensor) -> None:
+            if hasattr(m, "x"):
+                del m.x
+            if kind == "buffer":
+                m.register_buffer("x", tensor)
+            else:
+                m.x = nn.Parameter(tensor) if kind == "parameter" else tensor
+
+        published = publish(
+            lambda m, flag: put(m, before, torch.zeros(4)), lambda m: put(m, after, checkpoint(3.0)[:4].clone())
+        )
+        attached = attach(published, lambda m, flag: put(m, before, torch.zeros(4)))
+        assert attached.x.tolist() == [3.0] * 4
+        assert ("x" in attached._parameters, "x" in attached._buffers) == (after == "parameter", after == "buffer")
+
+    def test_parts_of_a_list_of_parameters(self) -> None:
+        """Their names are numbers."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+
+        def load(m: Model) -> None:
+            m.x.append(nn.Parameter(checkpoint(3.0)[:2].clone()))
+
+        assert attach(publish(build, load), build).x[1].tolist() == [3.0, 3.0]
+
+    def test_functions_that_one_function_makes(self) -> None:
+        """They have one name, and are told apart by their code."""
+
+        def choose(twice: bool) -> Callable[[int], int]:
+            return (lambda number: 2 * number) if twice else (lambda number: number)
+
+        with pytest.raises(NotShareableError, match=r"loading set function to function .*<lambda>"):
+            publish(
+                lambda m, flag: setattr(m, "function", choose(True)),
+                lambda m: setattr(m, "function", choose(False)),
+            )
+
+    def test_parts_of_sets(self) -> None:
+        """The object that loading changed is the one that is changed here."""
+
+        def load(m: Model) -> None:
+            next(box for box in m.x if box.value == 1).value = 9
+
+        def build(m: Model, flag: float) -> None:
+            m.x = {Box(number) for number in range(1, 5)}
+
+        for _ in range(8):  # their order follows from addresses
+            assert sorted(box.value for box in attach(publish(build, load), build).x) == [2, 3, 4, 9]
+
+    def test_a_container_that_holds_itself_twice(self) -> None:
+        """Walking it ends."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x = []
+            m.x.extend([m.x, m.x])
+
+        assert len(attach(publish(build), build).x) == 2
 
 
 class TestTensor:

@@ -100,7 +100,11 @@ class _Publisher:
 
     def begin(self, model: nn.Module, until: ExitStack) -> None:
         """The model was built: watch what becomes of it, until `until` closes."""
-        self._observation = Observation(model)
+        try:
+            self._observation = Observation(model)
+        except Exception as error:  # it can be loaded all the same
+            self._reason = _unwatched(error)
+            return
         until.enter_context(compat.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
 
@@ -117,6 +121,8 @@ class _Publisher:
             self._observation.end_loading(model)
         except NotShareableError as error:
             self._reason = error
+        except Exception as error:  # the model is loaded, so this is no reason to end the engine
+            self._reason = _unwatched(error)
 
     @contextmanager
     def importing(self, module: ModuleType) -> Iterator[None]:
@@ -263,6 +269,11 @@ class _Publisher:
         if not self._settings.fallback:
             raise reason
         session.not_shared(self._decision.key.model, self._decision.key.role, str(reason), reason.code)
+
+
+def _unwatched(error: Exception) -> NotShareableError:
+    logger.debug("Watching failed", exc_info=True)
+    return NotShareableError(f"its loading cannot be watched: {type(error).__name__}: {error}")
 
 
 def _refuse(hidden: list[str]) -> None:

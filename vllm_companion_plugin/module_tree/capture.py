@@ -10,8 +10,10 @@ first met.
 
 from __future__ import annotations
 
+import array
 import collections
 import functools
+import hashlib
 import types
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,6 +52,13 @@ _OPAQUE = (
     "weakref",
 )
 _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
+MUTABLE = frozenset(
+    (list, dict, set, bytearray, array.array, collections.deque, collections.OrderedDict, np.ndarray, torch.Generator)
+)
+"""Plain values of these types can be changed in place."""
+_PLAIN_CONTAINERS = frozenset((dict, list, tuple, collections.deque, set, frozenset, collections.OrderedDict))
+_HOLDERS = (dict, list, collections.deque)
+_CONTAINERS = (*_HOLDERS, tuple, set, frozenset)
 _WEAK = frozenset((weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType))
 _OURS = __name__.partition(".")[0] + "."
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -123,11 +133,13 @@ class Tree:
     Attributes:
         opaque: objects that are noted by their class alone, by module and name: whether one was replaced by
             another can be known by nothing but the object.
+        mutable: plain values that can be changed in place, by module and name.
         places: of what was asked for.
     """
 
     modules: list[LiveModule]
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
+    mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
@@ -185,9 +197,28 @@ def describe_value(value: Any) -> str | None:
         return f"class {class_name(value)}"
     if isinstance(value, functools.partial):
         return f"partial of {describe_value(value.func)}"
-    if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
-        return f"function {value.__module__}.{value.__qualname__}"
+    if isinstance(value, types.MethodType):
+        return f"method {value.__module__}.{value.__qualname__}{_local_code(value.__func__)}"
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return f"function {value.__module__}.{value.__qualname__}{_local_code(value)}"
     return None
+
+
+def _local_code(function: Any) -> str:
+    """What tells functions of one name apart, which another function makes; nothing for other functions."""
+    code = getattr(function, "__code__", None)
+    if code is None or "<" not in getattr(function, "__qualname__", ""):
+        return ""
+    return f" {_code_digest(code)}"
+
+
+@functools.cache
+def _code_digest(code: types.CodeType) -> str:
+    constants = [
+        _code_digest(constant) if isinstance(constant, types.CodeType) else text_of(constant)
+        for constant in code.co_consts
+    ]
+    return hashlib.sha256(repr((code.co_code, code.co_names, code.co_varnames, constants)).encode()).hexdigest()[:8]
 
 
 def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
@@ -263,6 +294,11 @@ class _Walk:
                 attributes[prefix + name] = repr(value)
             else:
                 self._value(live, index, prefix + name, value, own, name, depth)
+        for name, member in _slot_members(cast(Hashable, type(module))):
+            try:
+                self._value(live, index, prefix + name, member.__get__(module), module, name, depth)
+            except AttributeError:  # nothing was put there yet
+                continue
         for name in _HOOKS:
             if own.get(name):  # by position: keys are numbers that the process counts
                 for position, (key, hook) in enumerate(own[name].items()):
@@ -311,6 +347,8 @@ class _Walk:
             text = self._compound(live, index, path, value, depth)
         elif isinstance(value, _FUNCTIONS):
             self._function(live, index, path, value, depth)
+        elif type(value) in MUTABLE:
+            self._tree.mutable[index, path] = value
         live.attributes[path] = text
 
     def _compound(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> str:
@@ -328,29 +366,48 @@ class _Walk:
         first = self._first(live, path, value)
         if first is not None:
             return name if isinstance(value, (tuple, frozenset)) else f"{name} @{first}"
-        if isinstance(value, dict):
-            for item_key, item in value.items():
-                self._value(live, index, f"{path}[{_key_text(item_key)}]", item, value, item_key, depth + 1)
+        if isinstance(value, _CONTAINERS):
+            self._items(live, index, path, value, depth)
+            if cls not in _PLAIN_CONTAINERS:
+                self._insides(live, index, path, value, depth)
             return f"{name} of {len(value)}"
-        if isinstance(value, (list, tuple, collections.deque)):
-            for position, item in enumerate(value):
-                self._value(live, index, f"{path}[{position}]", item, value, position, depth + 1)
-            return f"{name} of {len(value)}"
-        if isinstance(value, (set, frozenset)):
-            for position, item in enumerate(_in_order(value)):
-                self._value(live, index, f"{path}{{{position}}}", item, None, "", depth + 1)
-            return f"{name} of {len(value)}"
+        if isinstance(value, np.ndarray) and value.dtype.hasobject:
+            for position, item in enumerate(value.flat):
+                self._value(live, index, f"{path}[{position}]", item, None, "", depth + 1)
+            return f"{name} of {value.shape}"
+        if isinstance(value, (str, bytes, int, float)):  # with attributes of its own
+            self._insides(live, index, path, value, depth)
+            base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
+            return f"{name} {base.__repr__(value)}"
         if _is_opaque(cast(Hashable, cls)) or isinstance(value, self._opaque):
             self._tree.opaque[index, path] = value
             return name
         self._insides(live, index, path, value, depth)
         return name
 
+    def _items(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, dict):
+            alike: collections.Counter[str] = collections.Counter()
+            for item_key, item in value.items():
+                text = _key_text(item_key)
+                alike[text] += 1
+                if alike[text] > 1:  # objects of one class as keys
+                    text = f"{text} {alike[text]}"
+                self._value(live, index, f"{path}[{text}]", item, value, item_key, depth + 1)
+        elif isinstance(value, (set, frozenset)):
+            for position, item in enumerate(_in_order(value)):
+                self._value(live, index, f"{path}{{{position}}}", item, None, "", depth + 1)
+        else:
+            for position, item in enumerate(value):
+                self._value(live, index, f"{path}[{position}]", item, value, position, depth + 1)
+
     def _insides(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
         found = False
-        for item_key, item in list(_dictionary(value).items()):
+        own = _dictionary(value)
+        holder = own if isinstance(value, _HOLDERS) else value  # their items are set otherwise than their attributes
+        for item_key, item in list(own.items()):
             found = True
-            self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
+            self._value(live, index, f"{path}.{item_key}", item, holder, item_key, depth + 1)
         for item_key, member in _slot_members(cast(Hashable, type(value))):
             try:
                 item = member.__get__(value)
@@ -358,7 +415,7 @@ class _Walk:
                 continue
             found = True
             self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
-        if not found:
+        if not found and not isinstance(value, _CONTAINERS):
             self._tree.opaque[index, path] = value
 
     def _inner_module(self, live: LiveModule, index: int, path: str, module: nn.Module, depth: int) -> None:
@@ -412,7 +469,8 @@ def _in_order(values: Iterable[Any]) -> list[Any]:
     def text(value: Any) -> str:
         if isinstance(value, torch.Tensor):
             return f"{value.dtype} {tuple(value.shape)}"
-        return describe_value(value) or class_name(type(value))
+        held = [f"{name}={text_of(item)}" for name, item in sorted(_dictionary(value).items())]
+        return describe_value(value) or f"{class_name(type(value))} {held}"
 
     return sorted(values, key=text)
 

@@ -6,6 +6,7 @@ removed or tied to others. The same is done here to a model that was only built.
 
 from __future__ import annotations
 
+import array
 import collections
 import re
 import sys
@@ -29,12 +30,14 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
 }
+_REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
+"""An object that was met before. No text of a value begins like one: that of a string begins with a quote."""
 _CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
 
 
 def is_restorable(text: str | None) -> bool:
     """Whether a value of this text, or its absence, can be brought about in another model."""
-    if text is None or " @" in text:
+    if text is None or _REFERENCE.fullmatch(text):
         return True
     try:
         _made(text)
@@ -71,11 +74,15 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
         live = values.by_path.get(path)
         if live is not None:
             values.change(live, observed)
-    for path, observed in changed.items():
-        live = values.by_path.get(path)
-        if live is not None:
-            for name, first in observed.retied.items():
-                values.put(live, name, values.tensor(first), _kind_of(manifest, path, name))
+    # All are looked up before the first is put: loading may have swapped them.
+    retied = [
+        (values.by_path[path], name, values.tensor(first), _kind_of(manifest, path, name))
+        for path, observed in changed.items()
+        if path in values.by_path
+        for name, first in observed.retied.items()
+    ]
+    for live, name, tensor, kind in retied:
+        values.put(live, name, tensor, kind)
 
 
 def _has_changes(observed: Observed) -> bool:
@@ -131,6 +138,10 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
         for path in manifest.removed_modules:
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules.pop(name, None)
+        for _ in model.named_modules(remove_duplicate=False):
+            pass
+    except RecursionError:
+        raise ParityError("the published model has a module inside of itself.") from None
     except AttributeError as error:
         raise ParityError(f"loading changed modules of the published model that do not exist here: {error}.") from None
 
@@ -154,9 +165,14 @@ def _empty_module(path: str, class_name: str) -> nn.Module:
 
 def _remove_slots(module: nn.Module, observed: Observed) -> None:
     for name in observed.removed:
-        for table in (module._parameters, module._buffers, module.__dict__):
-            if name in table:
-                del table[name]
+        _remove(module, name, {})
+
+
+def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
+    """Let `name` be free in all tables of `module` but one."""
+    for table in (module._parameters, module._buffers, module.__dict__):
+        if table is not besides:
+            table.pop(name, None)
 
 
 def _wanted(observed: Observed) -> set[str]:
@@ -171,7 +187,7 @@ def _wanted(observed: Observed) -> set[str]:
 
 def _references(changed: dict[str, Observed]) -> set[str]:
     texts = (after for observed in changed.values() for _, after in observed.values.values() if after)
-    return {text.partition(" @")[2] for text in texts if " @" in text}
+    return {text.partition(" @")[2] for text in texts if _REFERENCE.fullmatch(text)}
 
 
 def _kind_of(manifest: Manifest, path: str, name: str) -> TensorKind:
@@ -189,9 +205,9 @@ class _Values:
         self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
 
     def change(self, live: LiveModule, observed: Observed) -> None:
-        for name, (_, text) in observed.values.items():  # sorted, so what holds others comes first
+        for name, (built, text) in observed.values.items():  # sorted, so what holds others comes first
             if text is not None:
-                self._set(live, name, text)
+                self._set(live, name, text, in_place=built is not None)
         for name in sorted(observed.values, reverse=True):
             if observed.values[name][1] is None:
                 self._delete(live, name)
@@ -214,13 +230,22 @@ class _Values:
     def put(self, live: LiveModule, name: str, value: Any, kind: TensorKind) -> None:
         """Let `name` hold a tensor."""
         module = live.module
-        if kind is TensorKind.PARAMETER and name.isidentifier():
-            module._parameters[name] = value
-        elif kind in (TensorKind.BUFFER, TensorKind.NON_PERSISTENT_BUFFER) and name.isidentifier():
-            module.__dict__.pop(name, None)
-            module.register_buffer(name, value, persistent=kind is TensorKind.BUFFER)
-        else:
+        if kind is TensorKind.ATTRIBUTE:
+            if _PART.fullmatch(name) is None:
+                _remove(module, name, {})
             self._put(live, name, value)
+        elif name.startswith("__") or "." in name or not name:
+            raise ParityError(f"{full_name(live.path, name)} cannot be a {kind.value} of a model that was only built.")
+        elif kind is TensorKind.PARAMETER:
+            _remove(module, name, module._parameters)
+            module._parameters[name] = value
+        else:
+            _remove(module, name, module._buffers)
+            module._buffers[name] = value
+            if kind is TensorKind.BUFFER:
+                module._non_persistent_buffers_set.discard(name)
+            else:
+                module._non_persistent_buffers_set.add(name)
         self._slots[f"{live.path}:{name}"] = value
 
     def _without_data(self, live: LiveModule, slot: AddedSlot) -> torch.Tensor:
@@ -242,16 +267,16 @@ class _Values:
     def _place(self, live: LiveModule, name: str) -> Place | None:
         return self._tree.places.get((self._index[id(live)], name))
 
-    def _set(self, live: LiveModule, name: str, text: str) -> None:
+    def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
         try:
-            value = self._referred(text) if " @" in text else _made(text)
+            value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
         except ValueError:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
         if place is not None:
             if _CONTAINER.fullmatch(text) and type(place.value) is type(value):
                 return  # what is in it changes by itself
-            if not _assign_in_place(place.value, value):
+            if not (in_place and _assign_in_place(place.value, value)):
                 _change(live, name, lambda: place.set(value))
         else:
             self._put(live, name, value)
@@ -346,7 +371,7 @@ def _assign_in_place(current: Any, value: Any) -> bool:
     kind = type(current)
     if kind is not type(value):
         return False
-    if kind is list or kind is bytearray:
+    if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
         current[:] = value
     elif kind in (dict, set, collections.OrderedDict):
         current.clear()

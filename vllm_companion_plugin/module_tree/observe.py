@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_companion_plugin.errors import NotShareableError
@@ -52,6 +53,7 @@ class Snapshot:
     modules: dict[str, weakref.ref[nn.Module]]
     attributes: dict[str, dict[str, str]]
     opaque: dict[tuple[str, str], Any]
+    mutable: dict[tuple[str, str], Any]
     slots: dict[str, dict[str, AddedSlot]]
     ties: dict[str, str]
 
@@ -71,6 +73,7 @@ class Snapshot:
             modules={path: weakref.ref(module) for path, module in named.items()},
             attributes=attributes,
             opaque={(tree.modules[index].path, name): value for (index, name), value in tree.opaque.items()},
+            mutable={(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()},
             slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
             ties=ties,
         )
@@ -115,9 +118,13 @@ class Observation:
             # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
             # PyTorch makes some (`torch.tensor`) without an operator that could be watched.
             self._addresses: list[StorageWeakRef] = []
+            # By full name: which memory building put there.
+            self._built_at = {
+                f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
+            }
             for slot in tree.slots():
                 storage = _storage_of(slot.tensor)
-                if storage is None or slot.tensor.is_meta:
+                if storage is None or slot.tensor.is_meta or is_lazy(slot.tensor):
                     continue
                 self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
                 self._watch.built.add(storage)
@@ -127,6 +134,7 @@ class Observation:
         # By id: modules that were post-processed before all was loaded, as online quantization does. All that
         # changed in them counts as made by processing, which engines do for themselves.
         self._processed_early: dict[int, nn.Module] = {}
+        self._moved: dict[str, str] = {}
         self._loaded_values: dict[str, dict[str, str]] | None = None
         self._loaded = Loaded()
         self._same: dict[int, bool] = {}
@@ -232,21 +240,30 @@ class Observation:
                 first = next(live.path for live in tree.modules if live.module is module)
             if path.rpartition(".")[0] not in loaded.retied_modules:
                 loaded.retied_modules[path] = first
+        was_at: dict[int, str] = {}
+        for path, module in paths.items():
+            was_at.setdefault(id(module), path)
+        is_at = {was_at.get(id(live.module), live.path): live.path for live in tree.modules}
         for live in tree.modules:
-            known = (path for path in (live.path, *live.aliases) if path in built.attributes)
-            was = next(known, live.path)
+            was, is_new = was_at.get(id(live.module), live.path), live.path in loaded.added_modules
             if id(live.module) in self._processed_early:
                 now.attributes[live.path] = built.attributes.get(was, {})
                 loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
             else:
-                loaded.modules[live.path] = self._compare_module(live.path, was, now, live.slots, loaded.added_modules)
+                loaded.modules[live.path] = self._compare_module(live.path, was, is_at, now, live.slots, is_new=is_new)
+        added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
+        if self._moved:
+            full = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+            added |= {name for name, tensor in full.items() if not self.is_own(tensor)}
+        for name, origin in self._moved.items():
+            if origin in added:  # an engine could not tell the one that was there from the one that is there now
+                raise NotShareableError(f"loading moved {origin} to {name} and put another one there")
         return loaded
 
     def _compare_module(
-        self, path: str, was: str, now: Snapshot, slots: list[LiveSlot], added: Mapping[str, str]
+        self, path: str, was: str, is_at: dict[str, str], now: Snapshot, slots: list[LiveSlot], *, is_new: bool
     ) -> Observed:
         built = self._built
-        is_new = path in added
         texts, then = now.attributes[path], {} if is_new else built.attributes.get(was, {})
         values = {
             name: (then.get(name), texts.get(name))
@@ -254,6 +271,8 @@ class Observation:
             if then.get(name) != texts.get(name) and name not in now.slots[path]
         }
         for name, (_, text) in values.items():
+            if now.mutable.get((path, name)) is not built.mutable.get((was, name)):
+                values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
         for (where, name), value in now.opaque.items():
@@ -271,8 +290,13 @@ class Observation:
         tied = {
             name: now.ties[f"{path}:{name}"]
             for name in here
-            if now.ties[f"{path}:{name}"] != (None if is_new else built.ties.get(f"{was}:{name}", f"{path}:{name}"))
+            if is_new or now.ties[f"{path}:{name}"] != _renamed(built.ties.get(f"{was}:{name}", f"{was}:{name}"), is_at)
         }
+        for slot in slots:
+            if tied.get(slot.name, f"{path}:{slot.name}") == f"{path}:{slot.name}" and self.is_own(slot.tensor):
+                origin = self._origin(slot, f"{was}:{slot.name}", full_name(path, slot.name))
+                if origin is not None:
+                    tied[slot.name] = self._moved[full_name(path, slot.name)] = _renamed(origin, is_at)
         return Observed(
             values=dict(sorted(values.items())),
             added=tuple(
@@ -284,6 +308,16 @@ class Observation:
             retied={name: first for name, first in tied.items() if first != f"{path}:{name}"},
             untouched=self._untouched(slots),
         )
+
+    def _origin(self, slot: LiveSlot, was: str, name: str) -> str | None:
+        """Where building had put the memory that loading moved to this slot; None if it was here."""
+        memory = _memory_of(slot.tensor)
+        if self._built_at.get(was) == memory:
+            return None
+        for origin, built in self._built_at.items():
+            if built == memory:
+                return origin
+        raise NotShareableError(f"loading set {name} to a part of what building made, which cannot be described")
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor))
@@ -379,6 +413,18 @@ def _storages(value: Any) -> Iterator[int]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _storages(item)
+
+
+def _renamed(full: str, is_at: dict[str, str]) -> str:
+    """The full name of a tensor, by where its module is now."""
+    path, _, name = full.partition(":")
+    return f"{is_at.get(path, path)}:{name}"
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal ones mean the same elements of the same storage, as long as that storage lives."""
+    storage = _storage_of(tensor)
+    return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _storage_of(tensor: torch.Tensor) -> int | None:

@@ -8,12 +8,14 @@ without evaluating anything: only the constructors of this module are known.
 
 from __future__ import annotations
 
+import array
 import ast
 import collections
 import decimal
 import enum
 import fractions
 import hashlib
+import itertools
 import random
 import sys
 import types
@@ -70,8 +72,13 @@ def value_of(text: str) -> Any:
 
 
 def _parts(values: Any, depth: int) -> list[str] | None:
-    texts = [text_of(value, depth) for value in values]
-    return None if None in texts else texts  # type: ignore[return-value]
+    texts = []
+    for value in values:
+        text = text_of(value, depth)
+        if text is None:  # at once: a container that holds itself twice has 2**32 parts
+            return None
+        texts.append(text)
+    return texts
 
 
 def _list(value: list[Any], depth: int) -> str | None:
@@ -123,12 +130,13 @@ def _bytes_text(data: bytes) -> str:
 
 
 def _array_text(what: str, value: np.ndarray[Any, Any]) -> str | None:
-    if value.dtype.hasobject or value.dtype.names:
+    if value.dtype.hasobject:
         return None
     if what == "scalar" and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         return f"numpy.{value.dtype.name}({value.item()!r})"
     data = np.ascontiguousarray(value).tobytes()
-    return f"numpy.{what}({value.dtype.str!r}, {value.shape!r}, {_bytes_text(data)})"
+    layout = value.dtype.descr if value.dtype.names else value.dtype.str
+    return f"numpy.{what}({layout!r}, {value.shape!r}, {_bytes_text(data)})"
 
 
 def _generator(value: torch.Generator, depth: int) -> str:
@@ -160,6 +168,8 @@ _WRITERS: dict[type, Callable[[Any, int], str | None]] = {
     bytearray: lambda value, depth: f"bytearray({_bytes_text(bytes(value))})",
     range: lambda value, depth: f"range({value.start}, {value.stop}, {value.step})",
     slice: _slice,
+    array.array: lambda value, depth: f"array.array({value.typecode!r}, {_bytes_text(value.tobytes())})",
+    itertools.count: lambda value, depth: f"itertools.{value!r}",
     decimal.Decimal: lambda value, depth: f"decimal.Decimal({str(value)!r})",
     fractions.Fraction: lambda value, depth: f"fractions.Fraction({value.numerator}, {value.denominator})",
     random.Random: lambda value, depth: f"random.Random({value.getstate()!r})",
@@ -198,7 +208,7 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def _make_array(dtype: str, shape: tuple[int, ...], data: bytes) -> np.ndarray[Any, Any]:
+def _make_array(dtype: Any, shape: tuple[int, ...], data: bytes) -> np.ndarray[Any, Any]:
     return np.frombuffer(bytearray(data), dtype=np.dtype(dtype)).reshape(shape)
 
 
@@ -242,6 +252,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "bytearray": lambda data: bytearray(_checked(data, bytes)),
     "range": range,
     "slice": slice,
+    "array.array": lambda kind, data: array.array(kind, _checked(data, bytes)),
+    "itertools.count": itertools.count,
     "decimal.Decimal": decimal.Decimal,
     "fractions.Fraction": lambda *parts: fractions.Fraction(*(_checked(part, int) for part in parts)),
     "random.Random": _make_random,
