@@ -278,9 +278,10 @@ class TestLoading:
 
         def build(m: Model, flag: float) -> None:
             m.gone, m.table, m.unused = 1, {"a": Box(1)}, nn.Parameter(torch.ones(3))
+            m.register_buffer("buffer", torch.zeros(3), persistent=False)
 
         def load(m: Model) -> None:
-            del m.gone, m.unused
+            del m.gone, m.unused, m.buffer
             m.note, m.listed, m.table["b"] = "loaded", [1, 2], 5
             m.added = nn.Parameter(torch.full((3, 40_000), 7.0), requires_grad=False)
             m.first.register_buffer("seen", torch.full((2,), 3.0), persistent=False)
@@ -291,6 +292,7 @@ class TestLoading:
         assert (attached.note, attached.listed, attached.table["b"]) == ("loaded", [1, 2], 5)
         assert not hasattr(attached, "gone")
         assert not hasattr(attached, "unused")
+        assert attached._non_persistent_buffers_set == set()
         assert attached.added.unique().tolist() == [7.0]
         assert not attached.added.requires_grad
         assert "seen" in attached.first._non_persistent_buffers_set
@@ -341,6 +343,8 @@ class TestLoading:
         assert not attached.extra[0].weight.requires_grad
         assert attached.extra[1].note == "new"
         assert attached.again is attached.extra[0]
+        assert attached.extra[0]._parameters["bias"] is None
+        assert attached.extra[0].state_dict().keys() == {"weight"}
 
     def test_modules_that_it_removes(self) -> None:
         """A part that loading takes out is not there."""

@@ -415,17 +415,20 @@ def around_post_processing(
     Hooked on the method objects, so that vLLM's own loop, which differs between versions,
     drives it.
     """
-    methods: list[Any] = []
+    hooked: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if isinstance(method, QuantizeMethodBase) and "process_weights_after_loading" not in vars(method):
+        if isinstance(method, QuantizeMethodBase) and id(method) not in hooked:
+            hooked[id(method)] = method, vars(method).get("process_weights_after_loading")
             _wrap(method, around)
-            methods.append(method)
     try:
         yield
     finally:
-        for method in methods:
-            del method.process_weights_after_loading
+        for method, before in hooked.values():
+            if before is None:
+                del method.process_weights_after_loading
+            else:
+                method.process_weights_after_loading = before
 
 
 def _wrap(method: Any, around: Callable[[nn.Module], AbstractContextManager[None]]) -> None:

@@ -64,6 +64,11 @@ _OURS = __name__.partition(".")[0] + "."
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 
 
+NO_PARAMETER = "no parameter"
+NO_BUFFER = "no buffer"
+"""Texts of names that a module keeps for a tensor and that hold none."""
+
+
 @dataclass(slots=True)
 class LiveSlot:
     """A tensor and the place it was found. `module` is the index of its module; `holder` has the tensor as `key`."""
@@ -274,14 +279,14 @@ class _Walk:
         attributes = live.attributes
         for name, parameter in module._parameters.items():
             if parameter is None:
-                attributes[prefix + name] = "None"
+                attributes[prefix + name] = NO_PARAMETER
             else:
                 self._tensor(
                     live, index, prefix + name, TensorKind.PARAMETER, parameter, module._parameters, name, depth
                 )
         for name, buffer in module._buffers.items():
             if buffer is None:
-                attributes[prefix + name] = "None"
+                attributes[prefix + name] = NO_BUFFER
                 continue
             transient = name in module._non_persistent_buffers_set
             kind = TensorKind.NON_PERSISTENT_BUFFER if transient else TensorKind.BUFFER

@@ -19,7 +19,16 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.errors import ParityError
-from vllm_companion_plugin.module_tree.capture import LiveModule, Place, Tree, capture, full_name, tensor_attributes
+from vllm_companion_plugin.module_tree.capture import (
+    NO_BUFFER,
+    NO_PARAMETER,
+    LiveModule,
+    Place,
+    Tree,
+    capture,
+    full_name,
+    tensor_attributes,
+)
 from vllm_companion_plugin.module_tree.values import loaded_class, value_of
 from vllm_companion_plugin.types import AddedSlot, Manifest, Observed, TensorKind
 
@@ -37,8 +46,9 @@ _CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
 
 def is_restorable(text: str | None) -> bool:
     """Whether a value of this text, or its absence, can be brought about in another model."""
-    if text is None or _REFERENCE.fullmatch(text):
+    if text in (None, NO_PARAMETER, NO_BUFFER) or _REFERENCE.fullmatch(text or ""):
         return True
+    assert text is not None
     try:
         _made(text)
     except ValueError:
@@ -173,6 +183,8 @@ def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
     for table in (module._parameters, module._buffers, module.__dict__):
         if table is not besides:
             table.pop(name, None)
+    if besides is not module._buffers:
+        module._non_persistent_buffers_set.discard(name)
 
 
 def _wanted(observed: Observed) -> set[str]:
@@ -268,6 +280,9 @@ class _Values:
         return self._tree.places.get((self._index[id(live)], name))
 
     def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
+        if text in (NO_PARAMETER, NO_BUFFER):
+            self._keep_free(live, name, text)
+            return
         try:
             value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
         except ValueError:
@@ -280,6 +295,16 @@ class _Values:
                 _change(live, name, lambda: place.set(value))
         else:
             self._put(live, name, value)
+
+    def _keep_free(self, live: LiveModule, name: str, text: str) -> None:
+        """Let a module have a parameter or a buffer that is None."""
+        part = _PART.fullmatch(name)
+        module = live.module if part is None else self._holder(live, part["parent"])
+        key = name if part is None else part["name"]
+        if isinstance(module, nn.Module) and key is not None and not key.startswith("__"):
+            table: dict[str, Any] = module._parameters if text == NO_PARAMETER else module._buffers
+            _remove(module, key, table)
+            table[key] = None
 
     def _put(self, live: LiveModule, name: str, value: Any) -> None:
         """Give `name` a value where nothing is yet."""

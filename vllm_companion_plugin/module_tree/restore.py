@@ -40,7 +40,8 @@ from vllm_companion_plugin.module_tree.parity import (
     set_measured,
     tensor_difference,
 )
-from vllm_companion_plugin.module_tree.views import ArenaViews, view, without_storage
+from vllm_companion_plugin.module_tree.values import loaded_class
+from vllm_companion_plugin.module_tree.views import ArenaViews, dtype_of, view, without_storage
 from vllm_companion_plugin.types import Manifest, SlotInfo, StorageInfo, TensorInfo, TensorKind
 
 
@@ -151,25 +152,27 @@ class Restorer:
     def _leave_on_meta(self) -> None:
         """Give each slot that has no data in the publisher's model a tensor of its own without data.
 
-        vLLM moves such parameters to meta itself, which unties them from others in a normal load. Here the others
-        may have been on meta already.
+        vLLM moves such parameters to meta itself, which makes new ones in a normal load, tied to nothing and with
+        nothing hung on them. Here they may have been on meta already, and are what they were.
         """
         manifest = self._source.manifest
         if not any(info.meta for info in manifest.tensors):
             return
         meta = {
-            (module.path, slot.name)
+            (module.path, slot.name): manifest.tensors[slot.tensor]
             for module in manifest.modules
             for slot in module.slots
             if manifest.tensors[slot.tensor].meta
         }
-        tree = capture(self._model, self._opaque)
-        users = Counter(id(slot.tensor) for slot in tree.slots())
-        for slot in tree.slots():
-            tensor = slot.tensor
-            if (tree.modules[slot.module].path, slot.name) in meta and (users[id(tensor)] > 1 or not tensor.is_meta):
-                twin = _with_data(tensor, tensor.detach().to("meta"))
-                Place(((slot.holder, slot.key),), tensor).set(twin)
+        for slot, path in (
+            (slot, live.path) for live in capture(self._model, self._opaque).modules for slot in live.slots
+        ):
+            info = meta.get((path, slot.name))
+            cls = loaded_class(info.class_name) if info is not None else None
+            if info is not None and cls is not None and issubclass(cls, torch.Tensor):
+                data = torch.empty_strided(info.shape, info.stride, dtype=dtype_of(info.dtype), device="meta")
+                twin = torch.Tensor._make_subclass(cls, data, info.requires_grad)
+                Place(((slot.holder, slot.key),), slot.tensor).set(twin)
 
     def bind_module(self, module: nn.Module) -> None:
         """Bind one module's own parameters, just after its post-processing ran."""
