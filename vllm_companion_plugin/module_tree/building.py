@@ -56,7 +56,8 @@ class WithoutWeights:
 
         def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if threading.get_ident() == thread and parameter is not None:
-                self._defer_parameter(parameter)
+                with torch._C.DisableTorchFunction():  # whose modes would slow down each look at the parameter
+                    self._defer_parameter(parameter)
 
         hook = register_module_parameter_registration_hook(registered)
         try:
@@ -115,16 +116,15 @@ class WithoutWeights:
             return
         if parameter.untyped_storage().nbytes() != parameter.nbytes:  # a part of something that may stay
             return
-        with torch._C.DisableTorchFunction():
-            data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
-            twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
-            twin.__dict__.update(parameter.__dict__)
-            try:
-                torch.utils.swap_tensors(parameter, twin)  # type: ignore[no-untyped-call]
-            except RuntimeError:  # something else holds it, which keeps its memory anyway
-                return
-            self.note(parameter)
-            self.touch(parameter)
+        data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+        twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+        twin.__dict__.update(parameter.__dict__)
+        try:
+            torch.utils.swap_tensors(parameter, twin)  # type: ignore[no-untyped-call]
+        except RuntimeError:  # something else holds it, which keeps its memory anyway
+            return
+        self.note(parameter)
+        self.touch(parameter)
 
 
 class _Deferring(TorchFunctionMode):
@@ -153,8 +153,9 @@ class _Deferring(TorchFunctionMode):
         if kind != self._model.device.type or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         where = {name: value for name, value in kwargs.items() if name != "pin_memory"} | {"device": "meta"}
-        deferred = func(*args, **where)
-        if deferred.nbytes < DEFERRED_BYTES:
-            return func(*args, **kwargs)
-        self._model.note(deferred)
-        return deferred
+        with torch._C.DisableTorchFunction():
+            deferred = func(*args, **where)
+            is_small = deferred.nbytes < DEFERRED_BYTES
+            if not is_small:
+                self._model.note(deferred)
+        return func(*args, **kwargs) if is_small else deferred

@@ -218,13 +218,16 @@ class _Values:
 
     def change(self, live: LiveModule, observed: Observed) -> None:
         for name, (built, text) in observed.values.items():  # sorted, so what holds others comes first
-            if text is not None:
+            if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, in_place=built is not None)
         for name in sorted(observed.values, reverse=True):
             if observed.values[name][1] is None:
                 self._delete(live, name)
         for slot in observed.added:
             self.put(live, slot.name, self._without_data(live, slot), slot.kind)
+        for name, (_, text) in observed.values.items():  # last, as constructors put a bias that there is not
+            if text in (NO_PARAMETER, NO_BUFFER):
+                self._keep_free(live, name, text)
 
     def tensor(self, full: str) -> torch.Tensor:
         """The tensor at "path:name"."""
@@ -280,9 +283,6 @@ class _Values:
         return self._tree.places.get((self._index[id(live)], name))
 
     def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
-        if text in (NO_PARAMETER, NO_BUFFER):
-            self._keep_free(live, name, text)
-            return
         try:
             value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
         except ValueError:

@@ -114,7 +114,6 @@ class Observation:
             tree = capture(model)
             self._built = Snapshot.of(model, tree)
             self._watch = _Watch()
-            self._fingerprints: dict[int, torch.Tensor] = {}
             # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
             # PyTorch makes some (`torch.tensor`) without an operator that could be watched.
             self._addresses: list[StorageWeakRef] = []
@@ -122,6 +121,7 @@ class Observation:
             self._built_at = {
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
             }
+            compared: dict[int, torch.Tensor] = {}
             for slot in tree.slots():
                 storage = _storage_of(slot.tensor)
                 if storage is None or slot.tensor.is_meta or is_lazy(slot.tensor):
@@ -129,7 +129,8 @@ class Observation:
                 self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
                 self._watch.built.add(storage)
                 if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
-                    self._fingerprints.setdefault(storage, _fingerprint(slot.tensor))
+                    compared.setdefault(storage, slot.tensor)
+            self._fingerprints = _fingerprints(compared)
             self._watch.clean |= self._watch.built
         # By id: modules that were post-processed before all was loaded, as online quantization does. All that
         # changed in them counts as made by processing, which engines do for themselves.
@@ -176,24 +177,34 @@ class Observation:
         """
         with plain_tensors(), self._watch.paused():
             tree = capture(model)
+            self._compare_bytes(tree)
             now = Snapshot.of(model, tree)
             self._loaded = self._compare(now, tree)
             self._loaded_values = now.attributes
             self._same.clear()  # processing may still write
+
+    def look_at(self, tree: Tree) -> None:
+        """`tree` is that of the finished model: `is_own` will be asked about its tensors."""
+        with plain_tensors(), self._watch.paused():
+            self._compare_bytes(tree)
 
     def is_own(self, tensor: torch.Tensor) -> bool:
         """Whether building the model made the storage of `tensor` and nothing wrote to it since."""
         storage = _storage_of(tensor)
         if storage is None or storage not in self._watch.built or storage in self._watch.written:
             return False
-        known = self._same.get(storage)
-        if known is None:
-            before = self._fingerprints.get(storage)
-            with self._watch.paused():
-                now = _fingerprint(tensor)
-                known = before is not None and before.device == now.device and bool(torch.equal(before, now))
-                self._same[storage] = known
-        return known
+        return self._same.get(storage, False)
+
+    def _compare_bytes(self, tree: Tree) -> None:
+        """Note of every storage that building made and nothing was seen to write whether it has the same bytes."""
+        unwritten = self._watch.built - self._watch.written
+        tensors = {
+            storage: slot.tensor
+            for slot in tree.slots()
+            if (storage := _storage_of(slot.tensor)) in unwritten and storage in self._fingerprints
+        }
+        now = _fingerprints(tensors)
+        self._same = {storage: data == self._fingerprints[storage] for storage, data in now.items()}
 
     def is_derived(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` holds, or was computed from, bytes of the checkpoint."""
@@ -435,12 +446,24 @@ def _storage_of(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Equal ones mean equal bytes of the whole storage: a copy of small ones, sums of large ones."""
-    storage = tensor.untyped_storage()
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-    if flat.numel() <= _SMALL_BYTES:
-        return flat.clone()
-    whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
-    rows = flat[:whole].view(-1, _ROW_BYTES)
-    return torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()])
+def _fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:
+    """Equal ones mean equal bytes of the whole storage: the bytes of small ones, sums of large ones.
+
+    The bytes of all come from each device at once: one after the other, hundreds of them take tens of milliseconds.
+    """
+    parts: dict[torch.device, dict[int, torch.Tensor]] = {}
+    for storage, tensor in tensors.items():
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        if flat.numel() > _SMALL_BYTES:
+            whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
+            rows = flat[:whole].view(-1, _ROW_BYTES)
+            flat = torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()]).view(torch.uint8)
+        parts.setdefault(tensor.device, {})[storage] = flat
+    found: dict[int, bytes] = {}
+    for device, flats in parts.items():
+        data = torch.cat(list(flats.values())).cpu().numpy().tobytes()
+        start = 0
+        for storage, flat in flats.items():
+            found[storage] = f"{device} ".encode() + data[start : start + flat.numel()]
+            start += flat.numel()
+    return found

@@ -232,6 +232,8 @@ def prepare(
     Raises:
         NotShareableError: a tensor cannot be placed; nothing was changed.
     """
+    if observation is not None:
+        observation.look_at(tree)
     packing = survey(tree, device, observation)
     if not packing.storages:
         raise NotShareableError("the model has no tensors.")
