@@ -35,11 +35,15 @@ _MAX_DEPTH = 48
 """Deeper objects are no state of a model: nothing in vLLM is half as deep."""
 
 # Objects of these packages, and of classes made from theirs, are noted by their class alone. They are shared
-# infrastructure: an engine's configuration (its flags are its own), process groups, loggers, locks, handles of
-# the driver. What they hold is the same for every model of an engine, or belongs to the process.
+# infrastructure: an engine's configuration (its flags are its own), tokenizers and processors, process groups, loggers,
+# locks, handles of the driver. What they hold is the same for every model of an engine, or belongs to the process.
 _OPAQUE = (
     "torch",
-    "transformers",
+    "transformers.feature_extraction_utils",
+    "transformers.image_processing_base",
+    "transformers.processing_utils",
+    "transformers.tokenization_utils_base",
+    "transformers.video_processing_utils",
     "vllm.config",
     "vllm.distributed",
     "logging",
