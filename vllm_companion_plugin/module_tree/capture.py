@@ -28,7 +28,8 @@ from torch import nn
 from vllm_companion_plugin.module_tree.values import class_name, text_of
 from vllm_companion_plugin.types import TensorKind
 
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+"""What PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
 _HOOKS = tuple(sorted(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks")))
 _SIMPLE = frozenset((bool, int, float, str, type(None)))
 _MAX_DEPTH = 48
@@ -297,7 +298,7 @@ class _Walk:
             self._tensor(live, index, prefix + name, kind, buffer, module._buffers, name, depth)
         own = module.__dict__
         for name, value in own.items():
-            if name in _MODULE_INTERNALS:
+            if name in MODULE_INTERNALS:
                 continue
             if type(value) in _SIMPLE and self._wanted is None:
                 attributes[prefix + name] = repr(value)

@@ -20,6 +20,7 @@ from torch import nn
 
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.module_tree.capture import (
+    MODULE_INTERNALS,
     NO_BUFFER,
     NO_PARAMETER,
     LiveModule,
@@ -179,7 +180,13 @@ def _remove_slots(module: nn.Module, observed: Observed) -> None:
 
 
 def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
-    """Let `name` be free in all tables of `module` but one."""
+    """Let `name` be free in all tables of `module` but one.
+
+    Raises:
+        ParityError: it is a table of the module itself.
+    """
+    if name in MODULE_INTERNALS:
+        raise ParityError(f"the published model has a {name!r} of its own, which is PyTorch's in each module.", name)
     for table in (module._parameters, module._buffers, module.__dict__):
         if table is not besides:
             table.pop(name, None)
@@ -310,7 +317,7 @@ class _Values:
         """Give `name` a value where nothing is yet."""
         part = _PART.fullmatch(name)
         if part is None:
-            if not name.isidentifier() or (name.startswith("__") and name.endswith("__")):
+            if not name.isidentifier() or name in MODULE_INTERNALS or (name.startswith("__") and name.endswith("__")):
                 raise ParityError(f"the published model has {full_name(live.path, name)}, which is no name here.")
             live.module.__dict__[name] = value
             self._note(live, name, live.module.__dict__, name, value)
@@ -323,8 +330,8 @@ class _Values:
     def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
         key: Any = part["name"]
         if key is not None:
-            if key.startswith("__"):
-                raise TypeError("it is Python's own")
+            if key.startswith("__") or (isinstance(parent, nn.Module) and key in MODULE_INTERNALS):
+                raise TypeError("it is Python's own, or PyTorch's")
             object.__setattr__(parent, key, value)
         else:
             key = value_of(part["key"])
