@@ -9,8 +9,8 @@ when it has been processed, and in between every operation on tensors is watched
 - it is *derived* if it holds bytes of the checkpoint, or was computed from such a storage. What was made of
   nothing (zeros, a workspace) is not.
 
-What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes, or
-counts as derived: then it is published, and no engine computes with a guess.
+What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes. A large
+parameter that nothing was seen to write is published without being shared: no engine computes with a guess.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Snapshot:
 
     modules: dict[str, weakref.ref[nn.Module]]
     attributes: dict[str, dict[str, str]]
-    opaque: dict[tuple[str, str], Any]
+    opaque: dict[str, dict[str, Any]]
     mutable: dict[tuple[str, str], Any]
     slots: dict[str, dict[str, AddedSlot]]
     ties: dict[str, str]
@@ -69,10 +69,13 @@ class Snapshot:
         for slot in tree.slots():
             for name, text in tensor_attributes(slot.tensor).items():
                 attributes[tree.modules[slot.module].path][f"{slot.name}.{name}"] = text
+        opaque: dict[str, dict[str, Any]] = {}
+        for (index, name), value in tree.opaque.items():
+            opaque.setdefault(tree.modules[index].path, {})[name] = value
         return cls(
             modules={path: weakref.ref(module) for path, module in named.items()},
             attributes=attributes,
-            opaque={(tree.modules[index].path, name): value for (index, name), value in tree.opaque.items()},
+            opaque=opaque,
             mutable={(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()},
             slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
             ties=ties,
@@ -286,13 +289,9 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
-        for (where, name), value in now.opaque.items():
-            if (
-                where == path
-                and name not in values
-                and not is_new
-                and built.opaque.get((was, name), value) is not value
-            ):
+        opaque = {} if is_new else built.opaque.get(was, {})
+        for name, value in now.opaque.get(path, {}).items():
+            if name not in values and opaque.get(name, value) is not value:
                 raise NotShareableError(
                     f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
                 )
