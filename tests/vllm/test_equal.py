@@ -22,10 +22,7 @@ from benchmarks import models
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-QUICK = (
-    *("llama-lora", "qwen3-vl", "qwen3-moe-limits", "dense", "embedding-gemma", "reranker", "jina-v5"),
-    *("plugin-plain", "plugin-tree", "plugin-values", "mamba", "gemma3n", "llama-compiled"),
-)
+QUICK = ("qwen3-vl", "qwen3-moe-limits", "dense", "reranker", "plugin-plain", "plugin-tree", "plugin-values")
 """These are tried by `make test`; each is a kind of its own."""
 
 ALL = [name for name, case in models.CASES.items() if case.on_cpu or case.only_cpu]

@@ -94,6 +94,7 @@ def test_a_compiled_model_is_equal_through_the_companion(
     assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
 
 
+@pytest.mark.slow  # test_equal asks this of real engines, too
 def test_limits_of_the_publisher_are_its_own(
     tmp_path: Path, temporary: Path, engine_environment: dict[str, str]
 ) -> None:
