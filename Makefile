@@ -17,7 +17,7 @@ test: $(STAMP) lint types ## lint, types, layers and all tests, with real engine
 	$(BIN)/python -m pytest -q -m "vllm and not alone and not slow and not gpu" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m alone
 
-test-slow: $(STAMP) ## thirty more rounds of chaos with real engines, and a thousand with stand-ins
+test-slow: $(STAMP) ## every architecture against a normal load, thirty more rounds of chaos with real engines, and a thousand with stand-ins
 	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python -m tests.process.chaos --rounds 1000
 
