@@ -108,7 +108,7 @@ def test_damage_is_found(damage: Callable[[torch.Tensor], None]) -> None:
 def packed(seed: int = 0) -> tuple[arenas.Arena, ArenaViews, object]:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.Linear(2048, 1024))
-    prepared = prepare(capture(model, ()), Stage.PROCESSED, arenas.MEMFD, CPU)
+    prepared = prepare(capture(model), Stage.PROCESSED, arenas.MEMFD, CPU)
     arena = copy(prepared, arenas.MEMFD, CPU, rebind=False, release=lambda: None)
     return arena, ArenaViews(arena, arena.info.size_bytes, CPU), prepared.manifest
 

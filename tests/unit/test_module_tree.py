@@ -201,20 +201,6 @@ def test_tensors_are_found_however_deep_they_are() -> None:
     assert inner.keywords["other"][0] is inner.args[0]
 
 
-class Config:
-    def __init__(self, *names: str) -> None:
-        self.names = list(names)
-
-
-def test_the_insides_of_opaque_objects_do_not_count() -> None:
-    model = Model()
-    model.config = Config("a", "b")
-    inside = "config.names"
-    assert inside in capture(model).modules[0].attributes
-    assert inside not in capture(model, (Config,)).modules[0].attributes
-    assert "config" in capture(model, (Config,)).modules[0].attributes
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [

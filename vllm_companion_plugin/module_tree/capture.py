@@ -166,13 +166,10 @@ def full_name(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def capture(
-    model: nn.Module, opaque: tuple[type, ...] = (), wanted: Mapping[str, Collection[str]] | None = None
-) -> Tree:
+def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = None) -> Tree:
     """The tree of `model`, in the order of `named_modules`. Reads no tensor data.
 
     Args:
-        opaque: classes of further objects whose insides are not state of the model.
         wanted: names of values by path of their module, whose places are wanted to change them.
     """
     by_id: dict[int, LiveModule] = {}
@@ -183,7 +180,7 @@ def capture(
         else:
             known.aliases.append(path)
     tree = Tree(list(by_id.values()))
-    walk = _Walk(tree, by_id, opaque, wanted)
+    walk = _Walk(tree, by_id, wanted)
     for index, live in enumerate(tree.modules):
         walk.named_module(live, index)
     return tree
@@ -266,12 +263,10 @@ class _Walk:
         self,
         tree: Tree,
         named: Mapping[int, LiveModule],
-        opaque: tuple[type, ...],
         wanted: Mapping[str, Collection[str]] | None,
     ) -> None:
         self._tree = tree
         self._named = named
-        self._opaque = opaque
         self._wanted = wanted
         # Object id to where it was first met. Objects are kept alive by the model meanwhile.
         self._met: dict[int, str] = {}
@@ -389,7 +384,7 @@ class _Walk:
             self._insides(live, index, path, value, depth)
             base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
             return f"{name} {base.__repr__(value)}"
-        if _is_opaque(cast(Hashable, cls)) or isinstance(value, self._opaque):
+        if _is_opaque(cast(Hashable, cls)):
             self._tree.opaque[index, path] = value
             return name
         self._insides(live, index, path, value, depth)

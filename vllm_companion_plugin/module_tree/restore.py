@@ -118,14 +118,12 @@ class Restorer:
         model: nn.Module,
         source: Source,
         device: torch.device,
-        opaque: tuple[type, ...] = (),
         built: WithoutWeights | None = None,
         besides: Callable[[nn.Module], Iterable[torch.Tensor]] = lambda model: (),
     ) -> None:
         self._model = model
         self._source = source
         self._device = device
-        self._opaque = opaque
         self._built = built
         self._besides = besides
         self.ways: Counter[Strategy] = Counter()
@@ -164,10 +162,9 @@ class Restorer:
             for slot in module.slots
             if manifest.tensors[slot.tensor].meta
         }
-        for slot, path in (
-            (slot, live.path) for live in capture(self._model, self._opaque).modules for slot in live.slots
-        ):
-            info = meta.get((path, slot.name))
+        tree = capture(self._model)
+        for slot in tree.slots():
+            info = meta.get((tree.modules[slot.module].path, slot.name))
             cls = loaded_class(info.class_name) if info is not None else None
             if info is not None and cls is not None and issubclass(cls, torch.Tensor):
                 data = torch.empty_strided(info.shape, info.stride, dtype=dtype_of(info.dtype), device="meta")
@@ -241,7 +238,7 @@ class Restorer:
         # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
         self._source.renew()
         manifest = self._source.manifest
-        tree = capture(self._model, self._opaque)
+        tree = capture(self._model)
         compare_modules(tree, manifest)
         carriers: dict[int, torch.Tensor] = {}
         indexes: dict[int, int] = {}
