@@ -52,8 +52,9 @@ class Case:
     flags: dict[str, object] = field(default_factory=dict)
     kind: Literal["generate", "pooling", "transcribe", "multimodal"] = "generate"
     on_cpu: bool = False
-    only_cpu: bool = False
+    only_tiny: bool = False
     gpus: int = 1
+    tiny_flags: dict[str, object] = field(default_factory=dict)
     cpu_flags: dict[str, object] = field(default_factory=dict)
     publisher_flags: dict[str, object] = field(default_factory=dict)
     """What the engine that publishes has differently."""
@@ -86,17 +87,18 @@ add("gemma3", gemma3, on_cpu=True)
 reads: dict[str, object] = {"skip_tokenizer_init": False}
 whole: dict[str, object] = {"max_num_batched_tokens": 256}  # encoders and means over all tokens read a prompt at once
 pools: dict[str, object] = reads | {"runner": "pooling"}
-add("bert", bert, flags=pools, kind="pooling", on_cpu=True, cpu_flags=whole)
+add("bert", bert, flags=pools, kind="pooling", on_cpu=True, tiny_flags=whole)
 add("idefics3", idefics3, flags=reads, kind="multimodal", on_cpu=True)
-add("dense", qwen3_dense, flags=pools, kind="pooling", on_cpu=True, cpu_flags=whole)
+sentences = pools | {"max_model_len": 256}  # as sentence_bert_config.json has it
+add("dense", qwen3_dense, flags=sentences, kind="pooling", on_cpu=True, tiny_flags=whole)
 add(
     "embedding-gemma",
     gemma3,
     options={"embeds": True},
-    flags=pools,
+    flags=sentences,
     kind="pooling",
     on_cpu=True,
-    cpu_flags=whole,
+    tiny_flags=whole,
 )
 add("jina-v5", jina_v5, flags=pools, kind="pooling", on_cpu=True)
 score = {
@@ -128,7 +130,7 @@ add(
     kind="multimodal",
     on_cpu=True,
     # A buffer of 4 MiB.
-    cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 2048},
+    tiny_flags={"max_model_len": 1024, "max_num_batched_tokens": 2048},
 )
 add("qwen2.5-vl", qwen25_vl, flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}}, kind="multimodal")
 add(
@@ -152,16 +154,23 @@ add(
     flags=reads | {"limit_mm_per_prompt": {"image": 1, "video": 0}},
     kind="multimodal",
     on_cpu=True,
-    cpu_flags={"max_model_len": 1024, "max_num_batched_tokens": 1024},
+    tiny_flags={"max_model_len": 1024, "max_num_batched_tokens": 1024},
     publisher_flags={"max_model_len": 512, "max_num_batched_tokens": 2048},
 )
 for kind, (_, _, call) in TABLE.items():
-    embeds: dict[str, Any] = {"kind": "pooling", "flags": pools, "cpu_flags": whole}
-    add(kind, from_transformers, options={"kind": kind}, only_cpu=True, **(embeds if call == "AutoModel" else {}))
+    embeds: dict[str, Any] = {"kind": "pooling", "flags": pools, "tiny_flags": whole}
+    add(kind, from_transformers, options={"kind": kind}, only_tiny=True, **(embeds if call == "AutoModel" else {}))
 
 # As vLLM does it, but for what compiles the graph to machine code, which takes a minute.
-compiles: dict[str, object] = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-add("llama-compiled", llama, only_cpu=True, cpu_flags=compiles, environment={"TORCH_COMPILE_DISABLE": "0"})
+compiles: dict[str, object] = {"compilation_config": {"backend": "eager"}}
+add(
+    "llama-compiled",
+    llama,
+    on_cpu=True,
+    flags={"enforce_eager": False},
+    cpu_flags=compiles,
+    environment={"TORCH_COMPILE_DISABLE": "0"},
+)
 add("llama-lora", llama_lora, flags={"enable_lora": True, "max_lora_rank": 8}, on_cpu=True)
 add("fp8-online", llama, flags={"quantization": "fp8_per_tensor"})
 add("fp8-kv-scales", llama, flags={"kv_cache_dtype": "fp8", "calculate_kv_scales": True})

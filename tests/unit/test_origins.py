@@ -300,6 +300,18 @@ class TestLoading:
         assert attached.parts[0].tolist() == [4.0, 4.0]
         assert attached.first.weight.scale.tolist() == [6.0, 6.0]
 
+    def test_methods_of_the_model(self) -> None:
+        """A parameter that loading adds has its loader, as others have: that of the module here."""
+
+        def load(m: Model) -> None:
+            m.first.note = nn.Parameter(torch.full((2,), 5.0))
+            m.first.note.loader = m.second.extra_repr
+            m.second.call = m.first.extra_repr
+
+        attached = attach(publish(lambda m, flag: None, load), lambda m, flag: None)
+        assert attached.first.note.loader == attached.second.extra_repr
+        assert attached.second.call == attached.first.extra_repr
+
     def test_what_it_ties(self) -> None:
         """Parameters and modules that loading ties are one object."""
 

@@ -13,7 +13,7 @@ from vllm_companion_plugin.cli import verify
 CACHE = {"class": "Tensor", "dtype": "int8", "shape": [1], "sha256": "56"}
 REPORT: dict[str, Any] = {
     "versions": {"vllm": "0.0"},
-    "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5]], "at_once": [[-0.5]]},
+    "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5]], "at_once": [[[-0.5]]]},
     "workers": [
         {
             "replica": 0,
@@ -74,7 +74,7 @@ def of_weight(**fields: Any) -> Callable[[dict[str, Any]], object]:
         (lambda r: r["workers"][0]["values"].pop(""), "the model: Model normally, absent here"),
         (lambda r: r["answers"].update(tokens=[[1, 3]]), "other tokens"),
         (lambda r: r["answers"].update(values=[[-0.5, -1.6]]), "values within 0.1"),
-        (lambda r: r["answers"].update(at_once=[[-0.6]]), "equal, at once within 0.1"),
+        (lambda r: r["answers"].update(at_once=[[[-0.6]]]), "equal, at once within 0.1"),
         (lambda r: r.update(answers=None, no_answers="it crashed"), "it crashed"),
     ],
 )
@@ -112,9 +112,30 @@ def test_who_publishes_with_other_flags_is_not_compared() -> None:
     assert (verdict.status, verdict.ranks[0].loaded) == (verify.EQUAL, "published")
 
 
+def test_an_engine_that_published_a_variant_shares_nothing() -> None:
+    """It equals a normal load, because it is one."""
+    reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
+    published["workers"][0]["outcomes"] = [outcome("published")]
+    attached["workers"][0]["outcomes"] = [outcome("published") | {"reason": "a variant: a.mode"}]
+    verdict = verify.judge("m", [], reference, published, attached, seconds=1.0)
+    assert (verdict.status, verdict.ranks[0].reasons) == (verify.NOT_SHARED, ["a variant: a.mode"])
+
+
 def test_answers_asked_together_may_differ_in_their_last_bits() -> None:
-    verdict = judged(lambda report: report["answers"].update(at_once=[[-0.501]]))
+    verdict = judged(lambda report: report["answers"].update(at_once=[[[-0.501]]]))
     assert (verdict.status, verdict.answers) == (verify.EQUAL, "equal, at once within 0.001")
+
+
+def test_answers_asked_together_may_differ_as_much_as_an_engine_differs_from_itself() -> None:
+    """Who is batched with whom is another each time."""
+
+    def answers(*times: float) -> tuple[int, str]:
+        verdict = judged(lambda report: report["answers"].update(at_once=[[[one] for one in times]]))
+        return verdict.status, verdict.answers
+
+    assert answers(-0.6, -0.62) == (verify.DIFFERENT, "equal, at once within 0.1")
+    assert answers(-0.6, -0.75) == (verify.EQUAL, "equal, at once within 0.1")
+    assert answers(-0.6, -0.5) == (verify.EQUAL, "equal")
 
 
 def test_what_a_module_notes_while_running_may_be_either() -> None:

@@ -1,6 +1,6 @@
 """The promise, for every architecture that tests have: what attaches equals what loads, and nobody writes to it.
 
-Each case is a row of benchmarks/cpu_matrix.py: a normal engine, one that publishes, one that attaches, and one that
+Each case is a row of benchmarks/matrix.py: a normal engine, one that publishes, one that attaches, and one that
 attaches and packs its weights as a normal one does. All are asked (pictures, long prompts, adapters, several requests
 at once) with the shared weights mapped read-only, and then everything that their models lead to is compared.
 """
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 QUICK = ("qwen3-vl", "qwen3-moe-limits", "dense", "reranker", "plugin-plain", "plugin-tree", "plugin-values")
 """These are tried by `make test`; each is a kind of its own."""
 
-ALL = [name for name, case in models.CASES.items() if case.on_cpu or case.only_cpu]
+ALL = [name for name, case in models.CASES.items() if case.on_cpu or case.only_tiny]
 NEED_TORCHVISION = ("qwen3-vl", "qwen3-vl-limits")
 
 
@@ -33,7 +33,7 @@ class Matrix:
     """A process that has imported vLLM, and makes rows."""
 
     def __init__(self, directory: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.cpu_matrix", "--stdin", "--out", directory]
+        command = [sys.executable, "-m", "benchmarks.matrix", "--tiny", "--stdin", "--out", directory]
         self._process = subprocess.Popen(
             [*command, "--models", f"{directory}/models"],
             stdin=subprocess.PIPE,

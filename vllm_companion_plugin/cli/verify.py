@@ -7,6 +7,7 @@ describes its model (every tensor by digest, every Python value that can be reac
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -48,7 +49,8 @@ BYTES = frozenset(("", "dtype", "shape", "sha256"))
 """What a tensor holds, or "" for all of it. What else is said of a tensor, and Python values, are attributes."""
 
 AT_ONCE = 0.02
-"""How far values that were asked for together may differ, of the largest: kernels depend on who else asked."""
+"""How far values that were asked for together may differ, of the largest, or what an engine differs from itself if
+that is more: kernels depend on who else asked."""
 
 HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "ATTRIBUTES", "ANSWERS")
 
@@ -202,6 +204,8 @@ def _judge_model(
     rank.loaded, rank.attached = loaded["what"], bound["what"]
     rank.seconds, rank.ways = bound["seconds"], bound["ways"]
     rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
+    if bound["what"] == "published":
+        rank.reasons.append(bound["reason"] or "the second engine loaded and published, too")
     for what, model in (("published", first), ("attached", second)):
         for difference in differences(_expected(normal, model), model):
             found = rank.byte_differences if difference.of_bytes else rank.attribute_differences
@@ -291,11 +295,29 @@ def _compare_values(answers: list[dict[str, Any]]) -> tuple[str, bool]:
     # Shared weights on CPU are multiplied by another kernel than vLLM's packed ones.
     close = all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in pairs)
     words = "equal" if not largest else f"{'equal tokens, ' if 'tokens' in normal else ''}values within {largest:.1g}"
-    together = [pair for other in others for pair in _pairs(normal["at_once"], other["at_once"])]
-    apart = max((abs(a - b) for a, b in together), default=0.0)
+    at_once = [_at_once(normal["at_once"], other["at_once"]) for other in others]
+    apart = max((apart for apart, _ in at_once), default=0.0)
     if apart:
         words += f", at once within {apart:.1g}"
-    return words, close and apart <= AT_ONCE * max((abs(a) for a, _ in together), default=0.0)
+    return words, close and all(is_close for _, is_close in at_once)
+
+
+def _at_once(here: list[list[list[float]]], there: list[list[list[float]]]) -> tuple[float, bool]:
+    """How far the values of two engines are apart where they come closest, and whether that is close enough.
+
+    Args:
+        here: for each prompt, for each time it was asked, values.
+    """
+    apart = allowed = 0.0
+    for one, other in zip(here, there, strict=True):
+        apart = max(apart, min(_farthest(a, b) for a in one for b in other))
+        own = max((_farthest(*two) for times in (one, other) for two in itertools.combinations(times, 2)), default=0.0)
+        allowed = max(allowed, own, AT_ONCE * max((abs(value) for times in one for value in times), default=0.0))
+    return apart, apart <= allowed
+
+
+def _farthest(here: list[float], there: list[float]) -> float:
+    return max((abs(a - b) for a, b in zip(here, there, strict=True)), default=0.0)
 
 
 def _pairs(here: list[list[float]], there: list[list[float]]) -> Iterator[tuple[float, float]]:

@@ -250,7 +250,8 @@ class _Publisher:
                 self._arena.close()
         if self._held is not None:
             key = self._decision.key
-            published = session.Outcome("published", key.model, key.role, key.rank, size_bytes=size_bytes)
+            why = f"it is a variant of its own: {key.variant}" if key.variant else ""
+            published = session.Outcome("published", key.model, key.role, key.rank, why, size_bytes)
             session.record(published, device_id=self._decision.device.id, key_id=key.id)
             if self.is_bound and self._arena is not None:
                 session.keep(self._decision, self._settings, self._held, self._arena)

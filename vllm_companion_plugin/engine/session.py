@@ -154,7 +154,7 @@ class Outcome:
         model: as the engine names it.
         role: "target" or "draft".
         rank: as in its key; empty if alone.
-        reason: why it is alone; empty if it is not.
+        reason: why it is alone, or which variant it published; empty otherwise.
         size_bytes: of the arena, 0 if alone.
         seconds: from the decision's question to the finished model; of an attached one.
         ways: modules by the way in which their post-processing was run.

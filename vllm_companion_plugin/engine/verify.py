@@ -31,6 +31,9 @@ _PROMPT_LENGTHS = (1, 7, 16, 40)
 _MAX_TOKENS = 12
 _LOGPROBS = 5
 _SOUND_HZ = 16000
+_ROUNDS = 3
+"""How often prompts are asked together: who is batched with whom depends on when requests arrive, and decides the
+kernels, so that also a normal engine gives other values each time."""
 
 
 class WorkerExtension:
@@ -110,6 +113,10 @@ class _Engine:
         found: list[Any] = self._llm.encode(prompts, pooling_task=task, use_tqdm=False)
         return found
 
+    def forget(self) -> None:
+        """What was asked before does not shorten what is computed for the same prompt again."""
+        self._llm.reset_prefix_cache()
+
     def call(self, method: str, *arguments: Any) -> None:
         self._llm.collective_rpc(method, args=arguments)
 
@@ -147,6 +154,9 @@ class _Replicas:
 
         return self._all([self._llm.encode(prompt, PoolingParams(task=task), self._name()) for prompt in prompts])
 
+    def forget(self) -> None:
+        self._loop.run_until_complete(self._llm.reset_prefix_cache())
+
     def call(self, method: str, *arguments: Any) -> None:
         self._loop.run_until_complete(self._llm.collective_rpc(method, args=arguments))
 
@@ -179,7 +189,7 @@ def answers(engine: _Engine | _Replicas, adapter: str | None = None) -> dict[str
 
     One prompt is long enough to be read in several pieces, and a picture and a sound are among those of a model that
     takes them; "left_out" says which are not, and why. "at_once" are values of other prompts of these kinds, asked
-    together.
+    together: for each what it got each time.
 
     Args:
         adapter: a LoRA adapter that some prompts are asked with, too.
@@ -231,9 +241,11 @@ def _answers(engine: _Engine | _Replicas, replica: int, adapter: str | None) -> 
     others = [*itertools.product(_texts(engine.config, numbers), adapters)]
     others += [(prompt, None) for _, prompt in (_media(engine.config, numbers) if media else ())][: len(media)]
     # Other kernels make other last bits, and these in the end other tokens: only where generation begins is compared.
-    at_once = [
-        sorted(answer["values"][:_LOGPROBS]) if "tokens" in answer else answer["values"] for answer in ask(*others)
-    ]
+    rounds = []
+    for _ in range(_ROUNDS):
+        engine.forget()
+        rounds.append([sorted(a["values"][:_LOGPROBS]) if "tokens" in a else a["values"] for a in ask(*others)])
+    at_once = [list(times) for times in zip(*rounds, strict=True)]
     asked = {"media": media, "left_out": left_out} if media or left_out else {}
     return {key: [answer[key] for answer in given] for key in given[0]} | {"at_once": at_once} | asked
 

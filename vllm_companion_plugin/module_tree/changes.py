@@ -11,7 +11,7 @@ import collections
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from vllm_companion_plugin.module_tree.capture import (
     Place,
     Tree,
     capture,
+    describe_value,
     full_name,
     tensor_attributes,
 )
@@ -42,14 +43,15 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
 }
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """An object that was met before. No text of a value begins like one: that of a string begins with a quote."""
+_METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
+"""A method of a module in the tree, and where that module is."""
 _CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
 
 
 def is_restorable(text: str | None) -> bool:
     """Whether a value of this text, or its absence, can be brought about in another model."""
-    if text in (None, NO_PARAMETER, NO_BUFFER) or _REFERENCE.fullmatch(text or ""):
+    if text is None or text in (NO_PARAMETER, NO_BUFFER) or _REFERENCE.fullmatch(text) or _METHOD.fullmatch(text):
         return True
-    assert text is not None
     try:
         _made(text)
     except ValueError:
@@ -224,17 +226,24 @@ class _Values:
         self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
 
     def change(self, live: LiveModule, observed: Observed) -> None:
-        for name, (built, text) in observed.values.items():  # sorted, so what holds others comes first
-            if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
-                self._set(live, name, text, in_place=built is not None)
+        added = tuple(f"{slot.name}." for slot in observed.added)
+        hung = {name for name in observed.values if name.startswith(added)}  # on tensors that are not there yet
+        self._set_all(live, observed, observed.values.keys() - hung)
         for name in sorted(observed.values, reverse=True):
             if observed.values[name][1] is None:
                 self._delete(live, name)
         for slot in observed.added:
             self.put(live, slot.name, self._without_data(live, slot), slot.kind)
+        self._set_all(live, observed, hung)
         for name, (_, text) in observed.values.items():  # last, as constructors put a bias that there is not
             if text in (NO_PARAMETER, NO_BUFFER):
                 self._keep_free(live, name, text)
+
+    def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
+        for name in sorted(names):  # what holds others comes first
+            built, text = observed.values[name]
+            if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
+                self._set(live, name, text, in_place=built is not None)
 
     def tensor(self, full: str) -> torch.Tensor:
         """The tensor at "path:name"."""
@@ -291,7 +300,10 @@ class _Values:
 
     def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
         try:
-            value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
+            if (method := _METHOD.fullmatch(text)) is not None:
+                value = self._method(method["method"], method["owner"])
+            else:
+                value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
         except ValueError:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
@@ -357,6 +369,13 @@ class _Values:
                 tensor.__dict__.pop(part["name"], None)
             return  # with what held it
         _change(live, name, place.delete)
+
+    def _method(self, text: str, owner: str) -> Any:
+        live = self.by_path.get(owner)
+        found = getattr(live.module, text.rpartition(".")[2], None) if live is not None else None
+        if describe_value(found) != text:
+            raise ParityError(f"the published model refers to the {text} of {owner!r}, which does not exist here.")
+        return found
 
     def _referred(self, text: str) -> Any:
         """The object that was met first where the text says."""

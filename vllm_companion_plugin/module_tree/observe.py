@@ -56,6 +56,8 @@ class Snapshot:
     mutable: dict[tuple[str, str], Any]
     slots: dict[str, dict[str, AddedSlot]]
     ties: dict[str, str]
+    owners: dict[tuple[str, str], str]
+    """Of values that are methods of a module in the tree: where that module is."""
 
     @classmethod
     def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
@@ -66,9 +68,19 @@ class Snapshot:
             ties[name] = first.setdefault(id(slot.tensor), name)
         named = dict(model.named_modules(remove_duplicate=False))
         attributes = {live.path: live.attributes for live in tree.modules}
+        paths = {id(live.module): live.path for live in tree.modules}
+        owners: dict[tuple[str, str], str] = {}
+        for live in tree.modules:
+            for name, text in live.attributes.items():
+                if name.endswith(".__self__") and text.endswith(":") and " @" in text:
+                    owners[live.path, name.removesuffix(".__self__")] = text.partition(" @")[2][:-1]
         for slot in tree.slots():
+            path = tree.modules[slot.module].path
             for name, text in tensor_attributes(slot.tensor).items():
-                attributes[tree.modules[slot.module].path][f"{slot.name}.{name}"] = text
+                attributes[path][f"{slot.name}.{name}"] = text
+                owner = paths.get(id(getattr(slot.tensor.__dict__[name], "__self__", None)))
+                if owner is not None:
+                    owners[path, f"{slot.name}.{name}"] = owner
         opaque: dict[str, dict[str, Any]] = {}
         for (index, name), value in tree.opaque.items():
             opaque.setdefault(tree.modules[index].path, {})[name] = value
@@ -79,6 +91,7 @@ class Snapshot:
             mutable={(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()},
             slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
             ties=ties,
+            owners=owners,
         )
 
 
@@ -284,6 +297,10 @@ class Observation:
             for name in texts.keys() | then.keys()
             if then.get(name) != texts.get(name) and name not in now.slots[path]
         }
+        for name, (before, text) in list(values.items()):
+            if (owner := now.owners.get((path, name))) is not None and text is not None:
+                values[name] = before, f"{text} of {owner}"
+                values.pop(f"{name}.__self__", None)
         for name, (_, text) in values.items():
             if now.mutable.get((path, name)) is not built.mutable.get((was, name)):
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
