@@ -204,6 +204,8 @@ def _row_of(name: str, place: Place) -> dict[str, Any]:
     directory = Path(tempfile.mkdtemp(prefix="vcm-"))
     settings = resolve({"runtime_dir": str(directory / "r")})
     environment = {"COMPANION_RUNTIME_DIR": str(directory / "r"), "COMPANION_LINGER_S": "60"} | case.environment
+    paths = (case.environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for children of vLLM's
     if place.visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = place.visible
     if "data_parallel_size" in case.flags:

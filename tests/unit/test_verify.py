@@ -13,7 +13,7 @@ from vllm_companion_plugin.cli import verify
 CACHE = {"class": "Tensor", "dtype": "int8", "shape": [1], "sha256": "56"}
 REPORT: dict[str, Any] = {
     "versions": {"vllm": "0.0"},
-    "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5]], "at_once": [[[-0.5]]]},
+    "answers": {"tokens": [[1, 2]], "values": [[-0.5, -1.5, -0.25, -1.75]], "at_once": [[[-0.5]]]},
     "workers": [
         {
             "replica": 0,
@@ -73,7 +73,7 @@ def of_weight(**fields: Any) -> Callable[[dict[str, Any]], object]:
         (in_worker("values", b="Linear"), "b: absent normally"),
         (lambda r: r["workers"][0]["values"].pop(""), "the model: Model normally, absent here"),
         (lambda r: r["answers"].update(tokens=[[1, 3]]), "other tokens"),
-        (lambda r: r["answers"].update(values=[[-0.5, -1.6]]), "values within 0.1"),
+        (lambda r: r["answers"].update(values=[[-0.5, -1.6, -0.25, -1.75]]), "values within 0.1"),
         (lambda r: r["answers"].update(at_once=[[[-0.6]]]), "equal, at once within 0.1"),
         (lambda r: r.update(answers=None, no_answers="it crashed"), "it crashed"),
     ],
@@ -119,6 +119,23 @@ def test_an_engine_that_published_a_variant_shares_nothing() -> None:
     attached["workers"][0]["outcomes"] = [outcome("published") | {"reason": "a variant: a.mode"}]
     verdict = verify.judge("m", [], reference, published, attached, seconds=1.0)
     assert (verdict.status, verdict.ranks[0].reasons) == (verify.NOT_SHARED, ["a variant: a.mode"])
+
+
+def test_tokens_may_differ_where_two_are_equally_likely() -> None:
+    """In the last bits of half precision one of them is the larger, and what follows it is something else."""
+
+    def answers(dtype: str, *values: float) -> int:
+        reference, published, attached = (copy.deepcopy(REPORT) for _ in range(3))
+        for report, tokens in ((reference, [1, 2]), (published, [1, 2]), (attached, [3, 4])):
+            report["dtype"] = dtype
+            report["answers"] |= {"tokens": [tokens], "values": [[-1.0, -1.002, *(-float(t) for t in tokens)]]}
+            report["workers"][0]["outcomes"] = [outcome("attached")]
+        attached["answers"]["values"] = [list(values)]
+        return verify.judge("m", [], reference, published, attached, seconds=1.0).status
+
+    assert answers("torch.bfloat16", -1.0, -1.002, -3.0, -4.0) == verify.EQUAL
+    assert answers("torch.float32", -1.0, -1.002, -3.0, -4.0) == verify.DIFFERENT
+    assert answers("torch.bfloat16", -1.1, -1.102, -3.0, -4.0) == verify.DIFFERENT
 
 
 def test_answers_asked_together_may_differ_in_their_last_bits() -> None:

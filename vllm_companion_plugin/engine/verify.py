@@ -222,7 +222,8 @@ def _answers(engine: _Engine | _Replicas, replica: int, adapter: str | None) -> 
             return [{"values": o.outputs.data.double().flatten().tolist()} for o in engine.encode(prompts, task)]
         found = []
         for output in (outputs.outputs[0] for outputs in engine.generate(prompts, sampling, replica, named)):
-            values = [entry.logprob for step in output.logprobs for entry in step.values()]
+            steps = [sorted((entry.logprob for entry in step.values()), reverse=True) for step in output.logprobs]
+            values = [value for step in steps for value in step[:_LOGPROBS]]
             found.append({"tokens": list(output.token_ids), "values": values})
         return found
 
@@ -319,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report: dict[str, Any] = {"versions": compat.versions()}
         try:
             report["answers"] = answers(engine, asked.adapter)
+            report["dtype"] = str(engine.config.model_config.dtype)
         except Exception as error:  # the tensors are what counts
             report["answers"] = None
             report["no_answers"] = f"{type(error).__name__}: {error}"
