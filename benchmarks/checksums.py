@@ -8,9 +8,9 @@ import time
 
 import torch
 
-from vllm_companion_plugin.module_tree.checksum import Summing
-from vllm_companion_plugin.module_tree.views import ArenaViews
-from vllm_companion_plugin.types import PIECE_BYTES
+from vllm_companion_plugin.core.arena import PIECE_BYTES
+from vllm_companion_plugin.memory.tensors.checksum import Summing
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
 
 class Memory:

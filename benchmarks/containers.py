@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.servers import SMALL_CPU_ENGINE
 from tests.process.test_containers import ROOT, UNSHARE
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import EntryState
 
 ENTER = (
     'mount --bind "$1" /mnt && mount --bind "$2" /media && mount -o remount,bind,ro /media && '

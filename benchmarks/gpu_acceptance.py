@@ -90,9 +90,9 @@ class Run:
 
 def companion(command: str) -> None:
     """Unload everything, or stop, on every device that has a companion."""
-    from vllm_companion_plugin.client import connect
+    from vllm_companion_plugin.client.connection import connect
     from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError
-    from vllm_companion_plugin.launch.runtime_dir import list_devices
+    from vllm_companion_plugin.host.runtime_dir import list_devices
     from vllm_companion_plugin.settings import resolve
 
     settings = resolve()
@@ -115,7 +115,7 @@ def holders() -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"vllm_companion_plugin.companion" in command:
+            if b"vllm_companion_plugin.holder" in command:
                 found.append(int(entry.name))
     return found
 

@@ -26,10 +26,10 @@ import torch
 from benchmarks.checkpoints import write_tokenizer
 from benchmarks.servers import Load, Server
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import EntryState, EntryStatus
 
 GIB = 1 << 30
 QUESTION = ("/v1/completions", {"prompt": [5, 17, 4, 99, 3], "max_tokens": 16, "temperature": 0})

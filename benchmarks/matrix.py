@@ -246,7 +246,7 @@ def _row_of(name: str, place: Place) -> dict[str, Any]:
 
 def start(case: models.Case, path: Path, engine: str, out: Path, place: Place) -> None:
     """One engine of a case, in this process."""
-    from vllm_companion_plugin.engine import verify
+    from vllm_companion_plugin.engine.run import verify
 
     sys.path[:0] = case.environment.get("PYTHONPATH", "").split(":")
     torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
@@ -340,7 +340,7 @@ def ready(*, on_gpu: bool) -> None:
 
     importlib.import_module("vllm.v1.worker.gpu_worker" if on_gpu else "vllm.v1.worker.cpu_worker")
 
-    from vllm_companion_plugin.engine import verify  # noqa: F401
+    from vllm_companion_plugin.engine.run import verify  # noqa: F401
 
     gc.collect()
     gc.freeze()  # vLLM collects eight times in each engine

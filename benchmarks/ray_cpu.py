@@ -29,7 +29,7 @@ ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for a mistake
 PORT = 26379
 EXECUTORS = {"first": "0", "second": "1"}
 DEVICE_NAME = """
-from vllm_companion_plugin.engine.imports import when_imported
+from vllm_companion_plugin.engine.vllm.imports import when_imported
 when_imported("vllm.platforms.cpu", lambda cpu: setattr(cpu.CpuPlatform, "ray_device_key", "GPU"))
 """
 ENGINE = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_companion_plugin.protocol import messages
+from vllm_companion_plugin.wire import messages
 
 
 def type_of(message: Any, tensor: Any) -> Any:

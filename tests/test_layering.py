@@ -1,11 +1,10 @@
-"""Layers: lower may not import higher, and nobody imports what is not theirs.
-
-docs/architecture.md has the table with the reasons.
-"""
+"""Layers: each package says in its docstring what it may import, and nobody imports anything else."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,45 +14,21 @@ import pytest
 PACKAGE = "vllm_companion_plugin"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
-BASE = {"", "errors", "types", "interpreter", "logs", "peer"}
-LOW = BASE | {"settings", "protocol", "arena", "launch"}
-CLIENT = LOW | {"client", "lease", "publication", "holder"}
-
-# Part: (internal parts, third-party packages) that it may import, lazily or not.
-RULES: dict[str, tuple[set[str], set[str]]] = {
-    "": ({"api"}, set()),
-    "errors": (set(), set()),
-    "types": (set(), set()),
-    "interpreter": (set(), set()),
-    "logs": (set(), set()),
-    "peer": ({"errors"}, set()),
-    "settings": (BASE, set()),
-    "protocol": (BASE | {"protocol"}, {"google", "grpc"}),
-    "arena": (BASE | {"arena"}, {"cuda"}),
-    "launch": (BASE | {"settings", "launch"}, {"filelock"}),
-    "keeper": (BASE | {"settings", "arena", "launch"}, set()),
-    "companion": (
-        BASE | {"settings", "protocol", "launch", "companion"},
-        {"grpc", "google", "filelock"},
-    ),
-    "publication": (BASE | {"protocol", "launch"}, {"grpc"}),
-    "lease": (BASE | {"protocol", "launch", "publication"}, {"grpc"}),
-    "client": (BASE | {"settings", "protocol", "launch", "lease", "publication"}, {"grpc"}),
-    "holder": (BASE | {"settings", "launch", "protocol", "client"}, set()),
-    "module_tree": (BASE | {"arena", "module_tree"}, {"torch", "numpy"}),
-    "api": (CLIENT | {"module_tree", "api"}, {"torch"}),
-    "engine": (
-        CLIENT | {"module_tree", "engine"},
-        {"torch", "numpy", "vllm", "tqdm", "huggingface_hub", "blake3", "filelock", "PIL"},
-    ),
-    "cli": (CLIENT | {"companion", "cli"}, {"grpc", "google", "prometheus_client"}),
-}
-CUDA_ONLY_IN = "arena/cuda_"
+TOP = {"errors": set(), "settings": {"errors"}, "_version": set(), "": {"_version", "client"}}
+"""What the modules beside the packages may import; "" is the package's own `__init__`."""
+EVERYWHERE = {"_version"}
+CUDA_ONLY_IN = ("memory/cuda_driver.py", "memory/kinds/cuda_", "memory/tensors/cuda_")
 
 
-def part_of(module: str) -> str:
-    pieces = module.split(".")
-    return pieces[1] if len(pieces) > 1 else ""
+@functools.cache
+def rule_of(directory: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """The parts and the other packages that modules in `directory` may import, by the nearest docstring on it."""
+    docstring = ast.get_docstring(ast.parse((directory / "__init__.py").read_text())) or ""
+    internal = re.search(r"^May import: (.*)\.$", docstring, re.MULTILINE)
+    if internal is None:
+        return rule_of(directory.parent)
+    external = re.search(r"^Of other packages: (.*)\.$", docstring, re.MULTILINE)
+    return frozenset(internal[1].split(", ")), frozenset(external[1].split(", ") if external else ())
 
 
 def imports(path: Path) -> set[str]:
@@ -73,18 +48,57 @@ def imports(path: Path) -> set[str]:
 FILES = sorted(ROOT.rglob("*.py"))
 
 
+def own_packages(relative: Path) -> set[str]:
+    """The package of a module, and those around it: "engine.vllm" and "engine"."""
+    parts = relative.parent.parts
+    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
+def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
     relative = path.relative_to(ROOT)
-    part = relative.parts[0].removesuffix(".py")
-    internal, external = RULES["" if part == "__init__" else part]
+    internal: frozenset[str] | set[str]
+    if relative.parent == Path():
+        name = relative.stem.replace("__init__", "")
+        internal, external = TOP[name], frozenset[str]()
+    else:
+        internal, external = rule_of(path.parent)
+    allowed = internal | EVERYWHERE | own_packages(relative)
     for name in imports(path):
-        root = name.split(".")[0]
+        root, _, inner = name.partition(".")
         if root == PACKAGE:
-            assert part_of(name) in internal | {part}, f"{relative} imports {name}"
+            part = inner.split(".")
+            assert any(".".join(part[:n]) in allowed for n in range(1, len(part) + 1)), f"{relative} imports {name}"
         elif root not in sys.stdlib_module_names:
             assert root in external, f"{relative} imports {name}"
-            assert root != "cuda" or str(relative).startswith(CUDA_ONLY_IN)
+            assert root != "cuda" or str(relative).startswith(CUDA_ONLY_IN), f"{relative} imports {name}"
+
+
+def test_packages_do_not_import_each_other_in_circles() -> None:
+    """Also not by imports inside functions."""
+    uses: dict[str, set[str]] = {}
+    for path in FILES:
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imports(path):
+            if name.startswith(f"{PACKAGE}.") and part != "__init__":
+                uses.setdefault(part, set()).add(name.split(".")[1])
+    done: list[str] = []
+    while remaining := [part for part in uses if part not in done]:
+        free = [part for part in remaining if uses[part] - {part} <= {*done} | (uses[part] - uses.keys())]
+        assert free, f"a circle among {remaining}"
+        done += free
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    """Also not by imports inside functions."""
+    modules = {f"{PACKAGE}.{'.'.join(p.relative_to(ROOT).with_suffix('').parts)}": p for p in FILES}
+    uses = {name: {n for n in imports(path) if n in modules} - {name} for name, path in modules.items()}
+    uses.pop(f"{PACKAGE}.__init__")
+    done: set[str] = set()
+    while remaining := uses.keys() - done:
+        free = {name for name in remaining if uses[name] <= done}
+        assert free, f"a circle among {sorted(remaining)}"
+        done |= free
 
 
 def test_only_settings_reads_the_environment_of_the_project() -> None:
@@ -99,8 +113,8 @@ def test_only_settings_reads_the_environment_of_the_project() -> None:
     "statement",
     [
         f"import {PACKAGE}",
-        f"import {PACKAGE}.client",
-        f"import {PACKAGE}.companion.process",
+        f"import {PACKAGE}.client.connection",
+        f"import {PACKAGE}.holder.process",
         f"import {PACKAGE}.cli.main",
         f"from {PACKAGE}.engine.register import register; register(); register()",
     ],

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.launch.keeper import allocate
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.keeper.client import allocate
 from vllm_companion_plugin.settings import resolve
 
 
@@ -28,7 +28,7 @@ class Memory:
         return arenas.create(self.kind, size_bytes, self.index, self._keeper)
 
     def _keeper(self, size_bytes: int) -> int:
-        from vllm_companion_plugin.arena.cuda_driver import device_uuid
+        from vllm_companion_plugin.memory.cuda_driver import device_uuid
 
         assert self.index is not None
         return allocate(device_uuid(self.index), size_bytes, resolve())
@@ -48,7 +48,7 @@ class Memory:
             return ctypes.string_at(arena.address + offset, size)
         import torch
 
-        from vllm_companion_plugin.module_tree.views import ArenaViews
+        from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
         return bytes(
             ArenaViews(arena, arena.info.size_bytes, torch.device("cuda", self.index))

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from tests.contract.conftest import Memory
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.arena import ipc_tag
-from vllm_companion_plugin.arena.layout import ALIGNMENT, plan
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.placement import ALIGNMENT, plan
 from vllm_companion_plugin.errors import ArenaError
-from vllm_companion_plugin.types import ArenaInfo
+from vllm_companion_plugin.memory.kinds import ipc_tag
 
 
 def duplicates(arena: arenas.Arena) -> list[int]:
@@ -50,7 +50,7 @@ def test_an_arena_that_nobody_closes_ends_with_the_last_tensor_that_views_it(mem
     """A model that is collected gives its memory back; until then nothing is unmapped under a tensor."""
     import torch
 
-    from vllm_companion_plugin.module_tree.views import ArenaViews
+    from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
     device = torch.device("cpu") if memory.index is None else torch.device("cuda", memory.index)
     writer = memory.create(memory.page)
@@ -77,8 +77,8 @@ def test_an_arena_that_nobody_closes_ends_with_the_last_tensor_that_views_it(mem
 READER = """
 import socket, sys
 from tests.contract.conftest import Memory
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.types import ArenaInfo
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.arena import ArenaInfo
 memory = Memory(sys.argv[1])
 end = socket.socket(fileno=int(sys.argv[2]))
 _, fds, _, _ = socket.recv_fds(end, 1, 8)
@@ -151,7 +151,7 @@ ctypes.memmove(arena.address, b'x', 1)
 WRITE_TO_DEVICE = """
 import sys, torch
 from tests.contract.conftest import Memory
-from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
 memory = Memory('cuda_vmm')
 arena = memory.filled(b'weights')
 view = ArenaViews(arena, arena.info.size_bytes, torch.device('cuda', 0)).bytes_at(0, 7)
@@ -187,8 +187,8 @@ def test_who_mapped_the_memory_of_a_keeper_outlives_it_and_nobody_maps_it_anew()
     time.sleep(0.5)  # the driver's own work
     assert memory.read(arena, 0, 7) == b"weights"
     other = memory.filled(b"others")  # of another keeper
-    code = "import sys; from tests.contract.conftest import Memory; from vllm_companion_plugin import arena as a; "
-    code += "from vllm_companion_plugin.types import ArenaInfo; fds = [int(sys.argv[1])]; "
+    code = "import sys; from tests.contract.conftest import Memory; from vllm_companion_plugin import memory as a; "
+    code += "from vllm_companion_plugin.core.arena import ArenaInfo; fds = [int(sys.argv[1])]; "
     code += "a.open_arena(ArenaInfo('cuda_ipc', (int(sys.argv[2]),)), fds, 0)"
     for fd, ended in ((arena.fds[0], True), (other.fds[0], False)):
         command = [sys.executable, "-c", code, str(fd), str(arena.info.size_bytes)]

@@ -37,15 +37,26 @@ from torch import nn
 
 from tests.fuzz.mutate import mutate_message, mutated_bytes
 from tests.manifests import type_of
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.api import tensors_by_name
-from vllm_companion_plugin.arena import ipc_tag
+from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import devices_named
-from vllm_companion_plugin.client import CompanionConnection
-from vllm_companion_plugin.companion.descriptors import CLOSING
-from vllm_companion_plugin.companion.fd_server import FdServer
-from vllm_companion_plugin.companion.service import CompanionService
+from vllm_companion_plugin.client.api import tensors_by_name
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.client.lease import Granted, Lease
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.core.status import (
+    CompanionStatus,
+    EntryState,
+    EntryStatus,
+    LeaseState,
+    LeaseStatus,
+    LoaderInfo,
+    Progress,
+    Published,
+)
+from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
     ArenaError,
     BadRequestError,
@@ -56,44 +67,32 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     TicketError,
 )
-from vllm_companion_plugin.keeper import Keeper
-from vllm_companion_plugin.launch import holders
-from vllm_companion_plugin.launch import keeper as keeper_client
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths, check_device
-from vllm_companion_plugin.lease import Granted, Lease
-from vllm_companion_plugin.module_tree import pack
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.checksum import Verification
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy
-from vllm_companion_plugin.module_tree.values import text_of, value_of
-from vllm_companion_plugin.module_tree.views import ArenaViews, without_storage
-from vllm_companion_plugin.protocol import fd_channel, mapping, messages
-from vllm_companion_plugin.protocol.manifest import (
+from vllm_companion_plugin.holder.service.descriptors import CLOSING
+from vllm_companion_plugin.holder.service.fd_server import FdServer
+from vllm_companion_plugin.holder.service.service import CompanionService
+from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.models import model_name
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, check_device
+from vllm_companion_plugin.keeper import client as keeper_client
+from vllm_companion_plugin.keeper.process import Keeper
+from vllm_companion_plugin.memory.kinds import ipc_tag
+from vllm_companion_plugin.memory.tensors.checksum import Verification
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, without_storage
+from vllm_companion_plugin.settings import TABLE, resolve, resolve_extra_config, to_environment
+from vllm_companion_plugin.tree import pack
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
+from vllm_companion_plugin.tree.values import text_of, value_of
+from vllm_companion_plugin.wire import codec, fd_channel, messages
+from vllm_companion_plugin.wire.manifest import (
     ITEM_SIZES,
     MAX_STORAGE_END,
     check_manifest_fits,
     manifest_from_bytes,
     manifest_to_bytes,
 )
-from vllm_companion_plugin.protocol.rpc import ERROR_METADATA, typed_error
-from vllm_companion_plugin.settings import TABLE, resolve, resolve_extra_config, to_environment
-from vllm_companion_plugin.types import (
-    PROTOCOL_VERSION,
-    ArenaInfo,
-    CompanionStatus,
-    EntryKey,
-    EntryState,
-    EntryStatus,
-    LeaseState,
-    LeaseStatus,
-    LoaderInfo,
-    Manifest,
-    Progress,
-    Published,
-    Stage,
-    model_name,
-)
+from vllm_companion_plugin.wire.rpc import ERROR_METADATA, typed_error
 
 KEY = EntryKey(
     "ab" * 32, "org/model", "target", "tp0/2", {"dtype": "bfloat16"}, "/models/m", {"a.safetensors": "stat 1:2:3:4:5"}
@@ -342,14 +341,14 @@ def key(data: bytes) -> None:
     if message is None:
         return
     try:
-        found = mapping.key_from_message(message)
+        found = codec.key_from_message(message)
     except BadRequestError:
         return
-    assert mapping.key_from_message(parsed(messages.EntryKey, wire(mapping.key_to_message(found)))) == found
-    place = holders._path(paths(), found, 1)
+    assert codec.key_from_message(parsed(messages.EntryKey, wire(codec.key_to_message(found)))) == found
+    place = notes._path(paths(), found, 1)
     assert os.path.dirname(os.path.normpath(place)) == paths().holders
     assert len(os.path.basename(place)) <= 255
-    holders.dismiss(paths(), found, 1)
+    notes.dismiss(paths(), found, 1)
     found.nearest_text([KEY])
 
 
@@ -358,7 +357,7 @@ def status_message() -> bytes:
     loading = EntryStatus(KEY, EntryState.LOADING, 2, 4096, 17, "", 0.0, 0.0, LOADER, leases)
     ready = EntryStatus(KEY, EntryState.READY, 2, 4096, 17, "memfd", 3.5, 1.25, None, (), {"hide": 2})
     found = CompanionStatus("cpu", 4, "0.1", 1, 1.5, -1.0, 0.0, (loading, ready))
-    return wire(mapping.companion_status_to_message(found))
+    return wire(codec.companion_status_to_message(found))
 
 
 def status(data: bytes) -> None:
@@ -366,7 +365,7 @@ def status(data: bytes) -> None:
     if message is None:
         return
     try:
-        found = mapping.companion_status_from_message(message)
+        found = codec.companion_status_from_message(message)
     except BadRequestError:
         return
     table.to_text([found], 1e9)
@@ -376,16 +375,16 @@ def status(data: bytes) -> None:
 def attach_events() -> list[bytes]:
     data = manifest_seeds()[0]
     ready = messages.Ready(
-        key=mapping.key_to_message(KEY),
+        key=codec.key_to_message(KEY),
         generation=3,
-        arena=mapping.arena_to_message(published()[1].info, b"t" * 16),
+        arena=codec.arena_to_message(published()[1].info, b"t" * 16),
         manifest_bytes=len(data),
         manifest_sha256=hashlib.sha256(data).digest(),
-        published=mapping.published_to_message(Published(9, {"hide": 2}, 5.0, 1.5)),
+        published=codec.published_to_message(Published(9, {"hide": 2}, 5.0, 1.5)),
     )
     granted = messages.Granted(lease_token=b"l" * 16, deposit_ticket=b"d" * 16)
     events = [
-        messages.AttachEvent(waiting=messages.Waiting(loader=mapping.loader_to_message(LOADER))),
+        messages.AttachEvent(waiting=messages.Waiting(loader=codec.loader_to_message(LOADER))),
         messages.AttachEvent(ready=ready),
         messages.AttachEvent(manifest_chunk=data[:1000]),
         messages.AttachEvent(manifest_chunk=data[1000:]),
@@ -417,10 +416,10 @@ def attach(data: bytes) -> None:
             with contextlib.suppress(IntegrityError, ManifestError):
                 verification = Verification(views, outcome.arena, "sample", CPU)
                 verification.check(manifest_from_bytes(outcome.manifest), "fuzz")
-        assert 1 <= len(outcome.arena.block_sizes) <= mapping.MAX_BLOCKS
+        assert 1 <= len(outcome.arena.block_sizes) <= codec.MAX_BLOCKS
         assert math.isfinite(outcome.published.load_s)
-        mapping.published_to_message(outcome.published)
-        mapping.key_to_message(outcome.key)
+        codec.published_to_message(outcome.published)
+        codec.key_to_message(outcome.key)
 
 
 # ---- the companion
@@ -448,7 +447,7 @@ class _Context:
 def conversations() -> list[bytes]:
     data = b"m" * 100
     attach_request = messages.AttachRequest(
-        protocol_version=PROTOCOL_VERSION, key=mapping.key_to_message(KEY), may_load=True, pid=5, client="engine"
+        protocol_version=PROTOCOL_VERSION, key=codec.key_to_message(KEY), may_load=True, pid=5, client="engine"
     )
     by_name = messages.AttachRequest(
         protocol_version=PROTOCOL_VERSION, query=messages.EntryQuery(model=KEY.model), pid=6, client="reader"
@@ -458,8 +457,8 @@ def conversations() -> list[bytes]:
     greatest = parsed(messages.AttachRequest, wire(attach_request))
     greatest.held_generation = (1 << 64) - 1
     commit = messages.PublishRequest.Commit(
-        arena=mapping.arena_to_message(ArenaInfo("memfd", (4096,))),
-        published=mapping.published_to_message(Published(9, {"hide": 2}, 5.0, 1.5)),
+        arena=codec.arena_to_message(ArenaInfo("memfd", (4096,))),
+        published=codec.published_to_message(Published(9, {"hide": 2}, 5.0, 1.5)),
     )
     returned = parsed(messages.PublishRequest.Commit, wire(commit))
     returned.generation = 4
@@ -469,7 +468,7 @@ def conversations() -> list[bytes]:
     begin = b"P" + wire(messages.PublishRequest(begin=messages.PublishRequest.Begin(lease_token=b"t")))
     steps = [
         begin,
-        b"P" + wire(messages.PublishRequest(progress=mapping.progress_to_message(LOADER.progress))),
+        b"P" + wire(messages.PublishRequest(progress=codec.progress_to_message(LOADER.progress))),
         b"P" + wire(messages.PublishRequest(manifest_chunk=data)),
     ]
     last = b"P" + wire(messages.PublishRequest(commit=commit))
@@ -498,7 +497,7 @@ def companion(data: bytes) -> None:
     sealed_memfd()
     loop = _loop()
     with no_descriptor_left():
-        service = CompanionService("cpu", 60.0, functools.partial(holders.dismiss, paths()))
+        service = CompanionService("cpu", 60.0, functools.partial(notes.dismiss, paths()))
         loop.run_until_complete(_converse(service, list(unframed(data))))
 
 
@@ -820,12 +819,12 @@ def held(data: bytes) -> None:
         try:
             os.write(fd, pieces[1])
             fcntl.flock(fd, fcntl.LOCK_SH)
-            for found, generation in holders.held(paths()):
-                wire(mapping.key_to_message(found))
-                assert mapping.key_from_message(mapping.key_to_message(found)) == found
+            for found, generation in notes.held(paths()):
+                wire(codec.key_to_message(found))
+                assert codec.key_from_message(codec.key_to_message(found)) == found
                 wire(messages.EntryStatus(generation=generation))
                 assert generation > 0
-                assert os.fsencode(holders._path(paths(), found, generation)) == path
+                assert os.fsencode(notes._path(paths(), found, generation)) == path
         finally:
             os.close(fd)
             os.unlink(path)
@@ -866,7 +865,7 @@ def name_seeds() -> list[bytes]:
 
 def checkpoint(data: bytes) -> None:
     """The index of a checkpoint."""
-    from vllm_companion_plugin.engine.checkpoint import is_complete
+    from vllm_companion_plugin.engine.identity.checkpoint import is_complete
 
     directory = scratch() / "checkpoint"
     directory.mkdir(exist_ok=True)
@@ -876,7 +875,7 @@ def checkpoint(data: bytes) -> None:
 
 
 def checkpoint_seeds() -> list[bytes]:
-    import vllm_companion_plugin.engine.checkpoint  # noqa: F401  (vLLM takes seconds, which are not the decoder's)
+    import vllm_companion_plugin.engine.identity.checkpoint  # noqa: F401  (vLLM takes seconds, which are not the decoder's)
 
     weights = {"weight_map": {"w": "a.safetensors", "v": "a.safetensors"}, "metadata": {"total_size": 3}}
     return [json.dumps(weights).encode(), b'{"weight_map": {"w": "missing.safetensors"}}']
@@ -884,7 +883,7 @@ def checkpoint_seeds() -> list[bytes]:
 
 def digest(data: bytes) -> None:
     """Kept digests, and where another process says that its checkpoint is."""
-    from vllm_companion_plugin.engine.digest import Digests, same_content
+    from vllm_companion_plugin.engine.identity.digest import Digests, same_content
 
     pieces = [piece.decode(errors="replace") for piece in unframed(data)] + [""] * 4
     directory = scratch() / "digests"
@@ -899,7 +898,7 @@ def digest(data: bytes) -> None:
 
 
 def digest_seeds() -> list[bytes]:
-    import vllm_companion_plugin.engine.digest  # noqa: F401
+    import vllm_companion_plugin.engine.identity.digest  # noqa: F401
 
     return [
         framed([b"/models/m", b"a.safetensors", b"stat 1:2:3:4:6", b"ab" * 32]),
@@ -911,7 +910,7 @@ TARGETS: dict[str, Target] = {
     "manifest": Target(manifest, manifest_seeds, {b"": messages.Manifest}),
     "restore": Target(restore, manifest_seeds, {b"": messages.Manifest}),
     "plain": Target(plain, lambda: [b"'fast'", b"7", b"-7", b"None", b"True", b"b'x'", b"builtins.dict of 0"]),
-    "key": Target(key, lambda: [wire(mapping.key_to_message(KEY))], {b"": messages.EntryKey}),
+    "key": Target(key, lambda: [wire(codec.key_to_message(KEY))], {b"": messages.EntryKey}),
     "status": Target(status, lambda: [status_message()], {b"": messages.CompanionStatus}),
     "attach": Target(attach, attach_events, {b"E": messages.AttachEvent}, is_framed=True),
     "companion": Target(

@@ -15,10 +15,10 @@ from tests.fuzz import targets
 from tests.fuzz.run import fuzz
 from tests.fuzz.targets import KEY, TARGETS, framed, parsed, wire
 from tests.manifests import change, type_of
+from vllm_companion_plugin.client.lease import Lease
+from vllm_companion_plugin.core.arena import ARENA_CHECKSUM, ArenaInfo
 from vllm_companion_plugin.errors import ManifestError
-from vllm_companion_plugin.lease import Lease
-from vllm_companion_plugin.protocol import fd_channel, mapping, messages
-from vllm_companion_plugin.types import ARENA_CHECKSUM, ArenaInfo
+from vllm_companion_plugin.wire import codec, fd_channel, messages
 
 SECONDS = {"manifest": 1.5, "restore": 1.5}
 
@@ -79,7 +79,7 @@ def named_slot(name: str) -> Callable[[Any], None]:
 
 
 def key(**changes: Any) -> bytes:
-    return wire(mapping.key_to_message(dataclasses.replace(KEY, **changes)))
+    return wire(codec.key_to_message(dataclasses.replace(KEY, **changes)))
 
 
 def status(edit: Callable[[Any], object]) -> bytes:
@@ -97,14 +97,14 @@ def of_no_pages() -> bytes:
     checksums = messages.Checksums(algorithm=ARENA_CHECKSUM, values=(7,))
     arena = messages.ArenaDescriptor(kind="memfd", block_sizes=(100,), checksums=checksums)
     digest = targets.hashlib.sha256(b"").digest()
-    ready = messages.Ready(key=mapping.key_to_message(KEY), arena=arena, manifest_sha256=digest)
+    ready = messages.Ready(key=codec.key_to_message(KEY), arena=arena, manifest_sha256=digest)
     return framed([b"E" + wire(messages.AttachEvent(ready=ready))])
 
 
 def one_time(seconds: float) -> bytes:
     ready = messages.Ready(
-        key=mapping.key_to_message(KEY),
-        arena=mapping.arena_to_message(ArenaInfo("memfd", (1,))),
+        key=codec.key_to_message(KEY),
+        arena=codec.arena_to_message(ArenaInfo("memfd", (1,))),
         manifest_sha256=targets.hashlib.sha256(b"").digest(),
         published=messages.Published(load_s=seconds),
     )
@@ -112,7 +112,7 @@ def one_time(seconds: float) -> bytes:
 
 
 def pipe() -> bytes:
-    from vllm_companion_plugin.engine.checkpoint import file_identity
+    from vllm_companion_plugin.engine.identity.checkpoint import file_identity
 
     path = targets.scratch() / "pipe"
     if not path.exists():

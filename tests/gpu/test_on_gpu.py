@@ -15,18 +15,19 @@ from torch import nn
 from tests.process.conftest import Place, alive, place, until
 from tests.process.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.api import tensors_by_name
-from vllm_companion_plugin.arena.layout import CHUNK_BYTES
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.api import tensors_by_name
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.arena import PIECE_BYTES
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.core.placement import CHUNK_BYTES
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.checksum import Summing
-from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.module_tree.views import ArenaViews
-from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
-from vllm_companion_plugin.types import PIECE_BYTES, Stage
+from vllm_companion_plugin.memory.tensors.checksum import Summing
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
+from vllm_companion_plugin.tree.pack import copy, prepare
+from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 
 __all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
@@ -99,7 +100,7 @@ NAMES = """
 import json
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.cli.devices import visible_gpus
-from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.engine.vllm import compat
 print(json.dumps([visible_gpus(), CompanionClient().device, compat.engine_device(None).id]))
 """
 
@@ -220,10 +221,10 @@ def test_what_another_stream_has_not_computed_yet_is_waited_for() -> None:
 FULL = """
 import json, torch
 from torch import nn
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.pack import copy, prepare
+from vllm_companion_plugin.core.module_tree import Stage
 device = torch.device("cuda", 0)
 free, total = torch.cuda.mem_get_info()
 each = 240 << 20
@@ -290,7 +291,7 @@ def test_the_kernel_adds_up_what_torch_does(index: int) -> None:
 
 def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:
     """What is left over is a tensor that was not found, and then it is searched."""
-    from vllm_companion_plugin.engine import compat
+    from vllm_companion_plugin.engine.vllm import compat
 
     torch.cuda.init()
     device = compat.engine_device(None)

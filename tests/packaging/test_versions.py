@@ -19,7 +19,7 @@ NEIGHBOURS = ("ray", "opentelemetry-exporter-otlp-proto-grpc", "google-cloud-sto
 
 ROUND_TRIP = """
 import contextlib, google.protobuf, sys, tempfile
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.settings import resolve
 with contextlib.suppress(Exception):  # a release that does not fit says so with several types
     import grpc_health.v1.health_pb2_grpc

@@ -30,10 +30,10 @@ from typing import Any, TypeVar
 
 from tests.process.conftest import Place, alive
 from tests.process.standin import PACKET_BYTES, companions, content_of, key_of
-from vllm_companion_plugin.client import CompanionConnection, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, connect
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import CompanionError, WaitTimeoutError
-from vllm_companion_plugin.launch import holders
-from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
+from vllm_companion_plugin.host import notes
 
 _Answer = TypeVar("_Answer")
 
@@ -465,7 +465,7 @@ class World:
         left = [str(x) for x in self.standins if not x.ended]
         self._expect(not left, f"{left} did not end")
         self.standins = []
-        self._expect(not list(holders.held(self.place.paths)), "somebody still holds something")
+        self._expect(not list(notes.held(self.place.paths)), "somebody still holds something")
         self._check_processes(companions(self.place.settings.runtime_dir))
 
     def close(self) -> None:

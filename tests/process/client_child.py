@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.client.connection import Granted, connect
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import EntryKey
 
 name, *options = sys.argv[1:]
 connection = connect("cpu", resolve(), spawn="spawn" in options)

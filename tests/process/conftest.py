@@ -20,10 +20,11 @@ from typing import Any
 import grpc
 import pytest
 
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths, device_paths
-from vllm_companion_plugin.protocol import messages, schema
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
-from vllm_companion_plugin.types import ArenaInfo, EntryKey
+from vllm_companion_plugin.wire import messages, schema
 
 KEY = EntryKey("ab" * 32, "test/model", fields={"dtype": "bfloat16"})
 SEALS = 0x1 | 0x2 | 0x4 | 0x8
@@ -93,7 +94,7 @@ class Place:
 
     def companion(self, *options: str) -> subprocess.Popen[str]:
         """A companion as a child of the test, answering."""
-        process = self.run("-m", "vllm_companion_plugin.companion", "--device", "cpu", *options)
+        process = self.run("-m", "vllm_companion_plugin.holder", "--device", "cpu", *options)
         until(lambda: process.poll() is not None or os.path.exists(self.paths.fd_socket), 20, "the companion listens")
         assert process.poll() is None, process.communicate()[1]
         return process

@@ -11,10 +11,10 @@ from typing import Any
 
 from tests.process.conftest import KEY, arena_of
 from vllm_companion_plugin.cli.main import main
-from vllm_companion_plugin.client import Granted, connect
-from vllm_companion_plugin.holder import Held, Holder
-from vllm_companion_plugin.launch.runtime_dir import device_paths
-from vllm_companion_plugin.launch.spawn import listener_pid
+from vllm_companion_plugin.client.connection import Granted, connect
+from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import listener_pid
 from vllm_companion_plugin.settings import resolve
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from tests.process.conftest import KEY
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.client import CompanionConnection, Granted, Ready
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.protocol.fd_channel import close_all
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
-from vllm_companion_plugin.publication import Publication
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready
+from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.pack import copy, prepare
+from vllm_companion_plugin.wire.fd_channel import close_all
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 CPU = torch.device("cpu")
 

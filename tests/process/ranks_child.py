@@ -20,13 +20,14 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import compat, session
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.engine import session
+from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import Stage
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.pack import copy, prepare
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 CPU = torch.device("cpu")
 

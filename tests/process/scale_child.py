@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.client import Ready, connect
-from vllm_companion_plugin.holder import Held, Holder
-from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import Ready, connect
+from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes
 
 IDLE_S = 30
 

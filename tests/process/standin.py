@@ -27,32 +27,31 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin import holder as holder_module
-from vllm_companion_plugin import publication
-from vllm_companion_plugin.arena import layout
+from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import upgrade as upgrade_module
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError, TicketError
-from vllm_companion_plugin.holder import Held, Holder
-from vllm_companion_plugin.launch import spawn
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import device_paths
-from vllm_companion_plugin.protocol import fd_channel
-from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
-from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import (
-    EntryKey,
-    EntryState,
+from vllm_companion_plugin.client import mirror as holder_module
+from vllm_companion_plugin.client import publication
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.core import placement
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.module_tree import (
     Manifest,
     ModuleInfo,
-    Progress,
     SlotInfo,
     Stage,
     StorageInfo,
     TensorInfo,
     TensorKind,
 )
+from vllm_companion_plugin.core.status import EntryState, Progress
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LeaseLostError, TicketError
+from vllm_companion_plugin.host import spawn
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.settings import resolve
+from vllm_companion_plugin.wire import fd_channel
+from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
 
 PACKET_BYTES = 1 << 16
 WAIT_S = 15.0
@@ -74,7 +73,7 @@ def companions(runtime_dir: str) -> list[int]:
     return [
         pid
         for pid in map(int, filter(str.isdecimal, os.listdir("/proc")))
-        if b"vllm_companion_plugin.companion" in _read(pid, "cmdline") and wanted in _read(pid, "environ").split(b"\0")
+        if b"vllm_companion_plugin.holder" in _read(pid, "cmdline") and wanted in _read(pid, "environ").split(b"\0")
     ]
 
 
@@ -274,7 +273,7 @@ class StandIn:
 
     def _place(self) -> tuple[Manifest, int]:
         sizes = [len(data) for data in self.content]
-        plan = layout.plan(sizes, [0] * len(sizes), 4096)
+        plan = placement.plan(sizes, [0] * len(sizes), 4096)
         storages = tuple(StorageInfo(*place) for place in zip(plan.offsets, sizes, strict=True))
         tensors = tuple(TensorInfo(i, 0, "uint8", (n,), (1,), "Tensor") for i, n in enumerate(sizes))
         slots = tuple(SlotInfo(f"weight_{i}", TensorKind.PARAMETER, i) for i in range(len(sizes)))

@@ -15,7 +15,8 @@ from torch import nn
 from tests.process.conftest import KEY, Place, open_fds, until
 from tests.process.publishing import Small, damage, load, publish
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client import Granted, connect
+from vllm_companion_plugin.client.connection import Granted, connect
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import (
     CompanionUnavailableError,
     EntryNotFoundError,
@@ -23,7 +24,6 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
-from vllm_companion_plugin.types import EntryState
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "attach.py"
 
@@ -63,7 +63,7 @@ import torch
 from google.protobuf.internal import api_implementation
 from tests.process.publishing import KEY, Small, load
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.settings import resolve
 assert api_implementation.Type() == "python"
 model = Small()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.process.test_identity import config, one_rank, tiny
-from vllm_companion_plugin.engine import compat
-from vllm_companion_plugin.module_tree.building import DEFERRED_BYTES, WithoutWeights
+from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.tree.building import DEFERRED_BYTES, WithoutWeights
 
 __all__ = ["one_rank", "tiny"]
 pytestmark = pytest.mark.core

@@ -20,12 +20,13 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
-from vllm_companion_plugin.client import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.launch.runtime_dir import device_paths
-from vllm_companion_plugin.launch.spawn import ensure_companion, is_listening
-from vllm_companion_plugin.protocol import fd_channel
-from vllm_companion_plugin.types import EntryState, model_name
+from vllm_companion_plugin.host.models import model_name
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import ensure_companion, is_listening
+from vllm_companion_plugin.wire import fd_channel
 
 pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
 
@@ -517,7 +518,7 @@ def frozen(place: Place) -> Iterator[int]:
     """Pid of a stopped companion of a GPU that is not here; another one, of cpu, is well."""
     gpu = "GPU-00000000-0000-0000-0000-000000000000"
     place.companion()
-    process = place.run("-m", "vllm_companion_plugin.companion", "--device", gpu)
+    process = place.run("-m", "vllm_companion_plugin.holder", "--device", gpu)
     paths = device_paths(gpu, place.settings)
     until(lambda: is_listening(paths), WITHIN_S, "it listens")
     process.send_signal(signal.SIGSTOP)

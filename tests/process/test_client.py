@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from tests.process.conftest import KEY, Place, answering, arena_of, memfd, open_fds, speaking, until
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Publication, Ready, connect
-from vllm_companion_plugin.companion import tickets as ticket_module
-from vllm_companion_plugin.companion.tickets import Tickets
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Publication, Ready, connect
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
+from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
@@ -33,9 +34,10 @@ from vllm_companion_plugin.errors import (
     TicketError,
     WaitTimeoutError,
 )
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.protocol import fd_channel, mapping, messages
-from vllm_companion_plugin.types import PROTOCOL_VERSION, ArenaInfo, EntryState, LeaseState, Progress, Published
+from vllm_companion_plugin.holder.service import tickets as ticket_module
+from vllm_companion_plugin.holder.service.tickets import Tickets
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.wire import codec, fd_channel, messages
 
 
 @pytest.fixture
@@ -391,8 +393,8 @@ def test_what_was_not_asked_for_is_not_used(place: Place) -> None:
             return lambda request, context: messages.CompanionStatus(protocol_version=PROTOCOL_VERSION)
 
         def Attach(self, request: Any, context: Any) -> Iterator[Any]:
-            key = mapping.key_to_message(replace(KEY, id="cd" * 32))
-            arena = mapping.arena_to_message(ArenaInfo("memfd", (4096,)))
+            key = codec.key_to_message(replace(KEY, id="cd" * 32))
+            arena = codec.arena_to_message(ArenaInfo("memfd", (4096,)))
             empty = hashlib.sha256(b"").digest()
             yield messages.AttachEvent(ready=messages.Ready(key=key, generation=1, arena=arena, manifest_sha256=empty))
 
@@ -447,8 +449,8 @@ def test_the_loader_lock_may_be_released_by_another_thread(place: Place) -> None
 def test_the_loader_lock_falls_with_a_killed_holder(place: Place) -> None:
     code = (
         "import sys\n"
-        "from vllm_companion_plugin.launch.election import LoaderElection\n"
-        "from vllm_companion_plugin.launch.runtime_dir import device_paths\n"
+        "from vllm_companion_plugin.host.election import LoaderElection\n"
+        "from vllm_companion_plugin.host.runtime_dir import device_paths\n"
         "from vllm_companion_plugin.settings import resolve\n"
         "held = LoaderElection(device_paths('cpu', resolve())).acquire(5, 'child')\n"
         "print('held', flush=True)\n"

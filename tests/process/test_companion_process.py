@@ -24,14 +24,14 @@ import grpc
 import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, until
-from vllm_companion_plugin.client import Granted, Ready, connect
-from vllm_companion_plugin.companion.process import InstanceLock
+from vllm_companion_plugin.client.connection import Granted, Ready, connect
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, RuntimeDirError
-from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
-from vllm_companion_plugin.launch.spawn import ensure_companion
-from vllm_companion_plugin.protocol import fd_channel, schema
-from vllm_companion_plugin.protocol.messages import HealthCheckRequest, HealthCheckResponse
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.holder.process import InstanceLock
+from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
+from vllm_companion_plugin.host.spawn import ensure_companion
+from vllm_companion_plugin.wire import fd_channel, schema
+from vllm_companion_plugin.wire.messages import HealthCheckRequest, HealthCheckResponse
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -112,7 +112,7 @@ def test_without_space_for_its_lock_it_says_so_and_what_to_do(place: Place) -> N
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # every write to a file fails
-        "from vllm_companion_plugin.companion.__main__ import main\n"
+        "from vllm_companion_plugin.holder.__main__ import main\n"
         "sys.exit(main(['--device', 'cpu']))\n"
     )
     process = place.run("-c", code)
@@ -123,7 +123,7 @@ def test_without_space_for_its_lock_it_says_so_and_what_to_do(place: Place) -> N
 
 def test_a_second_one_is_refused_and_names_the_first(place: Place) -> None:
     first = place.companion()
-    second = place.run("-m", "vllm_companion_plugin.companion", "--device", "cpu")
+    second = place.run("-m", "vllm_companion_plugin.holder", "--device", "cpu")
     _, text = second.communicate(timeout=20)
     assert second.returncode == 1
     assert f"runs already (pid {first.pid})" in text
@@ -338,11 +338,11 @@ def test_its_log_is_bounded_and_says_how_it_was_started(place: Place) -> None:
 
 def test_it_imports_nothing_heavy() -> None:
     code = (
-        "import sys, vllm_companion_plugin.companion.__main__, vllm_companion_plugin.companion.process\n"
+        "import sys, vllm_companion_plugin.holder.__main__, vllm_companion_plugin.holder.process\n"
         "names = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(names & {'torch', 'cuda', 'vllm', 'numpy'}),\n"
-        "  [n for n in sys.modules if n.startswith(('vllm_companion_plugin.arena', 'vllm_companion_plugin.engine',"
-        " 'vllm_companion_plugin.module_tree'))])"
+        "  [n for n in sys.modules if n.startswith(('vllm_companion_plugin.memory', 'vllm_companion_plugin.engine',"
+        " 'vllm_companion_plugin.tree'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[] []\n"

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from tests.process.conftest import until
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import EntryState
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACES = ("mnt", "pid", "ipc", "net", "uts", "user")

@@ -19,12 +19,12 @@ import pytest
 
 from tests.process.conftest import KEY, Place, alive, answering, until
 from tests.process.test_cli import CLI, read_until, serve
-from vllm_companion_plugin import __version__
-from vllm_companion_plugin.cli import states
-from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
-from vllm_companion_plugin.keeper import Keeper
-from vllm_companion_plugin.launch import holders
-from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin._version import __version__
+from vllm_companion_plugin.cli.doctor import states
+from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
+from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.keeper.process import Keeper
 from vllm_companion_plugin.settings import resolve
 
 COMPANION, LOADING, KEEPER = "companion of cpu", "loading on cpu", "keeper of cpu"
@@ -132,8 +132,8 @@ def test_one_whose_socket_was_removed(place: Place, which: str) -> None:
 
 def test_one_of_another_version(place: Place) -> None:
     code = (
-        "import sys, vllm_companion_plugin\nvllm_companion_plugin.__version__ = '0.0.9'\n"
-        "from vllm_companion_plugin.companion.__main__ import main\nsys.exit(main(['--device', 'cpu']))"
+        "import sys, vllm_companion_plugin._version as version\nversion.__version__ = '0.0.9'\n"
+        "from vllm_companion_plugin.holder.__main__ import main\nsys.exit(main(['--device', 'cpu']))"
     )
     old = place.run("-c", code)
     until(lambda: os.path.exists(place.paths.fd_socket), 20, "it listens")
@@ -175,7 +175,7 @@ def test_one_that_nobody_can_reach_and_one_that_is_elsewhere(place: Place) -> No
 
 
 def test_what_is_mapped_while_no_companion_can_be_started(place: Place) -> None:
-    note = holders.hold(place.paths, KEY, 3)
+    note = notes.hold(place.paths, KEY, 3)
     Path(place.paths.log).write_text("INFO begins\nvllm-companion: no module named grpc\n")
     check = found(place, COMPANION, FAIL, "test/model, generation 3", "no module named grpc")
     assert check.mend == "vllm-companion serve --device cpu"
@@ -186,7 +186,7 @@ def test_what_is_mapped_while_no_companion_can_be_started(place: Place) -> None:
 def test_what_is_mapped_and_unknown_to_the_companion(place: Place) -> None:
     place.companion()
     until(lambda: look(place)[COMPANION].level == OK, 5, "it answers")
-    note = holders.hold(place.paths, KEY, 3)
+    note = notes.hold(place.paths, KEY, 3)
     assert found(place, "test/model on cpu", WARN).mend.startswith(f"kill {os.getpid()},")
     os.close(note)
 
@@ -209,8 +209,8 @@ def test_a_load_that_does_not_get_on(place: Place, monkeypatch: pytest.MonkeyPat
 
 def test_a_loader_that_keeps_the_device(place: Place) -> None:
     code = (
-        "from vllm_companion_plugin.launch.election import LoaderElection\n"
-        "from vllm_companion_plugin.launch.runtime_dir import device_paths\n"
+        "from vllm_companion_plugin.host.election import LoaderElection\n"
+        "from vllm_companion_plugin.host.runtime_dir import device_paths\n"
         "from vllm_companion_plugin.settings import resolve\n"
         "e = LoaderElection(device_paths('cpu', resolve())).acquire(1, 'loading test/model')\n"
     )

@@ -19,8 +19,9 @@ import pytest
 
 from tests.process.conftest import KEY, Place, alive, arena_of, open_fds, until
 from tests.process.publishing import Small, load
-from vllm_companion_plugin import peer
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.client.mirror import Held, Holder, hold
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import (
     ArenaError,
     CompanionError,
@@ -29,10 +30,8 @@ from vllm_companion_plugin.errors import (
     EntryNotFoundError,
     RuntimeDirError,
 )
-from vllm_companion_plugin.holder import Held, Holder, hold
-from vllm_companion_plugin.launch import holders
-from vllm_companion_plugin.protocol import fd_channel
-from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState
+from vllm_companion_plugin.host import notes, peer
+from vllm_companion_plugin.wire import fd_channel
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -216,7 +215,7 @@ def test_a_holder_that_dies_while_it_hands_back_is_followed_by_the_next(engines:
 
 FREEZES = """
 import os, signal
-from vllm_companion_plugin.publication import Publication
+from vllm_companion_plugin.client.publication import Publication
 inner = Publication.hand_back
 def hand_back(self, arena, fds, manifest, published, generation):
     if generation:
@@ -272,7 +271,7 @@ def test_what_is_mapped_survives_the_runtime_directory(engines: Engines) -> None
     shutil.rmtree(engines.place.settings.runtime_dir)
     until(lambda: not alive(pid), 5, "the companion has noticed")
     until(lambda: engines.all_attached(2), 10, "both are attached again")
-    assert list(holders.held(engines.place.paths)) == [(KEY, 1)]
+    assert list(notes.held(engines.place.paths)) == [(KEY, 1)]
     attached = engines.start()
     assert attached is not None
     assert attached.generation == 1
@@ -290,7 +289,7 @@ def test_a_child_of_a_dead_holder_holds_nothing(engines: Engines) -> None:
     try:
         process.kill()
         process.wait(5)
-        until(lambda: not list(holders.held(engines.place.paths)), 5, "the child has let go, too")
+        until(lambda: not list(notes.held(engines.place.paths)), 5, "the child has let go, too")
         assert alive(forked)
     finally:
         os.kill(forked, signal.SIGKILL)
@@ -308,20 +307,20 @@ def test_of_what_nobody_maps_any_more_nothing_is_expected(engines: Engines) -> N
 
 
 def test_holds_are_seen_while_they_last_and_forgotten_afterwards(place: Place) -> None:
-    first, second = holders.hold(place.paths, KEY, 3), holders.hold(place.paths, KEY, 3)
-    assert list(holders.held(place.paths)) == [(KEY, 3)]
+    first, second = notes.hold(place.paths, KEY, 3), notes.hold(place.paths, KEY, 3)
+    assert list(notes.held(place.paths)) == [(KEY, 3)]
     os.close(first)
-    assert list(holders.held(place.paths)) == [(KEY, 3)]
+    assert list(notes.held(place.paths)) == [(KEY, 3)]
     os.close(second)
-    assert list(holders.held(place.paths)) == []
+    assert list(notes.held(place.paths)) == []
     assert os.listdir(place.paths.holders) == []
 
 
 def test_what_was_dismissed_is_told_from_what_was_cleaned_away(place: Place) -> None:
-    first, second = (holders.hold(place.paths, KEY, generation) for generation in (3, 4))
-    holders.dismiss(place.paths, KEY, 3)
+    first, second = (notes.hold(place.paths, KEY, generation) for generation in (3, 4))
+    notes.dismiss(place.paths, KEY, 3)
     shutil.rmtree(place.settings.runtime_dir)
-    assert [(holders.is_dismissed(fd), holders.is_removed(fd)) for fd in (first, second)] == [
+    assert [(notes.is_dismissed(fd), notes.is_removed(fd)) for fd in (first, second)] == [
         (True, True),
         (False, True),
     ]
@@ -329,12 +328,12 @@ def test_what_was_dismissed_is_told_from_what_was_cleaned_away(place: Place) -> 
 
 
 def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
-    os.close(holders.hold(place.paths, KEY, 3))
+    os.close(notes.hold(place.paths, KEY, 3))
     path = os.path.join(place.paths.holders, f"{KEY.id}.3")
     Path(path).write_text("{")
     with open(path) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        assert list(holders.held(place.paths)) == []
+        assert list(notes.held(place.paths)) == []
     assert os.path.exists(path)
 
 
@@ -456,9 +455,9 @@ def test_a_hold_whose_file_vanishes_while_it_is_made_closes_nothing_twice(
         return real_stat(path, **options)  # type: ignore[call-overload, no-any-return]
 
     paths = place.paths
-    monkeypatch.setattr(holders.os, "stat", stat)
+    monkeypatch.setattr(notes.os, "stat", stat)
     with pytest.raises(RuntimeDirError, match="Cannot note in"):
-        holders.hold(paths, KEY, 3)  # a second close would be EBADF, which has no type of ours
+        notes.hold(paths, KEY, 3)  # a second close would be EBADF, which has no type of ours
 
 
 def test_a_connect_that_a_signal_interrupted_is_no_connection() -> None:

@@ -29,12 +29,16 @@ from torch import nn
 from benchmarks import models
 from tests.process import publishing
 from tests.process.conftest import Place
-from vllm_companion_plugin.engine import code, compat, configuration, digest, files, flags, key, session
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.engine import session
+from vllm_companion_plugin.engine.identity import code, configuration, digest, files, key
+from vllm_companion_plugin.engine.vllm import compat, flags
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
-from vllm_companion_plugin.launch.runtime_dir import digests_directory
-from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.host.models import model_name
+from vllm_companion_plugin.host.runtime_dir import digests_directory
+from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import EntryKey, Stage, model_name
 
 WEIGHTS = "model.safetensors"
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import KEY, Place, open_fds, until
-from vllm_companion_plugin.arena import ipc_tag
-from vllm_companion_plugin.client import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import ArenaError, BadRequestError
-from vllm_companion_plugin.keeper import Keeper
-from vllm_companion_plugin.launch import keeper as client
-from vllm_companion_plugin.types import ArenaInfo, EntryState
+from vllm_companion_plugin.keeper import client
+from vllm_companion_plugin.keeper.process import Keeper
+from vllm_companion_plugin.memory.kinds import ipc_tag
 
 GIB = 1 << 30
 pytestmark = pytest.mark.timeout(60)

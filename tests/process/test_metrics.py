@@ -18,13 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.process.conftest import KEY, Place, arena_of, until
 from tests.process.test_cli import CLI, cli, read_until, serve
 from vllm_companion_plugin.cli import metrics
-from vllm_companion_plugin.client import CompanionConnection, Granted, Ready, connect
-from vllm_companion_plugin.companion.counters import BOUNDS_S, PREFIX, TABLE
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.metrics import BOUNDS_S, PREFIX, TABLE, Series
+from vllm_companion_plugin.core.status import Progress, Report
 from vllm_companion_plugin.errors import BadRequestError, CompanionError
-from vllm_companion_plugin.launch.runtime_dir import device_paths
-from vllm_companion_plugin.launch.spawn import is_listening
-from vllm_companion_plugin.protocol import fd_channel, mapping
-from vllm_companion_plugin.types import EntryKey, Progress, Report, Series
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.wire import codec, fd_channel
 
 pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
 
@@ -177,11 +178,11 @@ def test_a_report_is_counted_only_in_words_that_the_companion_knows(place: Place
             Report("no such key", "stolen", 1.0, "no_such_code", "quick", "fine", 1.0),
             Report("x" * 100_000, "", 1.0, NASTY, NASTY, NASTY),
         ):
-            connection._stub.Report(mapping.report_to_message(nonsense), timeout=5)
+            connection._stub.Report(codec.report_to_message(nonsense), timeout=5)
         assert counted(connection) == []
         for seconds in (float("nan"), float("inf"), -1.0):
             with pytest.raises(BadRequestError):
-                connection._call("Report", mapping.report_to_message(Report(outcome="attached", seconds=seconds)))
+                connection._call("Report", codec.report_to_message(Report(outcome="attached", seconds=seconds)))
         connection.report(Report("unknown", "attached", 1.0))
         until(lambda: {one.name for one in counted(connection)} >= {"outcomes", "attach_seconds"}, 5, "it came")
         (bounds_s, series) = connection.metrics()
@@ -194,7 +195,7 @@ def test_a_companion_that_hangs_is_down_and_hides_no_other(place: Place, monkeyp
     monkeypatch.setattr(metrics, "ANSWER_TIMEOUT_S", 1.0)
     gpu = "GPU-00000000-0000-0000-0000-000000000000"
     place.companion()
-    process = place.run("-m", "vllm_companion_plugin.companion", "--device", gpu)
+    process = place.run("-m", "vllm_companion_plugin.holder", "--device", gpu)
     paths = device_paths(gpu, place.settings)
     until(lambda: is_listening(paths), 20, "it listens")
     device_paths("GPU-11111111-0000-0000-0000-000000000000", place.settings)  # nobody runs there

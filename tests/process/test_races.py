@@ -13,9 +13,9 @@ from tests.process.chaos import World
 from tests.process.conftest import KEY, Place, alive, until
 from tests.process.standin import companions
 from tests.process.test_holder import Engines
-from vllm_companion_plugin import holder
-from vllm_companion_plugin.client import CompanionConnection, connect
-from vllm_companion_plugin.launch import holders
+from vllm_companion_plugin.client import mirror
+from vllm_companion_plugin.client.connection import CompanionConnection, connect
+from vllm_companion_plugin.host import notes
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -82,10 +82,10 @@ def test_who_is_about_to_hand_back_when_the_companion_is_stopped_does_not(
         engines.start()
 
         def connect_late(*args: Any, **kwargs: Any) -> CompanionConnection:
-            holders.dismiss(place.paths, KEY, 1)  # as a companion does that is stopped meanwhile
+            notes.dismiss(place.paths, KEY, 1)  # as a companion does that is stopped meanwhile
             return connect(*args, **kwargs)
 
-        monkeypatch.setattr(holder, "connect", connect_late)
+        monkeypatch.setattr(mirror, "connect", connect_late)
         engines.kill_companion()
         until(lambda: engines.holders[0]._closed.is_set(), 10, "it has let go")
         until(lambda: (status := engines.status()) is not None and status.entries == (), 5, "nothing is held")

@@ -44,7 +44,7 @@ WHOLE_PATH = """
 import os, pwd, subprocess, sys
 import torch
 from tests.process.publishing import KEY, Small, load
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.settings import resolve
 
 try:

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from tests.process.conftest import Place, alive, arena_of, until
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.client import CompanionConnection, Granted, connect
-from vllm_companion_plugin.engine import compat, room
-from vllm_companion_plugin.protocol import fd_channel
-from vllm_companion_plugin.types import EntryKey, Stage
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, connect
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.engine import room
+from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.wire import fd_channel
 
 GPU = compat.EngineDevice("GPU-x", torch.device("cuda", 0), arenas.CUDA_VMM, Stage.PROCESSED)
 HOST = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)

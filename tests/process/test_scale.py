@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import KEY, Place, until
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.client import Granted, connect
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
-from vllm_companion_plugin.types import Manifest, ModuleInfo, SlotInfo, Stage, StorageInfo, TensorInfo, TensorKind
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import Granted, connect
+from vllm_companion_plugin.core.module_tree import (
+    Manifest,
+    ModuleInfo,
+    SlotInfo,
+    Stage,
+    StorageInfo,
+    TensorInfo,
+    TensorKind,
+)
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 pytestmark = pytest.mark.timeout(180)
 

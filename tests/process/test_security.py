@@ -25,7 +25,11 @@ import grpc
 import pytest
 
 from tests.process.conftest import KEY, Place, arena_of, memfd, until
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import GENERATIONS, Published
+from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
@@ -34,12 +38,10 @@ from vllm_companion_plugin.errors import (
     RuntimeDirError,
     TicketError,
 )
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import device_paths
-from vllm_companion_plugin.launch.spawn import is_listening
-from vllm_companion_plugin.protocol import fd_channel, messages, schema
-from vllm_companion_plugin.publication import Publication
-from vllm_companion_plugin.types import GENERATIONS, PROTOCOL_VERSION, EntryKey, Published
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.wire import fd_channel, messages, schema
 
 NOBODY = 65534
 OTHER = 54321
@@ -49,8 +51,9 @@ EVIL = f"evil\n{FORGED}\x1b[2J\x9b31m\u202e"
 
 LIMITS = """
 import resource, sys
-from vllm_companion_plugin.companion import fd_server, service, state
-from vllm_companion_plugin.companion.__main__ import main
+from vllm_companion_plugin.holder.__main__ import main
+from vllm_companion_plugin.holder.registry import state
+from vllm_companion_plugin.holder.service import fd_server, service
 fd_server.MAX_CONNECTIONS = 16
 state.MAX_LEASES, state.MAX_ENTRIES = 12, 8
 service.MAX_WATCHES = service.MAX_PUBLICATIONS = 4

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import KEY, Place, arena_of, until
-from vllm_companion_plugin import lease
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.companion.process import InstanceLock
+from vllm_companion_plugin.client import lease
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError, WaitTimeoutError
-from vllm_companion_plugin.launch import holders, spawn
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.locks import owner_text
-from vllm_companion_plugin.protocol import fd_channel, mapping, messages
-from vllm_companion_plugin.types import PROTOCOL_VERSION
+from vllm_companion_plugin.holder.process import InstanceLock
+from vllm_companion_plugin.host import notes, spawn
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.locks import owner_text
+from vllm_companion_plugin.wire import codec, fd_channel, messages
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -170,8 +170,8 @@ def test_a_stopped_loader_is_waited_for_as_long_as_it_may_be_silent_and_named(pl
 def test_a_stopped_process_that_holds_the_loaders_lock_is_waited_for_as_long_as_it_may_be_silent(place: Place) -> None:
     code = (
         "import sys\n"
-        "from vllm_companion_plugin.launch.election import LoaderElection\n"
-        "from vllm_companion_plugin.launch.runtime_dir import device_paths\n"
+        "from vllm_companion_plugin.host.election import LoaderElection\n"
+        "from vllm_companion_plugin.host.runtime_dir import device_paths\n"
         "from vllm_companion_plugin.settings import resolve\n"
         "held = LoaderElection(device_paths('cpu', resolve())).acquire(5, 'model A')\n"
         "print('held', flush=True)\n"
@@ -186,14 +186,14 @@ def test_a_stopped_process_that_holds_the_loaders_lock_is_waited_for_as_long_as_
 def test_a_process_that_was_stopped_while_it_noted_a_hold_does_not_keep_others(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holders, "LOCK_TIMEOUT_S", 0.3)
-    os.close(holders.hold(place.paths, KEY, 1))
+    monkeypatch.setattr(notes, "LOCK_TIMEOUT_S", 0.3)
+    os.close(notes.hold(place.paths, KEY, 1))
     path = os.path.join(place.paths.holders, f"{KEY.id}.1")
     with open(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(RuntimeDirError, match=f"pid {os.getpid()} has kept .* locked for 0.3 s"):
-            holders.hold(place.paths, KEY, 1)
-    os.close(holders.hold(place.paths, KEY, 1))
+            notes.hold(place.paths, KEY, 1)
+    os.close(notes.hold(place.paths, KEY, 1))
 
 
 # ---- readers
@@ -205,7 +205,7 @@ def test_clients_that_never_read_cost_the_companion_little_and_others_nothing(pl
         connection = undo.enter_context(connect("cpu", place.settings, spawn=False))
         publish(connection, MANIFEST)
         before = resident_kb(process.pid)
-        request = messages.AttachRequest(protocol_version=PROTOCOL_VERSION, key=mapping.key_to_message(KEY), client="x")
+        request = messages.AttachRequest(protocol_version=PROTOCOL_VERSION, key=codec.key_to_message(KEY), client="x")
         for _ in range(20):
             silent = undo.enter_context(connect("cpu", place.settings, spawn=False))
             undo.callback(silent._stub.Attach(request).cancel)  # nobody iterates over it
@@ -227,7 +227,7 @@ def test_a_client_that_reads_slowly_gets_everything(place: Place) -> None:
     place.companion()
     with connect("cpu", place.settings, spawn=False) as connection:
         publish(connection, MANIFEST)
-        request = messages.AttachRequest(protocol_version=PROTOCOL_VERSION, key=mapping.key_to_message(KEY), client="x")
+        request = messages.AttachRequest(protocol_version=PROTOCOL_VERSION, key=codec.key_to_message(KEY), client="x")
         call, received = connection._stub.Attach(request), 0
         for event in call:
             received += len(event.manifest_chunk)

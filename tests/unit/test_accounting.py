@@ -11,8 +11,9 @@ import pytest
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.worker.utils import request_memory
 
-from vllm_companion_plugin.engine import accounting, compat, session
+from vllm_companion_plugin.engine import session
 from vllm_companion_plugin.engine.loader import CompanionModelLoader
+from vllm_companion_plugin.engine.vllm import accounting, compat
 
 pytestmark = pytest.mark.core
 
@@ -76,7 +77,7 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
 print(type(get_model_loader(LoadConfig(load_format="companion"))).__name__)
 from vllm.v1.worker import gpu_worker
-from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.engine.vllm import compat
 if compat.has_external_memory_hook(gpu_worker.request_memory):
     print("asked by vLLM")
 else:

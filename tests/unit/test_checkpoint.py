@@ -11,9 +11,9 @@ import pytest
 from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_companion_plugin.engine import checkpoint
+from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.types import model_name
+from vllm_companion_plugin.host.models import model_name
 
 pytestmark = pytest.mark.core
 

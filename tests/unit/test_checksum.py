@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.arena import ARENA_CHECKSUM, PIECE_BYTES, ArenaInfo, Checksums
+from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.errors import BadRequestError, IntegrityError
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.checksum import (
+from vllm_companion_plugin.memory.tensors.checksum import (
     ROW_BYTES,
     ROW_WORDS,
     ROWS,
@@ -20,10 +21,10 @@ from vllm_companion_plugin.module_tree.checksum import (
     _chosen,
     _weights,
 )
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.module_tree.views import ArenaViews
-from vllm_companion_plugin.protocol import mapping
-from vllm_companion_plugin.types import ARENA_CHECKSUM, PIECE_BYTES, ArenaInfo, Checksums, Stage
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.pack import copy, prepare
+from vllm_companion_plugin.wire import codec
 
 CPU = torch.device("cpu")
 
@@ -118,7 +119,7 @@ def test_what_is_packed_carries_its_checksums_and_verifies() -> None:
     assert arena.info.checksums.algorithm == ARENA_CHECKSUM
     assert len(arena.info.checksums.values) == 2
     assert Verification(views, arena.info, "full", CPU).check(manifest, "m") == "verified 2 of 2 pieces"
-    arrived, _ = mapping.arena_from_message(mapping.arena_to_message(arena.info))
+    arrived, _ = codec.arena_from_message(codec.arena_to_message(arena.info))
     assert arrived == arena.info
     arena.close()
 
@@ -174,4 +175,4 @@ def test_a_sample_is_not_chosen_by_the_seed_of_the_engine() -> None:
 def test_an_arena_with_too_few_checksums_is_no_arena() -> None:
     info = ArenaInfo("memfd", (PIECE_BYTES + 4096,), Checksums(ARENA_CHECKSUM, (1,)))
     with pytest.raises(BadRequestError, match="1 checksums"):
-        mapping.arena_from_message(mapping.arena_to_message(info))
+        codec.arena_from_message(codec.arena_to_message(info))

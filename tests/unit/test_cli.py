@@ -16,17 +16,14 @@ from typing import Any
 
 import pytest
 
-from vllm_companion_plugin.cli import doctor, look, main, serve, table
-from vllm_companion_plugin.cli.children import Signals
+from vllm_companion_plugin.cli import look, main, serve, table
 from vllm_companion_plugin.cli.devices import devices_named
-from vllm_companion_plugin.cli.doctor import FAIL, OK, WARN, Check
-from vllm_companion_plugin.companion.process import InstanceLock
-from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths
-from vllm_companion_plugin.settings import TABLE, resolve
-from vllm_companion_plugin.types import (
+from vllm_companion_plugin.cli.doctor import command as doctor
+from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
+from vllm_companion_plugin.client import shutdown
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import (
     CompanionStatus,
-    EntryKey,
     EntryState,
     EntryStatus,
     LeaseState,
@@ -34,6 +31,11 @@ from vllm_companion_plugin.types import (
     LoaderInfo,
     Progress,
 )
+from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError
+from vllm_companion_plugin.holder.process import InstanceLock
+from vllm_companion_plugin.host.runtime_dir import DevicePaths
+from vllm_companion_plugin.settings import TABLE, resolve
+from vllm_companion_plugin.supervise.children import Signals
 
 NOW = 10_000.0
 LOADER = LoaderInfo(42, "vLLM", NOW - 5, Progress("loading", 3 << 30, 12 << 30))
@@ -307,7 +309,8 @@ def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch
 def test_a_gpu_that_has_no_memory_for_a_context_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vllm_companion_plugin.arena import cuda_driver, cuda_vmm
+    from vllm_companion_plugin.memory import cuda_driver
+    from vllm_companion_plugin.memory.kinds import cuda_vmm
 
     def unsupported_reason(index: int) -> str | None:
         if index == 1:
@@ -333,12 +336,12 @@ def test_stop_waits_for_the_process_and_not_for_its_answer(monkeypatch: pytest.M
     connection: Any = SimpleNamespace(
         device="cpu", paths=DevicePaths("cpu", str(tmp_path)), shutdown=lambda replaced: process.pid
     )
-    monkeypatch.setattr(look, "listener_pid", lambda paths: process.pid)
+    monkeypatch.setattr(shutdown, "listener_pid", lambda paths: process.pid)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
         assert look.shut_down(connection) == process.pid
         assert process.poll() == 0
     look.shut_down(connection)
-    monkeypatch.setattr(look, "STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(shutdown, "STOP_TIMEOUT_S", 0.1)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         with pytest.raises(CompanionError, match=f"kill -9 {process.pid}"):
             look.shut_down(connection)
@@ -351,8 +354,8 @@ def test_stop_waits_by_the_lock_for_a_companion_of_another_container(
     paths = DevicePaths("cpu", str(tmp_path))
     lock = InstanceLock(paths)
     connection: Any = SimpleNamespace(device="cpu", paths=paths, shutdown=lambda replaced: os.getpid())
-    monkeypatch.setattr(look, "listener_pid", lambda paths: 0)
-    monkeypatch.setattr(look, "STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(shutdown, "listener_pid", lambda paths: 0)
+    monkeypatch.setattr(shutdown, "STOP_TIMEOUT_S", 0.1)
     with pytest.raises(CompanionError, match="another container"):
         look.shut_down(connection)
     lock.release()

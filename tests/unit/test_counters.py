@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World
-from vllm_companion_plugin.companion import counters
-from vllm_companion_plugin.companion.counters import BOUNDS_S, MAX_SUBJECTS, Counters
-from vllm_companion_plugin.companion.selection import Query
-from vllm_companion_plugin.types import EntryKey
+from vllm_companion_plugin.core import metrics
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.metrics import BOUNDS_S
+from vllm_companion_plugin.holder.registry.counters import MAX_SUBJECTS, Counters
+from vllm_companion_plugin.holder.registry.selection import Query
 
 KEY = EntryKey("ab" * 32, "org/model")
 
@@ -113,7 +114,7 @@ def test_every_series_of_an_entry_begins_at_zero() -> None:
     world = World()
     world.attach(KEY)
     before = {(series.name, *series.labels.values()) for series in world.registry.counters.all()}
-    assert {name for name, *_ in before} == {metric.name for metric in counters.TABLE if metric.kind != "gauge"}
+    assert {name for name, *_ in before} == {metric.name for metric in metrics.TABLE if metric.kind != "gauge"}
     assert counted(world) == {}
     world.registry.end_lease(world.registry.leases[0])
     world.publish(KEY)
@@ -121,4 +122,4 @@ def test_every_series_of_an_entry_begins_at_zero() -> None:
 
 
 def test_a_name_is_a_label_of_bounded_length() -> None:
-    assert counters.subject(EntryKey("ab" * 32, "x" * 5000))[0] == "x" * counters.MAX_LABEL
+    assert metrics.subject(EntryKey("ab" * 32, "x" * 5000))[0] == "x" * metrics.MAX_LABEL

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from cuda.bindings import driver
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.arena import cuda_driver, cuda_ipc, cuda_vmm, ipc_tag
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
-from vllm_companion_plugin.types import ArenaInfo
+from vllm_companion_plugin.memory import cuda_driver
+from vllm_companion_plugin.memory.kinds import cuda_ipc, cuda_vmm, ipc_tag
 
 BLOCK = 2 << 20
 DEVICE = 1

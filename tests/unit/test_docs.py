@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vllm_companion_plugin import settings
-from vllm_companion_plugin.companion import counters
+from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.errors import BY_CODE
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -21,7 +21,7 @@ def test_the_settings_table_is_the_generated_one() -> None:
 
 
 def test_the_metrics_table_is_the_generated_one() -> None:
-    assert counters.to_markdown() in (DOCS / "operations.md").read_text()
+    assert metrics.to_markdown() in (DOCS / "operations.md").read_text()
 
 
 def test_every_error_code_is_explained() -> None:

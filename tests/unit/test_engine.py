@@ -23,19 +23,23 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
 from tests.unit import test_mapping
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import checkpoint, compat, draft, flags, session
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.lease import Ready
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.core.status import Published
+from vllm_companion_plugin.engine import draft, session
 from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.publish import _Publisher
+from vllm_companion_plugin.engine.vllm import compat, flags
 from vllm_companion_plugin.errors import ManifestError, NotShareableError
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import device_paths, ensure_private_directory
-from vllm_companion_plugin.lease import Ready
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.pack import prepare
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.runtime_dir import device_paths, ensure_private_directory
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
-from vllm_companion_plugin.types import ArenaInfo, Manifest, Published, Stage
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.pack import prepare
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 pytestmark = pytest.mark.core
 

@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from vllm_companion_plugin.engine import imports
-from vllm_companion_plugin.engine.imports import around_imports
+from vllm_companion_plugin.engine.vllm import imports
+from vllm_companion_plugin.engine.vllm.imports import around_imports
 
 pytestmark = pytest.mark.core
 MODULES = {

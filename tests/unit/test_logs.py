@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_companion_plugin import logs
+from vllm_companion_plugin.core import logs
 
 FORGED = "org/m\nINFO 01-01 00:00:00 [state.py:1] Unloaded everything.\r\x1b[2J\x7f\x9b31m\u2028\u202e\ud800end"
 """A new line, a terminal's commands, a bidirectional override, half a character."""
@@ -96,7 +96,7 @@ def test_what_ends_a_process_is_said_in_its_form(
 
 WRITER = """
 import logging, sys
-from vllm_companion_plugin import logs
+from vllm_companion_plugin.core import logs
 logs.configure("INFO", sys.argv[1], "cpu")
 for number in range(3000):
     logging.info("line %d of a log that nobody reads, with some more words to fill the pipe", number)
@@ -135,7 +135,7 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_lost(format: 
 
 LONG = """
 import logging, sys
-from vllm_companion_plugin import logs
+from vllm_companion_plugin.core import logs
 logs.MOST_BYTES, logs.KEPT_BYTES, logs.HEAD_CHARACTERS, logs.CHECK_CHARACTERS = 40_000, 10_000, 300, 2_000
 logs.configure("INFO", sys.argv[1], "cpu", bounded=sys.argv[2] == "bounded")
 logging.info("the beginning")
@@ -191,7 +191,7 @@ class TestLength:
 
 
 def test_without_standard_error_nothing_is_logged_and_nothing_fails() -> None:
-    code = "import logging; from vllm_companion_plugin import logs; logs.configure('INFO', 'text', 'cpu'); "
+    code = "import logging; from vllm_companion_plugin.core import logs; logs.configure('INFO', 'text', 'cpu'); "
     command = ["sh", "-c", f'exec {sys.executable} -c "{code}logging.info(1); print(2)" 2>&-']
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (0, "2\n")

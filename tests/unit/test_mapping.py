@@ -11,29 +11,31 @@ from typing import Any
 import pytest
 
 from tests.manifests import change, set_field
-from vllm_companion_plugin.errors import BadRequestError, ManifestError
-from vllm_companion_plugin.protocol import mapping, messages
-from vllm_companion_plugin.protocol.manifest import MAX_TENSORS
-from vllm_companion_plugin.types import (
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.module_tree import (
     AddedSlot,
-    ArenaInfo,
-    CompanionStatus,
-    EntryKey,
-    EntryState,
-    EntryStatus,
-    LeaseState,
-    LeaseStatus,
-    LoaderInfo,
     Manifest,
     ModuleInfo,
     Observed,
-    Progress,
     SlotInfo,
     Stage,
     StorageInfo,
     TensorInfo,
     TensorKind,
 )
+from vllm_companion_plugin.core.status import (
+    CompanionStatus,
+    EntryState,
+    EntryStatus,
+    LeaseState,
+    LeaseStatus,
+    LoaderInfo,
+    Progress,
+)
+from vllm_companion_plugin.errors import BadRequestError, ManifestError
+from vllm_companion_plugin.wire import codec, messages
+from vllm_companion_plugin.wire.manifest import MAX_TENSORS
 
 KEY = EntryKey(
     "ab", "Qwen/Qwen3-8B", "target", "tp0/2", {"dtype": "bfloat16", "é": "ü"}, "/models/q", {"a.safetensors": "stat 1"}
@@ -89,13 +91,13 @@ def manifest() -> Manifest:
 
 
 def test_a_manifest_survives_the_wire_in_full() -> None:
-    data = mapping.manifest_to_bytes(manifest())
-    assert mapping.manifest_from_bytes(data) == manifest()
-    assert mapping.manifest_to_bytes(mapping.manifest_from_bytes(data)) == data
+    data = codec.manifest_to_bytes(manifest())
+    assert codec.manifest_from_bytes(data) == manifest()
+    assert codec.manifest_to_bytes(codec.manifest_from_bytes(data)) == data
 
 
 def _edited(edit: Callable[[Any], object]) -> bytes:
-    message = messages.Manifest.FromString(mapping.manifest_to_bytes(manifest()))
+    message = messages.Manifest.FromString(codec.manifest_to_bytes(manifest()))
     edit(message)
     return bytes(message.SerializeToString())
 
@@ -160,7 +162,7 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
 def test_a_manifest_that_lies_is_refused(name: str) -> None:
     edit, text = LIES[name]
     with pytest.raises(ManifestError, match=text):
-        mapping.manifest_from_bytes(_edited(edit))
+        codec.manifest_from_bytes(_edited(edit))
 
 
 def test_of_slots_that_are_refused_no_objects_are_made() -> None:
@@ -168,7 +170,7 @@ def test_of_slots_that_are_refused_no_objects_are_made() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(ManifestError, match="unknown kind ''"):
-            mapping.manifest_from_bytes(data)
+            codec.manifest_from_bytes(data)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -176,17 +178,17 @@ def test_of_slots_that_are_refused_no_objects_are_made() -> None:
 
 def test_bytes_that_are_no_manifest_are_refused() -> None:
     with pytest.raises(ManifestError, match="cannot be decoded"):
-        mapping.manifest_from_bytes(b"\xff\xff\xff\xff")
+        codec.manifest_from_bytes(b"\xff\xff\xff\xff")
     with pytest.raises(ManifestError):
-        mapping.manifest_from_bytes(mapping.manifest_to_bytes(manifest())[:-3])
+        codec.manifest_from_bytes(codec.manifest_to_bytes(manifest())[:-3])
     with pytest.raises(ManifestError, match="unknown stage"):
-        mapping.manifest_from_bytes(b"")
+        codec.manifest_from_bytes(b"")
 
 
 def test_a_manifest_fits_an_arena_that_holds_its_last_byte() -> None:
-    mapping.check_manifest_fits(manifest(), ArenaInfo("memfd", (300, 84)))
+    codec.check_manifest_fits(manifest(), ArenaInfo("memfd", (300, 84)))
     with pytest.raises(ManifestError, match="byte 384 of an arena of 383"):
-        mapping.check_manifest_fits(manifest(), ArenaInfo("memfd", (300, 83)))
+        codec.check_manifest_fits(manifest(), ArenaInfo("memfd", (300, 83)))
 
 
 def test_a_hundred_thousand_tensors_are_read_without_quadratic_cost() -> None:
@@ -198,22 +200,22 @@ def test_a_hundred_thousand_tensors_are_read_without_quadratic_cost() -> None:
         tuple(tensor(i) for i in range(count)),
         (ModuleInfo("", (), "Model", slots, {}),),
     )
-    data = mapping.manifest_to_bytes(large)
+    data = codec.manifest_to_bytes(large)
     began = time.process_time()
-    assert len(mapping.manifest_from_bytes(data).tensors) == count
+    assert len(codec.manifest_from_bytes(data).tensors) == count
     assert time.process_time() - began < 3  # about 0.4 s; the rest is room for a slow machine
 
 
 def test_status_survives_the_wire() -> None:
     ready = dataclasses.replace(ENTRY, state=EntryState.READY, loader=None, leases=())
     status = CompanionStatus("cpu", 4, "0.1", 1, 1.5, -1.0, 0.0, (ENTRY, ready))
-    message = mapping.companion_status_to_message(status)
-    assert mapping.companion_status_from_message(type(message).FromString(message.SerializeToString())) == status
+    message = codec.companion_status_to_message(status)
+    assert codec.companion_status_from_message(type(message).FromString(message.SerializeToString())) == status
 
 
 def test_arena_and_handle_survive_the_wire() -> None:
     arena = ArenaInfo("cuda_vmm", (1 << 21, 1 << 36))
-    assert mapping.arena_from_message(mapping.arena_to_message(arena, b"ticket")) == (arena, b"ticket")
+    assert codec.arena_from_message(codec.arena_to_message(arena, b"ticket")) == (arena, b"ticket")
 
 
 @pytest.mark.parametrize(
@@ -224,17 +226,17 @@ def test_arena_and_handle_survive_the_wire() -> None:
 )  # fmt: skip
 def test_an_impossible_arena_is_refused(arena: ArenaInfo) -> None:
     with pytest.raises(BadRequestError):
-        mapping.arena_from_message(mapping.arena_to_message(arena))
+        codec.arena_from_message(codec.arena_to_message(arena))
 
 
 @pytest.mark.parametrize("name", ["id", "model", "role", "rank"])
 def test_a_key_without_its_parts_is_refused(name: str) -> None:
     with pytest.raises(BadRequestError, match=name):
-        mapping.key_from_message(mapping.key_to_message(dataclasses.replace(KEY, **{name: ""})))
+        codec.key_from_message(codec.key_to_message(dataclasses.replace(KEY, **{name: ""})))
 
 
 def test_an_unknown_state_is_a_typed_error() -> None:
-    message = mapping.entry_status_to_message(ENTRY)
+    message = codec.entry_status_to_message(ENTRY)
     message.state = "dreaming"
     with pytest.raises(BadRequestError, match="dreaming"):
-        mapping.entry_status_from_message(message)
+        codec.entry_status_from_message(message)

@@ -18,16 +18,16 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.core.process import collector_paused
 from vllm_companion_plugin.errors import ArenaError, CompanionError, ManifestError, NotShareableError, ParityError
-from vllm_companion_plugin.interpreter import collector_paused
-from vllm_companion_plugin.module_tree import pack
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
-from vllm_companion_plugin.module_tree.views import ArenaViews, dtype_of, without_storage
-from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
-from vllm_companion_plugin.types import Manifest, Stage
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of, without_storage
+from vllm_companion_plugin.tree import pack
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
+from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
+from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 
 pytestmark = pytest.mark.core
 
@@ -256,7 +256,7 @@ def test_a_failure_in_the_middle_gives_the_model_its_memory_back(monkeypatch: py
     def no_memory(self: object) -> None:
         raise ArenaError("no memory")
 
-    monkeypatch.setattr("vllm_companion_plugin.arena.memfd.MemfdWriter.seal", no_memory)
+    monkeypatch.setattr("vllm_companion_plugin.memory.kinds.memfd.MemfdWriter.seal", no_memory)
     with pytest.raises(CompanionError):
         pack.copy(packed, arenas.MEMFD, CPU, rebind=True, release=lambda: None)
     assert equal(values(model), before)

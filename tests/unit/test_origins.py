@@ -18,17 +18,17 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_companion_plugin import arena as arenas
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
-from vllm_companion_plugin.module_tree import pack
-from vllm_companion_plugin.module_tree.building import WithoutWeights
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.observe import Observation
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy
-from vllm_companion_plugin.module_tree.values import text_of, value_of
-from vllm_companion_plugin.module_tree.views import ArenaViews
-from vllm_companion_plugin.protocol.manifest import manifest_from_bytes, manifest_to_bytes
-from vllm_companion_plugin.types import Manifest, Stage
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.tree import pack
+from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.observe import Observation
+from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
+from vllm_companion_plugin.tree.values import text_of, value_of
+from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 
 pytestmark = pytest.mark.core
 

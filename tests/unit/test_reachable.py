@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.cli.verify import Difference, differences
-from vllm_companion_plugin.engine.reachable import Reached, walk
+from vllm_companion_plugin.engine.run.reachable import Reached, walk
 
 WAYS_DEEP = 30
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_companion_plugin.engine.reading import LARGEST_BYTES, differences, observed_reading
+from vllm_companion_plugin.engine.identity.reading import LARGEST_BYTES, differences, observed_reading
 
 pytestmark = pytest.mark.core
 
@@ -111,7 +111,7 @@ class TestReading:
         """A hook is for ever, and is called at each import."""
         code = (
             "import sys; hooks = []; sys.addaudithook = hooks.append\n"
-            "from vllm_companion_plugin.engine import reading; assert not hooks\n"
+            "from vllm_companion_plugin.engine.identity import reading; assert not hooks\n"
             "from pathlib import Path\n"
             "for _ in range(2):\n"
             "    with reading.observed_reading(Path('/tmp')): pass\n"

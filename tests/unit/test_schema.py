@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from vllm_companion_plugin.protocol import messages, schema
+from vllm_companion_plugin.wire import messages, schema
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,14 +26,14 @@ def _make_stubs() -> ModuleType:
 def test_the_descriptors_in_the_tree_are_those_of_the_protos() -> None:
     from google.protobuf import descriptor_pb2
 
-    committed = (ROOT / "vllm_companion_plugin" / "protocol" / "schema.binpb").read_bytes()
+    committed = (ROOT / "vllm_companion_plugin" / "wire" / "schema.binpb").read_bytes()
     # Compared parsed: compilers of different versions may order bytes differently.
     parse = descriptor_pb2.FileDescriptorSet.FromString
     assert parse(committed) == parse(_make_stubs().descriptor_set())
 
 
 def test_the_message_list_in_the_tree_is_that_of_the_protos() -> None:
-    committed = (ROOT / "vllm_companion_plugin" / "protocol" / "messages.py").read_text()
+    committed = (ROOT / "vllm_companion_plugin" / "wire" / "messages.py").read_text()
     assert committed == _make_stubs().messages_module()
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_companion_plugin.engine import compat, flags
 from vllm_companion_plugin.engine.register import register
+from vllm_companion_plugin.engine.vllm import compat, flags
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
 

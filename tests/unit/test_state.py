@@ -6,17 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from vllm_companion_plugin.companion.entries import (
-    FailedEvent,
-    GrantedEvent,
-    Lease,
-    ReadyEvent,
-    RetiredEvent,
-    WaitingEvent,
-)
-from vllm_companion_plugin.companion.manifests import StoredManifest
-from vllm_companion_plugin.companion.selection import Query
-from vllm_companion_plugin.companion.state import Registry
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
@@ -25,7 +17,17 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     NotShareableError,
 )
-from vllm_companion_plugin.types import ArenaInfo, EntryKey, EntryState, LeaseState, Progress, Published
+from vllm_companion_plugin.holder.registry.entries import (
+    FailedEvent,
+    GrantedEvent,
+    Lease,
+    ReadyEvent,
+    RetiredEvent,
+    WaitingEvent,
+)
+from vllm_companion_plugin.holder.registry.selection import Query
+from vllm_companion_plugin.holder.registry.state import Registry
+from vllm_companion_plugin.holder.service.incoming import StoredManifest
 
 ARENA = ArenaInfo("memfd", (4096, 8192))
 MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)

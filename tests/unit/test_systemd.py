@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_companion_plugin.launch import spawn, systemd
+from vllm_companion_plugin.host import spawn, systemd
 from vllm_companion_plugin.settings import resolve
 
 V1 = """12:pids:/system.slice/vllm.service

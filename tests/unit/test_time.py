@@ -9,14 +9,16 @@ import time
 
 import pytest
 
-from vllm_companion_plugin.companion import process
-from vllm_companion_plugin.companion.manifests import StoredManifest
-from vllm_companion_plugin.companion.service import CompanionService
-from vllm_companion_plugin.companion.state import Registry
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import device_paths
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import Published
+from vllm_companion_plugin.holder import process
+from vllm_companion_plugin.holder.registry.state import Registry
+from vllm_companion_plugin.holder.service.incoming import StoredManifest
+from vllm_companion_plugin.holder.service.service import CompanionService
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.settings import resolve
-from vllm_companion_plugin.types import ArenaInfo, EntryKey, Published
 
 
 def test_how_long_a_load_took_is_right_though_the_clock_was_set_back() -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from benchmarks import checkpoints
 from tests.process.conftest import Place, place
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.settings import to_environment
-from vllm_companion_plugin.types import EntryStatus
 
 __all__ = ["place"]
 

@@ -25,7 +25,7 @@ def describe(worker) -> dict:
 
     import torch
 
-    from vllm_companion_plugin.module_tree.capture import capture
+    from vllm_companion_plugin.tree.capture import capture
 
     arena = [
         [int(address, 16) for address in line.split()[0].split("-")]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.process.conftest import Place, alive, answering, until
 from tests.vllm.conftest import FLAGS, Engine, StartEngine, entries
-from vllm_companion_plugin.launch.election import LoaderElection
+from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]

@@ -15,9 +15,9 @@ import pytest
 from tests.process.conftest import Place, alive, until
 from tests.process.standin import companions
 from tests.vllm.conftest import START_TIMEOUT_S, Engine, StartEngine
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.types import EntryState, EntryStatus, LeaseState
 
 SEED = 20261121
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]

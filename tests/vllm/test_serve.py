@@ -11,9 +11,9 @@ import pytest
 from benchmarks import models
 from tests.process.conftest import Place, alive, until
 from tests.vllm.conftest import FLAGS, StartEngine, entries
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import to_environment
-from vllm_companion_plugin.types import EntryState
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

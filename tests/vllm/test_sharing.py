@@ -15,9 +15,9 @@ import pytest
 from tests.process.conftest import Place, until
 from tests.process.publishing import damage
 from tests.vllm.conftest import MANY_PROCESSES, StartEngine, entries
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.types import EntryState
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

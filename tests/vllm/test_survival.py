@@ -14,10 +14,10 @@ import pytest
 from benchmarks.servers import Load, Server
 from tests.process.conftest import Place, alive, until
 from tests.vllm.conftest import MANY_PROCESSES, START_TIMEOUT_S, StartEngine
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import to_environment
-from vllm_companion_plugin.types import EntryState, EntryStatus
 
 # Alone, because it measures seconds.
 pytestmark = [pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(600)]

@@ -20,7 +20,7 @@ def mapped() -> int:
 
 def used(device: str) -> int:
     """Entries on `device` that this process uses."""
-    from vllm_companion_plugin.client import connect
+    from vllm_companion_plugin.client.connection import connect
     from vllm_companion_plugin.settings import resolve
 
     with connect(device, resolve(), spawn=False) as connection:
@@ -30,8 +30,8 @@ def used(device: str) -> int:
 
 def shrink_device(size_bytes: int, kv_bytes: int) -> None:
     """Let the device have `size_bytes` for weights, and nothing on it but what its companion holds."""
-    from vllm_companion_plugin.client import connect
-    from vllm_companion_plugin.engine import compat
+    from vllm_companion_plugin.client.connection import connect
+    from vllm_companion_plugin.engine.vllm import compat
     from vllm_companion_plugin.settings import resolve
 
     def memory(device: compat.EngineDevice) -> tuple[int, int]:

@@ -1,0 +1,5 @@
+"""The command line.
+
+May import: core, host, wire, memory, keeper, client, holder, supervise, settings, errors.
+Of other packages: grpc, google, prometheus_client.
+"""

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from vllm_companion_plugin.client import CompanionConnection
-from vllm_companion_plugin.errors import (
-    ArenaError,
-    SettingsError,
-)
-from vllm_companion_plugin.launch.runtime_dir import check_device, device_paths, list_devices
-from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.errors import ArenaError, SettingsError
+from vllm_companion_plugin.host.runtime_dir import check_device, device_paths, list_devices
+from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
 
 
@@ -21,7 +18,7 @@ def visible_gpus() -> list[str]:
     try:
         if find_spec("cuda.bindings") is None:
             return []
-        from vllm_companion_plugin.arena import cuda_driver
+        from vllm_companion_plugin.memory import cuda_driver
 
         return cuda_driver.device_uuids()
     except (ImportError, ArenaError):

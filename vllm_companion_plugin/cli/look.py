@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import queue
-import select
 import signal
 import threading
 import time
@@ -15,9 +13,12 @@ from collections.abc import Callable, Iterator
 
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
-from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.client import CompanionConnection
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.client.shutdown import shut_down
+from vllm_companion_plugin.core.output import say
+from vllm_companion_plugin.core.status import CompanionStatus
+from vllm_companion_plugin.core.text import one_line
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -25,15 +26,9 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
-from vllm_companion_plugin.launch.keeper import keeper_pid
-from vllm_companion_plugin.launch.locks import is_locked
-from vllm_companion_plugin.launch.runtime_dir import DevicePaths
-from vllm_companion_plugin.launch.spawn import listener_pid
-from vllm_companion_plugin.logs import one_line
+from vllm_companion_plugin.host.spawn import listener_pid
+from vllm_companion_plugin.keeper.client import keeper_pid
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus
-
-STOP_TIMEOUT_S = 5.0
 
 _News = tuple[str, CompanionStatus | CompanionError | KeyboardInterrupt | None]
 """From a device; the error, or None, if it has ended."""
@@ -193,31 +188,3 @@ def _stop(connection: CompanionConnection) -> None:
     say(f"Stopped the companion of {connection.device} (pid {pid}).")
     for entry, lease in leases:
         say(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
-
-
-def shut_down(connection: CompanionConnection, *, replaced: bool = False) -> int:
-    """End the companion and return, with its pid, when it has ended: its exit frees the memory, not its answer."""
-    visible = listener_pid(connection.paths)  # its own idea of its pid is that of its container
-    with contextlib.ExitStack() as undo:
-        pidfd = -1
-        with contextlib.suppress(ProcessLookupError):
-            if visible:
-                pidfd = os.pidfd_open(visible)
-                undo.callback(os.close, pidfd)
-        pid = connection.shutdown(replaced=replaced)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while not _ended(connection.paths, pidfd):
-            if time.monotonic() > deadline:
-                how = f"End it: kill -9 {visible}" if visible else "It runs in another container."
-                raise WaitTimeoutError(
-                    f"The companion of {connection.device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s. {how}"
-                )
-    return pid
-
-
-def _ended(paths: DevicePaths, pidfd: int) -> bool:
-    """Wait a moment for a companion to end, by its lock if it runs in another container."""
-    if pidfd >= 0:
-        return bool(select.select([pidfd], [], [], 0.05)[0])
-    time.sleep(0.05)
-    return not is_locked(paths.companion_lock)

@@ -13,16 +13,16 @@ import io
 import sys
 from collections.abc import Sequence
 
-from vllm_companion_plugin import __version__
+from vllm_companion_plugin._version import __version__
+from vllm_companion_plugin.core.text import one_line
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.logs import one_line
 
 _DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU, cpu, or all (default)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    from vllm_companion_plugin.cli import output
+    from vllm_companion_plugin.core import output
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal, or a reader, may not know every character
@@ -52,7 +52,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command == "doctor":  # the others need packages whose absence doctor reports
         _refuse(parser, rest)
-        from vllm_companion_plugin.cli import doctor
+        from vllm_companion_plugin.cli.doctor import command as doctor
 
         return doctor.main(parsed)
     from vllm_companion_plugin.cli import look, metrics, serve, upgrade, verify

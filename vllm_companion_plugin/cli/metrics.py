@@ -15,17 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vllm_companion_plugin.cli.children import Signals, Stopped
-from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.client import CompanionConnection
-from vllm_companion_plugin.companion.counters import BY_NAME, PREFIX, TABLE, subject
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.core.metrics import BY_NAME, PREFIX, TABLE, Series, subject
+from vllm_companion_plugin.core.output import say
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, SettingsError
-from vllm_companion_plugin.launch.runtime_dir import device_paths, list_devices
-from vllm_companion_plugin.launch.spawn import is_listening
+from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
+from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import BY_NAME as SETTINGS
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus, EntryState, LeaseState, Series
+from vllm_companion_plugin.supervise.children import Signals, Stopped
 
 logger = logging.getLogger("vllm.companion.metrics")
 

@@ -8,12 +8,13 @@ import sys
 import time
 
 from vllm_companion_plugin.cli import metrics, table
-from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
-from vllm_companion_plugin.cli.output import relayed, say, say_warnings
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.cli.ward import Ward
-from vllm_companion_plugin.client import connect
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.output import relayed, say, say_warnings
+from vllm_companion_plugin.core.process import raise_file_limit
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState
+from vllm_companion_plugin.core.text import printable
 from vllm_companion_plugin.errors import (
     AlreadyRunningError,
     CompanionError,
@@ -22,10 +23,10 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     SettingsError,
 )
-from vllm_companion_plugin.interpreter import raise_file_limit
-from vllm_companion_plugin.logs import printable
+from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.settings import Settings, to_environment
-from vllm_companion_plugin.types import CompanionStatus, EntryState, model_name
+from vllm_companion_plugin.supervise.children import Signals, Stopped, run_to_end
+from vllm_companion_plugin.supervise.ward import Ward
 
 RETRY_S, RETRY_MOST_S = 0.5, 30.0
 """Between attempts to start a companion: at first, and after many."""
@@ -107,7 +108,7 @@ def _environment(named: str | None, devices: list[str], settings: Settings) -> d
 def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Signals) -> None:
     """Load `model` as an engine would, in a process of its own, and wait for it."""
     say(f"Loading {printable(model)} ...")
-    command = [sys.executable, "-m", "vllm_companion_plugin.engine.warm", model, *flags]
+    command = [sys.executable, "-m", "vllm_companion_plugin.engine.run.warm", model, *flags]
     with relayed() as (stdout, stderr):
         status = run_to_end(command, environment, signals, stdout, stderr)
     if status != 0:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from vllm_companion_plugin.logs import printable
-from vllm_companion_plugin.types import CompanionStatus, EntryState, EntryStatus, LoaderInfo
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, LoaderInfo
+from vllm_companion_plugin.core.text import printable
 
 GIB = 1 << 30
 HEADINGS = ("DEVICE", "PID", "MODEL", "RANK", "GiB", "TENSORS", "WAYS", "LOAD", "GEN", "STATE", "LEASES", "LINGER")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from vllm_companion_plugin import __version__
+from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
-from vllm_companion_plugin.cli.look import shut_down
-from vllm_companion_plugin.cli.output import say
 from vllm_companion_plugin.cli.settings_options import settings_of
-from vllm_companion_plugin.client import CompanionConnection, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, connect
+from vllm_companion_plugin.client.mirror import hold
+from vllm_companion_plugin.client.shutdown import shut_down
+from vllm_companion_plugin.core.output import say
+from vllm_companion_plugin.core.process import raise_file_limit
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus
 from vllm_companion_plugin.errors import CompanionUnavailableError
-from vllm_companion_plugin.holder import hold
-from vllm_companion_plugin.interpreter import raise_file_limit
-from vllm_companion_plugin.launch.spawn import replace_companion
+from vllm_companion_plugin.host.spawn import replace_companion
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import CompanionStatus, EntryState, EntryStatus
 
 NAME = "vllm-companion upgrade"
 BACK_TIMEOUT_S = 30.0

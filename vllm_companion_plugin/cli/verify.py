@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.cli import look
-from vllm_companion_plugin.cli.children import Signals, Stopped, run_to_end
 from vllm_companion_plugin.cli.table import GIB, columns
+from vllm_companion_plugin.core.text import printable
 from vllm_companion_plugin.errors import CompanionUnavailableError, SettingsError
-from vllm_companion_plugin.logs import printable
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
+from vllm_companion_plugin.supervise.children import Signals, Stopped, run_to_end
 
 EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
 """Exit status; 2 is a wrong command line."""
@@ -145,7 +145,16 @@ def verify(
     ):
         print(f"Engine {number} of 3 {what} ...", file=sys.stderr, flush=True)
         out = directory / f"{number}.json"
-        command = [sys.executable, "-m", "vllm_companion_plugin.engine.verify", role, str(out), *asked, model, *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm_companion_plugin.engine.run.verify",
+            role,
+            str(out),
+            *asked,
+            model,
+            *flags,
+        ]
         command += others if number == 2 else []
         # Standard output is for the verdict alone.
         status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())

@@ -11,17 +11,20 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.engine import compat, draft, reading, session
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.core.process import collector_paused
+from vllm_companion_plugin.core.status import Report
+from vllm_companion_plugin.engine import draft, session
+from vllm_companion_plugin.engine.identity import reading
 from vllm_companion_plugin.engine.session import Attach
+from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
-from vllm_companion_plugin.interpreter import collector_paused
-from vllm_companion_plugin.module_tree.building import WithoutWeights
-from vllm_companion_plugin.module_tree.capture import capture
-from vllm_companion_plugin.module_tree.checksum import Verification
-from vllm_companion_plugin.module_tree.restore import Restorer, Source, Strategy, meta_parameters
-from vllm_companion_plugin.module_tree.views import ArenaViews
+from vllm_companion_plugin.memory.tensors.checksum import Verification
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import Report, Stage
+from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
 
 logger = init_logger("vllm.companion")
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_companion_plugin.engine import compat
-from vllm_companion_plugin.types import Manifest
+from vllm_companion_plugin.core.module_tree import Manifest
+from vllm_companion_plugin.engine.vllm import compat
 
 
 def left_to_target(vllm_config: Any, draft: nn.Module, target: nn.Module) -> list[str]:

@@ -10,12 +10,13 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_companion_plugin.engine import compat, session
+from vllm_companion_plugin.client.mirror import Held
+from vllm_companion_plugin.engine import session
 from vllm_companion_plugin.engine.attach import attach_model
-from vllm_companion_plugin.engine.naming import named_as_source
 from vllm_companion_plugin.engine.publish import load_and_publish
+from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
-from vllm_companion_plugin.holder import Held
 from vllm_companion_plugin.settings import resolve_extra_config
 
 logger = init_logger("vllm.companion")

@@ -16,24 +16,27 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.engine import checkpoint, compat, draft, session
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.mirror import Held
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.core.process import collector_paused, quick_switches
+from vllm_companion_plugin.core.status import Progress
+from vllm_companion_plugin.engine import draft, session
 from vllm_companion_plugin.engine.attach import process_privately
-from vllm_companion_plugin.engine.imports import around_imports
+from vllm_companion_plugin.engine.identity import checkpoint
+from vllm_companion_plugin.engine.identity.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.progress import ProgressBar
-from vllm_companion_plugin.engine.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.session import Load
+from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm.imports import around_imports
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
-from vllm_companion_plugin.holder import Held
-from vllm_companion_plugin.interpreter import collector_paused, quick_switches
-from vllm_companion_plugin.launch import keeper
-from vllm_companion_plugin.module_tree.capture import Tree, capture, plain_tensors
-from vllm_companion_plugin.module_tree.hidden import Known, hidden_tensors, storage_bytes
-from vllm_companion_plugin.module_tree.observe import Observation
-from vllm_companion_plugin.module_tree.pack import copy, prepare
-from vllm_companion_plugin.protocol.manifest import manifest_to_bytes
+from vllm_companion_plugin.keeper import client
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import Progress, Stage
+from vllm_companion_plugin.tree.capture import Tree, capture, plain_tensors
+from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
+from vllm_companion_plugin.tree.observe import Observation
+from vllm_companion_plugin.tree.pack import copy, prepare
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 logger = init_logger("vllm.companion")
 
@@ -194,7 +197,7 @@ class _Publisher:
                 device.torch_device,
                 rebind=self._settings.share == "readonly",
                 release=_release(device.torch_device),
-                keeper=partial(keeper.allocate, device.id, settings=self._settings),
+                keeper=partial(client.allocate, device.id, settings=self._settings),
                 report=report,
                 before_rebinding=lambda: _refuse(search.result()),
             )

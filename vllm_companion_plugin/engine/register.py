@@ -11,8 +11,8 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from vllm_companion_plugin.engine.imports import when_imported
-from vllm_companion_plugin.engine.naming import LOAD_FORMAT, named_as_source
+from vllm_companion_plugin.engine.vllm.imports import when_imported
+from vllm_companion_plugin.engine.vllm.naming import LOAD_FORMAT, named_as_source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -41,7 +41,7 @@ def _register_loader(module: ModuleType) -> None:
 
 
 def _register_accounting(module: ModuleType) -> None:
-    from vllm_companion_plugin.engine.accounting import install_request_memory
+    from vllm_companion_plugin.engine.vllm.accounting import install_request_memory
 
     install_request_memory(module)
 

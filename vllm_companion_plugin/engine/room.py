@@ -14,10 +14,11 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.client import CompanionConnection
-from vllm_companion_plugin.engine import compat
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
+from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.types import CompanionStatus, EntryKey, EntryStatus
 
 logger = init_logger("vllm.companion")
 

@@ -21,12 +21,20 @@ from typing import Any
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_companion_plugin import arena as arenas
-from vllm_companion_plugin.client import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.engine import checkpoint, code, compat, key, room
-from vllm_companion_plugin.engine.digest import Digests, same_content
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.identity import CHECKPOINT, EntryKey
+from vllm_companion_plugin.core.logs import PrintableLines
+from vllm_companion_plugin.core.module_tree import Manifest
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LoaderInfo, Progress, Report
+from vllm_companion_plugin.engine import room
+from vllm_companion_plugin.engine.identity import checkpoint, code, key
+from vllm_companion_plugin.engine.identity.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.turns import Turn
+from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -37,26 +45,13 @@ from vllm_companion_plugin.errors import (
     ParityError,
     TicketError,
 )
-from vllm_companion_plugin.holder import Held, Holder
-from vllm_companion_plugin.launch.election import LoaderElection
-from vllm_companion_plugin.launch.runtime_dir import device_paths, digests_directory
-from vllm_companion_plugin.launch.spawn import is_listening
-from vllm_companion_plugin.logs import PrintableLines
-from vllm_companion_plugin.module_tree import checksum
-from vllm_companion_plugin.module_tree.views import check_dtypes
-from vllm_companion_plugin.protocol.manifest import check_manifest_fits, manifest_from_bytes
-from vllm_companion_plugin.publication import Publication
+from vllm_companion_plugin.host.election import LoaderElection
+from vllm_companion_plugin.host.runtime_dir import device_paths, digests_directory
+from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.memory.tensors import checksum
+from vllm_companion_plugin.memory.tensors.views import check_dtypes
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.types import (
-    CHECKPOINT,
-    CompanionStatus,
-    EntryKey,
-    EntryState,
-    LoaderInfo,
-    Manifest,
-    Progress,
-    Report,
-)
+from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes
 
 logger = init_logger("vllm.companion")
 logger.addFilter(PrintableLines())

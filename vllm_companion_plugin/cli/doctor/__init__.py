@@ -1,0 +1,1 @@
+"""`vllm-companion doctor`: what could keep companions and engines from working here."""

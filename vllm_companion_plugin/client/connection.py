@@ -1,0 +1,295 @@
+"""Talking to a companion: connect, look, attach, unload. Synchronous; no torch, no CUDA.
+
+with connect("cpu", settings, spawn=True) as companion:
+    with companion.attach(key, may_load=True, client_name="engine") as lease:
+        match lease.wait(timeout_s=600): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from vllm_companion_plugin._version import __version__
+from vllm_companion_plugin.client.lease import Granted, Lease, Ready
+from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.metrics import Series
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, Report
+from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionUnavailableError,
+    ProtocolMismatchError,
+    WaitTimeoutError,
+)
+from vllm_companion_plugin.host.models import model_name
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths, read_file
+from vllm_companion_plugin.host.spawn import ensure_companion, who_is_silent
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire import codec, messages
+from vllm_companion_plugin.wire.rpc import open_channel, typed_error
+from vllm_companion_plugin.wire.schema import Stub
+
+__all__ = ["CompanionConnection", "Granted", "Lease", "Publication", "Ready", "connect"]
+
+logger = logging.getLogger("vllm.companion.client")
+
+CALL_TIMEOUT_S = 10.0
+
+
+def _where() -> str:
+    """Where our pid means something, as part of our name: " in HOST" in a container, else nothing."""
+    first = 0xEFFFFFFC  # PROC_PID_INIT_INO: the pid namespace that all others are in
+    with contextlib.suppress(OSError):
+        if os.stat("/proc/self/ns/pid").st_ino != first:
+            return f" in {socket.gethostname()}"
+    return ""
+
+
+def connect(device: str, settings: Settings, *, spawn: bool) -> CompanionConnection:
+    """A connection to the companion of `device`; the caller closes it.
+
+    Args:
+        device: GPU or MIG UUID, or "cpu".
+        spawn: start a companion if there is none.
+
+    Raises:
+        RuntimeDirError: the runtime directory is unsafe.
+        CompanionUnavailableError: nobody answers, or none could be started.
+        ProtocolMismatchError: it speaks another protocol version.
+    """
+    paths = device_paths(device, settings)
+    deadline = time.monotonic() + settings.spawn_timeout_s
+    while True:
+        if spawn:
+            ensure_companion(device, settings)
+        connection = CompanionConnection(paths)
+        try:
+            connection.check_protocol()
+            return connection
+        except CompanionUnavailableError:
+            connection.close()
+            # It may have been on its way out when it was asked; then a new one is started.
+            if not spawn or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        except BaseException:
+            connection.close()
+            raise
+
+
+class CompanionConnection:
+    """One channel to one companion. Thread-safe. Closing it releases its leases."""
+
+    def __init__(self, paths: DevicePaths) -> None:
+        self._paths = paths
+        self._channel = open_channel(paths.grpc_socket)
+        self._stub = Stub(self._channel)
+        self._leases: list[Lease] = []
+
+    @property
+    def device(self) -> str:
+        return self._paths.device
+
+    @property
+    def paths(self) -> DevicePaths:
+        return self._paths
+
+    def recorded_pid(self) -> int:
+        """Pid that the companion wrote into its lock file, for messages; it may be out of date. 0 if there is none."""
+        try:
+            # kill(1) means something else by negative ones.
+            return max(0, int(read_file(self._paths.companion_lock, 20) or 0))
+        except (OSError, ValueError):
+            return 0
+
+    def check_protocol(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Raises `ProtocolMismatchError` unless the companion speaks our protocol version."""
+        # By the message, not by the mapped status: another version's states may be unknown here.
+        status = self._call("Status", messages.StatusRequest(), timeout_s)
+        if status.protocol_version == PROTOCOL_VERSION:
+            return
+        older = "companion" if status.protocol_version < PROTOCOL_VERSION else "client"
+        mend = (
+            "Stop it with `vllm-companion stop` and start it from this installation"
+            if older == "companion"
+            else "Upgrade vllm-companion-plugin here"
+        )
+        raise ProtocolMismatchError(
+            f"The companion of {self.device} (pid {status.pid}, version {status.version}) speaks protocol "
+            f"{status.protocol_version}, this client (version {__version__}) {PROTOCOL_VERSION}; "
+            f"the {older} is older. {mend}."
+        )
+
+    # ---- looking
+
+    def status(self, timeout_s: float = CALL_TIMEOUT_S) -> CompanionStatus:
+        """Raises `CompanionUnavailableError` if the companion is gone, `WaitTimeoutError` if it is silent."""
+        return codec.companion_status_from_message(self._call("Status", messages.StatusRequest(), timeout_s))
+
+    def metrics(self, timeout_s: float = CALL_TIMEOUT_S) -> tuple[list[float], list[Series]]:
+        """Bounds of all histograms, in seconds, and what the companion has counted. Raises as `status`."""
+        answer = self._call("Metrics", messages.MetricsRequest(), timeout_s)
+        return list(answer.bounds_s), [codec.series_from_message(series) for series in answer.series]
+
+    def watch(self, timeout_s: float | None = None, own_linger_s: float | None = None) -> Iterator[CompanionStatus]:
+        """The status now and after every change, until the companion ends or the caller stops iterating.
+
+        Args:
+            own_linger_s: the companion belongs to us while we iterate, and has this linger time; negative: for ever.
+
+        Raises:
+            CompanionUnavailableError: the companion is gone.
+            LeaseLostError: it belonged to us, and was stopped.
+            WaitTimeoutError: `timeout_s` is over.
+            AlreadyRunningError: it belongs to somebody else.
+        """
+        request = messages.StatusRequest()
+        if own_linger_s is not None:
+            request.own.CopyFrom(messages.StatusRequest.Own(pid=os.getpid(), linger_s=own_linger_s))
+        call = self._stub.Watch(request, timeout=timeout_s)
+        try:
+            for message in call:
+                yield codec.companion_status_from_message(message)
+        except grpc.RpcError as error:
+            raise typed_error(error, f"Watching the companion of {self.device}") from error
+        finally:
+            call.cancel()
+
+    def wait_ready(self, model: str, *, rank: str | None = None, role: str = "target", timeout_s: float) -> EntryStatus:
+        """The READY entry of `model` (and `rank`), as soon as there is one; with MTP, a model is its own draft too.
+
+        Raises:
+            WaitTimeoutError: there was none for `timeout_s`.
+            CompanionUnavailableError: the companion is gone.
+        """
+        latest, named = "nothing", model_name(model)
+        try:
+            for status in self.watch(timeout_s):
+                for entry in status.entries:
+                    key = entry.key
+                    named_so = (key.model, key.role) == (named, role) and rank in (None, key.rank)
+                    if named_so and entry.state is EntryState.READY:
+                        return entry
+                held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
+                latest = ", ".join(held) or latest
+        except WaitTimeoutError:
+            pass
+        raise WaitTimeoutError(
+            f"{model} ({role}, {rank or 'any rank'}) was not published on {self.device} within {timeout_s:g} s; "
+            f"the companion has: {latest}."
+        )
+
+    # ---- acting
+
+    def report(self, report: Report) -> None:
+        """Tell the companion what to count. Never blocks and never fails: it may be lost."""
+        with contextlib.suppress(ValueError):  # the channel was closed
+            call = self._stub.Report.future(codec.report_to_message(report), timeout=CALL_TIMEOUT_S)  # type: ignore[attr-defined]
+            call.add_done_callback(_log_lost_report)
+
+    def attach(
+        self,
+        key: EntryKey | None = None,
+        *,
+        model: str = "",
+        rank: str = "",
+        role: str = "",
+        key_id: str = "",
+        may_load: bool,
+        client_name: str,
+        held_generation: int = 0,
+        passive: bool = False,
+    ) -> Lease:
+        """Ask for the entry of `key`, or for the only one that model, rank, role and key id match.
+
+        Returns at once; `Lease.wait` tells the outcome, errors too. The caller releases the lease.
+
+        Args:
+            may_load: may be elected to load it; needs a key.
+            client_name: who we are, for `status` and other clients' messages.
+            held_generation: this process maps that generation of the entry of `key`, and can publish it again.
+            passive: it only holds the entry for the next companion, and keeps nobody from unloading it.
+        """
+        if key is not None and (model or rank or role or key_id):
+            raise BadRequestError("Attach by key or by query, not by both.")
+        request = messages.AttachRequest(
+            protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name + _where()
+        )
+        request.held_generation = held_generation
+        request.passive = passive
+        if key is not None:
+            request.key.CopyFrom(codec.key_to_message(key))
+        else:
+            request.query.CopyFrom(messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id))
+        name = key.model if key is not None else model or key_id or "the only entry"
+        lease = Lease(self._stub, self._paths, request, f"{name} on {self.device}")
+        self._leases = [other for other in self._leases if not other.released] + [lease]
+        return lease
+
+    def unload(
+        self, *, model: str = "", rank: str = "", role: str = "", key_id: str = "", force: bool = False
+    ) -> tuple[EntryStatus, ...]:
+        """Unload what matches (everything, by default); what it was.
+
+        Raises:
+            EntryNotFoundError: nothing matches.
+            EntryInUseError: somebody uses it and `force` is false; nothing was unloaded.
+        """
+        query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
+        response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
+        return tuple(codec.entry_status_from_message(entry) for entry in response.unloaded)
+
+    def make_room(self, size_bytes: int) -> tuple[EntryStatus, ...]:
+        """Drop entries that nobody uses and that would expire, until they make so many bytes; what they were.
+
+        The longest idle go first, and none if all together would not do. Their memory is free a moment later.
+        """
+        response = self._call("MakeRoom", messages.MakeRoomRequest(size_bytes=size_bytes))
+        return tuple(codec.entry_status_from_message(entry) for entry in response.dropped)
+
+    def shutdown(self, *, replaced: bool = False) -> int:
+        """End the companion; its pid. Clients keep what they have mapped.
+
+        Args:
+            replaced: another one follows, to which clients shall hand it back.
+
+        Raises:
+            EntryInUseError: not now, as something is being loaded, or held by nobody who could hand it back.
+        """
+        return int(self._call("Shutdown", messages.ShutdownRequest(replaced=replaced)).pid)
+
+    def _call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        try:
+            return getattr(self._stub, method)(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            typed = typed_error(error, f"{method} of the companion of {self.device}")
+            if isinstance(typed, WaitTimeoutError):
+                typed = WaitTimeoutError(f"{method}: waited {timeout_s:g} s for {who_is_silent(self._paths)}")
+            raise typed from error
+
+    def close(self) -> None:
+        """Release all leases and close the channel. Idempotent."""
+        for lease in self._leases:
+            lease.release()
+        self._leases = []
+        self._channel.close()
+
+    def __enter__(self) -> CompanionConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _log_lost_report(call: Any) -> None:
+    if call.code() is not grpc.StatusCode.OK:
+        logger.debug("A report was not taken: %s", call.details())

@@ -1,0 +1,272 @@
+"""A client's lease: its open stream, and what the companion says on it.
+
+A daemon thread reads the stream, so the end of the companion is noticed at once, also by a
+client that waits for nothing. Only `Lease.wait` interprets what was read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import LoaderInfo, Published
+from vllm_companion_plugin.errors import CompanionError, LeaseLostError, ManifestError, WaitTimeoutError, from_code
+from vllm_companion_plugin.host.runtime_dir import DevicePaths
+from vllm_companion_plugin.host.spawn import who_is_silent
+from vllm_companion_plugin.wire import codec, fd_channel
+from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
+from vllm_companion_plugin.wire.rpc import typed_error
+from vllm_companion_plugin.wire.schema import Stub
+
+logger = logging.getLogger("vllm.companion.lease")
+
+FD_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Granted:
+    """This client is elected to load."""
+
+    publication: Publication
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The entry is published. `manifest` has the length and sha256 that were announced.
+
+    Attributes:
+        key: of the entry, in full, also for a client that attached by query.
+        published: to be given back with it, should its companion die.
+    """
+
+    key: EntryKey
+    generation: int
+    arena: ArenaInfo
+    manifest: bytes
+    published: Published
+    _fd_socket: str
+    _ticket: bytes
+
+    def redeem(self) -> list[int]:
+        """The arena's descriptors, one a block, in order; the caller owns them. Works once.
+
+        Raises:
+            TicketError: spent, or more than 30 s after the lease became ready.
+            CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
+        """
+        return fd_channel.redeem(self._fd_socket, self._ticket, len(self.arena.block_sizes), FD_TIMEOUT_S)
+
+
+class Lease:
+    """A claim on an entry, from the request until `release`; ends by itself with this process.
+
+    Attributes:
+        lost: set when the companion ended the lease or died. Memory that is mapped stays valid.
+    """
+
+    def __init__(self, stub: Stub, paths: DevicePaths, request: Any, label: str) -> None:
+        self.lost = threading.Event()
+        self._stub = stub
+        self._paths = paths
+        self._label = label
+        self._key_id: str = request.key.id  # "" of a query
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._mutex = threading.Lock()
+        self._callbacks: list[Callable[[CompanionError], None]] = []
+        self._retired_callbacks: list[Callable[[], None]] = []
+        self._retired = False
+        self._error: CompanionError | None = None
+        self._released = False
+        self._publication: Publication | None = None
+        self._call = stub.Attach(request)
+        self._thread = threading.Thread(target=self._read, name="companion-lease", daemon=True)
+        self._thread.start()
+        _open_leases.add(self)
+
+    # ---- waiting
+
+    def wait(self, timeout_s: float, on_waiting: Callable[[LoaderInfo], None] | None = None) -> Granted | Ready:
+        """Block until this client is elected to load or the entry is ready.
+
+        Args:
+            timeout_s: longest silence; every change in what the loader reports restarts it.
+            on_waiting: called at each such change with who loads and how far.
+
+        Raises:
+            EntryNotFoundError, NotShareableError, ProtocolMismatchError, ...: what the companion says.
+            LeaseLostError, CompanionUnavailableError: the companion went away.
+            ManifestError: the manifest arrived damaged.
+            WaitTimeoutError: says who was waited for. The lease stays; release it.
+        """
+        began = since = time.monotonic()
+        loader: LoaderInfo | None = None
+        while True:
+            event = self._next(since + timeout_s, loader, began, timeout_s)
+            kind = event.WhichOneof("event")
+            if kind == "waiting":
+                news = codec.loader_from_message(event.waiting.loader)
+                if news != loader:
+                    loader, since = news, time.monotonic()
+                    if on_waiting is not None:
+                        on_waiting(news)
+            elif kind == "granted":
+                granted = event.granted
+                self._publication = Publication(
+                    self._stub,
+                    self._paths.fd_socket,
+                    granted.lease_token,
+                    granted.deposit_ticket,
+                    self._label,
+                    granted.generation,
+                )
+                return Granted(self._publication)
+            elif kind == "ready":
+                return self._receive_ready(event.ready, timeout_s)
+
+    def _next(self, deadline: float, loader: LoaderInfo | None, began: float, timeout_s: float) -> Any:
+        try:
+            event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            waited = time.monotonic() - began
+            who = _who(loader) if loader is not None else f"no answer of {who_is_silent(self._paths)}"
+            raise WaitTimeoutError(
+                f"{self._label}: waited {waited:.0f} s in all, the last {timeout_s:g} s without progress: {who}"
+            ) from None
+        if event is None:
+            self._events.put(None)  # for the next call, too
+            raise self._error or LeaseLostError(f"{self._label}: the lease was released.")
+        return event
+
+    def _receive_ready(self, ready: Any, timeout_s: float) -> Ready:
+        chunks: list[bytes] = []
+        missing = ready.manifest_bytes
+        if missing > MAX_MANIFEST_BYTES:
+            raise ManifestError(
+                f"{self._label}: a manifest of {missing} bytes; at most {MAX_MANIFEST_BYTES} are allowed."
+            )
+        while missing > 0:
+            now = time.monotonic()
+            event = self._next(now + timeout_s, None, now, timeout_s)
+            chunks.append(event.manifest_chunk)
+            if not chunks[-1]:
+                break
+            missing -= len(chunks[-1])
+        manifest = b"".join(chunks)
+        if missing != 0 or hashlib.sha256(manifest).digest() != ready.manifest_sha256:
+            raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
+        arena, ticket = codec.arena_from_message(ready.arena)
+        key = codec.key_from_message(ready.key)
+        if self._key_id not in ("", key.id):
+            raise ManifestError(f"{self._label}: asked for {self._key_id[:12]}, and got {key.id[:12]}.")
+        published = codec.published_from_message(ready.published)
+        return Ready(key, ready.generation, arena, manifest, published, self._paths.fd_socket, ticket)
+
+    # ---- the stream's thread
+
+    def _read(self) -> None:
+        error: CompanionError = LeaseLostError(f"{self._label}: the companion ended the lease.")
+        try:
+            for event in self._call:
+                if event.WhichOneof("event") == "failed":
+                    error = from_code(event.failed.code, event.failed.message)
+                elif event.WhichOneof("event") == "retired":
+                    self._retire()
+                else:
+                    self._events.put(event)
+        except grpc.RpcError as rpc_error:
+            error = typed_error(rpc_error, f"{self._label}: the companion's stream")
+        declined = self._publication is not None and self._publication.declined
+        with self._mutex:
+            lost = not (self._released or declined)
+            if lost:
+                self._error = error
+                self.lost.set()
+            callbacks = self._callbacks if lost else []
+            self._callbacks = []
+        self._events.put(None)
+        for callback in callbacks:
+            callback(error)
+
+    def on_lost(self, callback: Callable[[CompanionError], None]) -> None:
+        """Call `callback(error)` once when the lease is lost, from another thread; now if it is already."""
+        with self._mutex:
+            error = self._error
+            if error is None:
+                self._callbacks.append(callback)
+        if error is not None:
+            callback(error)
+
+    def on_retired(self, callback: Callable[[], None]) -> None:
+        """Call `callback()` once when the entry is unloaded, from another thread; now if it is already."""
+        with self._mutex:
+            if not self._retired:
+                self._retired_callbacks.append(callback)
+                return
+        callback()
+
+    def _retire(self) -> None:
+        with self._mutex:
+            self._retired = True
+            callbacks, self._retired_callbacks = self._retired_callbacks, []
+        for callback in callbacks:
+            callback()
+
+    # ---- the end
+
+    def release(self) -> None:
+        """End the lease. Idempotent; what is mapped stays mapped."""
+        with self._mutex:
+            self._released = True
+        self._call.cancel()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=2)
+        _open_leases.discard(self)
+
+    @property
+    def error(self) -> CompanionError | None:
+        """Why it was lost; None if it was not."""
+        return self._error
+
+    @property
+    def released(self) -> bool:
+        return self._released
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _who(loader: LoaderInfo) -> str:
+    if not loader.pid:
+        return f"{loader.client} has it and did not hand it back."
+    done, total = loader.progress.done_bytes / (1 << 30), loader.progress.total_bytes / (1 << 30)
+    size = f", {done:.2f} of {total:.2f} GiB" if total else f", {done:.2f} GiB" if done else ""
+    return (
+        f"{loader.client} (pid {loader.pid}) is loading it (phase {loader.progress.phase!r}{size}). "
+        f"If it hangs, end it: kill -9 {loader.pid}; the next one that waits loads it."
+    )
+
+
+_open_leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+@atexit.register
+def _release_all() -> None:
+    # Before the interpreter goes: a thread inside gRPC must not find it half gone.
+    for lease in list(_open_leases):
+        lease.release()

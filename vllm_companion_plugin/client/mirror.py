@@ -1,0 +1,285 @@
+"""Who maps an entry can hand it back: a companion that dies takes nothing with it.
+
+Every process that keeps an entry's descriptors has all that a companion needs to know about it. The
+first to notice that the companion has died starts another one, and hands the entry back under its old
+generation; the others of the same entry find it there and only renew their leases.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import Published
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    LeaseLostError,
+)
+from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire import fd_channel
+
+logger = logging.getLogger("vllm.companion.holder")
+
+SAID_AFTER_S = 60.0
+RETRY_S, RETRY_MOST_S = 0.1, 2.0
+"""Between attempts to hand back: at first, and after many."""
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Held:
+    """An entry that this process maps.
+
+    Attributes:
+        fds: one a block; not owned.
+    """
+
+    key: EntryKey
+    generation: int
+    arena: ArenaInfo
+    fds: Sequence[int]
+    manifest: bytes
+    published: Published
+
+
+class Holder:
+    """A hold on an entry, across the deaths of companions, until `close` or the end of the process.
+
+    A companion that is stopped, or unloads the entry, means it: then nothing is handed back.
+
+    Args:
+        lease: on `held`, attached; owned by the holder from now on.
+        passive: use nothing, and leave it to others to start the next companion.
+
+    Raises:
+        RuntimeDirError: the hold cannot be noted where a new companion would look for it.
+        ArenaError: this process has no descriptors left.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        settings: Settings,
+        held: Held,
+        lease: Lease,
+        client_name: str,
+        *,
+        passive: bool = False,
+    ) -> None:
+        self._device = device
+        self._settings = settings
+        self._passive = passive
+        # Descriptors of its own: those of the owner may be closed, and mean something else, while it hands back.
+        fds: list[int] = []
+        self._held = replace(held, fds=fds)
+        self._handing_back = 0  # threads: the next companion may die before the one that handed back to it is done
+        self._client_name = client_name
+        self._lease = lease
+        self._connection: CompanionConnection | None = None
+        self._closed = threading.Event()
+        self._mutex = threading.Lock()
+        try:
+            for fd in held.fds:
+                fds.append(os.dup(fd))
+            self._note = notes.hold(device_paths(device, settings), held.key, held.generation)
+        except BaseException as error:
+            fd_channel.close_all(fds)
+            if isinstance(error, OSError):
+                raise ArenaError(
+                    f"{held.key.title} cannot be held: {error.strerror}. Raise the limit of open files (ulimit -n)."
+                ) from error
+            raise
+        _holders.add(self)
+        self._watch(lease)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is to be handed back any more."""
+        return self._closed.is_set()
+
+    @property
+    def lost(self) -> bool:
+        """Whether no companion knows of this hold at the moment. What is mapped stays valid."""
+        return self._lease.lost.is_set()
+
+    def wait_known(self, timeout_s: float) -> None:
+        """Return once a companion knows of this hold, nothing is to be handed back, or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while self.lost and time.monotonic() < deadline and not self._closed.wait(POLL_S):
+            pass
+
+    def close(self) -> None:
+        """End the hold and its lease. Idempotent."""
+        self._let_go()
+        self._lease.release()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _watch(self, lease: Lease) -> None:
+        lease.on_retired(self._let_go)
+        lease.on_lost(self._on_lost)
+
+    def _let_go(self) -> None:
+        """Nothing is to be handed back any more."""
+        with self._mutex:
+            if not self._closed.is_set():
+                self._closed.set()
+                os.close(self._note)
+                if not self._handing_back:
+                    fd_channel.close_all(self._held.fds)
+
+    def _on_lost(self, error: CompanionError) -> None:
+        if not isinstance(error, CompanionUnavailableError):
+            logger.info("%s The weights stay mapped here.", error)
+            self._let_go()
+            return
+        # Not here: this is the thread of a stream of gRPC.
+        threading.Thread(target=self._hand_back, name="companion-hand-back", daemon=True).start()
+
+    def _hand_back(self) -> None:
+        with self._mutex:
+            if self._closed.is_set():
+                return
+            self._handing_back += 1
+        try:
+            self._try_to_hand_back()
+        finally:
+            with self._mutex:
+                self._handing_back -= 1
+                if self._closed.is_set() and not self._handing_back:
+                    fd_channel.close_all(self._held.fds)
+
+    def _try_to_hand_back(self) -> None:
+        """For as long as it takes: this may be the last copy."""
+        title, pause_s, late = self._held.key.title, RETRY_S, time.monotonic() + SAID_AFTER_S
+        logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
+        while not self._closed.is_set():
+            try:
+                self._attach_again()
+                return
+            except (LeaseLostError, EntryNotFoundError) as error:  # unloaded or stopped, on purpose
+                logger.info("%s The weights stay mapped here.", error)
+                self._let_go()
+            except (CompanionError, OSError) as error:
+                if time.monotonic() > late:
+                    late = math.inf
+                    logger.warning("%s cannot be handed back yet: %s It stays here; trying on.", title, error)
+                logger.debug("Handing back failed: %s", error)
+                self._closed.wait(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MOST_S)
+
+    def _note_again(self, paths: DevicePaths) -> None:
+        logger.warning(
+            "The runtime directory %s was removed while %s is in use; making it anew. Leave it while engines run.",
+            *(paths.directory, self._held.key.title),
+        )
+        note = notes.hold(paths, self._held.key, self._held.generation)
+        with self._mutex:
+            if self._closed.is_set():
+                os.close(note)
+            else:
+                os.close(self._note)
+                self._note = note
+
+    def _forget(self) -> None:
+        """In a child that was forked off: the hold is its parent's alone, and ends with it."""
+        if not self._closed.is_set():
+            self._closed.set()
+            fd_channel.close_all([self._note, *self._held.fds])
+
+    def _check_wanted(self) -> None:
+        if notes.is_dismissed(self._note):
+            raise LeaseLostError(f"{self._held.key.title} was unloaded, or its companion stopped.")
+
+    def _attach_again(self) -> None:
+        held, started = self._held, time.monotonic()
+        self._check_wanted()
+        paths = device_paths(self._device, self._settings)
+        if notes.is_removed(self._note):
+            self._note_again(paths)
+        if self._passive and not is_listening(paths):
+            raise CompanionUnavailableError(f"Nobody has started a new companion of {self._device} yet.")
+        connection = connect(self._device, self._settings, spawn=not self._passive)
+        try:
+            lease = connection.attach(
+                held.key,
+                may_load=False,
+                client_name=self._client_name,
+                held_generation=held.generation,
+                passive=self._passive,
+            )
+            outcome = lease.wait(self._settings.wait_timeout_s)
+            if self._closed.is_set():
+                connection.close()
+                return
+            # Another one may have been stopped since; it ended before this one began, so all that it said is there.
+            self._check_wanted()
+            if isinstance(outcome, Granted):
+                outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
+            elif (outcome.generation, outcome.published) != (held.generation, held.published):
+                connection.close()
+                logger.warning("%s was loaded anew; this process keeps its own copy until it ends.", held.key.title)
+                self._let_go()
+                return
+        except BaseException:
+            connection.close()
+            raise
+        done = "Handed back" if isinstance(outcome, Granted) else "Attached again to"
+        logger.info(
+            "%s %s, generation %d, in %.2f s", done, held.key.title, held.generation, time.monotonic() - started
+        )
+        self._lease, old, self._connection = lease, self._connection, connection
+        if old is not None:
+            old.close()
+        if self._closed.is_set():
+            self.close()
+        self._watch(lease)
+
+
+def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, client_name: str) -> Holder:
+    """Hold a published entry for the next companion, without using it. The caller closes it.
+
+    Raises:
+        CompanionError: it is not held, or was unloaded meanwhile.
+    """
+    lease = connection.attach(key, may_load=False, client_name=client_name, passive=True)
+    try:
+        outcome = lease.wait(settings.wait_timeout_s)
+        if not isinstance(outcome, Ready):
+            raise LeaseLostError(f"{key.title} was unloaded meanwhile.")
+        fds = outcome.redeem()
+        try:
+            held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
+            return Holder(connection.device, settings, held, lease, client_name, passive=True)
+        finally:
+            fd_channel.close_all(fds)
+    except BaseException:
+        lease.release()
+        raise
+
+
+_holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for holder in list(_holders):
+        holder._forget()
+
+
+# What a child inherits would look as if its parent lived on: a lock of flock(2) ends with its last descriptor.
+os.register_at_fork(after_in_child=_forget_all)

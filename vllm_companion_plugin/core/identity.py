@@ -1,0 +1,113 @@
+"""What makes two loads interchangeable: the key of an entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+_MAX_DIFFERENCES = 8
+
+_KEY_ID = re.compile(r"[0-9a-f]{1,64}")
+
+MAX_TEXT = 4096
+
+MAX_KEY_CHARACTERS = 256 << 10
+"""Of all texts of a key together; a checkpoint of 1000 files needs about half of it."""
+
+CHECKPOINT = "checkpoint"
+"""The field that holds the digest of `EntryKey.files`; all others say what was made of them."""
+
+VARIANT = "variant"
+"""The field of a key that holds `EntryKey.variant`."""
+
+
+@dataclass(frozen=True)
+class EntryKey:
+    """What makes two loads interchangeable.
+
+    Attributes:
+        id: hex sha256 over all `fields`; equal ids mean byte-equal tensors.
+        model: name to show and to ask for: `model_name` of what the user wrote. Not part of the identity.
+        role: "target" or "draft".
+        rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without any.
+        fields: everything that went into `id`, for messages that explain a mismatch.
+        source: where its loader found the checkpoint. Not part of the identity.
+        files: identity of each file of the checkpoint, by relative name; `id` holds their digest.
+    """
+
+    id: str
+    model: str
+    role: str = "target"
+    rank: str = "single"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The model, and what sets it apart: what it is for unless it is served, and that it is a variant."""
+        notes = [self.role] if self.role != "target" else []
+        notes += ["variant"] if self.variant else []
+        return f"{self.model} ({', '.join(notes)})" if notes else self.model
+
+    @property
+    def variant(self) -> str:
+        """How the model differs from what was published first under an otherwise equal key; empty for that one."""
+        return self.fields.get(VARIANT, "")
+
+    def problem(self) -> str | None:
+        """What is wrong with a key that came from outside; None if nothing is. File names are made of ids."""
+        texts = {name: getattr(self, name) for name in ("id", "model", "role", "rank")}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_TEXT:
+                return f"{name!r} is not a text of 1 to {MAX_TEXT} characters"
+            if not text.isprintable():
+                return f"{name!r} is {text[:200]!r}, which cannot be printed"
+        if not _KEY_ID.fullmatch(self.id):
+            return f"'id' is no hex digest but {self.id[:80]!r}"
+        maps = (self.fields, self.files)
+        if not all(isinstance(one, Mapping) for one in maps):
+            return "'fields' or 'files' is no mapping"
+        parts = [self.source, *texts.values(), *(part for one in maps for pair in one.items() for part in pair)]
+        try:
+            "".join(parts)
+            "".join(self.fields.values()).encode()
+        except (TypeError, UnicodeEncodeError):
+            return "it holds something that is no text"
+        if not all(map(str.isprintable, self.fields)):
+            return "a field has a name that cannot be printed"
+        if (total := sum(map(len, parts))) > MAX_KEY_CHARACTERS:
+            return f"it has {total} characters; at most {MAX_KEY_CHARACTERS} are allowed"
+        return None
+
+    def is_draft_of(self, target: EntryKey) -> bool:
+        """Whether this is a draft that was made for `target`: its fields hold the target's."""
+        mine = {name: self.fields.get(f"target.{name}") for name in target.fields}
+        return self.role == "draft" and mine == dict(target.fields)
+
+    def differences(self, published: EntryKey) -> list[str]:
+        """How `published` was loaded otherwise: each field and each file of weights with both values."""
+        fields = self.fields.keys() | published.fields.keys()
+        files = [name for name in self.files.keys() | published.files.keys() if f"file.{name}" not in fields]
+        sides = (self.fields, published.fields), (_named(self, files), _named(published, files))
+        changed = {
+            name: f"{name} is {there.get(name, 'absent')!r} there and {here.get(name, 'absent')!r} here"
+            for here, there in sides
+            for name in here.keys() | there.keys()
+            if here.get(name) != there.get(name)
+        }
+        if len(changed) > 1 and any(name in changed for name in files):
+            changed.pop(CHECKPOINT, None)
+        return [changed[name] for name in sorted(changed)]
+
+    def nearest_text(self, published: Sequence[EntryKey]) -> str:
+        """How the most similar of `published` differs, in one line."""
+        nearest = min(published, key=lambda key: len(self.differences(key)))
+        lines = self.differences(nearest) or [f"its key is {nearest.id[:12]}"]
+        rest = len(lines) - _MAX_DIFFERENCES
+        return "; ".join(lines[:_MAX_DIFFERENCES] + ([f"and {rest} more"] if rest > 0 else []))
+
+
+def _named(key: EntryKey, names: Sequence[str]) -> dict[str, str]:
+    return {name: key.files[name] for name in names if name in key.files}

@@ -1,0 +1,195 @@
+"""Log lines of our own processes, as text or as JSON. What others wrote cannot look like a line of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm_companion_plugin.core.text import printable
+
+TEXT = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s"
+"""As vLLM's logs (vllm/logger.py), so that both read alike side by side."""
+
+PATIENCE_MS = 100
+"""For a reader that is merely slow."""
+
+MOST_BYTES, KEPT_BYTES = 4 << 20, 1 << 20
+"""Of a log file: how long it may become, and how much of its end stays then."""
+_OWN = "/proc/self/fd/"
+HEAD_CHARACTERS, CHECK_CHARACTERS = 16 << 10, 64 << 10
+"""Of what one process logs: the beginning that stays, and after how much it looks at the length."""
+
+
+class PrintableLines(logging.Filter):
+    """Lets every line of a message be printable, whatever paths and names are in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record; a traceback follows, each line behind a bar."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT, "%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  | {printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time (RFC 3339, UTC), level, logger, message, pid, device, source; traceback if there is one.
+
+    Args:
+        device: whose process this is.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "pid": os.getpid(),
+            "device": self._device,
+            "source": f"{record.filename}:{record.lineno}",
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)  # in ASCII: nothing in it acts
+
+
+class PatientWriter:
+    """Writes lines to a descriptor, and waits for no reader: whoever needs us would wait, too.
+
+    Lines that a full pipe or disk cannot take are lost. The next one that it takes is preceded by their number.
+
+    Args:
+        note: says how many were lost.
+    """
+
+    def __init__(self, fd: int, note: Callable[[int], str]) -> None:
+        self._fd = fd
+        self._note = note
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._lost = 0
+
+    def write(self, line: str) -> None:
+        """Write the line, or lose it. Never raises `OSError`."""
+        lines = ["", self._note(self._lost), line] if self._lost else [line]  # the last one may have been cut
+        self.pass_on("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+
+    def pass_on(self, data: bytes) -> None:
+        """Write what somebody else has written, or lose it. Never raises `OSError`."""
+        try:
+            for at in range(0, len(data), select.PIPE_BUF):  # so much is taken at once, or none
+                if not self._is_writable():
+                    self._lost += 1
+                    return
+                os.write(self._fd, data[at : at + select.PIPE_BUF])
+            self._lost = 0
+        except OSError:  # nobody will read it any more, or there is no space
+            self._lost += 1
+
+    def _is_writable(self) -> bool:
+        events = self._poll.poll(0 if self._lost else PATIENCE_MS)
+        return any(event & select.POLLOUT and not event & select.POLLERR for _, event in events)
+
+
+class PatientHandler(logging.Handler):
+    """Logs through a `PatientWriter`.
+
+    Args:
+        bounded: the descriptor is a log file of ours, which is shortened when it becomes too long. Its beginning is
+            then the beginning of what this process logged, which says how it was started.
+    """
+
+    def __init__(self, fd: int, *, bounded: bool = False) -> None:
+        super().__init__()
+        self._fd = fd
+        self._bounded = bounded
+        self._writer = PatientWriter(fd, self._note)
+        self._head = ""
+        self._unchecked = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            self._writer.write(line)
+            if self._bounded:
+                self._bound(line)
+        except Exception:
+            self.handleError(record)
+
+    def _bound(self, line: str) -> None:
+        if len(self._head) + len(line) < HEAD_CHARACTERS:
+            self._head += f"{line}\n"
+        self._unchecked += len(line)
+        if self._unchecked > CHECK_CHARACTERS:
+            self._unchecked = 0
+            note = self._line("This log was shortened: lines between those above and those below are gone.")
+            # By the descriptor: the file may have another name by now.
+            shorten(f"{_OWN}{self._fd}", f"{self._head}{note}\n".encode(errors="backslashreplace"))
+
+    def _note(self, lost: int) -> str:
+        return self._line("%d lines of this log were lost: nobody reads standard error.", lost)
+
+    def _line(self, text: str, *arguments: object) -> str:
+        return self.format(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, arguments, None))
+
+
+def shorten(path: str, head: bytes = b"") -> None:
+    """Cut a log that is too long to `head` and its newest lines. Never fails: it is only a log.
+
+    In place, because several processes may be appending to it; what they write in just that moment may be lost.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | (0 if path.startswith(_OWN) else os.O_NOFOLLOW)
+    with contextlib.suppress(OSError), open(os.open(path, flags), "rb+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else somebody else is at it
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes <= MOST_BYTES:
+            return
+        newest = os.pread(file.fileno(), KEPT_BYTES, size_bytes - KEPT_BYTES)
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), head + newest[newest.find(b"\n") + 1 :])
+
+
+def configure(level: str, format: str, device: str, *, bounded: bool = False) -> None:
+    """Log to standard error from now on, also what nobody catches.
+
+    Args:
+        bounded: standard error is a log file of ours, which may not grow without bound.
+    """
+    # Python has none where its descriptor was closed, whose number may be a socket's by now.
+    handler = PatientHandler(sys.stderr.fileno(), bounded=bounded) if sys.stderr is not None else logging.NullHandler()
+    handler.setFormatter(JsonFormatter(device) if format == "json" else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
+    sys.excepthook = lambda kind, error, trace: logging.critical("Ended by", exc_info=(kind, error, trace))
+
+
+def fatal(error: Exception) -> None:
+    """Say why this process ends; in the form that was configured, or as text if it did not come to that."""
+    handlers = logging.getLogger().handlers
+    if handlers and isinstance(handlers[0].formatter, JsonFormatter):
+        logging.getLogger("vllm_companion_plugin").critical("%s", error)
+    else:
+        print(f"vllm-companion: {printable(str(error))}", file=sys.stderr, flush=True)

@@ -1,0 +1,5 @@
+"""What makes two loads of a model equal: the configuration, the code, and the files that loading reads.
+
+May import: core, host, wire, memory, tree, client, settings, errors, engine.vllm.
+Of other packages: torch, numpy, vllm, tqdm, huggingface_hub, blake3, filelock.
+"""

@@ -1,0 +1,191 @@
+"""The key of an entry: everything that decides the bytes of a rank's tensors.
+
+Computed before the model is built, because building changes vLLM's config objects. It holds vLLM's configuration but
+for what is known to leave bytes alone (`configuration`), the code that makes weights (`code`), the versions and devices
+that lay them out, and the files that are read (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm_companion_plugin.core.identity import CHECKPOINT, VARIANT, EntryKey
+from vllm_companion_plugin.engine.identity import checkpoint, code, configuration
+from vllm_companion_plugin.engine.identity.digest import digest_of
+from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.host.models import model_name
+
+MAX_VARIANTS = 4
+"""Differences that one key names; an engine that is refused once more loads alone."""
+
+MANIFEST_VERSION = 4
+"""Raised when capture or packing changes in a way that an older manifest would fail."""
+
+_SHORT = 16
+_LARGEST_NAMED_FILE = 16 << 20
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "tekken", "spiece", "sentencepiece")
+_LONGEST_DIFFERENCE = 400
+
+
+def compute(
+    vllm_config: Any,
+    model_config: Any,
+    device: compat.EngineDevice,
+    source_format: str,
+    source: Path | None,
+    content: dict[str, str],
+) -> EntryKey:
+    """The key of this rank's entry.
+
+    Args:
+        source: the checkpoint; None for a format that reads none.
+        content: identity of each of its files.
+    """
+    ranks = compat.ranks()
+    fields = {
+        "manifest": str(MANIFEST_VERSION),
+        "source_format": source_format,
+        "stage": device.stage.value,
+        "device": compat.device_kind(device),
+        "lora": str(vllm_config.lora_config is not None),
+    }
+    fields |= configuration.engine_fields(vllm_config)
+    # All of them: some are read when a model is built, and which ones changes between versions.
+    fields |= configuration.all_fields("lora", vllm_config.lora_config)
+    fields |= _model_fields(vllm_config, model_config)
+    fields |= {f"version.{name}": value for name, value in (compat.versions() | code.versions()).items()}
+    fields |= {f"rank.{name}": value for name, value in ranks.items()}
+    speculative = vllm_config.speculative_config
+    if getattr(model_config, "is_hybrid", False) and speculative is not None:
+        # Gated delta nets keep the number, and decide no tensor by it.
+        fields["speculative.num_speculative_tokens"] = configuration.text(speculative.num_speculative_tokens)
+    split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
+    rank = " ".join(split) or "single"
+    return _key(model_config, "target", rank, fields, source, content)
+
+
+def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
+    """The key of a model that was refused: its own value at one place sets it apart.
+
+    Raises:
+        NotShareableError: it was refused so often that there is no end to be seen.
+    """
+    before = refused.fields.get(VARIANT, "")
+    if before.count("; ") + 1 >= MAX_VARIANTS:
+        raise NotShareableError(f"it differs from {MAX_VARIANTS} published ones: {before}")
+    difference = f"{where} is {here or 'different'}"[:_LONGEST_DIFFERENCE]
+    fields = {**refused.fields, VARIANT: f"{before}; {difference}" if before else difference}
+    return replace(refused, id=_digest(fields), fields=fields)
+
+
+def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:
+    """What a draft's own configuration adds to its key. To be asked before the target is built."""
+    fields = configuration.all_fields("speculative", vllm_config.speculative_config)
+    return fields | _model_fields(vllm_config, draft_config)
+
+
+def compute_draft(
+    fields: dict[str, str],
+    draft_config: Any,
+    target: EntryKey,
+    source_format: str,
+    source: Path | None,
+    content: dict[str, str],
+) -> EntryKey:
+    """The key of a draft's entry: `draft_fields`, its checkpoint (with MTP, the target's), and all of the target's.
+
+    Which config reaches the draft's loader differs between methods and versions of vLLM; each is made of these.
+    """
+    fields = fields | {f"target.{name}": value for name, value in target.fields.items()}
+    fields["source_format"] = source_format
+    return _key(draft_config, "draft", target.rank, fields, source, content)
+
+
+def _key(
+    model_config: Any, role: str, rank: str, fields: dict[str, str], source: Path | None, content: dict[str, str]
+) -> EntryKey:
+    place = os.path.abspath(source) if source else ""
+    small = {name: text for name, text in content.items() if text.startswith(checkpoint.SMALL)}
+    weights = {name: identity for name, identity in content.items() if name not in small}
+    small = {name if name.isprintable() else ascii(name): text for name, text in small.items()}
+    fields = fields | {f"file.{name}": text.removeprefix(checkpoint.SMALL)[:_SHORT] for name, text in small.items()}
+    fields |= _named_files(fields, place) | {CHECKPOINT: _digest(weights)}
+    return EntryKey(_digest(fields), model_name(model_config.model), role, rank, fields, place, content)
+
+
+def _model_fields(vllm_config: Any, model_config: Any) -> dict[str, str]:
+    fields = configuration.model_fields(model_config)
+    model_class = compat.model_class(vllm_config, model_config)
+    if model_class is not None:
+        fields |= code.fields(model_class, type(model_config.hf_config), *compat.quantization_classes(vllm_config))
+    return fields | _remote_code(model_config) | _tokenizer(model_config)
+
+
+def _remote_code(model_config: Any) -> dict[str, str]:
+    """Code that a checkpoint takes from another repository: "org/repo--modeling.Model". Its own is a file of its."""
+    if not model_config.trust_remote_code:
+        return {}
+    named = (one for one in _strings(configuration.text(getattr(model_config.hf_config, "auto_map", None) or {})))
+    fields = {}
+    for repository in sorted({name.partition("--")[0] for name in named if "--" in name}):
+        place = checkpoint.checkpoint_dir(repository, model_config.code_revision, None)
+        for path in sorted(place.glob("*.py")) if place is not None else ():
+            fields[f"code.{repository}/{path.name}"] = digest_of(path)[:_SHORT]
+    return fields
+
+
+def _tokenizer(model_config: Any) -> dict[str, str]:
+    """The tokenizer of a model whose weights follow from tokens (a reranker made of a language model)."""
+    hf = model_config.hf_config
+    configs = (hf, hf.get_text_config())
+    if all(getattr(one, name, None) is None for one in configs for name in ("classifier_from_token", "method")):
+        return {}
+    place = checkpoint.checkpoint_dir(model_config.tokenizer, model_config.tokenizer_revision, None)
+    if place is None or not place.is_dir():
+        return {"tokenizer": str(model_config.tokenizer)}
+    names = sorted(one.name for one in place.iterdir() if one.is_file() and one.name.startswith(_TOKENIZER))
+    mode = configuration.text(getattr(model_config, "tokenizer_mode", None))
+    return {"tokenizer": mode} | {f"tokenizer.{name}": digest_of(place / name)[:_SHORT] for name in names}
+
+
+def _named_files(fields: Mapping[str, str], place: str) -> dict[str, str]:
+    """Content of the files that values of fields name, in full or below the checkpoint."""
+    found = {}
+    for field, value in fields.items():
+        if "/" not in value and "." not in value:
+            continue
+        for number, name in enumerate(_strings(value)):
+            path = os.path.join(place, name)
+            try:
+                if os.path.isfile(path) and os.path.getsize(path) <= _LARGEST_NAMED_FILE:
+                    found[f"named.{field}" + (f".{number}" if number else "")] = digest_of(Path(path))[:_SHORT]
+            except (OSError, ValueError):  # no name of a file
+                continue
+    return found
+
+
+def _strings(value: str) -> Iterator[str]:
+    """Texts in a field's JSON."""
+    try:
+        waiting = [json.loads(value)]
+    except ValueError:
+        waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str) and one:
+            yield one
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += one.values()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

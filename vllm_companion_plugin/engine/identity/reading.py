@@ -1,0 +1,182 @@
+"""Which files a process reads while it builds and loads a model, as the interpreter sees them opened.
+
+What is decided before loading is decided by names that are known then (`checkpoint`). Model code may read more: who
+loads notes each small file that was opened, with its content, and who attaches compares (`differences`).
+Files that Rust or C++ open by themselves (safetensors, tokenizers, sentencepiece) are not seen; weights are known by
+`checkpoint`, and tokenizers are taken with the files in Python's sight beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm_companion_plugin.engine.identity.digest import digest_of
+
+LARGEST_BYTES = 16 << 20
+"""A larger file is no small one: if it holds weights, `checkpoint` knows it."""
+
+_HUB = "hub:"
+"""Begins the name of a file in the hub's cache, wherever that is."""
+_SHORT = 16
+# A tokenizer's own files, read by Rust or C++ when the first of these was opened here.
+_TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+# The machine's, not the model's.
+_SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
+_CODE = (".py", ".pyc", ".pyi", ".so", ".pth", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
+_active: list[Reading] = []
+_adding = threading.Lock()
+_installed = False
+
+
+class Reading:
+    """What was opened while it was observed."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = _directory_of(checkpoint)
+        self._read: set[str] = set()
+        self._written: set[str] = set()
+
+    def note(self, path: str, flags: int) -> None:
+        """A file was opened; called by the interpreter, in any thread."""
+        (self._read if flags & os.O_ACCMODE == os.O_RDONLY else self._written).add(path)
+
+    def files(self) -> dict[str, str]:
+        """Digests of the small files that were read and not written, by name.
+
+        A name is relative to the checkpoint, `hub:` and relative to the hub's cache, or absolute.
+        """
+        found = {}
+        opened = {os.path.abspath(path) for path in list(self._read)}
+        for path in sorted(opened):
+            if os.path.basename(path) in _TOKENIZER_SEEN:
+                opened |= {os.path.join(os.path.dirname(path), name) for name in _TOKENIZER}
+        written = {os.path.abspath(path) for path in list(self._written)}
+        for path in sorted(opened - written):
+            name = _name(path, self._checkpoint)
+            if name is not None and (digest := _digest(path)) is not None:
+                found[name] = digest
+        return found
+
+
+@contextmanager
+def observed_reading(checkpoint: Path) -> Iterator[Reading]:
+    """While open, the files that this process opens for reading are noted in what is yielded.
+
+    Args:
+        checkpoint: directory of the model, or its only file; names of files below it are relative.
+    """
+    _install()
+    reading = Reading(checkpoint)
+    with _adding:
+        _active.append(reading)
+    try:
+        yield reading
+    finally:
+        with _adding:
+            _active.remove(reading)
+
+
+def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | None]:
+    """Files of `recorded` (from `Reading.files`) that `checkpoint` and this machine have with another content.
+
+    Returns:
+        The digest of the content here by name; None for a file that is absent.
+    """
+    base = _directory_of(checkpoint)
+    here = {name: _digest(_path(name, base)) for name in sorted(recorded)}
+    return {name: digest for name, digest in here.items() if digest != recorded[name]}
+
+
+def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
+    """How the files of `recorded` differ from those that `checkpoint` and this machine have.
+
+    One text a file, with both values; empty if all are the same.
+    """
+    return [
+        f"{name} has content {recorded[name][:_SHORT]} there and {digest[:_SHORT] if digest else 'is absent'} here"
+        for name, digest in changed(recorded, checkpoint).items()
+    ]
+
+
+def _install() -> None:
+    """Hooks cannot be removed; this one returns at once while nobody observes."""
+    global _installed
+    with _adding:
+        if not _installed:
+            sys.addaudithook(_heard)
+            _installed = True
+
+
+def _heard(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _active or event != "open":
+        return
+    path, _, flags = arguments
+    if isinstance(path, (str, bytes)) and isinstance(flags, int):
+        for reading in _active:
+            reading.note(os.fsdecode(path), flags)
+
+
+def _directory_of(checkpoint: Path) -> str:
+    return os.path.abspath(checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint))
+
+
+def _name(path: str, checkpoint: str) -> str | None:
+    """How a file is named for others; None if it is not the model's."""
+    if _is_below(path, checkpoint):
+        return os.path.relpath(path, checkpoint)
+    if path.endswith(_CODE):  # named by the key, or not there after an update
+        return None
+    hub = _hub()
+    if _is_below(path, hub):
+        return _HUB + os.path.relpath(path, hub)
+    hidden = any(part.startswith(".") for part in Path(path).parts)
+    return None if hidden or any(_is_below(path, place) for place in _not_models()) else path
+
+
+def _path(name: str, checkpoint: str) -> str:
+    return os.path.join(_hub(), name.removeprefix(_HUB)) if name.startswith(_HUB) else os.path.join(checkpoint, name)
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return path.startswith(directory.rstrip("/") + "/")
+
+
+def _hub() -> str:
+    from huggingface_hub import constants
+
+    return os.path.abspath(str(constants.HF_HUB_CACHE))
+
+
+@cache
+def _not_models() -> tuple[str, ...]:
+    """Directories of the machine, of Python and its packages, and of caches that processes fill by themselves."""
+    from vllm import envs
+
+    caches = (os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"))
+    pythons = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values())
+    ours = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), envs.VLLM_CACHE_ROOT, envs.VLLM_CONFIG_ROOT)
+    inductor = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    found = (*_SYSTEM, *pythons, *ours, *(place for place in caches if place), inductor)
+    return tuple({os.path.abspath(place) for place in found} - {"/"})
+
+
+def _digest(path: str) -> str | None:
+    """Of a small regular file; None of anything else."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BYTES:
+            return None
+        return digest_of(Path(path))
+    except (OSError, ValueError):  # ValueError: no name of a file
+        return None

@@ -1,0 +1,56 @@
+"""Finding entries by query, and the texts that say why nothing was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import EntryState
+
+
+class HasKey(Protocol):
+    @property
+    def key(self) -> EntryKey: ...
+
+    @property
+    def state(self) -> EntryState: ...
+
+
+@dataclass(frozen=True)
+class Query:
+    """Finds entries without their full key. Empty fields match anything, and `key_id` the ids it begins."""
+
+    model: str = ""
+    rank: str = ""
+    role: str = ""
+    key_id: str = ""
+
+    def matches(self, key: EntryKey) -> bool:
+        named = ((self.model, key.model), (self.rank, key.rank), (self.role, key.role))
+        return all(wanted in ("", actual) for wanted, actual in named) and key.id.startswith(self.key_id)
+
+    def __str__(self) -> str:
+        named = [f"{name} {value!r}" for name, value in vars(self).items() if value]
+        return "The query for " + (", ".join(named) or "anything")
+
+
+def describe(entries: Sequence[HasKey]) -> str:
+    """The entries in a few words each, e.g. "Qwen/Qwen3-8B (target, tp0/2, ready, key 3f2a...)"."""
+    return ", ".join(
+        f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value}, key {e.key.id[:12]})" for e in entries
+    )
+
+
+def no_match_text(select: EntryKey | Query, entries: Sequence[HasKey]) -> str:
+    """Why `select` found nothing: what there is, and for a key how the nearest entry differs."""
+    if isinstance(select, EntryKey):
+        asked = f"{select.model} ({select.role}, {select.rank}, key {select.id[:12]})"
+        same = [e for e in entries if (e.key.model, e.key.role, e.key.rank) == (select.model, select.role, select.rank)]
+        if same:
+            return f"{asked} is published, but loaded differently: {select.nearest_text([e.key for e in same])}."
+        prefix = f"{asked} is not published, nor is it being loaded"
+    else:
+        prefix = f"{select} matches nothing"
+    return f"{prefix}. Here: {describe(entries) or 'nothing'}."

@@ -1,0 +1,1 @@
+"""What a companion answers: RPCs, descriptors, health."""

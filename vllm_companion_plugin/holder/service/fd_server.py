@@ -1,0 +1,213 @@
+"""Server side of the fd socket: descriptors out for redeem tickets, in for deposit tickets.
+
+Runs on the companion's event loop and never blocks it: sockets are non-blocking, a connection
+has a deadline, and a peer of another user is refused before it can say anything. Descriptors that
+are not wanted, and connections, in which there may be unread ones, are closed aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from vllm_companion_plugin.errors import BadRequestError, CompanionError
+from vllm_companion_plugin.holder.service.descriptors import close_aside
+from vllm_companion_plugin.host.peer import credentials
+from vllm_companion_plugin.wire import fd_channel
+from vllm_companion_plugin.wire.codec import MAX_BLOCKS
+
+logger = logging.getLogger(__name__)
+
+CONNECTION_TIMEOUT_S = 10.0
+MAX_CONNECTIONS = 256
+ACCEPT_RETRY_S = 1.0
+
+_Ancillary = Sequence[tuple[int, int, bytes]]
+
+
+class FdServer:
+    """The listening socket and its connections.
+
+    Args:
+        redeem: spends a ticket and returns what gives the descriptors, now and again; they stay the giver's.
+        check_deposit: spends the ticket of a deposit of so many and returns what takes the descriptors.
+            Only if that returns have they a new owner. All raise `CompanionError`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        redeem: Callable[[bytes], Callable[[], Sequence[int]]],
+        check_deposit: Callable[[bytes, int], Callable[[Sequence[int]], None]],
+    ) -> None:
+        self._path = path
+        self._redeem = redeem
+        self._check_deposit = check_deposit
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Connections that have not shown a ticket, in order of arrival.
+        self._strangers: dict[socket.socket, asyncio.Task[None]] = {}
+        self._retry: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Listen, replacing a socket file that a killed companion left. Call from the event loop."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            if os.path.lexists(self._path):
+                os.unlink(self._path)
+            listener.bind(self._path)
+            os.chmod(self._path, 0o600)
+            listener.listen(128)
+        except BaseException:
+            listener.close()
+            raise
+        self._listener = listener
+        self._listen()
+
+    def _listen(self) -> None:
+        assert self._listener is not None
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    async def close(self) -> None:
+        """Stop listening, drop all connections, remove the socket file."""
+        if self._listener is None:
+            return
+        if self._retry is not None:
+            self._retry.cancel()
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
+        self._listener = None
+        os.unlink(self._path)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        loop = asyncio.get_running_loop()
+        try:
+            peer, _ = self._listener.accept()
+        except OSError as error:
+            # The listener stays readable: without a pause we would try for ever, and do nothing else.
+            logger.warning("The fd socket cannot accept: %s", error)
+            loop.remove_reader(self._listener)
+            self._retry = loop.call_later(ACCEPT_RETRY_S, self._listen)
+            return
+        peer.setblocking(False)
+        if len(self._tasks) >= MAX_CONNECTIONS and not self._drop_stranger():
+            peer.close()
+            return
+        task = self._strangers[peer] = loop.create_task(self._serve(peer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _drop_stranger(self) -> bool:
+        """Make room at the cost of who has been connected longest without showing a ticket."""
+        for peer, task in self._strangers.items():
+            del self._strangers[peer]
+            self._tasks.discard(task)
+            return task.cancel()
+        return False
+
+    async def _serve(self, peer: socket.socket) -> None:
+        try:
+            await asyncio.wait_for(self._exchange(peer), CONNECTION_TIMEOUT_S)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+            logger.warning("A client of the fd socket did not finish within %g s.", CONNECTION_TIMEOUT_S)
+        except CompanionError as error:
+            logger.warning("Refused on the fd socket: %s", error)
+            try:
+                peer.send(fd_channel.pack_error(error))
+            except OSError:
+                logger.debug("The refused client is gone.")
+        except OSError as error:
+            logger.info("A client of the fd socket went away: %s", error)
+        finally:
+            self._strangers.pop(peer, None)
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+            close_aside([peer.detach()])
+
+    async def _exchange(self, peer: socket.socket) -> None:
+        _, uid = credentials(peer)
+        if uid != os.getuid():
+            raise BadRequestError(f"This companion belongs to uid {os.getuid()}; the caller is uid {uid}.")
+        packet, fds = await _receive(peer)
+        if fds:
+            close_aside(fds)
+            raise BadRequestError("Descriptors came before a ticket.")
+        if not packet:
+            return
+        verb, ticket, count = fd_channel.unpack_request(packet)
+        if verb == fd_channel.REDEEM:
+            current = self._redeem(ticket)
+            self._strangers.pop(peer, None)
+            for number in range(len(fd_channel.batches(current()))):
+                await _send(peer, partial(_packet, current, number))
+            return
+        if not 1 <= count <= MAX_BLOCKS:
+            raise BadRequestError(f"A deposit of {count} descriptors; 1 to {MAX_BLOCKS} are allowed.")
+        take = self._check_deposit(ticket, count)
+        self._strangers.pop(peer, None)
+        await _send(peer, lambda: (fd_channel.OK, ()))
+        received: list[int] = []
+        try:
+            while len(received) < count:
+                packet, fds = await _receive(peer)
+                received += fds
+                if not fds or len(received) > count:
+                    raise BadRequestError(f"A deposit announced {count} descriptors and brought {len(received)}.")
+            take(received)
+        except BaseException:
+            close_aside(received)
+            raise
+        await _send(peer, lambda: (fd_channel.OK, ()))
+
+
+def _packet(current: Callable[[], Sequence[int]], number: int) -> tuple[bytes, _Ancillary]:
+    """Made anew at each try: an unload closes the descriptors, and their numbers come to mean something else."""
+    return fd_channel.pack_fds(fd_channel.batches(current())[number])
+
+
+async def _receive(peer: socket.socket) -> tuple[bytes, list[int]]:
+    while True:
+        try:
+            return fd_channel.receive_packet(peer, close_aside)
+        except BlockingIOError:
+            await _ready(peer, asyncio.get_running_loop().add_reader, asyncio.get_running_loop().remove_reader)
+
+
+async def _send(peer: socket.socket, make: Callable[[], tuple[bytes, _Ancillary]]) -> None:
+    while True:
+        try:
+            packet, ancillary = make()
+            peer.sendmsg([packet], ancillary)
+            return
+        except BlockingIOError:
+            await _ready(peer, asyncio.get_running_loop().add_writer, asyncio.get_running_loop().remove_writer)
+        except OSError as error:
+            # The kernel bounds descriptors in flight (RLIMIT_NOFILE); the receiver drains them.
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            await asyncio.sleep(0.001)
+
+
+async def _ready(peer: socket.socket, add: Callable[..., None], remove: Callable[[socket.socket], bool]) -> None:
+    waiter = asyncio.get_running_loop().create_future()
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    add(peer, wake)
+    try:
+        await waiter
+    finally:
+        remove(peer)

@@ -1,0 +1,51 @@
+"""Manifests as the companion has them: bytes that it never reads."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
+
+MIN_CHUNK_BYTES = 64 << 10
+"""Of a manifest, but for its last one: many small ones would take many times their size."""
+
+
+@dataclass(frozen=True)
+class StoredManifest:
+    """Opaque bytes in the chunks they came in; joining them would double the peak."""
+
+    chunks: tuple[bytes, ...]
+    size_bytes: int
+    sha256: bytes
+
+
+class IncomingManifest:
+    """A manifest on its way in: bounded, and hashed as it comes."""
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self._chunks: list[bytes] = []
+        self._hash = hashlib.sha256()
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next chunk. Raises `BadRequestError` if that is too much, or the one before was too small."""
+        self.size_bytes += len(chunk)
+        if self.size_bytes > MAX_MANIFEST_BYTES:
+            raise BadRequestError(f"The manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
+        if self._chunks and len(self._chunks[-1]) < MIN_CHUNK_BYTES:
+            raise BadRequestError(
+                f"A chunk of a manifest has less than {MIN_CHUNK_BYTES} bytes and is not the last one."
+            )
+        self._hash.update(chunk)
+        self._chunks.append(chunk)
+
+    def finish(self, commit: Any) -> StoredManifest:
+        """The whole. Raises `BadRequestError` unless it is what the `Commit` message says."""
+        if self.size_bytes != commit.manifest_bytes or self._hash.digest() != commit.manifest_sha256:
+            raise BadRequestError(
+                f"The manifest arrived damaged: {self.size_bytes} of {commit.manifest_bytes} bytes, or another sha256."
+            )
+        return StoredManifest(tuple(self._chunks), self.size_bytes, self._hash.digest())

@@ -1,0 +1,127 @@
+"""Which entries are still mapped by somebody, whatever has become of their companion.
+
+A process that keeps an entry's descriptors holds a shared lock (flock) on a file of that entry. The
+kernel frees it when the process ends, in whatever container it ran. A companion that starts and
+finds such a lock waits for the entry to be handed back, instead of letting it be loaded once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import GENERATIONS
+from vllm_companion_plugin.errors import RuntimeDirError
+from vllm_companion_plugin.host.locks import owner_text
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, ensure_private_directory
+
+LOCK_TIMEOUT_S = 10.0
+_MAX_BYTES = 4 << 20
+_DIGITS = len(str(GENERATIONS.stop))
+_DISMISSED = b"-"
+"""Begins the file instead of JSON; its unlinking alone may be a clean-up of the directory."""
+
+
+def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
+    """Say that this process holds an entry; a descriptor, which the caller owns and closes to end that.
+
+    Raises:
+        RuntimeDirError: the file cannot be made.
+    """
+    fd = -1
+    try:
+        ensure_private_directory(paths.holders)
+        path = _path(paths, key, generation)
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            _lock(path, fcntl.flock, fd, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):  # `held` may have removed it before it was locked
+                if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+                    break
+            os.close(fd)
+            fd = -1
+        _lock(path, fcntl.lockf, fd, fcntl.LOCK_EX)  # of another kind than flock: the first one writes
+        if os.fstat(fd).st_size == 0:
+            os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise RuntimeDirError(f"Cannot note in {paths.holders} what this process holds: {error.strerror}.") from error
+    return fd
+
+
+def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
+    """Whoever holds this entry shall not hand it back: it was unloaded, or its companion stopped, on purpose."""
+    path = _path(paths, key, generation)
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.pwrite(fd, _DISMISSED, 0)
+        finally:
+            os.close(fd)
+            os.unlink(path)
+
+
+def is_dismissed(fd: int) -> bool:
+    """Whether the hold behind a descriptor of `hold` means nothing any more."""
+    return os.pread(fd, 1, 0) == _DISMISSED
+
+
+def is_removed(fd: int) -> bool:
+    """Whether no companion finds the hold behind a descriptor of `hold`, because its directory was removed."""
+    return os.fstat(fd).st_nlink == 0
+
+
+def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
+    """Keys and generations that somebody holds now. Removes the files of all others."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
+            if not entry.is_file(follow_symlinks=False):
+                continue
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                key, number = _key(fd), entry.name.rpartition(".")[2]
+                generation = int(number) if number.isdecimal() and len(number) <= _DIGITS else 0
+                if key is not None and generation in GENERATIONS and entry.path == _path(paths, key, generation):
+                    yield key, generation
+            else:
+                os.unlink(entry.path)
+            finally:
+                os.close(fd)
+
+
+def _key(fd: int) -> EntryKey | None:
+    """The key in a holder's file; None if it is not written yet, or not by us."""
+    try:
+        key = EntryKey(**json.loads(os.pread(fd, _MAX_BYTES, 0)))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return None if key.problem() else key
+
+
+def _lock(path: str, lock: Callable[[int, int], object], fd: int, kind: int) -> None:
+    """Others hold it for a moment only, unless they are stopped just then. Raises `OSError` if one is."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            lock(fd, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                why = f"{owner_text(path)} has kept {path} locked for {LOCK_TIMEOUT_S:g} s"
+                raise OSError(errno.ETIMEDOUT, why) from None
+            time.sleep(0.005)
+
+
+def _path(paths: DevicePaths, key: EntryKey, generation: int) -> str:
+    return os.path.join(paths.holders, f"{key.id}.{generation}")

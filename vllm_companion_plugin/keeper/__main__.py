@@ -1,0 +1,8 @@
+"""`python -m vllm_companion_plugin.keeper`: the process itself."""
+
+import sys
+
+from vllm_companion_plugin.keeper.process import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Asking a device's keeper for memory, and starting one if there is none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.host import peer
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.host.spawn import child_environment, log_tail, start_detached, starting, why_not
+from vllm_companion_plugin.settings import Settings
+
+SIZE = struct.Struct("!Q")
+OK, FAILED = b"O", b"F"
+ANSWER_TIMEOUT_S = 30.0
+_MAX_ANSWER_BYTES = 4096
+
+
+def allocate(device: str, size_bytes: int, settings: Settings) -> int:
+    """A descriptor that stands for `size_bytes` of memory of `device` until its last copy is closed.
+
+    The caller owns it.
+
+    Raises:
+        ArenaError: there is not so much memory, or no keeper could be started; says why.
+        RuntimeDirError: the runtime directory is unsafe or not writable.
+    """
+    paths = device_paths(device, settings)
+    if (fd := _ask(paths, size_bytes)) is not None:
+        return fd
+    with starting(paths.keeper_lock, f"the keeper of {device}", paths.keeper_log, settings, ArenaError) as deadline:
+        if (fd := _ask(paths, size_bytes)) is None:
+            _start(paths, settings, deadline)
+            fd = _ask(paths, size_bytes)
+    if fd is None:
+        raise ArenaError(
+            f"The keeper of {device} ended at once. End of {paths.keeper_log}:\n{log_tail(paths.keeper_log)}"
+        )
+    return fd
+
+
+def keeper_pid(paths: DevicePaths) -> int:
+    """Of the keeper that listens there; 0 if none does, or it is in a container of its own."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(1)
+        try:
+            sock.connect(paths.keeper_socket)
+            return peer.credentials(sock)[0]
+        except OSError:
+            return 0
+
+
+def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
+    """A descriptor; None if nobody keeps memory of the device."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(ANSWER_TIMEOUT_S)
+        try:
+            sock.connect(paths.keeper_socket)
+            peer.check_listener(sock, paths.keeper_socket)
+            sock.send(SIZE.pack(size_bytes))
+            answer, fds, _, _ = socket.recv_fds(sock, _MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        except (FileNotFoundError, ConnectionError):
+            return None
+        except OSError as error:  # a timeout is one, too
+            raise ArenaError(
+                f"The keeper of {paths.device} does not answer: {error}. Log: {paths.keeper_log}"
+            ) from error
+    if answer == OK and fds:
+        return fds[0]
+    for fd in fds:
+        os.close(fd)
+    if answer[:1] == FAILED:
+        raise ArenaError(f"The keeper of {paths.device}: {answer[1:].decode(errors='replace')}")
+    return None  # it ended while we asked
+
+
+def _start(paths: DevicePaths, settings: Settings, deadline: float) -> None:
+    environment = child_environment(settings, imports=("cuda.bindings",))
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("CUDA_MPS_")}
+    environment["CUDA_VISIBLE_DEVICES"] = paths.device
+    arguments = ["vllm_companion_plugin.keeper", "--device", paths.device]
+    try:
+        answer = start_detached(arguments, environment, paths.keeper_log, deadline)
+    except OSError as error:
+        raise ArenaError(f"Cannot start a keeper of {paths.device}: {error}.") from error
+    if answer != "ok":
+        tail = log_tail(paths.keeper_log)
+        raise ArenaError(
+            f"The keeper of {paths.device} could not be started: {why_not(answer)}\nEnd of {paths.keeper_log}:\n{tail}"
+        )

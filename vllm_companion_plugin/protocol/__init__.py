@@ -1,1 +1,0 @@
-"""The wire: messages, their mapping to `types`, and the descriptor channel. No pickle."""

@@ -1,0 +1,441 @@
+"""Give a model that was built, and not loaded, what loading would have changed in it besides its tensors' bytes.
+
+The publisher saw what loading did (observe.py): values that it set, modules and tensors that it added,
+removed or tied to others. The same is done here to a model that was only built.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import re
+import sys
+import types
+from collections.abc import Callable, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_companion_plugin.core.module_tree import AddedSlot, Manifest, Observed, TensorKind
+from vllm_companion_plugin.errors import ParityError
+from vllm_companion_plugin.tree.capture import (
+    MODULE_INTERNALS,
+    NO_BUFFER,
+    NO_PARAMETER,
+    LiveModule,
+    Place,
+    Tree,
+    capture,
+    describe_value,
+    full_name,
+    tensor_attributes,
+)
+from vllm_companion_plugin.tree.values import loaded_class, value_of
+
+_PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
+_CONTAINERS: dict[str, Callable[[], Any]] = {
+    "builtins.list": list,
+    "builtins.dict": dict,
+    "collections.deque": collections.deque,
+    "collections.OrderedDict": collections.OrderedDict,
+}
+_REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
+"""An object that was met before. No text of a value begins like one: that of a string begins with a quote."""
+_METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
+"""A method of a module in the tree, and where that module is."""
+_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
+
+
+def is_restorable(text: str | None) -> bool:
+    """Whether a value of this text, or its absence, can be brought about in another model."""
+    if text is None or text in (NO_PARAMETER, NO_BUFFER) or _REFERENCE.fullmatch(text) or _METHOD.fullmatch(text):
+        return True
+    try:
+        _made(text)
+    except ValueError:
+        return False
+    return True
+
+
+def apply_loading(model: nn.Module, manifest: Manifest) -> None:
+    """Change `model`, just built, as the publisher saw loading change its own.
+
+    Raises:
+        ParityError: a change that cannot be made here, because the model was built differently.
+    """
+    _apply_to_modules(model, manifest)
+    if manifest.is_observed:
+        seen = {info.path: info.observed for info in manifest.modules}
+    else:
+        seen = _differences(capture(model), manifest)
+    changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
+    if not changed:
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, observed in changed.items():
+        if path in modules:
+            _remove_slots(modules[path], observed)
+    wanted = {path: _wanted(observed) for path, observed in changed.items()}
+    for reference in _references(changed):
+        owner, _, name = reference.partition(":")
+        wanted.setdefault(owner, set()).add(name)
+    tree = capture(model, wanted=wanted)
+    values = _Values(tree)
+    for path, observed in changed.items():
+        live = values.by_path.get(path)
+        if live is not None:
+            values.change(live, observed)
+    # All are looked up before the first is put: loading may have swapped them.
+    retied = [
+        (values.by_path[path], name, values.tensor(first), _kind_of(manifest, path, name))
+        for path, observed in changed.items()
+        if path in values.by_path
+        for name, first in observed.retied.items()
+    ]
+    for live, name, tensor, kind in retied:
+        values.put(live, name, tensor, kind)
+
+
+def _has_changes(observed: Observed) -> bool:
+    return bool(observed.values or observed.added or observed.removed or observed.retied)
+
+
+def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
+    """What would have to change in a model to be the published one."""
+    seen: dict[str, Observed] = {}
+    by_path = {live.path: live for live in tree.modules}
+    first_slot: dict[int, str] = {}
+    for info in manifest.modules:
+        live = by_path.get(info.path)
+        if live is None:
+            continue
+        here = {slot.name: slot for slot in live.slots}
+        added, retied = [], {}
+        hung: dict[str, tuple[str | None, str | None]] = {}
+        for slot in info.slots:
+            first = first_slot.setdefault(slot.tensor, f"{info.path}:{slot.name}")
+            if slot.name in here:
+                mine, other = tensor_attributes(here[slot.name].tensor), manifest.tensors[slot.tensor].attributes
+                hung |= {
+                    f"{slot.name}.{name}": (mine.get(name), other.get(name)) for name in mine.keys() | other.keys()
+                }
+                continue
+            tensor = manifest.tensors[slot.tensor]
+            if first == f"{info.path}:{slot.name}":
+                form = (tensor.dtype, tensor.shape, tensor.stride, tensor.class_name, tensor.requires_grad)
+                added.append(AddedSlot(slot.name, slot.kind, *form))
+            else:
+                retied[slot.name] = first
+        names = live.attributes.keys() | info.attributes.keys()
+        texts = {name: (live.attributes.get(name), info.attributes.get(name)) for name in names} | hung
+        seen[info.path] = Observed(
+            values={name: pair for name, pair in sorted(texts.items()) if pair[0] != pair[1] and name not in here},
+            added=tuple(added),
+            removed=tuple(here.keys() - {slot.name for slot in info.slots}),
+            retied=retied,
+        )
+    return seen
+
+
+def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
+    try:
+        added = manifest.added_modules
+        found = {path: first for path, first in manifest.retied_modules.items() if first not in added}
+        modules = {path: model.get_submodule(first) for path, first in found.items()}
+        for path, class_name in manifest.added_modules.items():
+            _put_module(model, path, _empty_module(path, class_name))
+        for path, first in manifest.retied_modules.items():
+            _put_module(model, path, modules[path] if path in modules else model.get_submodule(first))
+        for path in manifest.removed_modules:
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules.pop(name, None)
+        for _ in model.named_modules(remove_duplicate=False):
+            pass
+    except RecursionError:
+        raise ParityError("the published model has a module inside of itself.") from None
+    except AttributeError as error:
+        raise ParityError(f"loading changed modules of the published model that do not exist here: {error}.") from None
+
+
+def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    if not path or not name or name in model.get_submodule(parent).__dict__:
+        raise ParityError(f"the published model has a module {path!r}, which cannot be put here.", path)
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _empty_module(path: str, class_name: str) -> nn.Module:
+    """A module that has nothing yet: its values and tensors were published, and no constructor is called."""
+    cls = loaded_class(class_name)
+    if cls is None or not issubclass(cls, nn.Module):
+        raise ParityError(f"{path} is a {class_name} in the published model, which is not known here.", path)
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    return module
+
+
+def _remove_slots(module: nn.Module, observed: Observed) -> None:
+    for name in observed.removed:
+        _remove(module, name, {})
+
+
+def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
+    """Let `name` be free in all tables of `module` but one.
+
+    Raises:
+        ParityError: it is a table of the module itself.
+    """
+    if name in MODULE_INTERNALS:
+        raise ParityError(f"the published model has a {name!r} of its own, which is PyTorch's in each module.", name)
+    for table in (module._parameters, module._buffers, module.__dict__):
+        if table is not besides:
+            table.pop(name, None)
+    if besides is not module._buffers:
+        module._non_persistent_buffers_set.discard(name)
+
+
+def _wanted(observed: Observed) -> set[str]:
+    """Names of the values that change, and of what holds them."""
+    names = {*observed.values, *(slot.name for slot in observed.added), *observed.retied}
+    for name in list(names):
+        while (part := _PART.fullmatch(name)) is not None:
+            name = part["parent"]
+            names.add(name)
+    return names
+
+
+def _references(changed: dict[str, Observed]) -> set[str]:
+    texts = (after for observed in changed.values() for _, after in observed.values.values() if after)
+    return {text.partition(" @")[2] for text in texts if _REFERENCE.fullmatch(text)}
+
+
+def _kind_of(manifest: Manifest, path: str, name: str) -> TensorKind:
+    module = next(module for module in manifest.modules if module.path == path)
+    return next((slot.kind for slot in module.slots if slot.name == name), TensorKind.PARAMETER)
+
+
+class _Values:
+    """Changes values of one captured tree."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.by_path = {live.path: live for live in tree.modules}
+        self._index = {id(live): index for index, live in enumerate(tree.modules)}
+        self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+
+    def change(self, live: LiveModule, observed: Observed) -> None:
+        added = tuple(f"{slot.name}." for slot in observed.added)
+        hung = {name for name in observed.values if name.startswith(added)}  # on tensors that are not there yet
+        self._set_all(live, observed, observed.values.keys() - hung)
+        for name in sorted(observed.values, reverse=True):
+            if observed.values[name][1] is None:
+                self._delete(live, name)
+        for slot in observed.added:
+            self.put(live, slot.name, self._without_data(live, slot), slot.kind)
+        self._set_all(live, observed, hung)
+        for name, (_, text) in observed.values.items():  # last, as constructors put a bias that there is not
+            if text in (NO_PARAMETER, NO_BUFFER):
+                self._keep_free(live, name, text)
+
+    def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
+        for name in sorted(names):  # what holds others comes first
+            built, text = observed.values[name]
+            if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
+                self._set(live, name, text, in_place=built is not None)
+
+    def tensor(self, full: str) -> torch.Tensor:
+        """The tensor at "path:name"."""
+        path, _, name = full.partition(":")
+        live = self.by_path.get(path)
+        if live is not None:
+            for table in (live.module._parameters, live.module._buffers):
+                found = table.get(name)
+                if found is not None:
+                    return found
+        if full not in self._slots:
+            raise ParityError(f"the published model ties tensors to {full}, which does not exist here.")
+        return self._slots[full]
+
+    def put(self, live: LiveModule, name: str, value: Any, kind: TensorKind) -> None:
+        """Let `name` hold a tensor."""
+        module = live.module
+        if kind is TensorKind.ATTRIBUTE:
+            if _PART.fullmatch(name) is None:
+                _remove(module, name, {})
+            self._put(live, name, value)
+        elif name.startswith("__") or "." in name or not name:
+            raise ParityError(f"{full_name(live.path, name)} cannot be a {kind.value} of a model that was only built.")
+        elif kind is TensorKind.PARAMETER:
+            _remove(module, name, module._parameters)
+            module._parameters[name] = value
+        else:
+            _remove(module, name, module._buffers)
+            module._buffers[name] = value
+            if kind is TensorKind.BUFFER:
+                module._non_persistent_buffers_set.discard(name)
+            else:
+                module._non_persistent_buffers_set.add(name)
+        self._slots[f"{live.path}:{name}"] = value
+
+    def _without_data(self, live: LiveModule, slot: AddedSlot) -> torch.Tensor:
+        dtype = getattr(torch, slot.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ParityError(f"{full_name(live.path, slot.name)} is of the unknown dtype {slot.dtype!r}.")
+        data = torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
+        cls = loaded_class(slot.class_name)
+        if cls is torch.Tensor:
+            return data.requires_grad_(slot.requires_grad)
+        if cls is None or not issubclass(cls, torch.Tensor):
+            raise ParityError(f"{full_name(live.path, slot.name)} is a {slot.class_name}, which is not known here.")
+        made = torch.Tensor._make_subclass(cls, data, slot.requires_grad)
+        known = self._slots.get(f"{live.path}:{slot.name}")
+        if known is not None:
+            made.__dict__.update(known.__dict__)
+        return made
+
+    def _place(self, live: LiveModule, name: str) -> Place | None:
+        return self._tree.places.get((self._index[id(live)], name))
+
+    def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
+        try:
+            if (method := _METHOD.fullmatch(text)) is not None:
+                value = self._method(method["method"], method["owner"])
+            else:
+                value = self._referred(text) if _REFERENCE.fullmatch(text) else _made(text)
+        except ValueError:
+            return  # an object, which processing makes; the comparison says it if it does not
+        place = self._place(live, name)
+        if place is not None:
+            if _CONTAINER.fullmatch(text) and type(place.value) is type(value):
+                return  # what is in it changes by itself
+            if not (in_place and _assign_in_place(place.value, value)):
+                _change(live, name, lambda: place.set(value))
+        else:
+            self._put(live, name, value)
+
+    def _keep_free(self, live: LiveModule, name: str, text: str) -> None:
+        """Let a module have a parameter or a buffer that is None."""
+        part = _PART.fullmatch(name)
+        module = live.module if part is None else self._holder(live, part["parent"])
+        key = name if part is None else part["name"]
+        if isinstance(module, nn.Module) and key is not None and not key.startswith("__"):
+            table: dict[str, Any] = module._parameters if text == NO_PARAMETER else module._buffers
+            _remove(module, key, table)
+            table[key] = None
+
+    def _put(self, live: LiveModule, name: str, value: Any) -> None:
+        """Give `name` a value where nothing is yet."""
+        part = _PART.fullmatch(name)
+        if part is None:
+            if not name.isidentifier() or name in MODULE_INTERNALS or (name.startswith("__") and name.endswith("__")):
+                raise ParityError(f"the published model has {full_name(live.path, name)}, which is no name here.")
+            live.module.__dict__[name] = value
+            self._note(live, name, live.module.__dict__, name, value)
+            return
+        parent = self._holder(live, part["parent"])
+        if parent is None:
+            return  # processing makes it; if it does not, the comparison says so
+        _change(live, name, lambda: self._put_into(live, name, parent, part, value))
+
+    def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
+        key: Any = part["name"]
+        if key is not None:
+            if key.startswith("__") or (isinstance(parent, nn.Module) and key in MODULE_INTERNALS):
+                raise TypeError("it is Python's own, or PyTorch's")
+            object.__setattr__(parent, key, value)
+        else:
+            key = value_of(part["key"])
+            if isinstance(parent, (list, collections.deque)) and key == len(parent):
+                parent.append(value)
+            else:
+                parent[key] = value
+        self._note(live, name, parent, key, value)
+
+    def _note(self, live: LiveModule, name: str, holder: Any, key: Any, value: Any) -> None:
+        self._tree.places[self._index[id(live)], name] = Place(((holder, key),), value)
+
+    def _holder(self, live: LiveModule, name: str) -> Any:
+        place = self._place(live, name)
+        return place.value if place is not None else self._slots.get(f"{live.path}:{name}")
+
+    def _delete(self, live: LiveModule, name: str) -> None:
+        place = self._place(live, name)
+        if place is None:
+            part = _PART.fullmatch(name)
+            tensor = self._slots.get(f"{live.path}:{part['parent']}") if part is not None else None
+            if tensor is not None and part is not None and part["name"] is not None:
+                tensor.__dict__.pop(part["name"], None)
+            return  # with what held it
+        _change(live, name, place.delete)
+
+    def _method(self, text: str, owner: str) -> Any:
+        live = self.by_path.get(owner)
+        found = getattr(live.module, text.rpartition(".")[2], None) if live is not None else None
+        if describe_value(found) != text:
+            raise ParityError(f"the published model refers to the {text} of {owner!r}, which does not exist here.")
+        return found
+
+    def _referred(self, text: str) -> Any:
+        """The object that was met first where the text says."""
+        path, _, name = text.partition(" @")[2].partition(":")
+        live = self.by_path.get(path)
+        if live is not None:
+            if not name:
+                return live.module
+            if (place := self._place(live, name)) is not None:
+                return place.value
+        raise ParityError(f"the published model refers to {path}:{name}, which does not exist here.")
+
+
+def _change(live: LiveModule, name: str, change: Callable[[], None]) -> None:
+    try:
+        change()
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        where = full_name(live.path, name)
+        raise ParityError(f"{where} cannot be set to what the published model has there: {error}.") from None
+
+
+def _made(text: str) -> Any:
+    """The value of a text that needs no other object. Raises `ValueError` if there is none."""
+    if (container := _CONTAINER.fullmatch(text)) is not None and container["kind"] in _CONTAINERS:
+        return _CONTAINERS[container["kind"]]()
+    if text.startswith("class ") and (cls := loaded_class(text.removeprefix("class "))) is not None:
+        return cls
+    if text.startswith("function "):
+        return _loaded_function(text.removeprefix("function "))
+    return value_of(text)
+
+
+def _loaded_function(name: str) -> Any:
+    """A function of a module that is loaded. Raises `ValueError` for all others."""
+    module, _, last = name.rpartition(".")
+    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
+    if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) and f"{found.__module__}.{last}" == name:
+        return found
+    raise ValueError(f"{name} is no function that is loaded")
+
+
+def _assign_in_place(current: Any, value: Any) -> bool:
+    """Give a mutable object the content of another one of its type, so that whoever holds it sees that."""
+    kind = type(current)
+    if kind is not type(value):
+        return False
+    if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
+        current[:] = value
+    elif kind in (dict, set, collections.OrderedDict):
+        current.clear()
+        current.update(value)
+    elif kind is collections.deque and current.maxlen == value.maxlen:
+        current.clear()
+        current.extend(value)
+    elif (
+        kind is np.ndarray and (current.dtype, current.shape) == (value.dtype, value.shape) and current.flags.writeable
+    ):
+        current[...] = value
+    elif kind is torch.Generator:
+        current.set_state(value.get_state())
+    else:
+        return False
+    return True

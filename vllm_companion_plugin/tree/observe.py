@@ -1,0 +1,478 @@
+"""Watch a model being loaded, to know of every tensor and value where it came from.
+
+A value belongs to the engine if building the model made it, and to the publication if loading or
+post-processing changed it. So the model is looked at when it has been built, when it has been loaded and
+when it has been processed, and in between every operation on tensors is watched:
+
+- a storage is *own* if building the model made it, no operation wrote to it and its bytes are still
+  what they were;
+- it is *derived* if it holds bytes of the checkpoint, or was computed from such a storage. What was made of
+  nothing (zeros, a workspace) is not.
+
+What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes. A large
+parameter that nothing was seen to write is published without being shared: no engine computes with a guess.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_name, plain_tensors, tensor_attributes
+from vllm_companion_plugin.tree.changes import is_restorable
+from vllm_companion_plugin.tree.values import class_name, loaded_class
+
+_SMALL_BYTES = 1 << 20
+"""Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
+_ROW_BYTES = 4096
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """A model's values and structure at one moment, without keeping its tensors alive."""
+
+    modules: dict[str, weakref.ref[nn.Module]]
+    attributes: dict[str, dict[str, str]]
+    opaque: dict[str, dict[str, Any]]
+    mutable: dict[tuple[str, str], Any]
+    slots: dict[str, dict[str, AddedSlot]]
+    ties: dict[str, str]
+    owners: dict[tuple[str, str], str]
+    """Of values that are methods of a module in the tree: where that module is."""
+
+    @classmethod
+    def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
+        first: dict[int, str] = {}
+        ties: dict[str, str] = {}
+        for slot in tree.slots():
+            name = f"{tree.modules[slot.module].path}:{slot.name}"
+            ties[name] = first.setdefault(id(slot.tensor), name)
+        named = dict(model.named_modules(remove_duplicate=False))
+        attributes = {live.path: live.attributes for live in tree.modules}
+        paths = {id(live.module): live.path for live in tree.modules}
+        owners: dict[tuple[str, str], str] = {}
+        for live in tree.modules:
+            for name, text in live.attributes.items():
+                if name.endswith(".__self__") and text.endswith(":") and " @" in text:
+                    owners[live.path, name.removesuffix(".__self__")] = text.partition(" @")[2][:-1]
+        for slot in tree.slots():
+            path = tree.modules[slot.module].path
+            for name, text in tensor_attributes(slot.tensor).items():
+                attributes[path][f"{slot.name}.{name}"] = text
+                owner = paths.get(id(getattr(slot.tensor.__dict__[name], "__self__", None)))
+                if owner is not None:
+                    owners[path, f"{slot.name}.{name}"] = owner
+        opaque: dict[str, dict[str, Any]] = {}
+        for (index, name), value in tree.opaque.items():
+            opaque.setdefault(tree.modules[index].path, {})[name] = value
+        return cls(
+            modules={path: weakref.ref(module) for path, module in named.items()},
+            attributes=attributes,
+            opaque=opaque,
+            mutable={(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()},
+            slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
+            ties=ties,
+            owners=owners,
+        )
+
+
+def _added(slot: LiveSlot) -> AddedSlot:
+    tensor = slot.tensor
+    return AddedSlot(
+        slot.name,
+        slot.kind,
+        str(tensor.dtype).removeprefix("torch."),
+        tuple(tensor.shape),
+        tuple(tensor.stride()) if tensor.layout is torch.strided else (),
+        class_name(type(tensor)),
+        bool(tensor.requires_grad),
+    )
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What loading did to the structure of a model, and to the values of its modules by path."""
+
+    added_modules: dict[str, str] = field(default_factory=dict)
+    removed_modules: tuple[str, ...] = ()
+    retied_modules: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, Observed] = field(default_factory=dict)
+
+
+class Observation:
+    """Watches one model from the moment it was built.
+
+    Args:
+        model: just built, nothing loaded yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        with plain_tensors():
+            tree = capture(model)
+            self._built = Snapshot.of(model, tree)
+            self._watch = _Watch()
+            # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
+            # PyTorch makes some (`torch.tensor`) without an operator that could be watched.
+            self._addresses: list[StorageWeakRef] = []
+            # By full name: which memory building put there.
+            self._built_at = {
+                f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
+            }
+            compared: dict[int, torch.Tensor] = {}
+            for slot in tree.slots():
+                storage = _storage_of(slot.tensor)
+                if storage is None or slot.tensor.is_meta or is_lazy(slot.tensor):
+                    continue
+                self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+                self._watch.built.add(storage)
+                if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
+                    compared.setdefault(storage, slot.tensor)
+            self._fingerprints = _fingerprints(compared)
+            self._watch.clean |= self._watch.built
+        # By id: modules that were post-processed before all was loaded, as online quantization does. All that
+        # changed in them counts as made by processing, which engines do for themselves.
+        self._processed_early: dict[int, nn.Module] = {}
+        self._moved: dict[str, str] = {}
+        self._loaded_values: dict[str, dict[str, str]] | None = None
+        self._loaded = Loaded()
+        self._same: dict[int, bool] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While open, all operations of this thread on tensors are watched."""
+        with self._watch:
+            yield
+
+    def note_read(self, tensor: torch.Tensor) -> None:
+        """`tensor` was read from the checkpoint, in whatever way: no operator shows who fills memory that was empty."""
+        storage = _storage_of(tensor)
+        if storage is not None:
+            self._watch.clean.discard(storage)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, operations are those of publishing, and none of loading."""
+        with self._watch.paused():
+            yield
+
+    @contextmanager
+    def processing(self, module: nn.Module) -> Iterator[None]:
+        """While open, `module` is post-processed."""
+        if self._loaded_values is None:
+            self._processed_early[id(module)] = module
+        before, self._watch.module = self._watch.module, module
+        try:
+            yield
+        finally:
+            self._watch.module = before
+
+    def end_loading(self, model: nn.Module) -> None:
+        """The model has been loaded and not been processed yet.
+
+        Raises:
+            NotShareableError: loading changed something that no engine could restore; it is named.
+        """
+        with plain_tensors(), self._watch.paused():
+            tree = capture(model)
+            self._compare_bytes(tree)
+            now = Snapshot.of(model, tree)
+            self._loaded = self._compare(now, tree)
+            self._loaded_values = now.attributes
+            self._same.clear()  # processing may still write
+
+    def look_at(self, tree: Tree) -> None:
+        """`tree` is that of the finished model: `is_own` will be asked about its tensors."""
+        with plain_tensors(), self._watch.paused():
+            self._compare_bytes(tree)
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether building the model made the storage of `tensor` and nothing wrote to it since."""
+        storage = _storage_of(tensor)
+        if storage is None or storage not in self._watch.built or storage in self._watch.written:
+            return False
+        return self._same.get(storage, False)
+
+    def _compare_bytes(self, tree: Tree) -> None:
+        """Note of every storage that building made and nothing was seen to write whether it has the same bytes."""
+        unwritten = self._watch.built - self._watch.written
+        tensors = {
+            storage: slot.tensor
+            for slot in tree.slots()
+            if (storage := _storage_of(slot.tensor)) in unwritten and storage in self._fingerprints
+        }
+        now = _fingerprints(tensors)
+        self._same = {storage: data == self._fingerprints[storage] for storage, data in now.items()}
+
+    def is_derived(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` holds, or was computed from, bytes of the checkpoint."""
+        return _storage_of(tensor) not in self._watch.clean
+
+    def finish(self, tree: Tree) -> Loaded:
+        """What was observed, for a model that is ready to be published.
+
+        Args:
+            tree: of the model as it is now, with its final values.
+        """
+        before = self._loaded_values or {}
+        measured = self._watch.measured
+        for live in tree.modules:
+            seen = self._loaded.modules.get(live.path, Observed())
+            then = before.get(live.path, {})
+            processed = tuple(name for name, text in live.attributes.items() if then.get(name) != text)
+            reads = id(live.module) in measured or (None in measured and bool(processed))
+            if processed or reads:
+                seen = Observed(
+                    seen.values, seen.added, seen.removed, seen.retied, seen.untouched, processed, measured=reads
+                )
+            self._loaded.modules[live.path] = seen
+        return self._loaded
+
+    def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
+        loaded = Loaded()
+        built = self._built
+        paths = {path: reference() for path, reference in built.modules.items()}
+        removed = [path for path in paths if path not in now.modules]
+        loaded.removed_modules = tuple(path for path in removed if path.rpartition(".")[0] not in removed)
+        for path, reference in now.modules.items():
+            module = reference()
+            if path in paths and paths[path] is module:
+                continue
+            first = next((known for known, there in paths.items() if there is module), None)
+            if first is None and path in {live.path for live in tree.modules}:
+                name = class_name(type(module))
+                if loaded_class(name) is not type(module):
+                    raise NotShareableError(f"loading added the module {path!r}, whose class {name} cannot be found")
+                loaded.added_modules[path] = name
+                continue
+            if first is None:  # another name of one that was added
+                first = next(live.path for live in tree.modules if live.module is module)
+            if path.rpartition(".")[0] not in loaded.retied_modules:
+                loaded.retied_modules[path] = first
+        was_at: dict[int, str] = {}
+        for path, module in paths.items():
+            was_at.setdefault(id(module), path)
+        is_at = {was_at.get(id(live.module), live.path): live.path for live in tree.modules}
+        for live in tree.modules:
+            was, is_new = was_at.get(id(live.module), live.path), live.path in loaded.added_modules
+            if id(live.module) in self._processed_early:
+                now.attributes[live.path] = built.attributes.get(was, {})
+                loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
+            else:
+                loaded.modules[live.path] = self._compare_module(live.path, was, is_at, now, live.slots, is_new=is_new)
+        added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
+        if self._moved:
+            full = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+            added |= {name for name, tensor in full.items() if not self.is_own(tensor)}
+        for name, origin in self._moved.items():
+            if origin in added:  # an engine could not tell the one that was there from the one that is there now
+                raise NotShareableError(f"loading moved {origin} to {name} and put another one there")
+        return loaded
+
+    def _compare_module(
+        self, path: str, was: str, is_at: dict[str, str], now: Snapshot, slots: list[LiveSlot], *, is_new: bool
+    ) -> Observed:
+        built = self._built
+        texts, then = now.attributes[path], {} if is_new else built.attributes.get(was, {})
+        values = {
+            name: (then.get(name), texts.get(name))
+            for name in texts.keys() | then.keys()
+            if then.get(name) != texts.get(name) and name not in now.slots[path]
+        }
+        for name, (before, text) in list(values.items()):
+            if (owner := now.owners.get((path, name))) is not None and text is not None:
+                values[name] = before, f"{text} of {owner}"
+                values.pop(f"{name}.__self__", None)
+        for name, (_, text) in values.items():
+            if now.mutable.get((path, name)) is not built.mutable.get((was, name)):
+                values[name] = None, text  # whoever else has the one that building made keeps it as it was
+            if not is_restorable(text):
+                raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        opaque = {} if is_new else built.opaque.get(was, {})
+        for name, value in now.opaque.get(path, {}).items():
+            if name not in values and opaque.get(name, value) is not value:
+                raise NotShareableError(
+                    f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
+                )
+        here, there = now.slots[path], {} if is_new else built.slots.get(was, {})
+        # A slot that is tied to nothing any more has its own name here.
+        tied = {
+            name: now.ties[f"{path}:{name}"]
+            for name in here
+            if is_new or now.ties[f"{path}:{name}"] != _renamed(built.ties.get(f"{was}:{name}", f"{was}:{name}"), is_at)
+        }
+        for slot in slots:
+            if tied.get(slot.name, f"{path}:{slot.name}") == f"{path}:{slot.name}" and self.is_own(slot.tensor):
+                origin = self._origin(slot, f"{was}:{slot.name}", full_name(path, slot.name))
+                if origin is not None:
+                    tied[slot.name] = self._moved[full_name(path, slot.name)] = _renamed(origin, is_at)
+        return Observed(
+            values=dict(sorted(values.items())),
+            added=tuple(
+                slot
+                for name, slot in here.items()
+                if (there.get(name) != slot or name in tied) and tied.get(name) in (None, f"{path}:{name}")
+            ),
+            removed=tuple(name for name in there if name not in here),
+            retied={name: first for name, first in tied.items() if first != f"{path}:{name}"},
+            untouched=self._untouched(slots),
+        )
+
+    def _origin(self, slot: LiveSlot, was: str, name: str) -> str | None:
+        """Where building had put the memory that loading moved to this slot; None if it was here."""
+        memory = _memory_of(slot.tensor)
+        if self._built_at.get(was) == memory:
+            return None
+        for origin, built in self._built_at.items():
+            if built == memory:
+                return origin
+        raise NotShareableError(f"loading set {name} to a part of what building made, which cannot be described")
+
+    def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
+        return tuple(slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor))
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which storages operations write and make.
+
+    Storages are told apart by the address of their C++ object. One that is freed may leave its address to a new
+    one, which an operation makes and which is noted then.
+
+    Attributes:
+        built: storages that building the model made.
+        written: storages that an operation wrote to.
+        clean: storages that hold nothing of the checkpoint.
+        measured: ids of modules whose processing read data into Python; None for what belongs to no module.
+        module: what is being processed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.built: set[int] = set()
+        self.written: set[int] = set()
+        self.clean: set[int] = set()
+        self.measured: set[int | None] = set()
+        self.module: nn.Module | None = None
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, operations are our own and none of the loading."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._paused:
+            with plain_tensors():
+                self._note(func, args, kwargs or {}, result)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        writes, reads = _traits(func)
+        if reads or _leaves_device(args, result):
+            self.measured.add(None if self.module is None else id(self.module))
+        read: set[int] = set()
+        for value in (*args, *kwargs.values()):
+            read.update(_storages(value))
+        derived = not read <= self.clean
+        for position, name in writes:
+            target = args[position] if position is not None and position < len(args) else kwargs.get(name)
+            for storage in _storages(target):
+                self.written.add(storage)
+                if derived:
+                    self.clean.discard(storage)
+        for storage in _storages(result):
+            if storage in read:  # a view
+                continue
+            self.built.discard(storage)
+            self.written.discard(storage)
+            (self.clean.discard if derived else self.clean.add)(storage)
+
+
+@functools.cache
+def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool]:
+    """Which arguments an operator writes, and whether what it returns to Python depends on data."""
+    writes = tuple(
+        (None if argument.kwarg_only else position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    tags = getattr(func, "tags", ())
+    return writes, any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+
+
+def _leaves_device(args: Any, result: Any) -> bool:
+    """Whether data of a device went to the host, where Python reads it."""
+    return (
+        isinstance(result, torch.Tensor)
+        and result.device.type == "cpu"
+        and any(isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta") for value in args)
+    )
+
+
+def _storages(value: Any) -> Iterator[int]:
+    if isinstance(value, torch.Tensor):
+        storage = _storage_of(value)
+        if storage is not None:
+            yield storage
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _storages(item)
+
+
+def _renamed(full: str, is_at: dict[str, str]) -> str:
+    """The full name of a tensor, by where its module is now."""
+    path, _, name = full.partition(":")
+    return f"{is_at.get(path, path)}:{name}"
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal ones mean the same elements of the same storage, as long as that storage lives."""
+    storage = _storage_of(tensor)
+    return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _storage_of(tensor: torch.Tensor) -> int | None:
+    """The address of the C++ storage; None for tensors that have none of their own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
+        return None
+
+
+def _fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:
+    """Equal ones mean equal bytes of the whole storage: the bytes of small ones, sums of large ones.
+
+    The bytes of all come from each device at once: one after the other, hundreds of them take tens of milliseconds.
+    """
+    parts: dict[torch.device, dict[int, torch.Tensor]] = {}
+    for storage, tensor in tensors.items():
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        if flat.numel() > _SMALL_BYTES:
+            whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
+            rows = flat[:whole].view(-1, _ROW_BYTES)
+            flat = torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()]).view(torch.uint8)
+        parts.setdefault(tensor.device, {})[storage] = flat
+    found: dict[int, bytes] = {}
+    for device, flats in parts.items():
+        data = torch.cat(list(flats.values())).cpu().numpy().tobytes()
+        start = 0
+        for storage, flat in flats.items():
+            found[storage] = f"{device} ".encode() + data[start : start + flat.numel()]
+            start += flat.numel()
+    return found

@@ -1,0 +1,343 @@
+"""Copy a captured tree into an arena, chunk by chunk, and rebind the model to the copy.
+
+After each chunk the originals of that chunk are dropped, so packing needs at most one chunk of
+extra memory: a model that fills most of a device can still be packed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.core.arena import PIECE_BYTES
+from vllm_companion_plugin.core.module_tree import (
+    NOTHING_OBSERVED,
+    Manifest,
+    ModuleInfo,
+    SlotInfo,
+    Stage,
+    StorageInfo,
+    TensorInfo,
+    TensorKind,
+)
+from vllm_companion_plugin.core.placement import ALIGNMENT, Chunk, Placement, plan
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.memory.tensors.checksum import Summing
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.tree.capture import LiveSlot, Tree, tensor_attributes
+from vllm_companion_plugin.tree.observe import Loaded, Observation
+from vllm_companion_plugin.tree.values import class_name
+
+INLINE_BYTES = 64 << 10
+"""Host tensors beside a device model travel in the manifest up to this size."""
+
+PRIVATE_ATTRIBUTE_BYTES = 1 << 20
+"""Tensors in plain attributes are cloned by each engine up to this size, and shared above it."""
+
+
+@dataclass(slots=True)
+class _Storage:
+    """The part of one storage that tensors of the tree use."""
+
+    start: int  # address
+    stop: int
+    tensors: list[int] = field(default_factory=list)
+    private: bool = True
+
+
+@dataclass(slots=True)
+class Packing:
+    """What will be packed: unique tensors, the storages under them, and their description."""
+
+    tensors: list[torch.Tensor]
+    storages: list[_Storage]
+    infos: list[TensorInfo]
+
+
+def survey(tree: Tree, device: torch.device, observation: Observation | None) -> Packing:
+    """Describe every tensor of `tree` and group them by the memory they use.
+
+    Args:
+        observation: tells where tensors came from; without one all are taken for the checkpoint's.
+
+    Raises:
+        NotShareableError: a tensor that cannot be placed in an arena of `device`.
+    """
+    tensors: list[torch.Tensor] = []
+    index_of: dict[int, int] = {}
+    first_slots: list[LiveSlot] = []
+    private: list[bool] = []
+    parameters: set[int] = set()
+    for slot in tree.slots():
+        index = index_of.setdefault(id(slot.tensor), len(tensors))
+        if index == len(tensors):
+            tensors.append(slot.tensor)
+            first_slots.append(slot)
+            private.append(True)
+        private[index] &= is_private(slot, observation)
+        if slot.kind is TensorKind.PARAMETER:
+            parameters.add(index)
+    own = {index for index, tensor in enumerate(tensors) if observation is not None and observation.is_own(tensor)}
+
+    by_storage: dict[int, _Storage] = {}
+    placed: list[_Storage | None] = []
+    for index, tensor in enumerate(tensors):
+        slot = first_slots[index]
+        if tensor.is_meta and observation is not None:
+            own.add(index)
+        if index in own and (tensor.is_meta or index not in parameters):
+            placed.append(None)
+            continue
+        start, stop = _span(tensor, tree, slot)
+        if start == stop or (tensor.device.type == "cpu" and device.type != "cpu"):
+            if stop - start > INLINE_BYTES:
+                name = tree.describe(slot)
+                raise NotShareableError(f"{name}: a host tensor of {stop - start} bytes beside a {device.type} model.")
+            placed.append(None)
+            continue
+        if tensor.device.type != device.type:
+            raise NotShareableError(f"{tree.describe(slot)} is on {tensor.device}, not on {device}.")
+        storage = by_storage.setdefault(tensor.untyped_storage().data_ptr(), _Storage(start, stop))
+        storage.start, storage.stop = min(storage.start, start), max(storage.stop, stop)
+        storage.tensors.append(index)
+        storage.private &= private[index]
+        placed.append(storage)
+
+    # Largest first: a tensor larger than a chunk is copied while nothing is lost yet to partly used
+    # segments of torch's allocator, and the small tensors that share such segments go together.
+    storages = sorted(by_storage.values(), key=lambda storage: storage.start - storage.stop)
+    number = {id(storage): position for position, storage in enumerate(storages)}
+    infos = [
+        _describe(tensor, storage, number[id(storage)] if storage else -1, device, own=index in own)
+        for index, (tensor, storage) in enumerate(zip(tensors, placed, strict=True))
+    ]
+    return Packing(tensors, storages, infos)
+
+
+def describe_modules(tree: Tree, packing: Packing, loaded: Loaded) -> tuple[ModuleInfo, ...]:
+    """The modules of `tree` with their slots as indexes of tensors."""
+    index_of = {id(tensor): index for index, tensor in enumerate(packing.tensors)}
+    return tuple(
+        ModuleInfo(
+            live.path,
+            tuple(live.aliases),
+            class_name(type(live.module)),
+            tuple(SlotInfo(slot.name, slot.kind, index_of[id(slot.tensor)]) for slot in live.slots),
+            live.attributes,
+            loaded.modules.get(live.path, NOTHING_OBSERVED),
+        )
+        for live in tree.modules
+    )
+
+
+def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
+    """Whether engines may write to this tensor while serving, so that each needs its own.
+
+    What was not made from the checkpoint is a cache or work space. So are buffers and small tensors in
+    attributes (scales, maps), wherever they came from; weights are parameters, or large attributes that
+    processing made from them.
+    """
+    tensor = slot.tensor
+    if observation is not None and (observation.is_own(tensor) or not observation.is_derived(tensor)):
+        return True
+    if tensor.is_conj() or tensor.is_neg():  # what is bound in place of it would lose that
+        return True
+    if slot.kind is TensorKind.PARAMETER:
+        return False
+    return slot.kind is not TensorKind.ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name without the prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
+    """First and last address (exclusive) that `tensor` can touch."""
+    if tensor.is_meta or is_lazy(tensor):
+        raise NotShareableError(f"{tree.describe(slot)} has no data (it is on the meta device).")
+    if tensor.layout is not torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
+        what = f"a {class_name(type(tensor))} ({tensor.layout})"
+        raise NotShareableError(f"{tree.describe(slot)} is not a plain tensor but {what}.")
+    if tensor.numel() == 0:
+        return 0, 0
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _describe(
+    tensor: torch.Tensor, storage: _Storage | None, number: int, device: torch.device, *, own: bool
+) -> TensorInfo:
+    inline, offset = None, 0
+    if storage is None and own:
+        pass  # each engine has its own
+    elif storage is None:
+        if tensor.numel() and not tensor.is_contiguous():
+            raise NotShareableError("a host tensor beside a device model is not contiguous.")
+        if tensor.device.type != device.type:  # else it has no elements, and no bytes
+            inline = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
+    else:
+        offset, rest = divmod(tensor.data_ptr() - storage.start, tensor.element_size())
+        if rest:
+            raise NotShareableError("tensors of different dtypes overlap at odd addresses.")
+        if storage.start % tensor.element_size():
+            raise NotShareableError(f"a tensor of {dtype_name(tensor.dtype)} begins at an odd address.")
+    return TensorInfo(
+        storage=number,
+        storage_offset=offset,
+        dtype=dtype_name(tensor.dtype),
+        shape=tuple(tensor.shape),
+        stride=tensor.stride(),
+        class_name=class_name(type(tensor)),
+        requires_grad=tensor.requires_grad,
+        private=storage.private if storage else True,
+        own=own,
+        meta=tensor.is_meta,
+        conj=tensor.is_conj(),
+        neg=tensor.is_neg(),
+        inline=inline,
+        attributes=tensor_attributes(tensor),
+    )
+
+
+@dataclass(slots=True)
+class Packed:
+    """A tree that is ready to be copied: what it will look like in an arena, and where."""
+
+    packing: Packing
+    layout: Placement
+    manifest: Manifest
+
+
+def prepare(
+    tree: Tree, stage: Stage, kind: str, device: torch.device, observation: Observation | None = None
+) -> Packed:
+    """Place all tensors of `tree` in an arena of `kind` that does not exist yet.
+
+    Args:
+        observation: of how the model came about; without one all of it is taken for the checkpoint's.
+
+    Raises:
+        NotShareableError: a tensor cannot be placed; nothing was changed.
+    """
+    if observation is not None:
+        observation.look_at(tree)
+    packing = survey(tree, device, observation)
+    if not packing.storages:
+        raise NotShareableError("the model has no tensors.")
+    layout = plan(
+        [s.stop - s.start for s in packing.storages],
+        [s.start % ALIGNMENT for s in packing.storages],
+        arenas.granularity(kind, device.index),
+    )
+    places = zip(layout.offsets, packing.storages, strict=True)
+    storages = tuple(StorageInfo(offset, s.stop - s.start) for offset, s in places)
+    loaded = observation.finish(tree) if observation is not None else Loaded()
+    modules = describe_modules(tree, packing, loaded)
+    manifest = Manifest(
+        stage,
+        storages,
+        tuple(packing.infos),
+        modules,
+        loaded.added_modules,
+        loaded.removed_modules,
+        loaded.retied_modules,
+        is_observed=observation is not None,
+    )
+    return Packed(packing, layout, manifest)
+
+
+def copy(
+    packed: Packed,
+    kind: str,
+    device: torch.device,
+    *,
+    rebind: bool,
+    release: Callable[[], None],
+    keeper: Callable[[int], int] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    before_rebinding: Callable[[], None] = lambda: None,
+) -> arenas.Arena:
+    """Copy the tensors into a new arena, chunk by chunk.
+
+    Args:
+        kind: of the arena.
+        device: of the model.
+        rebind: let the model's shared tensors view the arena and drop the originals. Private
+            ones stay as they are.
+        release: returns freed memory to the device, called after each chunk.
+        keeper: as for `arena.create`.
+        report: told bytes done and in all.
+        before_rebinding: called once, while nothing is changed yet; what it raises ends the copying.
+
+    Returns:
+        The sealed arena, which the caller owns, with the checksums of its bytes.
+
+    Raises:
+        ArenaError: no memory; the model is back in memory of its own.
+    """
+    packing, layout = packed.packing, packed.layout
+    if device.type == "cuda":
+        # vLLM with several ranks works on a stream of its own, for which the arena's copies do not wait.
+        torch.cuda.synchronize(device)
+    if kind == arenas.CUDA_IPC:
+        release()  # its memory comes from another process, as a whole
+    writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
+    rebound: list[torch.Tensor] = []
+    try:
+        views = ArenaViews(writer, layout.size_bytes, device)
+        summing = Summing(views, layout.size_bytes, device)
+        for chunk in layout.chunks:
+            writer.add_block(chunk.size_bytes)
+            for index in range(chunk.first, chunk.last):
+                storage = packing.storages[index]
+                writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
+            replacements = _replacements(packed, chunk, views) if rebind else []  # while the device copies
+            writer.flush()
+            # On a GPU freeing would wait for all sums; the first shows that there will be some.
+            until = chunk.offset_bytes + chunk.size_bytes
+            summing.extend(until if device.type == "cpu" else min(until, PIECE_BYTES))
+            if not chunk.offset_bytes:
+                before_rebinding()
+            for tensor, replacement in replacements:
+                tensor.data = replacement
+                rebound.append(tensor)
+            del replacements
+            release()
+            report(until, layout.size_bytes)
+        summing.extend(layout.size_bytes)
+        checksums = summing.checksums()
+        arena = writer.seal()
+        arena.info = replace(arena.info, checksums=checksums)
+        return arena
+    except BaseException as error:
+        try:
+            for tensor in rebound:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        except torch.OutOfMemoryError:
+            raise error from None  # the rest of the model stays where it is: the arena is mapped until the process ends
+        writer.abort()
+        raise
+
+
+def _replacements(packed: Packed, chunk: Chunk, views: ArenaViews) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The shared tensors of a chunk, each with its view of the arena."""
+    packing = packed.packing
+    return [
+        (packing.tensors[number], views.tensor(packing.infos[number], packed.manifest.storages[index]))
+        for index in range(chunk.first, chunk.last)
+        if not packing.storages[index].private
+        for number in packing.storages[index].tensors
+    ]

@@ -1,0 +1,178 @@
+"""Compare a live tree with a published one: modules, classes, values, tensors, and the meta device.
+
+Equal where it matters, the engine's own where it follows from the engine's flags:
+
+- modules, classes of objects, functions, enums and dtypes decide how bytes are understood, and must be equal;
+- plain values (numbers, strings, containers of them) that neither loading nor post-processing changed were made
+  by building this model here, from this engine's flags: they stay as they are;
+- what loading changed was set to the published value before, and must be equal now;
+- a number that post-processing made is this engine's own, too, unless it read data of tensors: then a float is
+  set to the published value. Anything else that it made must be equal.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, Observed, TensorInfo
+from vllm_companion_plugin.errors import ParityError
+from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_name, tensor_attributes
+from vllm_companion_plugin.tree.changes import is_restorable
+from vllm_companion_plugin.tree.pack import dtype_name
+from vllm_companion_plugin.tree.values import class_name, value_of
+
+
+def compare_modules(tree: Tree, manifest: Manifest) -> None:
+    """The same modules under the same names, in the same order, of the same classes.
+
+    Raises:
+        ParityError: naming the first that differs.
+    """
+    for live, published in zip(tree.modules, manifest.modules, strict=False):
+        where = live.path or "the model"
+        if live.path != published.path or tuple(live.aliases) != published.aliases:
+            raise ParityError(
+                f"module {live.path!r} {live.aliases} here is {published.path!r} in the published model.", where
+            )
+        if (here := class_name(type(live.module))) != published.class_name:
+            raise ParityError(f"{where} is a {here} here and a {published.class_name} in the published model.", where)
+    if len(tree.modules) != len(manifest.modules):
+        raise ParityError(f"{len(tree.modules)} modules here, {len(manifest.modules)} in the published model.")
+
+
+def set_measured(model: nn.Module, tree: Tree, manifest: Manifest) -> None:
+    """Set floats that the publisher's post-processing measured on the weights; here it had only placeholders."""
+    wanted = {}
+    for live, published in zip(tree.modules, manifest.modules, strict=True):
+        if published.observed.measured and live.attributes != published.attributes:
+            names = [name for name in published.observed.processed if _is_measured(live.attributes, published, name)]
+            if names:
+                wanted[live.path] = names
+    if not wanted:
+        return
+    places = capture(model, wanted=wanted).places
+    for (index, name), place in places.items():
+        text = manifest.modules[index].attributes[name]
+        place.set(value_of(text))
+        tree.modules[index].attributes[name] = text
+
+
+def _is_measured(here: dict[str, str], published: ModuleInfo, name: str) -> bool:
+    there = published.attributes.get(name)
+    return here.get(name) != there and _is_float(here.get(name)) and _is_float(there)
+
+
+def _is_float(text: str | None) -> bool:
+    if text is None or text[:1] not in "-0123456789ni":
+        return False
+    try:
+        return type(value_of(text)) is float
+    except ValueError:
+        return False
+
+
+def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
+    """Values and classes are equal where they must be.
+
+    Returns:
+        This engine's own values that differ from the published ones, by full name.
+
+    Raises:
+        ParityError: naming module, attribute and both values.
+    """
+    own: dict[str, str] = {}
+    for live, published in zip(tree.modules, manifest.modules, strict=True):
+        if live.attributes == published.attributes:
+            continue
+        changed = set(published.observed.values)
+        processed = set(published.observed.processed)
+        for name in sorted(live.attributes.keys() | published.attributes.keys()):
+            here, there = live.attributes.get(name), published.attributes.get(name)
+            if here == there:
+                continue
+            where = full_name(live.path, name)
+            is_own = name not in changed and not (published.observed.measured and name in processed)
+            fits = _is_number if name in processed else _is_data
+            if not (is_own and fits(here) and fits(there)):
+                raise ParityError(
+                    f"{where} is {here or 'absent'} here and {there or 'absent'} in the published model.",
+                    where,
+                    here or "absent",
+                )
+            own[where] = here or "absent"
+    return own
+
+
+def _is_data(text: str | None) -> bool:
+    """Whether a text is that of numbers, strings and containers of them: no class, function, enum or dtype."""
+    if text is None:
+        return True
+    try:
+        return not _names_code(value_of(text))
+    except ValueError:
+        return False
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, (enum.Enum, torch.dtype, torch.layout, torch.memory_format, type)):
+        return True
+    if isinstance(value, dict):
+        return any(map(_names_code, (*value.keys(), *value.values())))
+    return isinstance(value, (list, tuple, set, frozenset, collections.deque)) and any(map(_names_code, value))
+
+
+def _is_number(text: str | None) -> bool:
+    return text is None or text[0].isdigit() or text[0] == "-" or text in ("nan", "inf")
+
+
+def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, where: str, observed: Observed) -> None:
+    """What was hung on a published tensor is equal, or this engine's own as any other value.
+
+    What is missing here and can be made is made: post-processing hangs marks on the tensors that it makes.
+
+    Raises:
+        ParityError: naming tensor, attribute and both values.
+    """
+    tensor = slot.tensor
+    if not info.attributes and not tensor.__dict__:
+        return
+    _set_missing_attributes(tensor, info)
+    mine = tensor_attributes(tensor)
+    for name in mine.keys() | info.attributes.keys():
+        here, there = mine.get(name), info.attributes.get(name)
+        if here != there and (f"{slot.name}.{name}" in observed.values or not (_is_data(here) and _is_data(there))):
+            raise ParityError(
+                f"{where}.{name} is {here or 'absent'} here and {there or 'absent'} in the published model.",
+                f"{where}.{name}",
+                here or "absent",
+            )
+
+
+def _set_missing_attributes(tensor: torch.Tensor, info: TensorInfo) -> None:
+    for name in info.attributes.keys() - tensor.__dict__.keys():
+        if name.isidentifier() and not name.startswith("__") and is_restorable(info.attributes[name]):
+            try:
+                tensor.__dict__[name] = value_of(info.attributes[name])
+            except ValueError:
+                continue
+
+
+def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
+    """How `tensor` differs from what was published, values aside; None if it does not."""
+    checks: tuple[tuple[str, Any, Any], ...] = (
+        ("dtype", dtype_name(tensor.dtype), info.dtype),
+        ("shape", tuple(tensor.shape), info.shape),
+        ("stride", tensor.stride(), info.stride),
+        ("class", class_name(type(tensor)), info.class_name),
+    )
+    if tensor.requires_grad != info.requires_grad and tensor.is_leaf:
+        tensor.requires_grad_(info.requires_grad)
+    for what, here, published in checks:
+        if here != published:
+            return f"{what} is {here} here and {published} in the published model"
+    return None

@@ -1,0 +1,376 @@
+"""Bring a model that was built without its weights to the published state.
+
+The engine builds the model itself (building.py), so everything that follows from its flags is its own. What
+loading changed at the publisher is done here again (changes.py). The state that is not tensors (kernels
+chosen, layouts, flags) comes from running the engine's own post-processing, module by module:
+
+- `HIDE`: the module's tensors are bound first and stand aside as meta tensors while its method
+  runs. For methods that leave tensors as they are; nothing can be written.
+- `REPLAY`: the module's unprocessed tensors are materialized with benign values, its real
+  method runs on them, and the results are replaced by the published tensors. Works for every
+  method, at one module's memory. The results are placeholders, and none may be left.
+
+Tensors are replaced inside their Python objects, so whatever holds a reference (a kernel, a
+tuple, a closure) sees the published ones. Then the tree is compared (parity.py), and any difference
+that matters raises before the model is used.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from vllm_companion_plugin.core.module_tree import Manifest, SlotInfo, StorageInfo, TensorInfo, TensorKind
+from vllm_companion_plugin.errors import NotShareableError, ParityError
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of, view, without_storage
+from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.capture import LiveSlot, Place, Tree, capture, full_name, plain_tensors
+from vllm_companion_plugin.tree.changes import apply_loading
+from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
+from vllm_companion_plugin.tree.pack import dtype_name
+from vllm_companion_plugin.tree.parity import (
+    compare_modules,
+    compare_tensor_attributes,
+    compare_values,
+    set_measured,
+    tensor_difference,
+)
+from vllm_companion_plugin.tree.values import loaded_class
+
+
+class Strategy(Enum):
+    """How a module's post-processing is run without its weights."""
+
+    HIDE = "hide"
+    REPLAY = "replay"
+
+
+class Source:
+    """Published tensors, made on demand: shared ones view the arena, private ones are clones.
+
+    Args:
+        manifest: describes them.
+        views: of the arena that holds them.
+        device: of the model.
+        copy: clone the shared ones too.
+    """
+
+    def __init__(self, manifest: Manifest, views: ArenaViews, device: torch.device, *, copy: bool) -> None:
+        self.manifest = manifest
+        self._views = views
+        self._device = device
+        self._copy = copy
+        self._clones: dict[int, torch.UntypedStorage] = {}
+
+    def tensor(self, index: int) -> torch.Tensor:
+        """Tensor `index` of the manifest. Ties between private tensors survive the cloning."""
+        info = self.manifest.tensors[index]
+        if info.storage < 0:
+            return without_storage(info, self._device)
+        storage = self.manifest.storages[info.storage]
+        if not (info.private or self._copy):
+            return self._views.tensor(info, storage)
+        tensor = view(self._clone(info.storage, storage), info, self._device)
+        tensor = tensor.conj() if info.conj else tensor
+        return torch._neg_view(tensor) if info.neg else tensor
+
+    def _clone(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
+        known = self._clones.get(index)
+        if known is None:
+            known = self._clones[index] = self._bytes(storage).clone().untyped_storage()
+        return known
+
+    def addresses(self) -> set[int]:
+        """Of all storages under the tensors made so far."""
+        return {clone.data_ptr() for clone in self._clones.values()} | self._views.addresses()
+
+    def renew(self) -> None:
+        """Give all clones their published bytes again."""
+        for index, clone in self._clones.items():
+            flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(clone)
+            flat.copy_(self._bytes(self.manifest.storages[index]))
+
+    def _bytes(self, storage: StorageInfo) -> torch.Tensor:
+        return self._views.bytes_at(storage.offset_bytes, storage.size_bytes)
+
+
+class Restorer:
+    """Binds one model to one published manifest.
+
+    Args:
+        built: what was left out when the model was built; None if it was built in another way.
+        besides: tensors that belong to a model and never have data.
+
+    Attributes:
+        ways: modules whose post-processing ran, by strategy.
+        own: values that are this engine's own and differ from the publisher's, by their full name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        device: torch.device,
+        built: WithoutWeights | None = None,
+        besides: Callable[[nn.Module], Iterable[torch.Tensor]] = lambda model: (),
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._device = device
+        self._built = built
+        self._besides = besides
+        self.ways: Counter[Strategy] = Counter()
+        self.own: dict[str, str] = {}
+        self._modules = {module.path: module for module in source.manifest.modules}
+        self._paths: dict[int, str] = {}
+        # By id of the tensor object: its index, its address, and the object itself, which keeps the id valid.
+        self._bound: dict[int, tuple[int, int, torch.Tensor]] = {}
+        # By address: memory of placeholders that published tensors took the place of.
+        self._displaced: dict[int, StorageWeakRef] = {}
+
+    def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
+        """Do what loading did, and bind all that exists before post-processing and is not remade by it."""
+        with plain_tensors():
+            apply_loading(self._model, self._source.manifest)
+            self._leave_on_meta()
+            for path, module in self._model.named_modules():
+                self._paths[id(module)] = path
+                published = self._published(path)
+                if strategy(module) is not Strategy.REPLAY:
+                    self._bind_all(module._parameters.items(), published)
+                self._bind_all(module._buffers.items(), published)
+
+    def _leave_on_meta(self) -> None:
+        """Give each slot that has no data in the publisher's model a tensor of its own without data.
+
+        vLLM moves such parameters to meta itself, which makes new ones in a normal load, tied to nothing and with
+        nothing hung on them. Here they may have been on meta already, and are what they were.
+        """
+        manifest = self._source.manifest
+        if not any(info.meta for info in manifest.tensors):
+            return
+        meta = {
+            (module.path, slot.name): manifest.tensors[slot.tensor]
+            for module in manifest.modules
+            for slot in module.slots
+            if manifest.tensors[slot.tensor].meta
+        }
+        tree = capture(self._model)
+        for slot in tree.slots():
+            info = meta.get((tree.modules[slot.module].path, slot.name))
+            cls = loaded_class(info.class_name) if info is not None else None
+            if info is not None and cls is not None and issubclass(cls, torch.Tensor):
+                data = torch.empty_strided(info.shape, info.stride, dtype=dtype_of(info.dtype), device="meta")
+                twin = torch.Tensor._make_subclass(cls, data, info.requires_grad)
+                Place(((slot.holder, slot.key),), slot.tensor).set(twin)
+
+    def bind_module(self, module: nn.Module) -> None:
+        """Bind one module's own parameters, just after its post-processing ran."""
+        self._bind_all(module._parameters.items(), self._published(self._paths[id(module)]))
+
+    def _published(self, path: str) -> dict[str, int]:
+        """Names of the parameters and buffers of a module, with their tensors."""
+        module = self._modules.get(path)  # None: post-processing may still rename or retie it
+        slots = module.slots if module else ()
+        tensors = self._source.manifest.tensors
+        return {
+            slot.name: slot.tensor
+            for slot in slots
+            if slot.kind is not TensorKind.ATTRIBUTE and not tensors[slot.tensor].own
+        }
+
+    def _bind_all(self, named: Iterable[tuple[str, torch.Tensor | None]], published: dict[str, int]) -> None:
+        for name, tensor in named:
+            index = published.get(name)
+            if tensor is None or index is None or id(tensor) in self._bound:
+                continue
+            info = self._source.manifest.tensors[index]
+            if (dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride()) == (
+                info.dtype,
+                info.shape,
+                info.stride,
+            ):
+                self._bind(tensor, index, name)
+
+    @contextmanager
+    def hiding(self, module: nn.Module) -> Iterator[None]:
+        """While open, the module's own parameters, bound already, stand aside."""
+        self.ways[Strategy.HIDE] += 1
+        with meta_parameters(module):
+            yield
+
+    @contextmanager
+    def replaying(self, module: nn.Module) -> Iterator[None]:
+        """While open, the module's own tensors are real and private, and those that loading fills benign.
+
+        Then they are bound.
+        """
+        self.ways[Strategy.REPLAY] += 1
+        info = self._modules.get(self._name(module))
+        untouched = info.observed.untouched if info is not None else ()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            to_load = isinstance(tensor, nn.Parameter) and name not in untouched and tensor.device == self._device
+            if tensor.is_meta or to_load:
+                _replace(tensor, _benign(tensor, self._device), self._name(module))
+        yield
+        self.bind_module(module)
+
+    def finish(self) -> None:
+        """Bind all that is left, set measured values, and prove the tree equal.
+
+        Raises:
+            ParityError: the tree differs; the model must not be used.
+            NotShareableError: the model keeps views that cannot be restored; it must not be used.
+        """
+        with plain_tensors():
+            self._finish()
+
+    def _finish(self) -> None:
+        # Post-processing may have written to what was bound before, on a guess: KV cache scales are.
+        self._source.renew()
+        manifest = self._source.manifest
+        tree = capture(self._model)
+        compare_modules(tree, manifest)
+        carriers: dict[int, torch.Tensor] = {}
+        indexes: dict[int, int] = {}
+        for live, published in zip(tree.modules, manifest.modules, strict=True):
+            wanted = {(slot.kind, slot.name): slot for slot in published.slots}
+            for slot in live.slots:
+                name = tree.describe(slot)
+                want = wanted.pop((slot.kind, slot.name), None)
+                if want is None:
+                    raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
+                info = manifest.tensors[want.tensor]
+                if info.own:
+                    self._keep_own(slot, info, want.tensor, name)
+                    continue
+                compare_tensor_attributes(slot, info, name, published.observed)
+                if difference := tensor_difference(slot.tensor, info):
+                    raise ParityError(f"{name}: {difference}.", name)
+                carrier = carriers.setdefault(want.tensor, slot.tensor)
+                if carrier is not slot.tensor or indexes.setdefault(id(slot.tensor), want.tensor) != want.tensor:
+                    raise ParityError(f"{name} is not tied to the same tensors here as in the published model.", name)
+                self._ensure_bound(slot.tensor, want.tensor, name)
+            self._check_missing(published.path, wanted.values())
+        set_measured(self._model, tree, manifest)
+        self.own = compare_values(tree, manifest)
+        self._check_placeholders_are_gone(tree)
+        self._check_nothing_is_deferred(tree)
+
+    def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, name: str) -> None:
+        """The tensor that building this model made, unless it was deferred."""
+        tensor = slot.tensor
+        if not tensor.is_meta or info.meta:
+            return
+        if info.storage >= 0 and tensor_difference(tensor, info) is None:
+            self._bind(tensor, index, name)  # what the publisher's constructor made of it
+        elif self._built is not None and self._built.is_uninitialized(tensor):
+            _replace(tensor, torch.empty_like(tensor, device=self._device), name)
+        else:
+            raise ParityError(f"{name} was left without data.", name)
+
+    def _check_missing(self, path: str, missing: Iterable[SlotInfo]) -> None:
+        """Only what is an engine's own may be absent here: whether it is made may follow from flags."""
+        for slot in missing:
+            if not self._source.manifest.tensors[slot.tensor].own:
+                name = full_name(path, slot.name)
+                raise ParityError(f"{name} ({slot.kind.value}) was published but does not exist here.", name)
+
+    def _check_placeholders_are_gone(self, tree: Tree) -> None:
+        """Raise `NotShareableError` if the model still views memory that a published tensor took the place of.
+
+        A function that captured a view of a weight does, where `capture` cannot see it: it would compute
+        with the values of the replay, and no comparison would show it.
+        """
+        if not self._placeholders():
+            return
+        # What was made while the collector was paused is young: garbage goes without a walk over all of vLLM.
+        gc.collect(0)
+        if left := self._placeholders():
+            # Whatever else uses it (a cache of the process) computes nothing for this model.
+            held = hidden_tensors(self._model, Known.of(tree), self._device.type, among=left)
+            if held:
+                raise NotShareableError(
+                    f"{len(held)} views of weights are kept where they cannot be restored, the first is {held[0]}"
+                )
+
+    def _check_nothing_is_deferred(self, tree: Tree) -> None:
+        """Raise `NotShareableError` if the model can reach a tensor whose memory was left out when it was built."""
+        if self._built is None or not self._built.is_left(self._besides(self._model)):
+            return
+        left = hidden_tensors(self._model, Known.of(tree), "meta")
+        if left:
+            raise NotShareableError(f"{len(left)} tensors are left without data, the first is {left[0]}")
+
+    def _placeholders(self) -> set[int]:
+        """Addresses of displaced memory that is still in use."""
+        in_use = {address for address, storage in self._displaced.items() if not storage.expired()}  # type: ignore[no-untyped-call]
+        return in_use - self._source.addresses() if in_use else in_use
+
+    def _ensure_bound(self, tensor: torch.Tensor, index: int, name: str) -> None:
+        bound, address, _ = self._bound.get(id(tensor), (-1, -1, None))
+        if bound != index or address != tensor.data_ptr():
+            self._bind(tensor, index, name)
+        elif self._source.manifest.tensors[index].storage < 0:
+            tensor.data.copy_(self._source.tensor(index))
+
+    def _bind(self, tensor: torch.Tensor, index: int, name: str) -> None:
+        if not tensor.is_meta and tensor.numel():
+            storage = tensor.untyped_storage()
+            self._displaced[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            del storage
+        _replace(tensor, self._source.tensor(index), name)
+        self._bound[id(tensor)] = index, tensor.data_ptr(), tensor
+
+    def _name(self, module: nn.Module) -> str:
+        return self._paths[id(module)]
+
+
+@contextmanager
+def meta_parameters(module: nn.Module) -> Iterator[None]:
+    """While open, the module's own parameters are meta tensors. Then they are back."""
+    kept = dict(module._parameters)
+    for name, parameter in kept.items():
+        if isinstance(parameter, nn.Parameter):
+            twin = _with_data(parameter, parameter.detach().to("meta"))
+            assert isinstance(twin, nn.Parameter)
+            module._parameters[name] = twin
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)
+
+
+def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """A tensor of the class and attributes of `like` on other data."""
+    if type(like) is not torch.Tensor:
+        data = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
+    data.__dict__.update(like.__dict__)
+    return data
+
+
+def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
+    """Let the object `tensor` carry `data` from now on, whoever holds a reference to it."""
+    try:
+        torch.utils.swap_tensors(tensor, _with_data(tensor, data))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise NotShareableError(f"{name} cannot be replaced in place: {error}.") from error
+
+
+def _benign(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Ones, which no scale, norm or permutation chokes on; zeros for integers, which index."""
+    fill = 1 if tensor.is_floating_point() else 0
+    out = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+    if tensor.element_size() == 1:
+        out.view(torch.uint8).fill_(0x38 if tensor.is_floating_point() else 0)  # 1.0 in float8_e4m3
+        return out
+    return out.fill_(fill)

@@ -1,0 +1,230 @@
+"""Framing and client side of the fd socket: file descriptors for tickets.
+
+gRPC cannot carry descriptors, so they cross on a Unix socket beside it (SOCK_SEQPACKET: one
+send is one packet). A client opens a connection for one exchange:
+
+    redeem   R ticket            ->   F count + fds, as often as needed, or E code NUL text
+    deposit  D ticket count      ->   O (the companion waits for descriptors), or E ...
+             F count + fds ...   ->   O (it has them all), or E ...
+
+The kernel passes at most 253 descriptors a packet (SCM_MAX_FD in linux/net/scm.h).
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    CompanionUnavailableError,
+    RuntimeDirError,
+    WaitTimeoutError,
+    from_code,
+)
+from vllm_companion_plugin.host import peer
+
+TICKET_BYTES = 16
+FDS_PER_PACKET = 253
+PACKET_BYTES = 4096
+REDEEM, DEPOSIT, FDS, OK, ERROR = b"R", b"D", b"F", b"O", b"E"
+_COUNT = struct.Struct("!I")
+_FD_BYTES = array.array("i").itemsize
+ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_PACKET * _FD_BYTES)
+
+
+def pack_fds(fds: Sequence[int]) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    """Packet and ancillary data that carry `fds`, at most `FDS_PER_PACKET` of them."""
+    rights = array.array("i", fds).tobytes()
+    return FDS + _COUNT.pack(len(fds)), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+
+
+def batches(fds: Sequence[int]) -> list[Sequence[int]]:
+    return [fds[start : start + FDS_PER_PACKET] for start in range(0, len(fds), FDS_PER_PACKET)]
+
+
+def pack_error(error: CompanionError) -> bytes:
+    return (ERROR + error.code.encode() + b"\0" + str(error).encode(errors="backslashreplace"))[:PACKET_BYTES]
+
+
+def unpack_error(packet: bytes) -> CompanionError:
+    code, _, text = packet[1:].partition(b"\0")
+    return from_code(code.decode(errors="replace"), text.decode(errors="replace"))
+
+
+def pack_deposit(ticket: bytes, count: int) -> bytes:
+    return DEPOSIT + ticket + _COUNT.pack(count)
+
+
+def unpack_request(packet: bytes) -> tuple[bytes, bytes, int]:
+    """Verb, ticket and number of descriptors (0 to redeem). Raises `BadRequestError`."""
+    verb, ticket, rest = packet[:1], packet[1 : 1 + TICKET_BYTES], packet[1 + TICKET_BYTES :]
+    expected = {REDEEM: 0, DEPOSIT: _COUNT.size}.get(verb)
+    if expected != len(rest) or len(ticket) != TICKET_BYTES:
+        raise BadRequestError(f"A packet of {len(packet)} bytes on the fd socket is no request.")
+    return verb, ticket, _COUNT.unpack(rest)[0] if rest else 0
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close every one of `fds`; a failure does not keep the others open."""
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError as error:
+            # Linux releases the descriptor even when close reports an error of the file.
+            if error.errno == errno.EBADF:
+                raise
+
+
+def receive_packet(sock: socket.socket, close: Callable[[Sequence[int]], None] = close_all) -> tuple[bytes, list[int]]:
+    """One packet and the descriptors it carries, which the caller then owns (close-on-exec).
+
+    Args:
+        close: what becomes of descriptors that are refused.
+
+    Raises:
+        BadRequestError: truncated, or a count that contradicts the descriptors.
+        OSError: from the socket, e.g. BlockingIOError.
+    """
+    packet, ancillary, flags, _ = sock.recvmsg(PACKET_BYTES, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            rights = array.array("i")
+            rights.frombytes(data[: len(data) - len(data) % _FD_BYTES])
+            fds.extend(rights)
+    if flags & socket.MSG_CTRUNC:
+        # The kernel dropped descriptors that did not fit: mostly this process is at RLIMIT_NOFILE.
+        close(fds)
+        raise BadRequestError(
+            f"Only {len(fds)} descriptors of a packet arrived; raise the limit of open files (ulimit -n)."
+        )
+    announced = _COUNT.unpack(packet[1:])[0] if packet[:1] == FDS and len(packet) == 1 + _COUNT.size else 0
+    if flags & socket.MSG_TRUNC or announced != len(fds):
+        close(fds)
+        raise BadRequestError(f"A packet announced {announced} descriptors and carried {len(fds)}.")
+    return packet, fds
+
+
+class _Exchange:
+    """One connection with a deadline. Every error leaves typed."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # Not `settimeout`: without blocking, a Unix socket to which many connect at once fails right away.
+            seconds, rest = divmod(timeout_s, 1)
+            self._sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(rest * 1e6))
+            )
+            self._sock.connect(path)
+            peer.check_listener(self._sock, path)
+        except OSError as error:
+            self._sock.close()
+            self._fail(error)
+        except RuntimeDirError:
+            self._sock.close()
+            raise
+
+    def __enter__(self) -> _Exchange:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def _arm(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+
+    def _fail(self, error: OSError) -> NoReturn:
+        if isinstance(error, (TimeoutError, BlockingIOError)):
+            raise WaitTimeoutError(
+                f"The companion's fd socket {self._path} did not answer within {self._timeout_s:g} s."
+            ) from error
+        raise CompanionUnavailableError(
+            f"The companion's fd socket {self._path} failed: {error.strerror or error}."
+        ) from error
+
+    def send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
+        ancillary = pack_fds(fds)[1] if fds else []
+        while True:
+            try:
+                self._arm()
+                self._sock.sendmsg([packet], ancillary)
+                return
+            except OSError as error:
+                # The kernel bounds descriptors in flight (RLIMIT_NOFILE); the receiver drains them.
+                if error.errno != errno.ETOOMANYREFS:
+                    self._fail(error)
+                time.sleep(0.001)
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        try:
+            self._arm()
+            packet, fds = receive_packet(self._sock)
+        except OSError as error:
+            self._fail(error)
+        if packet[:1] == ERROR:
+            raise unpack_error(packet)
+        if not packet:
+            raise CompanionUnavailableError(f"The companion closed its fd socket {self._path} without an answer.")
+        return packet, fds
+
+    def receive_ok(self) -> None:
+        packet, fds = self.receive()
+        close_all(fds)
+        if packet != OK:
+            raise BadRequestError(f"Expected {OK!r} from {self._path}; got {packet[:1]!r} with {len(fds)} descriptors.")
+
+
+def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> list[int]:
+    """The `count` descriptors that `ticket` stands for, in order; the caller owns and closes them.
+
+    Raises:
+        TicketError: unknown, spent or expired ticket, or the entry was unloaded meanwhile.
+        BadRequestError: not `count` descriptors came. None stays open.
+        RuntimeDirError: somebody else listens there.
+        CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
+    """
+    received: list[int] = []
+    try:
+        with _Exchange(path, timeout_s) as exchange:
+            exchange.send(REDEEM + ticket)
+            while len(received) < count:
+                packet, fds = exchange.receive()
+                received += fds
+                if packet[:1] != FDS or not fds or len(received) > count:
+                    raise BadRequestError(f"Expected {count} descriptors from {path}; got {len(received)}.")
+    except BaseException:
+        close_all(received)
+        raise
+    return received
+
+
+def deposit(path: str, ticket: bytes, fds: Sequence[int], timeout_s: float) -> None:
+    """Give the companion duplicates of `fds`, in order. The caller keeps and closes its own.
+
+    Raises:
+        TicketError: unknown or spent ticket.
+        BadRequestError, LimitError: the companion refuses the descriptors.
+        RuntimeDirError: somebody else listens there; it got none.
+        CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
+    """
+    with _Exchange(path, timeout_s) as exchange:
+        exchange.send(pack_deposit(ticket, len(fds)))
+        exchange.receive_ok()
+        for batch in batches(fds):
+            exchange.send(pack_fds(batch)[0], batch)
+        exchange.receive_ok()

@@ -1,0 +1,333 @@
+"""A manifest as bytes and back. Whoever maps an arena trusts what passes `manifest_from_bytes`.
+
+Nothing read here is believed: a tensor that reaches outside its storage would read another
+tensor's bytes or fault the engine. The reading is written for speed (an engine attaches in
+tens of milliseconds and a large MoE has 100,000 tensors): what tensors have in common is a type
+of theirs, checked once, and the garbage collector, which would walk the growing result again
+and again, pauses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.module_tree import (
+    NOTHING_OBSERVED,
+    AddedSlot,
+    Manifest,
+    ModuleInfo,
+    Observed,
+    SlotInfo,
+    Stage,
+    StorageInfo,
+    TensorInfo,
+    TensorKind,
+)
+from vllm_companion_plugin.core.process import collector_paused
+from vllm_companion_plugin.errors import ManifestError
+from vllm_companion_plugin.wire import messages
+
+MAX_MANIFEST_BYTES = 64 << 20
+"""Eight times that of 100,000 tensors. Hostile bytes grow 100 times where protobuf makes objects of them."""
+MAX_TENSORS = 1_000_000
+"""And types. Two bytes can be a tensor, which makes an object of a hundred."""
+MAX_STORAGE_END = 1 << 50
+"""Bounds lengths, strides and numbers of elements as well: torch's own arithmetic overflows further up."""
+MAX_DIMENSIONS = 64
+
+ITEM_SIZES: dict[str, int] = {
+    **dict.fromkeys(("bool", "uint8", "int8", "float4_e2m1fn_x2", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), 1),
+    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+"""Bytes of one element by torch's dtype name."""
+
+_TYPE = ("dtype", "shape", "stride", "class_name", "requires_grad", "private", "own", "meta", "conj", "neg")
+_type_of = attrgetter(*_TYPE)
+_KINDS = {kind.value: kind for kind in TensorKind}
+# A frozen dataclass's own __init__ takes twice as long as setting its slots.
+_SET_STORAGE, _SET_TENSOR, _SET_SLOT, _SET_MODULE = (
+    tuple(getattr(cls, f.name).__set__ for f in fields(cls)) for cls in (StorageInfo, TensorInfo, SlotInfo, ModuleInfo)
+)
+
+
+def manifest_to_bytes(manifest: Manifest) -> bytes:
+    """Equal manifests give equal bytes within one protobuf version."""
+    message = messages.Manifest(stage=manifest.stage.value, is_observed=manifest.is_observed)
+    with collector_paused():
+        for storage in manifest.storages:
+            message.storages.add(offset_bytes=storage.offset_bytes, size_bytes=storage.size_bytes)
+        types: dict[tuple[Any, ...], int] = {}
+        for tensor in manifest.tensors:
+            of = _type_of(tensor)
+            message.tensors.add(
+                storage=tensor.storage,
+                storage_offset=tensor.storage_offset,
+                type=types.setdefault(of, len(types)),
+                inline=tensor.inline,
+                attributes=tensor.attributes or None,  # an empty map costs as much as a small one
+            )
+        for of in types:
+            message.types.add(**dict(zip(_TYPE, of, strict=True)))
+        for module in manifest.modules:
+            target = message.modules.add(
+                path=module.path,
+                aliases=module.aliases,
+                class_name=module.class_name,
+                attributes=module.attributes or None,
+            )
+            for slot in module.slots:
+                target.slots.add(name=slot.name, kind=slot.kind.value, tensor=slot.tensor)
+            if module.observed != NOTHING_OBSERVED:
+                _write_observed(target.observed, module.observed)
+        for path, class_name in manifest.added_modules.items():
+            message.added_modules.add(path=path, class_name=class_name)
+        message.removed_modules.extend(manifest.removed_modules)
+        message.retied_modules.update(manifest.retied_modules)
+        message.files.update(manifest.files)
+        return bytes(message.SerializeToString(deterministic=True))
+
+
+def _write_observed(target: Any, observed: Observed) -> None:
+    target.SetInParent()
+    for name, (built, loaded) in observed.values.items():
+        target.values.add(name=name, built=built, loaded=loaded)
+    for slot in observed.added:
+        target.added.add(
+            name=slot.name,
+            kind=slot.kind.value,
+            dtype=slot.dtype,
+            shape=slot.shape,
+            stride=slot.stride,
+            class_name=slot.class_name,
+            requires_grad=slot.requires_grad,
+        )
+    for name in ("removed", "untouched", "processed"):
+        getattr(target, name).extend(getattr(observed, name))
+    target.retied.update(observed.retied)
+    target.measured = observed.measured
+
+
+def manifest_from_bytes(data: bytes) -> Manifest:
+    """The manifest in `data`, with every index, size and layout checked.
+
+    Raises:
+        ManifestError: anything that no correct manifest says.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"Manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed.")
+    with collector_paused():
+        try:
+            message = messages.Manifest.FromString(bytes(data))
+        except (DecodeError, UnicodeDecodeError) as error:  # the second by protobuf in pure Python
+            raise ManifestError(f"Manifest of {len(data)} bytes cannot be decoded: {error}.") from error
+        try:
+            stage = Stage(message.stage)
+        except ValueError:
+            raise ManifestError(f"Manifest of unknown stage {message.stage!r}.") from None
+        if (count := max(len(message.types), len(message.tensors))) > MAX_TENSORS:
+            raise ManifestError(f"Manifest of {count} tensors or types; at most {MAX_TENSORS} are allowed.")
+        storages = tuple(_storages(message))
+        tensors = tuple(_tensors(message, storages))
+        modules = tuple(_modules(message, len(tensors)))
+        removed, retied = tuple(message.removed_modules), dict(message.retied_modules)
+        added = {module.path: module.class_name for module in message.added_modules}
+        files, observed = dict(message.files), message.is_observed
+        return Manifest(stage, storages, tensors, modules, added, removed, retied, files, is_observed=observed)
+
+
+def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:
+    """Raises `ManifestError` unless every storage lies inside `arena`."""
+    # Storages are in address order, so the last one ends last.
+    if not manifest.storages:
+        return
+    last = manifest.storages[-1]
+    end = last.offset_bytes + last.size_bytes
+    if end > arena.size_bytes:
+        raise ManifestError(f"Manifest reaches byte {end} of an arena of {arena.size_bytes} bytes.")
+
+
+def _storages(message: Any) -> Iterator[StorageInfo]:
+    end = 0
+    new = object.__new__
+    set_offset, set_size = _SET_STORAGE
+    for index, item in enumerate(message.storages):
+        offset, size = item.offset_bytes, item.size_bytes
+        if offset < end:
+            raise ManifestError(f"Storage {index} begins at byte {offset}, before the previous one ends ({end}).")
+        end = offset + size
+        if end > MAX_STORAGE_END:
+            raise ManifestError(f"Storage {index} ends at byte {end}; no arena is larger than {MAX_STORAGE_END}.")
+        if size == 0:
+            raise ManifestError(f"Storage {index} is empty; tensors without elements are inline.")
+        storage = new(StorageInfo)
+        set_offset(storage, offset)
+        set_size(storage, size)
+        yield storage
+
+
+def _extent(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int]:
+    """Bytes an element, elements from the first to the last one inclusive, number of elements."""
+    item_size = ITEM_SIZES.get(dtype)
+    if item_size is None:
+        raise ManifestError(f"unknown dtype {dtype!r}")
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+        raise ManifestError(f"{len(shape)} dimensions and {len(stride)} strides")
+    count, span, longest = 1, 1, 0
+    for length, step in zip(shape, stride, strict=True):
+        if step < 0:
+            raise ManifestError(f"negative stride {step}")
+        count *= length or 1  # torch multiplies the other lengths of an empty tensor, too
+        span += (length - 1) * step
+        longest = max(longest, length, step)
+    if max(count, span, longest) > MAX_STORAGE_END:
+        raise ManifestError(f"absurd shape {shape} with stride {stride}")
+    return (item_size, 0, 0) if 0 in shape else (item_size, span, count)
+
+
+def _types(message: Any) -> list[tuple[Any, ...]]:
+    """Of each type `_extent`, and then what a `TensorInfo` has of it."""
+    types = []
+    for index, item in enumerate(message.types):
+        dtype, shape, stride = item.dtype, tuple(item.shape), tuple(item.stride)
+        try:
+            extent = _extent(dtype, shape, stride)
+        except ManifestError as error:
+            raise ManifestError(f"Tensor type {index}: {error}.") from None
+        flags = (item.requires_grad, item.private, item.own, item.meta, item.conj, item.neg)
+        types.append((*extent, dtype, shape, stride, item.class_name, *flags))
+    return types
+
+
+def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[TensorInfo]:
+    new = object.__new__
+    (
+        set_storage, set_offset, set_dtype, set_shape, set_stride,
+        set_class, set_grad, set_private, set_own, set_meta, set_conj, set_neg, set_inline, set_attributes,
+    ) = _SET_TENSOR  # fmt: skip
+    sizes = [storage.size_bytes for storage in storages]
+    starts = [storage.offset_bytes for storage in storages]
+    storage_count = len(sizes)
+    types = _types(message)
+    for index, item in enumerate(message.tensors):
+        storage, offset, number = item.storage, item.storage_offset, item.type
+        if number >= len(types):
+            raise ManifestError(f"Tensor {index} is of type {number} of {len(types)}.")
+        item_size, span, count, dtype, shape, stride, class_name, *flags = types[number]
+        requires_grad, private, own, meta, conj, neg = flags
+        inline = item.inline if item.HasField("inline") else None
+        if 0 <= storage < storage_count and inline is None:
+            if (offset + span) * item_size > sizes[storage]:
+                raise ManifestError(
+                    f"Tensor {index} ({dtype}, shape {shape}, stride {stride}, offset {offset}) reaches byte "
+                    f"{(offset + span) * item_size} of storage {storage}, which has {sizes[storage]}."
+                )
+            if starts[storage] % item_size:
+                raise ManifestError(
+                    f"Tensor {index} ({dtype}) is in storage {storage} from byte {starts[storage]}: misaligned."
+                )
+        elif storage != -1 or (inline is None and count and not own):
+            raise ManifestError(
+                f"Tensor {index} is in storage {storage} of {storage_count}, "
+                f"{'with' if inline is not None else 'without'} inline bytes."
+            )
+        elif (inline is not None or not own) and (len(inline or b"") != count * item_size or offset != 0):
+            raise ManifestError(
+                f"Tensor {index} ({dtype}, shape {shape}) needs {count * item_size} inline bytes from offset 0; "
+                f"it has {len(inline or b'')} and offset {offset}."
+            )
+        elif inline is not None and span != count:
+            raise ManifestError(f"Tensor {index} ({dtype}, shape {shape}, stride {stride}) is inline with gaps.")
+        attributes = item.attributes
+        tensor = new(TensorInfo)
+        set_storage(tensor, storage)
+        set_offset(tensor, offset)
+        set_dtype(tensor, dtype)
+        set_shape(tensor, shape)
+        set_stride(tensor, stride)
+        set_class(tensor, class_name)
+        set_grad(tensor, requires_grad)
+        set_private(tensor, private)
+        set_own(tensor, own)
+        set_meta(tensor, meta)
+        set_conj(tensor, conj)
+        set_neg(tensor, neg)
+        set_inline(tensor, inline)
+        set_attributes(tensor, dict(attributes) if attributes else {})
+        yield tensor
+
+
+def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
+    paths: set[str] = set()
+    if not message.modules or message.modules[0].path:
+        raise ManifestError("The first module is not the model itself.")
+    new = object.__new__
+    set_name, set_kind, set_tensor = _SET_SLOT
+    set_path, set_aliases, set_class, set_slots, set_attributes, set_observed = _SET_MODULE
+    for item in message.modules:
+        path, aliases = item.path, tuple(item.aliases[:])
+        for name in (path, *aliases):
+            if name in paths:
+                raise ManifestError(f"Two modules have the path {name!r}.")
+            paths.add(name)
+        slots: list[SlotInfo] = []
+        names: set[str] = set()
+        for slot in item.slots:  # a slice would make objects of all before the first is looked at
+            name, kind, tensor = slot.name, _KINDS.get(slot.kind), slot.tensor
+            if kind is None:
+                raise ManifestError(f"Slot {name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
+            if tensor >= tensor_count:
+                raise ManifestError(f"Slot {name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
+            info = new(SlotInfo)
+            set_name(info, name)
+            set_kind(info, kind)
+            set_tensor(info, tensor)
+            slots.append(info)
+            names.add(name)
+        if len(names) != len(slots) or "" in names:
+            raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
+        module = new(ModuleInfo)
+        set_path(module, path)
+        set_aliases(module, aliases)
+        set_class(module, item.class_name)
+        set_slots(module, tuple(slots))
+        set_attributes(module, dict(item.attributes))
+        set_observed(module, _observed(item.observed) if item.HasField("observed") else NOTHING_OBSERVED)
+        yield module
+
+
+def _observed(item: Any) -> Observed:
+    return Observed(
+        values={change.name: (_text(change, "built"), _text(change, "loaded")) for change in item.values},
+        added=tuple(map(_added, item.added)),
+        removed=tuple(item.removed),
+        retied=dict(item.retied),
+        untouched=tuple(item.untouched),
+        processed=tuple(item.processed),
+        measured=item.measured,
+    )
+
+
+def _text(change: Any, name: str) -> str | None:
+    return getattr(change, name) if change.HasField(name) else None
+
+
+def _added(item: Any) -> AddedSlot:
+    kind, shape, stride = _KINDS.get(item.kind), tuple(item.shape), tuple(item.stride)
+    if kind is None:
+        raise ManifestError(f"Slot {item.name!r} that loading added has the unknown kind {item.kind!r}.")
+    try:
+        _extent(item.dtype, shape, stride)
+    except ManifestError as error:
+        raise ManifestError(f"Slot {item.name!r} that loading added: {error}.") from None
+    return AddedSlot(item.name, kind, item.dtype, shape, stride, item.class_name, item.requires_grad)
