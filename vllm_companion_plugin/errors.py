@@ -11,19 +11,38 @@ from typing import ClassVar
 
 
 class CompanionError(Exception):
-    """Base of all errors. `expected` errors are answers; the others are faults."""
+    """Base of all errors. `expected` errors are answers; the others are faults.
+
+    Attributes:
+        what: what happened, to which model, rank and device.
+        remedy: what to do about it, a sentence or a command; empty if nothing can be done. The text of the error ends
+            with it.
+    """
 
     code: ClassVar[str] = "internal"
     grpc_status: ClassVar[str] = "INTERNAL"
     expected: ClassVar[bool] = False
 
+    def __init__(self, what: str = "", *, remedy: str = "") -> None:
+        super().__init__(f"{what} {remedy}" if remedy else what)
+        self.what = what
+        self.remedy = remedy
+
 
 class SettingsError(CompanionError, ValueError):
-    """A setting has an unknown name or an impossible value. Mend the setting."""
+    """A setting has an unknown name or an impossible value. Correct the setting.
+
+    Attributes:
+        variable: the environment variable that set it; empty if something else did.
+    """
 
     code = "settings"
     grpc_status = "INVALID_ARGUMENT"
     expected = True
+
+    def __init__(self, what: str = "", *, remedy: str = "", variable: str = "") -> None:
+        super().__init__(what, remedy=remedy)
+        self.variable = variable
 
 
 class RuntimeDirError(CompanionError):
@@ -160,8 +179,8 @@ class ParityError(CompanionError):
     code = "parity"
     grpc_status = "DATA_LOSS"
 
-    def __init__(self, message: str, where: str = "", here: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, what: str, where: str = "", here: str = "") -> None:
+        super().__init__(what)
         self.where = where
         self.here = here
 

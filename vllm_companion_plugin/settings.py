@@ -339,10 +339,16 @@ def _value(setting: Setting, given: Mapping[str, Any], origin: str, is_read: boo
         if _LINK_VALUE.match(value) and setting.type is int:
             raise SettingsError(
                 f"environment variable {setting.env}: {value!r} is what Kubernetes tells pods of a service of that "
-                "name, not a setting. Set `enableServiceLinks: false` in the pod's spec, or the variable itself; "
-                "empty means the default."
+                "name, not a setting.",
+                remedy="Set `enableServiceLinks: false` in the pod's spec, or the variable itself; empty means the "
+                "default.",
+                variable=setting.env,
             )
-        return setting.parse(value, f"environment variable {setting.env}")
+        try:
+            return setting.parse(value, f"environment variable {setting.env}")
+        except SettingsError as error:
+            error.variable = setting.env
+            raise
     return default_runtime_dir() if setting.name == "runtime_dir" else setting.default
 
 

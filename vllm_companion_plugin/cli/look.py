@@ -78,8 +78,9 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
         if pid is None:
             return  # it ended just now
         who = f"pid {pid}" if pid else "in another container"
-        how = f" End it: kill -9 {pid}" if pid and "kill -9" not in str(error) else ""
-        raise WaitTimeoutError(f"The companion of {connection.device} ({who}) does not answer. {error}{how}") from error
+        remedy = error.remedy or (f"End it: kill -9 {pid}" if pid else "")
+        what = f"The companion of {connection.device} ({who}) does not answer. {error.what}"
+        raise WaitTimeoutError(what, remedy=remedy) from error
 
 
 def watch(parsed: argparse.Namespace) -> int:

@@ -118,15 +118,16 @@ class CompanionConnection:
         if status.protocol_version == PROTOCOL_VERSION:
             return
         older = "companion" if status.protocol_version < PROTOCOL_VERSION else "client"
-        mend = (
-            "Stop it with `vllm-companion stop` and start it from this installation"
+        remedy = (
+            f"vllm-companion stop --device {self.device}"
             if older == "companion"
-            else "Upgrade vllm-companion-plugin here"
+            else "pip install -U vllm-companion-plugin"
         )
         raise ProtocolMismatchError(
             f"The companion of {self.device} (pid {status.pid}, version {status.version}) speaks protocol "
             f"{status.protocol_version}, this client (version {__version__}) {PROTOCOL_VERSION}; "
-            f"the {older} is older. {mend}."
+            f"the {older} is older.",
+            remedy=remedy,
         )
 
     # ---- looking

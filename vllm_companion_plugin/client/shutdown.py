@@ -29,9 +29,10 @@ def shut_down(connection: CompanionConnection, *, replaced: bool = False) -> int
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while not _ended(connection.paths, pidfd):
             if time.monotonic() > deadline:
-                how = f"End it: kill -9 {visible}" if visible else "It runs in another container."
+                remedy = f"End it: kill -9 {visible}" if visible else "It runs in another container."
                 raise WaitTimeoutError(
-                    f"The companion of {connection.device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s. {how}"
+                    f"The companion of {connection.device} (pid {pid}) did not end within {STOP_TIMEOUT_S:g} s.",
+                    remedy=remedy,
                 )
     return pid
 

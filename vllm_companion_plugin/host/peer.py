@@ -30,7 +30,7 @@ def check_listener(sock: socket.socket, path: str) -> int:
     pid, uid = credentials(sock)
     if uid != os.getuid():
         raise RuntimeDirError(
-            f"A process of uid {uid} listens at {path}, and we are uid {os.getuid()}: nothing was sent to it. "
-            "Set COMPANION_RUNTIME_DIR to a directory that only you can write."
+            f"A process of uid {uid} listens at {path}, and we are uid {os.getuid()}: nothing was sent to it.",
+            remedy="Set COMPANION_RUNTIME_DIR to a directory that only you can write.",
         )
     return pid

@@ -100,7 +100,8 @@ def device_paths(device: str, settings: Settings) -> DevicePaths:
     if len(os.fsencode(paths.grpc_socket)) > MAX_SOCKET_PATH:
         raise RuntimeDirError(
             f"The socket path {paths.grpc_socket} has {len(os.fsencode(paths.grpc_socket))} bytes; Linux allows "
-            f"{MAX_SOCKET_PATH}. Set COMPANION_RUNTIME_DIR to something shorter."
+            f"{MAX_SOCKET_PATH}.",
+            remedy="Set COMPANION_RUNTIME_DIR to something shorter.",
         )
     ensure_private_directory(root)
     ensure_private_directory(paths.directory)
@@ -135,8 +136,8 @@ def _check_not_replaceable(path: str) -> None:
     # An owner that this container does not know is shown as 65534 (user_namespaces(7)): mostly the host's root.
     if info.st_uid not in (0, os.getuid(), 65534):
         raise RuntimeDirError(
-            f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it. "
-            "Set COMPANION_RUNTIME_DIR to a directory elsewhere."
+            f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it.",
+            remedy="Set COMPANION_RUNTIME_DIR to a directory elsewhere.",
         )
     # A group with our number is our own, by the custom of most distributions, and of OpenShift, which gives it to
     # the volumes of a project as fsGroup.
@@ -144,8 +145,9 @@ def _check_not_replaceable(path: str) -> None:
     if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
         raise RuntimeDirError(
             f"{path}, above the runtime directory, has mode {stat.S_IMODE(info.st_mode):04o}, so others could replace "
-            "what is in it. Set COMPANION_RUNTIME_DIR to a directory elsewhere; in a pod, to one of an emptyDir with "
-            "`medium: Memory`, which is sticky."
+            "what is in it.",
+            remedy="Set COMPANION_RUNTIME_DIR to a directory elsewhere; in a pod, to one of an emptyDir with "
+            "`medium: Memory`, which is sticky.",
         )
 
 
@@ -158,8 +160,8 @@ def ensure_private_directory(path: str) -> None:
         pass
     except OSError as error:
         raise RuntimeDirError(
-            f"Cannot make the runtime directory {path}: {error.strerror}. "
-            "Free space there, or set COMPANION_RUNTIME_DIR to a directory that you can write."
+            f"Cannot make the runtime directory {path}: {error.strerror}.",
+            remedy="Free space there, or set COMPANION_RUNTIME_DIR to a directory that you can write.",
         ) from error
     check_private_directory(path)
 
@@ -171,27 +173,29 @@ def check_private_directory(path: str) -> None:
     except OSError as error:
         raise RuntimeDirError(f"Cannot look at the runtime directory {path}: {error.strerror}.") from error
     if stat.S_ISLNK(info.st_mode):
-        raise RuntimeDirError(f"The runtime directory {path} is a symbolic link. {_instead(path, 'rm')}")
+        raise RuntimeDirError(f"The runtime directory {path} is a symbolic link.", remedy=_instead(path, "rm"))
     if not stat.S_ISDIR(info.st_mode):
-        raise RuntimeDirError(f"The runtime directory {path} is not a directory. {_instead(path, 'rm')}")
+        raise RuntimeDirError(f"The runtime directory {path} is not a directory.", remedy=_instead(path, "rm"))
     if info.st_uid != os.getuid():
         raise RuntimeDirError(
-            f"The runtime directory {path} belongs to uid {info.st_uid}, not to uid {os.getuid()}. "
-            "Set COMPANION_RUNTIME_DIR to another one."
+            f"The runtime directory {path} belongs to uid {info.st_uid}, not to uid {os.getuid()}.",
+            remedy="Set COMPANION_RUNTIME_DIR to another one.",
         )
     mode = stat.S_IMODE(info.st_mode)
     if mode & 0o077:
         raise RuntimeDirError(
-            f"The runtime directory {path} has mode {mode:04o}, so others can reach it. {_instead(path, 'chmod 0700')}"
+            f"The runtime directory {path} has mode {mode:04o}, so others can reach it.",
+            remedy=_instead(path, "chmod 0700"),
         )
     if mode & 0o700 != 0o700:
         raise RuntimeDirError(
-            f"The runtime directory {path} has mode {mode:04o}; its owner needs all. {_instead(path, 'chmod 0700')}"
+            f"The runtime directory {path} has mode {mode:04o}; its owner needs all.",
+            remedy=_instead(path, "chmod 0700"),
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise RuntimeDirError(
-            f"The runtime directory {path} cannot be written (read-only file system?). "
-            "Set COMPANION_RUNTIME_DIR to a directory that you can write."
+            f"The runtime directory {path} cannot be written (read-only file system?).",
+            remedy="Set COMPANION_RUNTIME_DIR to a directory that you can write.",
         )
 
 

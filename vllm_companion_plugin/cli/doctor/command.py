@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,8 +33,8 @@ def main(parsed: argparse.Namespace) -> int:
     try:
         checks = run_checks(settings_of(parsed))
     except SettingsError as error:
-        variable = re.match(r"environment variable (\w+)", str(error))
-        checks = [Check("settings", FAIL, str(error), f"unset {variable[1]}" if variable else "correct the flag")]
+        mend = f"unset {error.variable}" if error.variable else "correct the flag"
+        checks = [Check("settings", FAIL, str(error), mend)]
     if parsed.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -168,8 +167,7 @@ def check_runtime_dir(settings: Settings) -> Iterator[Check]:
             else:
                 yield Check("runtime directory", FAIL, f"{root} cannot be made: {above} is not writable", shorter)
     except CompanionError as error:
-        text, _, mend = str(error).rpartition(". ")
-        yield Check("runtime directory", FAIL, text, mend)
+        yield Check("runtime directory", FAIL, error.what, error.remedy)
     length = len(os.fsencode(os.path.join(root, "x" * GPU_NAME_LENGTH, "companion.sock")))
     if length > MAX_SOCKET_PATH:
         text = f"{length} bytes below {root}; Linux allows {MAX_SOCKET_PATH}"

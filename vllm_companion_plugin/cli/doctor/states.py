@@ -67,9 +67,7 @@ def _check_companion(paths: DevicePaths) -> Iterator[Check]:
             connection.check_protocol(ANSWER_S)
             status = connection.status(ANSWER_S)
         except ProtocolMismatchError as error:
-            older = "companion is older" in str(error)
-            mend = f"vllm-companion stop --device {paths.device}" if older else "pip install -U vllm-companion-plugin"
-            yield Check(name, FAIL, str(error), mend)
+            yield Check(name, FAIL, error.what, error.remedy)
         except CompanionError as error:
             yield _silent(name, paths, pid, error)
         else:
