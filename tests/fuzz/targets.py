@@ -40,7 +40,7 @@ from tests.manifests import type_of
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import devices_named
-from vllm_companion_plugin.client.api import tensors_by_name
+from vllm_companion_plugin.client.attachment import tensors_by_name
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
 from vllm_companion_plugin.core.arena import ArenaInfo

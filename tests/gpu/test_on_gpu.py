@@ -16,7 +16,7 @@ from tests.process.conftest import Place, alive, place, until
 from tests.process.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin import memory as arenas
-from vllm_companion_plugin.client.api import tensors_by_name
+from vllm_companion_plugin.client.attachment import tensors_by_name
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.arena import PIECE_BYTES
 from vllm_companion_plugin.core.module_tree import Stage

@@ -22,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.module_tree import Stage
-from vllm_companion_plugin.engine import session
+from vllm_companion_plugin.engine import decide, decisions
 from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.settings import resolve
 from vllm_companion_plugin.tree.capture import capture
@@ -47,9 +47,9 @@ def run(config: Any, directory: Path, engine: int, rank: int, device_id: str, re
     join(config, directory / f"{os.getppid()}-{engine}", rank)
     # Crosswise: each engine is first on one device.
     time.sleep(0 if engine == rank else 1.5)
-    decision = session.decide(config, config.model_config, resolve({"fallback": False}))
+    decision = decide.decide(config, config.model_config, resolve({"fallback": False}))
     distributed.barrier()
-    if isinstance(decision, session.Load):
+    if isinstance(decision, decisions.Load):
         packed = prepare(capture(nn.Linear(2, 2)), Stage.UNPROCESSED, arenas.MEMFD, CPU)
         arena = copy(packed, arenas.MEMFD, CPU, rebind=False, release=lambda: None)
         decision.granted.publication.publish(

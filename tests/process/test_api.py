@@ -142,7 +142,7 @@ def test_close_returns_lease_mapping_and_descriptors(place: Place, model: nn.Mod
 def test_the_mapping_survives_the_companion(place: Place, model: nn.Module) -> None:
     with client(place).attach(KEY.model) as weights:
         place.processes[0].kill()
-        assert weights._lease.lost.wait(5)
+        assert weights.lease.lost.wait(5)
         assert weights.lost
         assert torch.equal(weights.tensors["embed.weight"], contents(model)["embed.weight"])
 

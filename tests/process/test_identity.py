@@ -31,8 +31,8 @@ from tests.process import publishing
 from tests.process.conftest import Place
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
-from vllm_companion_plugin.engine import session
-from vllm_companion_plugin.engine.identity import code, configuration, digest, files, key
+from vllm_companion_plugin.engine import decide, decisions, session
+from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, digest, files, key
 from vllm_companion_plugin.engine.vllm import compat, flags
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.host.models import model_name
@@ -83,7 +83,7 @@ def key_of(model: Path, **options: Any) -> EntryKey:
 
 
 def key_of_config(made: Any, model: Path) -> EntryKey:
-    files = session.checkpoint.identity(model)
+    files = checkpoint.identity(model)
     return key.compute(made, made.model_config, compat.engine_device(made), "auto", model, files)
 
 
@@ -407,31 +407,31 @@ class Engines:
         self.settings: Settings = place.settings
         self._decisions: list[Any] = []
 
-    def decide(self, model: Path, **options: Any) -> session.Attach | session.Load:
+    def decide(self, model: Path, **options: Any) -> decisions.Attach | decisions.Load:
         made = config(model, **options)
-        decision = session._decide(made, made.model_config, self.settings)
-        assert not isinstance(decision, session.Alone)
+        decision = decide._decide(made, made.model_config, self.settings)
+        assert not isinstance(decision, decisions.Alone)
         self._decisions.append(decision)
         return decision
 
-    def load(self, model: Path, **options: Any) -> session.Load:
+    def load(self, model: Path, **options: Any) -> decisions.Load:
         """Decide, expect to be elected, and publish something under the key."""
         decision = self.decide(model, **options)
-        assert isinstance(decision, session.Load)
+        assert isinstance(decision, decisions.Load)
         publish(decision)
         return decision
 
     def attaches(self, model: Path, **options: Any) -> bool:
         decision = self.decide(model, **options)
         decision.close()
-        return isinstance(decision, session.Attach)
+        return isinstance(decision, decisions.Attach)
 
     def close(self) -> None:
         for decision in self._decisions:
             decision.close()
 
 
-def publish(decision: session.Load) -> None:
+def publish(decision: decisions.Load) -> None:
     publishing.publish(decision.granted.publication, nn.Linear(2, 2))
     decision.election.release()
 
@@ -439,13 +439,13 @@ def publish(decision: session.Load) -> None:
 @pytest.fixture
 def engines(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     place.companion()
-    monkeypatch.setattr(session, "_connections", {})
-    monkeypatch.setattr(session, "_drafts", {})
+    monkeypatch.setattr(session.current(), "_connections", {})
+    monkeypatch.setattr(session.current(), "_drafts", {})
     monkeypatch.setattr(digest, "_SETTLED_S", -1.0)  # files of a test are always new
     made = Engines(place)
     yield made
     made.close()
-    for connection in session._connections.values():
+    for connection in session.current()._connections.values():
         connection.close()
 
 
@@ -564,7 +564,7 @@ def test_a_digest_of_a_file_that_was_just_written_is_not_kept(
 def test_copies_that_start_together_load_once(engines: Engines, first: Path) -> None:
     copied = copy_of(first)
     loader = engines.decide(first)
-    assert isinstance(loader, session.Load)
+    assert isinstance(loader, decisions.Load)
     found: list[Any] = []
     other = threading.Thread(target=lambda: found.append(engines.decide(copied)))
     other.start()
@@ -572,22 +572,22 @@ def test_copies_that_start_together_load_once(engines: Engines, first: Path) -> 
     assert other.is_alive(), "it waits"
     publish(loader)
     other.join(10)
-    assert isinstance(found[0], session.Attach)
+    assert isinstance(found[0], decisions.Attach)
 
 
 def test_whoever_was_elected_looks_again(engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both asked before either was known, so each has an election of its own; the device's lock orders them."""
     copied = copy_of(first)
     loader = engines.decide(first)
-    assert isinstance(loader, session.Load)
-    held = session._held
+    assert isinstance(loader, decisions.Load)
+    held = decide._held
     asked: list[Any] = []
 
     def blind_at_first(status: Any, wanted: EntryKey, *rest: Any) -> EntryKey:
         asked.append(rest)
         return wanted if len(asked) == 1 else held(status, wanted, *rest)
 
-    monkeypatch.setattr(session, "_held", blind_at_first)
+    monkeypatch.setattr(decide, "_held", blind_at_first)
     found: list[Any] = []
     other = threading.Thread(target=lambda: found.append(engines.decide(copied)))
     other.start()
@@ -595,7 +595,7 @@ def test_whoever_was_elected_looks_again(engines: Engines, first: Path, monkeypa
     assert other.is_alive(), "it waits for the lock"
     publish(loader)
     other.join(10)
-    assert isinstance(found[0], session.Attach)
+    assert isinstance(found[0], decisions.Attach)
     assert len(asked) == 2
 
 
@@ -635,7 +635,7 @@ def test_a_damaged_digest_is_not_believed(engines: Engines, first: Path) -> None
     engines.load(first)
     directory = Path(digests_directory(engines.settings))
     for file in (*first.iterdir(), *tuned.iterdir()):
-        name = hashlib.sha256(session.checkpoint.file_identity(file).encode()).hexdigest()
+        name = hashlib.sha256(checkpoint.file_identity(file).encode()).hexdigest()
         (directory / name).write_bytes(bytes(64))  # as a crash leaves it
     assert not engines.attaches(tuned)
 
@@ -645,8 +645,8 @@ def test_who_was_elected_for_a_copy_takes_its_own_if_that_is_there_by_then(
 ) -> None:
     copied = copy_of(first)
     engines.load(first)
-    held, answers = session._held, [key_of(copied)]
-    monkeypatch.setattr(session, "_held", lambda *rest: answers.pop() if answers else held(*rest))
+    held, answers = decide._held, [key_of(copied)]
+    monkeypatch.setattr(decide, "_held", lambda *rest: answers.pop() if answers else held(*rest))
     assert engines.attaches(first)
 
 
@@ -656,11 +656,11 @@ def test_an_engine_that_writes_to_its_weights_copies_what_is_held_and_publishes_
     monkeypatch.setattr(compat, "must_own_reason", lambda config: "EPLB moves expert weights in place")
     with pytest.raises(NotShareableError, match=r"EPLB .* nobody holds them to be copied"):
         engines.decide(first)
-    assert session._connections["cpu"].status().entries == ()
+    assert session.current()._connections["cpu"].status().entries == ()
     asked_for = replace(engines.settings, share="copy")
     made = config(first)
-    loader = session._decide(made, made.model_config, asked_for)
-    assert isinstance(loader, session.Load)
+    loader = decide._decide(made, made.model_config, asked_for)
+    assert isinstance(loader, decisions.Load)
     publish(loader)
     assert engines.attaches(first)
     loader.close()
@@ -677,7 +677,7 @@ def test_paths_with_any_characters(engines: Engines, first: Path, tmp_path: Path
     engines.load(odd)
     assert engines.attaches(odd)
     assert engines.attaches(copy_of(odd, f"{ODD}2"))
-    (entry,) = session._connection("cpu", engines.settings).status().entries
+    (entry,) = session.current().connection("cpu", engines.settings).status().entries
     assert entry.key.source == str(odd)
     assert f"{ODD}.safetensors" in entry.key.files
     assert entry.key.model.isprintable()
@@ -718,12 +718,12 @@ class TestFilesOfACheckpoint:
     def test_a_link_to_a_large_directory_is_not_followed(self, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (first / "data").symlink_to("/")
         monkeypatch.setattr(os, "walk", lambda *args, **kwargs: pytest.fail("it was"))
-        session.checkpoint.identity(first)
+        checkpoint.identity(first)
 
     def test_weights_that_are_only_below_are_found(self, first: Path) -> None:
         (first / "inner").mkdir()
         (first / WEIGHTS).rename(first / "inner" / WEIGHTS)
-        assert list(session.checkpoint.identity(first)) == [f"inner/{WEIGHTS}"]
+        assert list(checkpoint.identity(first)) == [f"inner/{WEIGHTS}"]
 
     def test_modules_of_sentence_transformers_count(self, first: Path) -> None:
         """Linked or not; each of its files is told by its name."""
@@ -768,7 +768,7 @@ class TestLooks:
     """Times of files are believed where a kernel sets them."""
 
     def test_a_file_on_a_disk_is_known_by_a_look(self, first: Path) -> None:
-        assert session.checkpoint.identity(first)[WEIGHTS].startswith("stat ")
+        assert checkpoint.identity(first)[WEIGHTS].startswith("stat ")
 
     @pytest.mark.skipif(shutil.which("mksquashfs") is None or os.geteuid() != 0, reason="needs mksquashfs and root")
     def test_another_image_at_the_same_place_is_another_model(
@@ -804,10 +804,10 @@ class TestLooks:
         monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
         (tmp_path / "digests").mkdir()
         with overlay(first, tmp_path) as place:
-            read = session.checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1))
+            read = checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1))
             assert read[WEIGHTS].startswith("blake3 ")
             monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read again"))
-            assert session.checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1)) == read
+            assert checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1)) == read
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
     def test_containers_of_one_image_share(self, engines: Engines, first: Path, tmp_path: Path) -> None:
@@ -844,12 +844,12 @@ class TestLooks:
         nobody: Any = None
         with overlay(first, tmp_path) as place:
             mine = digest.Digests(str(tmp_path / "digests"), 1)
-            content = session.checkpoint.identity(place, mine)
+            content = checkpoint.identity(place, mine)
             assert os.listdir(tmp_path / "digests") in ([], ["lock"])
             monkeypatch.setattr(files, "_engine", lambda: "1-2")
             assert files.look(place / WEIGHTS).lasts is files.Lasts.ENGINE, "its other ranks need not read, too"
             monkeypatch.setattr(files, "_engine", lambda: None)
-            load = session.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
+            load = decisions.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
             reads = []
             read = digest._read
             monkeypatch.setattr(digest, "_read", lambda path: reads.append(path.name) or read(path))
@@ -917,33 +917,31 @@ def eagle(model: Path, **options: Any) -> Any:
 
 def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(engines: Engines, drafted: Path) -> None:
     first, second, third = (eagle(drafted) for _ in range(3))
-    target = session.decide(first, first.model_config, engines.settings)
-    assert isinstance(target, session.Load)
+    target = decide.decide(first, first.model_config, engines.settings)
+    assert isinstance(target, decisions.Load)
     publish(target)
-    status = session._connections["cpu"].status
+    status = session.current()._connections["cpu"].status
     size = status().entries[0].size_bytes
-    assert session.external_bytes(second, engines.settings) == size, (
-        "nobody has the draft, and nobody is elected for it"
-    )
+    assert decide.external_bytes(second, engines.settings) == size, "nobody has the draft, and nobody is elected for it"
     assert [entry.key.role for entry in status().entries] == ["target"]
 
-    loader = session.decide(first, compat.draft_config(first), engines.settings)
-    assert isinstance(loader, session.Load)
+    loader = decide.decide(first, compat.draft_config(first), engines.settings)
+    assert isinstance(loader, decisions.Load)
     assert (loader.key.role, loader.key.rank, loader.key.model) == ("draft", "single", f"{drafted}-draft")
     assert loader.key.is_draft_of(target.key)
     found: list[int] = []
-    asking = threading.Thread(target=lambda: found.append(session.external_bytes(third, engines.settings)))
+    asking = threading.Thread(target=lambda: found.append(decide.external_bytes(third, engines.settings)))
     asking.start()  # and waits for the loader
     publish(loader)
     asking.join(20)
     assert found == [2 * size]
     for engine, announced in ((second, False), (third, True)):
-        bound = session.decide(engine, compat.draft_config(engine), engines.settings)
-        assert isinstance(bound, session.Attach)
+        bound = decide.decide(engine, compat.draft_config(engine), engines.settings)
+        assert isinstance(bound, decisions.Attach)
         assert bound.announced is announced
-        assert abs(bound.ready.published.ready_unix_s - time.time()) < 60
+        assert abs(bound.attachment.held.published.ready_unix_s - time.time()) < 60
         bound.close()
-        session.decide(engine, engine.model_config, engines.settings).close()  # type: ignore[union-attr]
+        decide.decide(engine, engine.model_config, engines.settings).close()  # type: ignore[union-attr]
     loader.close()
     target.close()
 
@@ -972,14 +970,14 @@ def test_what_changes_the_target_or_the_draft_changes_the_drafts_key(
 def test_a_draft_is_shared_with_its_target_or_not_at_all(engines: Engines, drafted: Path) -> None:
     made = eagle(drafted)
     draft = compat.draft_config(made)
-    alone = session.decide(made, draft, engines.settings)
-    session.forget(draft)
-    assert isinstance(alone, session.Alone)
+    alone = decide.decide(made, draft, engines.settings)
+    session.current().forget(draft)
+    assert isinstance(alone, decisions.Alone)
     assert "together with its target" in alone.reason
     with pytest.raises(NotShareableError, match="together with its target"):
-        session.decide(made, draft, replace(engines.settings, fallback=False))
+        decide.decide(made, draft, replace(engines.settings, fallback=False))
     draft_alike = replace_parallel(made)
-    assert session.settings_for(draft_alike, engines.settings).share == "copy"
+    assert decide.settings_for(draft_alike, engines.settings).share == "copy"
 
 
 def replace_parallel(made: Any) -> Any:
@@ -996,7 +994,7 @@ def test_an_engine_that_guesses_by_ngrams_has_no_draft(tiny: Path, engines: Engi
     made = config(tiny, speculative_config=ngram)
     assert made.speculative_config.draft_model_config is made.model_config
     assert compat.draft_config(made) is None
-    assert isinstance(engines.decide(tiny, speculative_config=ngram), session.Load)
+    assert isinstance(engines.decide(tiny, speculative_config=ngram), decisions.Load)
 
 
 def test_a_model_that_is_its_own_draft_is_found_by_its_role(engines: Engines, tmp_path: Path) -> None:
@@ -1004,16 +1002,16 @@ def test_a_model_that_is_its_own_draft_is_found_by_its_role(engines: Engines, tm
     models.make("deepseek-v3-mtp", model, tiny=True)
     made = config(model, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
     for model_config in (made.model_config, compat.draft_config(made)):
-        loader = session.decide(made, model_config, engines.settings)
-        assert isinstance(loader, session.Load)
+        loader = decide.decide(made, model_config, engines.settings)
+        assert isinstance(loader, decisions.Load)
         publish(loader)
-    connection = session._connections["cpu"]
+    connection = session.current()._connections["cpu"]
     found = {role: connection.wait_ready(str(model), role=role, timeout_s=5).key for role in ("draft", "target")}
     assert found["draft"].is_draft_of(found["target"])
     assert found["draft"].model == found["target"].model
     assert connection.wait_ready(str(model), timeout_s=5).key == found["target"]
     for model_config in (made.model_config, compat.draft_config(made)):
-        session._decisions[id(model_config)].close()  # type: ignore[union-attr]
+        session.current()._decisions[id(model_config)].close()  # type: ignore[union-attr]
 
 
 def test_who_knew_a_companion_that_was_killed_and_followed_asks_the_next_one(
@@ -1026,9 +1024,9 @@ def test_who_knew_a_companion_that_was_killed_and_followed_asks_the_next_one(
     following.start()
     while not is_listening(place.paths):  # a channel that has failed waits before it connects again
         with contextlib.suppress(CompanionError):
-            session._connections["cpu"].status()
+            session.current()._connections["cpu"].status()
     following.join(20)
-    assert isinstance(engines.decide(first), session.Load)
+    assert isinstance(engines.decide(first), decisions.Load)
 
 
 def test_what_a_failed_engine_was_to_load_is_left_to_the_next_in_the_same_process(
@@ -1036,13 +1034,13 @@ def test_what_a_failed_engine_was_to_load_is_left_to_the_next_in_the_same_proces
 ) -> None:
     """An engine may end between its decision and its load: its share of the memory may be too small."""
     made = config(first)
-    assert isinstance(session.decide(made, made.model_config, engines.settings), session.Load)
+    assert isinstance(decide.decide(made, made.model_config, engines.settings), decisions.Load)
     again = config(first)
     del made
     gc.collect()
-    decision = session.decide(again, again.model_config, replace(engines.settings, wait_timeout_s=5))
-    assert isinstance(decision, session.Load)
-    session.forget(again.model_config)
+    decision = decide.decide(again, again.model_config, replace(engines.settings, wait_timeout_s=5))
+    assert isinstance(decision, decisions.Load)
+    session.current().forget(again.model_config)
     decision.close()
 
 

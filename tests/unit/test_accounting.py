@@ -11,7 +11,7 @@ import pytest
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.worker.utils import request_memory
 
-from vllm_companion_plugin.engine import session
+from vllm_companion_plugin.engine import decide, loader
 from vllm_companion_plugin.engine.loader import CompanionModelLoader
 from vllm_companion_plugin.engine.vllm import accounting, compat
 
@@ -24,7 +24,8 @@ CACHE: Any = SimpleNamespace(gpu_memory_utilization=0.5)
 def budget(held: int, free: int, load_format: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """What this vLLM, with our patch if it needs it, allows an engine on a device of 100 GiB."""
     config = VllmConfig(load_config=LoadConfig(load_format=load_format))
-    monkeypatch.setattr(session, "external_bytes", lambda vllm_config, settings: held)
+    for module in (decide, loader):
+        monkeypatch.setattr(module, "external_bytes", lambda vllm_config, settings: held)
     # What other processes hold shows up in what is free only when it is measured again.
     snapshot: Any = SimpleNamespace(total_memory=100 * GIB, free_memory=free, device_="cpu", measure=lambda: None)
     if compat.has_external_memory_hook(request_memory):

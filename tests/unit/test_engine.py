@@ -24,11 +24,12 @@ from vllm.platforms import current_platform
 
 from tests.unit import test_mapping
 from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.lease import Ready
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.status import Published
-from vllm_companion_plugin.engine import draft, session
+from vllm_companion_plugin.engine import decide, decisions, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.publish import _Publisher
@@ -48,7 +49,7 @@ def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Pat
     weights = tmp_path / "model.safetensors"
     weights.write_text("before")
     nobody: Any = None
-    load = session.Load(nobody, nobody, nobody, nobody, nobody, tmp_path, checkpoint.identity(tmp_path))
+    load = decisions.Load(nobody, nobody, nobody, nobody, nobody, tmp_path, checkpoint.identity(tmp_path))
     load.check_unchanged()
     weights.write_text("after!")
     with pytest.raises(NotShareableError, match=r"model.safetensors of .* changed while it was loaded"):
@@ -89,10 +90,10 @@ def test_an_engine_that_writes_to_its_weights_owns_them(switch: str) -> None:
     plain = SimpleNamespace(
         parallel_config=SimpleNamespace(enable_eplb=False, enable_elastic_ep=False), speculative_config=None
     )
-    assert session.settings_for(plain, settings) is settings
+    assert decide.settings_for(plain, settings) is settings
     setattr(plain.parallel_config, switch, True)
-    assert session.settings_for(plain, settings) == replace(settings, share="copy")
-    assert session.external_bytes(plain, settings) == 0
+    assert decide.settings_for(plain, settings) == replace(settings, share="copy")
+    assert decide.external_bytes(plain, settings) == 0
 
 
 def test_online_loading_is_ended_as_loading_would_have_ended_it() -> None:
@@ -138,14 +139,14 @@ def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch
     def unreadable(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/models/m")
 
-    monkeypatch.setattr(session, "_decide", unreadable)
+    monkeypatch.setattr(decide, "_decide", unreadable)
     model, config = nn.Module(), SimpleNamespace(speculative_config=None)
-    decision = session.decide(config, model, resolve())
-    session.forget(model)
-    assert isinstance(decision, session.Alone)
+    decision = decide.decide(config, model, resolve())
+    session.current().forget(model)
+    assert isinstance(decision, decisions.Alone)
     assert "/models/m" in decision.reason
     with pytest.raises(PermissionError):
-        session.decide(config, model, replace(resolve(), fallback=False))
+        decide.decide(config, model, replace(resolve(), fallback=False))
 
 
 def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
         # Asking for descriptors would fail otherwise: nobody listens there.
         data, arena = manifest_to_bytes(published), ArenaInfo("memfd", (384,))
         ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16)
-        session._open(device, test_mapping.KEY, test_mapping.KEY, None, ready, 0.0, 0.0)  # type: ignore[arg-type]
+        Attachment.open(device.id, device.torch_device, None, ready, stage=device.stage)  # type: ignore[arg-type]
 
     with pytest.raises(ManifestError, match="published unprocessed; cpu needs processed"):
         open_(replace(test_mapping.manifest(), stage=Stage.UNPROCESSED))
@@ -168,7 +169,7 @@ def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> Non
     plain = SimpleNamespace(parallel_config=SimpleNamespace(), speculative_config=None)
     assert compat.must_own_reason(plain) is None
     plain.weight_transfer_config = object()
-    assert session.settings_for(plain, resolve()).share == "copy"
+    assert decide.settings_for(plain, resolve()).share == "copy"
 
 
 def test_formats_that_all_ranks_read_together_are_not_used_by_several() -> None:
@@ -279,7 +280,7 @@ def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
     thread = threading.Thread(target=work)
     thread.start()
     wanted = test_mapping.KEY
-    session._elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
+    decide._elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
     thread.join()
     assert len(set(heard)) >= 3
     assert heard[0] == "waiting for its turn (0 s)"

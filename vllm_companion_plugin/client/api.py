@@ -15,21 +15,17 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin import memory as arenas
-from vllm_companion_plugin.client.connection import CompanionConnection, Lease, Ready, connect
-from vllm_companion_plugin.client.mirror import Held, Holder
-from vllm_companion_plugin.core.module_tree import Manifest
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.connection import CompanionConnection, Ready, connect
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
-    CompanionError,
     CompanionUnavailableError,
     SettingsError,
     WaitTimeoutError,
 )
 from vllm_companion_plugin.memory.tensors import checksum
-from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
-from vllm_companion_plugin.settings import Settings, resolve
-from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes
+from vllm_companion_plugin.settings import resolve
 
 logger = logging.getLogger("vllm.companion.api")
 
@@ -116,8 +112,9 @@ class CompanionClient:
             ArenaError: it cannot be mapped.
             IntegrityError: its bytes are not those that were published.
         """
+        device = torch_device_of(self.device)
         if self.settings.verify != "off":
-            checksum.prepare(torch_device_of(self.device))
+            checksum.prepare(device)
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connect())
             lease = connection.attach(
@@ -126,98 +123,15 @@ class CompanionClient:
             outcome = lease.wait(self.settings.wait_timeout_s)
             if not isinstance(outcome, Ready):
                 raise BadRequestError(f"The companion of {self.device} asked a reader to load {model}.")
-            made = Attachment(self.device, lease, outcome, self.settings.verify)
-            undo.pop_all()
-        made._connection = connection
-        made._hold(self.settings, name)
+            made = Attachment.open(self.device, device, lease, outcome)
+            try:
+                made.verify(self.settings.verify)
+            except BaseException:
+                made.close()
+                raise
+            made.close_with_it(undo.pop_all())
+        made.mirror(self.settings, name)
         return made
-
-
-class Attachment:
-    """Weights of one rank of one model, mapped read-only, until `close` or the end of `with`.
-
-    The tensors view the mapping: writing to one ends the process (host) or the CUDA context
-    (device), and using one after `close` does too, so keep none. Clone what must stay.
-
-    Attributes:
-        tensors: by full name, as `named_parameters` would give it; tied tensors under each name.
-            They share memory with the companion, without a copy, on the device (small host
-            tensors beside a device model are copies).
-        manifest: the module tree they come from.
-        generation: counts the publications under this key.
-    """
-
-    def __init__(self, device: str, lease: Lease, ready: Ready, verify: str) -> None:
-        self.model = ready.key.model
-        self.rank = ready.key.rank
-        self.generation = ready.generation
-        self.manifest = manifest_from_bytes(ready.manifest)
-        check_manifest_fits(self.manifest, ready.arena)
-        check_dtypes(self.manifest)
-        torch_device = torch_device_of(device)
-        self._lease = lease
-        self._connection: CompanionConnection | None = None
-        self._holder: Holder | None = None
-        self._ready = ready
-        self._device = device
-        self._arena = arenas.open_arena(ready.arena, ready.redeem(), torch_device.index)
-        try:
-            views = ArenaViews(self._arena, ready.arena.size_bytes, torch_device)
-            verification = checksum.Verification(views, ready.arena, verify, torch_device)
-            self.tensors = tensors_by_name(self.manifest, views)
-            verification.check(self.manifest, f"{ready.key.title} ({self.rank}) on {device}")
-        except BaseException:
-            self._arena.close()
-            raise
-
-    def _hold(self, settings: Settings, name: str) -> None:
-        ready, arena = self._ready, self._arena
-        held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
-        try:
-            self._holder = Holder(self._device, settings, held, self._lease, name)
-        except CompanionError as error:
-            logger.warning("%s will not be handed back if its companion dies: %s", held.key.title, error)
-
-    @property
-    def lost(self) -> bool:
-        """Whether the companion has ended, and no new one has taken over yet. What is mapped stays valid."""
-        return self._holder.lost if self._holder is not None else self._lease.lost.is_set()
-
-    def close(self) -> None:
-        """Forget the tensors, unmap the memory and end the lease. Idempotent."""
-        self.tensors.clear()
-        if self._holder is not None:
-            self._holder.close()  # before its descriptors go
-        self._arena.close()
-        self._lease.release()
-        if self._connection is not None:
-            self._connection.close()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def tensors_by_name(manifest: Manifest, views: ArenaViews) -> dict[str, torch.Tensor]:
-    """One tensor object for each that was published, under every name that it has.
-
-    What each engine makes for itself (caches, work space) was not.
-    """
-    made: list[torch.Tensor | None] = []
-    for info in manifest.tensors:
-        if info.storage >= 0:
-            made.append(views.tensor(info, manifest.storages[info.storage]))
-        else:
-            made.append(None if info.own else without_storage(info, views.device))
-    return {
-        f"{path}.{slot.name}" if path else slot.name: tensor
-        for module in manifest.modules
-        for path in (module.path, *module.aliases)
-        for slot in module.slots
-        if (tensor := made[slot.tensor]) is not None
-    }
 
 
 def current_device() -> str:

@@ -54,12 +54,13 @@ def _where() -> str:
     return ""
 
 
-def connect(device: str, settings: Settings, *, spawn: bool) -> CompanionConnection:
+def connect(device: str, settings: Settings, *, spawn: bool, ask: bool = True) -> CompanionConnection:
     """A connection to the companion of `device`; the caller closes it.
 
     Args:
         device: GPU or MIG UUID, or "cpu".
         spawn: start a companion if there is none.
+        ask: find out whether it answers, and in which protocol; without, the first call does.
 
     Raises:
         RuntimeDirError: the runtime directory is unsafe.
@@ -72,6 +73,8 @@ def connect(device: str, settings: Settings, *, spawn: bool) -> CompanionConnect
         if spawn:
             ensure_companion(device, settings)
         connection = CompanionConnection(paths)
+        if not ask:
+            return connection
         try:
             connection.check_protocol()
             return connection

@@ -14,13 +14,12 @@ from vllm.logger import init_logger
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.process import collector_paused
 from vllm_companion_plugin.core.status import Report
-from vllm_companion_plugin.engine import draft, session
+from vllm_companion_plugin.engine import draft
+from vllm_companion_plugin.engine.decisions import Attach, Outcome
 from vllm_companion_plugin.engine.identity import reading
-from vllm_companion_plugin.engine.session import Attach
+from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
-from vllm_companion_plugin.memory.tensors.checksum import Verification
-from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.building import WithoutWeights
 from vllm_companion_plugin.tree.capture import capture
@@ -37,26 +36,26 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         CompanionError: it could not be built or is not provably equal; nothing of it is left.
     """
     started = time.perf_counter()
-    device = decision.device.torch_device
+    device, attachment = decision.device.torch_device, decision.attachment
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
     _check_files(decision)
     try:
-        views = ArenaViews(decision.arena, decision.arena.info.size_bytes, device)
+        views = attachment.views()
         # The device compares while the model is built here.
-        verification = Verification(views, decision.arena.info, settings.verify, device)
+        verification = attachment.verification(views, settings.verify)
         without_weights = WithoutWeights(device)
         with (
             compat.model_without_weights(vllm_config, model_config, prefix, without_weights) as model,
             ExitStack() as without,
         ):
             if decision.key.role == "draft":
-                draft.set_flags(model, decision.manifest)
-                if (target := session.target()) is not None:
-                    targets = draft.taken_from_target(decision.manifest, vllm_config, model, target)
+                draft.set_flags(model, attachment.manifest)
+                if (target := current().target()) is not None:
+                    targets = draft.taken_from_target(attachment.manifest, vllm_config, model, target)
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
-            source = Source(decision.manifest, views, device, copy=copy)
+            source = Source(attachment.manifest, views, device, copy=copy)
             restorer = Restorer(model, source, device, built=without_weights, besides=compat.noted_for_reloads)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
@@ -70,8 +69,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 model.eval()  # as loaders return it
                 restorer.finish()
             with reported(decision, settings.verify if verification.pieces else ""):
-                label = f"{decision.key.title} ({decision.key.rank}) on {decision.device.id}"
-                verified = verification.check(decision.manifest, label)
+                verified = verification.check(attachment.manifest, attachment.label)
     except CompanionError:
         raise
     except Exception as error:  # vLLM's own code ran where it never runs: on the meta device
@@ -95,19 +93,19 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         decision.seconds + finished - started,
         built - started,
         finished - built,
-        decision.arena.info.size_bytes / 2**30,
-        len(decision.manifest.tensors),
-        decision.ready.generation,
+        attachment.size_bytes / 2**30,
+        len(attachment.manifest.tensors),
+        attachment.held.generation,
         verified,
         "".join(f", {count} modules by {way}" for way, count in ways.items()),
     )
-    session.record(
-        session.Outcome(
+    current().record(
+        Outcome(
             "copied" if copy else "attached",
             decision.key.model,
             decision.key.role,
             decision.key.rank,
-            size_bytes=decision.arena.info.size_bytes,
+            size_bytes=attachment.size_bytes,
             seconds=decision.seconds + finished - started,
             ways=ways,
         ),
@@ -124,7 +122,7 @@ def _check_files(decision: Attach) -> None:
     Raises:
         ParityError: naming them.
     """
-    files = decision.manifest.files
+    files = decision.attachment.manifest.files
     if decision.checkpoint is None or not files:
         return
     changed = reading.changed(files, decision.checkpoint)
@@ -147,7 +145,7 @@ def reported(decision: Attach, mode: str) -> Iterator[None]:
     finally:
         if mode and verified:
             took_s = time.perf_counter() - started
-            session.report(
+            current().report(
                 decision.device.id, Report(decision.key.id, verify=mode, verified=verified, verify_seconds=took_s)
             )
 

@@ -10,10 +10,11 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_companion_plugin.client.mirror import Held
-from vllm_companion_plugin.engine import session
 from vllm_companion_plugin.engine.attach import attach_model
+from vllm_companion_plugin.engine.decide import decide, decide_variant, external_bytes, settings_for
+from vllm_companion_plugin.engine.decisions import Alone, Attach, Decision, Load
 from vllm_companion_plugin.engine.publish import load_and_publish
+from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
@@ -54,21 +55,21 @@ class CompanionModelLoader(BaseModelLoader):
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Bytes of weights held by the companion (asked by vLLM 0.32 and later before it measures memory)."""
-        return session.external_bytes(vllm_config, self._settings)
+        return external_bytes(vllm_config, self._settings)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """The model with its weights: attached, loaded for all, or loaded alone."""
         with named_as_source(vllm_config.load_config):
             model = self._load_model(vllm_config, model_config, prefix)
         if not compat.is_draft(vllm_config, model_config):
-            session.set_target(model)
+            current().set_target(model)
         return model
 
     def _load_model(self, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
-        decision = session.decide(vllm_config, model_config, self._settings)
-        self._settings = session.settings_for(vllm_config, self._settings)
-        session.forget(model_config)
-        while isinstance(decision, session.Attach):
+        decision = decide(vllm_config, model_config, self._settings)
+        self._settings = settings_for(vllm_config, self._settings)
+        current().forget(model_config)
+        while isinstance(decision, Attach):
             try:
                 model = attach_model(decision, vllm_config, model_config, prefix, self._settings)
             except CompanionError as error:
@@ -76,7 +77,7 @@ class CompanionModelLoader(BaseModelLoader):
             else:
                 self._keep(decision)
                 return model
-        if isinstance(decision, session.Load):
+        if isinstance(decision, Load):
             try:
                 model = load_and_publish(
                     decision, self._source(vllm_config), vllm_config, model_config, prefix, self._settings
@@ -86,7 +87,7 @@ class CompanionModelLoader(BaseModelLoader):
                 raise
             return model
         role = "draft" if compat.is_draft(vllm_config, model_config) else "target"
-        session.not_shared(model_config.model, role, decision.reason, decision.failure)
+        current().not_shared(model_config.model, role, decision.reason, decision.failure)
         source = self._source(vllm_config)
         alone: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return alone
@@ -98,33 +99,30 @@ class CompanionModelLoader(BaseModelLoader):
             logger.info("Reading with %s instead of %s, which needs all ranks at once.", used, wanted)
         return compat.source_loader(self.load_config, used)
 
-    def _keep(self, decision: session.Attach) -> None:
+    def _keep(self, decision: Attach) -> None:
         if self._settings.share == "copy":
             decision.close()
             return
-        ready, arena = decision.ready, decision.arena
-        held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
-        session.keep(decision, self._settings, held, arena)
+        attachment = decision.attachment
+        current().keep(attachment, self._settings)
         if not decision.announced:
-            compat.adjust_budget(-decision.arena.info.size_bytes, ready.published.ready_unix_s)
+            compat.adjust_budget(-attachment.size_bytes, attachment.held.published.ready_unix_s)
 
-    def _refused(
-        self, decision: session.Attach, error: CompanionError, vllm_config: Any, model_config: Any
-    ) -> session.Decision:
+    def _refused(self, decision: Attach, error: CompanionError, vllm_config: Any, model_config: Any) -> Decision:
         """What to do instead of an attach that failed: another variant of the entry, or a normal load."""
         self._give_up(decision)
         if isinstance(error, ParityError) and error.where:
             try:
-                return session.decide_variant(decision, error, vllm_config, model_config, self._settings)
+                return decide_variant(decision, error, vllm_config, model_config, self._settings)
             except CompanionError as other:
                 logger.debug("No variant: %s", other)
         if not self._settings.fallback:
             raise error
-        return session.Alone(str(error), error.code)
+        return Alone(str(error), error.code)
 
-    def _give_up(self, decision: session.Attach) -> None:
+    def _give_up(self, decision: Attach) -> None:
         """Undo an attach that failed, so that whatever comes next finds the memory that it needs."""
-        external = decision.arena.info.size_bytes
+        external = decision.attachment.size_bytes
         gc.collect()  # the half-built model must not view the arena any more
         decision.close()
         if decision.announced:

@@ -17,16 +17,18 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.mirror import Held
-from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.process import collector_paused, quick_switches
 from vllm_companion_plugin.core.status import Progress
-from vllm_companion_plugin.engine import draft, session
+from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.engine.decisions import Load, Outcome
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.identity.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.progress import ProgressBar
-from vllm_companion_plugin.engine.session import Load
+from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import compat
 from vllm_companion_plugin.engine.vllm.imports import around_imports
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
@@ -82,6 +84,7 @@ class _Publisher:
         self._publication = decision.granted.publication
         self._held: Held | None = None
         self._arena: arenas.Arena | None = None
+        self._manifest: Manifest | None = None
         self._next_sign = 0.0
         self.checkpoint_bytes = decision.checkpoint_bytes
         self._reason: CompanionError | None = None
@@ -169,7 +172,7 @@ class _Publisher:
             raise NotShareableError(f"it takes weights from {', '.join(foreign)} too, which its key does not name")
         device = self._decision.device
         started = time.perf_counter()
-        target = session.target() if self._decision.key.role == "draft" else None
+        target = current().target() if self._decision.key.role == "draft" else None
         left = draft.left_to_target(self._vllm_config, model, target) if target is not None else []
         besides = [] if target is None else [target, *map(model.get_submodule, left)]
         with (
@@ -214,6 +217,7 @@ class _Publisher:
                 raise
             logger.info("%s It goes to the next companion.", error)
             generation = self._publication.generation
+        self._manifest = packed.manifest
         self._held = Held(
             self._decision.key, generation, arena.info, arena.fds, manifest.result(), self._publication.published
         )
@@ -254,10 +258,12 @@ class _Publisher:
         if self._held is not None:
             key = self._decision.key
             why = f"it is a variant of its own: {key.variant}" if key.variant else ""
-            published = session.Outcome("published", key.model, key.role, key.rank, why, size_bytes)
-            session.record(published, device_id=self._decision.device.id, key_id=key.id)
-            if self.is_bound and self._arena is not None:
-                session.keep(self._decision, self._settings, self._held, self._arena)
+            published = Outcome("published", key.model, key.role, key.rank, why, size_bytes)
+            current().record(published, device_id=self._decision.device.id, key_id=key.id)
+            if self.is_bound and self._arena is not None and self._manifest is not None:
+                device, lease = self._decision.device, self._decision.lease
+                attachment = Attachment(device.id, device.torch_device, lease, self._held, self._arena, self._manifest)
+                current().keep(attachment, self._settings, published=True)
                 self._decision.election.release()
             else:
                 self._decision.close()
@@ -272,7 +278,7 @@ class _Publisher:
         self._decision.close()
         if not self._settings.fallback:
             raise reason
-        session.not_shared(self._decision.key.model, self._decision.key.role, str(reason), reason.code)
+        current().not_shared(self._decision.key.model, self._decision.key.role, str(reason), reason.code)
 
 
 def _unwatched(error: Exception) -> NotShareableError:

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.core.module_tree import Stage
-from vllm_companion_plugin.engine import draft, session
+from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.run import reachable
+from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import compat, flags
 from vllm_companion_plugin.errors import CompanionError, SettingsError
 from vllm_companion_plugin.settings import resolve_extra_config
@@ -63,7 +64,7 @@ class WorkerExtension:
             # Modules note and cache things while they run, which a model that never ran has not.
             models = {name: describe(again[name]) | {"running": model} for name, model in models.items()}
         place = {"replica": worker.vllm_config.parallel_config.data_parallel_index, "rank": worker.rank}
-        report = place | {"outcomes": [asdict(outcome) for outcome in session.outcomes]}
+        report = place | {"outcomes": [asdict(outcome) for outcome in current().outcomes]}
         report |= models.pop("target") | models
         Path(directory, "{replica}-{rank}.json".format(**place)).write_text(json.dumps(report))
 

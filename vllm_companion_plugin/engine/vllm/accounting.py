@@ -65,7 +65,7 @@ def _external_bytes() -> int | None:
     """Bytes held by the companion for the engine being started; None if it does not use one."""
     from vllm.config import get_current_vllm_config
 
-    from vllm_companion_plugin.engine import session
+    from vllm_companion_plugin.engine.decide import external_bytes
     from vllm_companion_plugin.engine.vllm.naming import LOAD_FORMAT
     from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -73,4 +73,4 @@ def _external_bytes() -> int | None:
     load_config = vllm_config.load_config
     if load_config is None or load_config.load_format != LOAD_FORMAT:
         return None
-    return session.external_bytes(vllm_config, resolve_extra_config(load_config.model_loader_extra_config))
+    return external_bytes(vllm_config, resolve_extra_config(load_config.model_loader_extra_config))
