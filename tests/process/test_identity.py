@@ -29,6 +29,7 @@ from torch import nn
 from benchmarks import models
 from tests.process import publishing
 from tests.process.conftest import Place
+from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions, session
@@ -944,6 +945,22 @@ def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(e
         decide.decide(engine, engine.model_config, engines.settings).close()  # type: ignore[union-attr]
     loader.close()
     target.close()
+
+
+def test_what_is_held_takes_one_question(engines: Engines, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status, which lists every entry with its files, is asked for only if the entry is not there."""
+    engines.load(tiny)
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        inner = getattr(CompanionConnection, name)
+        monkeypatch.setattr(CompanionConnection, name, lambda *a, **k: (asked.append(name), inner(*a, **k))[1])
+
+    for name in ("status", "attach", "check_protocol"):
+        counted(name)
+    bound = engines.decide(tiny)
+    assert isinstance(bound, decisions.Attach)
+    assert asked == ["attach"]
 
 
 def draft_key_of(model: Path, **options: Any) -> EntryKey:
