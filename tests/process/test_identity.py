@@ -958,7 +958,7 @@ def test_what_is_held_takes_one_question(engines: Engines, tiny: Path, monkeypat
 
     for name in ("status", "attach", "check_protocol"):
         counted(name)
-    bound = engines.decide(tiny)
+    bound = engines.decide(tiny, kv_cache_memory_bytes=1 << 20)  # or the room for it would be asked about
     assert isinstance(bound, decisions.Attach)
     assert asked == ["attach"]
 
