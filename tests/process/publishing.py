@@ -11,6 +11,7 @@ from tests.process.conftest import KEY
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready
 from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import copy, prepare
@@ -40,7 +41,8 @@ def publish(publication: Publication, model: nn.Module, device: torch.device = C
     packed = prepare(capture(model), stage, kind, device)
     arena = copy(packed, kind, device, rebind=on_gpu, release=torch.cuda.empty_cache)
     manifest = packed.manifest
-    publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors))
+    layout = layout_digest(manifest, kind, arena.info.block_sizes)
+    publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), len(manifest.tensors), layout=layout)
     if not on_gpu:
         arena.close()
 

@@ -128,12 +128,14 @@ def test_the_json_schema_is_this_one() -> None:
     }
     ready, loading = first["entries"]
     assert ready == {
-        **{"model": "org/model", "role": "target", "rank": "tp0/2", "variant": "", "key_id": "ab" * 32},
+        **{"model": "org/model", "kind": "weights", "role": "target", "rank": "tp0/2", "variant": ""},
+        "key_id": "ab" * 32,
         **{
             "key_fields": {"dtype": "bfloat16"},
             "checkpoint": "/models/m",
             "state": "ready",
             "generation": 3,
+            "layout": None,
             "size_bytes": 3 << 29,
         },
         **{"tensor_count": 291, "arena_kind": "memfd", "ready_unix_s": NOW - 100, "load_s": 7.5, "loader": None},

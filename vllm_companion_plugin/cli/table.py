@@ -143,6 +143,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
     loader = entry.loader
     return {
         "model": entry.key.model,
+        "kind": entry.key.kind,
         "role": entry.key.role,
         "rank": entry.key.rank,
         "variant": entry.key.variant,
@@ -151,6 +152,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "checkpoint": entry.key.source or None,
         "state": entry.state.value,
         "generation": entry.generation,
+        "layout": entry.layout or None,
         "size_bytes": entry.size_bytes,
         "tensor_count": entry.tensor_count,
         "arena_kind": entry.arena_kind,

@@ -22,6 +22,11 @@ VARIANT = "variant"
 """The field of a key that holds `EntryKey.variant`."""
 
 
+WEIGHTS = "weights"
+"""The kind of an entry that is a model's weights."""
+_KIND = re.compile(r"[a-z][a-z_]{0,31}")
+
+
 @dataclass(frozen=True)
 class EntryKey:
     """What makes two loads interchangeable.
@@ -34,6 +39,7 @@ class EntryKey:
         fields: everything that went into `id`, for messages that explain a mismatch.
         source: where its loader found the checkpoint. Not part of the identity.
         files: identity of each file of the checkpoint, by relative name; `id` holds their digest.
+        kind: what the entry holds, which decides how its manifest is read.
     """
 
     id: str
@@ -43,6 +49,7 @@ class EntryKey:
     fields: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    kind: str = WEIGHTS
 
     @property
     def title(self) -> str:
@@ -66,6 +73,8 @@ class EntryKey:
                 return f"{name!r} is {text[:200]!r}, which cannot be printed"
         if not _KEY_ID.fullmatch(self.id):
             return f"'id' is no hex digest but {self.id[:80]!r}"
+        if not isinstance(self.kind, str) or not _KIND.fullmatch(self.kind):
+            return f"'kind' is no kind of an entry but {str(self.kind)[:80]!r}"
         maps = (self.fields, self.files)
         if not all(isinstance(one, Mapping) for one in maps):
             return "'fields' or 'files' is no mapping"

@@ -70,12 +70,14 @@ class Published:
         ways: modules by the way in which engines restore them; empty if each processes its own.
         ready_unix_s: when it was published; 0 lets the companion say.
         load_s: from the election to the publication.
+        layout: `layout_digest` of what was published; empty if the publisher did not say.
     """
 
     tensor_count: int
     ways: Mapping[str, int] = field(default_factory=dict)
     ready_unix_s: float = 0.0
     load_s: float = 0.0
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class EntryStatus:
         load_s: from the election to the publication, 0 while it loads.
         ways: modules by the way in which engines restore them; empty if each processes its own.
         expires_at_unix_s: when it will be dropped if nobody attaches; 0 while somebody uses it, or if it stays.
+        layout: as of `Published`; empty while it loads.
     """
 
     key: EntryKey
@@ -101,6 +104,7 @@ class EntryStatus:
     leases: tuple[LeaseStatus, ...]
     ways: Mapping[str, int] = field(default_factory=dict)
     expires_at_unix_s: float = 0.0
+    layout: str = ""
 
 
 @dataclass(frozen=True)

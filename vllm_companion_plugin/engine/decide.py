@@ -314,7 +314,8 @@ def _held(
 def _differs_only_in_checkpoint(wanted: EntryKey, other: EntryKey) -> bool:
     names = wanted.fields.keys() | other.fields.keys()
     different = {name for name in names if wanted.fields.get(name) != other.fields.get(name)}
-    return (wanted.role, wanted.rank, different) == (other.role, other.rank, {CHECKPOINT})
+    alike = (wanted.kind, wanted.role, wanted.rank) == (other.kind, other.role, other.rank)
+    return alike and different == {CHECKPOINT}
 
 
 def _explain(status: CompanionStatus, wanted: EntryKey) -> None:

@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.mirror import Held
+from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.process import collector_paused, quick_switches
 from vllm_companion_plugin.core.status import Progress
@@ -188,6 +189,8 @@ class _Publisher:
             # While the device copies and the driver frees.
             search = executor.submit(self._search(model, tree, besides))
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
+            blocks = [chunk.size_bytes for chunk in packed.layout.chunks]
+            layout = executor.submit(layout_digest, packed.manifest, device.arena_kind, blocks)
 
             def report(done: int, total: int) -> None:
                 bar.update(done, total)
@@ -209,7 +212,9 @@ class _Publisher:
         tensor_count = len(packed.manifest.tensors)
         ways = compat.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
         try:
-            generation = self._publication.publish(arena.info, arena.fds, manifest.result(), tensor_count, ways)
+            generation = self._publication.publish(
+                arena.info, arena.fds, manifest.result(), tensor_count, ways, layout.result()
+            )
         except CompanionError as error:  # which one depends on whether another companion answers already
             lease = self._decision.lease
             died = self.is_bound and lease.lost.wait(LOST_S) and isinstance(lease.error, CompanionUnavailableError)

@@ -67,6 +67,7 @@ MAX_ARENA_BYTES = 1 << 50
 MAX_WAYS = 100
 MAX_SECONDS = 1e9
 _PAGE_BYTES = 4096
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSENDABLE = re.compile("[\0\ud800-\udfff]")
 _SENT = re.compile("\0([0-9a-f]{4})")
 
@@ -97,6 +98,7 @@ def key_to_message(key: EntryKey) -> Any:
         fields=dict(key.fields),
         source=_path_to_text(key.source),
         files={_path_to_text(name): identity for name, identity in key.files.items()},
+        kind=key.kind,
     )
 
 
@@ -110,6 +112,7 @@ def key_from_message(message: Any) -> EntryKey:
         fields=dict(message.fields),
         source=_path_from_text(message.source),
         files={_path_from_text(name): identity for name, identity in message.files.items()},
+        kind=message.kind,
     )
     if problem := key.problem():
         raise BadRequestError(f"Entry key: {problem}.")
@@ -188,15 +191,18 @@ def published_to_message(published: Published) -> Any:
         ways=dict(published.ways),
         ready_unix_s=published.ready_unix_s,
         load_s=published.load_s,
+        layout=published.layout,
     )
 
 
 def published_from_message(message: Any) -> Published:
-    """Raises `BadRequestError` for a time that is none, or too many ways to restore a module."""
+    """Raises `BadRequestError` for a time or a layout that is none, or too many ways to restore a module."""
     if len(message.ways) > MAX_WAYS:
         raise BadRequestError(f"A publication with {len(message.ways)} ways to restore a module.")
+    if message.layout and not _DIGEST.fullmatch(message.layout):
+        raise BadRequestError(f"A layout is no digest but {message.layout[:80]!r}.")
     ways = {printable(way[:100]): count for way, count in message.ways.items()}
-    return Published(message.tensor_count, ways, _time(message.ready_unix_s), _time(message.load_s))
+    return Published(message.tensor_count, ways, _time(message.ready_unix_s), _time(message.load_s), message.layout)
 
 
 def entry_status_to_message(entry: EntryStatus) -> Any:
@@ -218,6 +224,7 @@ def entry_status_to_message(entry: EntryStatus) -> Any:
         ],
         ways=dict(entry.ways),
         expires_at_unix_s=entry.expires_at_unix_s,
+        layout=entry.layout,
     )
 
 
@@ -240,6 +247,7 @@ def entry_status_from_message(message: Any) -> EntryStatus:
             ),
             ways=dict(message.ways),
             expires_at_unix_s=_time(message.expires_at_unix_s),
+            layout=message.layout,
         )
     except ValueError as error:
         raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error

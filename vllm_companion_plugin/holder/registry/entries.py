@@ -137,4 +137,5 @@ class Entry:
             leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users),
             ways=self.published.ways,
             expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
+            layout=self.published.layout,
         )
