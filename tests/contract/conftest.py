@@ -12,6 +12,7 @@ import pytest
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.keeper.client import allocate
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import resolve
 
 
@@ -27,7 +28,7 @@ class Memory:
     def create(self, size_bytes: int) -> arenas.ArenaWriter:
         return arenas.create(self.kind, size_bytes, self.index, self._keeper)
 
-    def _keeper(self, size_bytes: int) -> int:
+    def _keeper(self, size_bytes: int) -> Descriptors:
         from vllm_companion_plugin.memory.cuda_driver import device_uuid
 
         assert self.index is not None

@@ -15,6 +15,8 @@ from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.memory import cuda_driver
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.kinds import cuda_ipc, cuda_vmm, ipc_tag
 
 BLOCK = 2 << 20
@@ -102,7 +104,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Driver]
     cuda_driver.primary_context.cache_clear()
 
 
-def fill(kind: str, keeper: Callable[[int], int] | None = None) -> None:
+def fill(kind: str, keeper: Keeper | None = None) -> None:
     blocks = 3 if kind == arenas.CUDA_VMM else 1
     writer = arenas.create(kind, blocks * BLOCK, DEVICE, keeper)
     try:
@@ -119,10 +121,10 @@ def fill(kind: str, keeper: Callable[[int], int] | None = None) -> None:
 def fill_keepers() -> None:
     ends: list[socket.socket] = []
 
-    def keeper(size_bytes: int) -> int:
+    def keeper(size_bytes: int) -> Descriptors:
         end, fd = ipc_tag.make(ipc_tag.Tag(size_bytes, os.getpid(), HANDLE))
         ends.append(end)
-        return fd
+        return Descriptors([fd])
 
     try:
         fill(arenas.CUDA_IPC, keeper)
@@ -132,14 +134,14 @@ def fill_keepers() -> None:
 
 
 def map_vmm() -> None:
-    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    fds = Descriptors(os.open(os.devnull, os.O_RDONLY) for _ in range(2))
     arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), fds, DEVICE).close()
 
 
 def map_ipc() -> None:
     end, fd = ipc_tag.make(ipc_tag.Tag(BLOCK, os.getpid(), HANDLE))
     with end:
-        arenas.open_arena(ArenaInfo(arenas.CUDA_IPC, (BLOCK,)), [fd], DEVICE).close()
+        arenas.open_arena(ArenaInfo(arenas.CUDA_IPC, (BLOCK,)), Descriptors([fd]), DEVICE).close()
 
 
 def keep() -> None:
