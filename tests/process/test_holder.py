@@ -340,9 +340,8 @@ def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
 def test_what_is_handed_back_is_what_was_held_whatever_its_numbers_mean_by_now(engines: Engines) -> None:
     engines.start()
     (fd,) = engines.owned[0]
-    other = arena_of(b"others!")[1][0]
-    os.dup2(other, fd)
-    os.close(other)
+    with arena_of(b"others!")[1] as others:
+        os.dup2(others[0], fd)
     engines.kill_companion()
     until(lambda: engines.all_attached(1), 10, "it is attached again")
     assert engines.start() is not None  # and reads "weights"

@@ -88,9 +88,8 @@ class Victim:
             mine = replace(KEY, id="fe" * 32, model="good/model")
             publish(connection, b"good", mine).release()
             lease, got = ready(connection, mine)
-            (fd,) = got.redeem()
-            assert os.pread(fd, 10, 0) == b"good"
-            os.close(fd)
+            with got.redeem() as fds:
+                assert os.pread(fds[0], 10, 0) == b"good"
             lease.release()
             connection.unload(model=mine.model, force=True)
 
@@ -627,8 +626,8 @@ def test_a_generation_that_no_message_can_carry_is_refused(victim: Victim) -> No
 def test_bytes_that_were_published_cannot_be_changed_by_who_has_them(victim: Victim) -> None:
     with victim.connect() as connection:
         publish(connection, b"weights")
-        (fd,) = ready(connection)[1].redeem()
-        writable = -1
+        fds = ready(connection)[1].redeem()
+        fd, writable = fds[0], -1
         with contextlib.suppress(PermissionError):
             writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
         for target in (fd, writable):
@@ -641,7 +640,7 @@ def test_bytes_that_were_published_cannot_be_changed_by_who_has_them(victim: Vic
                 with pytest.raises((OSError, ValueError)):
                     change(target)
         assert os.pread(fd, 10, 0) == b"weights"
-        os.close(fd)
+        fds.close()
         if writable >= 0:
             os.close(writable)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections import Counter
@@ -133,9 +134,32 @@ def fill_keepers() -> None:
             end.close()
 
 
+def two() -> Descriptors:
+    return Descriptors(os.open(os.devnull, os.O_RDONLY) for _ in range(2))
+
+
 def map_vmm() -> None:
-    fds = Descriptors(os.open(os.devnull, os.O_RDONLY) for _ in range(2))
-    arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), fds, DEVICE).close()
+    arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), two(), DEVICE).close()
+
+
+def change_vmm() -> None:
+    """Unmapped, mapped again, replaced: then the other arena is there, or what was there, or an error that says why."""
+    info = ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK))
+    with contextlib.closing(arenas.open_arena(info, two(), DEVICE)) as arena:
+        arena.unmap()
+        assert not arena.mapping.is_mapped
+        arena.map_again(info, two())
+        before, fds = arena.fds, two()
+        failure = ""
+        try:
+            arena.replace(info, fds)
+        except ArenaError as error:
+            failure = str(error)
+        assert arena.fds is (before if failure else fds)
+        assert (before.closed, fds.closed) == (not failure, bool(failure))
+        assert arena.mapping.is_mapped is ("could not be mapped again" not in failure)
+    if failure:
+        raise ArenaError(failure)
 
 
 def map_ipc() -> None:
@@ -150,10 +174,17 @@ def keep() -> None:
     cuda_ipc.free(address)
 
 
-SCENARIOS = [lambda: fill(arenas.CUDA_VMM), fill_keepers, map_vmm, map_ipc, keep]
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "fill vmm": lambda: fill(arenas.CUDA_VMM),
+    "fill ipc": fill_keepers,
+    "map vmm": map_vmm,
+    "change vmm": change_vmm,
+    "map ipc": map_ipc,
+    "keep": keep,
+}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=["fill vmm", "fill ipc", "map vmm", "map ipc", "keep"])
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_whichever_call_fails_nothing_is_left_behind(
     scenario: Callable[[], None], failing: Callable[[int], Driver]
 ) -> None:

@@ -10,7 +10,7 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.memory.arena import Arena, ArenaWriter
 from vllm_companion_plugin.memory.descriptors import Descriptors
-from vllm_companion_plugin.memory.mapping import Mapping
+from vllm_companion_plugin.memory.mapping import Blocks, Mapping, Reservation
 
 Keeper = Callable[[int], Descriptors]
 """Gives the descriptor of a new allocation of so many bytes (`keeper/client.py`)."""
@@ -59,8 +59,22 @@ class Kind(ABC):
             raise
 
     @abstractmethod
+    def reserve(self, size_bytes: int, device_index: int | None) -> Reservation:
+        """Addresses into which memory of this kind can be mapped; the caller closes them.
+
+        Raises:
+            ArenaError: there are not so many, or the kind cannot choose addresses (`can_remap`).
+        """
+
     def _map(self, info: ArenaInfo, fds: Sequence[int], device_index: int | None) -> Mapping:
         """A new mapping of these blocks, read-only if the kind can. Raises `ArenaError`; then nothing is left of it."""
+        mapping = self.reserve(info.size_bytes, device_index)
+        try:
+            mapping.map(Blocks(info.block_sizes, fds))
+        except BaseException:
+            mapping.close()
+            raise
+        return mapping
 
     def check(self, info: ArenaInfo, fds: Sequence[int]) -> None:
         """Check what can be known of descriptors without mapping them; never waits for a file system or a peer.

@@ -47,9 +47,7 @@ class Mapping(Closing, ABC):
     @property
     def address(self) -> int:
         """Where the range begins. Raises `ArenaError` after `close`."""
-        if self._address is None:
-            raise ArenaError("The mapping is closed; its addresses may be anybody's.")
-        return self._address
+        return self._require_open()
 
     @property
     @abstractmethod
@@ -92,7 +90,12 @@ class Mapping(Closing, ABC):
         """Unmap, and give the addresses back. Idempotent."""
         if self._address is not None:
             self._free()
-            self._address = None
+        self._address = None
+
+    def _require_open(self) -> int:
+        if self._address is None:
+            raise ArenaError("The mapping is closed; its addresses may be anybody's.")
+        return self._address
 
     @abstractmethod
     def _free(self) -> None:
@@ -115,23 +118,24 @@ class Reservation(Mapping):
         return self._mapped is not None
 
     def map(self, blocks: Blocks) -> None:
+        self._require_open()
         if self.is_mapped:
             raise ArenaError("Memory is mapped at these addresses already; unmap or replace it.")
         if blocks.size_bytes > self.size_bytes:
             raise ArenaError(f"Blocks of {blocks.size_bytes} bytes exceed the {self.size_bytes} reserved.")
-        self.address  # noqa: B018  (raises if it is closed)
         with contextlib.ExitStack() as undo:
             self._put(self._prepare(undo, blocks), blocks)
         self._mapped = blocks
 
     def unmap(self) -> None:
-        self.address  # noqa: B018
+        self._require_open()
         if self._mapped is not None:
             self._wait()
             self._take_out()
             self._mapped = None
 
     def replace(self, fds: Sequence[int]) -> None:
+        self._require_open()
         before = self._mapped
         if before is None:
             raise ArenaError("No memory is mapped at these addresses that other memory could replace.")

@@ -89,16 +89,21 @@ class CudaIpcMapping(Mapping):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise ArenaError(
-            "CUDA IPC chooses other addresses at each mapping, so memory of a keeper stays mapped until it is closed. "
-            "Where GPU and driver can, publish with the setting arena=cuda_vmm; else close it and attach anew."
-        )
+        self._require_open()
+        raise _cannot_choose()
 
     def _free(self) -> None:
         """Kernels that use it must be done: synchronizes first."""
         with contextlib.suppress(ArenaError), self.context:  # in a process that forked, or ends, there is none
             driver.cuCtxSynchronize()
             driver.cuIpcCloseMemHandle(self._address)
+
+
+def _cannot_choose() -> ArenaError:
+    return ArenaError(
+        "CUDA IPC chooses other addresses each time, so a keeper's memory stays mapped until its arena is closed. "
+        "Where GPU and driver can, publish with the setting arena=cuda_vmm; else close the arena and attach anew."
+    )
 
 
 class CudaIpc(Kind):
@@ -115,6 +120,9 @@ class CudaIpc(Kind):
         if keeper is None:
             raise ArenaError("A cuda_ipc arena needs a keeper.")
         return CudaIpcWriter(size_bytes, required_index(self.name, device_index), keeper)
+
+    def reserve(self, size_bytes: int, device_index: int | None) -> NoReturn:
+        raise _cannot_choose()
 
     def _map(self, info: ArenaInfo, fds: Sequence[int], device_index: int | None) -> CudaIpcMapping:
         if len(info.block_sizes) != 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from vllm_companion_plugin.core.arena import ArenaInfo
@@ -162,14 +161,8 @@ class CudaVmm(Kind):
     def create(self, size_bytes: int, device_index: int | None, keeper: Keeper | None) -> CudaVmmWriter:
         return CudaVmmWriter(size_bytes, required_index(self.name, device_index))
 
-    def _map(self, info: ArenaInfo, fds: Sequence[int], device_index: int | None) -> CudaVmmMapping:
-        mapping = CudaVmmMapping(info.size_bytes, required_index(self.name, device_index))
-        try:
-            mapping.map(Blocks(info.block_sizes, fds))
-        except BaseException:
-            mapping.close()
-            raise
-        return mapping
+    def reserve(self, size_bytes: int, device_index: int | None) -> CudaVmmMapping:
+        return CudaVmmMapping(size_bytes, required_index(self.name, device_index))
 
 
 class CudaVmmWriter:

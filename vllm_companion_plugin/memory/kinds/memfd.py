@@ -141,14 +141,8 @@ class Memfd(Kind):
     def create(self, size_bytes: int, device_index: int | None, keeper: Keeper | None) -> MemfdWriter:
         return MemfdWriter(size_bytes)
 
-    def _map(self, info: ArenaInfo, fds: Sequence[int], device_index: int | None) -> MemfdMapping:
-        mapping = MemfdMapping(info.size_bytes)
-        try:
-            mapping.map(Blocks(info.block_sizes, fds))
-        except BaseException:
-            mapping.close()
-            raise
-        return mapping
+    def reserve(self, size_bytes: int, device_index: int | None) -> MemfdMapping:
+        return MemfdMapping(size_bytes)
 
     def check(self, info: ArenaInfo, fds: Sequence[int]) -> None:
         super().check(info, fds)
