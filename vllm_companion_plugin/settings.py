@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_companion_plugin.errors import SettingsError
+from vllm_companion_plugin.memory.kinds import names
 
 ENV_PREFIX = "COMPANION_"
 _LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
@@ -257,7 +258,7 @@ TABLE: tuple[Setting, ...] = (
         "auto",
         "How memory of a GPU is shared when this engine is the one that loads. cuda_vmm: as file descriptors, mapped "
         "read-only. cuda_ipc: by a keeper process, mapped writable. auto: cuda_vmm where GPU and driver can.",
-        choices=("auto", "cuda_vmm", "cuda_ipc"),
+        choices=("auto", *names("cuda")),
         engine=True,
     ),
     Setting(

@@ -1,17 +1,19 @@
-"""The two kinds of memory, as the contract's tests use them."""
+"""The kinds of memory, as the contract's tests use them."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.keeper.client import allocate
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.kind import Kind
 from vllm_companion_plugin.settings import resolve
 
 
@@ -20,14 +22,14 @@ class Memory:
 
     def __init__(self, kind: str, index: int = 0) -> None:
         self.kind = kind
-        self.index = None if kind == arenas.MEMFD else index
+        self.index = None if arenas.KINDS[kind].device_type == "cpu" else index
         self.page = arenas.granularity(kind, self.index)
         self._kept: list[Any] = []
 
     def create(self, size_bytes: int) -> arenas.ArenaWriter:
         return arenas.create(self.kind, size_bytes, self.index, self._keeper)
 
-    def _keeper(self, size_bytes: int) -> int:
+    def _keeper(self, size_bytes: int) -> Descriptors:
         from vllm_companion_plugin.memory.cuda_driver import device_uuid
 
         assert self.index is not None
@@ -76,10 +78,11 @@ def runtime_dir() -> Iterator[None]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def gpu(kind: str) -> Any:
-    return pytest.param(kind, marks=pytest.mark.gpu)
+def marked(kinds: Iterable[Kind]) -> list[Any]:
+    """Their names as parameters: what is in a GPU's memory needs one."""
+    return [pytest.param(kind.name, marks=[pytest.mark.gpu] * (kind.device_type == "cuda")) for kind in kinds]
 
 
-@pytest.fixture(params=[arenas.MEMFD, gpu(arenas.CUDA_VMM), gpu(arenas.CUDA_IPC)])
+@pytest.fixture(params=marked(arenas.KINDS.values()))
 def memory(request: pytest.FixtureRequest) -> Memory:
     return Memory(request.param)

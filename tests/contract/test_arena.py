@@ -20,11 +20,12 @@ from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.placement import ALIGNMENT, plan
 from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds import ipc_tag
 
 
-def duplicates(arena: arenas.Arena) -> list[int]:
-    return [os.dup(fd) for fd in arena.fds]
+def duplicates(arena: arenas.Arena) -> Descriptors:
+    return arena.fds.dup()
 
 
 def test_a_second_mapping_reads_what_was_written(memory: Memory) -> None:
@@ -34,6 +35,11 @@ def test_a_second_mapping_reads_what_was_written(memory: Memory) -> None:
     first.close()
     assert memory.read(second, memory.page, 8) == b"and more"
     second.close()
+
+
+def nothing() -> Descriptors:
+    """A descriptor of no memory at all."""
+    return Descriptors([os.open("/dev/null", os.O_RDONLY)])
 
 
 def is_open(fds: Sequence[int]) -> bool:
@@ -63,7 +69,7 @@ def test_an_arena_that_nobody_closes_ends_with_the_last_tensor_that_views_it(mem
         first = writer.seal()
         arena = arenas.open_arena(first.info, duplicates(first), memory.index)
         whole = ArenaViews(arena, memory.page, device).bytes_at(0, 7)
-    fds = arena.fds
+    fds = tuple(arena.fds)
     part = torch.nn.Parameter(whole[2:6].data, requires_grad=False)
     del whole, arena, writer
     gc.collect()
@@ -84,7 +90,8 @@ end = socket.socket(fileno=int(sys.argv[2]))
 _, fds, _, _ = socket.recv_fds(end, 1, 8)
 print("got", flush=True)
 sys.stdin.readline()  # the writer is gone now
-arena = arenas.open_arena(ArenaInfo(memory.kind, tuple(map(int, sys.argv[3:]))), fds, memory.index)
+info = ArenaInfo(memory.kind, tuple(map(int, sys.argv[3:])))
+arena = arenas.open_arena(info, arenas.Descriptors(fds), memory.index)
 print(memory.read(arena, 0, 7).decode())
 """
 
@@ -188,7 +195,7 @@ def test_who_mapped_the_memory_of_a_keeper_outlives_it_and_nobody_maps_it_anew()
     assert memory.read(arena, 0, 7) == b"weights"
     other = memory.filled(b"others")  # of another keeper
     code = "import sys; from tests.contract.conftest import Memory; from vllm_companion_plugin import memory as a; "
-    code += "from vllm_companion_plugin.core.arena import ArenaInfo; fds = [int(sys.argv[1])]; "
+    code += "from vllm_companion_plugin.core.arena import ArenaInfo; fds = a.Descriptors([int(sys.argv[1])]); "
     code += "a.open_arena(ArenaInfo('cuda_ipc', (int(sys.argv[2]),)), fds, 0)"
     for fd, ended in ((arena.fds[0], True), (other.fds[0], False)):
         command = [sys.executable, "-c", code, str(fd), str(arena.info.size_bytes)]
@@ -219,14 +226,14 @@ def test_a_wrong_description_is_refused_and_closes_nothing_twice(memory: Memory,
 
 def test_a_descriptor_of_something_else_is_refused(memory: Memory) -> None:
     with pytest.raises(ArenaError):
-        arenas.open_arena(ArenaInfo(memory.kind, (memory.page,)), [os.open("/dev/null", os.O_RDONLY)], memory.index)
+        arenas.open_arena(ArenaInfo(memory.kind, (memory.page,)), nothing(), memory.index)
 
 
 def test_an_unsealed_memfd_is_refused() -> None:
-    fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, 4096)
+    fds = Descriptors([os.memfd_create("open", os.MFD_ALLOW_SEALING)])
+    os.ftruncate(fds[0], 4096)
     with pytest.raises(ArenaError, match="not sealed"):
-        arenas.open_arena(ArenaInfo("memfd", (4096,)), [fd])
+        arenas.open_arena(ArenaInfo("memfd", (4096,)), fds)
 
 
 def test_more_blocks_than_were_reserved_are_refused(memory: Memory) -> None:

@@ -6,6 +6,7 @@ is a finding: another exception, a broken promise, a descriptor left open. Seeds
 
 from __future__ import annotations
 
+import array
 import asyncio
 import atexit
 import contextlib
@@ -76,6 +77,7 @@ from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, check_device
 from vllm_companion_plugin.keeper import client as keeper_client
 from vllm_companion_plugin.keeper.process import Keeper
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds import ipc_tag
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, without_storage
@@ -583,7 +585,8 @@ def _send_pieces(sock: socket.socket, pieces: Sequence[bytes]) -> None:
     sock.settimeout(1.0)
     for piece in pieces:
         count = piece[0] & 15 if piece else 0
-        ancillary: list[Any] = [fd_channel.pack_fds([null()] * count)[1][0]] if count else []
+        rights = array.array("i", [null()] * count).tobytes()
+        ancillary: list[Any] = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if count else []
         if piece and piece[0] & 16:
             credentials = struct.pack("iII", os.getpid(), os.getuid(), os.getgid())
             ancillary.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials))
@@ -633,7 +636,7 @@ def descriptors(data: bytes) -> None:
             if pieces[0][:1] == b"R":
                 fds = fd_channel.redeem(paths().fd_socket, b"t" * 16, count, 1.0)
                 assert len(fds) == count
-                fd_channel.close_all(fds)
+                fds.close()
             else:
                 fd_channel.deposit(paths().fd_socket, b"t" * 16, [null()] * count, 1.0)
         except CompanionError:
@@ -641,8 +644,8 @@ def descriptors(data: bytes) -> None:
 
 
 def descriptor_seeds() -> list[bytes]:
-    two = bytes([2]) + fd_channel.pack_fds([0, 0])[0]
-    one = bytes([1]) + fd_channel.pack_fds([0])[0]
+    two = bytes([2]) + fd_channel.pack_fds(2)
+    one = bytes([1]) + fd_channel.pack_fds(1)
     error = b"\0" + fd_channel.pack_error(TicketError("spent"))
     ok = b"\0" + fd_channel.OK
     return [framed(pieces) for pieces in ([b"R\2", two], [b"R\3", two, one], [b"R\1", error], [b"D\1", ok, ok])]
@@ -659,7 +662,7 @@ def fd_socket(data: bytes) -> None:
 
 def fd_socket_seeds() -> list[bytes]:
     redeem, deposit = b"\0" + fd_channel.REDEEM + b"r" * 16, b"\0" + fd_channel.pack_deposit(b"d" * 16, 3)
-    two, one = (bytes([n]) + fd_channel.pack_fds([0] * n)[0] for n in (2, 1))
+    two, one = (bytes([n]) + fd_channel.pack_fds(n) for n in (2, 1))
     return [framed(pieces) for pieces in ([redeem], [deposit, two, one], [deposit], [one])]
 
 
@@ -671,7 +674,7 @@ async def _serve_descriptors(pieces: Sequence[bytes]) -> None:
 
     def check_deposit(ticket: bytes, count: int) -> Callable[[Sequence[int]], None]:
         redeem(ticket.replace(b"d", b"r"))
-        return fd_channel.close_all
+        return lambda fds: Descriptors(fds).close()
 
     server = FdServer(paths().fd_socket, redeem=redeem, check_deposit=check_deposit)
     server.start()
@@ -712,11 +715,12 @@ def keeper_answer(data: bytes) -> None:
     null()
     with no_descriptor_left(), _answering(paths().keeper_socket, list(unframed(data))):
         try:
-            fd = keeper_client._ask(paths(), 4096)
+            fds = keeper_client._ask(paths(), 4096)
         except ArenaError:
             return
-        if fd is not None:
-            os.close(fd)
+        if fds is not None:
+            assert len(fds) == 1
+            fds.close()
 
 
 @functools.cache

@@ -120,7 +120,7 @@ def pipe() -> bytes:
     return framed([bytes(path.parent), b"pipe", file_identity(path).encode()])
 
 
-WITH_TWO = bytes([2]) + fd_channel.pack_fds([0, 0])[0]
+WITH_TWO = bytes([2]) + fd_channel.pack_fds(2)
 FOUND: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a tensor without elements in a storage without bytes": ("manifest", lambda: manifest(empty_storage)),
     "tensors at addresses that their dtype cannot have": ("manifest", lambda: manifest(misaligned)),

@@ -23,6 +23,7 @@ import pytest
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
 from vllm_companion_plugin.wire import messages, schema
 
@@ -53,8 +54,9 @@ def memfd(content: bytes, *, seals: int = SEALS) -> int:
     return fd
 
 
-def arena_of(*contents: bytes) -> tuple[ArenaInfo, list[int]]:
-    return ArenaInfo("memfd", tuple(map(len, contents))), [memfd(content) for content in contents]
+def arena_of(*contents: bytes) -> tuple[ArenaInfo, Descriptors]:
+    """An arena of a memfd for each of `contents`, which the caller owns."""
+    return ArenaInfo("memfd", tuple(map(len, contents))), Descriptors(memfd(content) for content in contents)
 
 
 def open_fds() -> int:

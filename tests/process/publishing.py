@@ -15,7 +15,6 @@ from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import copy, prepare
-from vllm_companion_plugin.wire.fd_channel import close_all
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 CPU = torch.device("cpu")
@@ -66,4 +65,4 @@ def damage(connection: CompanionConnection) -> None:
     assert isinstance(outcome, Granted)
     arena = replace(ready.arena, checksums=checksums)
     outcome.publication.publish(arena, fds, ready.manifest, ready.published.tensor_count)
-    close_all(fds)
+    fds.close()

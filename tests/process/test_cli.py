@@ -26,7 +26,6 @@ from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import ensure_companion, is_listening
-from vllm_companion_plugin.wire import fd_channel
 
 pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
 
@@ -70,7 +69,7 @@ def publish(connection: CompanionConnection) -> None:
     assert isinstance(outcome, Granted)
     arena, fds = arena_of(b"weights")
     outcome.publication.publish(arena, fds, b"manifest", 3)
-    fd_channel.close_all(fds)
+    fds.close()
 
 
 def published(place: Place) -> None:
@@ -180,7 +179,7 @@ def test_what_nobody_maps_survives_every_companion_of_a_serve(place: Place) -> N
         assert isinstance(ready, Ready)
         fds = ready.redeem()
         assert (os.pread(fds[0], 9, 0), ready.manifest) == (b"weights", b"manifest")
-        fd_channel.close_all(fds)
+        fds.close()
     assert cli(place, "unload", "--all")[0] == 0
     until(lambda: not memory_of(process), 5, "its memory is free")
     began = time.monotonic()
@@ -406,7 +405,7 @@ def test_a_terminal_that_cannot_show_a_name(place: Place, name: str, terminal: d
             assert isinstance(outcome, Granted)
             arena, fds = arena_of(b"weights")
             outcome.publication.publish(arena, fds, b"manifest", 1)
-            fd_channel.close_all(fds)
+            fds.close()
             code, shown, _ = cli(place, "status")
             assert code == 0
             assert model_name(name).encode("ascii" if terminal else "utf-8", "backslashreplace").decode() in shown

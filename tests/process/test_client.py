@@ -58,7 +58,7 @@ def publish(connection: CompanionConnection, *contents: bytes, manifest: bytes =
     lease, publication = elected(connection, **changes)
     arena, fds = arena_of(*(contents or (b"weights",)))
     publication.publish(arena, fds, manifest, 3)
-    fd_channel.close_all(fds)
+    fds.close()
     return lease
 
 
@@ -88,7 +88,7 @@ def test_what_was_published_is_what_is_redeemed(
     fds = ready.redeem()
     assert [os.pread(fd, 100, 0) for fd in fds] == contents
     assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds)
-    fd_channel.close_all(fds)
+    fds.close()
     assert open_fds() == before
 
 
@@ -103,7 +103,7 @@ def test_of_two_clients_at_once_exactly_one_is_elected(place: Place) -> None:
         if isinstance(outcome, Granted):
             arena, fds = arena_of(b"weights")
             outcome.publication.publish(arena, fds, b"m", 1)
-            fd_channel.close_all(fds)
+            fds.close()
         return outcome
 
     with ThreadPoolExecutor(2) as pool:
@@ -255,7 +255,7 @@ def test_nothing_is_left_in_the_client_after_many_leases(connection: CompanionCo
     fds, threads = open_fds(), threading.active_count()
     for _ in range(20):
         lease, ready = attached(connection)
-        fd_channel.close_all(ready.redeem())
+        ready.redeem().close()
         lease.release()
     until(lambda: open_fds() <= fds and threading.active_count() <= threads, 2, "descriptors and threads are gone")
 
@@ -292,14 +292,14 @@ def test_a_publication_whose_manifest_is_damaged_is_refused(connection: Companio
     fd_channel.deposit(connection._paths.fd_socket, publication._ticket, fds, 5)
     with pytest.raises(BadRequestError, match="damaged"):
         publication._send(iter(steps), "publishing")
-    fd_channel.close_all(fds)
+    fds.close()
     lease.release()
 
 
 def test_a_ticket_works_once(connection: CompanionConnection) -> None:
     publish(connection)
     _, ready = attached(connection)
-    fd_channel.close_all(ready.redeem())
+    ready.redeem().close()
     with pytest.raises(TicketError, match="spent"):
         ready.redeem()
 
@@ -352,7 +352,7 @@ def test_nonsense_on_the_fd_socket_harms_nobody(connection: CompanionConnection,
         answer = sock.recv(4096)
     assert answer == b"" or answer.startswith(b"Ebad_request")
     publish(connection)
-    fd_channel.close_all(attached(connection)[1].redeem())
+    attached(connection)[1].redeem().close()
 
 
 def test_a_client_that_says_nothing_on_the_fd_socket_does_not_block_others(
@@ -361,7 +361,7 @@ def test_a_client_that_says_nothing_on_the_fd_socket_does_not_block_others(
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.connect(place.paths.fd_socket)
         publish(connection)
-        fd_channel.close_all(attached(connection)[1].redeem())
+        attached(connection)[1].redeem().close()
 
 
 def test_an_attach_of_another_protocol_version_is_refused_naming_both(connection: CompanionConnection) -> None:

@@ -30,7 +30,7 @@ from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoun
 from vllm_companion_plugin.holder.process import InstanceLock
 from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.host.spawn import ensure_companion
-from vllm_companion_plugin.wire import fd_channel, schema
+from vllm_companion_plugin.wire import schema
 from vllm_companion_plugin.wire.messages import HealthCheckRequest, HealthCheckResponse
 
 
@@ -100,12 +100,12 @@ def test_a_redeem_takes_no_descriptors_of_the_companion(place: Place) -> None:
         assert isinstance(granted, Granted)
         arena, fds = arena_of(*[bytes([i]) for i in range(40)])
         granted.publication.publish(arena, fds, b"manifest", 40)
-        fd_channel.close_all(fds)
+        fds.close()
         reader = connection.attach(KEY, may_load=False, client_name="reader").wait(5)
         assert isinstance(reader, Ready)
         held = len(os.listdir(f"/proc/{process.pid}/fd"))
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (held + 3, held + 3))
-        fd_channel.close_all(reader.redeem())
+        reader.redeem().close()
 
 
 def test_without_space_for_its_lock_it_says_so_and_what_to_do(place: Place) -> None:
@@ -204,7 +204,7 @@ def test_an_entry_that_nobody_uses_goes_though_another_one_is_used(place: Place)
             assert isinstance(granted, Granted)
             arena, fds = arena_of(b"weights")
             granted.publication.publish(arena, fds, b"manifest", 3)
-            fd_channel.close_all(fds)
+            fds.close()
         former.close()
 
         def arenas() -> int:

@@ -31,7 +31,6 @@ from vllm_companion_plugin.errors import (
     RuntimeDirError,
 )
 from vllm_companion_plugin.host import notes, peer
-from vllm_companion_plugin.wire import fd_channel
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -69,7 +68,7 @@ class Engines:
     def _hold(self, lease: Lease, held: Held) -> None:
         self.owned.append(held.fds)
         self.holders.append(Holder("cpu", self.place.settings, held, lease, "engine"))
-        self._undo += [self.holders[-1].close, lambda: fd_channel.close_all(held.fds)]
+        self._undo += [self.holders[-1].close, held.fds.close]
 
     def deafen(self, number: int) -> Callable[[], None]:
         """Engine `number` does not notice the next death; what it would have done then."""
@@ -246,7 +245,7 @@ def test_a_holder_that_hangs_when_it_may_hand_back_loses_its_turn_and_keeps_its_
     assert time.monotonic() - began < 8
     arena, fds = arena_of(b"anew")
     assert outcome.publication.publish(arena, fds, b"manifest", 3) == 2
-    fd_channel.close_all(fds)
+    fds.close()
     for process in hang:
         os.kill(process.pid, signal.SIGCONT)
 
@@ -324,7 +323,8 @@ def test_what_was_dismissed_is_told_from_what_was_cleaned_away(place: Place) -> 
         (True, True),
         (False, True),
     ]
-    fd_channel.close_all([first, second])
+    os.close(first)
+    os.close(second)
 
 
 def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
@@ -340,9 +340,8 @@ def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
 def test_what_is_handed_back_is_what_was_held_whatever_its_numbers_mean_by_now(engines: Engines) -> None:
     engines.start()
     (fd,) = engines.owned[0]
-    other = arena_of(b"others!")[1][0]
-    os.dup2(other, fd)
-    os.close(other)
+    with arena_of(b"others!")[1] as others:
+        os.dup2(others[0], fd)
     engines.kill_companion()
     until(lambda: engines.all_attached(1), 10, "it is attached again")
     assert engines.start() is not None  # and reads "weights"
@@ -430,8 +429,9 @@ def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> 
         lease = connection.attach(KEY, may_load=False, client_name="holder")
         outcome = lease.wait(5)
         assert isinstance(outcome, Ready)
-        fds = outcome.redeem() * 2000  # more than there are free numbers below the limit
-        held = Held(KEY, 1, outcome.arena, fds, outcome.manifest, outcome.published)
+        fds = outcome.redeem()
+        many = list(fds) * 2000  # more than there are free numbers below the limit
+        held = Held(KEY, 1, outcome.arena, many, outcome.manifest, outcome.published)
         before, limits = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
         try:
@@ -440,7 +440,7 @@ def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert open_fds() <= before
-        os.close(fds[0])
+        fds.close()
 
 
 def test_a_hold_whose_file_vanishes_while_it_is_made_closes_nothing_twice(
@@ -488,10 +488,10 @@ def test_threads_that_hand_back_one_after_the_other_close_once(place: Place, mon
         go[0].set()
         threads[0].join(5)
         holder.close()  # the second one still needs the descriptors
-        for fd in holder._held.fds:
+        for fd in (fds := tuple(holder._held.fds)):
             os.fstat(fd)
         go[1].set()
         threads[1].join(5)
-        for fd in holder._held.fds:
+        for fd in fds:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(fd)

@@ -20,6 +20,7 @@ from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import ArenaError, BadRequestError
 from vllm_companion_plugin.keeper import client
 from vllm_companion_plugin.keeper.process import Keeper
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds import ipc_tag
 
 GIB = 1 << 30
@@ -66,18 +67,18 @@ def memory(place: Place) -> Iterator[Memory]:
     assert made.used == {}
 
 
-def ask(place: Place, size_bytes: int) -> int:
+def ask(place: Place, size_bytes: int) -> Descriptors:
     return client.allocate("cpu", size_bytes, place.settings)
 
 
 def test_memory_lives_until_the_last_copy_of_its_descriptor_is_closed(place: Place, memory: Memory) -> None:
     first, second = ask(place, 100), ask(place, 200)
-    copy = os.dup(first)
-    assert ipc_tag.read(first) == ipc_tag.read(copy) == ipc_tag.Tag(100, os.getpid(), b"\2" * 64)
-    assert ipc_tag.read(second).size_bytes == 200
-    os.close(second)
+    copy = os.dup(first[0])
+    assert ipc_tag.read(first[0]) == ipc_tag.read(copy) == ipc_tag.Tag(100, os.getpid(), b"\2" * 64)
+    assert ipc_tag.read(second[0]).size_bytes == 200
+    second.close()
     until(lambda: memory.used == {2: 100}, 5, "the second allocation is free")
-    os.close(first)
+    first.close()
     assert ipc_tag.read(copy).size_bytes == 100
     assert memory.used == {2: 100}
     os.close(copy)
@@ -85,20 +86,20 @@ def test_memory_lives_until_the_last_copy_of_its_descriptor_is_closed(place: Pla
 
 
 def test_the_status_names_who_exports_the_memory(place: Place, memory: Memory) -> None:
-    fd = ask(place, 100)
+    fds = ask(place, 100)
     place.companion()
     process = place.run("-m", "vllm_companion_plugin.cli.main", "status")
     assert f"Memory of cpu is exported by its keeper (pid {os.getpid()})" in process.communicate(timeout=30)[0]
-    os.close(fd)
+    fds.close()
 
 
 def test_what_a_holder_writes_frees_nothing(place: Place, memory: Memory) -> None:
-    fd = ask(place, 100)
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    fds = ask(place, 100)
+    with socket.socket(fileno=os.dup(fds[0])) as sock:
         sock.send(b"x" * 100)
-    os.close(ask(place, 1))
+    ask(place, 1).close()
     until(lambda: memory.used == {2: 100}, 5, "only the other allocation is free")
-    os.close(fd)
+    fds.close()
 
 
 def test_too_much_is_refused_in_the_keepers_words_and_it_goes_on(place: Place, memory: Memory) -> None:
@@ -106,7 +107,7 @@ def test_too_much_is_refused_in_the_keepers_words_and_it_goes_on(place: Place, m
     with pytest.raises(ArenaError, match=r"keeper of cpu: Allocating 1073741825 bytes failed: CUDA_ERROR_OUT_OF"):
         ask(place, GIB + 1)
     until(lambda: open_fds() <= before, 5, "the keeper, in this process, has closed its end")
-    os.close(ask(place, GIB))
+    ask(place, GIB).close()
 
 
 def test_a_client_that_leaves_before_its_answer_ends_nobody(place: Place, memory: Memory) -> None:
@@ -119,8 +120,8 @@ def test_a_client_that_leaves_before_its_answer_ends_nobody(place: Place, memory
         memory.waits.set()
         until(lambda size_bytes=size_bytes: memory.asked[-1] == size_bytes, 5, "the request was read")
     until(lambda: memory.used == {2: 100}, 5, "nothing of it is left")
-    os.close(ask(place, 1))
-    os.close(kept)
+    ask(place, 1).close()
+    kept.close()
 
 
 def test_without_a_descriptor_left_nothing_is_allocated_and_the_keeper_goes_on(
@@ -134,7 +135,7 @@ def test_without_a_descriptor_left_nothing_is_allocated_and_the_keeper_goes_on(
         with pytest.raises(ArenaError):
             client.allocate("cpu", 100, replace(place.settings, spawn_timeout_s=1))
     assert memory.used == {}
-    os.close(ask(place, 5))
+    ask(place, 5).close()
 
 
 @pytest.mark.parametrize("request_bytes", [b"", b"x", b"x" * 100])
@@ -145,7 +146,7 @@ def test_a_client_that_says_nothing_or_nonsense_disturbs_nobody(
         sock.connect(place.paths.keeper_socket)
         if request_bytes:
             sock.send(request_bytes)
-        os.close(ask(place, 5))
+        ask(place, 5).close()
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="the driver is here")
@@ -199,9 +200,8 @@ def test_an_arena_is_handed_out_while_its_keeper_lives_and_loaded_anew_afterward
     end = published(connection)
     ready = connection.attach(KEY, may_load=True, client_name="second").wait(5)
     assert isinstance(ready, Ready)
-    (fd,) = ready.redeem()
-    assert ipc_tag.read(fd).handle == b"h" * 64
-    os.close(fd)
+    with ready.redeem() as redeemed:
+        assert ipc_tag.read(redeemed[0]).handle == b"h" * 64
     end.close()
     third = connection.attach(KEY, may_load=True, client_name="third").wait(5)
     assert isinstance(third, Granted)

@@ -25,7 +25,7 @@ from vllm_companion_plugin.core.status import Progress, Report
 from vllm_companion_plugin.errors import BadRequestError, CompanionError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
-from vllm_companion_plugin.wire import codec, fd_channel
+from vllm_companion_plugin.wire import codec
 
 pytestmark = pytest.mark.usefixtures("serve_ends_its_companions")
 
@@ -74,7 +74,7 @@ def publish(connection: CompanionConnection, key: EntryKey, size_bytes: int = 40
     assert isinstance(outcome, Granted)
     arena, fds = arena_of(b"x" * size_bytes)
     outcome.publication.publish(arena, fds, b"manifest", 1)
-    fd_channel.close_all(fds)
+    fds.close()
 
 
 def counted(connection: CompanionConnection) -> list[Series]:
@@ -93,7 +93,7 @@ def live_through_everything(place: Place) -> CompanionConnection:
     until(lambda: len(connection.status().entries[0].leases) == 2, 5, "somebody waits")
     arena, fds = arena_of(b"x" * 4096)
     granted.publication.publish(arena, fds, b"manifest", 1)
-    fd_channel.close_all(fds)
+    fds.close()
     assert isinstance(waiter.wait(5), Ready)
     declined = connection.attach(replace(KEY, id="cd" * 32), may_load=True, client_name="loader").wait(5)
     assert isinstance(declined, Granted)

@@ -22,7 +22,6 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import room
 from vllm_companion_plugin.engine.vllm import compat
-from vllm_companion_plugin.wire import fd_channel
 
 GPU = compat.EngineDevice("GPU-x", torch.device("cuda", 0), arenas.CUDA_VMM, Stage.PROCESSED)
 HOST = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
@@ -90,7 +89,7 @@ def hold(place: Place, connection: CompanionConnection, *names: str, used: bool 
         assert isinstance(granted, Granted)
         arena, fds = arena_of(bytes(SIZE))
         granted.publication.publish(arena, fds, b"manifest", 3)
-        fd_channel.close_all(fds)
+        fds.close()
         if used:
             continue
         own.close()

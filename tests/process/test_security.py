@@ -88,9 +88,8 @@ class Victim:
             mine = replace(KEY, id="fe" * 32, model="good/model")
             publish(connection, b"good", mine).release()
             lease, got = ready(connection, mine)
-            (fd,) = got.redeem()
-            assert os.pread(fd, 10, 0) == b"good"
-            os.close(fd)
+            with got.redeem() as fds:
+                assert os.pread(fds[0], 10, 0) == b"good"
             lease.release()
             connection.unload(model=mine.model, force=True)
 
@@ -138,7 +137,7 @@ def publish(connection: CompanionConnection, content: bytes, wanted: EntryKey = 
     lease, publication = elected(connection, wanted)
     arena, fds = arena_of(content)
     publication.publish(arena, fds, b"manifest", 1)
-    fd_channel.close_all(fds)
+    fds.close()
     return lease
 
 
@@ -280,7 +279,7 @@ def test_a_socket_that_somebody_planted_is_given_nothing(place: Place, tmp_path:
     with pytest.raises(RuntimeDirError, match="nothing was sent"):
         fd_channel.deposit(paths.fd_socket, b"t" * 16, fds, 5)
     assert child.communicate(timeout=10)[0] == "(b'', [])\n"
-    fd_channel.close_all(fds)
+    fds.close()
     for listener in listeners:
         listener.close()
 
@@ -306,13 +305,13 @@ def test_replayed_guessed_and_stolen_tickets_give_nothing(victim: Victim) -> Non
         publication.publish(arena, fds, b"m", 1)
         with pytest.raises(TicketError, match="spent"):  # replayed
             fd_channel.deposit(path, publication._ticket, fds, 5)
-        fd_channel.close_all(fds)
+        fds.close()
         got = ready(connection)[1]
         other, stolen = ready(connection)
         for guess in (os.urandom(16) for _ in range(100)):
             with pytest.raises(TicketError):
                 fd_channel.redeem(path, guess, 1, 5)
-        fd_channel.close_all(got.redeem())
+        got.redeem().close()
         with pytest.raises(TicketError, match="spent"):
             got.redeem()
         assert len(stolen._ticket) == 16
@@ -515,8 +514,7 @@ def test_descriptors_that_block_when_they_are_closed_do_not_stop_the_companion(v
             if how == "unread":
                 sock.send(b"nonsense")
             if how == "unasked":
-                packet, ancillary = fd_channel.pack_fds(fds)
-                sock.sendmsg([packet], ancillary)
+                socket.send_fds(sock, [fd_channel.pack_fds(1)], fds)
             else:
                 socket.send_fds(sock, [b"R" + b"t" * 16], fds)
             lingering.close()
@@ -541,7 +539,7 @@ def test_odd_descriptors_are_refused_and_closed(victim: Victim, tmp_path: Path) 
                 before = victim.descriptors()
                 lease, publication = elected(connection)
                 arena, fds = arena_of(b"12345")
-                fd_channel.close_all(fds)
+                fds.close()
                 fd = make()
                 with pytest.raises(BadRequestError, match=r"memfd|sealed|socket"):
                     publication.publish(replace(arena, kind=kind), [fd], b"m", 1)
@@ -618,18 +616,18 @@ def test_a_generation_that_no_message_can_carry_is_refused(victim: Victim) -> No
         assert isinstance(outcome, Granted)
         arena, fds = arena_of(b"x")
         assert outcome.publication.hand_back(arena, fds, b"m", Published(1), last) == last
-        fd_channel.close_all(fds)
+        fds.close()
         connection.unload(force=True)
         publish(connection, b"good")  # what follows the last one can be shown, and attached to, as well
         assert len(connection.status().entries) == 2
-        fd_channel.close_all(ready(connection)[1].redeem())
+        ready(connection)[1].redeem().close()
 
 
 def test_bytes_that_were_published_cannot_be_changed_by_who_has_them(victim: Victim) -> None:
     with victim.connect() as connection:
         publish(connection, b"weights")
-        (fd,) = ready(connection)[1].redeem()
-        writable = -1
+        fds = ready(connection)[1].redeem()
+        fd, writable = fds[0], -1
         with contextlib.suppress(PermissionError):
             writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
         for target in (fd, writable):
@@ -642,7 +640,7 @@ def test_bytes_that_were_published_cannot_be_changed_by_who_has_them(victim: Vic
                 with pytest.raises((OSError, ValueError)):
                     change(target)
         assert os.pread(fd, 10, 0) == b"weights"
-        os.close(fd)
+        fds.close()
         if writable >= 0:
             os.close(writable)
 

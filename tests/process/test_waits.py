@@ -24,7 +24,7 @@ from vllm_companion_plugin.holder.process import InstanceLock
 from vllm_companion_plugin.host import notes, spawn
 from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.host.locks import owner_text
-from vllm_companion_plugin.wire import codec, fd_channel, messages
+from vllm_companion_plugin.wire import codec, messages
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -46,7 +46,7 @@ def publish(connection: CompanionConnection, manifest: bytes = b"manifest") -> L
     assert isinstance(outcome, Granted)
     arena, fds = arena_of(b"weights")
     outcome.publication.publish(arena, fds, manifest, 3)
-    fd_channel.close_all(fds)
+    fds.close()
     return loader
 
 
@@ -131,7 +131,7 @@ def test_who_finds_a_crowd_at_a_socket_waits_for_its_turn(place: Place, which: s
             if which == "grpc_socket":
                 assert spawn.is_listening(place.paths)
             else:
-                fd_channel.close_all(ready.redeem())
+                ready.redeem().close()
 
 
 def test_a_companion_that_ends_while_another_is_wanted_is_followed_by_it(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections import Counter
@@ -15,6 +16,8 @@ from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.memory import cuda_driver
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.kinds import cuda_ipc, cuda_vmm, ipc_tag
 
 BLOCK = 2 << 20
@@ -102,7 +105,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Driver]
     cuda_driver.primary_context.cache_clear()
 
 
-def fill(kind: str, keeper: Callable[[int], int] | None = None) -> None:
+def fill(kind: str, keeper: Keeper | None = None) -> None:
     blocks = 3 if kind == arenas.CUDA_VMM else 1
     writer = arenas.create(kind, blocks * BLOCK, DEVICE, keeper)
     try:
@@ -119,10 +122,10 @@ def fill(kind: str, keeper: Callable[[int], int] | None = None) -> None:
 def fill_keepers() -> None:
     ends: list[socket.socket] = []
 
-    def keeper(size_bytes: int) -> int:
+    def keeper(size_bytes: int) -> Descriptors:
         end, fd = ipc_tag.make(ipc_tag.Tag(size_bytes, os.getpid(), HANDLE))
         ends.append(end)
-        return fd
+        return Descriptors([fd])
 
     try:
         fill(arenas.CUDA_IPC, keeper)
@@ -131,15 +134,38 @@ def fill_keepers() -> None:
             end.close()
 
 
+def two() -> Descriptors:
+    return Descriptors(os.open(os.devnull, os.O_RDONLY) for _ in range(2))
+
+
 def map_vmm() -> None:
-    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
-    arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), fds, DEVICE).close()
+    arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), two(), DEVICE).close()
+
+
+def change_vmm() -> None:
+    """Unmapped, mapped again, replaced: then the other arena is there, or what was there, or an error that says why."""
+    info = ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK))
+    with contextlib.closing(arenas.open_arena(info, two(), DEVICE)) as arena:
+        arena.unmap()
+        assert not arena.mapping.is_mapped
+        arena.map_again(info, two())
+        before, fds = arena.fds, two()
+        failure = ""
+        try:
+            arena.replace(info, fds)
+        except ArenaError as error:
+            failure = str(error)
+        assert arena.fds is (before if failure else fds)
+        assert (before.closed, fds.closed) == (not failure, bool(failure))
+        assert arena.mapping.is_mapped is ("could not be mapped again" not in failure)
+    if failure:
+        raise ArenaError(failure)
 
 
 def map_ipc() -> None:
     end, fd = ipc_tag.make(ipc_tag.Tag(BLOCK, os.getpid(), HANDLE))
     with end:
-        arenas.open_arena(ArenaInfo(arenas.CUDA_IPC, (BLOCK,)), [fd], DEVICE).close()
+        arenas.open_arena(ArenaInfo(arenas.CUDA_IPC, (BLOCK,)), Descriptors([fd]), DEVICE).close()
 
 
 def keep() -> None:
@@ -148,10 +174,17 @@ def keep() -> None:
     cuda_ipc.free(address)
 
 
-SCENARIOS = [lambda: fill(arenas.CUDA_VMM), fill_keepers, map_vmm, map_ipc, keep]
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "fill vmm": lambda: fill(arenas.CUDA_VMM),
+    "fill ipc": fill_keepers,
+    "map vmm": map_vmm,
+    "change vmm": change_vmm,
+    "map ipc": map_ipc,
+    "keep": keep,
+}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=["fill vmm", "fill ipc", "map vmm", "map ipc", "keep"])
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_whichever_call_fails_nothing_is_left_behind(
     scenario: Callable[[], None], failing: Callable[[int], Driver]
 ) -> None:

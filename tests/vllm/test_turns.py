@@ -24,12 +24,14 @@ PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
 class Process:
     """One that runs models one after the other. `result()` waits for all of them; it stays until `end`."""
 
-    def __init__(self, place: Place, environment: dict[str, str], log: Path, **options: Any) -> None:
+    def __init__(
+        self, place: Place, environment: dict[str, str], log: Path, child: str = CHILD, **options: Any
+    ) -> None:
         self.log = log
         options = {"prompts": PROMPTS} | options
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, CHILD, json.dumps(options)],
+                [sys.executable, child, json.dumps(options)],
                 **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True},
                 env=environment | to_environment(place.settings),
             )

@@ -26,6 +26,7 @@ from vllm_companion_plugin.core.status import LoaderInfo, Published
 from vllm_companion_plugin.errors import CompanionError, LeaseLostError, ManifestError, WaitTimeoutError, from_code
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.host.spawn import who_is_silent
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.wire import codec, fd_channel
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.wire.rpc import typed_error
@@ -60,7 +61,7 @@ class Ready:
     _fd_socket: str
     _ticket: bytes
 
-    def redeem(self) -> list[int]:
+    def redeem(self) -> Descriptors:
         """The arena's descriptors, one a block, in order; the caller owns them. Works once.
 
         Raises:

@@ -30,8 +30,8 @@ from vllm_companion_plugin.errors import (
 from vllm_companion_plugin.host import notes
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.wire import fd_channel
 
 logger = logging.getLogger("vllm.companion.holder")
 
@@ -46,7 +46,7 @@ class Held:
     """An entry that this process maps.
 
     Attributes:
-        fds: one a block; not owned.
+        fds: one a block; borrowed.
     """
 
     key: EntryKey
@@ -84,9 +84,14 @@ class Holder:
         self._device = device
         self._settings = settings
         self._passive = passive
-        # Descriptors of its own: those of the owner may be closed, and mean something else, while it hands back.
-        fds: list[int] = []
-        self._held = replace(held, fds=fds)
+        # Descriptors of its own: those of the owner may be closed while it hands back.
+        try:
+            self._fds = Descriptors.duplicates(held.fds)
+        except OSError as error:
+            raise ArenaError(
+                f"{held.key.title} cannot be held: {error.strerror}. Raise the limit of open files (ulimit -n)."
+            ) from error
+        self._held = replace(held, fds=self._fds)
         self._handing_back = 0  # threads: the next companion may die before the one that handed back to it is done
         self._client_name = client_name
         self._lease = lease
@@ -94,15 +99,9 @@ class Holder:
         self._closed = threading.Event()
         self._mutex = threading.Lock()
         try:
-            for fd in held.fds:
-                fds.append(os.dup(fd))
             self._note = notes.hold(device_paths(device, settings), held.key, held.generation)
-        except BaseException as error:
-            fd_channel.close_all(fds)
-            if isinstance(error, OSError):
-                raise ArenaError(
-                    f"{held.key.title} cannot be held: {error.strerror}. Raise the limit of open files (ulimit -n)."
-                ) from error
+        except BaseException:
+            self._fds.close()
             raise
         _holders.add(self)
         self._watch(lease)
@@ -141,7 +140,7 @@ class Holder:
                 self._closed.set()
                 os.close(self._note)
                 if not self._handing_back:
-                    fd_channel.close_all(self._held.fds)
+                    self._fds.close()
 
     def _on_lost(self, error: CompanionError) -> None:
         if not isinstance(error, CompanionUnavailableError):
@@ -162,7 +161,7 @@ class Holder:
             with self._mutex:
                 self._handing_back -= 1
                 if self._closed.is_set() and not self._handing_back:
-                    fd_channel.close_all(self._held.fds)
+                    self._fds.close()
 
     def _try_to_hand_back(self) -> None:
         """For as long as it takes: this may be the last copy."""
@@ -200,7 +199,8 @@ class Holder:
         """In a child that was forked off: the hold is its parent's alone, and ends with it."""
         if not self._closed.is_set():
             self._closed.set()
-            fd_channel.close_all([self._note, *self._held.fds])
+            os.close(self._note)
+            self._fds.close()
 
     def _check_wanted(self) -> None:
         if notes.is_dismissed(self._note):
@@ -262,12 +262,9 @@ def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, cli
         outcome = lease.wait(settings.wait_timeout_s)
         if not isinstance(outcome, Ready):
             raise LeaseLostError(f"{key.title} was unloaded meanwhile.")
-        fds = outcome.redeem()
-        try:
+        with outcome.redeem() as fds:
             held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
             return Holder(connection.device, settings, held, lease, client_name, passive=True)
-        finally:
-            fd_channel.close_all(fds)
     except BaseException:
         lease.release()
         raise

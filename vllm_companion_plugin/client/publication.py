@@ -13,7 +13,6 @@ import grpc
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import Progress, Published
 from vllm_companion_plugin.core.text import sendable
-from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.rpc import CHUNK_BYTES, typed_error
 from vllm_companion_plugin.wire.schema import Stub
@@ -73,8 +72,7 @@ class Publication:
         """Hand arena and manifest over; return the generation. The lease is attached from now on.
 
         Args:
-            fds: one descriptor for each block, in order; the companion gets duplicates and the
-                caller keeps its own.
+            fds: one descriptor for each block, in order; borrowed, the companion gets duplicates.
             ways: modules by the way in which engines restore them, for the status.
             layout: `layout_digest` of both; without it nothing can take this publication's place later.
 
@@ -90,8 +88,6 @@ class Publication:
         self, arena: ArenaInfo, fds: Sequence[int], manifest: bytes, published: Published, generation: int
     ) -> int:
         """As `publish`, for what was published before under `generation` by a companion that is gone."""
-        if len(fds) != len(arena.block_sizes):
-            raise BadRequestError(f"{self._label}: {len(fds)} descriptors for {len(arena.block_sizes)} blocks.")
         fd_channel.deposit(self._fd_socket, self._ticket, fds, PUBLISH_TIMEOUT_S)
         response = self._send(self._steps(arena, manifest, published, generation), "publishing")
         self.published = codec.published_from_message(response.published)

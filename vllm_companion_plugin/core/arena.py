@@ -33,7 +33,7 @@ class ArenaInfo:
     """Shape of an arena: data, not a handle; it owns nothing.
 
     Attributes:
-        kind: "memfd", "cuda_vmm" or "cuda_ipc".
+        kind: of memory, a name in `memory.kinds.KINDS`.
         block_sizes: bytes of each allocation, in address order; one descriptor each.
     """
 

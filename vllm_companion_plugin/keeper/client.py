@@ -10,6 +10,7 @@ from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.host import peer
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.host.spawn import child_environment, log_tail, start_detached, starting, why_not
+from vllm_companion_plugin.memory.descriptors import Descriptors, receive
 from vllm_companion_plugin.settings import Settings
 
 SIZE = struct.Struct("!Q")
@@ -18,8 +19,8 @@ ANSWER_TIMEOUT_S = 30.0
 _MAX_ANSWER_BYTES = 4096
 
 
-def allocate(device: str, size_bytes: int, settings: Settings) -> int:
-    """A descriptor that stands for `size_bytes` of memory of `device` until its last copy is closed.
+def allocate(device: str, size_bytes: int, settings: Settings) -> Descriptors:
+    """One descriptor, which stands for `size_bytes` of memory of `device` until its last copy is closed.
 
     The caller owns it.
 
@@ -28,17 +29,17 @@ def allocate(device: str, size_bytes: int, settings: Settings) -> int:
         RuntimeDirError: the runtime directory is unsafe or not writable.
     """
     paths = device_paths(device, settings)
-    if (fd := _ask(paths, size_bytes)) is not None:
-        return fd
+    if (fds := _ask(paths, size_bytes)) is not None:
+        return fds
     with starting(paths.keeper_lock, f"the keeper of {device}", paths.keeper_log, settings, ArenaError) as deadline:
-        if (fd := _ask(paths, size_bytes)) is None:
+        if (fds := _ask(paths, size_bytes)) is None:
             _start(paths, settings, deadline)
-            fd = _ask(paths, size_bytes)
-    if fd is None:
+            fds = _ask(paths, size_bytes)
+    if fds is None:
         raise ArenaError(
             f"The keeper of {device} ended at once. End of {paths.keeper_log}:\n{log_tail(paths.keeper_log)}"
         )
-    return fd
+    return fds
 
 
 def keeper_pid(paths: DevicePaths) -> int:
@@ -52,25 +53,24 @@ def keeper_pid(paths: DevicePaths) -> int:
             return 0
 
 
-def _ask(paths: DevicePaths, size_bytes: int) -> int | None:
-    """A descriptor; None if nobody keeps memory of the device."""
+def _ask(paths: DevicePaths, size_bytes: int) -> Descriptors | None:
+    """One descriptor; None if nobody keeps memory of the device."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(ANSWER_TIMEOUT_S)
         try:
             sock.connect(paths.keeper_socket)
             peer.check_listener(sock, paths.keeper_socket)
             sock.send(SIZE.pack(size_bytes))
-            answer, fds, _, _ = socket.recv_fds(sock, _MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            answer, fds, _ = receive(sock, _MAX_ANSWER_BYTES, 1)
         except (FileNotFoundError, ConnectionError):
             return None
         except OSError as error:  # a timeout is one, too
             raise ArenaError(
                 f"The keeper of {paths.device} does not answer: {error}. Log: {paths.keeper_log}"
             ) from error
-    if answer == OK and fds:
-        return fds[0]
-    for fd in fds:
-        os.close(fd)
+    if answer == OK and len(fds) == 1:
+        return fds
+    fds.close()
     if answer[:1] == FAILED:
         raise ArenaError(f"The keeper of {paths.device}: {answer[1:].decode(errors='replace')}")
     return None  # it ended while we asked

@@ -8,9 +8,22 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from cuda.bindings import driver
-
 from vllm_companion_plugin.errors import ArenaError
+
+
+class _Bindings:
+    """`cuda.bindings.driver`, imported at the first use.
+
+    So the companion, which never has CUDA, can read what kinds of memory there are.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        from cuda.bindings import driver as bindings
+
+        return getattr(bindings, name)
+
+
+driver: Any = _Bindings()
 
 
 def call(what: str, result: tuple[Any, ...]) -> Any:

@@ -29,6 +29,7 @@ from vllm_companion_plugin.core.module_tree import (
 )
 from vllm_companion_plugin.core.placement import ALIGNMENT, Chunk, Placement, plan
 from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree.capture import LiveSlot, Tree, tensor_attributes
@@ -266,7 +267,7 @@ def copy(
     *,
     rebind: bool,
     release: Callable[[], None],
-    keeper: Callable[[int], int] | None = None,
+    keeper: Keeper | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
     before_rebinding: Callable[[], None] = lambda: None,
 ) -> arenas.Arena:
@@ -292,8 +293,8 @@ def copy(
     if device.type == "cuda":
         # vLLM with several ranks works on a stream of its own, for which the arena's copies do not wait.
         torch.cuda.synchronize(device)
-    if kind == arenas.CUDA_IPC:
-        release()  # its memory comes from another process, as a whole
+    if arenas.KINDS[kind].is_made_at_once:
+        release()  # all of its memory is about to be taken
     writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
     rebound: list[torch.Tensor] = []
     try:

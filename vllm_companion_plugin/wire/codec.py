@@ -30,11 +30,11 @@ from vllm_companion_plugin.core.status import (
 )
 from vllm_companion_plugin.core.text import printable
 from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.memory.kinds import KINDS
 from vllm_companion_plugin.wire import messages
 from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes, manifest_to_bytes
 
 __all__ = [
-    "ARENA_KINDS",
     "MAX_BLOCKS",
     "arena_from_message",
     "arena_to_message",
@@ -60,7 +60,6 @@ __all__ = [
     "series_to_message",
 ]
 
-ARENA_KINDS = frozenset({"memfd", "cuda_vmm", "cuda_ipc"})
 MAX_BLOCKS = 4096
 """Most allocations, so descriptors, of one arena."""
 MAX_ARENA_BYTES = 1 << 50
@@ -140,8 +139,8 @@ def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> Any:
 
 def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
     """Arena and handle. Raises `BadRequestError` for unknown kinds and impossible sizes."""
-    if message.kind not in ARENA_KINDS:
-        raise BadRequestError(f"Arena kind {message.kind[:100]!r} is unknown; known: {', '.join(sorted(ARENA_KINDS))}.")
+    if message.kind not in KINDS:
+        raise BadRequestError(f"Arena kind {message.kind[:100]!r} is unknown; known: {', '.join(sorted(KINDS))}.")
     sizes = tuple(message.block_sizes)
     if not 1 <= len(sizes) <= MAX_BLOCKS:
         raise BadRequestError(f"Arena of {len(sizes)} blocks; 1 to {MAX_BLOCKS} are allowed.")

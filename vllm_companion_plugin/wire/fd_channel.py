@@ -12,9 +12,7 @@ The kernel passes at most 253 descriptors a packet (SCM_MAX_FD in linux/net/scm.
 
 from __future__ import annotations
 
-import array
 import errno
-import os
 import socket
 import struct
 import time
@@ -30,20 +28,18 @@ from vllm_companion_plugin.errors import (
     from_code,
 )
 from vllm_companion_plugin.host import peer
+from vllm_companion_plugin.memory.descriptors import Descriptors, receive
 
 TICKET_BYTES = 16
 FDS_PER_PACKET = 253
 PACKET_BYTES = 4096
 REDEEM, DEPOSIT, FDS, OK, ERROR = b"R", b"D", b"F", b"O", b"E"
 _COUNT = struct.Struct("!I")
-_FD_BYTES = array.array("i").itemsize
-ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_PACKET * _FD_BYTES)
 
 
-def pack_fds(fds: Sequence[int]) -> tuple[bytes, list[tuple[int, int, bytes]]]:
-    """Packet and ancillary data that carry `fds`, at most `FDS_PER_PACKET` of them."""
-    rights = array.array("i", fds).tobytes()
-    return FDS + _COUNT.pack(len(fds)), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+def pack_fds(count: int) -> bytes:
+    """The packet that goes with `count` descriptors, at most `FDS_PER_PACKET`."""
+    return FDS + _COUNT.pack(count)
 
 
 def batches(fds: Sequence[int]) -> list[Sequence[int]]:
@@ -72,18 +68,9 @@ def unpack_request(packet: bytes) -> tuple[bytes, bytes, int]:
     return verb, ticket, _COUNT.unpack(rest)[0] if rest else 0
 
 
-def close_all(fds: Sequence[int]) -> None:
-    """Close every one of `fds`; a failure does not keep the others open."""
-    for fd in fds:
-        try:
-            os.close(fd)
-        except OSError as error:
-            # Linux releases the descriptor even when close reports an error of the file.
-            if error.errno == errno.EBADF:
-                raise
-
-
-def receive_packet(sock: socket.socket, close: Callable[[Sequence[int]], None] = close_all) -> tuple[bytes, list[int]]:
+def receive_packet(
+    sock: socket.socket, close: Callable[[Descriptors], None] = Descriptors.close
+) -> tuple[bytes, Descriptors]:
     """One packet and the descriptors it carries, which the caller then owns (close-on-exec).
 
     Args:
@@ -93,23 +80,18 @@ def receive_packet(sock: socket.socket, close: Callable[[Sequence[int]], None] =
         BadRequestError: truncated, or a count that contradicts the descriptors.
         OSError: from the socket, e.g. BlockingIOError.
     """
-    packet, ancillary, flags, _ = sock.recvmsg(PACKET_BYTES, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            rights = array.array("i")
-            rights.frombytes(data[: len(data) - len(data) % _FD_BYTES])
-            fds.extend(rights)
+    packet, fds, flags = receive(sock, PACKET_BYTES, FDS_PER_PACKET)
+    arrived = len(fds)
     if flags & socket.MSG_CTRUNC:
         # The kernel dropped descriptors that did not fit: mostly this process is at RLIMIT_NOFILE.
         close(fds)
         raise BadRequestError(
-            f"Only {len(fds)} descriptors of a packet arrived; raise the limit of open files (ulimit -n)."
+            f"Only {arrived} descriptors of a packet arrived; raise the limit of open files (ulimit -n)."
         )
     announced = _COUNT.unpack(packet[1:])[0] if packet[:1] == FDS and len(packet) == 1 + _COUNT.size else 0
-    if flags & socket.MSG_TRUNC or announced != len(fds):
+    if flags & socket.MSG_TRUNC or announced != arrived:
         close(fds)
-        raise BadRequestError(f"A packet announced {announced} descriptors and carried {len(fds)}.")
+        raise BadRequestError(f"A packet announced {announced} descriptors and carried {arrived}.")
     return packet, fds
 
 
@@ -158,11 +140,10 @@ class _Exchange:
         ) from error
 
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
-        ancillary = pack_fds(fds)[1] if fds else []
         while True:
             try:
                 self._arm()
-                self._sock.sendmsg([packet], ancillary)
+                socket.send_fds(self._sock, [packet], fds)
                 return
             except OSError as error:
                 # The kernel bounds descriptors in flight (RLIMIT_NOFILE); the receiver drains them.
@@ -170,7 +151,7 @@ class _Exchange:
                     self._fail(error)
                 time.sleep(0.001)
 
-    def receive(self) -> tuple[bytes, list[int]]:
+    def receive(self) -> tuple[bytes, Descriptors]:
         try:
             self._arm()
             packet, fds = receive_packet(self._sock)
@@ -184,13 +165,14 @@ class _Exchange:
 
     def receive_ok(self) -> None:
         packet, fds = self.receive()
-        close_all(fds)
+        count = len(fds)
+        fds.close()
         if packet != OK:
-            raise BadRequestError(f"Expected {OK!r} from {self._path}; got {packet[:1]!r} with {len(fds)} descriptors.")
+            raise BadRequestError(f"Expected {OK!r} from {self._path}; got {packet[:1]!r} with {count} descriptors.")
 
 
-def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> list[int]:
-    """The `count` descriptors that `ticket` stands for, in order; the caller owns and closes them.
+def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> Descriptors:
+    """The `count` descriptors that `ticket` stands for, in order; the caller owns them.
 
     Raises:
         TicketError: unknown, spent or expired ticket, or the entry was unloaded meanwhile.
@@ -198,17 +180,18 @@ def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> list[int]:
         RuntimeDirError: somebody else listens there.
         CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
     """
-    received: list[int] = []
+    received = Descriptors()
     try:
         with _Exchange(path, timeout_s) as exchange:
             exchange.send(REDEEM + ticket)
             while len(received) < count:
                 packet, fds = exchange.receive()
-                received += fds
-                if packet[:1] != FDS or not fds or len(received) > count:
+                is_answer = packet[:1] == FDS and len(fds) > 0
+                received = Descriptors(received.take() + fds.take())
+                if not is_answer or len(received) > count:
                     raise BadRequestError(f"Expected {count} descriptors from {path}; got {len(received)}.")
     except BaseException:
-        close_all(received)
+        received.close()
         raise
     return received
 
@@ -226,5 +209,5 @@ def deposit(path: str, ticket: bytes, fds: Sequence[int], timeout_s: float) -> N
         exchange.send(pack_deposit(ticket, len(fds)))
         exchange.receive_ok()
         for batch in batches(fds):
-            exchange.send(pack_fds(batch)[0], batch)
+            exchange.send(pack_fds(len(batch)), batch)
         exchange.receive_ok()

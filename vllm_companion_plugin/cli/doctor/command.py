@@ -198,12 +198,12 @@ def _states(settings: Settings) -> Iterator[Check]:
 
 _CUDA_PROBE = """
 import json
-from vllm_companion_plugin.memory import cuda_driver; from vllm_companion_plugin.memory.kinds import cuda_vmm
+from vllm_companion_plugin.memory import KINDS, cuda_driver
 from vllm_companion_plugin.errors import ArenaError
 
 def answer(index):
     try:
-        return cuda_vmm.unsupported_reason(index), None
+        return KINDS["cuda_vmm"].unsupported_reason(index), None
     except ArenaError as error:
         return None, str(error)
 

@@ -71,10 +71,10 @@ def engine_device(vllm_config: Any, arena: str = "auto") -> EngineDevice:
         NotShareableError: a platform that has no arenas here.
     """
     if current_platform.is_cpu():
-        return EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
+        return EngineDevice("cpu", torch.device("cpu"), arenas.best_kind("cpu"), Stage.UNPROCESSED)
     if current_platform.is_cuda():
         index = torch.cuda.current_device()
-        kind = arenas.cuda_kind(index) if arena == "auto" else arena
+        kind = arenas.best_kind("cuda", index) if arena == "auto" else arena
         # Not vLLM's `get_device_uuid`: it takes the number of a local rank, and knows no MIG instances.
         return EngineDevice(arenas.cuda_device(index), torch.device("cuda", index), kind, Stage.PROCESSED)
     raise NotShareableError(f"platform {current_platform.device_name} is not supported; CUDA and CPU are.")

@@ -28,8 +28,6 @@ CONNECTION_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 256
 ACCEPT_RETRY_S = 1.0
 
-_Ancillary = Sequence[tuple[int, int, bytes]]
-
 
 class FdServer:
     """The listening socket and its connections.
@@ -171,24 +169,26 @@ class FdServer:
         await _send(peer, lambda: (fd_channel.OK, ()))
 
 
-def _packet(current: Callable[[], Sequence[int]], number: int) -> tuple[bytes, _Ancillary]:
+def _packet(current: Callable[[], Sequence[int]], number: int) -> tuple[bytes, Sequence[int]]:
     """Made anew at each try: an unload closes the descriptors, and their numbers come to mean something else."""
-    return fd_channel.pack_fds(fd_channel.batches(current())[number])
+    batch = fd_channel.batches(current())[number]
+    return fd_channel.pack_fds(len(batch)), batch
 
 
-async def _receive(peer: socket.socket) -> tuple[bytes, list[int]]:
+async def _receive(peer: socket.socket) -> tuple[bytes, tuple[int, ...]]:
     while True:
         try:
-            return fd_channel.receive_packet(peer, close_aside)
+            packet, fds = fd_channel.receive_packet(peer, lambda refused: close_aside(refused.take()))
+            return packet, fds.take()
         except BlockingIOError:
             await _ready(peer, asyncio.get_running_loop().add_reader, asyncio.get_running_loop().remove_reader)
 
 
-async def _send(peer: socket.socket, make: Callable[[], tuple[bytes, _Ancillary]]) -> None:
+async def _send(peer: socket.socket, make: Callable[[], tuple[bytes, Sequence[int]]]) -> None:
     while True:
         try:
-            packet, ancillary = make()
-            peer.sendmsg([packet], ancillary)
+            packet, fds = make()
+            socket.send_fds(peer, [packet], fds)
             return
         except BlockingIOError:
             await _ready(peer, asyncio.get_running_loop().add_writer, asyncio.get_running_loop().remove_writer)

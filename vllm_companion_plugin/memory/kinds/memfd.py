@@ -7,6 +7,7 @@ and makes F_SEAL_WRITE fail with EBUSY (Linux before 6.7, fcntl(2)).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -15,72 +16,147 @@ from collections.abc import Sequence
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
-from vllm_companion_plugin.memory.closing import Closing
+from vllm_companion_plugin.memory.arena import Arena
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.kind import Keeper, Kind
+from vllm_companion_plugin.memory.mapping import Blocks, Reservation
 
+# Python's mmap module can neither choose addresses nor leave them reserved.
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
+# linux/mman.h, and asm-generic/mman-common.h
+_PROT_NONE = 0
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _MADV_POPULATE_READ = 22
+# linux/fcntl.h
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE = 1, 2, 4, 8
 SEALS = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
+_NEEDED_SEALS = _F_SEAL_SHRINK | _F_SEAL_WRITE
+"""A writer, or a shrink under a mapping, would reach every engine."""
 
 
-def _map_readonly(fd: int, size_bytes: int) -> int:
-    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address is None or address == _MAP_FAILED:
-        raise ArenaError(f"Cannot map {size_bytes} bytes of host memory: {os.strerror(ctypes.get_errno())}.")
-    return int(address)
+def _reserve(size_bytes: int, at: int | None = None) -> int:
+    """Addresses where nothing can be read: new ones, or those from `at` on in place of what is mapped there."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if at is not None else 0)
+    reserved = _libc.mmap(at, size_bytes, _PROT_NONE, flags, -1, 0)
+    return _address(f"Cannot reserve {size_bytes} bytes of addresses", reserved)
 
 
-class MemfdArena(Closing):
-    """A sealed memfd, mapped read-only with all its pages present."""
+def _address(failed: str, result: int | None) -> int:
+    if result is None or result == _MAP_FAILED:
+        raise ArenaError(f"{failed}: {os.strerror(ctypes.get_errno())}.")
+    return result
 
-    def __init__(self, info: ArenaInfo, fds: Sequence[int], address: int | None = None) -> None:
-        self.info = info
-        self._fds = tuple(fds)
-        self._address = address
+
+def _seals(fd: int) -> int:
+    """Raises `OSError` unless `fd` is a memfd."""
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+
+
+def _is_full(fd: int) -> bool:
+    """Whether nobody will write to it; else its pages may not exist yet, and reading would make them."""
+    try:
+        return bool(_seals(fd) & _F_SEAL_WRITE)
+    except OSError:
+        return False
+
+
+class MemfdMapping(Reservation):
+    """Addresses of this process, with memfds mapped into them."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(_reserve(size_bytes), size_bytes)
+
+    def populate(self) -> None:
+        """Fault the pages in: vLLM's CPU budget counts them by RSS, and the first request should not wait for them."""
+        # EINVAL before Linux 5.14: then they come one by one.
+        _libc.madvise(self.address, self.size_bytes, _MADV_POPULATE_READ)
+
+    def _prepare(self, undo: contextlib.ExitStack, blocks: Blocks) -> list[_Elsewhere]:
+        prepared = []
+        for fd, size_bytes in zip(blocks.fds, blocks.sizes, strict=True):
+            prepared.append(_Elsewhere(fd, size_bytes, writable=blocks.writable))
+            undo.callback(prepared[-1].close)
+        return prepared
+
+    def _put(self, prepared: list[_Elsewhere], blocks: Blocks) -> None:
+        target = self.address
         try:
-            self._check()
-            if self._address is None:
-                self._address = _map_readonly(self._fds[0], info.size_bytes)
-            # Fault the pages in now: vLLM's CPU budget counts them by RSS, and the first request
-            # should not. EINVAL before Linux 5.14: then they come one by one.
-            _libc.madvise(self._address, info.size_bytes, _MADV_POPULATE_READ)
+            for block in prepared:
+                block.move(target)
+                target += block.size_bytes
         except BaseException:
-            self.close()
+            self._take_out()
             raise
+        if all(_is_full(fd) for fd in blocks.fds):
+            self.populate()
 
-    def _check(self) -> None:
-        if len(self._fds) != 1 or len(self.info.block_sizes) != 1:
-            raise ArenaError(f"A memfd arena has one descriptor; got {len(self._fds)}.")
-        try:
-            seals = fcntl.fcntl(self._fds[0], fcntl.F_GET_SEALS)
-        except OSError as error:
-            raise ArenaError(f"The descriptor is not a memfd: {error}.") from error
-        if seals & SEALS != SEALS:
-            raise ArenaError(f"The memfd is not sealed (seals {seals:#x}): others could still write to it.")
-        if os.fstat(self._fds[0]).st_size != self.info.size_bytes:
-            raise ArenaError("The memfd has another size than its description.")
+    def _take_out(self) -> None:
+        _reserve(self.size_bytes, self.address)
 
-    @property
-    def address(self) -> int:
-        assert self._address is not None
-        return self._address
+    def _free(self) -> None:
+        _libc.munmap(self._address, self.size_bytes)
 
-    @property
-    def fds(self) -> tuple[int, ...]:
-        return self._fds
+
+class _Elsewhere:
+    """A block mapped at addresses of its own, from where one call moves it over others.
+
+    So what can fail is done before anything is unmapped, and no address is ever anybody else's for a moment.
+    """
+
+    def __init__(self, fd: int, size_bytes: int, *, writable: bool) -> None:
+        self.size_bytes = size_bytes
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._address: int | None = _address(
+            f"Cannot map {size_bytes} bytes of host memory",
+            _libc.mmap(None, size_bytes, access, mmap.MAP_SHARED, fd, 0),
+        )
+
+    def move(self, target: int) -> None:
+        flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+        moved = _libc.mremap(self._address, self.size_bytes, self.size_bytes, flags, target)
+        _address(f"Cannot move {self.size_bytes} bytes of host memory to their place", moved)
+        self._address = None
 
     def close(self) -> None:
         if self._address is not None:
-            _libc.munmap(self._address, self.info.size_bytes)
-        for fd in self._fds:
-            os.close(fd)
-        self._address, self._fds = None, ()
+            _libc.munmap(self._address, self.size_bytes)
+            self._address = None
+
+
+class Memfd(Kind):
+    name = "memfd"
+    device_type = "cpu"
+
+    def granularity(self, device_index: int | None) -> int:
+        return mmap.PAGESIZE
+
+    def create(self, size_bytes: int, device_index: int | None, keeper: Keeper | None) -> MemfdWriter:
+        return MemfdWriter(size_bytes)
+
+    def reserve(self, size_bytes: int, device_index: int | None) -> MemfdMapping:
+        return MemfdMapping(size_bytes)
+
+    def check(self, info: ArenaInfo, fds: Sequence[int]) -> None:
+        super().check(info, fds)
+        for index, (fd, size_bytes) in enumerate(zip(fds, info.block_sizes, strict=True)):
+            try:
+                # First: to ask other files than memfds even for their size may wait for somebody's file system.
+                seals = _seals(fd)
+            except OSError as error:
+                raise ArenaError(f"Descriptor {index} is not a memfd: {error.strerror}.") from error
+            if seals & _NEEDED_SEALS != _NEEDED_SEALS:
+                raise ArenaError(f"Memfd {index} is not sealed against write and shrink (seals {seals:#x}).")
+            actual = os.fstat(fd).st_size
+            if actual != size_bytes:
+                raise ArenaError(f"Block {index} of the arena should have {size_bytes} bytes; the memfd has {actual}.")
 
 
 class MemfdWriter:
@@ -89,14 +165,15 @@ class MemfdWriter:
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._added = 0
-        self._fd = self._readonly_fd = -1
-        self._address: int | None = None
-        self._sealed: MemfdArena | None = None  # which tensors view that refer to us
+        self._fd, self._readonly_fd = Descriptors(), Descriptors()
+        self._mapping: MemfdMapping | None = None
+        self._sealed: Arena | None = None  # which tensors view that refer to us
         try:
-            self._fd = os.memfd_create("vllm-companion", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(self._fd, size_bytes)
-            self._readonly_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
-            self._address = _map_readonly(self._readonly_fd, size_bytes)
+            self._fd = Descriptors([os.memfd_create("vllm-companion", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)])
+            os.ftruncate(self._fd[0], size_bytes)
+            self._readonly_fd = Descriptors([os.open(f"/proc/self/fd/{self._fd[0]}", os.O_RDONLY | os.O_CLOEXEC)])
+            self._mapping = MemfdMapping(size_bytes)
+            self._mapping.map(Blocks((size_bytes,), self._readonly_fd))
         except OSError as error:
             self.abort()
             raise ArenaError(f"Cannot create {size_bytes} bytes of shared host memory: {error}.") from error
@@ -106,8 +183,8 @@ class MemfdWriter:
 
     @property
     def address(self) -> int:
-        assert self._address is not None
-        return self._address
+        assert self._mapping is not None
+        return self._mapping.address
 
     def add_block(self, size_bytes: int) -> None:
         self._added += size_bytes
@@ -119,25 +196,26 @@ class MemfdWriter:
         done = 0
         while done < size_bytes:  # Linux writes at most 2 GiB at a time
             try:
-                done += os.pwrite(self._fd, source[done:], offset_bytes + done)
+                done += os.pwrite(self._fd[0], source[done:], offset_bytes + done)
             except OSError as error:
                 raise ArenaError(f"No host memory for {size_bytes} bytes of weights: {error}.") from error
 
     def flush(self) -> None:
         """Writes are synchronous."""
 
-    def seal(self) -> MemfdArena:
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
-        os.close(self._fd)
-        fd, address = self._readonly_fd, self._address
-        self._fd, self._readonly_fd, self._address = -1, -1, None
-        self._sealed = MemfdArena(ArenaInfo("memfd", (self._size_bytes,)), (fd,), address)
+    def seal(self) -> Arena:
+        assert self._mapping is not None
+        fcntl.fcntl(self._fd[0], fcntl.F_ADD_SEALS, SEALS)
+        self._fd.close()
+        self._mapping.populate()
+        info = ArenaInfo(Memfd.name, (self._size_bytes,))
+        self._sealed = Arena(info, self._readonly_fd, self._mapping, Memfd().check)
+        self._readonly_fd, self._mapping = Descriptors(), None
         return self._sealed
 
     def abort(self) -> None:
-        if self._address is not None:
-            _libc.munmap(self._address, self._size_bytes)
-        for fd in (self._fd, self._readonly_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd, self._readonly_fd, self._address = -1, -1, None
+        if self._mapping is not None:
+            self._mapping.close()
+        self._fd.close()
+        self._readonly_fd.close()
+        self._mapping = None

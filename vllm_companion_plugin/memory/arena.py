@@ -1,0 +1,136 @@
+"""An arena as its users see it, whatever memory it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.memory.closing import Closing
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.mapping import Blocks, Mapping
+
+
+class Arena(Closing):
+    """A sealed arena: what it is, the descriptors that keep its memory alive, and where it is mapped in this process.
+
+    It owns descriptors and mapping. A tensor that views the arena must not outlive `close`; nobody has to call that: an
+    arena that nothing refers to any more, no tensor either, is closed.
+
+    Args:
+        fds: one a block, owned from now on.
+        mapping: with the blocks mapped into it, owned from now on.
+        check: raises `ArenaError` unless descriptors are what a description says, as `Kind.check`.
+
+    Attributes:
+        info: of what is mapped, or was mapped last.
+        fds: closed while nothing is mapped.
+    """
+
+    def __init__(
+        self,
+        info: ArenaInfo,
+        fds: Descriptors,
+        mapping: Mapping,
+        check: Callable[[ArenaInfo, Sequence[int]], None],
+    ) -> None:
+        self.info = info
+        self.fds = fds
+        self.mapping = mapping
+        self._check = check
+
+    @property
+    def address(self) -> int:
+        """Where offset 0 is mapped; stays reserved until `close`. Raises `ArenaError` after it."""
+        return self.mapping.address
+
+    def unmap(self) -> None:
+        """Let go of the memory: unmap it, and close the descriptors. The addresses stay reserved. Idempotent.
+
+        Whatever views the arena faults if it is used, until `map_again`. On a GPU this waits until the device is idle.
+
+        Raises:
+            ArenaError: closed, or memory of this kind cannot leave its addresses (`Kind.can_remap`). Nothing changed.
+        """
+        self.mapping.unmap()
+        self.fds.close()
+
+    def map_again(self, info: ArenaInfo, fds: Descriptors) -> None:
+        """Map the same arena, or another one of the same layout, at the addresses where `unmap` left nothing.
+
+        Args:
+            info: the arena's; block sizes and kind are those of before.
+            fds: one a block; owned by this arena from now on, and closed on failure.
+
+        Raises:
+            ArenaError: something is mapped, another layout, or what `fds` are cannot be mapped. Nothing is changed.
+        """
+        self._change(info, fds, lambda: self.mapping.map(Blocks(info.block_sizes, fds)))
+
+    def replace(self, info: ArenaInfo, fds: Descriptors) -> None:
+        """Map another arena of the same layout in place of this one. Views of it see the other's bytes from now on.
+
+        Nothing may use the memory meanwhile; on a GPU this waits until the device is idle. The descriptors of what was
+        mapped are closed: whoever wants to go back has duplicates.
+
+        Args:
+            info: the other arena's; block sizes and kind are this one's.
+            fds: one a block; owned by this arena from now on, and closed on failure.
+
+        Raises:
+            ArenaError: nothing is mapped, another layout, or what `fds` are cannot be mapped. Nothing is changed,
+                unless the error says that what was mapped before could not be mapped again.
+        """
+        self._change(info, fds, lambda: self.mapping.replace(fds))
+
+    def _change(self, info: ArenaInfo, fds: Descriptors, change: Callable[[], None]) -> None:
+        try:
+            if (info.kind, info.block_sizes) != (self.info.kind, self.info.block_sizes):
+                raise ArenaError(
+                    f"Only an arena of the same layout can be mapped at these addresses: {_layout(self.info)}; "
+                    f"this one has {_layout(info)}."
+                )
+            self._check(info, fds)
+            change()
+        except BaseException:
+            fds.close()
+            raise
+        self.fds.close()
+        self.info, self.fds = info, fds
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent."""
+        self.mapping.close()
+        self.fds.close()
+
+
+def _layout(info: ArenaInfo) -> str:
+    return f"{len(info.block_sizes)} blocks of {info.kind}, {info.size_bytes} bytes in all"
+
+
+class ArenaWriter(Protocol):
+    """An arena that is being filled. `address` is where it will stay mapped."""
+
+    @property
+    def address(self) -> int:
+        """Where offset 0 is, or will be, mapped."""
+
+    def add_block(self, size_bytes: int) -> None:
+        """Allocate the next `size_bytes` and map them behind the blocks so far.
+
+        Raises:
+            ArenaError: no memory, or more than what was reserved.
+        """
+
+    def write(self, offset_bytes: int, source_address: int, size_bytes: int) -> None:
+        """Copy from this process's memory (of the arena's device) into a block. May be asynchronous."""
+
+    def flush(self) -> None:
+        """Wait until every write has landed."""
+
+    def seal(self) -> Arena:
+        """Finish: nobody can write any more, this process included. The writer is spent, and keeps the arena in use."""
+
+    def abort(self) -> None:
+        """Free everything. Idempotent; harmless after `seal`."""

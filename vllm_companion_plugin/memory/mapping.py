@@ -1,0 +1,179 @@
+"""A range of addresses, apart from the memory behind it.
+
+What views the range (tensors, captured CUDA graphs) knows addresses. So memory can go from there and come back, or
+other memory take its place, as long as it is laid out alike and nobody uses the range meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.memory.closing import Closing
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What can be mapped, one block behind the other.
+
+    Attributes:
+        sizes: bytes of each block.
+        fds: a descriptor of each; borrowed, and needed for as long as they are mapped.
+        writable: whether this process may write to them.
+    """
+
+    sizes: tuple[int, ...]
+    fds: Sequence[int]
+    writable: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.sizes)
+
+
+class Mapping(Closing, ABC):
+    """A range of addresses of this process, with memory mapped into it. It owns the addresses, no descriptor."""
+
+    _address: int | None = None  # also if making it failed
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._address = address
+
+    @property
+    def address(self) -> int:
+        """Where the range begins. Raises `ArenaError` after `close`."""
+        return self._require_open()
+
+    @property
+    @abstractmethod
+    def is_mapped(self) -> bool:
+        """Whether there is memory behind the addresses."""
+
+    @abstractmethod
+    def map(self, blocks: Blocks) -> None:
+        """Map `blocks` from the start of the range, where nothing is mapped.
+
+        Raises:
+            ArenaError: something is mapped, the blocks exceed the range, or they cannot be mapped. Nothing is changed.
+        """
+
+    @abstractmethod
+    def unmap(self) -> None:
+        """Take the memory out of the range, whose addresses stay reserved: whoever reads there faults. Idempotent.
+
+        Nothing may use the range; on a GPU this waits until the device is idle.
+
+        Raises:
+            ArenaError: closed, or the kind of memory cannot do that. Nothing is changed.
+        """
+
+    @abstractmethod
+    def replace(self, fds: Sequence[int]) -> None:
+        """Map other memory of the same block sizes, with the same access, in place of what is mapped.
+
+        Nothing may use the range meanwhile; on a GPU this waits until the device is idle.
+
+        Args:
+            fds: one a block; borrowed as those of `map`.
+
+        Raises:
+            ArenaError: nothing is mapped, or the other memory cannot be. What was mapped still is, unless the error
+                says that it could not be mapped again.
+        """
+
+    def close(self) -> None:
+        """Unmap, and give the addresses back. Idempotent."""
+        if self._address is not None:
+            self._free()
+        self._address = None
+
+    def _require_open(self) -> int:
+        if self._address is None:
+            raise ArenaError("The mapping is closed; its addresses may be anybody's.")
+        return self._address
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Unmap, and give the addresses back, for good and without an error."""
+
+
+class Reservation(Mapping):
+    """Reserved addresses, which memory can leave, and come back to.
+
+    A kind of memory says how: `_prepare` gets hold of blocks, `_wait` lets their users finish, `_put` maps what was
+    prepared, `_take_out` unmaps. What `_prepare` got is given back after each change: what is mapped stays alive.
+    """
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        super().__init__(address, size_bytes)
+        self._mapped: Blocks | None = None
+
+    @property
+    def is_mapped(self) -> bool:
+        return self._mapped is not None
+
+    def map(self, blocks: Blocks) -> None:
+        self._require_open()
+        if self.is_mapped:
+            raise ArenaError("Memory is mapped at these addresses already; unmap or replace it.")
+        if blocks.size_bytes > self.size_bytes:
+            raise ArenaError(f"Blocks of {blocks.size_bytes} bytes exceed the {self.size_bytes} reserved.")
+        with contextlib.ExitStack() as undo:
+            self._put(self._prepare(undo, blocks), blocks)
+        self._mapped = blocks
+
+    def unmap(self) -> None:
+        self._require_open()
+        if self._mapped is not None:
+            self._wait()
+            self._take_out()
+            self._mapped = None
+
+    def replace(self, fds: Sequence[int]) -> None:
+        self._require_open()
+        before = self._mapped
+        if before is None:
+            raise ArenaError("No memory is mapped at these addresses that other memory could replace.")
+        blocks = Blocks(before.sizes, fds, before.writable)
+        with contextlib.ExitStack() as undo:
+            new = self._prepare(undo, blocks)
+            way_back = self._prepare(undo, before)
+            self._wait()
+            try:
+                self._put(new, blocks)
+            except BaseException as error:
+                try:
+                    self._put(way_back, before)
+                except ArenaError as again:
+                    self._mapped = None
+                    raise ArenaError(f"{error} And what was mapped could not be mapped again: {again}") from error
+                raise
+        self._mapped = blocks
+
+    @abstractmethod
+    def _prepare(self, undo: contextlib.ExitStack, blocks: Blocks) -> list[Any]:
+        """Get hold of each block, changing nothing that is mapped; `undo` gives all back that `_put` did not use.
+
+        Raises:
+            ArenaError: a descriptor is not of such memory, or there is no room for it.
+        """
+
+    @abstractmethod
+    def _put(self, prepared: list[Any], blocks: Blocks) -> None:
+        """Map what was prepared, in place of whatever is mapped.
+
+        Raises:
+            ArenaError: from the system or the driver. Nothing is mapped then.
+        """
+
+    def _wait(self) -> None:
+        """Return once nothing uses what is mapped; the caller lets nothing begin to. Raises `ArenaError`."""
+
+    @abstractmethod
+    def _take_out(self) -> None:
+        """Unmap all that is mapped. Raises `ArenaError`."""
