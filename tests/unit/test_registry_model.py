@@ -14,14 +14,12 @@ from itertools import count
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -30,7 +28,7 @@ from hypothesis.stateful import (
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import LeaseState, Progress, Published
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, CompanionReplacedError, LeaseLostError
 from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
     Event,
@@ -45,7 +43,7 @@ from vllm_companion_plugin.holder.registry.entries import (
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.moves import GenerationMoved, LeaseMoved, LingerOver, Move
 from vllm_companion_plugin.holder.registry.selection import Query
-from vllm_companion_plugin.holder.registry.state import Due, Registry
+from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.registry.table import (
     DISMISSING,
     GENERATION,
@@ -55,30 +53,43 @@ from vllm_companion_plugin.holder.registry.table import (
     LeaseEvent,
 )
 
-KEYS = [EntryKey("a", "m", rank="tp0/2"), EntryKey("b", "m", rank="tp1/2"), EntryKey("c", "other")]
+KEYS = [EntryKey("a", "m", rank="tp0/2"), EntryKey("b", "m", rank="tp1/2")]
 ARENA = ArenaInfo("memfd", (4096, 8192))
 MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)
 LINGER_S, GRACE_S = 8.0, 16.0
 BY_LINGER = (GenerationEvent.EXPIRE, GenerationEvent.MAKE_ROOM)
 
 keys = st.sampled_from(KEYS)
-queries = st.sampled_from([Query(), Query(model="m"), Query(rank="tp0/2"), Query(key_id="c"), Query(model="nobody's")])
+queries = st.sampled_from([Query(), Query(model="m"), Query(rank="tp0/2"), Query(key_id="b"), Query(model="nobody's")])
+
+
+def one_of(find: Callable[[Any], list[Lease]]) -> st.SearchStrategy[Lease]:
+    """One of the leases that `find` finds in the state machine."""
+    return st.runner().flatmap(lambda self: st.sampled_from(find(self)))
+
+
+leases = one_of(lambda self: self.all_leases + self.registry.leases)
+loaders = one_of(lambda self: self.elected_leases() or self.all_leases)
+attached = precondition(lambda self: self.all_leases)
+held = precondition(lambda self: self.registry.entries)
+loading = precondition(lambda self: self.elected_leases())
 
 
 class Clients(RuleBasedStateMachine):
     """What may happen to a companion, and what must be true whatever has happened."""
 
-    leases = Bundle("leases")
     taken: ClassVar[set[tuple[Enum | None, Enum]]] = set()
     """Steps of the tables that any order has taken."""
 
     # ---- the world around the registry
 
     @initialize(
-        linger_s=st.sampled_from([LINGER_S, -1.0]),
-        expected=st.lists(st.tuples(keys, st.integers(1, 3)), max_size=2),
+        linger_s=st.sampled_from([LINGER_S, LINGER_S, -1.0]),
+        expected=st.sampled_from([[], [], [(KEYS[0], 3)], [(KEYS[0], 1), (KEYS[1], 2)]]),
+        replaced=st.booleans(),
     )
-    def start(self, linger_s: float, expected: list[tuple[EntryKey, int]]) -> None:
+    def start(self, linger_s: float, expected: list[tuple[EntryKey, int]], replaced: bool) -> None:
+        self.replaced = replaced
         self.now = 1000.0
         self.linger_s, self.grace_s = linger_s, GRACE_S
         self.numbers, self.pids = count(100), count(1)
@@ -184,17 +195,22 @@ class Clients(RuleBasedStateMachine):
         heard = self.events(lease)
         return not lease.ended and bool(heard) and isinstance(heard[-1], GrantedEvent) and lease.id in self.elected
 
+    def elected_leases(self) -> list[Lease]:
+        return [lease for lease in self.registry.leases if lease.state is LeaseState.LOADING]
+
     # ---- clients
 
     @rule(
-        target=leases,
-        select=st.one_of(keys, queries),
-        may_load=st.booleans(),
-        holds=st.integers(0, 4),
-        passive=st.booleans(),
+        select=st.one_of(keys, keys, queries),
+        may_load=st.sampled_from([True, True, False]),
+        holds=st.sampled_from([0, 0, 0, 0, 1, 4, None, None]),
+        passive=st.sampled_from([False, False, True]),
     )
-    def attach(self, select: EntryKey | Query, may_load: bool, holds: int, passive: bool) -> Any:
+    def attach(self, select: EntryKey | Query, may_load: bool, holds: int | None, passive: bool) -> None:
+        """`holds` None: the latest generation."""
         pid = next(self.pids)
+        if holds is None:
+            holds = self.published.get(select.id, 0) if isinstance(select, EntryKey) else 0
 
         def call() -> Lease:
             return self.registry.attach(
@@ -202,25 +218,52 @@ class Clients(RuleBasedStateMachine):
             )
 
         before = len(self.registry.leases)
-        lease = self.attempt(call, legal=False if self.registry.lifetime.ending else None)
-        if lease is None:
-            return multiple()
-        assert len(self.registry.leases) == before + 1
-        self.all_leases.append(lease)
-        self.told[lease.id] = []
-        return lease
+        lease = self.attempt(call)
+        if lease is not None:
+            assert len(self.registry.leases) == before + 1
+            self.all_leases.append(lease)
+            self.told[lease.id] = []
 
-    @rule(lease=leases)
-    def read(self, lease: Lease) -> None:
-        self.told[lease.id] += lease.events
-        lease.events.clear()
+    @rule(key=keys)
+    def engine(self, key: EntryKey) -> None:
+        self.attach(key, True, 0, False)
 
-    @rule(lease=leases, number=st.integers(1, 12))
+    @rule(key=keys, passive=st.booleans())
+    def holder(self, key: EntryKey, passive: bool) -> None:
+        self.attach(key, False, None, passive)
+
+    @rule(key=keys)
+    def publisher(self, key: EntryKey) -> None:
+        """A client that attaches, and publishes at once if it is elected."""
+        self.attach(key, True, 0, False)
+        if self.all_leases and self.all_leases[-1].state is LeaseState.LOADING:
+            self.publish(self.all_leases[-1], False)
+
+    @loading
+    @rule(lease=loaders, as_held=st.sampled_from([True, False, None]))
+    def publish(self, lease: Lease, as_held: bool | None) -> None:
+        """All that a loader does; `as_held` None: it declines."""
+        if as_held is None:
+            self.decline(lease, 0)
+            return
+        if not lease.deposited:
+            self.deposit(lease, 2)
+        self.commit(lease, lease.holds if as_held else 0)
+
+    @attached
+    @rule(
+        lease=st.one_of(leases, loaders),
+        call=st.sampled_from(["announce", "deposit", "progress", "commit", "decline"]),
+        number=st.sampled_from([0, 1, 2, 2, 3, 7]),
+    )
+    def call(self, lease: Lease, call: str, number: int) -> None:
+        """Anything that a client may say, in any state."""
+        getattr(self, call)(lease, number)
+
     def announce(self, lease: Lease, number: int) -> None:
         legal = None if self.may_publish(lease) else False  # the limit may refuse it
         self.attempt(lambda: self.registry.announce(lease, number), legal=legal)
 
-    @rule(lease=leases, number=st.sampled_from([2, 2, 2, 1, 3]))
     def deposit(self, lease: Lease, number: int) -> None:
         fds = [next(self.numbers) for _ in range(number)]
         legal = self.may_publish(lease) and not lease.deposited
@@ -231,33 +274,40 @@ class Clients(RuleBasedStateMachine):
 
         self.attempt(call, legal=legal)
 
-    @rule(lease=leases, done=st.integers(0, 3))
-    def progress(self, lease: Lease, done: int) -> None:
-        self.attempt(lambda: self.registry.progress(lease, Progress("reading", done, 3)), legal=self.may_publish(lease))
+    def progress(self, lease: Lease, number: int) -> None:
+        progress = Progress("reading", number, 7)
+        self.attempt(lambda: self.registry.progress(lease, progress), legal=self.may_publish(lease))
 
-    @rule(lease=leases, generation=st.sampled_from([0, 0, None, None, 7]))
-    def commit(self, lease: Lease, generation: int | None) -> None:
-        as_held = lease.holds if generation is None else generation
-        legal = self.may_publish(lease) and len(lease.deposited) == 2 and as_held in (0, lease.holds)
-        number = self.attempt(lambda: self.registry.commit(lease, ARENA, MANIFEST, Published(3), as_held), legal=legal)
-        if number is not None:
-            self.commits["handed_back" if as_held else "published"] += 1
-            assert number == lease.entry.generation
+    def commit(self, lease: Lease, number: int) -> None:
+        legal = self.may_publish(lease) and len(lease.deposited) == 2 and number in (0, lease.holds)
+        committed = self.attempt(
+            lambda: self.registry.commit(lease, ARENA, MANIFEST, Published(3), number), legal=legal
+        )
+        if committed is not None:
+            self.commits["handed_back" if number else "published"] += 1
+            assert committed == lease.entry.generation
             del self.elected[lease.id]
 
-    @rule(lease=leases)
-    def decline(self, lease: Lease) -> None:
+    def decline(self, lease: Lease, number: int) -> None:
         legal, holds = self.may_publish(lease), lease.holds
         self.attempt(lambda: self.registry.decline(lease, "because"), legal=legal)
         self.declines += legal and not holds
 
+    @attached
     @rule(lease=leases)
     def leave(self, lease: Lease) -> None:
         self.attempt(lambda: self.registry.end_lease(lease), legal=True)
         assert lease.ended
 
+    @held
+    @rule(key=keys)
+    def all_leave(self, key: EntryKey) -> None:
+        for lease in [lease for lease in self.registry.leases if lease.entry.key is key]:
+            self.leave(lease)
+
     # ---- people and memory
 
+    @held
     @rule(query=queries, force=st.booleans())
     def unload(self, query: Query, force: bool) -> None:
         found = [e for e in self.registry.entries if e.current and query.matches(e.key)]
@@ -265,12 +315,14 @@ class Clients(RuleBasedStateMachine):
         self.attempt(lambda: self.registry.unload(query, force=force), legal=legal)
         assert not legal or not any(e.current for e in found)
 
-    @rule(size_bytes=st.integers(0, 3 * ARENA.size_bytes))
+    @held
+    @rule(size_bytes=st.sampled_from([0, 1, ARENA.size_bytes, ARENA.size_bytes + 1, 3 * ARENA.size_bytes]))
     def make_room(self, size_bytes: int) -> None:
         dropped = self.attempt(lambda: self.registry.make_room(size_bytes), legal=True)
         sizes = [entry.size_bytes for entry in dropped]
         assert not sizes or sum(sizes[:-1]) < size_bytes <= sum(sizes)
 
+    @held
     @rule(key=keys)
     def lose(self, key: EntryKey) -> None:
         """The process that the memory of an entry depends on ends."""
@@ -296,12 +348,13 @@ class Clients(RuleBasedStateMachine):
 
     # ---- time
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, HAND_BACK_S, LINGER_S]))
-    def wait(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, HAND_BACK_S, LINGER_S]), read=st.booleans())
+    def wait(self, seconds: float, read: bool) -> None:
+        for lease in self.all_leases if read else ():
+            self.told[lease.id] += lease.events
+            lease.events.clear()
         self.now += seconds
-        due = self.registry.advance()
-        self.settle()
-        self.check_time(due)
+        self.check_time()
 
     @rule()
     def wait_until_due(self) -> None:
@@ -316,12 +369,14 @@ class Clients(RuleBasedStateMachine):
         again = self.registry.advance()
         assert (again.over, again.next_s, len(self.moves)) == (False, due.next_s / 2, before)
         self.now += due.next_s / 2
-        self.check_time(self.registry.advance())
+        self.check_time()
         assert len(self.moves) > before
-        self.settle()
 
-    def check_time(self, due: Due) -> None:
-        """Whatever is due has been done."""
+    def check_time(self) -> None:
+        """Whatever is due is done."""
+        before = len(self.moves)
+        due = self.registry.advance()
+        self.settle()
         for entry in self.registry.entries:
             assert entry.state is not GenerationState.EXPECTED or self.now < self.opened_at + HAND_BACK_S
             idle_s = self.now - self.idle.get(id(entry), self.now)
@@ -333,7 +388,7 @@ class Clients(RuleBasedStateMachine):
         if self.linger_s >= 0 and self.idle_since is not None:
             ends = self.idle_since + max(self.linger_s, self.grace_s)
         assert due.over == (ends is not None and ends <= self.now)
-        assert due.over == bool(self.moves and isinstance(self.moves[-1], LingerOver))
+        assert due.over == any(isinstance(move, LingerOver) for move in self.moves[before:])
 
     # ---- what is always true
 
@@ -435,14 +490,15 @@ class Clients(RuleBasedStateMachine):
             found[name] += sum(series.counts) if series.counts else int(series.value)
         return {name: found[name] for name in names}
 
-    @precondition(lambda self: not self.registry.lifetime.ending)
-    @rule(replaced=st.booleans())
-    def end(self, replaced: bool) -> None:
-        self.registry.end(replaced=replaced)
-
     def teardown(self) -> None:
+        """At the end nobody is let in, and nothing is left."""
         if not hasattr(self, "registry"):
             return
+        self.registry.end(replaced=self.replaced)
+        before = self.snapshot()
+        with pytest.raises(CompanionReplacedError if self.replaced else LeaseLostError):
+            self.registry.attach(KEYS[0], may_load=True, pid=1, client="late")
+        assert self.snapshot() == before
         self.registry.close()
         assert self.closed == Counter(dict.fromkeys(self.deposited, 1))
         assert self.registry.entries == []
@@ -461,13 +517,14 @@ def explore(examples: int, steps: int, *, derandomize: bool) -> None:
             deadline=None,
             database=None,
             print_blob=True,
+            phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         ),
     )
-    steps_of_tables = {
-        (before, event) for rows in (GENERATION.rows, LEASE.rows) for before in rows for event in rows[before]
+    all_steps = {
+        (state, event) for rows in (GENERATION.rows, LEASE.rows) for state, row in rows.items() for event in row
     }
-    assert steps_of_tables - Clients.taken == set()
+    assert all_steps - Clients.taken == set()
 
 
 class TestRegistryModel:
@@ -475,7 +532,7 @@ class TestRegistryModel:
 
     def test_short(self) -> None:
         """The same orders every time."""
-        explore(100, 40, derandomize=True)
+        explore(200, 50, derandomize=True)
 
     @pytest.mark.slow
     @pytest.mark.timeout(1800)
