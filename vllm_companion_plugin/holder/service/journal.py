@@ -1,7 +1,7 @@
 """What is written down of the registry's moves: the log of the companion, and notes for the next one.
 
 A note tells those who map a generation not to hand it back to the companion that follows. The log says what happened to
-whose entry; its texts are nowhere else.
+which entry, and by whom.
 """
 
 from __future__ import annotations
@@ -94,6 +94,6 @@ def _log_lease(move: LeaseMoved) -> None:
         logger.info("%s keeps %s: %s", lease.who, entry.key.model, move.reason)
     elif move.event is LeaseEvent.OVERDUE:
         logger.warning(
-            "%s was let to hand back %s and did not within %g s: the next one may.",
+            "%s was elected to hand back %s and did not within %g s: the next one may.",
             *(lease.who, entry.key.title, limits.HAND_BACK_S),
         )
