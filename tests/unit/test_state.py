@@ -469,8 +469,12 @@ class TestOwner:
     def test_may_have_the_companion_linger(self) -> None:
         """An owner with a linger time keeps entries, but not for longer than the companion."""
         world = World(linger_s=10, grace_s=50)
-        world.registry.end_lease(world.publish(key()))
         world.registry.own(5, 20)
+        world.registry.expect(key(), 1)
+        holder = world.registry.attach(key(), may_load=False, pid=5, client="serve", holds=1, passive=True)
+        world.registry.deposit(holder, (7, 8))
+        world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 1)
+        world.registry.end_lease(holder)
         assert world.wait(19) == Due(False, 1)
         assert world.happened(GenerationEvent.EXPIRE) == []
         assert world.wait(1).over
