@@ -13,11 +13,11 @@ $(STAMP): pyproject.toml tools/make_venv.sh
 	PYTHON=$(PYTHON) tools/make_venv.sh
 
 test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
-	$(BIN)/python -m pytest -q -m "not vllm and not alone and not gpu" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not vllm and not alone and not slow and not gpu" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m "vllm and not alone and not slow and not gpu" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m alone
 
-test-slow: $(STAMP) ## every architecture against a normal load, thirty more rounds of chaos with real engines, and a thousand with stand-ins
+test-slow: $(STAMP) ## every architecture against a normal load, orders of events in the registry, thirty more rounds of chaos with real engines, and a thousand with stand-ins
 	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python -m tests.process.chaos --rounds 1000
 

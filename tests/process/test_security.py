@@ -52,12 +52,12 @@ EVIL = f"evil\n{FORGED}\x1b[2J\x9b31m\u202e"
 LIMITS = """
 import resource, sys
 from vllm_companion_plugin.holder.__main__ import main
-from vllm_companion_plugin.holder.registry import state
-from vllm_companion_plugin.holder.service import fd_server, service
+from vllm_companion_plugin.holder.registry import limits
+from vllm_companion_plugin.holder.service import fd_server
 fd_server.MAX_CONNECTIONS = 16
-state.MAX_LEASES, state.MAX_ENTRIES = 12, 8
-service.MAX_WATCHES = service.MAX_PUBLICATIONS = 4
-service.MAX_MANIFESTS_BYTES = 6 << 20
+limits.MAX_LEASES, limits.MAX_ENTRIES = 12, 8
+limits.MAX_WATCHES = limits.MAX_PUBLICATIONS = 4
+limits.MAX_MANIFESTS_BYTES = 6 << 20
 resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
 sys.exit(main(["--device", "cpu"]))
 """

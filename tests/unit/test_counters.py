@@ -11,6 +11,7 @@ from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S
 from vllm_companion_plugin.holder.registry.counters import MAX_SUBJECTS, Counters
+from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.selection import Query
 
 KEY = EntryKey("ab" * 32, "org/model")
@@ -19,7 +20,7 @@ KEY = EntryKey("ab" * 32, "org/model")
 def counted(world: World) -> dict[str, tuple[float, int]]:
     """Value, and number of observations, by name and the labels that are not the model's; without zeros."""
     found = {}
-    for series in world.registry.counters.all():
+    for series in world.counting.counters.all():
         rest = [value for name, value in series.labels.items() if name not in ("model", "rank", "role")]
         if series.value or any(series.counts):
             found[" ".join([series.name, *rest])] = (series.value, sum(series.counts))
@@ -71,11 +72,12 @@ def test_what_is_handed_back_renewed_and_given_up() -> None:
     other = EntryKey("cd" * 32, "org/other")
     world.registry.expect(KEY, 3)
     world.registry.expect(other, 1)
+    world.registry.open()
     heir = world.registry.attach(KEY, may_load=False, pid=1, client="heir", holds=3)
     world.registry.deposit(heir, (7, 8))
     world.registry.commit(heir, ARENA, MANIFEST, SHOWN, 3)
     world.registry.attach(KEY, may_load=False, pid=2, client="second", holds=3)
-    world.registry.give_up_expected()
+    world.wait(HAND_BACK_S)
     assert counted(world) == {
         "readoptions handed_back": (1, 0),
         "readoptions renewed": (1, 0),
@@ -113,12 +115,12 @@ def test_models_that_come_and_go_do_not_grow_it_for_ever() -> None:
 def test_every_series_of_an_entry_begins_at_zero() -> None:
     world = World()
     world.attach(KEY)
-    before = {(series.name, *series.labels.values()) for series in world.registry.counters.all()}
+    before = {(series.name, *series.labels.values()) for series in world.counting.counters.all()}
     assert {name for name, *_ in before} == {metric.name for metric in metrics.TABLE if metric.kind != "gauge"}
     assert counted(world) == {}
     world.registry.end_lease(world.registry.leases[0])
     world.publish(KEY)
-    assert {(series.name, *series.labels.values()) for series in world.registry.counters.all()} == before
+    assert {(series.name, *series.labels.values()) for series in world.counting.counters.all()} == before
 
 
 def test_a_name_is_a_label_of_bounded_length() -> None:

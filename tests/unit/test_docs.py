@@ -12,6 +12,7 @@ import yaml
 from vllm_companion_plugin import settings
 from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.errors import BY_CODE
+from vllm_companion_plugin.holder.registry import table
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 
@@ -22,6 +23,10 @@ def test_the_settings_table_is_the_generated_one() -> None:
 
 def test_the_metrics_table_is_the_generated_one() -> None:
     assert metrics.to_markdown() in (DOCS / "operations.md").read_text()
+
+
+def test_the_diagrams_of_states_are_the_generated_ones() -> None:
+    assert table.to_markdown() in (DOCS / "architecture.md").read_text()
 
 
 def test_every_error_code_is_explained() -> None:

@@ -10,24 +10,34 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
+    AlreadyRunningError,
     BadRequestError,
     CompanionError,
+    CompanionReplacedError,
     EntryInUseError,
     EntryNotFoundError,
     LeaseLostError,
+    LimitError,
     NotShareableError,
+    WaitTimeoutError,
 )
+from vllm_companion_plugin.holder.registry import limits
+from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
     FailedEvent,
     GrantedEvent,
     Lease,
     ReadyEvent,
     RetiredEvent,
+    StoredManifest,
     WaitingEvent,
 )
+from vllm_companion_plugin.holder.registry.lifetime import FOR_EVER
+from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
+from vllm_companion_plugin.holder.registry.moves import GenerationMoved, Lingering, LingerOver, Move, OwnerGone
 from vllm_companion_plugin.holder.registry.selection import Query
-from vllm_companion_plugin.holder.registry.state import Registry
-from vllm_companion_plugin.holder.service.incoming import StoredManifest
+from vllm_companion_plugin.holder.registry.state import Due, Registry
+from vllm_companion_plugin.holder.registry.table import DISMISSING, GenerationEvent
 
 ARENA = ArenaInfo("memfd", (4096, 8192))
 MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)
@@ -37,12 +47,23 @@ SHOWN = Published(3)
 class World:
     """A registry with a clock of its own and a record of what it asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, linger_s: float = FOR_EVER, grace_s: float = 0.0, max_fds: int = 1000) -> None:
         self.now = 1000.0
         self.closed: list[int] = []
         self.changes = 0
+        self.moves: list[Move] = []
+        self.counting = Counting()
         self.registry = Registry(
-            close_fds=self.closed.extend, on_change=self._changed, wall=lambda: self.now, monotonic=lambda: self.now
+            close_fds=self.closed.extend,
+            wall=lambda: self.now,
+            monotonic=lambda: self.now,
+            device="cpu",
+            pid=77,
+            linger_s=linger_s,
+            grace_s=grace_s,
+            max_fds=max_fds,
+            on_change=self._changed,
+            observers=(self.counting.observe, self.moves.append),
         )
 
     def _changed(self) -> None:
@@ -57,8 +78,23 @@ class World:
         self.registry.commit(lease, ARENA, MANIFEST, SHOWN)
         return lease
 
+    def wait(self, seconds: float) -> Due:
+        """Let time pass, and have done what is due."""
+        self.now += seconds
+        return self.registry.advance()
+
+    def happened(self, event: GenerationEvent) -> list[str]:
+        """The ids of the keys that this has happened to."""
+        return [m.entry.key.id for m in self.moves if isinstance(m, GenerationMoved) and m.event is event]
+
     def snapshot(self) -> object:
-        return self.registry.status(), list(self.closed), [list(x.events) for x in self.registry.leases], self.changes
+        return (
+            self.registry.status(),
+            list(self.closed),
+            [(list(x.events), x.state, x.deposited, x.announced) for x in self.registry.leases],
+            self.changes,
+            list(self.moves),
+        )
 
 
 @pytest.fixture
@@ -270,36 +306,38 @@ def test_a_second_commit_is_illegal(world: World) -> None:
 
 
 def test_idle_time_runs_while_no_lease_exists(world: World) -> None:
-    assert world.registry.idle_since == 1000
+    assert world.registry.lifetime.idle_since == 1000
     lease = world.publish(key())
-    assert world.registry.idle_since is None
+    assert world.registry.lifetime.idle_since is None
     other = world.attach(key(), pid=2)
     world.registry.end_lease(lease)
-    assert world.registry.idle_since is None
+    assert world.registry.lifetime.idle_since is None
     world.now = 1234
     world.registry.end_lease(other)
-    assert world.registry.idle_since == 1234
+    assert world.registry.lifetime.idle_since == 1234
     world.now = 1300
     world.registry.unload(Query())
-    assert world.registry.idle_since == 1234
+    assert world.registry.lifetime.idle_since == 1234
 
 
 class TestLinger:
     """An entry that nobody uses goes after its own linger time."""
 
+    @pytest.fixture
+    def world(self) -> World:
+        return World(linger_s=10)
+
     def test_ends_for_each_entry_by_itself(self, world: World) -> None:
         """What a rolling restart leaves behind goes, though the companion is in use all the time."""
         old, new = world.publish(key("old")), world.publish(key("new"), pid=2, fds=(17, 18))
         world.registry.end_lease(old)
-        world.now += 4
-        assert world.registry.expire(10) == ((), 6)
-        (idle, used) = world.registry.status(10)
+        assert world.wait(4) == Due(False, 6)
+        (idle, used) = world.registry.status()
         assert (idle.expires_at_unix_s, used.expires_at_unix_s) == (1010, 0)
-        world.now += 6
-        (dropped,), next_s = world.registry.expire(10)
-        assert (dropped.key.id, next_s, world.closed) == ("old", None, [7, 8])
+        assert world.wait(6) == Due(False, None)
+        assert (world.happened(GenerationEvent.EXPIRE), world.closed) == (["old"], [7, 8])
         assert [e.key.id for e in world.registry.status()] == ["new"]
-        assert world.registry.idle_since is None
+        assert world.registry.lifetime.idle_since is None
         world.registry.end_lease(new)
 
     def test_begins_anew_with_every_user(self, world: World) -> None:
@@ -307,61 +345,175 @@ class TestLinger:
         world.registry.end_lease(world.publish(key()))
         world.now += 9
         user = world.attach(key(), pid=2)
-        world.now += 9
-        assert world.registry.expire(10) == ((), None)
+        assert world.wait(9) == Due(False, None)
         world.registry.end_lease(user)
-        world.now += 9
-        assert world.registry.expire(10) == ((), 1)
+        assert world.wait(9) == Due(False, 1)
 
     def test_leaves_alone_what_is_loading_and_what_is_held(self, world: World) -> None:
         """An entry that an upgrade holds must be there to be handed back."""
         world.registry.end_lease(world.publish(key("held")))
         holder = world.registry.attach(key("held"), may_load=False, pid=9, client="upgrade", passive=True)
         world.attach(key("loading"), pid=2)
-        world.now += 99
-        assert world.registry.expire(10) == ((), None)
+        assert world.wait(99) == Due(False, None)
         world.registry.end_lease(holder)
-        assert [e.key.id for e in world.registry.expire(10)[0]] == ["held"]
+        world.wait(0)
+        assert world.happened(GenerationEvent.EXPIRE) == ["held"]
 
-    def test_that_is_endless_drops_nothing(self, world: World) -> None:
-        """What a `serve` holds stays until it is stopped."""
+    @pytest.mark.parametrize("linger_s", [-1, float("inf"), float("nan")])
+    def test_that_is_endless_drops_nothing(self, linger_s: float) -> None:
+        """What a companion that is stopped by hand holds stays until then."""
+        world = World(linger_s)
         world.registry.end_lease(world.publish(key()))
-        world.now += 1e6
-        assert world.registry.expire(-1) == ((), None)
-        assert world.registry.make_room(1, -1) == ()
-        assert world.registry.status(-1)[0].expires_at_unix_s == 0
-
-    def test_restarts_when_an_owner_goes(self, world: World) -> None:
-        """The time while the entry belonged to a `serve` does not count."""
-        world.registry.end_lease(world.publish(key()))
-        world.now += 99
-        world.registry.restart_idle_time()
-        assert world.registry.expire(10) == ((), 10)
+        assert world.wait(1e6) == Due(False, None)
+        assert world.registry.make_room(1) == ()
+        assert world.registry.status()[0].expires_at_unix_s == world.registry.exits_at_unix_s == 0
 
     def test_counts_from_the_hand_back_of_a_holder_that_uses_nothing(self, world: World) -> None:
         """An entry that a `serve` or an upgrade handed back is idle from then on."""
         world.registry.expect(key(), 4)
+        world.now += 5
         lease = world.registry.attach(key(), may_load=False, pid=1, client="serve", holds=4, passive=True)
         world.registry.deposit(lease, (7, 8))
         world.registry.commit(lease, ARENA, MANIFEST, SHOWN, 4)
         world.registry.end_lease(lease)
-        assert world.registry.expire(10) == ((), 10)
+        world.wait(9)
+        assert world.happened(GenerationEvent.EXPIRE) == []
+        world.wait(1)
+        assert world.happened(GenerationEvent.EXPIRE) == ["k1"]
 
     def test_that_is_over_lets_nobody_hand_the_entry_back(self, world: World) -> None:
-        """Who held it for a companion that died comes too late."""
+        """A client that held it for a companion that died comes too late."""
         world.registry.end_lease(world.publish(key()))
-        world.now += 10
-        world.registry.expire(10)
+        world.wait(10)
         with pytest.raises(EntryNotFoundError):
             world.registry.attach(key(), may_load=False, pid=3, client="late", holds=1)
 
 
+class TestLifetime:
+    """The companion ends when nobody has used anything for its linger time."""
+
+    def test_is_over_after_the_linger_time(self) -> None:
+        """Observers hear of the end when it comes in sight, and when it is there."""
+        world = World(linger_s=10)
+        assert world.wait(0) == world.wait(0) == Due(False, 10)
+        world.now += 1
+        world.registry.end_lease(world.publish(key()))
+        world.wait(4)
+        assert world.registry.exits_at_unix_s == 1011
+        assert world.wait(6) == Due(True, 0)
+        told = [move for move in world.moves if isinstance(move, (Lingering, LingerOver))]
+        assert told == [Lingering(10, 0), Lingering(6, 12288), LingerOver(10)]
+
+    def test_goes_on_while_somebody_uses_something(self) -> None:
+        """Also while somebody loads."""
+        world = World(linger_s=10)
+        world.attach(key())
+        assert world.wait(99) == Due(False, None)
+        assert world.registry.exits_at_unix_s == 0
+
+    def test_has_a_grace_until_the_first_user(self) -> None:
+        """A client can attach to the companion that it has started, however short the linger time."""
+        world = World(linger_s=0, grace_s=10)
+        assert world.wait(9) == Due(False, 1)
+        world.registry.end_lease(world.publish(key()))
+        assert world.wait(0).over
+
+    def test_is_over_though_somebody_holds_what_nobody_uses(self) -> None:
+        """A passive lease keeps an entry, not the companion."""
+        world = World(linger_s=10)
+        user = world.publish(key())
+        world.registry.attach(key(), may_load=False, pid=2, client="serve", passive=True)
+        world.registry.end_lease(user)
+        assert world.wait(10).over
+
+    def test_lets_nobody_in_that_comes_at_the_end(self, world: World) -> None:
+        """The error says whether another companion follows."""
+        world.registry.end(replaced=True)
+        before = world.snapshot()
+        with pytest.raises(CompanionReplacedError, match=r"The companion of cpu \(pid 77\) has shut down"):
+            world.attach(key())
+        assert world.snapshot() == before
+        world.registry.end(replaced=False)
+        with pytest.raises(LeaseLostError):
+            world.attach(key())
+
+    @pytest.mark.parametrize(
+        ("replaced", "event", "error"),
+        [(True, GenerationEvent.REPLACE, CompanionReplacedError), (False, GenerationEvent.CLOSE, LeaseLostError)],
+    )
+    def test_ends_every_entry(
+        self, world: World, replaced: bool, event: GenerationEvent, error: type[CompanionError]
+    ) -> None:
+        """Only if no companion follows are clients kept from handing back (`table.DISMISSING`)."""
+        lease = world.publish(key())
+        world.registry.end(replaced=replaced)
+        world.registry.close()
+        assert world.happened(event) == ["k1"]
+        assert (event in DISMISSING) is not replaced
+        assert isinstance(lease.events[-1], FailedEvent)
+        assert type(lease.events[-1].error) is error
+
+
+class TestOwner:
+    """A `serve` owns its companion: what it holds stays, or goes as a whole."""
+
+    def test_keeps_every_entry_and_the_companion(self) -> None:
+        """The owner's linger time counts."""
+        world = World(linger_s=10)
+        world.registry.end_lease(world.publish(key()))
+        world.registry.own(5, -1)
+        assert world.wait(1e6) == Due(False, None)
+        assert world.registry.make_room(1) == ()
+        assert world.registry.status()[0].expires_at_unix_s == world.registry.exits_at_unix_s == 0
+
+    def test_may_have_the_companion_linger(self) -> None:
+        """An owner with a linger time keeps entries, but not for longer than the companion."""
+        world = World(linger_s=10, grace_s=50)
+        world.registry.own(5, 20)
+        world.registry.expect(key(), 1)
+        holder = world.registry.attach(key(), may_load=False, pid=5, client="serve", holds=1, passive=True)
+        world.registry.deposit(holder, (7, 8))
+        world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 1)
+        world.registry.end_lease(holder)
+        assert world.wait(19) == Due(False, 1)
+        assert world.happened(GenerationEvent.EXPIRE) == []
+        assert world.wait(1).over
+
+    def test_leaves_and_idle_time_begins_anew(self) -> None:
+        """The time while the entry belonged to a `serve` does not count."""
+        world = World(linger_s=10)
+        world.registry.end_lease(world.publish(key()))
+        world.registry.own(5, -1)
+        world.now += 99
+        world.registry.disown()
+        assert world.moves[-1] == OwnerGone(5)
+        assert world.wait(9) == Due(False, 1)
+        assert world.wait(1).over
+        assert world.happened(GenerationEvent.EXPIRE) == ["k1"]
+
+    def test_is_one(self, world: World) -> None:
+        """The error names the owner, and how to end its companion."""
+        world.registry.own(5, -1)
+        before = world.snapshot(), vars(world.registry.lifetime).copy()
+        with pytest.raises(AlreadyRunningError, match=r"cpu runs already \(pid 77\).*\(pid 5\).*stop --device cpu"):
+            world.registry.own(6, 3)
+        assert (world.snapshot(), vars(world.registry.lifetime)) == before
+
+    @pytest.mark.parametrize(("pid", "linger_s"), [(0, -1), (-1, -1), (5, float("inf")), (5, float("nan"))])
+    def test_has_a_pid_and_a_finite_linger_time(self, world: World, pid: int, linger_s: float) -> None:
+        """Anything else comes from no correct client."""
+        with pytest.raises(BadRequestError):
+            world.registry.own(pid, linger_s)
+        assert world.registry.lifetime.owner_pid == 0
+
+
 class TestRoom:
-    """Who is about to load has idle entries dropped."""
+    """Entries that nobody uses make room for a client that is about to load."""
 
     @pytest.fixture
-    def idle(self, world: World) -> World:
+    def idle(self) -> World:
         """Entries a, b and c of 12288 bytes each: b is idle for longest, a is in use."""
+        world = World(linger_s=600)
         leases = {name: world.publish(key(name), fds=(n, n + 1)) for n, name in enumerate("abc", start=10)}
         for name in "bc":
             world.registry.end_lease(leases[name])
@@ -375,21 +527,54 @@ class TestRoom:
         self, idle: World, size_bytes: int, dropped: str
     ) -> None:
         """What would not be enough is not dropped at all."""
-        assert "".join(e.key.id for e in idle.registry.make_room(size_bytes, 600)) == dropped
+        assert "".join(e.key.id for e in idle.registry.make_room(size_bytes)) == dropped
         assert {e.key.id for e in idle.registry.status()} == set("abc") - set(dropped)
 
     def test_is_never_made_of_what_somebody_uses_or_holds(self, idle: World) -> None:
         """An attached engine, a waiting one and a holder keep an entry."""
         idle.registry.attach(key("b"), may_load=False, pid=8, client="engine")
         idle.registry.attach(key("c"), may_load=False, pid=9, client="serve", passive=True)
-        assert idle.registry.make_room(1, 600) == ()
+        assert idle.registry.make_room(1) == ()
+
+
+class TestLimits:
+    """A companion takes on a bounded number of everything."""
+
+    def test_places_are_taken_and_given_back(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Watches and publications have separate places."""
+        monkeypatch.setattr(limits, "MAX_WATCHES", 1)
+        registry = World().registry
+        with registry.watch(), pytest.raises(LimitError, match="1 clients watch"), registry.receive(), registry.watch():
+            pass
+        with registry.watch():
+            pass
+
+    def test_manifests_are_counted_together(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Published ones, and what is on its way."""
+        monkeypatch.setattr(limits, "MAX_MANIFESTS_BYTES", 20)
+        world.publish(key())
+        world.registry.check_manifests(12)
+        with pytest.raises(LimitError, match="larger than 20"):
+            world.registry.check_manifests(13)
+
+    def test_descriptors_are_counted_with_those_announced(self) -> None:
+        """A client that is refused keeps its lease and may announce fewer."""
+        world = World(max_fds=5)
+        world.publish(key("a"))
+        first, second = world.attach(key("b"), pid=2), world.attach(key("c"), pid=3)
+        world.registry.announce(first, 2)
+        before = world.snapshot()
+        with pytest.raises(LimitError, match="has 4 descriptors and keeps at most 5"):
+            world.registry.announce(second, 2)
+        assert world.snapshot() == before
+        world.registry.announce(second, 1)
 
 
 def test_closing_fails_all_leases_and_closes_each_descriptor_once(world: World) -> None:
     attached = world.publish(key("a"))
     loader = world.attach(key("b"), pid=2)
     world.registry.deposit(loader, (17, 18))
-    world.registry.close(LeaseLostError("bye"))
+    world.registry.close()
     assert sorted(world.closed) == [7, 8, 17, 18]
     assert all(isinstance(x.events[-1], FailedEvent) for x in (attached, loader))
     assert world.registry.status() == ()
@@ -408,7 +593,9 @@ def test_of_what_is_expected_only_a_holder_is_elected_and_it_comes_back_as_it_wa
     assert kinds(newcomer) == kinds(reader) == [WaitingEvent]
     holder, second = hold(world, pid=3), hold(world, pid=4)
     assert kinds(holder) == [GrantedEvent]
-    assert world.registry.give_up_expected() != []  # it is being handed back, which ends well
+    world.registry.open()
+    world.now += 1
+    world.registry.progress(holder, Progress("copying"))
     world.registry.deposit(holder, (7, 8))
     assert world.registry.commit(holder, ARENA, MANIFEST, Published(3, {"hide": 2}, 900.0, 8.0), 4) == 4
     assert [kinds(x)[-1] for x in (newcomer, reader, second)] == [ReadyEvent] * 3
@@ -426,12 +613,27 @@ def test_a_holder_that_dies_while_it_hands_back_is_followed_by_the_next(world: W
     assert kinds(hold(world, pid=3)) == [GrantedEvent]
 
 
+def test_what_is_being_handed_back_when_the_time_is_over_may_yet_come(world: World) -> None:
+    world.registry.expect(key(), 4)
+    world.registry.open()
+    world.now += 1
+    holder = hold(world, pid=1)
+    assert world.wait(HAND_BACK_S - 1) == Due(False, 1)
+    assert world.happened(GenerationEvent.GIVE_UP) == ["k1"]
+    world.registry.deposit(holder, (7, 8))
+    assert world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 4) == 4
+
+
 def test_what_nobody_hands_back_in_time_is_loaded_as_the_next_generation(world: World) -> None:
     world.registry.expect(key(), 4)
     world.registry.expect(key("k2"), 1)
+    assert world.wait(99) == Due(False, None)  # nobody could reach us yet
+    world.registry.open()
     newcomer = world.attach(key(), pid=1)
     reader = world.attach(key("k2"), may_load=False, pid=2)
-    assert len(world.registry.give_up_expected()) == 2
+    assert world.wait(HAND_BACK_S - 1) == Due(False, 1)
+    world.wait(1)
+    assert world.happened(GenerationEvent.GIVE_UP) == ["k1", "k2"]
     assert kinds(newcomer)[-1] is GrantedEvent
     assert kinds(reader)[-1] is FailedEvent
     world.registry.deposit(newcomer, (7, 8))
@@ -443,32 +645,30 @@ def test_what_nobody_hands_back_in_time_is_loaded_as_the_next_generation(world: 
 
 def test_a_holder_that_hangs_loses_its_turn_to_the_next_and_then_to_a_loader(world: World) -> None:
     world.registry.expect(key(), 4)
+    world.registry.open()
     first, newcomer, second = hold(world, pid=1), world.attach(key(), pid=2), hold(world, pid=3)
     world.registry.deposit(first, (7, 8))
-    assert world.registry.end_overdue(5) == ([], 5)
-    world.now += 2
-    assert world.registry.end_overdue(5) == ([], 3)
-    world.now += 3
-    world.registry.give_up_expected()
-    assert world.registry.end_overdue(5) == ([first], 0)
+    assert world.wait(0) == Due(False, HAND_BACK_S)
+    assert world.wait(2) == Due(False, HAND_BACK_S - 2)
+    assert world.wait(HAND_BACK_S - 2) == Due(False, HAND_BACK_S)
     assert world.closed == [7, 8]
-    with pytest.raises(BadRequestError):
+    with pytest.raises(BadRequestError, match="is ended, not loading"):
         world.registry.commit(first, ARENA, MANIFEST, SHOWN, 4)
-    assert kinds(first)[-1] is FailedEvent
+    assert isinstance(first.events[-1], FailedEvent)
+    assert isinstance(first.events[-1].error, WaitTimeoutError)
     assert kinds(second)[-1] is GrantedEvent
-    assert world.registry.end_overdue(5) == ([], 5)
-    world.now += 5
-    assert world.registry.end_overdue(5) == ([second], 0)
+    assert world.wait(HAND_BACK_S) == Due(False, None)
+    assert kinds(second)[-1] is FailedEvent
     assert kinds(newcomer)[-1] is GrantedEvent
-    world.now += 500  # a load takes its time
-    assert world.registry.end_overdue(5) == ([], None)
+    assert world.wait(500) == Due(False, None)  # a load takes its time
+    assert kinds(newcomer)[-1] is GrantedEvent
 
 
 def test_who_only_holds_an_entry_keeps_nobody_from_unloading_it_and_no_companion_from_ending(world: World) -> None:
     user = world.publish(key())
     passive = world.registry.attach(key(), may_load=False, pid=2, client="serve", passive=True)
     world.registry.end_lease(user)
-    assert world.registry.idle_since == 1000
+    assert world.registry.lifetime.idle_since == 1000
     assert [entry.leases for entry in world.registry.status()] == [()]
     world.registry.unload(Query())
     assert (kinds(passive), passive.ended) == ([ReadyEvent, RetiredEvent], True)
@@ -517,10 +717,11 @@ def test_who_is_elected_is_told_the_generation_that_its_publication_will_have(wo
 
 def test_an_expected_entry_keeps_nobody_from_ending(world: World) -> None:
     world.registry.expect(key(), 1)
-    assert world.registry.idle_since is not None
+    assert world.registry.lifetime.idle_since is not None
     world.registry.end_lease(world.attach(key(), pid=1))
     assert [entry.state for entry in world.registry.status()] == [EntryState.LOADING]
-    world.registry.give_up_expected()
+    world.registry.open()
+    world.wait(HAND_BACK_S)
     assert world.registry.status() == ()
 
 

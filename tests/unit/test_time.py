@@ -13,8 +13,8 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.holder import process
+from vllm_companion_plugin.holder.registry.entries import StoredManifest
 from vllm_companion_plugin.holder.registry.state import Registry
-from vllm_companion_plugin.holder.service.incoming import StoredManifest
 from vllm_companion_plugin.holder.service.service import CompanionService
 from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.host.runtime_dir import device_paths
@@ -31,7 +31,7 @@ def test_how_long_a_load_took_is_right_though_the_clock_was_set_back() -> None:
     (entry,) = registry.status()
     assert (entry.load_s, entry.ready_unix_s) == (7.0, 5.0)
     registry.end_lease(lease)
-    assert registry.idle_since == 57.0
+    assert registry.lifetime.idle_since == 57.0
 
 
 def test_a_companion_lingers_as_long_as_it_should_while_the_clock_jumps_by_days(
@@ -43,7 +43,7 @@ def test_a_companion_lingers_as_long_as_it_should_while_the_clock_jumps_by_days(
     async def linger() -> float:
         service = CompanionService("cpu", 0.5)
         began = time.monotonic()
-        waiting = asyncio.ensure_future(process._linger(service, 0.0))
+        waiting = asyncio.ensure_future(process._keep_time(service))
         while not waiting.done():
             service._on_change()  # makes it look at the time again
             await asyncio.sleep(0.02)

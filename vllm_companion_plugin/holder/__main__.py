@@ -43,16 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> None:
     import asyncio
 
-    from vllm_companion_plugin.holder.process import InstanceLock, Lifetime, serve
+    from vllm_companion_plugin.holder.process import InstanceLock, serve
 
-    life = Lifetime(
-        settings.linger_s if parsed.linger_s is None else parsed.linger_s,
-        START_GRACE_S if parsed.ready_fd is not None else 0.0,
-    )
+    linger_s = settings.linger_s if parsed.linger_s is None else parsed.linger_s
+    grace_s = START_GRACE_S if parsed.ready_fd is not None else 0.0
 
     async def run() -> None:
         ready = asyncio.Event()
-        serving = asyncio.ensure_future(serve(paths, lock, life, ready))
+        serving = asyncio.ensure_future(serve(paths, lock, linger_s, grace_s, ready))
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()

@@ -10,11 +10,9 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import math
 import os
 import signal
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import grpc
@@ -38,8 +36,6 @@ HANDSHAKE_MS = 10_000
 LOOKS, LOOK_S = 10, 0.01
 MAX_RPCS = 2048
 """More than all leases, watches and publications that the service allows, so that it is the service that refuses."""
-HAND_BACK_S = 5.0
-"""For those who map entries of the companion before. They need about a second; who wants an entry waits so long."""
 
 
 class InstanceLock:
@@ -96,20 +92,13 @@ def _locked_soon(fd: int) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Lifetime:
-    """How long a companion stays with nobody attached.
-
-    Attributes:
-        linger_s: seconds; negative or infinite: until stopped.
-        grace_s: at least these until somebody attaches for the first time.
-    """
-
-    linger_s: float
-    grace_s: float = 0.0
-
-
-async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready: asyncio.Event | None = None) -> None:
+async def serve(
+    paths: DevicePaths,
+    lock: InstanceLock,
+    linger_s: float,
+    grace_s: float = 0.0,
+    on_ready: asyncio.Event | None = None,
+) -> None:
     """Run the companion until a signal, a Shutdown call or the end of its linger time.
 
     Ends also if somebody removes the runtime directory, with status 1: nobody could reach us any more. Those who
@@ -117,6 +106,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
 
     Args:
         lock: held by the caller.
+        linger_s: seconds to stay while nobody uses anything; negative or infinite: until stopped.
+        grace_s: seconds to stay at least, until the first user has come.
         on_ready: set once both sockets answer.
 
     Raises:
@@ -127,9 +118,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         if lock.is_reachable():  # else the socket there is another companion's
             _remove(paths.grpc_socket)
 
-    service = CompanionService(paths.device, _finite(life.linger_s), partial(notes.dismiss, paths), hide)
+    service = CompanionService(paths.device, linger_s, partial(notes.dismiss, paths), hide, grace_s=grace_s)
     for key, generation in notes.held(paths):
-        logger.info("Expecting %s (%s), generation %d, from those who map it.", key.title, key.rank, generation)
         service.registry.expect(key, generation)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -144,14 +134,8 @@ async def serve(paths: DevicePaths, lock: InstanceLock, life: Lifetime, on_ready
         )
         if on_ready is not None:
             on_ready.set()
-        loop.call_later(HAND_BACK_S, _give_up_expected, service)
-        running = (
-            _linger(service, life.grace_s),
-            _expire(service),
-            _stay_reachable(lock, service),
-            _end_overdue(service),
-        )
-        watches = [loop.create_task(watch) for watch in running]
+        service.registry.open()
+        watches = [loop.create_task(watch) for watch in (_keep_time(service), _stay_reachable(lock, service))]
         await service.stop.wait()
         for watch in watches:
             watch.cancel()
@@ -202,25 +186,11 @@ def _on_signal(number: int, service: CompanionService) -> None:
     service.stop.set()
 
 
-def _finite(linger_s: float) -> float:
-    return linger_s if math.isfinite(linger_s) else -1.0
-
-
-def _give_up_expected(service: CompanionService) -> None:
-    for entry in service.registry.give_up_expected():
-        logger.warning("Nobody handed back %s within %g s.", entry.key.title, HAND_BACK_S)
-
-
-async def _end_overdue(service: CompanionService) -> None:
-    """Who hangs while it hands back must not keep all others waiting."""
-    while True:
-        late, next_s = service.registry.end_overdue(HAND_BACK_S)
-        for lease in late:
-            logger.warning(
-                "%s (pid %d) was let to hand back %s and did not within %g s: the next one may.",
-                *(lease.client, lease.pid, lease.entry.key.title, HAND_BACK_S),
-            )
-        await service.changed(next_s)
+async def _keep_time(service: CompanionService) -> None:
+    """Let the registry do what is due, until the companion should end."""
+    while not (due := service.registry.advance()).over:
+        await service.changed(due.next_s)
+    service.stop.set()
 
 
 async def _stay_reachable(lock: InstanceLock, service: CompanionService) -> None:
@@ -231,35 +201,3 @@ async def _stay_reachable(lock: InstanceLock, service: CompanionService) -> None
         "entries hand them to a companion in a new one; what nobody maps is lost."
     )
     service.end(replaced=True)
-
-
-async def _expire(service: CompanionService) -> None:
-    """An entry that nobody uses goes after its linger time, though the companion stays for others."""
-    while True:
-        await service.changed(service.expire())
-
-
-async def _linger(service: CompanionService, grace_s: float) -> None:
-    """Stop the service once nobody has been attached for its linger time."""
-    while True:
-        idle_since = service.registry.idle_since
-        if idle_since is None or service.owner_pid:
-            grace_s = 0.0  # somebody has come
-        if idle_since is None or service.linger_s < 0:
-            service.exits_at_unix_s = 0.0
-            await service.changed()
-            continue
-        left = idle_since + max(service.linger_s, grace_s) - time.monotonic()
-        if left <= 0:
-            logger.info("Nobody was attached for %g s: ending.", service.linger_s)
-            service.stop.set()
-            return
-        due = time.time() + left
-        if abs(due - service.exits_at_unix_s) > 1:
-            held = sum(entry.size_bytes for entry in service.registry.status()) / (1 << 30)
-            logger.info(
-                "Nobody is attached. %.2f GiB are held until %s, then the companion exits.",
-                *(held, time.strftime("%m-%d %H:%M:%S", time.localtime(due))),
-            )
-        service.exits_at_unix_s = due
-        await service.changed(left)

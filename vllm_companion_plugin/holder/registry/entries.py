@@ -17,34 +17,49 @@ from vllm_companion_plugin.core.status import (
     Published,
 )
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.holder.service.incoming import StoredManifest
+from vllm_companion_plugin.holder.registry.table import GenerationState
 
 STARTING = Progress("starting")
 EXPECTED = LoaderInfo(0, "an engine of the companion before", 0.0, Progress("about to hand it back"))
 
 
 @dataclass(frozen=True)
+class StoredManifest:
+    """A manifest that the companion keeps and never reads, in the chunks it came in: joining them doubles the peak."""
+
+    chunks: tuple[bytes, ...]
+    size_bytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
 class WaitingEvent:
+    """Another client loads the entry."""
+
     loader: LoaderInfo
 
 
 @dataclass(frozen=True)
 class GrantedEvent:
+    """The client is elected: what it publishes will have this generation."""
+
     generation: int
 
 
 @dataclass(frozen=True)
 class ReadyEvent:
-    pass
+    """The entry can be mapped."""
 
 
 @dataclass(frozen=True)
 class RetiredEvent:
-    pass
+    """The entry was dropped. What is mapped stays valid; nobody may hand it back."""
 
 
 @dataclass(frozen=True)
 class FailedEvent:
+    """The lease has ended with this error."""
+
     error: CompanionError
 
 
@@ -53,12 +68,16 @@ Event = WaitingEvent | GrantedEvent | ReadyEvent | RetiredEvent | FailedEvent
 
 @dataclass(eq=False)
 class Lease:
-    """One client's claim on one entry. `ended` leases take part in nothing any more.
+    """One client's claim on one entry. A lease that has ended takes part in nothing any more.
 
     Attributes:
         holds: the generation that this client maps and may hand back; 0: none.
         passive: it uses nothing, and only holds the entry for the next companion: nobody is kept waiting for it.
-        waiting_since: monotonic time since which it waits for somebody else; None if it does not.
+        state: None before the lease begins, and after it has ended.
+        waiting_since: monotonic time since which it waits for another client; None if it does not.
+        announced: number of descriptors that it is about to deposit, or has deposited.
+        deposited: descriptors of the publication that it is making; the registry owns them.
+        events: what the client has not been told yet.
     """
 
     id: int
@@ -69,39 +88,68 @@ class Lease:
     entry: Entry
     holds: int = 0
     passive: bool = False
-    state: LeaseState = LeaseState.WAITING
+    state: LeaseState | None = None
     waiting_since: float | None = None
-    ended: bool = False
     announced: int = 0
     deposited: tuple[int, ...] = ()
     events: deque[Event] = field(default_factory=deque)
 
+    def __str__(self) -> str:
+        return f"The lease of {self.who}"
+
+    @property
+    def who(self) -> str:
+        """The client in a few words."""
+        return f"{self.client} (pid {self.pid})"
+
+    @property
+    def ended(self) -> bool:
+        return self.state is None
+
 
 @dataclass(eq=False)
 class Entry:
-    """One model of one rank. `leases` in order of arrival; manifest and arena since READY.
+    """One model of one rank: its key, its leases in order of arrival, how long it is idle, and its one generation.
 
     Attributes:
-        expected: processes map it since before this companion; one of them will hand it back.
         idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
         idle_since_unix_s: the same by the wall clock, to be shown.
+        state: of its generation; None before the entry is there, and after it has gone.
+        generation: its number; 0 until a loader has published it.
+        load_since: monotonic time of the election; `load_since_unix_s` the same by the wall clock.
+        arena, manifest: since it is READY.
+        fds: descriptors of the arena while it is READY; the registry owns them.
     """
 
     key: EntryKey
-    state: EntryState = EntryState.LOADING
-    generation: int = 0
     leases: list[Lease] = field(default_factory=list)
+    idle_since: float | None = None
+    idle_since_unix_s: float = 0.0
+    # What follows belongs to the generation.
+    state: GenerationState | None = None
+    generation: int = 0
     progress: Progress = STARTING
+    progress_unix_s: float = 0.0
     load_since_unix_s: float = 0.0
     load_since: float = 0.0
-    progress_unix_s: float = 0.0
-    expected: bool = False
     published: Published = field(default_factory=lambda: Published(0))
     arena: ArenaInfo | None = None
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
-    idle_since: float | None = None
-    idle_since_unix_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"Generation {self.generation} of {self.key.title}"
+
+    @property
+    def shown(self) -> EntryState:
+        """The state as clients see it: an expected entry is loading, by whoever will hand it back."""
+        assert self.state is not None
+        return EntryState.LOADING if self.state is GenerationState.EXPECTED else EntryState(self.state.value)
+
+    @property
+    def current(self) -> bool:
+        """Whether a client that asks for the key gets this entry."""
+        return self.state not in (None, GenerationState.RETIRED)
 
     @property
     def size_bytes(self) -> int:
@@ -116,17 +164,20 @@ class Entry:
         return next((lease for lease in self.leases if lease.state is LeaseState.LOADING), None)
 
     def loader_info(self) -> LoaderInfo | None:
+        """The client that loads, or hands back; a text in its place while none has come to hand back."""
         lease = self.loading_lease
-        if lease is None:
-            return replace(EXPECTED, since_unix_s=self.load_since_unix_s) if self.expected else None
-        return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress, self.progress_unix_s)
+        if lease is not None:
+            return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress, self.progress_unix_s)
+        if self.state is GenerationState.EXPECTED:
+            return replace(EXPECTED, since_unix_s=self.load_since_unix_s)
+        return None
 
-    def status(self, linger_s: float = -1.0) -> EntryStatus:
-        """As it is shown; `linger_s` is how long it stays with nobody attached, negative: for ever."""
+    def status(self, linger_s: float) -> EntryStatus:
+        """The entry as it is shown; `linger_s` is how long it stays with nobody attached, negative: for ever."""
         expires = self.idle_since is not None and linger_s >= 0
         return EntryStatus(
             key=self.key,
-            state=self.state,
+            state=self.shown,
             generation=self.generation,
             size_bytes=self.size_bytes,
             tensor_count=self.published.tensor_count,
@@ -134,7 +185,7 @@ class Entry:
             ready_unix_s=self.published.ready_unix_s,
             load_s=self.published.load_s,
             loader=self.loader_info(),
-            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users),
+            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users if x.state),
             ways=self.published.ways,
             expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
             layout=self.published.layout,

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.status import EntryState
-
-
-class HasKey(Protocol):
-    @property
-    def key(self) -> EntryKey: ...
-
-    @property
-    def state(self) -> EntryState: ...
+from vllm_companion_plugin.holder.registry.entries import Entry
 
 
 @dataclass(frozen=True)
@@ -36,14 +27,14 @@ class Query:
         return "The query for " + (", ".join(named) or "anything")
 
 
-def describe(entries: Sequence[HasKey]) -> str:
+def describe(entries: Sequence[Entry]) -> str:
     """The entries in a few words each, e.g. "Qwen/Qwen3-8B (target, tp0/2, ready, key 3f2a...)"."""
     return ", ".join(
-        f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value}, key {e.key.id[:12]})" for e in entries
+        f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.shown.value}, key {e.key.id[:12]})" for e in entries
     )
 
 
-def no_match_text(select: EntryKey | Query, entries: Sequence[HasKey]) -> str:
+def no_match_text(select: EntryKey | Query, entries: Sequence[Entry]) -> str:
     """Why `select` found nothing: what there is, and for a key how the nearest entry differs."""
     if isinstance(select, EntryKey):
         asked = f"{select.model} ({select.role}, {select.rank}, key {select.id[:12]})"

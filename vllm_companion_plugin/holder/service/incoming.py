@@ -1,25 +1,16 @@
-"""Manifests as the companion has them: bytes that it never reads."""
+"""Manifests on their way in: bytes that the companion never reads."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.holder.registry.entries import StoredManifest
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
 
 MIN_CHUNK_BYTES = 64 << 10
-"""Of a manifest, but for its last one: many small ones would take many times their size."""
-
-
-@dataclass(frozen=True)
-class StoredManifest:
-    """Opaque bytes in the chunks they came in; joining them would double the peak."""
-
-    chunks: tuple[bytes, ...]
-    size_bytes: int
-    sha256: bytes
+"""The least that a chunk has, but for the last one: many small ones would take many times their size."""
 
 
 class IncomingManifest:

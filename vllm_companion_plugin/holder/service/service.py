@@ -1,15 +1,14 @@
 """The gRPC service: conversations on one side, the registry's transitions on the other.
 
-Policy lives in `state`; here are streams, limits and the mapping of errors. The handlers write
-through the context instead of yielding: a cancelled handler is then told where it waits, while
-an abandoned generator would keep its lease until it is collected.
+Every decision is the registry's: here messages are decoded, the registry is called, and its answers and errors are
+encoded. The handlers write through the context instead of yielding: a cancelled handler is then told where it waits,
+while an abandoned generator would keep its lease until it is collected.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import resource
 import secrets
@@ -22,24 +21,13 @@ from typing import Any
 import grpc
 
 from vllm_companion_plugin._version import __version__
-from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import MAX_TEXT, EntryKey
-from vllm_companion_plugin.core.metrics import BOUNDS_S, OUTCOMES, VERIFY_MODES, VERIFY_RESULTS, subject
+from vllm_companion_plugin.core.metrics import BOUNDS_S
 from vllm_companion_plugin.core.status import CompanionStatus
 from vllm_companion_plugin.core.text import printable, sendable
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
-from vllm_companion_plugin.errors import (
-    BY_CODE,
-    AlreadyRunningError,
-    BadRequestError,
-    CompanionError,
-    CompanionReplacedError,
-    CompanionUnavailableError,
-    LeaseLostError,
-    LimitError,
-    ProtocolMismatchError,
-    TicketError,
-)
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, ProtocolMismatchError, TicketError
+from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
     Event,
     FailedEvent,
@@ -53,16 +41,13 @@ from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.service.descriptors import check_descriptors, close_aside, memory_is_lost
 from vllm_companion_plugin.holder.service.incoming import IncomingManifest
+from vllm_companion_plugin.holder.service.journal import Journal
 from vllm_companion_plugin.holder.service.tickets import Tickets
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
 
 logger = logging.getLogger(__name__)
 
-MAX_WATCHES = 256
-MAX_PUBLICATIONS = 256
-MAX_MANIFESTS_BYTES = 1 << 30
-"""Of all manifests, published or on their way."""
 MAX_ERROR_TEXT = 1500  # gRPC percent-encodes it into metadata, which has 8 KiB
 
 
@@ -71,12 +56,11 @@ class CompanionService:
 
     Attributes:
         stop: set it to end the process.
-        exits_at_unix_s: when the process will exit if nobody comes, or 0; for the status.
-        owner_pid: of the client that we belong to, or 0.
 
     Args:
-        dismiss: of this generation of the entry, nothing shall be handed back.
-        hide: no new client shall find us.
+        linger_s, grace_s: as of `Lifetime`.
+        dismiss: notes that no client shall hand back this generation of the entry.
+        hide: removes us from where new clients look.
     """
 
     def __init__(
@@ -85,31 +69,34 @@ class CompanionService:
         linger_s: float,
         dismiss: Callable[[EntryKey, int], None] = lambda key, generation: None,
         hide: Callable[[], None] = lambda: None,
+        *,
+        grace_s: float = 0.0,
     ) -> None:
         self.device = device
-        self.linger_s = linger_s
-        self._dismiss = dismiss
         self._hide = hide
-        self.owner_pid = 0
         self.stop = asyncio.Event()
+        self._counting = Counting()
         self.registry = Registry(
             close_fds=close_aside,
-            on_event=self._on_event,
-            on_change=self._on_change,
+            wall=time.time,
+            monotonic=time.monotonic,
+            device=device,
+            pid=os.getpid(),
+            linger_s=linger_s,
+            grace_s=grace_s,
             # Half of them are left for connections.
             max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
+            on_event=self._on_event,
+            on_change=self._on_change,
+            observers=(self._counting.observe, Journal(dismiss).observe),
         )
         self.tickets = Tickets()
-        self.exits_at_unix_s = 0.0
         self._started_unix_s = time.time()
         self._tokens: dict[bytes, Lease] = {}
         self._receiving: set[IncomingManifest] = set()
-        self._watches = 0
         self._wake: dict[int, asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._version = 0
-        self._ended_by: type[CompanionError] = LeaseLostError
-        self._ending = False
 
     # ---- what the registry and the fd socket call
 
@@ -150,11 +137,8 @@ class CompanionService:
         try:
             return self.tickets.spend(verb, ticket)
         except TicketError as error:
-            self._count_failure("companion", error)
+            self._counting.refused(error)
             raise
-
-    def _count_failure(self, side: str, error: CompanionError) -> None:
-        self.registry.counters.count("failures", side, error.code)
 
     def status(self) -> CompanionStatus:
         return CompanionStatus(
@@ -163,27 +147,11 @@ class CompanionService:
             version=__version__,
             protocol_version=PROTOCOL_VERSION,
             started_unix_s=self._started_unix_s,
-            linger_s=self.linger_s,
-            exits_at_unix_s=self.exits_at_unix_s,
-            entries=self.registry.status(self._entry_linger_s),
-            owner_pid=self.owner_pid,
+            linger_s=self.registry.lifetime.linger_s,
+            exits_at_unix_s=self.registry.exits_at_unix_s,
+            entries=self.registry.status(),
+            owner_pid=self.registry.lifetime.owner_pid,
         )
-
-    @property
-    def _entry_linger_s(self) -> float:
-        """What belongs to somebody stays, or goes as a whole."""
-        return -1.0 if self.owner_pid else self.linger_s
-
-    def expire(self) -> float | None:
-        """Drop what nobody has used for the linger time; seconds until something else will be due."""
-        dropped, next_s = self.registry.expire(self._entry_linger_s)
-        for entry in dropped:
-            self._dismiss(entry.key, entry.generation)
-            logger.info(
-                "Nobody has used %s (%s) for %g s: dropped, %.2f GiB are free.",
-                *(entry.key.title, entry.key.rank, self.linger_s, entry.size_bytes / (1 << 30)),
-            )
-        return next_s
 
     # ---- RPCs
 
@@ -194,14 +162,14 @@ class CompanionService:
             lease = self._attach(request)
             await self._serve_lease(lease, context)
         except CompanionError as error:
-            self._count_failure("companion", error)
+            self._counting.refused(error)
             await context.write(_failed(error))
         finally:
             if lease is not None:
                 self._wake.pop(lease.id, None)
                 self._tokens = {token: x for token, x in self._tokens.items() if x is not lease}
                 if not lease.ended:
-                    logger.info("%s (pid %d) left %s.", lease.client, lease.pid, lease.entry.key.model)
+                    logger.info("%s left %s.", lease.who, lease.entry.key.model)
                 self.registry.end_lease(lease)
 
     def _attach(self, request: Any) -> Lease:
@@ -212,14 +180,12 @@ class CompanionService:
                 f"(pid {os.getpid()}, version {__version__}) speaks {PROTOCOL_VERSION}. Upgrade the {older}: "
                 "install the same vllm-companion-plugin everywhere, then `vllm-companion stop`."
             )
-        if self._ending:
-            raise self._end_error()
         selected = request.WhichOneof("select")
         if selected is None:
             raise BadRequestError("An attach needs a key or a query.")
         select = codec.key_from_message(request.key) if selected == "key" else _query(request.query)
         client = printable(request.client[:200]) or "client"
-        self._retire_lost()
+        self.registry.lose(memory_is_lost)
         holds = codec.generation_from_message(request.held_generation) if selected == "key" else 0
         lease = self.registry.attach(
             select,
@@ -229,12 +195,9 @@ class CompanionService:
             holds=holds,
             passive=request.passive,
         )
-        logger.info("%s (pid %d) asks for %s: %s.", client, request.pid, lease.entry.key.model, lease.state.value)
+        state = lease.state.value if lease.state else "ended"
+        logger.info("%s asks for %s: %s.", lease.who, lease.entry.key.model, state)
         return lease
-
-    def _retire_lost(self) -> None:
-        for entry in self.registry.retire(memory_is_lost):
-            logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
 
     async def _serve_lease(self, lease: Lease, context: Any) -> None:
         wake = self._wake[lease.id] = asyncio.Event()
@@ -286,14 +249,17 @@ class CompanionService:
 
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
         async with self._errors(context):
-            if len(self._receiving) >= MAX_PUBLICATIONS:
-                raise LimitError(f"The companion receives {MAX_PUBLICATIONS} publications already.")
-            manifest = IncomingManifest()
-            self._receiving.add(manifest)
-            try:
+            with self.registry.receive(), self._incoming() as manifest:
                 return await self._publish(requests, manifest)
-            finally:
-                self._receiving.discard(manifest)
+
+    @contextmanager
+    def _incoming(self) -> Iterator[IncomingManifest]:
+        manifest = IncomingManifest()
+        self._receiving.add(manifest)
+        try:
+            yield manifest
+        finally:
+            self._receiving.discard(manifest)
 
     async def _publish(self, requests: AsyncIterator[Any], manifest: IncomingManifest) -> Any:
         lease: Lease | None = None
@@ -308,7 +274,8 @@ class CompanionService:
             elif step == "progress":
                 self.registry.progress(lease, codec.progress_from_message(request.progress))
             elif step == "manifest_chunk":
-                self._check_room(len(request.manifest_chunk))
+                incoming_bytes = sum(x.size_bytes for x in self._receiving)
+                self.registry.check_manifests(incoming_bytes + len(request.manifest_chunk))
                 manifest.add(request.manifest_chunk)
             elif step == "commit":
                 return self._commit(lease, request.commit, manifest)
@@ -320,11 +287,6 @@ class CompanionService:
         # The loader reported progress and hung up; it comes back to commit.
         return messages.PublishResponse()
 
-    def _check_room(self, size_bytes: int) -> None:
-        stored = sum(entry.manifest.size_bytes for entry in self.registry.entries if entry.manifest)
-        if stored + sum(x.size_bytes for x in self._receiving) + size_bytes > MAX_MANIFESTS_BYTES:
-            raise LimitError(f"All manifests together would be larger than {MAX_MANIFESTS_BYTES} bytes.")
-
     def _commit(self, lease: Lease, commit: Any, manifest: IncomingManifest) -> Any:
         arena, _ = codec.arena_from_message(commit.arena)
         stored = manifest.finish(commit)
@@ -333,90 +295,46 @@ class CompanionService:
             check_descriptors(arena, lease.deposited)
         published = codec.published_from_message(commit.published)
         generation = self.registry.commit(lease, arena, stored, published, commit.generation)
-        self._log_commit(lease, arena, generation)
         published = codec.published_to_message(lease.entry.published)
         return messages.PublishResponse(generation=generation, published=published)
-
-    def _log_commit(self, lease: Lease, arena: ArenaInfo, generation: int) -> None:
-        entry = lease.entry
-        logger.info(
-            "%s (pid %d) %s %s (%s, %s), generation %d: %.2f GiB of %s, loaded in %.1f s.",
-            *(lease.client, lease.pid, "handed back" if lease.holds else "published"),
-            *(entry.key.model, entry.key.role, entry.key.rank, generation),
-            *(arena.size_bytes / (1 << 30), arena.kind, entry.published.load_s),
-        )
 
     def _decline(self, lease: Lease, declined: Any) -> None:
         reason = printable(" ".join(declined.message[:MAX_ERROR_TEXT].split())) or "no reason given"
         self.registry.decline(lease, reason)
-        logger.info("%s (pid %d) keeps %s: %s", lease.client, lease.pid, lease.entry.key.model, reason)
 
     async def Status(self, request: Any, context: Any) -> Any:
-        self._retire_lost()
+        self.registry.lose(memory_is_lost)
         return codec.companion_status_to_message(self.status())
 
     async def Watch(self, request: Any, context: Any) -> None:
         owned = request.HasField("own")
+        lifetime = self.registry.lifetime
         async with self._errors(context):
-            with self._owned(request.own) if owned else nullcontext(), self._watching():
-                while not self._ending:
+            with self._owned(request.own) if owned else nullcontext(), self.registry.watch():
+                while not lifetime.ending:
                     version = self._version
                     await context.write(codec.companion_status_to_message(self.status()))
-                    while version == self._version and not self._ending:
+                    while version == self._version and not lifetime.ending:
                         await self._changed.wait()
-        # To its owner alone it matters how it ends.
-        await _abort(context, self._end_error(self._ended_by if owned else CompanionUnavailableError))
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        if self._watches >= MAX_WATCHES:
-            raise LimitError(f"{MAX_WATCHES} clients watch the companion already.")
-        self._watches += 1
-        try:
-            yield
-        finally:
-            self._watches -= 1
+        await _abort(context, lifetime.end_error(to_spectator=not owned))
 
     @contextmanager
     def _owned(self, own: Any) -> Iterator[None]:
         """While open, we belong to a client, and stay as long as it says."""
-        if self.owner_pid:
-            raise AlreadyRunningError(
-                f"A companion of {self.device} runs already (pid {os.getpid()}), for `vllm-companion serve` "
-                f"(pid {self.owner_pid}). End it: vllm-companion stop --device {self.device}"
-            )
-        if own.pid <= 0 or not math.isfinite(own.linger_s):
-            raise BadRequestError("An owner has a pid and a finite linger time.")
-        before, self.owner_pid, self.linger_s = self.linger_s, own.pid, own.linger_s
-        self._on_change()
+        self.registry.own(own.pid, own.linger_s)
         try:
             yield
         finally:
-            self.owner_pid, self.linger_s = 0, before
-            self.registry.restart_idle_time()
-            self._on_change()
-            if not self._ending:
-                logger.warning(
-                    "Its owner (pid %d) has gone: this companion stays as if an engine had started it.", own.pid
-                )
+            self.registry.disown()
 
     async def Unload(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
             unloaded = self.registry.unload(_query(request.query), force=request.force)
-            for entry in unloaded:
-                self._dismiss(entry.key, entry.generation)
-                logger.info("Unloaded %s, generation %d.", entry.key.model, entry.generation)
             return messages.UnloadResponse(unloaded=[codec.entry_status_to_message(entry) for entry in unloaded])
 
     async def MakeRoom(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            dropped = self.registry.make_room(request.size_bytes, self._entry_linger_s)
-            for entry in dropped:
-                self._dismiss(entry.key, entry.generation)
-                logger.info(
-                    "Dropped %s (%s), which nobody uses, because somebody needs its %.2f GiB.",
-                    *(entry.key.title, entry.key.rank, entry.size_bytes / (1 << 30)),
-                )
+            dropped = self.registry.make_room(request.size_bytes)
             return messages.MakeRoomResponse(dropped=[codec.entry_status_to_message(entry) for entry in dropped])
 
     async def Shutdown(self, request: Any, context: Any) -> Any:
@@ -428,23 +346,13 @@ class CompanionService:
         return messages.ShutdownResponse(pid=os.getpid())
 
     async def Report(self, request: Any, context: Any) -> Any:
-        """Texts become labels only where they are of those that we know."""
         async with self._errors(context):
-            report, counters = codec.report_from_message(request), self.registry.counters
-            of = subject(next((e.key for e in self.registry.entries if e.key.id == report.key_id), None))
-            if report.outcome in OUTCOMES:
-                counters.count("outcomes", *of, report.outcome)
-            if report.outcome in ("attached", "copied"):
-                counters.observe("attach_seconds", report.seconds, *of)
-            if report.failure in BY_CODE:
-                counters.count("failures", "client", report.failure)
-            if report.verify in VERIFY_MODES and report.verified in VERIFY_RESULTS:
-                counters.count("verifications", *of, report.verify, report.verified)
-                counters.observe("verify_seconds", report.verify_seconds, *of)
+            report = codec.report_from_message(request)
+            self._counting.reported(report, self.registry.key_of(report.key_id))
             return messages.ReportResponse()
 
     async def Metrics(self, request: Any, context: Any) -> Any:
-        series = map(codec.series_to_message, self.registry.counters.all())
+        series = map(codec.series_to_message, self._counting.counters.all())
         return messages.MetricsResponse(bounds_s=BOUNDS_S, series=series)
 
     @asynccontextmanager
@@ -452,7 +360,7 @@ class CompanionService:
         try:
             yield
         except CompanionError as error:
-            self._count_failure("companion", error)
+            self._counting.refused(error)
             logger.warning("Refused: %s", str(error)[:MAX_ERROR_TEXT])
             await _abort(context, error)
 
@@ -462,25 +370,13 @@ class CompanionService:
         Args:
             replaced: another companion follows, to which clients shall hand back what they map.
         """
-        self._ending = True
-        self._ended_by = CompanionReplacedError if replaced else LeaseLostError
+        self.registry.end(replaced=replaced)
         self._hide()
         asyncio.get_running_loop().call_later(0.02, self.stop.set)
 
-    def _end_error(self, kind: type[CompanionError] | None = None) -> CompanionError:
-        text = f"The companion of {self.device} (pid {os.getpid()}) has shut down. Mapped memory stays valid."
-        return (kind or self._ended_by)(text)
-
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
-        self._ending = True
-        if self._ended_by is LeaseLostError:
-            for entry in self.registry.status():
-                try:
-                    self._dismiss(entry.key, entry.generation)
-                except OSError as error:
-                    logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
-        self.registry.close(self._end_error())
+        self.registry.close()
 
 
 def _query(message: Any) -> Query:

@@ -1,0 +1,548 @@
+"""The registry under any order of events: Hypothesis looks for one that breaks a rule.
+
+`Clients` is a state machine whose rules are what clients, time and people do to a companion. It keeps its own simple
+account: of each descriptor, of what each client was told, of since when each entry is idle. After each step the account
+and the registry must agree; what the registry refuses must leave it as it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import Enum
+from itertools import count
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import LeaseState, Progress, Published
+from vllm_companion_plugin.errors import CompanionError, CompanionReplacedError, LeaseLostError
+from vllm_companion_plugin.holder.registry.counting import Counting
+from vllm_companion_plugin.holder.registry.entries import (
+    Event,
+    FailedEvent,
+    GrantedEvent,
+    Lease,
+    ReadyEvent,
+    RetiredEvent,
+    StoredManifest,
+    WaitingEvent,
+)
+from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
+from vllm_companion_plugin.holder.registry.moves import GenerationMoved, LeaseMoved, LingerOver, Move
+from vllm_companion_plugin.holder.registry.selection import Query
+from vllm_companion_plugin.holder.registry.state import Registry
+from vllm_companion_plugin.holder.registry.table import (
+    DISMISSING,
+    GENERATION,
+    LEASE,
+    GenerationEvent,
+    GenerationState,
+    LeaseEvent,
+)
+
+KEYS = [EntryKey("a", "m", rank="tp0/2"), EntryKey("b", "m", rank="tp1/2")]
+ARENA = ArenaInfo("memfd", (4096, 8192))
+MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)
+LINGER_S, GRACE_S = 8.0, 16.0
+BY_LINGER = (GenerationEvent.EXPIRE, GenerationEvent.MAKE_ROOM)
+
+keys = st.sampled_from(KEYS)
+queries = st.sampled_from([Query(), Query(model="m"), Query(rank="tp0/2"), Query(key_id="b"), Query(model="nobody's")])
+
+
+def one_of(find: Callable[[Any], list[Lease]]) -> st.SearchStrategy[Lease]:
+    """One of the leases that `find` finds in the state machine."""
+    return st.runner().flatmap(lambda self: st.sampled_from(find(self)))
+
+
+leases = one_of(lambda self: self.all_leases + self.registry.leases)
+loaders = one_of(lambda self: self.elected_leases() or self.all_leases)
+attached = precondition(lambda self: self.all_leases)
+held = precondition(lambda self: self.registry.entries)
+loading = precondition(lambda self: self.elected_leases())
+
+
+class Clients(RuleBasedStateMachine):
+    """What may happen to a companion, and what must be true whatever has happened."""
+
+    taken: ClassVar[set[tuple[Enum | None, Enum]]] = set()
+    """Steps of the tables that any order has taken."""
+
+    # ---- the world around the registry
+
+    @initialize(
+        linger_s=st.sampled_from([LINGER_S, LINGER_S, -1.0]),
+        expected=st.sampled_from([[], [(KEYS[0], 3)], [(KEYS[0], 1), (KEYS[1], 2)]]),
+        replaced=st.booleans(),
+    )
+    def start(self, linger_s: float, expected: list[tuple[EntryKey, int]], replaced: bool) -> None:
+        self.replaced = replaced
+        self.now = 1000.0
+        self.linger_s, self.grace_s = linger_s, GRACE_S
+        self.numbers, self.pids = count(100), count(1)
+        self.deposited: set[int] = set()
+        self.closed: Counter[int] = Counter()
+        self.moves: list[Move] = []
+        self.all_leases: list[Lease] = []
+        self.told: dict[int, list[Event]] = {}
+        self.commits: Counter[str] = Counter()
+        self.declines = 0
+        self.owner = 0
+        self.idle: dict[int, float] = {}
+        self.idle_since: float | None = self.now
+        self.elected: dict[int, float] = {}
+        self.published: dict[str, int] = {}
+        self.dismissed: dict[str, int] = {}
+        self.opened_at = self.now
+        self.counting = Counting()
+        self.registry = Registry(
+            close_fds=self.closed.update,
+            wall=lambda: self.now + 1e9,
+            monotonic=lambda: self.now,
+            linger_s=linger_s,
+            grace_s=GRACE_S,
+            max_fds=12,
+            observers=(self.counting.observe, self.observe),
+        )
+        for key, generation in expected:
+            self.registry.expect(key, generation)
+            self.published[key.id] = max(generation, self.published.get(key.id, 0))
+        self.registry.open()
+        self.settle()
+
+    def observe(self, move: Move) -> None:
+        """Each move is judged when it is made, by what was known before."""
+        self.moves.append(move)
+        if isinstance(move, GenerationMoved | LeaseMoved):
+            self.taken.add((move.before, move.event))
+        if isinstance(move, LeaseMoved) and move.event is LeaseEvent.ELECT:
+            self.elected[move.lease.id] = self.now
+        if not isinstance(move, GenerationMoved):
+            return
+        key_id, generation = move.entry.key.id, move.entry.generation
+        if move.event is GenerationEvent.PUBLISH:
+            assert generation > self.published.get(key_id, 0), "a number was given twice"
+        if move.event is GenerationEvent.HAND_BACK:
+            assert generation > self.dismissed.get(key_id, 0), "what was dropped on purpose came back"
+        if move.event in BY_LINGER:
+            assert not self.owner, "an owner's entry was dropped"
+            assert self.linger_s >= 0
+            assert not move.entry.leases
+        if move.event is GenerationEvent.EXPIRE:
+            assert self.now - self.idle[id(move.entry)] >= self.linger_s, "an entry expired too early"
+        if move.event in (GenerationEvent.PUBLISH, GenerationEvent.HAND_BACK):
+            self.published[key_id] = max(generation, self.published.get(key_id, 0))
+        elif move.event in DISMISSING:
+            self.dismissed[key_id] = max(generation, self.published.get(key_id, 0))
+
+    def attempt(self, call: Callable[[], Any], *, legal: bool | None = None) -> Any:
+        """The answer of `call`, or None if it is refused: then nothing may have changed. `legal`: what is expected."""
+        before = self.snapshot()
+        answer, refusal = None, None
+        try:
+            answer = call()
+        except CompanionError as error:
+            refusal = error
+        if refusal is not None:
+            assert not legal, f"refused: {refusal}"
+            assert self.snapshot() == before, f"something changed, though it was refused: {refusal}"
+            return None
+        assert legal is not False, "what is illegal was done"
+        self.settle()
+        return answer
+
+    def settle(self) -> None:
+        """Bring the account up to date after a step."""
+        now_idle = {id(e): e for e in self.registry.entries if e.state is GenerationState.READY and not e.users}
+        self.idle = {entry: self.idle.get(entry, self.now) for entry in now_idle}
+        if any(entry.users for entry in self.registry.entries):
+            self.idle_since, self.grace_s = None, 0.0
+        elif self.idle_since is None:
+            self.idle_since = self.now
+
+    def snapshot(self) -> object:
+        """All that the registry knows, and all that others have seen of it."""
+        fields = [
+            ({**vars(e), "leases": [x.id for x in e.leases]}, [{**vars(x), "events": list(x.events)} for x in e.leases])
+            for e in self.registry.entries
+        ]
+        counts = [(series.name, series.value, list(series.counts)) for series in self.counting.counters.all()]
+        remembered = [dict(numbers) for numbers in vars(self.registry._generations).values()]
+        return (
+            *(fields, counts, remembered, dict(vars(self.registry.lifetime))),
+            *(self.closed.copy(), len(self.moves), [list(x.events) for x in self.all_leases]),
+        )
+
+    def events(self, lease: Lease) -> list[Event]:
+        """All that the client was told, read or not."""
+        return [*self.told[lease.id], *lease.events]
+
+    def may_publish(self, lease: Lease) -> bool:
+        """Whether the client knows itself to be elected; the account, not the registry, says so."""
+        heard = self.events(lease)
+        return not lease.ended and bool(heard) and isinstance(heard[-1], GrantedEvent) and lease.id in self.elected
+
+    def elected_leases(self) -> list[Lease]:
+        return [lease for lease in self.registry.leases if lease.state is LeaseState.LOADING]
+
+    # ---- clients
+
+    @rule(
+        select=st.one_of(keys, keys, queries),
+        may_load=st.sampled_from([True, True, False]),
+        holds=st.sampled_from([0, 0, 0, 0, 1, 4, None, None]),
+        passive=st.sampled_from([False, False, True]),
+    )
+    def attach(self, select: EntryKey | Query, may_load: bool, holds: int | None, passive: bool) -> None:
+        """`holds` None: the latest generation."""
+        pid = next(self.pids)
+        if holds is None:
+            holds = self.published.get(select.id, 0) if isinstance(select, EntryKey) else 0
+
+        def call() -> Lease:
+            return self.registry.attach(
+                select, may_load=may_load, pid=pid, client=f"client{pid}", holds=holds, passive=passive
+            )
+
+        before = len(self.registry.leases)
+        lease = self.attempt(call)
+        if lease is not None:
+            assert len(self.registry.leases) == before + 1
+            self.all_leases.append(lease)
+            self.told[lease.id] = []
+
+    @rule(key=keys)
+    def engine(self, key: EntryKey) -> None:
+        self.attach(key, True, 0, False)
+
+    @rule(key=keys, passive=st.booleans(), publishes=st.sampled_from(["not yet", "as it was", "anew"]))
+    def holder(self, key: EntryKey, passive: bool, publishes: str) -> None:
+        """A client that maps the latest generation already."""
+        self.attach(key, False, None, passive)
+        if publishes != "not yet" and self.last_is_elected():
+            self.publish(self.all_leases[-1], publishes == "as it was")
+
+    @rule(key=keys, stays=st.booleans())
+    def publisher(self, key: EntryKey, stays: bool) -> None:
+        """A client that publishes at once if it is elected; or else the entry has no client any more."""
+        self.attach(key, True, 0, False)
+        if self.last_is_elected():
+            self.publish(self.all_leases[-1], False)
+        if not stays:
+            self.all_leave(key)
+
+    def last_is_elected(self) -> bool:
+        return bool(self.all_leases) and self.all_leases[-1].state is LeaseState.LOADING
+
+    @loading
+    @rule(lease=loaders, as_held=st.sampled_from([True, False, None]))
+    def publish(self, lease: Lease, as_held: bool | None) -> None:
+        """All that a loader does; `as_held` None: it declines."""
+        if as_held is None:
+            self.decline(lease, 0)
+            return
+        if not lease.deposited:
+            self.deposit(lease, 2)
+        self.commit(lease, lease.holds if as_held else 0)
+
+    @attached
+    @rule(
+        lease=st.one_of(leases, loaders),
+        call=st.sampled_from(["announce", "deposit", "progress", "commit", "decline"]),
+        number=st.sampled_from([0, 1, 2, 2, 3, 7]),
+    )
+    def call(self, lease: Lease, call: str, number: int) -> None:
+        """Anything that a client may say, in any state."""
+        getattr(self, call)(lease, number)
+
+    def announce(self, lease: Lease, number: int) -> None:
+        legal = None if self.may_publish(lease) else False  # the limit may refuse it
+        self.attempt(lambda: self.registry.announce(lease, number), legal=legal)
+
+    def deposit(self, lease: Lease, number: int) -> None:
+        fds = [next(self.numbers) for _ in range(number)]
+        legal = self.may_publish(lease) and not lease.deposited
+
+        def call() -> None:
+            self.registry.deposit(lease, fds)
+            self.deposited.update(fds)
+
+        self.attempt(call, legal=legal)
+
+    def progress(self, lease: Lease, number: int) -> None:
+        progress = Progress("reading", number, 7)
+        self.attempt(lambda: self.registry.progress(lease, progress), legal=self.may_publish(lease))
+
+    def commit(self, lease: Lease, number: int) -> None:
+        legal = self.may_publish(lease) and len(lease.deposited) == 2 and number in (0, lease.holds)
+        committed = self.attempt(
+            lambda: self.registry.commit(lease, ARENA, MANIFEST, Published(3), number), legal=legal
+        )
+        if committed is not None:
+            self.commits["handed_back" if number else "published"] += 1
+            assert committed == lease.entry.generation
+            del self.elected[lease.id]
+
+    def decline(self, lease: Lease, number: int) -> None:
+        legal, holds = self.may_publish(lease), lease.holds
+        self.attempt(lambda: self.registry.decline(lease, "because"), legal=legal)
+        self.declines += legal and not holds
+
+    @attached
+    @rule(lease=leases)
+    def leave(self, lease: Lease) -> None:
+        self.attempt(lambda: self.registry.end_lease(lease), legal=True)
+        assert lease.ended
+
+    @held
+    @rule(key=keys)
+    def all_leave(self, key: EntryKey) -> None:
+        for lease in [lease for lease in self.registry.leases if lease.entry.key is key]:
+            self.leave(lease)
+
+    # ---- people and memory
+
+    @held
+    @rule(query=queries, force=st.booleans())
+    def unload(self, query: Query, force: bool) -> None:
+        found = [e for e in self.registry.entries if e.current and query.matches(e.key)]
+        legal = bool(found) and (force or not any(e.users for e in found))
+        self.attempt(lambda: self.registry.unload(query, force=force), legal=legal)
+        assert not legal or not any(e.current for e in found)
+
+    @held
+    @rule(size_bytes=st.sampled_from([0, 1, 1, ARENA.size_bytes, ARENA.size_bytes + 1, 3 * ARENA.size_bytes]))
+    def make_room(self, size_bytes: int) -> None:
+        dropped = self.attempt(lambda: self.registry.make_room(size_bytes), legal=True)
+        sizes = [entry.size_bytes for entry in dropped]
+        assert not sizes or sum(sizes[:-1]) < size_bytes <= sum(sizes)
+
+    @held
+    @rule(key=keys)
+    def lose(self, key: EntryKey) -> None:
+        """The process that the memory of an entry depends on ends."""
+        lost = {fd for e in self.registry.entries if e.key is key for fd in e.fds}
+        self.attempt(lambda: self.registry.lose(lambda arena, fds: not lost.isdisjoint(fds)), legal=True)
+
+    @rule(pid=st.sampled_from([0, 0, 1, 2]), linger_s=st.sampled_from([-1.0, 4.0, float("inf")]))
+    def own(self, pid: int, linger_s: float) -> None:
+        legal = not self.owner and pid > 0 and linger_s != float("inf")
+        before = self.linger_s
+        self.attempt(lambda: self.registry.own(pid, linger_s), legal=legal)
+        if legal:
+            self.owner, self.linger_s, self.without_owner_s, self.grace_s = pid, linger_s, before, 0.0
+
+    @precondition(lambda self: self.owner)
+    @rule()
+    def disown(self) -> None:
+        self.registry.disown()
+        self.owner, self.linger_s = 0, self.without_owner_s
+        self.idle = dict.fromkeys(self.idle, self.now)
+        self.idle_since = self.idle_since if self.idle_since is None else self.now
+        self.settle()
+
+    # ---- time
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, HAND_BACK_S, LINGER_S]), read=st.booleans())
+    def wait(self, seconds: float, read: bool) -> None:
+        for lease in self.all_leases if read else ():
+            self.told[lease.id] += lease.events
+            lease.events.clear()
+        self.now += seconds
+        self.check_time()
+
+    @rule()
+    def wait_until_due(self) -> None:
+        """Nothing happens before the registry says so, and something does then."""
+        due = self.registry.advance()
+        if due.over or due.next_s is None:
+            return
+        assert due.next_s > 0
+        self.settle()
+        before = len(self.moves)
+        self.now += due.next_s / 2
+        again = self.registry.advance()
+        assert (again.over, again.next_s, len(self.moves)) == (False, due.next_s / 2, before)
+        self.now += due.next_s / 2
+        self.check_time()
+        assert len(self.moves) > before
+
+    def check_time(self) -> None:
+        """Whatever is due is done."""
+        before = len(self.moves)
+        due = self.registry.advance()
+        self.settle()
+        for entry in self.registry.entries:
+            assert entry.state is not GenerationState.EXPECTED or self.now < self.opened_at + HAND_BACK_S
+            idle_s = self.now - self.idle.get(id(entry), self.now)
+            assert self.owner or self.linger_s < 0 or entry.leases or idle_s < self.linger_s or not idle_s
+        for lease in self.registry.leases:
+            if lease.state is LeaseState.LOADING and lease.holds:
+                assert self.now < self.elected[lease.id] + HAND_BACK_S, "a client that hangs kept its turn"
+        ends = None
+        if self.linger_s >= 0 and self.idle_since is not None:
+            ends = self.idle_since + max(self.linger_s, self.grace_s)
+        assert due.over == (ends is not None and ends <= self.now)
+        assert due.over == any(isinstance(move, LingerOver) for move in self.moves[before:])
+
+    # ---- what is always true
+
+    @invariant()
+    def a_key_has_one_current_entry(self) -> None:
+        ids = [entry.key.id for entry in self.registry.entries if entry.current]
+        assert len(ids) == len(set(ids))
+
+    @invariant()
+    def every_descriptor_has_one_owner_or_is_closed_once(self) -> None:
+        kept = [fd for e in self.registry.entries for fd in e.fds]
+        kept += [fd for lease in self.all_leases for fd in lease.deposited]
+        assert Counter(kept) + self.closed == Counter(dict.fromkeys(self.deposited, 1))
+
+    @invariant()
+    def leases_agree_with_their_entries(self) -> None:
+        for entry in self.registry.entries:
+            states = Counter(lease.state for lease in entry.leases)
+            assert all(lease.entry is entry for lease in entry.leases)
+            if entry.state in (GenerationState.EXPECTED, GenerationState.LOADING):
+                assert states.keys() <= {LeaseState.WAITING, LeaseState.LOADING}
+                assert states[LeaseState.LOADING] in ((1,) if entry.state is GenerationState.LOADING else (0, 1))
+                assert not entry.fds
+            else:
+                assert states.keys() <= {LeaseState.ATTACHED}
+                assert len(entry.fds) == (2 if entry.state is GenerationState.READY else 0)
+            assert entry.state is not GenerationState.RETIRED or entry.users
+            assert (entry.idle_since is not None) == (id(entry) in self.idle)
+            assert entry.idle_since in (None, self.idle.get(id(entry)))
+        there = {lease.id for lease in self.registry.leases}
+        for lease in self.all_leases:
+            assert lease.ended != (lease.id in there)
+            assert lease.state is LeaseState.LOADING or not (lease.deposited or lease.announced)
+
+    @invariant()
+    def the_first_in_order_of_arrival_loads(self) -> None:
+        """But a client that holds the entry goes first, until a loader has deposited."""
+        for entry in self.registry.entries:
+            loader = entry.loading_lease
+            holders = [lease for lease in entry.leases if lease.holds]
+            able = [lease for lease in entry.leases if lease.may_load]
+            if entry.state is GenerationState.EXPECTED:
+                assert loader is (holders[0] if holders else None)
+            elif entry.state is GenerationState.LOADING:
+                assert loader is not None
+                assert loader is (holders or able)[0] or (loader is able[0] and loader.deposited)
+
+    @invariant()
+    def idle_time_runs_while_nobody_uses_anything(self) -> None:
+        assert self.registry.lifetime.idle_since == self.idle_since
+
+    @invariant()
+    def clients_are_told_in_order(self) -> None:
+        for lease in self.all_leases:
+            heard = [type(event) for event in self.events(lease)]
+            waits = [index for index, kind in enumerate(heard) if kind is WaitingEvent]
+            for kind in (ReadyEvent, RetiredEvent, FailedEvent):
+                assert heard.count(kind) <= 1
+                if kind in heard:
+                    assert all(index < heard.index(kind) for index in waits)
+            if FailedEvent in heard:
+                assert heard[-1] is FailedEvent
+                assert lease.ended
+            unread = [type(event) for event in lease.events]
+            assert unread.count(WaitingEvent) <= unread.count(GrantedEvent) + 1
+
+    @invariant()
+    def counters_equal_a_recount(self) -> None:
+        """From what clients were told and did, not from the moves that are counted."""
+        heard = [(lease, event) for lease in self.all_leases for event in self.events(lease)]
+        moved = [move for move in self.moves if isinstance(move, LeaseMoved)]
+        ready = [lease for lease, event in heard if isinstance(event, ReadyEvent)]
+        grants = sum(isinstance(event, GrantedEvent) and not lease.holds for lease, event in heard)
+        loading = sum(x.state is LeaseState.LOADING and not x.holds for x in self.registry.leases)
+        yielded = sum(move.event is LeaseEvent.YIELD for move in moved)
+        by_holders = sum(move.event is LeaseEvent.COMMIT and move.lease.holds > 0 for move in moved)
+        own_loads = self.commits.total() - by_holders
+        expected = {
+            "loads published": self.commits["published"],
+            "loads declined": self.declines,
+            "loads abandoned": grants - yielded - loading - own_loads - self.declines,
+            "load_seconds": self.commits["published"],
+            "attaches": sum(not lease.holds and not lease.passive for lease in ready),
+            "readoptions handed_back": self.commits["handed_back"],
+            "readoptions renewed": sum(lease.holds > 0 for lease in ready),
+            "readoptions given_up": self.happened(GenerationEvent.GIVE_UP),
+            "failures": sum(isinstance(event, FailedEvent) for _, event in heard),
+            "wait_seconds": sum(move.waited_s is not None for move in moved),
+        }
+        assert self.counts(expected) == expected
+
+    def happened(self, event: GenerationEvent) -> int:
+        return sum(isinstance(move, GenerationMoved) and move.event is event for move in self.moves)
+
+    def counts(self, names: Sequence[str] | dict[str, int]) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for series in self.counting.counters.all():
+            name = f"{series.name} {series.labels['result']}" if "result" in series.labels else series.name
+            found[name] += sum(series.counts) if series.counts else int(series.value)
+        return {name: found[name] for name in names}
+
+    def teardown(self) -> None:
+        """At the end nobody is let in, and nothing is left."""
+        if not hasattr(self, "registry"):
+            return
+        self.registry.end(replaced=self.replaced)
+        before = self.snapshot()
+        with pytest.raises(CompanionReplacedError if self.replaced else LeaseLostError):
+            self.registry.attach(KEYS[0], may_load=True, pid=1, client="late")
+        assert self.snapshot() == before
+        self.registry.close()
+        assert self.closed == Counter(dict.fromkeys(self.deposited, 1))
+        assert self.registry.entries == []
+        assert all(lease.ended for lease in self.all_leases)
+
+
+def explore(examples: int, steps: int, *, derandomize: bool, missed: int) -> None:
+    """Try so many orders of so many events. They must have taken all steps of both tables but for `missed`."""
+    Clients.taken.clear()
+    run_state_machine_as_test(
+        Clients,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            derandomize=derandomize,
+            deadline=None,
+            database=None,
+            print_blob=True,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    tables = [*GENERATION.rows.items(), *LEASE.rows.items()]
+    not_taken = {(state, event) for state, row in tables for event in row} - Clients.taken
+    assert len(not_taken) <= missed, f"these steps were not tried: {not_taken}"
+
+
+class TestRegistryModel:
+    """No order of events breaks a rule of the registry."""
+
+    def test_short(self) -> None:
+        """The same orders every time."""
+        explore(150, 50, derandomize=True, missed=4)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    def test_long(self) -> None:
+        """Other orders every time, and longer ones."""
+        explore(3000, 80, derandomize=False, missed=0)

@@ -1,0 +1,73 @@
+"""What the registry tells its observers: every step of a generation or a lease, and what becomes of the companion.
+
+Observers are called in the midst of a transition, in order of subscription. They must not call the registry and must
+not raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_companion_plugin.core.status import LeaseState
+from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.holder.registry.entries import Entry, Lease
+from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
+
+
+@dataclass(frozen=True)
+class GenerationMoved:
+    """The generation of `entry` has moved; `entry.state` is where to.
+
+    Attributes:
+        loaded_s: of a publication, seconds since the election.
+    """
+
+    entry: Entry
+    event: GenerationEvent
+    before: GenerationState | None
+    loaded_s: float | None = None
+
+
+@dataclass(frozen=True)
+class LeaseMoved:
+    """A lease has moved; `lease.state` is where to.
+
+    Attributes:
+        waited_s: seconds that it waited for another client, if this move has ended that.
+        error: what the client is told.
+        reason: of a decline, the client's.
+    """
+
+    lease: Lease
+    event: LeaseEvent
+    before: LeaseState | None
+    waited_s: float | None = None
+    error: CompanionError | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Lingering:
+    """Nobody uses anything: in `left_s` seconds the companion will end, and `held_bytes` be free."""
+
+    left_s: float
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class LingerOver:
+    """Nobody has used anything for `linger_s` seconds: the companion should end."""
+
+    linger_s: float
+
+
+@dataclass(frozen=True)
+class OwnerGone:
+    """The owner has gone, and the companion stays for its own linger time."""
+
+    pid: int
+
+
+Move = GenerationMoved | LeaseMoved | Lingering | LingerOver | OwnerGone
+Observer = Callable[[Move], None]

@@ -1,0 +1,99 @@
+"""What is written down of the registry's moves: the log of the companion, and notes for the next one.
+
+A note tells those who map a generation not to hand it back to the companion that follows. The log says what happened to
+which entry, and by whom.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.holder.registry import limits
+from vllm_companion_plugin.holder.registry.entries import Entry
+from vllm_companion_plugin.holder.registry.moves import (
+    GenerationMoved,
+    LeaseMoved,
+    Lingering,
+    LingerOver,
+    Move,
+    OwnerGone,
+)
+from vllm_companion_plugin.holder.registry.table import DISMISSING, GenerationEvent, LeaseEvent
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """An observer of a registry.
+
+    Args:
+        dismiss: notes that no client shall hand back this generation of the entry. May raise `OSError`.
+    """
+
+    def __init__(self, dismiss: Callable[[EntryKey, int], None]) -> None:
+        self._dismiss = dismiss
+
+    def observe(self, move: Move) -> None:
+        """Write down one move."""
+        if isinstance(move, GenerationMoved):
+            if move.event in DISMISSING:
+                self._note(move.entry)
+            _log_generation(move)
+        elif isinstance(move, LeaseMoved):
+            _log_lease(move)
+        elif isinstance(move, Lingering):
+            until = time.strftime("%m-%d %H:%M:%S", time.localtime(time.time() + move.left_s))
+            held_gib = move.held_bytes / (1 << 30)
+            logger.info("Nobody is attached. %.2f GiB are held until %s, then the companion exits.", held_gib, until)
+        elif isinstance(move, LingerOver):
+            logger.info("Nobody was attached for %g s: ending.", move.linger_s)
+        elif isinstance(move, OwnerGone):
+            logger.warning(
+                "The owner (pid %d) has gone: this companion stays as if an engine had started it.", move.pid
+            )
+
+    def _note(self, entry: Entry) -> None:
+        try:
+            self._dismiss(entry.key, entry.generation)
+        except OSError as error:
+            logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
+
+
+def _log_generation(move: GenerationMoved) -> None:
+    entry, event = move.entry, move.event
+    title, rank, held_gib = entry.key.title, entry.key.rank, entry.size_bytes / (1 << 30)
+    if event is GenerationEvent.EXPECT:
+        logger.info("Expecting %s (%s), generation %d, from those who map it.", title, rank, entry.generation)
+    elif event is GenerationEvent.GIVE_UP:
+        logger.warning("Nobody handed back %s within %g s.", title, limits.HAND_BACK_S)
+    elif event is GenerationEvent.EXPIRE:
+        logger.info("Nobody used %s (%s) for its linger time: dropped, %.2f GiB are free.", title, rank, held_gib)
+    elif event is GenerationEvent.MAKE_ROOM:
+        logger.info(
+            "Dropped %s (%s), which nobody uses, because somebody needs its %.2f GiB.", *(title, rank, held_gib)
+        )
+    elif event is GenerationEvent.UNLOAD:
+        logger.info("Unloaded %s, generation %d.", entry.key.model, entry.generation)
+    elif event is GenerationEvent.LOSE:
+        logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
+
+
+def _log_lease(move: LeaseMoved) -> None:
+    lease, entry = move.lease, move.lease.entry
+    if move.event is LeaseEvent.COMMIT and entry.arena is not None:
+        logger.info(
+            "%s %s %s (%s, %s), generation %d: %.2f GiB of %s, loaded in %.1f s.",
+            *(lease.who, "handed back" if lease.holds else "published"),
+            *(entry.key.model, entry.key.role, entry.key.rank, entry.generation),
+            *(entry.size_bytes / (1 << 30), entry.arena.kind, entry.published.load_s),
+        )
+    elif move.event is LeaseEvent.DECLINE:
+        logger.info("%s keeps %s: %s", lease.who, entry.key.model, move.reason)
+    elif move.event is LeaseEvent.OVERDUE:
+        logger.warning(
+            "%s was elected to hand back %s and did not within %g s: the next one may.",
+            *(lease.who, entry.key.title, limits.HAND_BACK_S),
+        )
