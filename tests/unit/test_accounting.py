@@ -13,7 +13,7 @@ from vllm.v1.worker.utils import request_memory
 
 from vllm_companion_plugin.engine import session
 from vllm_companion_plugin.engine.loader import CompanionModelLoader
-from vllm_companion_plugin.engine.vllm import accounting, compat
+from vllm_companion_plugin.engine.vllm import accounting, budget
 
 pytestmark = pytest.mark.core
 
@@ -27,7 +27,7 @@ def budget(held: int, free: int, load_format: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(session, "external_bytes", lambda vllm_config, settings: held)
     # What other processes hold shows up in what is free only when it is measured again.
     snapshot: Any = SimpleNamespace(total_memory=100 * GIB, free_memory=free, device_="cpu", measure=lambda: None)
-    if compat.has_external_memory_hook(request_memory):
+    if budget.has_external_memory_hook(request_memory):
         companion = load_format == "companion"
         external = CompanionModelLoader(config.load_config).get_external_weight_memory(config) if companion else 0
         return int(request_memory(snapshot, CACHE, external))
@@ -77,8 +77,8 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
 print(type(get_model_loader(LoadConfig(load_format="companion"))).__name__)
 from vllm.v1.worker import gpu_worker
-from vllm_companion_plugin.engine.vllm import compat
-if compat.has_external_memory_hook(gpu_worker.request_memory):
+from vllm_companion_plugin.engine.vllm import budget
+if budget.has_external_memory_hook(gpu_worker.request_memory):
     print("asked by vLLM")
 else:
     print(gpu_worker.request_memory.__module__)

@@ -34,7 +34,7 @@ from vllm_companion_plugin.engine.identity import checkpoint, code, key
 from vllm_companion_plugin.engine.identity.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.turns import Turn
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import building, devices, drafts, layout, sharing, sources
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -68,7 +68,7 @@ class Attach:
         wanted: the key of this engine's own checkpoint; `key` may be that of a copy.
     """
 
-    device: compat.EngineDevice
+    device: devices.EngineDevice
     wanted: EntryKey
     key: EntryKey
     lease: Lease
@@ -97,7 +97,7 @@ class Attach:
 class Load:
     """Elected: load, publish, keep. Owns lease and election."""
 
-    device: compat.EngineDevice
+    device: devices.EngineDevice
     key: EntryKey
     lease: Lease
     granted: Granted
@@ -182,7 +182,7 @@ outcomes: list[Outcome] = []
 
 def settings_for(vllm_config: Any, settings: Settings) -> Settings:
     """`settings`, with a copy for an engine that writes to its weights while it serves."""
-    return settings if compat.must_own_reason(vllm_config) is None else replace(settings, share="copy")
+    return settings if sharing.must_own_reason(vllm_config) is None else replace(settings, share="copy")
 
 
 def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
@@ -194,7 +194,7 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     known = _decisions.get(id(model_config))
     if known is None:
         try:
-            if compat.is_draft(vllm_config, model_config):
+            if drafts.is_draft(vllm_config, model_config):
                 known = _decide_draft(vllm_config, model_config, settings)
             else:
                 known = _decide(vllm_config, model_config, settings)
@@ -323,9 +323,9 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
     Never elected here: the device's lock would be held while the target is loaded, which other ranks of
     this engine may wait for.
     """
-    if not compat.loads_draft_alike(vllm_config):
+    if not drafts.loads_draft_alike(vllm_config):
         return None
-    draft = compat.draft_config(vllm_config)
+    draft = drafts.draft_config(vllm_config)
     if (known := _decisions.get(id(draft))) is not None:
         return known if isinstance(known, Attach) else None
     try:
@@ -340,25 +340,25 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
 
 
 def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
-    if reason := compat.unshareable_reason(vllm_config):
+    if reason := sharing.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
     with Turn(settings.wait_timeout_s) as turn:
-        device = compat.engine_device(vllm_config, settings.arena)
+        device = devices.engine_device(vllm_config, settings.arena)
         turn.announce(device.id)
         checksum.prepare(device.torch_device)
         return _decide_target(device, vllm_config, model_config, settings, turn.wait)
 
 
 def _decide_target(
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     vllm_config: Any,
     model_config: Any,
     settings: Settings,
     wait_for_turn: Callable[[], None],
 ) -> Decision:
     found = _find(vllm_config, model_config, settings)
-    wanted = key.compute(vllm_config, model_config, device, compat.source_text(settings), found.path, found.content)
-    draft = compat.draft_config(vllm_config)
+    wanted = key.compute(vllm_config, model_config, device, sources.source_text(settings), found.path, found.content)
+    draft = drafts.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
     if draft is not None:
@@ -371,14 +371,14 @@ def _decide_target(
 
 def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load: bool = True) -> Decision:
     """Of a draft. This process waits for no lock of its own: its target is loaded, or mapped, by then."""
-    if not compat.has_draft_weights(vllm_config):
+    if not drafts.has_draft_weights(vllm_config):
         return Alone("its drafts come from the target, without weights of their own")
     if id(draft) not in _drafts:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = _drafts[id(draft)]
     found = _find(vllm_config, draft, settings)
-    wanted = key.compute_draft(fields, draft, target_key, compat.source_text(settings), found.path, found.content)
-    device = compat.engine_device(vllm_config, settings.arena)
+    wanted = key.compute_draft(fields, draft, target_key, sources.source_text(settings), found.path, found.content)
+    device = devices.engine_device(vllm_config, settings.arena)
     return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
 
 
@@ -397,7 +397,7 @@ def decide_variant(
 
 def _obtain(
     vllm_config: Any,
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     wanted: EntryKey,
     found: _Found,
     settings: Settings,
@@ -405,7 +405,7 @@ def _obtain(
     may_load: bool = True,
     wait_for_turn: Callable[[], None] = lambda: None,
 ) -> Attach | Load:
-    own = compat.must_own_reason(vllm_config)
+    own = sharing.must_own_reason(vllm_config)
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
     may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
@@ -429,7 +429,7 @@ def _obtain(
 
 
 def _ask(
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     wanted: EntryKey,
     found: _Found,
     settings: Settings,
@@ -484,7 +484,7 @@ def _make_room(decision: Attach | Load, attached: list[Attach], vllm_config: Any
 
 
 def _client_name() -> str:
-    return f"vLLM {compat.versions()['vllm']}"
+    return f"vLLM {layout.versions()['vllm']}"
 
 
 def _held(
@@ -534,7 +534,7 @@ def _find(vllm_config: Any, model_config: Any, settings: Settings) -> _Found:
     path = _checkpoint(vllm_config, model_config, settings)
     if path is None:
         return _Found(None, {}, (), digests)
-    model_class = compat.model_class(vllm_config, model_config)
+    model_class = building.model_class(vllm_config, model_config)
     folders = tuple(code.folders(model_class, path)) if model_class is not None else ()
     return _Found(path, checkpoint.identity(path, digests, folders), folders, digests)
 
@@ -542,10 +542,10 @@ def _find(vllm_config: Any, model_config: Any, settings: Settings) -> _Found:
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:
     if settings.source_format in _WITHOUT_CHECKPOINT:
         return None
-    if reason := compat.elsewhere_reason(model_config, settings):
+    if reason := sources.elsewhere_reason(model_config, settings):
         raise NotShareableError(reason)
     load_config = vllm_config.load_config
-    source = compat.source_loader(load_config, settings.source_format)
+    source = sources.source_loader(load_config, settings.source_format)
     return checkpoint.ensure_downloaded(source, model_config, load_config)
 
 
@@ -557,7 +557,7 @@ def _connection(device_id: str, settings: Settings) -> CompanionConnection:
 
 
 def _open(
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     wanted: EntryKey,
     entry_key: EntryKey,
     lease: Lease,
