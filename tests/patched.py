@@ -46,6 +46,7 @@ def on_modules_and_classes() -> dict[Place, str]:
 
 def on_objects() -> dict[Place, str]:
     """What of ours hangs on single objects of others: their classes' dotted names, with the attribute's."""
+    gc.unfreeze()  # a started engine freezes its objects, which are not listed then
     found: dict[Place, str] = {}
     for value in gc.get_objects():
         cls = type(value)
@@ -115,7 +116,7 @@ def _hanging(owner: Any) -> Iterator[tuple[Place, str]]:
 def _items(value: Any) -> list[Any]:
     if type(value) in (list, tuple, set, frozenset):
         return list(value)
-    # By `type`, as a deprecated object may warn whoever asks for its class; by `dict`, as some import what is asked for.
+    # By `type`, as deprecated objects warn whoever asks for their class; by `dict`, as some import what is asked for.
     return list(dict.values(value)) if issubclass(type(value), dict) and value is not sys.modules else []
 
 
