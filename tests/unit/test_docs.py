@@ -11,6 +11,7 @@ import yaml
 
 from vllm_companion_plugin import settings
 from vllm_companion_plugin.core import metrics
+from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.errors import BY_CODE
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -22,6 +23,10 @@ def test_the_settings_table_is_the_generated_one() -> None:
 
 def test_the_metrics_table_is_the_generated_one() -> None:
     assert metrics.to_markdown() in (DOCS / "operations.md").read_text()
+
+
+def test_the_table_of_patches_is_the_generated_one() -> None:
+    assert (DOCS / "patches.md").read_text().endswith(patches.to_markdown())
 
 
 def test_every_error_code_is_explained() -> None:

@@ -57,7 +57,7 @@ from vllm_companion_plugin.holder.service.tickets import Tickets
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.companion.service")
 
 MAX_WATCHES = 256
 MAX_PUBLICATIONS = 256
