@@ -24,7 +24,7 @@ def watch_loader(name: str, figures: dict[str, float]) -> None:
         from vllm_companion_plugin.engine import attach, loader, publish
 
         owner = loader.CompanionModelLoader
-        inner_attach = attach.compat.initialize_model
+        inner_attach = attach.building.initialize_model
 
         def timed_build(*args, **kwargs):
             started = time.perf_counter()
@@ -33,7 +33,7 @@ def watch_loader(name: str, figures: dict[str, float]) -> None:
             finally:
                 figures["build_s"] = time.perf_counter() - started
 
-        attach.compat.initialize_model = timed_build
+        attach.building.initialize_model = timed_build
         make_release = publish._release
 
         def release(device):

@@ -100,8 +100,8 @@ NAMES = """
 import json
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.cli.devices import visible_gpus
-from vllm_companion_plugin.engine.vllm import compat
-print(json.dumps([visible_gpus(), CompanionClient().device, compat.engine_device(None).id]))
+from vllm_companion_plugin.engine.vllm import devices
+print(json.dumps([visible_gpus(), CompanionClient().device, devices.engine_device(None).id]))
 """
 
 
@@ -291,17 +291,17 @@ def test_the_kernel_adds_up_what_torch_does(index: int) -> None:
 
 def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:
     """What is left over is a tensor that was not found, and then it is searched."""
-    from vllm_companion_plugin.engine.vllm import compat
+    from vllm_companion_plugin.engine.vllm import devices
 
     torch.cuda.init()
-    device = compat.engine_device(None)
+    device = devices.engine_device(None)
     torch.zeros(5, 5, device="cuda") @ torch.zeros(5, 5, device="cuda")  # its workspace stays
-    before = compat.requested_bytes(device)
+    before = devices.requested_bytes(device)
     model = Small().cuda()
     model.view = model.head.weight[1:]
     tree = capture(model)
-    assert compat.requested_bytes(device) - before == storage_bytes(tree, "cuda")
+    assert devices.requested_bytes(device) - before == storage_bytes(tree, "cuda")
     secret = torch.ones(3, device="cuda")
     model.iterator = iter([secret])  # nobody looks into one by attributes
-    assert compat.requested_bytes(device) - before - storage_bytes(capture(model), "cuda") == 12
+    assert devices.requested_bytes(device) - before - storage_bytes(capture(model), "cuda") == 12
     assert len(hidden_tensors(model, Known.of(tree), "cuda")) == 1

@@ -23,7 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import devices, layout
 from vllm_companion_plugin.settings import resolve
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import copy, prepare
@@ -42,8 +42,8 @@ def join(config: Any, store: Path, rank: int) -> None:
 
 
 def run(config: Any, directory: Path, engine: int, rank: int, device_id: str, results: Any) -> None:
-    device = compat.EngineDevice(device_id, CPU, arenas.MEMFD, Stage.UNPROCESSED)
-    compat.engine_device = lambda vllm_config, arena: device
+    device = devices.EngineDevice(device_id, CPU, arenas.MEMFD, Stage.UNPROCESSED)
+    devices.engine_device = lambda vllm_config, arena: device
     join(config, directory / f"{os.getppid()}-{engine}", rank)
     # Crosswise: each engine is first on one device.
     time.sleep(0 if engine == rank else 1.5)
@@ -62,7 +62,7 @@ def run(config: Any, directory: Path, engine: int, rank: int, device_id: str, re
 
 def name(config: Any, directory: Path, rank: int, results: Any) -> None:
     join(config, directory / f"{os.getppid()}-dp", rank)
-    results.put((rank, compat.ranks()["dp"]))
+    results.put((rank, layout.ranks()["dp"]))
     distributed.barrier()
 
 

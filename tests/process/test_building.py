@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.process.test_identity import config, one_rank, tiny
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import building
 from vllm_companion_plugin.tree.building import DEFERRED_BYTES, WithoutWeights
 
 __all__ = ["one_rank", "tiny"]
@@ -36,7 +36,7 @@ def test_what_a_model_imports_while_it_is_built_has_its_constants(
     made = config(tiny)
     try:
         built = WithoutWeights(torch.device("cpu"))
-        with compat.model_without_weights(made, made.model_config, "", built) as model:
+        with building.model_without_weights(made, made.model_config, "", built) as model:
             assert all(parameter.is_meta for parameter in model.parameters() if parameter.nbytes >= DEFERRED_BYTES)
             assert not sys.modules["imported_late"].EPS.is_meta
     finally:

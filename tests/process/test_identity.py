@@ -34,7 +34,7 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions, session
 from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, digest, files, key
-from vllm_companion_plugin.engine.vllm import compat, flags
+from vllm_companion_plugin.engine.vllm import devices, drafts, flags, layout, sharing
 from vllm_companion_plugin.errors import CompanionError, NotShareableError
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import digests_directory
@@ -85,7 +85,7 @@ def key_of(model: Path, **options: Any) -> EntryKey:
 
 def key_of_config(made: Any, model: Path) -> EntryKey:
     files = checkpoint.identity(model)
-    return key.compute(made, made.model_config, compat.engine_device(made), "auto", model, files)
+    return key.compute(made, made.model_config, devices.engine_device(made), "auto", model, files)
 
 
 # ---- what is part of the key
@@ -125,8 +125,8 @@ def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: py
     monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
     switched = key_of(tiny)
     assert switched.differences(plain) == ["env.VLLM_MARLIN_INPUT_DTYPE is 'absent' there and 'int8' here"]
-    versions = compat.versions() | {"vllm": "0.0.1"}
-    monkeypatch.setattr(compat, "versions", lambda: versions)
+    versions = layout.versions() | {"vllm": "0.0.1"}
+    monkeypatch.setattr(layout, "versions", lambda: versions)
     assert f"version.vllm is {plain.fields['version.vllm']!r} there and '0.0.1' here" in key_of(tiny).differences(plain)
 
 
@@ -654,7 +654,7 @@ def test_who_was_elected_for_a_copy_takes_its_own_if_that_is_there_by_then(
 def test_an_engine_that_writes_to_its_weights_copies_what_is_held_and_publishes_nothing(
     engines: Engines, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "must_own_reason", lambda config: "EPLB moves expert weights in place")
+    monkeypatch.setattr(sharing, "must_own_reason", lambda config: "EPLB moves expert weights in place")
     with pytest.raises(NotShareableError, match=r"EPLB .* nobody holds them to be copied"):
         engines.decide(first)
     assert session.current()._connections["cpu"].status().entries == ()
@@ -926,7 +926,7 @@ def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(e
     assert decide.external_bytes(second, engines.settings) == size, "nobody has the draft, and nobody is elected for it"
     assert [entry.key.role for entry in status().entries] == ["target"]
 
-    loader = decide.decide(first, compat.draft_config(first), engines.settings)
+    loader = decide.decide(first, drafts.draft_config(first), engines.settings)
     assert isinstance(loader, decisions.Load)
     assert (loader.key.role, loader.key.rank, loader.key.model) == ("draft", "single", f"{drafted}-draft")
     assert loader.key.is_draft_of(target.key)
@@ -937,7 +937,7 @@ def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(e
     asking.join(20)
     assert found == [2 * size]
     for engine, announced in ((second, False), (third, True)):
-        bound = decide.decide(engine, compat.draft_config(engine), engines.settings)
+        bound = decide.decide(engine, drafts.draft_config(engine), engines.settings)
         assert isinstance(bound, decisions.Attach)
         assert bound.announced is announced
         assert abs(bound.attachment.held.published.ready_unix_s - time.time()) < 60
@@ -965,7 +965,7 @@ def test_what_is_held_takes_one_question(engines: Engines, tiny: Path, monkeypat
 
 def draft_key_of(model: Path, **options: Any) -> EntryKey:
     made = eagle(model, **options)
-    draft = compat.draft_config(made)
+    draft = drafts.draft_config(made)
     fields = key.draft_fields(made, draft)
     return key.compute_draft(fields, draft, key_of(model, **options), "auto", Path(f"{model}-draft"), {})
 
@@ -986,7 +986,7 @@ def test_what_changes_the_target_or_the_draft_changes_the_drafts_key(
 
 def test_a_draft_is_shared_with_its_target_or_not_at_all(engines: Engines, drafted: Path) -> None:
     made = eagle(drafted)
-    draft = compat.draft_config(made)
+    draft = drafts.draft_config(made)
     alone = decide.decide(made, draft, engines.settings)
     session.current().forget(draft)
     assert isinstance(alone, decisions.Alone)
@@ -1010,7 +1010,7 @@ def test_an_engine_that_guesses_by_ngrams_has_no_draft(tiny: Path, engines: Engi
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     made = config(tiny, speculative_config=ngram)
     assert made.speculative_config.draft_model_config is made.model_config
-    assert compat.draft_config(made) is None
+    assert drafts.draft_config(made) is None
     assert isinstance(engines.decide(tiny, speculative_config=ngram), decisions.Load)
 
 
@@ -1018,7 +1018,7 @@ def test_a_model_that_is_its_own_draft_is_found_by_its_role(engines: Engines, tm
     model = tmp_path / "mtp"
     models.make("deepseek-v3-mtp", model, tiny=True)
     made = config(model, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
-    for model_config in (made.model_config, compat.draft_config(made)):
+    for model_config in (made.model_config, drafts.draft_config(made)):
         loader = decide.decide(made, model_config, engines.settings)
         assert isinstance(loader, decisions.Load)
         publish(loader)
@@ -1027,7 +1027,7 @@ def test_a_model_that_is_its_own_draft_is_found_by_its_role(engines: Engines, tm
     assert found["draft"].is_draft_of(found["target"])
     assert found["draft"].model == found["target"].model
     assert connection.wait_ready(str(model), timeout_s=5).key == found["target"]
-    for model_config in (made.model_config, compat.draft_config(made)):
+    for model_config in (made.model_config, drafts.draft_config(made)):
         session.current()._decisions[id(model_config)].close()  # type: ignore[union-attr]
 
 

@@ -21,10 +21,10 @@ from vllm_companion_plugin.client.connection import CompanionConnection, Granted
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import room
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import devices
 
-GPU = compat.EngineDevice("GPU-x", torch.device("cuda", 0), arenas.CUDA_VMM, Stage.PROCESSED)
-HOST = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
+GPU = devices.EngineDevice("GPU-x", torch.device("cuda", 0), arenas.CUDA_VMM, Stage.PROCESSED)
+HOST = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.UNPROCESSED)
 SIZE = 1 << 20
 WANTED = EntryKey("ee" * 32, "test/wanted")
 
@@ -49,7 +49,7 @@ class Device:
                 total += os.stat(path).st_size if "memfd:arena" in os.readlink(path) else 0
         return total
 
-    def memory(self, device: compat.EngineDevice) -> tuple[int, int]:
+    def memory(self, device: devices.EngineDevice) -> tuple[int, int]:
         return self.size - self.held(), self.size
 
 
@@ -64,7 +64,7 @@ def connection(place: Place) -> Iterator[CompanionConnection]:
 def device(place: Place, connection: CompanionConnection, monkeypatch: pytest.MonkeyPatch) -> Device:
     """Twice as large as what an engine with utilization 0.5 wants: four entries fill it."""
     made = Device(place.companion_pid(), 4 * SIZE)
-    monkeypatch.setattr(compat, "memory", made.memory)
+    monkeypatch.setattr(devices, "memory", made.memory)
     return made
 
 
@@ -177,7 +177,7 @@ class TestRoom:
 def test_memory_is_what_vllm_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU CUDA says it, on a CPU the host."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 7) if device == GPU.torch_device else None)
-    assert compat.memory(GPU) == (3, 7)
-    free, total = compat.memory(HOST)
+    assert devices.memory(GPU) == (3, 7)
+    free, total = devices.memory(HOST)
     assert 0 < free < total <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 1 << 20 < compat.resident_bytes() < total
+    assert 1 << 20 < devices.resident_bytes() < total

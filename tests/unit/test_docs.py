@@ -11,6 +11,7 @@ import yaml
 
 from vllm_companion_plugin import settings
 from vllm_companion_plugin.core import metrics
+from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.errors import BY_CODE
 from vllm_companion_plugin.holder.registry import table
 
@@ -27,6 +28,10 @@ def test_the_metrics_table_is_the_generated_one() -> None:
 
 def test_the_diagrams_of_states_are_the_generated_ones() -> None:
     assert table.to_markdown() in (DOCS / "architecture.md").read_text()
+
+
+def test_the_table_of_patches_is_the_generated_one() -> None:
+    assert (DOCS / "patches.md").read_text().endswith(patches.to_markdown())
 
 
 def test_every_error_code_is_explained() -> None:

@@ -33,7 +33,7 @@ from vllm_companion_plugin.engine import decide, decisions, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.publish import _Publisher
-from vllm_companion_plugin.engine.vllm import compat, flags
+from vllm_companion_plugin.engine.vllm import budget, building, devices, flags, processing, sharing, sources
 from vllm_companion_plugin.errors import ManifestError, NotShareableError
 from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.host.runtime_dir import device_paths, ensure_private_directory
@@ -74,7 +74,7 @@ def test_what_an_engine_has_registered_comes_back(moe_layers: bool) -> None:
     if moe_layers:
         compilation.static_all_moe_layers = ["a"]
     held = compilation.static_forward_context
-    registered = compat._Registered(SimpleNamespace(compilation_config=compilation))
+    registered = building._Registered(SimpleNamespace(compilation_config=compilation))
     registered.clear()
     assert held == {}
     held["b"] = 2
@@ -104,10 +104,10 @@ def test_online_loading_is_ended_as_loading_would_have_ended_it() -> None:
     layerwise.record_metadata_for_reloading(layer)
     layerwise.initialize_online_processing(layer)
     assert layer.weight.weight_loader is not loader
-    compat.end_online_loading(layer)
+    processing.end_online_loading(layer)
     assert layer.weight.weight_loader is loader
     assert not layerwise.LAYERWISE_INFO[layer].can_load()
-    compat.end_online_loading(nn.Linear(2, 2))  # one that vLLM never saw
+    processing.end_online_loading(nn.Linear(2, 2))  # one that vLLM never saw
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="what CPU kernels want")
@@ -132,7 +132,7 @@ def test_convolutions_are_processed_as_in_a_normal_load() -> None:
 
 
 def test_the_cache_of_rope_modules_is_vllms_own() -> None:
-    assert compat._rope_cache() is rotary_embedding._ROPE_DICT
+    assert building._rope_cache() is rotary_embedding._ROPE_DICT
 
 
 def test_what_the_disk_says_while_deciding_is_a_reason_to_load_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
 
 def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> None:
     plain = SimpleNamespace(parallel_config=SimpleNamespace(), speculative_config=None)
-    assert compat.must_own_reason(plain) is None
+    assert sharing.must_own_reason(plain) is None
     plain.weight_transfer_config = object()
     assert decide.settings_for(plain, resolve()).share == "copy"
 
@@ -175,8 +175,8 @@ def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> Non
 def test_formats_that_all_ranks_read_together_are_not_used_by_several() -> None:
     for ranks, used in ((1, "fastsafetensors"), (2, "auto")):
         config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=ranks))
-        assert compat.source_format("fastsafetensors", config) == used
-        assert compat.source_format("runai_streamer", config) == "runai_streamer"
+        assert sources.source_format("fastsafetensors", config) == used
+        assert sources.source_format("runai_streamer", config) == "runai_streamer"
 
 
 def test_weights_of_another_checkpoint_are_named() -> None:
@@ -185,9 +185,9 @@ def test_weights_of_another_checkpoint_are_named() -> None:
 
     config = SimpleNamespace(model="org/m", model_weights="")
     model = nn.Module()
-    assert compat.other_checkpoints(model, config) == []
+    assert sources.other_checkpoints(model, config) == []
     model.secondary_weights = [source("org/m"), source("org/tower")]
-    assert compat.other_checkpoints(model, config) == ["org/tower"]
+    assert sources.other_checkpoints(model, config) == ["org/tower"]
 
 
 @pytest.mark.parametrize(("resident_since", "left"), [(5.0, 70), (10.0, 70), (15.0, 100)])
@@ -200,12 +200,12 @@ def test_weights_count_once_in_the_memory_budget(resident_since: float, left: in
         init_snapshot = SimpleNamespace(timestamp=10.0)
 
         def load_model(self) -> None:
-            compat.adjust_budget(-30, resident_since)
+            budget.adjust_budget(-30, resident_since)
 
     worker = Worker()
     worker.load_model()
     assert worker.requested_memory == left
-    compat.adjust_budget(-30)  # no worker is a caller
+    budget.adjust_budget(-30)  # no worker is a caller
 
 
 class Model(nn.Module):
@@ -288,8 +288,8 @@ def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
 
 def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = 0
-    monkeypatch.setattr(compat, "requested_bytes", lambda device: asked_for)  # as a GPU's allocator counts
-    device = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
+    monkeypatch.setattr(devices, "requested_bytes", lambda device: asked_for)  # as a GPU's allocator counts
+    device = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
     decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
     publisher = _Publisher(decision, resolve(), None, None)
     module, old, model, secret = ModuleType("new"), torch.ones(1), nn.Linear(2, 2), torch.ones(1)
@@ -309,7 +309,7 @@ def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monke
 
 def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:
     """The publisher notes why, and watches nothing."""
-    device = compat.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
+    device = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
     decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
     publisher = _Publisher(decision, resolve(), None, None)
     model = nn.Sequential(nn.LazyLinear(3))

@@ -195,3 +195,12 @@ def test_without_standard_error_nothing_is_logged_and_nothing_fails() -> None:
     command = ["sh", "-c", f'exec {sys.executable} -c "{code}logging.info(1); print(2)" 2>&-']
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (0, "2\n")
+
+
+def test_loggers_are_named_alike() -> None:
+    """Below vLLM's, whose handlers show what engines log; so a filter by name finds all of ours."""
+    package = Path(logs.__file__).parent.parent
+    text = "\n".join(path.read_text() for path in package.rglob("*.py"))
+    named = re.findall(r"\b(?:getLogger|init_logger)\(([^)]+)\)", text)
+    assert len(named) > 20
+    assert [name for name in named if not re.fullmatch(r'"vllm\.companion(\.\w+)?"', name)] == []

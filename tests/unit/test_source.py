@@ -14,7 +14,7 @@ from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_companion_plugin.engine.register import register
-from vllm_companion_plugin.engine.vllm import compat, flags
+from vllm_companion_plugin.engine.vllm import flags, sources
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
 
@@ -103,7 +103,7 @@ class TestSourceOptions:
     def source(source_format: str, extra: dict[str, Any]) -> Any:
         ours = {"source_format": source_format, "source_extra_config": extra}
         load_config = LoadConfig(load_format="companion", model_loader_extra_config=ours)
-        return compat.source_loader(load_config, source_format)
+        return sources.source_loader(load_config, source_format)
 
     def test_taken(self) -> None:
         options = {"enable_multithread_load": True, "num_threads": 3}
@@ -119,7 +119,7 @@ class TestSourceOptions:
     def test_what_decides_content_is_in_the_key(self) -> None:
         """How many threads read does not decide it, what they read does."""
         texts = [
-            compat.source_text(resolve({"source_format": "sharded_state", "source_extra_config": extra}))
+            sources.source_text(resolve({"source_format": "sharded_state", "source_extra_config": extra}))
             for extra in ({}, {"num_threads": 2}, {"pattern": "a"}, {"pattern": "b"})
         ]
         assert texts[:3] == ["sharded_state", "sharded_state", 'sharded_state {"pattern": "a"}']
@@ -167,7 +167,7 @@ class TestNameOfTheLoadFormat:
         assert load_config.load_format == "companion"
         settings = resolve_extra_config(load_config.model_loader_extra_config)
         assert (settings.source_format, settings.share) == (used, "copy")
-        assert "s3://bucket/model, an object store" in str(compat.elsewhere_reason(model_config, settings))
+        assert "s3://bucket/model, an object store" in str(sources.elsewhere_reason(model_config, settings))
 
     def test_tensorizer(self) -> None:
         """vLLM completes its options by the name of the model."""

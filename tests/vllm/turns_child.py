@@ -31,15 +31,15 @@ def used(device: str) -> int:
 def shrink_device(size_bytes: int, kv_bytes: int) -> None:
     """Let the device have `size_bytes` for weights, and nothing on it but what its companion holds."""
     from vllm_companion_plugin.client.connection import connect
-    from vllm_companion_plugin.engine.vllm import compat
+    from vllm_companion_plugin.engine.vllm import devices
     from vllm_companion_plugin.settings import resolve
 
-    def memory(device: compat.EngineDevice) -> tuple[int, int]:
+    def memory(device: devices.EngineDevice) -> tuple[int, int]:
         with connect("cpu", resolve(), spawn=False) as connection:
             held = sum(entry.size_bytes for entry in connection.status().entries)
         return size_bytes + kv_bytes - held, 1 << 40
 
-    compat.memory = memory
+    devices.memory = memory
 
 
 def main() -> None:

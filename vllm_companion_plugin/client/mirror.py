@@ -33,7 +33,7 @@ from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings
 
-logger = logging.getLogger("vllm.companion.holder")
+logger = logging.getLogger("vllm.companion.mirror")
 
 SAID_AFTER_S = 60.0
 RETRY_S, RETRY_MOST_S = 0.1, 2.0

@@ -190,6 +190,6 @@ def fatal(error: Exception) -> None:
     """Say why this process ends; in the form that was configured, or as text if it did not come to that."""
     handlers = logging.getLogger().handlers
     if handlers and isinstance(handlers[0].formatter, JsonFormatter):
-        logging.getLogger("vllm_companion_plugin").critical("%s", error)
+        logging.getLogger("vllm.companion").critical("%s", error)
     else:
         print(f"vllm-companion: {printable(str(error))}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.decisions import Attach, Outcome
 from vllm_companion_plugin.engine.identity import reading
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import building, processing
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.building import WithoutWeights
@@ -46,7 +46,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         verification = attachment.verification(views, settings.verify)
         without_weights = WithoutWeights(device)
         with (
-            compat.model_without_weights(vllm_config, model_config, prefix, without_weights) as model,
+            building.model_without_weights(vllm_config, model_config, prefix, without_weights) as model,
             ExitStack() as without,
         ):
             if decision.key.role == "draft":
@@ -56,16 +56,16 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
             source = Source(attachment.manifest, views, device, copy=copy)
-            restorer = Restorer(model, source, device, built=without_weights, besides=compat.noted_for_reloads)
+            restorer = Restorer(model, source, device, built=without_weights, besides=building.noted_for_reloads)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()
                 with process_privately(model, settings):
-                    compat.post_process(model, model_config, device)
+                    processing.post_process(model, model_config, device)
             else:
-                restorer.bind_early(compat.strategy)
-                with compat.around_post_processing(model, around_restore(restorer)):
-                    compat.post_process(model, model_config, device)
+                restorer.bind_early(processing.strategy)
+                with processing.around_post_processing(model, around_restore(restorer)):
+                    processing.post_process(model, model_config, device)
                 model.eval()  # as loaders return it
                 restorer.finish()
             with reported(decision, settings.verify if verification.pieces else ""):
@@ -155,11 +155,11 @@ def around_restore(restorer: Restorer) -> Callable[[nn.Module], AbstractContextM
 
     @contextmanager
     def around(module: nn.Module) -> Iterator[None]:
-        if compat.strategy(module) is Strategy.HIDE:
+        if processing.strategy(module) is Strategy.HIDE:
             with restorer.hiding(module):
                 yield
             return
-        compat.end_online_loading(module)
+        processing.end_online_loading(module)
         with restorer.replaying(module):
             yield
 
@@ -192,9 +192,9 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
 
     @contextmanager
     def around(module: nn.Module) -> Iterator[None]:
-        if settings.share == "copy" or (settings.cpu_prepack and compat.strategy(module) is Strategy.HIDE):
+        if settings.share == "copy" or (settings.cpu_prepack and processing.strategy(module) is Strategy.HIDE):
             yield
-        elif compat.strategy(module) is Strategy.HIDE:
+        elif processing.strategy(module) is Strategy.HIDE:
             with meta_parameters(module):
                 yield
         else:
@@ -203,7 +203,7 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
             yield
 
     with ExitStack() as stack:
-        stack.enter_context(compat.around_post_processing(model, around))
+        stack.enter_context(processing.around_post_processing(model, around))
         yield
     if copied:
         logger.info("%d tensors (%.2f GiB) are private: their kernels process them.", len(copied), sum(copied) / 2**30)

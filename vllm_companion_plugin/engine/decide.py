@@ -27,7 +27,7 @@ from vllm_companion_plugin.engine.identity.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
 from vllm_companion_plugin.engine.session import client_name, current
 from vllm_companion_plugin.engine.turns import Turn
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import building, devices, drafts, sharing, sources
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -50,7 +50,7 @@ _WITHOUT_CHECKPOINT = ("dummy",)
 
 def settings_for(vllm_config: Any, settings: Settings) -> Settings:
     """`settings`, with a copy for an engine that writes to its weights while it serves."""
-    return settings if compat.must_own_reason(vllm_config) is None else replace(settings, share="copy")
+    return settings if sharing.must_own_reason(vllm_config) is None else replace(settings, share="copy")
 
 
 def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
@@ -62,7 +62,7 @@ def decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
     known = current().decision(model_config)
     if known is None:
         try:
-            if compat.is_draft(vllm_config, model_config):
+            if drafts.is_draft(vllm_config, model_config):
                 known = _decide_draft(vllm_config, model_config, settings)
             else:
                 known = _decide(vllm_config, model_config, settings)
@@ -100,9 +100,9 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
     Never elected here: the device's lock would be held while the target is loaded, which other ranks of
     this engine may wait for.
     """
-    if not compat.loads_draft_alike(vllm_config):
+    if not drafts.loads_draft_alike(vllm_config):
         return None
-    draft = compat.draft_config(vllm_config)
+    draft = drafts.draft_config(vllm_config)
     if (known := current().decision(draft)) is not None:
         return known if isinstance(known, Attach) else None
     try:
@@ -117,25 +117,25 @@ def _draft_if_held(vllm_config: Any, settings: Settings) -> Attach | None:
 
 
 def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision:
-    if reason := compat.unshareable_reason(vllm_config):
+    if reason := sharing.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
     with Turn(settings.wait_timeout_s) as turn:
-        device = compat.engine_device(vllm_config, settings.arena)
+        device = devices.engine_device(vllm_config, settings.arena)
         turn.announce(device.id)
         checksum.prepare(device.torch_device)
         return _decide_target(device, vllm_config, model_config, settings, turn.wait)
 
 
 def _decide_target(
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     vllm_config: Any,
     model_config: Any,
     settings: Settings,
     wait_for_turn: Callable[[], None],
 ) -> Decision:
     found = _find(vllm_config, model_config, settings)
-    wanted = key.compute(vllm_config, model_config, device, compat.source_text(settings), found.path, found.content)
-    draft = compat.draft_config(vllm_config)
+    wanted = key.compute(vllm_config, model_config, device, sources.source_text(settings), found.path, found.content)
+    draft = drafts.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)
     if draft is not None:
@@ -148,15 +148,15 @@ def _decide_target(
 
 def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load: bool = True) -> Decision:
     """Of a draft. This process waits for no lock of its own: its target is loaded, or mapped, by then."""
-    if not compat.has_draft_weights(vllm_config):
+    if not drafts.has_draft_weights(vllm_config):
         return Alone("its drafts come from the target, without weights of their own")
     noted = current().draft_of(draft)
     if noted is None:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = noted
     found = _find(vllm_config, draft, settings)
-    wanted = key.compute_draft(fields, draft, target_key, compat.source_text(settings), found.path, found.content)
-    device = compat.engine_device(vllm_config, settings.arena)
+    wanted = key.compute_draft(fields, draft, target_key, sources.source_text(settings), found.path, found.content)
+    device = devices.engine_device(vllm_config, settings.arena)
     return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
 
 
@@ -175,7 +175,7 @@ def decide_variant(
 
 def _obtain(
     vllm_config: Any,
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     wanted: EntryKey,
     found: Found,
     settings: Settings,
@@ -183,7 +183,7 @@ def _obtain(
     may_load: bool = True,
     wait_for_turn: Callable[[], None] = lambda: None,
 ) -> Attach | Load:
-    own = compat.must_own_reason(vllm_config)
+    own = sharing.must_own_reason(vllm_config)
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
     may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
     try:
@@ -207,7 +207,7 @@ def _obtain(
 
 
 def _ask(
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     wanted: EntryKey,
     found: Found,
     settings: Settings,
@@ -237,7 +237,7 @@ class _Question:
     """One engine's question for one model, which may have to be asked for several keys."""
 
     connection: CompanionConnection
-    device: compat.EngineDevice
+    device: devices.EngineDevice
     wanted: EntryKey
     found: Found
     settings: Settings
@@ -332,7 +332,7 @@ def _find(vllm_config: Any, model_config: Any, settings: Settings) -> Found:
     path = _checkpoint(vllm_config, model_config, settings)
     if path is None:
         return Found(None, {}, (), digests)
-    model_class = compat.model_class(vllm_config, model_config)
+    model_class = building.model_class(vllm_config, model_config)
     folders = tuple(code.folders(model_class, path)) if model_class is not None else ()
     return Found(path, checkpoint.identity(path, digests, folders), folders, digests)
 
@@ -340,10 +340,10 @@ def _find(vllm_config: Any, model_config: Any, settings: Settings) -> Found:
 def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path | None:
     if settings.source_format in _WITHOUT_CHECKPOINT:
         return None
-    if reason := compat.elsewhere_reason(model_config, settings):
+    if reason := sources.elsewhere_reason(model_config, settings):
         raise NotShareableError(reason)
     load_config = vllm_config.load_config
-    source = compat.source_loader(load_config, settings.source_format)
+    source = sources.source_loader(load_config, settings.source_format)
     return checkpoint.ensure_downloaded(source, model_config, load_config)
 
 

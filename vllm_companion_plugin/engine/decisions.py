@@ -11,7 +11,7 @@ from vllm_companion_plugin.client.connection import Granted, Lease
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.identity.digest import Digests
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import devices
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.election import LoaderElection
 
@@ -28,7 +28,7 @@ class Attach:
         checkpoint: where this engine would have loaded from.
     """
 
-    device: compat.EngineDevice
+    device: devices.EngineDevice
     wanted: EntryKey
     key: EntryKey
     attachment: Attachment
@@ -50,7 +50,7 @@ class Attach:
 class Load:
     """Elected: load, publish, keep. Owns lease and election."""
 
-    device: compat.EngineDevice
+    device: devices.EngineDevice
     key: EntryKey
     lease: Lease
     granted: Granted

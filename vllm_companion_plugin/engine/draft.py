@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.core.module_tree import Manifest
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import drafts
 
 
 def left_to_target(vllm_config: Any, draft: nn.Module, target: nn.Module) -> list[str]:
     """Paths of the modules of a loaded `draft` that are not worth publishing."""
     return [
         path
-        for path, module in compat.replaced_by_target(vllm_config, draft, target).items()
-        if not compat.owns(draft, path) or _equal(draft.get_submodule(path), module)
+        for path, module in drafts.replaced_by_target(vllm_config, draft, target).items()
+        if not drafts.owns(draft, path) or _equal(draft.get_submodule(path), module)
     ]
 
 
@@ -45,7 +45,7 @@ def taken_from_target(
 ) -> dict[str, nn.Module]:
     """The target's modules for those that the publisher of `manifest` left to it, by path in `draft`."""
     published = {path for module in manifest.modules for path in (module.path, *module.aliases)}
-    replaced = compat.replaced_by_target(vllm_config, draft, target)
+    replaced = drafts.replaced_by_target(vllm_config, draft, target)
     return {path: module for path, module in replaced.items() if path not in published}
 
 
@@ -74,6 +74,6 @@ def put_in(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 def set_flags(draft: nn.Module, manifest: Manifest) -> None:
     """Note in `draft` what vLLM notes while it reads a checkpoint."""
     published = manifest.modules[0].attributes
-    for name in compat.DRAFT_FLAGS:
+    for name in drafts.DRAFT_FLAGS:
         if name in published:
             setattr(draft, name, published[name] == "True")

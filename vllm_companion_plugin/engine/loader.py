@@ -15,7 +15,7 @@ from vllm_companion_plugin.engine.decide import decide, decide_variant, external
 from vllm_companion_plugin.engine.decisions import Alone, Attach, Decision, Load
 from vllm_companion_plugin.engine.publish import load_and_publish
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import budget, drafts, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.settings import resolve_extra_config
@@ -61,7 +61,7 @@ class CompanionModelLoader(BaseModelLoader):
         """The model with its weights: attached, loaded for all, or loaded alone."""
         with named_as_source(vllm_config.load_config):
             model = self._load_model(vllm_config, model_config, prefix)
-        if not compat.is_draft(vllm_config, model_config):
+        if not drafts.is_draft(vllm_config, model_config):
             current().set_target(model)
         return model
 
@@ -86,7 +86,7 @@ class CompanionModelLoader(BaseModelLoader):
                 decision.close()
                 raise
             return model
-        role = "draft" if compat.is_draft(vllm_config, model_config) else "target"
+        role = "draft" if drafts.is_draft(vllm_config, model_config) else "target"
         current().not_shared(model_config.model, role, decision.reason, decision.failure)
         source = self._source(vllm_config)
         alone: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -94,10 +94,10 @@ class CompanionModelLoader(BaseModelLoader):
 
     def _source(self, vllm_config: Any = None) -> BaseModelLoader:
         wanted = self._settings.source_format
-        used = wanted if vllm_config is None else compat.source_format(wanted, vllm_config)
+        used = wanted if vllm_config is None else sources.source_format(wanted, vllm_config)
         if used != wanted:
             logger.info("Reading with %s instead of %s, which needs all ranks at once.", used, wanted)
-        return compat.source_loader(self.load_config, used)
+        return sources.source_loader(self.load_config, used)
 
     def _keep(self, decision: Attach) -> None:
         if self._settings.share == "copy":
@@ -106,7 +106,7 @@ class CompanionModelLoader(BaseModelLoader):
         attachment = decision.attachment
         current().keep(attachment, self._settings)
         if not decision.announced:
-            compat.adjust_budget(-attachment.size_bytes, attachment.held.published.ready_unix_s)
+            budget.adjust_budget(-attachment.size_bytes, attachment.held.published.ready_unix_s)
 
     def _refused(self, decision: Attach, error: CompanionError, vllm_config: Any, model_config: Any) -> Decision:
         """What to do instead of an attach that failed: another variant of the entry, or a normal load."""
@@ -126,6 +126,6 @@ class CompanionModelLoader(BaseModelLoader):
         gc.collect()  # the half-built model must not view the arena any more
         decision.close()
         if decision.announced:
-            compat.adjust_budget(external)
+            budget.adjust_budget(external)
         if decision.device.torch_device.type == "cuda":
             torch.cuda.empty_cache()

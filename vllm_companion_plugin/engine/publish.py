@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -30,7 +30,7 @@ from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.identity.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import devices, patches, processing, sources
 from vllm_companion_plugin.engine.vllm.imports import around_imports
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
 from vllm_companion_plugin.keeper import client
@@ -66,7 +66,7 @@ def load_and_publish(
     ):
         if decision.checkpoint is not None:
             publisher.reading = after_processing.enter_context(observed_reading(decision.checkpoint))
-        _hook_load_weights(source, publisher, after_processing)
+        after_processing.enter_context(patches.LOADERS_WEIGHTS.on(source, _watched(publisher, after_processing)))
         model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
         publisher.publish(model)
@@ -92,7 +92,7 @@ class _Publisher:
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
         self.reading: Reading | None = None
-        self._bytes_before = compat.requested_bytes(decision.device)
+        self._bytes_before = devices.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._publication.report(Progress(phase, done_bytes, total_bytes))
@@ -112,7 +112,7 @@ class _Publisher:
         except Exception as error:  # it can be loaded all the same
             self._reason = _unwatched(error)
             return
-        until.enter_context(compat.around_post_processing(model, self._observation.processing))
+        until.enter_context(processing.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
 
     def read(self, tensor: torch.Tensor) -> None:
@@ -135,7 +135,7 @@ class _Publisher:
     def importing(self, module: ModuleType) -> Iterator[None]:
         """While open, `module` is executed. The constants that it makes are none of the model's tensors."""
         device = self._decision.device
-        before = compat.requested_bytes(device)
+        before = devices.requested_bytes(device)
         yield
         known = set(map(id, self._constants))
         found = [
@@ -146,7 +146,7 @@ class _Publisher:
             and id(value) not in known
             and value.device.type == device.torch_device.type
         ]
-        if found and sum(value.nbytes for value in found) <= compat.requested_bytes(device) - before:
+        if found and sum(value.nbytes for value in found) <= devices.requested_bytes(device) - before:
             self._constants += found  # else some are of somebody else, and of before
 
     def publish(self, model: nn.Module) -> None:
@@ -169,7 +169,7 @@ class _Publisher:
     @collector_paused()
     def _publish(self, model: nn.Module, observation: Observation) -> None:
         self._decision.check_unchanged()
-        if foreign := compat.other_checkpoints(model, self._model_config):
+        if foreign := sources.other_checkpoints(model, self._model_config):
             raise NotShareableError(f"it takes weights from {', '.join(foreign)} too, which its key does not name")
         device = self._decision.device
         started = time.perf_counter()
@@ -210,7 +210,7 @@ class _Publisher:
             self._arena = arena  # the model views it, published or not
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
-        ways = compat.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
+        ways = processing.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
         try:
             generation = self._publication.publish(
                 arena.info, arena.fds, manifest.result(), tensor_count, ways, layout.result()
@@ -245,7 +245,7 @@ class _Publisher:
         device = self._decision.device
         if device.stage is not Stage.PROCESSED:
             return list
-        asked_for = compat.requested_bytes(device) - self._bytes_before
+        asked_for = devices.requested_bytes(device) - self._bytes_before
         left_over = asked_for - storage_bytes(tree, device.torch_device.type, besides=self._constants)
         logger.debug("%d bytes were asked for that are not in the module tree", left_over)
         if not left_over:
@@ -302,39 +302,37 @@ def _release(device: torch.device) -> Any:
     return torch.cuda.empty_cache if device.type == "cuda" else lambda: None
 
 
-def _hook_load_weights(source: BaseModelLoader, publisher: _Publisher, after_processing: ExitStack) -> None:
-    """Watch `source` load, and publish before post-processing where that is what is shared."""
-    load_weights = source.load_weights
+def _watched(
+    publisher: _Publisher, after_processing: ExitStack
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A loader's `load_weights` that is watched, and publishes before post-processing where that is what is shared."""
 
-    def hooked(model: nn.Module, model_config: Any) -> None:
-        publisher.begin(model, after_processing)
-        with _counted(model, publisher):
-            load_weights(model, model_config)
-        publisher.loaded(model)
-        if publisher._decision.device.stage is Stage.UNPROCESSED:
-            publisher.publish(model)
-            if publisher.is_bound:
-                after_processing.enter_context(process_privately(model, publisher._settings))
+    def wrap(inner: Callable[..., None]) -> Callable[..., None]:
+        def load_weights(model: nn.Module, model_config: Any) -> None:
+            publisher.begin(model, after_processing)
+            with _counted(model, publisher):
+                inner(model, model_config)
+            publisher.loaded(model)
+            if publisher._decision.device.stage is Stage.UNPROCESSED:
+                publisher.publish(model)
+                if publisher.is_bound:
+                    after_processing.enter_context(process_privately(model, publisher._settings))
 
-    source.load_weights = hooked
+        return load_weights
+
+    return wrap
 
 
-@contextmanager
-def _counted(model: nn.Module, publisher: _Publisher) -> Iterator[None]:
-    """Report the bytes of checkpoint tensors as the model takes them."""
-    inner = getattr(model, "load_weights", None)
-    if inner is None:
-        yield
-        return
+def _counted(model: nn.Module, publisher: _Publisher) -> AbstractContextManager[None]:
+    """While open, the bytes of checkpoint tensors are reported as the model takes them."""
 
-    def counting(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
-        return inner(_count(weights, publisher), *args, **kwargs)
+    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+            return inner(_count(weights, publisher), *args, **kwargs)
 
-    vars(model)["load_weights"] = counting  # shadows the method on this one object
-    try:
-        yield
-    finally:
-        del vars(model)["load_weights"]
+        return load_weights
+
+    return patches.MODELS_WEIGHTS.on(model, wrap) if hasattr(model, "load_weights") else nullcontext()
 
 
 def _count(weights: Iterable[tuple[str, torch.Tensor]], publisher: _Publisher) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import devices
 from vllm_companion_plugin.errors import CompanionError
 
 logger = init_logger("vllm.companion")
@@ -29,7 +29,7 @@ POLL_S = 0.02
 
 def make_room(
     connection: CompanionConnection,
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     vllm_config: Any,
     keys: Sequence[EntryKey],
     *,
@@ -47,11 +47,11 @@ def make_room(
     """
     try:
         wanted = _wanted_bytes(device, vllm_config, load_bytes, mapped_bytes)
-        missing = wanted - compat.memory(device)[0]
+        missing = wanted - devices.memory(device)[0]
         if missing <= 0:
             return
         dropped = _drop(connection, missing, keys[0])
-        free = _wait_for(wanted, device) if dropped else compat.memory(device)[0]
+        free = _wait_for(wanted, device) if dropped else devices.memory(device)[0]
         if free < wanted and (text := in_the_way(connection.status(), keys, wanted, free)):
             logger.warning("%s", text)
     except CompanionError as error:
@@ -60,15 +60,15 @@ def make_room(
         logger.warning("It cannot be told whether %s has enough memory: %s: %s", device.id, type(error).__name__, error)
 
 
-def _wanted_bytes(device: compat.EngineDevice, vllm_config: Any, load_bytes: int, mapped_bytes: int) -> int:
+def _wanted_bytes(device: devices.EngineDevice, vllm_config: Any, load_bytes: int, mapped_bytes: int) -> int:
     """What must be free for vLLM to start."""
     cache = vllm_config.cache_config
-    budget: int = math.ceil(compat.memory(device)[1] * cache.gpu_memory_utilization)
+    budget: int = math.ceil(devices.memory(device)[1] * cache.gpu_memory_utilization)
     if device.torch_device.type != "cpu":
         return budget - mapped_bytes
     # Checked after loading: the KV cache of a given size, or what this process has not used of its budget.
     kv_bytes: int | None = cache.kv_cache_memory_bytes
-    return load_bytes + kv_bytes if kv_bytes is not None else budget - compat.resident_bytes()
+    return load_bytes + kv_bytes if kv_bytes is not None else budget - devices.resident_bytes()
 
 
 def _drop(connection: CompanionConnection, missing: int, key: EntryKey) -> Sequence[EntryStatus]:
@@ -81,10 +81,10 @@ def _drop(connection: CompanionConnection, missing: int, key: EntryKey) -> Seque
     return dropped
 
 
-def _wait_for(wanted: int, device: compat.EngineDevice) -> int:
+def _wait_for(wanted: int, device: devices.EngineDevice) -> int:
     """Free bytes, as soon as so many are wanted, or the time is over."""
     deadline = time.monotonic() + FREE_TIMEOUT_S
-    while (free := compat.memory(device)[0]) < wanted and time.monotonic() < deadline:
+    while (free := devices.memory(device)[0]) < wanted and time.monotonic() < deadline:
         time.sleep(POLL_S)
     return free
 

@@ -27,7 +27,7 @@ from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.wire import schema
 from vllm_companion_plugin.wire.rpc import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, address
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.companion.process")
 
 STOP_GRACE_S = 0.3
 STOP_LIMIT_S = 1.8

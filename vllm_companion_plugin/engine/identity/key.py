@@ -18,7 +18,7 @@ from typing import Any
 from vllm_companion_plugin.core.identity import CHECKPOINT, VARIANT, EntryKey
 from vllm_companion_plugin.engine.identity import checkpoint, code, configuration
 from vllm_companion_plugin.engine.identity.digest import digest_of
-from vllm_companion_plugin.engine.vllm import compat
+from vllm_companion_plugin.engine.vllm import building, devices, layout
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.models import model_name
 
@@ -37,7 +37,7 @@ _LONGEST_DIFFERENCE = 400
 def compute(
     vllm_config: Any,
     model_config: Any,
-    device: compat.EngineDevice,
+    device: devices.EngineDevice,
     source_format: str,
     source: Path | None,
     content: dict[str, str],
@@ -48,19 +48,19 @@ def compute(
         source: the checkpoint; None for a format that reads none.
         content: identity of each of its files.
     """
-    ranks = compat.ranks()
+    ranks = layout.ranks()
     fields = {
         "manifest": str(MANIFEST_VERSION),
         "source_format": source_format,
         "stage": device.stage.value,
-        "device": compat.device_kind(device),
+        "device": layout.device_kind(device),
         "lora": str(vllm_config.lora_config is not None),
     }
     fields |= configuration.engine_fields(vllm_config)
     # All of them: some are read when a model is built, and which ones changes between versions.
     fields |= configuration.all_fields("lora", vllm_config.lora_config)
     fields |= _model_fields(vllm_config, model_config)
-    fields |= {f"version.{name}": value for name, value in (compat.versions() | code.versions()).items()}
+    fields |= {f"version.{name}": value for name, value in (layout.versions() | code.versions()).items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     speculative = vllm_config.speculative_config
     if getattr(model_config, "is_hybrid", False) and speculative is not None:
@@ -122,9 +122,9 @@ def _key(
 
 def _model_fields(vllm_config: Any, model_config: Any) -> dict[str, str]:
     fields = configuration.model_fields(model_config)
-    model_class = compat.model_class(vllm_config, model_config)
+    model_class = building.model_class(vllm_config, model_config)
     if model_class is not None:
-        fields |= code.fields(model_class, type(model_config.hf_config), *compat.quantization_classes(vllm_config))
+        fields |= code.fields(model_class, type(model_config.hf_config), *building.quantization_classes(vllm_config))
     return fields | _remote_code(model_config) | _tokenizer(model_config)
 
 

@@ -26,7 +26,7 @@ from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.run import reachable
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import compat, flags
+from vllm_companion_plugin.engine.vllm import building, devices, drafts, flags, layout, processing, sources
 from vllm_companion_plugin.errors import CompanionError, SettingsError
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -52,8 +52,8 @@ class WorkerExtension:
                 because the engine's own cannot be compared after processing.
         """
         worker: Any = self
-        device = compat.engine_device(worker.vllm_config)
-        running = {"target": worker.model_runner.model, "draft": compat.running_draft(worker.model_runner)}
+        device = devices.engine_device(worker.vllm_config)
+        running = {"target": worker.model_runner.model, "draft": drafts.running_draft(worker.model_runner)}
         running = {name: model for name, model in running.items() if model is not None}
         models = {name: describe(model) for name, model in running.items()}
         if role == "reference" and device.stage is Stage.UNPROCESSED:
@@ -74,25 +74,25 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return vars(reachable.walk(model))
 
 
-def _load_again(worker: Any, device: compat.EngineDevice, running: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _load_again(worker: Any, device: devices.EngineDevice, running: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The models of a worker once more, as `_load_one_again` does; the draft with the parts that are the target's."""
     config, runner = worker.vllm_config, worker.model_runner
     again = {"target": _load_one_again(config, config.model_config, "", device)}
     if "draft" in running:
-        again["draft"] = _load_one_again(*compat.draft_recipe(runner), device)
+        again["draft"] = _load_one_again(*drafts.draft_recipe(runner), device)
         places = {id(module): path for path, module in running["target"].named_modules()}
         common = {path: places[id(m)] for path, m in running["draft"].named_modules() if id(m) in places and path}
         draft.put_in(again["draft"], {p: again["target"].get_submodule(there) for p, there in common.items()})
     return again
 
 
-def _load_one_again(vllm_config: Any, model_config: Any, prefix: str, device: compat.EngineDevice) -> nn.Module:
+def _load_one_again(vllm_config: Any, model_config: Any, prefix: str, device: devices.EngineDevice) -> nn.Module:
     """A second model through vLLM's own loader, its private packing left out."""
-    loader = compat.source_loader(vllm_config.load_config, vllm_config.load_config.load_format)
-    with compat.second_model(vllm_config, model_config, prefix, device.torch_device) as model:
+    loader = sources.source_loader(vllm_config.load_config, vllm_config.load_config.load_format)
+    with building.second_model(vllm_config, model_config, prefix, device.torch_device) as model:
         loader.load_weights(model, model_config)
         with process_privately(model, resolve_extra_config({})):
-            compat.post_process(model, model_config, device.torch_device)
+            processing.post_process(model, model_config, device.torch_device)
     return model.eval()
 
 
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = flags.without_companion(args) if role == "reference" else flags.through_companion(args)
     engine = _Replicas(args) if args.data_parallel_size > 1 else _Engine(args)
     try:
-        report: dict[str, Any] = {"versions": compat.versions()}
+        report: dict[str, Any] = {"versions": layout.versions()}
         try:
             report["answers"] = answers(engine, asked.adapter)
             report["dtype"] = str(engine.config.model_config.dtype)

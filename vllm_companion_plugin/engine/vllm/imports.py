@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
 
+from vllm_companion_plugin.engine.vllm import patches
+
 Callback = Callable[[ModuleType], None]
 Around = Callable[[ModuleType], AbstractContextManager[object]]
 
@@ -34,7 +36,9 @@ def when_imported(name: str, callback: Callback) -> None:
 @contextmanager
 def around_imports(around: Around) -> Iterator[None]:
     """While open, each Python module that this thread executes is executed inside `around(module)`."""
-    _install()
+    # Not a finder: `trust_remote_code` imports without any. They stay, as other threads may be importing.
+    for patch in (patches.SOURCE_FILES, patches.COMPILED_FILES):
+        patch.apply(_surrounded)
     _open.contexts = (*_contexts(), around)
     try:
         yield
@@ -85,13 +89,6 @@ def _contexts() -> tuple[Around, ...]:
     """What this thread has open, the outermost first."""
     contexts: tuple[Around, ...] = getattr(_open, "contexts", ())
     return contexts
-
-
-@functools.cache
-def _install() -> None:
-    """Not a finder: `trust_remote_code` imports without any. It stays, as other threads may be importing."""
-    for cls in (importlib.machinery.SourceFileLoader, importlib.machinery.SourcelessFileLoader):
-        cls.exec_module = _surrounded(cls.exec_module)  # type: ignore[method-assign]
 
 
 def _surrounded(inner: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from vllm_companion_plugin.host.peer import credentials
 from vllm_companion_plugin.wire import fd_channel
 from vllm_companion_plugin.wire.codec import MAX_BLOCKS
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.companion.descriptors")
 
 CONNECTION_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 256

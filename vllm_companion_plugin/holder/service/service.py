@@ -46,7 +46,7 @@ from vllm_companion_plugin.holder.service.tickets import Tickets
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.companion.service")
 
 MAX_ERROR_TEXT = 1500  # gRPC percent-encodes it into metadata, which has 8 KiB
 

@@ -1,0 +1,42 @@
+"""What real engines leave patched: the rows of the table, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import Place
+from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.settings import to_environment
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+LOADS = {patches.LOADERS_WEIGHTS.target, patches.MODELS_WEIGHTS.target, patches.PROCESSING.target}
+ATTACHES = {patches.NOTES_FOR_RELOADS.target, patches.PROCESSING.target}
+
+
+def test_engines_leave_what_the_table_says(place: Place, tiny_llama: Path, engine_environment: dict[str, str]) -> None:
+    """One that published, and one that attached: what was for a while is undone, and has been there."""
+    options = {"model": str(tiny_llama), "skip_tokenizer_init": True}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.patches_child", json.dumps(options)],
+        env=engine_environment | to_environment(place.settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = json.loads(done.stdout.partition("RESULT ")[2].partition("\n")[0])
+    expected = [
+        {
+            **{"what": what, "through": sorted(through)},
+            **{"stray": [], "missing": [], "objects": [], "modes": []},
+            **{"collects": True, "switch_s": sys.getswitchinterval()},
+        }
+        for what, through in (("published", LOADS), ("attached", ATTACHES))
+    ]
+    assert reports == expected

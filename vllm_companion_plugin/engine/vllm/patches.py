@@ -1,0 +1,496 @@
+"""All that the plugin changes of what is not its own, in engines: of vLLM, of PyTorch and of Python.
+
+`PATCHES` is the table; docs/patches.md is made of it. What is replaced, is replaced through its row, and tests look
+for anything else. Models that the plugin builds or binds are its work, and so are tensors in them: they are no rows.
+
+Every process of vLLM imports this, so it imports neither vLLM nor PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+
+class How(Enum):
+    """In which way something is changed."""
+
+    REPLACED = "replaced"
+    """The attribute is another object, by `Patch.apply` or `Patch.on`."""
+    SET = "set"
+    """A value is changed, or an item of a table."""
+    HOOKED = "hooked"
+    """Its owner has an interface for this, which is used."""
+
+
+class Lifetime(Enum):
+    """When something is changed, and whether it is as it was before the process ends."""
+
+    IMPORT = "from its import on", True
+    LOAD = "from the first model that is loaded for others on", True
+    LOADERS = "from the import of vLLM's loaders on", True
+    ONCE = "when a model was attached, or could not be", True
+    WAITING = "until the module that is waited for is imported", False
+    CONFIGURING = "while vLLM makes its configuration", False
+    DECIDING = "while vLLM decides by the name of the load format", False
+    BUILDING = "while a model is built that will be attached", False
+    LOADING = "while a model is loaded for others", False
+    PROCESSING = "while a model is post-processed", False
+    WORKING = "while a model is published or attached", False
+
+    def __init__(self, text: str, is_permanent: bool) -> None:
+        self.text = text
+        self.is_permanent = is_permanent
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of something that is not ours.
+
+    Attributes:
+        where: "module:attribute" or "module:Class.attribute" that is changed.
+        by: our module that changes it.
+        reason: why.
+        link: the file and function that make it necessary, from the root of the owner's sources.
+        undo: how it is undone.
+        each: it is changed on single objects of the class, not on the class.
+        before: the first version of vLLM that does not need it; empty if all do.
+    """
+
+    where: str
+    by: str
+    how: How
+    lifetime: Lifetime
+    reason: str
+    link: str
+    undo: str
+    each: bool = False
+    before: str = ""
+
+    @property
+    def target(self) -> str:
+        """The dotted name of what is changed."""
+        return self.where.replace(":", ".")
+
+    @property
+    def attribute(self) -> str:
+        return self.where.replace(":", ".").rpartition(".")[2]
+
+    def find_owner(self) -> Any:
+        """The module or class that has the attribute. It has been imported: nothing is imported here.
+
+        Raises:
+            KeyError: it has not.
+        """
+        module, _, path = self.where.partition(":")
+        class_name = path.rpartition(".")[0]
+        return getattr(sys.modules[module], class_name) if class_name else sys.modules[module]
+
+    def apply(self, wrap: Callable[[Any], Any]) -> Applied:
+        """Replace the target by `wrap(target)` in this process. Where that was done already, nothing happens."""
+        if self not in _applied:
+            _applied[self] = Applied(self.find_owner(), self.attribute, wrap)
+        return _applied[self]
+
+    @contextmanager
+    def on(self, owner: Any, wrap: Callable[[Any], Any]) -> Iterator[None]:
+        """While open, the attribute of `owner` is `wrap(attribute)`. May be nested.
+
+        Raises:
+            TypeError: this is not the row of such an owner.
+        """
+        expected = self.find_owner()
+        if not (isinstance(owner, expected) if self.each else owner is expected):
+            raise TypeError(f"{owner!r} has another {self.attribute} than {self.target}.")
+        applied = Applied(owner, self.attribute, wrap)
+        try:
+            yield
+        finally:
+            applied.undo()
+
+
+class Applied:
+    """An attribute that was replaced, and what was there."""
+
+    def __init__(self, owner: Any, attribute: str, wrap: Callable[[Any], Any]) -> None:
+        self._owner, self._attribute = owner, attribute
+        # As it is stored, not as it is bound; nothing if the owner inherits it.
+        self._before = {name: value for name, value in vars(owner).items() if name == attribute}
+        self._put(wrap(getattr(owner, attribute)))
+
+    def undo(self) -> None:
+        """Put back what was there."""
+        if self._before:
+            self._put(self._before[self._attribute])
+        elif isinstance(self._owner, (type, ModuleType)):
+            delattr(self._owner, self._attribute)
+        else:
+            object.__delattr__(self._owner, self._attribute)
+
+    def _put(self, value: Any) -> None:
+        if isinstance(self._owner, (type, ModuleType)):
+            setattr(self._owner, self._attribute, value)
+        else:  # whatever its class makes of an assignment
+            object.__setattr__(self._owner, self._attribute, value)
+
+
+_applied: dict[Patch, Applied] = {}
+
+_ENDS = "with the process"
+_BY_ITSELF = "by itself"
+
+LOADER = Patch(
+    "vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER",
+    "engine.register",
+    How.HOOKED,
+    Lifetime.IMPORT,
+    reason="`--load-format companion` is known: `register_model_loader` puts the loader there.",
+    link="vllm/model_executor/model_loader/__init__.py: register_model_loader",
+    undo=_ENDS,
+)
+ENGINE_CONFIG = Patch(
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "engine.vllm.naming",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "vLLM before 0.28 loads models that are quantized by bitsandbytes with a format of its own, and says nothing;"
+        " the plugin says it."
+    ),
+    link="vllm/engine/arg_utils.py: EngineArgs.create_engine_config (0.27)",
+    undo=_ENDS,
+)
+LOAD_CONFIG = Patch(
+    "vllm.engine.arg_utils:EngineArgs.create_load_config",
+    "engine.vllm.naming",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "vLLM completes the options of some load formats by their name, and is given the format that reads the "
+        "checkpoint."
+    ),
+    link="vllm/engine/arg_utils.py: EngineArgs.create_load_config",
+    undo=_ENDS,
+)
+VLLM_CONFIG = Patch(
+    "vllm.config.vllm:VllmConfig.__post_init__",
+    "engine.vllm.naming",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "vLLM decides by the name of the load format whether output and input embeddings are tied, and what can read "
+        "an object store."
+    ),
+    link="vllm/config/vllm.py: VllmConfig.__post_init__",
+    undo=_ENDS,
+)
+REQUEST_MEMORY = Patch(
+    "vllm.v1.worker.utils:request_memory",
+    "engine.vllm.budget",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "Weights that a companion holds are a part of the engine's share of the device (adr/0005). vLLM 0.32 asks the"
+        " loader for their size."
+    ),
+    link="vllm/v1/worker/gpu_worker.py: Worker.init_device",
+    undo=_ENDS,
+    before="0.32",
+)
+REQUEST_MEMORY_OF_WORKER = Patch(
+    "vllm.v1.worker.gpu_worker:request_memory",
+    "engine.vllm.budget",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="The worker's own name of the function above.",
+    link="vllm/v1/worker/gpu_worker.py: Worker.init_device",
+    undo=_ENDS,
+    before="0.32",
+)
+SOURCE_FILES = Patch(
+    "importlib.machinery:SourceFileLoader.exec_module",
+    "engine.vllm.imports",
+    How.REPLACED,
+    Lifetime.LOAD,
+    reason=(
+        "Constants of modules that a model imports while it is loaded are none of its tensors. Otherwise it does what"
+        " it did; `trust_remote_code` imports without any finder, so no finder would do."
+    ),
+    link="transformers/dynamic_module_utils.py: get_class_in_module",
+    undo=f"{_ENDS}; it calls the original and nothing else while no model is loaded",
+)
+COMPILED_FILES = Patch(
+    "importlib.machinery:SourcelessFileLoader.exec_module",
+    "engine.vllm.imports",
+    How.REPLACED,
+    Lifetime.LOAD,
+    reason="As above, for modules without source.",
+    link="transformers/dynamic_module_utils.py: get_class_in_module",
+    undo=f"{_ENDS}; it calls the original and nothing else while no model is loaded",
+)
+OPENED_FILES = Patch(
+    "sys:addaudithook",
+    "engine.identity.reading",
+    How.HOOKED,
+    Lifetime.LOAD,
+    reason="Which files a model is made from is known only by what is opened meanwhile (adr/0011).",
+    link="transformers/configuration_utils.py: PretrainedConfig.from_pretrained",
+    undo=f"{_ENDS}, as Python removes no audit hook; it returns at once while no model is loaded",
+)
+BUDGET = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.requested_memory",
+    "engine.vllm.budget",
+    How.SET,
+    Lifetime.ONCE,
+    reason=(
+        "An engine whose attach failed has its memory back, and one that maps a draft which was published too late to"
+        " be announced sets it aside. The loader finds the worker among its callers (adr/0005)."
+    ),
+    link="vllm/v1/worker/gpu_worker.py: Worker.determine_available_memory",
+    undo="with the worker",
+    each=True,
+)
+AFTER_FORK = Patch(
+    "os:register_at_fork",
+    "client.mirror",
+    How.HOOKED,
+    Lifetime.LOADERS,
+    reason="A forked child hands nothing back: what it has is its parent's.",
+    link="Python's os.register_at_fork",
+    undo=_ENDS,
+)
+AT_EXIT = Patch(
+    "atexit:register",
+    "client.lease",
+    How.HOOKED,
+    Lifetime.LOADERS,
+    reason="Leases end before gRPC does.",
+    link="Python's atexit.register",
+    undo=_ENDS,
+)
+FINDERS = Patch(
+    "sys:meta_path",
+    "engine.vllm.imports",
+    How.HOOKED,
+    Lifetime.WAITING,
+    reason=(
+        "What concerns a module of vLLM is done when vLLM imports it: `register()` imports nothing, as it runs in "
+        "every process of vLLM."
+    ),
+    link="vllm/plugins/__init__.py: load_general_plugins",
+    undo=_BY_ITSELF,
+)
+LOAD_FORMAT_OF_ARGUMENTS = Patch(
+    "vllm.engine.arg_utils:EngineArgs.load_format",
+    "engine.vllm.naming",
+    How.SET,
+    Lifetime.CONFIGURING,
+    reason="As of `create_load_config`, and of `create_engine_config`, which may be called again.",
+    link="vllm/engine/arg_utils.py: EngineArgs.create_load_config",
+    undo="when the call returns",
+    each=True,
+)
+OPTIONS_OF_ARGUMENTS = Patch(
+    "vllm.engine.arg_utils:EngineArgs.model_loader_extra_config",
+    "engine.vllm.naming",
+    How.SET,
+    Lifetime.CONFIGURING,
+    reason="As of `create_load_config`.",
+    link="vllm/engine/arg_utils.py: EngineArgs.create_load_config",
+    undo="when the call returns",
+    each=True,
+)
+LOAD_FORMAT = Patch(
+    "vllm.config.load:LoadConfig.load_format",
+    "engine.vllm.naming",
+    How.SET,
+    Lifetime.DECIDING,
+    reason="vLLM sees the format that reads the checkpoint.",
+    link="vllm/config/vllm.py: VllmConfig.try_verify_and_update_config",
+    undo="when vLLM has decided, or the model is loaded",
+    each=True,
+)
+OPTIONS = Patch(
+    "vllm.config.load:LoadConfig.model_loader_extra_config",
+    "engine.vllm.naming",
+    How.SET,
+    Lifetime.DECIDING,
+    reason="That format's own options.",
+    link="vllm/config/vllm.py: VllmConfig.try_verify_and_update_config",
+    undo="when vLLM has decided, or the model is loaded; a format that vLLM put there stays as `source_format`",
+    each=True,
+)
+NOTES_FOR_RELOADS = Patch(
+    "vllm.model_executor.model_loader.utils:record_metadata_for_reloading",
+    "engine.vllm.building",
+    How.REPLACED,
+    Lifetime.BUILDING,
+    reason="What vLLM notes of parameters for a later reload is no use of them.",
+    link="vllm/model_executor/model_loader/utils.py: initialize_model",
+    undo="when the model is built",
+)
+LAYERS = Patch(
+    "vllm.config.compilation:CompilationConfig.static_forward_context",
+    "engine.vllm.building",
+    How.SET,
+    Lifetime.BUILDING,
+    reason="Layers register themselves when they are built, and a second time is an error.",
+    link="vllm/model_executor/layers/attention/attention.py: Attention.__init__",
+    undo="its items are put back if the build fails; after a second model of `vllm-companion verify`",
+    each=True,
+)
+MOE_LAYERS = Patch(
+    "vllm.config.compilation:CompilationConfig.static_all_moe_layers",
+    "engine.vllm.building",
+    How.SET,
+    Lifetime.BUILDING,
+    reason="As above.",
+    link="vllm/model_executor/layers/fused_moe/runner/moe_runner.py (0.32)",
+    undo="its items are put back if the build fails; after a second model of `vllm-companion verify`",
+    each=True,
+)
+ROPES = Patch(
+    "vllm.model_executor.layers.rotary_embedding:_ROPE_DICT",
+    "engine.vllm.building",
+    How.SET,
+    Lifetime.BUILDING,
+    reason="A build that failed leaves no rope modules for the next one.",
+    link="vllm/model_executor/layers/rotary_embedding/__init__.py: get_rope",
+    undo="only items that the failed build added are removed",
+)
+ALLOCATIONS = Patch(
+    "torch.overrides:TorchFunctionMode",
+    "tree.building",
+    How.HOOKED,
+    Lifetime.BUILDING,
+    reason="Memory for weights is not asked for.",
+    link="torch/overrides.py: TorchFunctionMode",
+    undo="when the model is built",
+)
+PARAMETERS = Patch(
+    "torch.nn.modules.module:register_module_parameter_registration_hook",
+    "tree.building",
+    How.HOOKED,
+    Lifetime.BUILDING,
+    reason="A large parameter that has values gives them up at once.",
+    link="torch/nn/modules/module.py: register_module_parameter_registration_hook",
+    undo="when the model is built",
+)
+OPERATIONS = Patch(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    "tree.observe",
+    How.HOOKED,
+    Lifetime.LOADING,
+    reason="It is known of every tensor what wrote to it (adr/0012).",
+    link="torch/utils/_python_dispatch.py: TorchDispatchMode",
+    undo="when the model is loaded",
+)
+LOADERS_WEIGHTS = Patch(
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+    "engine.publish",
+    How.REPLACED,
+    Lifetime.LOADING,
+    reason="It is known when the model is built, and when it is loaded and not yet processed.",
+    link="vllm/model_executor/model_loader/base_loader.py: BaseModelLoader.load_model",
+    undo="when the model is loaded",
+    each=True,
+)
+MODELS_WEIGHTS = Patch(
+    "torch.nn:Module.load_weights",
+    "engine.publish",
+    How.REPLACED,
+    Lifetime.LOADING,
+    reason="Tensors of the checkpoint are counted as they come, for progress.",
+    link="vllm/model_executor/model_loader/default_loader.py: DefaultModelLoader.load_weights",
+    undo="when the weights are read",
+    each=True,
+)
+REVISION = Patch(
+    "vllm.config.model:ModelConfig.revision",
+    "engine.identity.checkpoint",
+    How.SET,
+    Lifetime.LOADING,
+    reason="vLLM reads the snapshot that the key names, wherever the branch has moved since.",
+    link="vllm/model_executor/model_loader/weight_utils.py: download_weights_from_hf",
+    undo="when the model is loaded",
+    each=True,
+)
+PROCESSING = Patch(
+    "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.process_weights_after_loading",
+    "engine.vllm.processing",
+    How.REPLACED,
+    Lifetime.PROCESSING,
+    reason="It is known which module is processed; what is shared stands aside meanwhile (adr/0003, adr/0004).",
+    link="vllm/model_executor/model_loader/utils.py: process_weights_after_loading",
+    undo="when the model is processed",
+    each=True,
+)
+LAYERS_TO_LOAD = Patch(
+    "vllm.model_executor.model_loader.reload.layerwise:LAYERWISE_INFO",
+    "engine.vllm.processing",
+    How.SET,
+    Lifetime.PROCESSING,
+    reason=(
+        "Modules that are quantized while they are loaded have loaders of their own until then, and an attached one "
+        "is never loaded."
+    ),
+    link="vllm/model_executor/model_loader/reload/layerwise.py: initialize_online_processing",
+    undo="as loading itself would have done",
+)
+WEIGHT_LOADERS = Patch(
+    "torch:Tensor.weight_loader",
+    "engine.vllm.processing",
+    How.SET,
+    Lifetime.PROCESSING,
+    reason="As above: each has its original loader again.",
+    link="vllm/model_executor/model_loader/reload/layerwise.py: initialize_online_processing",
+    undo="as loading itself would have done",
+    each=True,
+)
+COLLECTOR = Patch(
+    "gc:disable",
+    "core.process",
+    How.HOOKED,
+    Lifetime.WORKING,
+    reason="A full collection walks all of vLLM's objects, in the middle of milliseconds of work.",
+    link="Python's gc.disable",
+    undo="when it is done",
+)
+SWITCHES = Patch(
+    "sys:setswitchinterval",
+    "core.process",
+    How.HOOKED,
+    Lifetime.WORKING,
+    reason="A thread back from the device waits 0.1 ms for the interpreter, not 5.",
+    link="Python's sys.setswitchinterval",
+    undo="when it is done",
+)
+
+PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
+
+
+def to_markdown() -> str:
+    """The tables of docs/patches.md."""
+    permanent = _table(patch for patch in PATCHES if patch.lifetime.is_permanent)
+    temporary = _table(patch for patch in PATCHES if not patch.lifetime.is_permanent)
+    return f"## Until the process ends\n\n{permanent}\n## For a while\n\n{temporary}"
+
+
+def _table(patches: Iterator[Patch]) -> str:
+    lines = ["| what | vLLM | when | why | because of | undone |", "| --- " * 6 + "|"]
+    for patch in patches:
+        cells = (
+            f"`{patch.target}` {patch.how.value}" + (", on single objects" if patch.each else ""),
+            f"before {patch.before}" if patch.before else "all",
+            patch.lifetime.text,
+            patch.reason,
+            patch.link,
+            patch.undo,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
