@@ -26,7 +26,7 @@ NAME = f"vllm-companion serve {__version__}"
 TRIES = 3
 RETRY_S = 10.0
 HOLD_S = 10.0
-"""Seconds to wait for a hold. A hold on a ready entry takes an instant, unless the entry was unloaded."""
+"""Longest wait for a hold, in seconds. A hold on a ready entry takes an instant, unless the entry was unloaded."""
 
 
 class Ward:
