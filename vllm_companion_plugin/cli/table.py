@@ -118,7 +118,7 @@ def duration(seconds: float) -> str:
 def to_json(
     statuses: Sequence[CompanionStatus], keepers: Mapping[str, int] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
-    """Return statuses in the stable schema of `status --json`. Later versions may add fields; they rename or remove none.
+    """Return statuses in the stable schema of `status --json`: fields may be added, but none is renamed or removed.
 
     Times are Unix seconds, or null if unknown or not due; `linger_s` is null for "until stopped".
     """
