@@ -126,7 +126,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }
 _LEFT_OUT = {name for names in LEFT_OUT.values() for name in names}
 
-# The key holds environment variables that begin with VLLM_, except these. Our own variables begin with COMPANION_.
+# Environment variables that begin with VLLM_ are in the key, except these. Our own variables begin with COMPANION_.
 ENVIRONMENT_LEFT_OUT: dict[str, str] = {
     "secrets": r"API_KEY|.*_TOKEN|.*SECRET.*|.*PASSWORD.*",
     "links of Kubernetes to its services": r".*SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT(_\d+_(TCP|UDP|SCTP)(_.+)?)?",

@@ -144,7 +144,7 @@ class Digests:
 
 
 def _forget_oldest(directory: Path) -> None:
-    """Keep only the newest digests, half of the limit, if there are too many. Each mount of an image brings new ones."""
+    """Keep only the newest digests, half of the limit, if too many exist. Each mount of an image brings new ones."""
     names = [entry.path for entry in os.scandir(directory) if len(entry.name) == 64]
     if len(names) > _MOST_KEPT:
         for path in sorted(names, key=os.path.getmtime)[: -_MOST_KEPT // 2]:

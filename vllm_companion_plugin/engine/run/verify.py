@@ -189,9 +189,9 @@ class _Replicas:
 def answers(engine: _Engine | _Replicas, adapter: str | None = None) -> dict[str, Any]:
     """Ask the replicas one after the other; return their answers: tokens with log probabilities, or vectors.
 
-    The prompts are fixed. One prompt is long enough to be read in several pieces. A model that takes pictures or sound also gets a picture
-    or a sound; "left_out" says which of these are missing, and why. "at_once" holds values of other prompts of these
-    kinds that are asked together: for each prompt its values each time.
+    The prompts are fixed. One prompt is long enough to be read in several pieces. A model that takes pictures or sound
+    also gets a picture or a sound; "left_out" says which of these are missing, and why. "at_once" holds values of other
+    prompts of these kinds that are asked together: for each prompt its values each time.
 
     Args:
         adapter: a LoRA adapter with which some prompts are asked as well.
