@@ -1,7 +1,7 @@
 """The runtime directory: sockets, locks and logs of each device, private to one user.
 
 A process that can write here can impersonate a companion. So the directory must be a real directory, belong to
-this user, and be closed to others. It is never repaired silently: a wrong owner or mode may mean that somebody
+this user, and be closed to others. We never repair it silently: a wrong owner or mode may mean that somebody
 else prepared it. No other user may be able to rename the directory or anything above it, so the checked
 directory is the one that is used afterwards. Processes of the same user in other containers may write here:
 files are opened without following links and without waiting for a pipe.
