@@ -1,4 +1,4 @@
-"""The one table of settings. Environment, flags, extra-config keys and docs derive from it.
+"""The one table of settings, from which environment, flags, extra-config keys and docs derive.
 
 A value comes from, in this order: the flag or `--model-loader-extra-config` key, the
 environment variable `COMPANION_<NAME>` unless it is empty, the default. No other module reads `COMPANION_*`.
@@ -21,7 +21,7 @@ ENV_PREFIX = "COMPANION_"
 _LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 LONGEST_WAIT_S = 30 * 86400.0
-"""The operating system cannot wait for ever, and nobody wants to."""
+"""Upper limit of durations in seconds: the operating system cannot wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Setting:
     """One row of the table.
 
     Attributes:
-        type: of its values; `dict` is a JSON object.
-        choices: allowed values; empty for any of the type.
+        type: type of the values; `dict` means a JSON object.
+        choices: allowed values; empty if the type allows all of its values.
         minimum: least allowed number.
         maximum: greatest allowed number.
-        absolute: must be a path that means the same in every process.
-        engine: may be given as an extra-config key of `--load-format companion`.
-        flag: may be given as a flag of `vllm-companion`.
-        commands_only: only commands that have it as a flag read it, no engine and no companion.
+        absolute: the value must be a path that means the same in every process.
+        engine: users may give the setting as an extra-config key of `--load-format companion`.
+        flag: users may give the setting as a flag of `vllm-companion`.
+        commands_only: only commands with this flag read the setting; engines and companions do not.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
     def parse(self, value: Any, origin: str) -> Any:
-        """`value` as this setting's type, checked. Raises `SettingsError` naming `origin`."""
+        """Convert `value` to this setting's type and check it. Raises `SettingsError` naming `origin`."""
         parsed = self._convert(value)
         if parsed is None:
             expected = " | ".join(self.choices) or ("a JSON object" if self.type is dict else self.type.__name__)
@@ -73,8 +73,8 @@ class Setting:
             )
         if self.absolute and not os.path.isabs(parsed):
             raise SettingsError(
-                f"{origin}: {self.name!r} is {value!r}, which is another directory for each process; give a path from "
-                f"the root, e.g. {os.path.abspath(os.path.expanduser(parsed))}"
+                f"{origin}: {self.name!r} is {value!r}, which is another directory for each process.",
+                remedy=f"Give a path from the root, e.g. {os.path.abspath(os.path.expanduser(parsed))}",
             )
         return parsed
 
@@ -103,7 +103,7 @@ class Setting:
 
 
 def _fits_in_environment(text: str) -> bool:
-    """Whether `text` can be given to a child process, and name a file."""
+    """Tell whether `text` can be passed to a child process and can name a file."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -111,7 +111,7 @@ def _fits_in_environment(text: str) -> bool:
 
 
 def _json_object(value: Any) -> dict[str, Any] | None:
-    """`value`, or what its text says, as it is after a way through JSON; None if it is no object."""
+    """Return `value`, or the JSON of its text, as JSON would carry it; None if it is no object."""
     try:
         parsed = json.loads(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
     except (ValueError, TypeError, RecursionError):
@@ -120,9 +120,9 @@ def _json_object(value: Any) -> dict[str, Any] | None:
 
 
 def xdg_problem() -> str | None:
-    """Why `XDG_RUNTIME_DIR` names no directory for us; None if it does, or is not set.
+    """Say why `XDG_RUNTIME_DIR` names no directory for us; None if the directory is usable, or if none is set.
 
-    It may be another user's, whose environment came with `sudo -E`, or that of a session which has ended or never
+    The directory may be another user's, after `sudo -E`. It may also belong to a session that has ended or never
     began, as in a cron job or a container.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
@@ -142,10 +142,10 @@ def xdg_problem() -> str | None:
 
 
 def default_runtime_dir() -> str:
-    """`$XDG_RUNTIME_DIR/vllm-companion`, or a directory per user below the temp directory.
+    """Return `$XDG_RUNTIME_DIR/vllm-companion`, or a directory per user below the temp directory.
 
     Raises:
-        SettingsError: there is no temp directory either.
+        SettingsError: no temp directory exists either.
     """
     if (base := os.environ.get("XDG_RUNTIME_DIR")) and xdg_problem() is None:
         return os.path.join(base, "vllm-companion")
@@ -153,8 +153,8 @@ def default_runtime_dir() -> str:
         return os.path.join(tempfile.gettempdir(), f"vllm-companion-{os.getuid()}")
     except FileNotFoundError as error:
         raise SettingsError(
-            f"There is no place for the runtime directory: {error.strerror}. Set COMPANION_RUNTIME_DIR to a directory "
-            "that you can write."
+            f"There is no place for the runtime directory: {error.strerror}.",
+            remedy="Set COMPANION_RUNTIME_DIR to a directory that you can write.",
         ) from error
 
 
@@ -163,8 +163,8 @@ TABLE: tuple[Setting, ...] = (
         "runtime_dir",
         str,
         None,
-        "Directory of sockets, locks and logs, by its path from the root: mode 0700, owned by the user. Default: "
-        "$XDG_RUNTIME_DIR/vllm-companion if that directory is there, else vllm-companion-UID in the temp directory.",
+        "Directory of sockets, locks and logs, as a path from the root: mode 0700, owned by the user. Default: "
+        "$XDG_RUNTIME_DIR/vllm-companion if that directory exists, else vllm-companion-UID in the temp directory.",
         absolute=True,
         engine=True,
         flag=True,
@@ -173,9 +173,9 @@ TABLE: tuple[Setting, ...] = (
         "linger_s",
         float,
         600.0,
-        "Seconds that an auto-spawned companion keeps a model with nobody attached before it frees the memory, and "
-        "that it stays itself with nobody attached to anything. An engine that needs the memory has idle models "
-        "dropped sooner.",
+        "Seconds that an auto-spawned companion keeps a model without a client before it frees the memory, and that "
+        "the companion itself stays without any client. If an engine needs the memory, the companion drops idle "
+        "models sooner.",
         minimum=0,
         engine=True,
         flag=True,
@@ -200,7 +200,7 @@ TABLE: tuple[Setting, ...] = (
         "metrics_port",
         int,
         0,
-        "Port of 127.0.0.1 where `serve` and `metrics` answer Prometheus for all companions of the runtime directory. "
+        "Port on 127.0.0.1 where `serve` and `metrics` answer Prometheus for all companions of the runtime directory. "
         "0: off.",
         minimum=0,
         maximum=65535,
@@ -211,7 +211,7 @@ TABLE: tuple[Setting, ...] = (
         "spawn_timeout_s",
         float,
         30.0,
-        "Seconds to wait for a companion that was just started.",
+        "Seconds to wait for a companion to start.",
         minimum=0.1,
         maximum=LONGEST_WAIT_S,
         engine=True,
@@ -221,8 +221,8 @@ TABLE: tuple[Setting, ...] = (
         "wait_timeout_s",
         float,
         600.0,
-        "Seconds without any progress of the loading process after which a waiting engine gives up on it. "
-        "It bounds silence, not duration.",
+        "Seconds without any progress of the loading process after which a waiting engine gives up the wait. "
+        "The limit bounds silence, not duration.",
         minimum=0.1,
         maximum=LONGEST_WAIT_S,
         engine=True,
@@ -232,14 +232,14 @@ TABLE: tuple[Setting, ...] = (
         "source_format",
         str,
         "auto",
-        "vLLM load format that reads the checkpoint when this engine is the one that loads.",
+        "vLLM load format that reads the checkpoint if this engine is the one that loads.",
         engine=True,
     ),
     Setting(
         "source_extra_config",
         dict,
         {},
-        "Options of that load format's own loader, as `--model-loader-extra-config` gives them without a companion: a "
+        "Options of the `source_format` loader, as `--model-loader-extra-config` gives them without a companion: a "
         "JSON object.",
         engine=True,
     ),
@@ -247,7 +247,7 @@ TABLE: tuple[Setting, ...] = (
         "share",
         str,
         "readonly",
-        "readonly: map the companion's copy. copy: clone it into memory of the engine's own "
+        "readonly: map the companion's copy. copy: clone that copy into the engine's own memory "
         "(a fast load without sharing, for engines that must own their weights).",
         choices=("readonly", "copy"),
         engine=True,
@@ -256,8 +256,8 @@ TABLE: tuple[Setting, ...] = (
         "arena",
         str,
         "auto",
-        "How memory of a GPU is shared when this engine is the one that loads. cuda_vmm: as file descriptors, mapped "
-        "read-only. cuda_ipc: by a keeper process, mapped writable. auto: cuda_vmm where GPU and driver can.",
+        "How GPU memory is shared if this engine is the one that loads. cuda_vmm: as file descriptors, mapped "
+        "read-only. cuda_ipc: by a keeper process, mapped writable. auto: cuda_vmm if GPU and driver support it.",
         choices=("auto", *names("cuda")),
         engine=True,
     ),
@@ -265,8 +265,8 @@ TABLE: tuple[Setting, ...] = (
         "verify",
         str,
         "full",
-        "How much of the weights is compared with the checksums of their publication when an engine attaches: all, "
-        "about a sixteenth (another one each time), or nothing.",
+        "How much of the weights an attaching engine compares with the checksums of their publication. full: all. "
+        "sample: about a sixteenth, another one each time. off: nothing.",
         choices=("full", "sample", "off"),
         engine=True,
     ),
@@ -274,25 +274,25 @@ TABLE: tuple[Setting, ...] = (
         "fallback",
         bool,
         True,
-        "Load normally, with a warning that says why, when sharing is not possible; false: fail instead.",
+        "true: if sharing is not possible, load normally, with a warning that says why. false: fail instead.",
         engine=True,
     ),
     Setting(
         "cpu_prepack",
         bool,
         False,
-        "CPU only: let vLLM pack the weights for its fastest kernels, which costs a private copy in each engine.",
+        "CPU only: let vLLM pack the weights for its fastest kernels. Each engine then needs a private copy.",
         engine=True,
     ),
 )
 BY_NAME = {setting.name: setting for setting in TABLE}
 EVERYWHERE = frozenset(setting.name for setting in TABLE if not setting.commands_only)
-"""What engines, companions and all commands read."""
+"""Names of the settings that engines, companions and all commands read."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of this process, resolved. Field for field the rows of `TABLE`."""
+    """All settings of this process, resolved. Each field is a row of `TABLE`."""
 
     runtime_dir: str
     linger_s: float
@@ -316,15 +316,15 @@ assert [f.name for f in fields(Settings)] == [s.name for s in TABLE]
 def resolve(
     given: Mapping[str, Any] | None = None, *, origin: str = "flag", reads: Collection[str] = EVERYWHERE
 ) -> Settings:
-    """Settings from `given` (None values are absent), then environment, then defaults.
+    """Resolve settings from `given` (None values are absent), then the environment, then the defaults.
 
     Args:
         given: values by name, from flags or extra config.
-        origin: where `given` came from, for messages.
-        reads: names of the settings that the caller uses; the variables of all others are not looked at.
+        origin: the source of `given`, for messages.
+        reads: names of the settings that the caller uses. The environment variables of all others are ignored.
 
     Raises:
-        SettingsError: an unknown name, or a value that does not fit.
+        SettingsError: a name is unknown, or a value does not fit.
     """
     present = {name: value for name, value in (given or {}).items() if value is not None}
     unknown = sorted(map(str, set(present) - set(BY_NAME)))
@@ -339,8 +339,8 @@ def _value(setting: Setting, given: Mapping[str, Any], origin: str, is_read: boo
     if is_read and (value := os.environ.get(setting.env)):
         if _LINK_VALUE.match(value) and setting.type is int:
             raise SettingsError(
-                f"environment variable {setting.env}: {value!r} is what Kubernetes tells pods of a service of that "
-                "name, not a setting.",
+                f"environment variable {setting.env}: {value!r} is the address of a Kubernetes service of that name, "
+                "not a setting.",
                 remedy="Set `enableServiceLinks: false` in the pod's spec, or the variable itself; empty means the "
                 "default.",
                 variable=setting.env,
@@ -354,10 +354,10 @@ def _value(setting: Setting, given: Mapping[str, Any], origin: str, is_read: boo
 
 
 def resolve_extra_config(extra: Any) -> Settings:
-    """Settings of an engine from `--model-loader-extra-config`.
+    """Resolve the settings of an engine from `--model-loader-extra-config`.
 
     Raises:
-        SettingsError: not a mapping, a key that is unknown or not for engines, or a bad value.
+        SettingsError: `extra` is no mapping, a key is unknown or not for engines, or a value is bad.
     """
     origin = "--model-loader-extra-config"
     if not isinstance(extra or {}, Mapping):
@@ -373,7 +373,7 @@ def resolve_extra_config(extra: Any) -> Settings:
 
 
 def unknown_variables() -> list[str]:
-    """Variables that look like settings and are none, nor what Kubernetes tells of a service."""
+    """List variables that look like settings, but are neither settings nor variables of a Kubernetes service."""
     known = {setting.env for setting in TABLE}
     return sorted(
         name
@@ -386,13 +386,13 @@ def unknown_variables() -> list[str]:
 
 
 def to_environment(settings: Settings) -> dict[str, str]:
-    """Variables that give a child process the same settings."""
+    """Return the variables that give a child process the same settings."""
     values = ((setting, getattr(settings, setting.name)) for setting in TABLE)
     return {s.env: json.dumps(value) if s.type is dict else str(value) for s, value in values}
 
 
 def to_markdown() -> str:
-    """The table of docs/settings.md."""
+    """Return the table of docs/settings.md."""
     lines = ["| setting | default | environment | extra config | flag | meaning |", "| --- " * 6 + "|"]
     for setting in TABLE:
         value = json.dumps(setting.default) if setting.type in (bool, dict) else str(setting.default)

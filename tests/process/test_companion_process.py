@@ -425,12 +425,12 @@ class TestWhatIsNotOurs:
         """What only companions use can be mended by a command, a device's directory by its name."""
         root = Path(place.paths.directory).parent
         root.chmod(0o755)
-        with pytest.raises(RuntimeDirError, match=f"Mend it: chmod 0700 {root}$"):
+        with pytest.raises(RuntimeDirError, match=f"Run: chmod 0700 {root}$"):
             device_paths("cpu", place.settings)
         root.chmod(0o700)
         (root / "cpu").rename(root / "GPU-00000000-0000-0000-0000-000000000000")
         (root / "cpu").symlink_to("/tmp")
-        with pytest.raises(RuntimeDirError, match=f"Mend it: rm {root}/cpu$"):
+        with pytest.raises(RuntimeDirError, match=f"Run: rm {root}/cpu$"):
             device_paths("cpu", place.settings)
 
 

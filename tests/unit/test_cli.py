@@ -170,8 +170,8 @@ def test_every_setting_that_is_a_flag_is_an_option_of_serve() -> None:
     [
         (["serve", "--dtype", "float32"], "--dtype is not known here"),
         (["serve", "--linger-s", "soon", "--device", "cpu"], "'soon' is not valid for 'linger_s'"),
-        (["unload"], "name one MODEL, or give --all"),
-        (["unload", "m", "--all"], "name one MODEL, or give --all"),
+        (["unload"], "Name one MODEL, or give --all"),
+        (["unload", "m", "--all"], "Name one MODEL, or give --all"),
         (["serve", "--device", "gpu0"], "'gpu0' is no device name"),
         (["serve", "--device", "99"], "--device 99"),
     ],

@@ -39,7 +39,7 @@ def test_given_values_win_over_the_environment_and_that_over_defaults(monkeypatc
         ({"share": "mine"}, "readonly | copy"),
         ({"fallback": "perhaps"}, "expected bool"),
         ({"runtime_dir": ""}, "expected str"),
-        ({"runtime_dir": "r"}, "another directory for each process; give a path from the root, e.g. /"),
+        ({"runtime_dir": "r"}, "another directory for each process. Give a path from the root, e.g. /"),
         ({"runtime_dir": "~/r"}, "another directory for each process"),
         ({"source_extra_config": "[1]"}, "expected a JSON object"),
         ({"source_extra_config": {"pattern": {1, 2}}}, "expected a JSON object"),

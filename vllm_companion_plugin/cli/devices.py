@@ -1,4 +1,4 @@
-"""Which device is meant, and who answers there."""
+"""Finding the devices that a command means, and the companions that answer there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_companion_plugin.settings import Settings
 
 
 def visible_gpus() -> list[str]:
-    """UUIDs of the GPUs that this process may use, by index; none without a driver or cuda.bindings."""
+    """Return the UUIDs of the GPUs that this process may use, by index; none without a driver or cuda.bindings."""
     try:
         if find_spec("cuda.bindings") is None:
             return []
@@ -26,11 +26,13 @@ def visible_gpus() -> list[str]:
 
 
 def devices_named(text: str | None) -> list[str]:
-    """Devices that `--device` names: UUID, "cpu", index, or "all" (also the default): GPUs, else "cpu".
+    """Return the devices that `--device` names: a UUID, "cpu", an index, or "all" (the default).
+
+    "all" means all GPUs, or "cpu" if this process sees none.
 
     Raises:
-        SettingsError: no such index.
-        RuntimeDirError: no device name at all.
+        SettingsError: no GPU has that index.
+        RuntimeDirError: the text is no device name.
     """
     if text is None or text == "all":
         return visible_gpus() or ["cpu"]
@@ -38,7 +40,7 @@ def devices_named(text: str | None) -> list[str]:
         gpus = visible_gpus()
         if int(text) >= len(gpus):
             raise SettingsError(
-                f"--device {text}: this process sees {len(gpus)} GPUs. Name an index below that, or cpu."
+                f"--device {text}: this process sees {len(gpus)} GPUs.", remedy="Name an index below that, or cpu."
             )
         return [gpus[int(text)]]
     return [check_device(text)]
@@ -46,7 +48,7 @@ def devices_named(text: str | None) -> list[str]:
 
 @contextmanager
 def running(settings: Settings, device: str | None) -> Iterator[list[CompanionConnection]]:
-    """Connections to the companions that answer, of any protocol version; all devices by default."""
+    """Yield connections to the companions that answer, of any protocol version; by default on all devices."""
     names = list_devices(settings)
     if device not in (None, "all"):
         names = [name for name in devices_named(device) if name in names]

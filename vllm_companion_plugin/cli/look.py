@@ -1,4 +1,4 @@
-"""`status`, `watch`, `unload` and `stop`: asking companions that run."""
+"""The commands `status`, `watch`, `unload` and `stop`, which ask running companions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm_companion_plugin.keeper.client import keeper_pid
 from vllm_companion_plugin.settings import Settings
 
 _News = tuple[str, CompanionStatus | CompanionError | KeyboardInterrupt | None]
-"""From a device; the error, or None, if it has ended."""
+"""A device with a status of its companion; or, once the companion has ended, with the error or None."""
 
 
 def status(parsed: argparse.Namespace) -> int:
@@ -50,12 +50,12 @@ def status(parsed: argparse.Namespace) -> int:
     print(table.to_text(statuses, time.time()))
     for device, pid in keepers.items():
         if pid:
-            print(f"Memory of {device} is exported by its keeper (pid {pid}), and lost with it for new engines.")
+            print(f"Memory of {device} is exported by its keeper (pid {pid}). New engines cannot map it if that ends.")
     return code
 
 
 def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]) -> int:
-    """Act on all companions meant; 1 if one failed. One that hangs must not stand between us and the others."""
+    """Act on all named companions; return 1 if one failed. A companion that hangs must not keep us from the others."""
     code = 0
     with running(settings_of(parsed), parsed.device) as connections:
         if len(connections) == 1:
@@ -76,7 +76,7 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
     except (CompanionUnavailableError, WaitTimeoutError) as error:
         pid = listener_pid(connection.paths)
         if pid is None:
-            return  # it ended just now
+            return  # the companion ended just now
         who = f"pid {pid}" if pid else "in another container"
         remedy = error.remedy or (f"End it: kill -9 {pid}" if pid else "")
         what = f"The companion of {connection.device} ({who}) does not answer. {error.what}"
@@ -84,12 +84,12 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
 
 
 def watch(parsed: argparse.Namespace) -> int:
-    """Until Ctrl-C, or until the last companion has ended."""
+    """Print the status at every change, until Ctrl-C or until the last companion has ended."""
     news: queue.SimpleQueue[_News] = queue.SimpleQueue()
     latest: dict[str, CompanionStatus] = {}
     with running(settings_of(parsed), parsed.device) as connections, _interrupts(news):
         if not connections:
-            raise CompanionUnavailableError(f"{table.NOBODY} Start one: vllm-companion serve")
+            raise CompanionUnavailableError(table.NOBODY, remedy="Start one: vllm-companion serve")
         for connection in connections:
             connection.check_protocol()
             threading.Thread(target=_follow, args=(connection, news), daemon=True).start()
@@ -114,7 +114,7 @@ def watch(parsed: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _interrupts(news: queue.SimpleQueue[_News]) -> Iterator[None]:
-    """Ctrl-C is news, too: as an exception it could arise where it is swallowed, as in a callback of gRPC."""
+    """Turn Ctrl-C into news. An exception could be raised where other code swallows it, as in a callback of gRPC."""
     before = signal.signal(signal.SIGINT, lambda *_: news.put(("", KeyboardInterrupt())))
     try:
         yield
@@ -134,7 +134,7 @@ def _follow(connection: CompanionConnection, news: queue.SimpleQueue[_News]) -> 
 
 def unload(parsed: argparse.Namespace) -> int:
     if (parsed.model is None) == (not parsed.all):
-        raise SettingsError("unload: name one MODEL, or give --all.")
+        raise SettingsError("unload: which model?", remedy="Name one MODEL, or give --all.")
     found = 0
     missing: EntryNotFoundError | None = None
     with running(settings_of(parsed), parsed.device) as connections:
@@ -153,7 +153,7 @@ def unload(parsed: argparse.Namespace) -> int:
                 found += 1
                 say(f"Unloaded {entry.key.title} ({entry.key.rank}) from {connection.device}.")
                 for lease in entry.leases:
-                    say(f"  {lease.client} (pid {lease.pid}) keeps its mapping; the memory is free when it ends.")
+                    say(f"  {lease.client} (pid {lease.pid}) keeps its mapping; its end frees the memory.")
     if not found and missing is not None:
         if not parsed.all:
             raise missing
@@ -175,7 +175,7 @@ def stop(parsed: argparse.Namespace) -> int:
 
 
 def stop_all(settings: Settings) -> None:
-    """End every companion of this runtime directory, without a word."""
+    """End every companion of this runtime directory, without output."""
     with running(settings, None) as connections:
         for connection in connections:
             shut_down(connection)
@@ -183,7 +183,7 @@ def stop_all(settings: Settings) -> None:
 
 def _stop(connection: CompanionConnection) -> None:
     leases = []
-    with contextlib.suppress(CompanionError, ValueError):  # another version's status may not be readable
+    with contextlib.suppress(CompanionError, ValueError):  # the status of another version may be unreadable
         leases = [(entry, lease) for entry in connection.status().entries for lease in entry.leases]
     pid = shut_down(connection)
     say(f"Stopped the companion of {connection.device} (pid {pid}).")

@@ -1,8 +1,8 @@
-"""`vllm-companion`: parses the command line, and turns errors into one line and a status.
+"""`vllm-companion` parses the command line, and turns an error into one line and an exit status.
 
 Exit status: 0 as asked, 1 an error (or a failed check of `doctor` or `verify`), 2 a wrong command line,
-3 a model that is not shared (`verify`), 130 Ctrl-C. Neither torch nor vLLM is imported; what needs
-them runs as a process of its own.
+3 a model that is not shared (`verify`), 130 Ctrl-C. No command imports torch or vLLM; work that needs
+them runs in another process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU, cpu, or all (default)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command; return the exit status."""
     from vllm_companion_plugin.core import output
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal, or a reader, may not know every character
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a reader may not know every character
             stream.reconfigure(errors="backslashreplace")
     try:
         status = _run(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in output.LOST:
             raise
-        if error.errno != errno.EPIPE:  # as with `| head`, where nobody wants to know
+        if error.errno != errno.EPIPE:  # with `| head` no user wants to know
             output.say(f"vllm-companion: error: The output cannot be written: {error.strerror}.", error=True)
         return 1
     finally:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
-    if parsed.command == "doctor":  # the others need packages whose absence doctor reports
+    if parsed.command == "doctor":  # other commands need packages whose absence doctor reports
         _refuse(parser, rest)
         from vllm_companion_plugin.cli.doctor import command as doctor
 
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *settings: str, usage: str | None = None) -> argparse.ArgumentParser:
-        # No abbreviations: --li could be a flag of vLLM that is to be passed on.
+        # Abbreviations are off, because --li could be a flag of vLLM that must be passed on.
         made = commands.add_parser(name, help=help, description=help, usage=usage, allow_abbrev=False)
         if name not in ("doctor", "metrics", "verify"):
             made.add_argument("--device", help=_DEVICE_HELP)
@@ -90,15 +90,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command(
         "serve",
-        "Run companions until stopped. With MODEL: load it into them, as an engine with these flags would. "
-        "One that runs already is taken over, one that dies is followed by another with all that it held. Those of "
-        "another serve are used as they are.",
+        "Run companions until stopped. With MODEL: also load that model, as an engine with these flags would. "
+        "Takes over a running companion, and replaces one that dies without losing weights. Companions owned by "
+        "another `serve` are only used.",
         *("linger_s", "log_level", "log_format", "metrics_port", "spawn_timeout_s", "wait_timeout_s"),
         usage="vllm-companion serve [MODEL] [--device DEVICE] [settings] [flags of vLLM]",
     )
-    command("status", "Show what is held, for whom and how long.").add_argument("--json", action="store_true")
+    command("status", "Show which models companions hold, for which clients and how long.").add_argument(
+        "--json", action="store_true"
+    )
     command("watch", "Show the status at every change, until Ctrl-C.")
-    unload = command("unload", "Let go of a model; attached engines keep what they have mapped.")
+    unload = command("unload", "Drop a model; attached engines keep what they have mapped.")
     unload.add_argument("model", nargs="?", metavar="MODEL")
     unload.add_argument("--rank", help="only this rank, e.g. tp0/2")
     unload.add_argument("--key", help="only this load of the model: the first characters of its key in status --json")
@@ -108,22 +110,22 @@ def _parser() -> argparse.ArgumentParser:
     command("upgrade", "Replace companions by ones of this installation, while engines serve.", "spawn_timeout_s")
     verify = command(
         "verify",
-        "Prove that MODEL with these flags is the same through a companion as without: every tensor byte for byte, "
-        "every Python value that the model leads to, and the answers to prompts, short and long, with pictures and "
-        "sound where the model takes them, one at a time and several at once. Starts three engines, one after the "
-        "other, and a companion of its own. Status 0: equal, 1: different, 3: not shared, with the reason.",
+        "Prove that MODEL with these flags is the same with and without a companion: every tensor byte for byte, "
+        "every Python value that the model leads to, and the answers to prompts. Prompts are short and long, with "
+        "pictures and sound if the model takes them, one at a time and several at once. Starts three engines, one "
+        "after the other, and its own companion. Exit status 0: equal, 1: different, 3: not shared, with the reason.",
         usage="vllm-companion verify MODEL [--json] [--adapter DIR] [--publisher FLAGS] [flags of vLLM]",
     )
     verify.add_argument("--json", action="store_true")
-    verify.add_argument("--adapter", metavar="DIR", help="ask with this LoRA adapter, too; needs --enable-lora")
+    verify.add_argument("--adapter", metavar="DIR", help="also ask with this LoRA adapter; needs --enable-lora")
     verify.add_argument(
         "--publisher",
         metavar="FLAGS",
         default="",
-        help="the engine that publishes has these flags of vLLM besides: does one without them attach, and equal?",
+        help="give these flags of vLLM to the publishing engine only: does an engine without them attach and equal it?",
     )
-    command("metrics", "Serve metrics of all companions for Prometheus, on loopback, until stopped.", "metrics_port")
-    doctor = command("doctor", "Check this installation, and say how to mend it.", "metrics_port")
+    command("metrics", "Serve metrics of all companions to Prometheus, on loopback, until stopped.", "metrics_port")
+    doctor = command("doctor", "Check this installation, and name the command that repairs each fault.", "metrics_port")
     doctor.add_argument("--json", action="store_true")
     return parser
 

@@ -1,6 +1,6 @@
-"""`vllm-companion metrics`: what all companions of a runtime directory measure, for Prometheus, on one loopback port.
+"""`vllm-companion metrics` exports the metrics of all companions of a runtime directory on one loopback port.
 
-The companions answer on their sockets; nothing of HTTP runs in the processes that own the memory (adr/0010).
+The companions answer on their sockets; no HTTP server runs in the processes that own the memory (adr/0010).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ logger = logging.getLogger("vllm.companion.metrics")
 
 HOST = "127.0.0.1"
 ANSWER_TIMEOUT_S = 3.0
-"""Of each companion, all at once. Prometheus gives up after 10 s."""
+"""How long the exporter waits for the companions, which it asks all at once. Prometheus gives up after 10 s."""
 RETRY_S = 10.0
 
 Answer = tuple[CompanionStatus, list[float], list[Series]]
 
 
 def main(parsed: argparse.Namespace) -> int:
-    """Serve metrics until a signal ends it (0)."""
+    """Serve metrics until a signal ends this process; return 0."""
     settings = settings_of(parsed)
     if not settings.metrics_port:
-        raise SettingsError(f"metrics: name a port: {SETTINGS['metrics_port'].option} 9464")
+        raise SettingsError("metrics: no port is named.", remedy=f"Name one: {SETTINGS['metrics_port'].option} 9464")
     with Signals() as signals:
         _listen(settings)
         say(f"Ready: {_where(settings)}")
@@ -53,7 +53,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def serve_beside(settings: Settings) -> None:
-    """Serve metrics from this process if a port is set. A port that is taken stops nobody: it is tried again."""
+    """Serve metrics from this process if a port is set. A taken port is no error: the exporter tries again."""
     if not settings.metrics_port:
         return
     try:
@@ -81,11 +81,13 @@ def _where(settings: Settings) -> str:
 
 
 def _listen(settings: Settings) -> None:
-    """Answer on the port from now on, from daemon threads. Raises `SettingsError`, `CompanionUnavailableError`."""
+    """Answer on the port from now on, in daemon threads. Raises `SettingsError`, `CompanionUnavailableError`."""
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError as error:
-        raise SettingsError(f"metrics_port needs prometheus_client ({error}): pip install prometheus-client") from error
+        raise SettingsError(
+            f"metrics_port needs prometheus_client ({error}).", remedy="Run: pip install prometheus-client"
+        ) from error
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(settings))
     try:
@@ -94,13 +96,13 @@ def _listen(settings: Settings) -> None:
         taken = error.errno == errno.EADDRINUSE
         raise CompanionUnavailableError(
             f"Metrics are not served: port {settings.metrics_port} of {HOST} (metrics_port) "
-            f"{'is taken' if taken else f'cannot be used ({error.strerror})'}. Choose another one: "
-            f"{SETTINGS['metrics_port'].option} or {SETTINGS['metrics_port'].env}."
+            f"{'is taken' if taken else f'cannot be used ({error.strerror})'}.",
+            remedy=f"Choose another one: {SETTINGS['metrics_port'].option} or {SETTINGS['metrics_port'].env}.",
         ) from error
 
 
 class _Collector:
-    """Asks all companions at each scrape."""
+    """A Prometheus collector that asks all companions at each scrape."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -115,7 +117,7 @@ class _Collector:
 
 
 def _ask_all(settings: Settings) -> dict[str, Answer | None]:
-    """By device: what its companion says, None if it does not answer as we expect."""
+    """Return the answer of each device's companion, by device; None for a wrong or missing answer."""
     devices = list_devices(settings)
     if not devices:
         return {}
@@ -125,7 +127,7 @@ def _ask_all(settings: Settings) -> dict[str, Answer | None]:
 
 
 def _ask(device: str, settings: Settings) -> tuple[Answer | None] | None:
-    """None if no companion runs."""
+    """Return the answer of the device's companion in a tuple, (None,) for a wrong or missing one; None if none runs."""
     try:
         paths = device_paths(device, settings)
         if not is_listening(paths):
@@ -140,7 +142,7 @@ def _ask(device: str, settings: Settings) -> tuple[Answer | None] | None:
 
 
 def _families(answers: Mapping[str, Answer | None], now: float) -> Iterator[Any]:
-    """One family of samples for each metric of the table."""
+    """Yield one family of samples for each metric of the table."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     kinds = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
@@ -156,7 +158,7 @@ def _families(answers: Mapping[str, Answer | None], now: float) -> Iterator[Any]
         for name, labels, value in _gauges(status, now):
             found[name].add_metric((device, *labels), value)
         for one in series:
-            if one.name not in found:  # of a newer companion
+            if one.name not in found:  # a newer companion sent this metric
                 continue
             labels = (device, *(one.labels.get(label, "") for label in BY_NAME[one.name].labels))
             if one.counts:
@@ -167,13 +169,13 @@ def _families(answers: Mapping[str, Answer | None], now: float) -> Iterator[Any]
 
 
 def _buckets(bounds_s: list[float], counts: list[int]) -> list[tuple[str, float]]:
-    """As Prometheus has them: how many were at most so long."""
+    """Return cumulative buckets as Prometheus has them: the number of values up to each bound."""
     bounds = [*map(str, bounds_s), "+Inf"]
     return [(bound, float(sum(counts[: index + 1]))) for index, bound in enumerate(bounds)]
 
 
 def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Name, labels and value of what the status shows; entries of the same name and state are added up."""
+    """Yield name, labels and value of each gauge of the status; entries of the same name and state are added up."""
     yield "info", (status.version, str(status.protocol_version)), 1
     yield "start_time_seconds", (), status.started_unix_s
     arenas: Counter[tuple[str, ...]] = Counter()
@@ -182,7 +184,7 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
     silence: dict[tuple[str, ...], float] = {}
     for entry in status.entries:
         of = subject(entry.key)
-        # All states at once: a panel that adds up must not miss the one that has just become empty.
+        # All states are sent, because a panel that adds up must not miss a state that has just become empty.
         arenas.update({(*of, state.value): int(entry.state is state) for state in EntryState})
         arena_bytes.update({(*of, state.value): entry.size_bytes * (entry.state is state) for state in EntryState})
         leases.update({(*of, state.value): 0 for state in LeaseState})

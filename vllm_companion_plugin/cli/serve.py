@@ -1,4 +1,4 @@
-"""`serve`: companions in the foreground, and a model in them before any engine exists."""
+"""`serve` runs companions in the foreground, and loads a model into them before any engine exists."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from vllm_companion_plugin.supervise.children import Signals, Stopped, run_to_en
 from vllm_companion_plugin.supervise.ward import Ward
 
 RETRY_S, RETRY_MOST_S = 0.5, 30.0
-"""Between attempts to start a companion: at first, and after many."""
+"""Seconds between attempts to start a companion: at first, and after many attempts."""
 
 
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
-    """Run until a signal or `stop` ends all companions (0), or something failed (1)."""
+    """Run until a signal or `stop` ends all companions; return 0, or 1 after a failure."""
     model, flags = _model_and_flags(rest)
-    raise_file_limit()  # what the companions hold we hold, too
+    raise_file_limit()  # this process holds all that the companions hold
     say_warnings()
     settings = settings_of(parsed)
     devices = devices_named(parsed.device)
@@ -57,7 +57,7 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
             return 0
         except CompanionError:
             for ward in wards:
-                if not ward.started:  # an engine did, and it may go on without us
+                if not ward.started:  # an engine started the companion, which may go on without us
                     ward.let_go()
             raise
         finally:
@@ -70,13 +70,13 @@ def _model_and_flags(rest: list[str]) -> tuple[str | None, list[str]]:
         return None, []
     if rest[0].startswith("-"):
         raise SettingsError(
-            f"serve: {rest[0]} is not known here; flags of vLLM follow a model: serve MODEL {rest[0]} ..."
+            f"serve: {rest[0]} is not known here.", remedy=f"Flags of vLLM follow a model: serve MODEL {rest[0]} ..."
         )
     return rest[0], rest[1:]
 
 
 def _own(ward: Ward, signals: Signals, *, may_join: bool) -> bool:
-    """Whether the companion of this device is ours; if not, it is another `serve`'s, and used as it is."""
+    """Own the companion of this device. Returns False if another `serve` owns it; then this one only uses it."""
     try:
         ward.start(signals)
     except AlreadyRunningError as error:
@@ -85,7 +85,7 @@ def _own(ward: Ward, signals: Signals, *, may_join: bool) -> bool:
         say(f"Using the companion of {ward.device}: {error}")
         return False
     if not ward.started:
-        say(f"Using the companion of {ward.device} (pid {ward.pid}); from now on it ends with us.")
+        say(f"Using the companion of {ward.device} (pid {ward.pid}); from now on it ends with this process.")
     return True
 
 
@@ -94,10 +94,10 @@ def _stay(status: CompanionStatus) -> str:
 
 
 def _environment(named: str | None, devices: list[str], settings: Settings) -> dict[str, str]:
-    """Of the loading process: it sees only the GPU that was named, if one was."""
+    """Return the environment of the loading process, which sees only the named GPU if one was named."""
     environment = {**os.environ, **to_environment(settings)}
     if named not in (None, "all", "cpu"):
-        # By position, because vLLM expects numbers here.
+        # The variable holds positions, because vLLM expects numbers here.
         gpus, visible = visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(index) for index in range(len(gpus))]
         chosen = [names[gpus.index(device)] if device in gpus else device for device in devices]
@@ -106,7 +106,7 @@ def _environment(named: str | None, devices: list[str], settings: Settings) -> d
 
 
 def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Signals) -> None:
-    """Load `model` as an engine would, in a process of its own, and wait for it."""
+    """Load `model` as an engine would, in another process, and wait for that process."""
     say(f"Loading {printable(model)} ...")
     command = [sys.executable, "-m", "vllm_companion_plugin.engine.run.warm", model, *flags]
     with relayed() as (stdout, stderr):
@@ -118,7 +118,7 @@ def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Si
 
 
 def _try_to_show_held(model: str, devices: list[str], settings: Settings) -> None:
-    """A companion that has died since will be followed: what it held, we hold."""
+    """Show what is held. If a companion has died since, a new one follows with all that this process holds."""
     try:
         _show_held(model, devices, settings)
     except (CompanionUnavailableError, LeaseLostError) as error:
@@ -145,7 +145,7 @@ def _show_held(model: str, devices: list[str], settings: Settings) -> None:
 
 
 class _Restart:
-    """When the companion of a ward is to be started again, and why it could not be so far."""
+    """The time of the next attempt to start a ward's companion, and why the last attempt failed."""
 
     def __init__(self) -> None:
         self.due = 0.0
@@ -153,7 +153,7 @@ class _Restart:
         self._told = ""
 
     def failed(self, ward: Ward, error: Exception) -> None:
-        """Once more a little later. One line for each new reason: it may take days."""
+        """Schedule the next attempt. Prints one line for each new reason only, because attempts may go on for days."""
         self.due = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, RETRY_MOST_S)
         reason = error.code if isinstance(error, CompanionError) else type(error).__name__
@@ -161,16 +161,17 @@ class _Restart:
             self._told = reason
             text = " ".join(str(error).split())
             say(
-                f"vllm-companion: error: {text} What the companion of {ward.device} held stays here; trying again "
-                "until it can be handed back, or until this process is told to end.",
+                f"vllm-companion: error: {text} This process keeps what the companion of {ward.device} held, and is "
+                "trying again to start a companion until that succeeds or this process is told to end.",
                 error=True,
             )
 
 
 def _supervise(wards: list[Ward], signals: Signals) -> int:
-    """Until all companions were stopped; at once if every one is another `serve`'s. Those that die are followed.
+    """Replace companions that die, until all were stopped. Returns at once if other `serve` processes own all of them.
 
-    We may hold the last copy of the weights, so only a signal, or a companion that was stopped, makes us let go.
+    This process may hold the last copy of the weights. So it lets go only after a signal, or if a user stopped the
+    companion.
     """
     restarts: dict[str, _Restart] = {}
     while wards:
@@ -187,12 +188,12 @@ def _supervise(wards: list[Ward], signals: Signals) -> int:
                 ward.start(signals)
             except Stopped:
                 raise
-            except Exception as error:  # whatever it is, it may be over later
+            except Exception as error:  # any error may be over later
                 restart.failed(ward, error)
                 continue
             del restarts[ward.device]
             say(f"The companion of {ward.device} (pid {before}) {how}; it is now pid {ward.pid}.", error=True)
-        # One that ended meanwhile has woken somebody else, who waited for a lock or a child.
+        # A companion that ended meanwhile woke another wait, for a lock or a child, and not the one below.
         due = [restarts[ward.device].due if ward.device in restarts else 0.0 for ward in wards if ward.ended]
         if wards:
             signals.wait(timeout_s=max(0.0, min(due) - time.monotonic()) if due else None)

@@ -1,4 +1,4 @@
-"""The rows of the settings table as options of a command line."""
+"""Making command line options from the rows of the settings table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vllm_companion_plugin.settings import BY_NAME, EVERYWHERE, TABLE, Settings,
 
 
 def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options for these settings. Their values are checked by `settings_of`, like any other origin."""
+    """Add options for these settings. `settings_of` checks their values, as it checks values of any origin."""
     group = parser.add_argument_group("settings")
     for name in names:
         setting = BY_NAME[name]
@@ -18,6 +18,6 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def settings_of(parsed: argparse.Namespace) -> Settings:
-    """The settings of this command line. Raises `SettingsError`."""
+    """Resolve the settings of this command line. Raises `SettingsError`."""
     given = {s.name: getattr(parsed, s.name) for s in TABLE if s.flag and hasattr(parsed, s.name)}
     return resolve(given, origin="command line", reads=EVERYWHERE | given.keys())

@@ -1,4 +1,4 @@
-"""Statuses as text for people and as JSON for programs. Pure."""
+"""Pure functions that write statuses as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NOBODY = "No companion is running."
 
 
 def to_text(statuses: Sequence[CompanionStatus], now: float) -> str:
-    """One row an entry; a companion without entries has one, too.
+    """Write one row for each entry, and one for a companion without entries.
 
     Args:
-        now: Unix time, in seconds, for ages.
+        now: Unix time, in seconds, from which ages are computed.
     """
     if not statuses:
         return NOBODY
@@ -32,7 +32,7 @@ def to_text(statuses: Sequence[CompanionStatus], now: float) -> str:
 
 
 def _variants(statuses: Sequence[CompanionStatus]) -> list[str]:
-    """Why a model is held more than once."""
+    """Say why companions hold a model more than once."""
     return [
         f"{entry.key.model} ({entry.key.rank}) is held as a variant: {printable(entry.key.variant)}."
         for status in statuses
@@ -42,7 +42,7 @@ def _variants(statuses: Sequence[CompanionStatus]) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows below each other, the first one the headings; numbers to the right."""
+    """Align rows in columns, numbers to the right. The first row holds the headings."""
     headings = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(headings))]
     lines = []
@@ -84,7 +84,7 @@ def _state(entry: EntryStatus) -> str:
 
 
 def progress_text(loader: LoaderInfo) -> str:
-    """E.g. "loading 1.50/15.27 GiB (10%) by 4242"."""
+    """Describe a loader's progress, e.g. "loading 1.50/15.27 GiB (10%) by 4242"."""
     progress = loader.progress
     done = progress.done_bytes / GIB
     if progress.total_bytes:
@@ -96,7 +96,7 @@ def progress_text(loader: LoaderInfo) -> str:
 
 
 def linger_text(status: CompanionStatus, now: float, entry: EntryStatus | None = None) -> str:
-    """Until when a companion stays, and in it an entry, which may go before."""
+    """Say how long a companion stays, or one of its entries, which may go earlier."""
     if status.linger_s < 0:
         return "until stopped"
     if entry is not None and 0 < entry.expires_at_unix_s < (status.exits_at_unix_s or math.inf) - 1:
@@ -107,7 +107,7 @@ def linger_text(status: CompanionStatus, now: float, entry: EntryStatus | None =
 
 
 def duration(seconds: float) -> str:
-    """E.g. "45s", "12m05s", "3h07m", "2d04h"."""
+    """Shorten a duration, e.g. "45s", "12m05s", "3h07m", "2d04h"."""
     whole = max(0, int(seconds))
     for unit, size, below, smaller in (("d", 86400, 3600, "h"), ("h", 3600, 60, "m"), ("m", 60, 1, "s")):
         if whole >= size:
@@ -118,9 +118,9 @@ def duration(seconds: float) -> str:
 def to_json(
     statuses: Sequence[CompanionStatus], keepers: Mapping[str, int] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
-    """The stable schema of `status --json`: fields may be added, none is renamed or removed.
+    """Return statuses in the stable schema of `status --json`: fields may be added, but none is renamed or removed.
 
-    Times are Unix seconds and null where there is none yet; `linger_s` is null for "until stopped".
+    Times are Unix seconds, or null if unknown or not due; `linger_s` is null for "until stopped".
     """
     return [
         {

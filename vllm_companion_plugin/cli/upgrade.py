@@ -1,4 +1,4 @@
-"""`vllm-companion upgrade`: a companion of this installation takes over what runs, while engines serve."""
+"""`vllm-companion upgrade` replaces running companions by ones of this installation, while engines serve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BACK_TIMEOUT_S = 30.0
 
 def upgrade(parsed: argparse.Namespace) -> int:
     settings = settings_of(parsed)
-    raise_file_limit()  # what the companions hold we hold meanwhile
+    raise_file_limit()  # meanwhile this process holds all that the companions hold
     with running(settings, parsed.device) as connections:
         if not connections:
             raise CompanionUnavailableError(table.NOBODY)
@@ -35,7 +35,7 @@ def upgrade(parsed: argparse.Namespace) -> int:
 
 
 def _upgrade(connection: CompanionConnection, settings: Settings) -> None:
-    """Hold everything ourselves, so that nothing depends on engines, and let the new companion take it from us."""
+    """Hold all entries in this process, so that nothing depends on engines; then hand them to the new companion."""
     connection.check_protocol()
     before = connection.status()
     ready = [entry for entry in before.entries if entry.state is EntryState.READY]
@@ -46,7 +46,7 @@ def _upgrade(connection: CompanionConnection, settings: Settings) -> None:
             connection.device,
             settings,
             lambda: shut_down(connection, replaced=True),
-            # What its owner gives it is none of ours; the owner will do so again.
+            # The owner's linger time does not count here: the owner will set that time again.
             settings.linger_s if before.owner_pid else before.linger_s,
         )
         after = _wait_until_back(connection.device, ready, settings)
@@ -57,7 +57,7 @@ def _upgrade(connection: CompanionConnection, settings: Settings) -> None:
 
 
 def _wait_until_back(device: str, ready: list[EntryStatus], settings: Settings) -> CompanionStatus:
-    """The new companion's status with all of `ready` in it. Raises `WaitTimeoutError` if it does not come to that."""
+    """Wait until the new companion holds all of `ready`; return its status. Raises `WaitTimeoutError`."""
     wanted = {(entry.key.id, entry.generation) for entry in ready}
     with connect(device, settings, spawn=False) as connection:
         for status in connection.watch(BACK_TIMEOUT_S):

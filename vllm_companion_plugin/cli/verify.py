@@ -1,7 +1,7 @@
-"""`verify`: prove that a model is the same through the companion as without it.
+"""`verify` proves that a model is the same with and without the companion.
 
-Three engines, one after the other: one loads normally, one loads and publishes, one attaches. Each
-describes its model (every tensor by digest, every Python value that can be reached) and answers the same prompts.
+Three engines run one after the other: one loads normally, one loads and publishes, one attaches. Each engine
+describes its model (every tensor by digest, every reachable Python value) and answers the same prompts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from vllm_companion_plugin.settings import Settings, resolve, to_environment
 from vllm_companion_plugin.supervise.children import Signals, Stopped, run_to_end
 
 EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
-"""Exit status; 2 is a wrong command line."""
+"""Exit statuses; 2 is a wrong command line."""
 
 SHOWN = 20
-"""Differences listed; one reason makes thousands of them."""
+"""Number of differences that are listed; one cause makes thousands of them."""
 
 UNDECIDED: dict[str, Any] = {
     "what": "alone",
@@ -41,23 +41,23 @@ UNDECIDED: dict[str, Any] = {
     "seconds": 0.0,
     "ways": {},
 }
-"""The outcome where there is none."""
+"""The outcome of a worker that reported none."""
 
 BYTES = frozenset(("", "dtype", "shape", "sha256"))
-"""What a tensor holds, or "" for all of it. What else is said of a tensor, and Python values, are attributes."""
+"""Fields of a tensor that count as bytes; "" is the whole tensor. Other fields, and Python values, are attributes."""
 
 CLOSE = 0.02
-"""How far values may be apart, of the largest, where the bytes are equal: other kernels make other last bits, and a
-normal engine differs so much from itself: by who else asks, by atomic additions, by what a compiler chose when it ran
-first and what it took from its cache the next time. The last bits of half precision are large."""
+"""How far values may differ, relative to the largest, if the bytes are equal. Different kernels make different last
+bits, and a normal engine differs this much from itself: by batching, by atomic additions, and by what a compiler chose
+at its first run and took from its cache at the next. The last bits of half precision are large."""
 CLOSE_FLOAT32 = 1e-3
-"""The same of float32: shared weights on CPU are multiplied by another kernel than vLLM's packed ones."""
+"""The same limit for float32: on CPU one kernel multiplies shared weights, another one vLLM's packed weights."""
 HEADINGS = ("RANK", "GiB", "TENSORS", "LOADED", "ATTACHED", "IN", "WAYS", "BYTES", "ATTRIBUTES", "ANSWERS")
 
 
 @dataclass
 class Rank:
-    """The verdict on one model of one worker: what it serves, or the draft."""
+    """The verdict on one model of one worker: the served model, or the draft."""
 
     rank: str
     size_bytes: int = 0
@@ -98,14 +98,14 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
     """Print the verdict; 0 if equal, 1 if different, 3 if the model is not shared.
 
     Raises:
-        CompanionUnavailableError: an engine did not start, without the companion or with it.
+        CompanionUnavailableError: an engine did not start, with or without the companion.
     """
     if not rest or rest[0].startswith("-"):
-        raise SettingsError("verify: which model? vllm-companion verify MODEL [flags of vLLM]")
+        raise SettingsError("verify: which model?", remedy="Run: vllm-companion verify MODEL [flags of vLLM]")
     model, flags = rest[0], rest[1:]
     asked = ["--adapter", parsed.adapter] if parsed.adapter else []
     others = shlex.split(parsed.publisher)
-    # A place of its own: what other engines hold must not be what is proved.
+    # A runtime directory of its own keeps entries of other engines out of the proof.
     directory = tempfile.mkdtemp(prefix="vcv-")
     settings = resolve({"runtime_dir": f"{directory}/r"})
     try:
@@ -135,8 +135,8 @@ def verify(
     """Run the three engines and compare them.
 
     Args:
-        asked: flags of `engine.verify`, which say what the engines are asked besides.
-        others: flags that the engine which publishes has besides, and the others have not.
+        asked: flags of `engine.run.verify` for further questions to the engines.
+        others: flags that only the publishing engine gets.
     """
     started = time.monotonic()
     reports = []
@@ -156,7 +156,7 @@ def verify(
             *flags,
         ]
         command += others if number == 2 else []
-        # Standard output is for the verdict alone.
+        # Only the verdict goes to standard output.
         status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())
         if status != 0 or not out.exists():
             raise CompanionUnavailableError(
@@ -176,10 +176,10 @@ def judge(
     seconds: float,
     alike: bool = True,
 ) -> Verdict:
-    """Compare three reports of `engine.verify`. Pure.
+    """Compare three reports of `engine.run.verify`. Pure.
 
     Args:
-        alike: the one that published has the flags of the others; otherwise what it became is not compared.
+        alike: the publishing engine has the flags of the others. Otherwise its model is not compared.
     """
     ranks = []
     replicas = len({worker["replica"] for worker in reference["workers"]})
@@ -224,7 +224,7 @@ def _judge_model(
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that two models do not have in common. `field` is what is said of a tensor, "" the whole of it."""
+    """One difference between two models. `field` is a field of a tensor, or "" for the whole tensor."""
 
     path: str
     part: str
@@ -234,7 +234,7 @@ class Difference:
 
     @property
     def of_bytes(self) -> bool:
-        """Whether the tensors hold something else; otherwise an attribute differs."""
+        """Whether the bytes of the tensors differ; otherwise an attribute differs."""
         return self.part == "tensors" and self.field in BYTES
 
     def __str__(self) -> str:
@@ -243,7 +243,7 @@ class Difference:
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> list[Difference]:
-    """Where the descriptions of two models differ. Pure."""
+    """List where the descriptions of two models differ. Pure."""
     found = []
     for part in ("tensors", "values"):
         for path in sorted(here[part].keys() | there[part].keys()):
@@ -263,7 +263,7 @@ def _shown(value: dict[str, Any] | str | None) -> str:
 
 
 def _expected(normal: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What a reference has, after loading or, where `other` has the same, while running."""
+    """Return a reference's values: by path the one after loading, or the one while running if `other` has the same."""
     running = normal.get("running", normal)
     expected = {}
     for part in ("tensors", "values"):
@@ -276,12 +276,12 @@ def _expected(normal: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_answers(*reports: dict[str, Any]) -> tuple[str, bool]:
-    """In words, and whether no difference was seen beyond that of another kernel on CPU."""
+    """Compare answers: the result in words, and whether it shows no difference beyond that of another kernel on CPU."""
     if reports[0]["answers"] is None:
         return f"not asked: {reports[0]['no_answers']}", True
     if missing := [report["no_answers"] for report in reports if report["answers"] is None]:
         return f"failed: {missing[0]}", False
-    # Why a picture was left out may be worded differently by each engine.
+    # Each engine may word differently why a picture was left out.
     answers = [{key: value for key, value in r["answers"].items() if key != "left_out"} for r in reports]
     words, same = _compare_values(answers, CLOSE_FLOAT32 if reports[0].get("dtype") == "torch.float32" else CLOSE)
     if media := answers[0].get("media"):
@@ -310,9 +310,9 @@ def _compare_values(answers: list[dict[str, Any]], close: float) -> tuple[str, b
 
 
 def _one_after_the_other(here: dict[str, Any], there: dict[str, Any], close: float) -> tuple[float, bool, bool]:
-    """How far the values of two engines are apart, whether that is close enough, and whether their tokens are equal.
+    """Return how far the values of two engines differ, whether that is close enough, and whether the tokens are equal.
 
-    Two tokens that are equally likely, as far as that can be told, are equal. What follows another token is not
+    Two tokens count as equal if they are equally likely within the limit. What follows a different token is not
     compared.
     """
     apart, is_close = 0.0, True
@@ -334,10 +334,10 @@ def _one_after_the_other(here: dict[str, Any], there: dict[str, Any], close: flo
 
 
 def _at_once(here: list[list[list[float]]], there: list[list[list[float]]]) -> tuple[float, bool]:
-    """How far the values of two engines are apart where they come closest, and whether that is close enough.
+    """Return how far the values of two engines differ where they come closest, and whether that is close enough.
 
     Args:
-        here: for each prompt, for each time it was asked, values.
+        here: for each prompt and each time it was asked, the values.
     """
     apart = allowed = 0.0
     for one, other in zip(here, there, strict=True):
@@ -352,7 +352,7 @@ def _farthest(here: list[float], there: list[float]) -> float:
 
 
 def text(verdict: Verdict) -> str:
-    """The verdict for people."""
+    """Write the verdict for people."""
     rows = [HEADINGS]
     for rank in verdict.ranks:
         ways = ", ".join(f"{count} {way}" for way, count in rank.ways.items())

@@ -1,5 +1,5 @@
-"""Values and pure rules that every part shares: keys, arenas, models as data, what a companion says of itself, and
-what any process of ours needs (logs, output, limits).
+"""Values and pure rules that every part shares: keys, arenas, models as data, a companion's status, and what every
+process of this project needs (logs, output, limits).
 
 May import: core, errors.
 """

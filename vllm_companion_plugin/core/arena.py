@@ -1,4 +1,4 @@
-"""Shape and checksums of an arena: data, which owns nothing."""
+"""Shape and checksums of an arena, as data. This data owns no memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 ARENA_CHECKSUM = "rows-columns-64"
 
 PIECE_BYTES = 16 << 20
-"""What one checksum of `ARENA_CHECKSUM` is about."""
+"""Bytes of an arena that one checksum of `ARENA_CHECKSUM` covers."""
 
 
 def piece_count(size_bytes: int) -> int:
-    """Pieces of an arena, the last one maybe shorter."""
+    """Return the number of pieces of an arena; the last piece may be shorter."""
     return -(-size_bytes // PIECE_BYTES)
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """What an arena's bytes were when they were published; empty if nobody computed them.
+    """Checksums of an arena's bytes at their publication; empty if the publisher computed none.
 
     Attributes:
-        algorithm: `ARENA_CHECKSUM`, or one of another version, which cannot be compared here.
-        values: unsigned 64-bit numbers, one a piece.
+        algorithm: `ARENA_CHECKSUM`, or the name in another version, whose values this version cannot compare.
+        values: unsigned 64-bit numbers, one for each piece.
     """
 
     algorithm: str = ""
@@ -30,11 +30,11 @@ class Checksums:
 
 @dataclass(frozen=True)
 class ArenaInfo:
-    """Shape of an arena: data, not a handle; it owns nothing.
+    """Shape of an arena. This is data and no handle: it owns no memory.
 
     Attributes:
         kind: of memory, a name in `memory.kinds.KINDS`.
-        block_sizes: bytes of each allocation, in address order; one descriptor each.
+        block_sizes: bytes of each allocation, in address order. Each allocation has one descriptor.
     """
 
     kind: str

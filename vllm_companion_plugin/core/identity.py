@@ -13,10 +13,10 @@ _KEY_ID = re.compile(r"[0-9a-f]{1,64}")
 MAX_TEXT = 4096
 
 MAX_KEY_CHARACTERS = 256 << 10
-"""Of all texts of a key together; a checkpoint of 1000 files needs about half of it."""
+"""Limit of characters in all texts of a key together; a checkpoint of 1000 files needs about half of them."""
 
 CHECKPOINT = "checkpoint"
-"""The field that holds the digest of `EntryKey.files`; all others say what was made of them."""
+"""The field that holds the digest of `EntryKey.files`. All other fields say how the model was made of these files."""
 
 VARIANT = "variant"
 """The field of a key that holds `EntryKey.variant`."""
@@ -33,9 +33,9 @@ class EntryKey:
 
     Attributes:
         id: hex sha256 over all `fields`; equal ids mean byte-equal tensors.
-        model: name to show and to ask for: `model_name` of what the user wrote. Not part of the identity.
+        model: name that users see and ask for: `model_name` of what the user wrote. Not part of the identity.
         role: "target" or "draft".
-        rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without any.
+        rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without parallel groups.
         fields: everything that went into `id`, for messages that explain a mismatch.
         source: where its loader found the checkpoint. Not part of the identity.
         files: identity of each file of the checkpoint, by relative name; `id` holds their digest.
@@ -53,18 +53,18 @@ class EntryKey:
 
     @property
     def title(self) -> str:
-        """The model, and what sets it apart: what it is for unless it is served, and that it is a variant."""
+        """The model's name; followed by its role unless that is "target", and by "variant" for a variant."""
         notes = [self.role] if self.role != "target" else []
         notes += ["variant"] if self.variant else []
         return f"{self.model} ({', '.join(notes)})" if notes else self.model
 
     @property
     def variant(self) -> str:
-        """How the model differs from what was published first under an otherwise equal key; empty for that one."""
+        """How the model differs from the first one published under an otherwise equal key; empty for that first one."""
         return self.fields.get(VARIANT, "")
 
     def problem(self) -> str | None:
-        """What is wrong with a key that came from outside; None if nothing is. File names are made of ids."""
+        """Say what is wrong with another process's key; None if the key is valid. Ids become parts of file names."""
         texts = {name: getattr(self, name) for name in ("id", "model", "role", "rank")}
         for name, text in texts.items():
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_TEXT:
@@ -83,7 +83,7 @@ class EntryKey:
             "".join(parts)
             "".join(self.fields.values()).encode()
         except (TypeError, UnicodeEncodeError):
-            return "it holds something that is no text"
+            return "it holds a value that is no text"
         if not all(map(str.isprintable, self.fields)):
             return "a field has a name that cannot be printed"
         if (total := sum(map(len, parts))) > MAX_KEY_CHARACTERS:
@@ -91,12 +91,12 @@ class EntryKey:
         return None
 
     def is_draft_of(self, target: EntryKey) -> bool:
-        """Whether this is a draft that was made for `target`: its fields hold the target's."""
+        """Tell whether this is a draft for `target`: its fields hold the target's fields."""
         mine = {name: self.fields.get(f"target.{name}") for name in target.fields}
         return self.role == "draft" and mine == dict(target.fields)
 
     def differences(self, published: EntryKey) -> list[str]:
-        """How `published` was loaded otherwise: each field and each file of weights with both values."""
+        """List how `published` was loaded differently: each differing field and weight file with both values."""
         fields = self.fields.keys() | published.fields.keys()
         files = [name for name in self.files.keys() | published.files.keys() if f"file.{name}" not in fields]
         sides = (self.fields, published.fields), (_named(self, files), _named(published, files))
@@ -111,7 +111,7 @@ class EntryKey:
         return [changed[name] for name in sorted(changed)]
 
     def nearest_text(self, published: Sequence[EntryKey]) -> str:
-        """How the most similar of `published` differs, in one line."""
+        """Say in one line how the most similar of `published` differs."""
         nearest = min(published, key=lambda key: len(self.differences(key)))
         lines = self.differences(nearest) or [f"its key is {nearest.id[:12]}"]
         rest = len(lines) - _MAX_DIFFERENCES

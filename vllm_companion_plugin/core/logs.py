@@ -1,4 +1,4 @@
-"""Log lines of our own processes, as text or as JSON. What others wrote cannot look like a line of ours."""
+"""Log lines of this project's processes, as text or as JSON. Text from other processes cannot look like such a line."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 from vllm_companion_plugin.core.text import printable
 
 TEXT = "%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s"
-"""As vLLM's logs (vllm/logger.py), so that both read alike side by side."""
+"""The format of vLLM's logs (vllm/logger.py), so that both logs look alike."""
 
 PATIENCE_MS = 100
-"""For a reader that is merely slow."""
+"""How long a write waits for a reader that is merely slow."""
 
 MOST_BYTES, KEPT_BYTES = 4 << 20, 1 << 20
-"""Of a log file: how long it may become, and how much of its end stays then."""
+"""Limit of a log file's length, and how much of its end stays when it is shortened."""
 _OWN = "/proc/self/fd/"
 HEAD_CHARACTERS, CHECK_CHARACTERS = 16 << 10, 64 << 10
-"""Of what one process logs: the beginning that stays, and after how much it looks at the length."""
+"""How much of the beginning of a process's log stays, and how many logged bytes lie between checks of the length."""
 
 
 class PrintableLines(logging.Filter):
-    """Lets every line of a message be printable, whatever paths and names are in it."""
+    """Makes every line of a message printable, whatever paths and names the message holds."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
@@ -37,7 +37,7 @@ class PrintableLines(logging.Filter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line a record; a traceback follows, each line behind a bar."""
+    """Writes one line for each record. The lines of a traceback follow, each behind a bar."""
 
     def __init__(self) -> None:
         super().__init__(TEXT, "%m-%d %H:%M:%S")
@@ -51,10 +51,12 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time (RFC 3339, UTC), level, logger, message, pid, device, source; traceback if there is one.
+    """Writes one JSON object for each record, in a line.
+
+    Keys: time (RFC 3339, UTC), level, logger, message, pid, device, source; traceback if the record has one.
 
     Args:
-        device: whose process this is.
+        device: device of the logging process.
     """
 
     def __init__(self, device: str) -> None:
@@ -74,16 +76,17 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)  # in ASCII: nothing in it acts
+        return json.dumps(line)  # in ASCII: a terminal acts on none of it
 
 
 class PatientWriter:
-    """Writes lines to a descriptor, and waits for no reader: whoever needs us would wait, too.
+    """Writes lines to a descriptor and waits for no reader, because clients of this process would have to wait, too.
 
-    Lines that a full pipe or disk cannot take are lost. The next one that it takes is preceded by their number.
+    A line that a full pipe or disk cannot take is lost. The next line that gets through follows a note with the
+    number of lost lines.
 
     Args:
-        note: says how many were lost.
+        note: makes the note of a number of lost lines.
     """
 
     def __init__(self, fd: int, note: Callable[[int], str]) -> None:
@@ -94,20 +97,20 @@ class PatientWriter:
         self._lost = 0
 
     def write(self, line: str) -> None:
-        """Write the line, or lose it. Never raises `OSError`."""
-        lines = ["", self._note(self._lost), line] if self._lost else [line]  # the last one may have been cut
+        """Write the line, or drop the line. Never raises `OSError`."""
+        lines = ["", self._note(self._lost), line] if self._lost else [line]  # the last line may have been cut
         self.pass_on("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 
     def pass_on(self, data: bytes) -> None:
-        """Write what somebody else has written, or lose it. Never raises `OSError`."""
+        """Write the output of another process, or drop that output. Never raises `OSError`."""
         try:
-            for at in range(0, len(data), select.PIPE_BUF):  # so much is taken at once, or none
+            for at in range(0, len(data), select.PIPE_BUF):  # a pipe takes this much at once, or nothing
                 if not self._is_writable():
                     self._lost += 1
                     return
                 os.write(self._fd, data[at : at + select.PIPE_BUF])
             self._lost = 0
-        except OSError:  # nobody will read it any more, or there is no space
+        except OSError:  # the reader has gone, or the disk is full
             self._lost += 1
 
     def _is_writable(self) -> bool:
@@ -119,8 +122,8 @@ class PatientHandler(logging.Handler):
     """Logs through a `PatientWriter`.
 
     Args:
-        bounded: the descriptor is a log file of ours, which is shortened when it becomes too long. Its beginning is
-            then the beginning of what this process logged, which says how it was started.
+        bounded: the descriptor is a log file of this project. The handler shortens the file when it becomes too long
+            and keeps the first lines of this process, which say how the process was started.
     """
 
     def __init__(self, fd: int, *, bounded: bool = False) -> None:
@@ -147,7 +150,7 @@ class PatientHandler(logging.Handler):
         if self._unchecked > CHECK_CHARACTERS:
             self._unchecked = 0
             note = self._line("This log was shortened: lines between those above and those below are gone.")
-            # By the descriptor: the file may have another name by now.
+            # The path goes through the descriptor, because the file may have another name by now.
             shorten(f"{_OWN}{self._fd}", f"{self._head}{note}\n".encode(errors="backslashreplace"))
 
     def _note(self, lost: int) -> str:
@@ -158,13 +161,13 @@ class PatientHandler(logging.Handler):
 
 
 def shorten(path: str, head: bytes = b"") -> None:
-    """Cut a log that is too long to `head` and its newest lines. Never fails: it is only a log.
+    """Cut a log that is too long to `head` and its newest lines. Never fails, because a log is not worth an error.
 
-    In place, because several processes may be appending to it; what they write in just that moment may be lost.
+    The file is cut in place, because several processes may append to it. What they write at that moment may be lost.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | (0 if path.startswith(_OWN) else os.O_NOFOLLOW)
     with contextlib.suppress(OSError), open(os.open(path, flags), "rb+", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else somebody else is at it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another process is cutting the file
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes <= MOST_BYTES:
             return
@@ -174,12 +177,12 @@ def shorten(path: str, head: bytes = b"") -> None:
 
 
 def configure(level: str, format: str, device: str, *, bounded: bool = False) -> None:
-    """Log to standard error from now on, also what nobody catches.
+    """Log to standard error from now on, exceptions that no code catches included.
 
     Args:
-        bounded: standard error is a log file of ours, which may not grow without bound.
+        bounded: standard error is a log file of this project, whose length must stay bounded.
     """
-    # Python has none where its descriptor was closed, whose number may be a socket's by now.
+    # sys.stderr is None if its descriptor was closed at the start. A socket may have that number by now.
     handler = PatientHandler(sys.stderr.fileno(), bounded=bounded) if sys.stderr is not None else logging.NullHandler()
     handler.setFormatter(JsonFormatter(device) if format == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
@@ -187,7 +190,7 @@ def configure(level: str, format: str, device: str, *, bounded: bool = False) ->
 
 
 def fatal(error: Exception) -> None:
-    """Say why this process ends; in the form that was configured, or as text if it did not come to that."""
+    """Log why this process ends, in the configured form, or as text if logging was not configured yet."""
     handlers = logging.getLogger().handlers
     if handlers and isinstance(handlers[0].formatter, JsonFormatter):
         logging.getLogger("vllm.companion").critical("%s", error)

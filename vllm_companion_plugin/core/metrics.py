@@ -1,4 +1,4 @@
-"""What is measured of companions. Prometheus is the exporter's business."""
+"""The table of all metrics of companions. Only the exporter knows Prometheus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX = "vllm_companion_"
 MAX_LABEL = 200
 
 BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Of all histograms: attaching takes a tenth of a second, loading minutes."""
+"""Bounds of all histograms, in seconds: an attach takes a tenth of a second, a load takes minutes."""
 
 OUTCOMES = ("attached", "copied", "published", "alone")
 
@@ -29,11 +29,11 @@ SUBJECT = ("model", "rank", "role")
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table of metrics. All have the label `device` besides.
+    """One row of the table of metrics. Every metric also has the label `device`.
 
     Attributes:
-        kind: "gauge" (from the status), "counter" or "histogram" (counted here).
-        values: all that the labels after those of the entry can be, so that each series begins at zero.
+        kind: "gauge" (read from the status), "counter" or "histogram" (counted by the companion).
+        values: all possible values of the labels that follow the entry's labels, so that each series begins at zero.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Metric:
 
 
 TABLE = (
-    Metric("up", "gauge", (), "1 if the companion answers, 0 if it does not; absent if none runs."),
+    Metric("up", "gauge", (), "1 if the companion answers, 0 if it does not; absent if no companion runs."),
     Metric("info", "gauge", ("version", "protocol"), "Version and protocol version of the companion; always 1."),
     Metric("start_time_seconds", "gauge", (), "Unix time at which the companion started."),
     Metric("arenas", "gauge", (*SUBJECT, "state"), "Entries, by state: loading, ready or retired."),
-    Metric("arena_bytes", "gauge", (*SUBJECT, "state"), "Bytes of their arenas; 0 while loading."),
+    Metric("arena_bytes", "gauge", (*SUBJECT, "state"), "Bytes of the entries' arenas; 0 while loading."),
     Metric("leases", "gauge", (*SUBJECT, "state"), "Clients, by state: attached, waiting or loading."),
-    Metric("load_silence_seconds", "gauge", SUBJECT, "Seconds since the process that loads last reported progress."),
+    Metric("load_silence_seconds", "gauge", SUBJECT, "Seconds since the loading process last reported progress."),
     Metric(
         "loads",
         "counter",
@@ -62,36 +62,38 @@ TABLE = (
         "Loads that ended, by result: published, declined or abandoned.",
         (("published",), ("declined",), ("abandoned",)),
     ),
-    Metric("load_seconds", "histogram", SUBJECT, "Seconds from election to publication, of published loads."),
-    Metric("attaches", "counter", SUBJECT, "Clients that were given an entry that another one had loaded."),
-    Metric("wait_seconds", "histogram", SUBJECT, "Seconds that clients waited for somebody else to load."),
+    Metric("load_seconds", "histogram", SUBJECT, "Seconds from a loader's election to its publication."),
+    Metric("attaches", "counter", SUBJECT, "Clients that got an entry which another client had loaded."),
+    Metric("wait_seconds", "histogram", SUBJECT, "Seconds that clients waited for another client to load."),
     Metric(
         "readoptions",
         "counter",
         (*SUBJECT, "result"),
-        "Entries of the companion before: handed_back, renewed (one more client of such an entry) or given_up.",
+        "Entries of the previous companion: handed_back, renewed (one more client of such an entry) or given_up.",
         (("handed_back",), ("renewed",), ("given_up",)),
     ),
     Metric(
         "failures",
         "counter",
         ("side", "cause"),
-        "Errors that clients were told (side companion) or reported (side client), by the code of errors.md.",
+        "Errors that the companion sent (side companion) or clients reported (side client), by the code of errors.md.",
         tuple(product(SIDES, BY_CODE)),
     ),
     Metric(
         "outcomes",
         "counter",
         (*SUBJECT, "outcome"),
-        "Models in engines: attached, copied, published or alone.",
+        "Models that engines attached, copied, published or loaded alone.",
         tuple((outcome,) for outcome in OUTCOMES),
     ),
-    Metric("attach_seconds", "histogram", SUBJECT, "Seconds that engines took to attach to an entry, or to copy it."),
+    Metric(
+        "attach_seconds", "histogram", SUBJECT, "Seconds that engines took to attach to an entry or to copy an entry."
+    ),
     Metric(
         "verifications",
         "counter",
         (*SUBJECT, "mode", "result"),
-        "Checksums compared, in mode full or sample: equal or different.",
+        "Comparisons of checksums, in mode full or sample: equal or different.",
         tuple(product(VERIFY_MODES, VERIFY_RESULTS)),
     ),
     Metric("verify_seconds", "histogram", SUBJECT, "Seconds that engines waited for the comparison of checksums."),
@@ -101,12 +103,12 @@ BY_NAME = {metric.name: metric for metric in TABLE}
 
 
 def subject(key: EntryKey | None) -> tuple[str, str, str]:
-    """Values of the labels model, rank and role; empty for an entry that the companion does not have."""
+    """Return the values of the labels model, rank and role; empty for an entry that the companion does not have."""
     return (key.model[:MAX_LABEL], key.rank[:MAX_LABEL], key.role[:MAX_LABEL]) if key else ("", "", "")
 
 
 def to_markdown() -> str:
-    """The table of docs/operations.md."""
+    """Return the table of docs/operations.md."""
     lines = ["| metric | type | labels, besides `device` | meaning |", "| --- " * 4 + "|"]
     for metric in TABLE:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
@@ -116,11 +118,11 @@ def to_markdown() -> str:
 
 @dataclass
 class Series:
-    """One series of what a companion counts.
+    """One series that a companion counts.
 
     Attributes:
-        value: the count; of a histogram the sum of what was observed.
-        counts: of a histogram, how many in each bucket, the last one beyond all bounds; else empty.
+        value: the count; for a histogram, the sum of the observed values.
+        counts: for a histogram, the number of values in each bucket, the last one beyond all bounds; else empty.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A model as data: its modules, its tensors and where they lie in an arena."""
+"""A model as data: its modules, its tensors and their places in an arena."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class TensorKind(Enum):
-    """Where in a module a tensor lives."""
+    """The place in a module where a tensor lives."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -17,10 +17,10 @@ class TensorKind(Enum):
 
 
 class Stage(Enum):
-    """Which state of a model's tensors an entry holds.
+    """The state of a model's tensors that an entry holds.
 
-    CUDA shares the processed (kernel) layout. On CPU vLLM packs processed weights into
-    handles private to a process, so what the checkpoint loader wrote is shared there.
+    Engines on CUDA share the processed (kernel) layout. On CPU vLLM packs processed weights into
+    handles private to a process, so engines there share what the checkpoint loader wrote.
     """
 
     PROCESSED = "processed"
@@ -45,15 +45,15 @@ class TensorInfo:
         stride: in elements.
         dtype: torch's name without the prefix, e.g. "bfloat16".
         class_name: qualified name of the tensor's class.
-        requires_grad: of a parameter.
-        private: engines may write to it, so each clones it instead of mapping it.
-        own: building the model made it and loading never wrote it: each engine keeps the one that it made. Without
-            a storage nothing of it was published.
-        meta: it has no data in the publisher's model either: vLLM leaves it so.
+        requires_grad: this flag of a parameter.
+        private: engines may write to this tensor, so each engine clones the tensor instead of mapping it.
+        own: building the model made this tensor and loading never wrote it: each engine keeps its own one. If the
+            tensor has no storage, the publisher published no bytes of it.
+        meta: the tensor has no data in the publisher's model either, because vLLM leaves it on the meta device.
         conj: its elements are conjugated when they are read.
         neg: its elements are negated when they are read.
-        inline: bytes of a small tensor that lives in host memory beside a device model, maybe none.
-        attributes: what vLLM hung on the tensor, in canonical text.
+        inline: bytes (maybe none) of a small tensor that lives in host memory beside a model on a device.
+        attributes: attributes that vLLM set on the tensor, in canonical text.
     """
 
     storage: int
@@ -74,7 +74,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class SlotInfo:
-    """A place in a module that holds a tensor. Ties are slots with the same `tensor`.
+    """A place in a module that holds a tensor. Tied slots have the same `tensor`.
 
     Attributes:
         name: attribute path inside the module, e.g. "weight" or "impl.scales[0]".
@@ -91,7 +91,7 @@ class AddedSlot:
     """A tensor that loading put into a module where building the model had left none.
 
     Attributes:
-        dtype, shape, stride, class_name, requires_grad: as of a `TensorInfo`, before post-processing.
+        dtype, shape, stride, class_name, requires_grad: as in `TensorInfo`, before post-processing.
     """
 
     name: str
@@ -105,14 +105,14 @@ class AddedSlot:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the publisher saw loading and post-processing do to one module. Names are as in `ModuleInfo`.
+    """What loading and post-processing did to one module, as the publisher observed. Names are as in `ModuleInfo`.
 
     Attributes:
-        values: values that loading changed: the text as built and the text after loading, None for none. What can
-            be changed in place has a text as built only if loading changed that very object.
+        values: values that loading changed: the text as built and the text after loading, None for no value. A value
+            that can change in place has a text as built only if loading changed that very object.
         added: tensors that loading added.
         removed: slots that loading removed.
-        retied: slots that loading tied to another one, by its full name: the path of its module, a colon, its name.
+        retied: slots that loading tied to another slot, with the other slot's module path, a colon and its name.
         untouched: parameters and buffers that loading did not write.
         processed: names of values that post-processing changed.
         measured: post-processing read data of tensors into Python, so values may follow from it.
@@ -139,7 +139,7 @@ class ModuleInfo:
         aliases: further names of the same module object.
         class_name: qualified name of its class.
         attributes: values and the classes of objects, by name, in canonical text.
-        observed: how its state came about.
+        observed: what the publisher observed of the module.
     """
 
     path: str
@@ -152,14 +152,14 @@ class ModuleInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A module tree described in full, with every tensor placed in an arena.
+    """A full description of a module tree, with the place of every tensor in an arena.
 
     Attributes:
-        added_modules: classes of the modules that loading made, by path, a module before those in it.
+        added_modules: classes of the modules that loading made, by path; a module precedes the modules inside it.
         removed_modules: paths of modules that loading took out of the model.
         retied_modules: paths that loading gave to another module of the model, with that module's first path.
-        files: digests of the small files that were read to build and load the model, by name.
-        is_observed: somebody watched how the model came about. If not, all of it counts as made by loading.
+        files: digests by name of the small files that the publisher read to build and load the model.
+        is_observed: the publisher observed building and loading. Otherwise the whole model counts as made by loading.
     """
 
     stage: Stage
@@ -174,5 +174,5 @@ class Manifest:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all storages, without padding."""
+        """The sum of the bytes of all storages, without padding."""
         return sum(storage.size_bytes for storage in self.storages)

@@ -1,7 +1,7 @@
-"""What commands say. Whoever reads it may have gone, or be slow, or sit on a full disk: that ends no command.
+"""The output of commands. A reader that is slow or has gone ends no command, and neither does a full disk.
 
-A `serve` whose weights would go with it must not end because of `| tee`, and a command that acts on several
-companions must not stop in the middle.
+A `serve` that holds the only copy of its weights must not end because of `| tee`, and a command that acts on
+several companions must not stop halfway.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TextIO
 from vllm_companion_plugin.core.logs import PatientWriter
 
 LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What the system says of output that nobody can take."""
+"""Error numbers of writes that fail because the reader, the terminal or the space has gone."""
 
 RELAY_END_S = 2.0
 
@@ -26,9 +26,9 @@ _writers: dict[int, PatientWriter] = {}
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Write a line to standard output, or to standard error. Never raises, and waits for nobody."""
+    """Write a line to standard output or standard error. Never raises, and waits for no reader."""
     stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed by whoever started us
+    if stream is None:  # the parent process closed it
         return
     with contextlib.suppress(OSError, ValueError):
         _say(text, stream)
@@ -37,23 +37,23 @@ def say(text: str, *, error: bool = False) -> None:
 def _say(text: str, stream: TextIO) -> None:
     try:
         fd = stream.fileno()
-    except (OSError, ValueError):  # no file: somebody has replaced it
+    except (OSError, ValueError):  # the stream is no file: a test or program replaced it
         print(text, file=stream, flush=True)
         return
     stream.flush()
-    # Past the stream's buffer, which would keep what cannot be written, and fail with it again.
+    # The writer bypasses the stream's buffer, which would keep a line that cannot be written, and fail again with it.
     _writers.setdefault(fd, PatientWriter(fd, _note)).write(text)
 
 
 def _note(lost: int) -> str:
-    return f"vllm-companion: {lost} lines were lost: nobody read them, or there was no space."
+    return f"vllm-companion: {lost} lines were lost: no process read them, or the disk was full."
 
 
 @contextlib.contextmanager
 def relayed() -> Iterator[tuple[int | None, int | None]]:
-    """Standard output and error for a child that, unlike us, may end when nobody reads them: vLLM's do.
+    """Yield standard output and error for a child that may end when its reader goes, as vLLM's processes do.
 
-    A terminal is the child's own; when it goes, a signal says so.
+    A child writes to a terminal directly; when the terminal goes, the child gets a signal.
     """
     with contextlib.ExitStack() as undo:
         yield _relay(sys.stdout, undo), _relay(sys.stderr, undo)
@@ -69,7 +69,7 @@ def _relay(stream: TextIO | None, undo: contextlib.ExitStack) -> int | None:
     source, sink = os.pipe()
     thread = threading.Thread(target=_pass_on, args=(source, fd), name="relay", daemon=True)
     thread.start()
-    undo.callback(thread.join, RELAY_END_S)  # somebody the child has started may be writing yet
+    undo.callback(thread.join, RELAY_END_S)  # a process that the child started may still be writing
     undo.callback(os.close, sink)
     return sink
 
@@ -90,12 +90,12 @@ class _SayingHandler(logging.Handler):
 
 
 def say_warnings() -> None:
-    """Warnings of the library are said like everything else, from now on."""
+    """Print the library's warnings by `say` from now on."""
     logging.basicConfig(level=logging.WARNING, handlers=[_SayingHandler()])
 
 
 def settle() -> None:
-    """Give up what cannot be written: the interpreter would try once more at its end, and fail."""
+    """Drop output that cannot be written; otherwise the interpreter would try again at its end, and fail."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue

@@ -1,4 +1,4 @@
-"""Where each storage goes: offsets, and the chunks in which they are copied. Pure."""
+"""A pure rule for the places of storages in an arena: their offsets, and the chunks in which they are copied."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 512
-"""At least what CUDA allocations guarantee, so that no kernel sees a worse address than before."""
+"""Alignment of a storage in bytes, at least that of CUDA allocations: no kernel gets a worse address than before."""
 
 CHUNK_BYTES = 960 << 20
-"""Upper bound of a chunk, unless one storage alone is larger. Below 1 GiB, so that with what torch cannot
-return of partly used segments the extra memory of packing stays below it."""
+"""Upper bound of a chunk in bytes, unless one storage alone is larger. Torch cannot return segments that are partly
+used; with these the extra memory of packing stays below 1 GiB."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Storages `first` to `last` (exclusive), copied together into one block."""
+    """Storages `first` to `last` (exclusive), which are copied together into one block."""
 
     first: int
     last: int
@@ -25,7 +25,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Placement:
-    """Offset of each storage, in the order given, and the chunks, in address order."""
+    """The offset of each storage, in the given order, and the chunks, in address order."""
 
     offsets: tuple[int, ...]
     chunks: tuple[Chunk, ...]
@@ -41,14 +41,14 @@ def plan(
     granularity: int,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Placement:
-    """Place storages of `sizes` bytes one behind the other.
+    """Place storages one behind the other.
 
     Args:
         sizes: bytes of each storage.
-        misalignments: address of each storage modulo `ALIGNMENT`, which is kept: kernels are
-            chosen by alignment, and a better one could choose another kernel than before.
+        misalignments: address of each storage modulo `ALIGNMENT`, which the plan keeps: PyTorch and vLLM choose
+            kernels by alignment, and a better alignment could select another kernel than before.
         granularity: chunk sizes are multiples of this many bytes.
-        chunk_bytes: a chunk holds at most this, or one larger storage.
+        chunk_bytes: a chunk holds at most this many bytes, or one larger storage.
     """
     offsets: list[int] = []
     chunks: list[Chunk] = []

@@ -1,4 +1,4 @@
-"""This process: Python's own pauses, kept out of work that takes milliseconds, and its limit of open files."""
+"""Settings of this process: pauses of Python during work that takes milliseconds, and the limit of open files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SWITCH_INTERVAL_S = 1e-4
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No automatic garbage collection while open. May be nested; also works as a decorator.
+    """Pause automatic garbage collection while open. May be nested; also works as a decorator.
 
     A full collection walks all of vLLM's millions of objects: up to 100 ms, in the middle of an
     attach that takes 30.
@@ -29,7 +29,7 @@ def collector_paused() -> Iterator[None]:
 
 @contextmanager
 def quick_switches() -> Iterator[None]:
-    """While open, a thread back from the device waits 0.1 ms for the interpreter, not 5."""
+    """Switch threads every 0.1 ms instead of 5 while open, so that a thread back from the device waits less."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(min(interval, _SWITCH_INTERVAL_S))
     try:
@@ -39,6 +39,6 @@ def quick_switches() -> Iterator[None]:
 
 
 def raise_file_limit() -> None:
-    """Soft limit of open files up to the hard one: a descriptor stays open for every block."""
+    """Raise the soft limit of open files to the hard limit, because a descriptor stays open for every block."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""What a companion says of its entries and clients, and clients of themselves."""
+"""The status of a companion, its entries and its clients, and the reports that clients send."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from enum import Enum
 from vllm_companion_plugin.core.identity import EntryKey
 
 GENERATIONS = range(1, 1 << 53)
-"""All that an entry can have; one that came from outside must leave room to count on."""
+"""All generations that an entry can have. A generation from another process must leave room for higher numbers."""
 
 
 class EntryState(Enum):
-    """Life of an entry: LOADING, then READY, then RETIRED until its last lease ends."""
+    """The states of an entry: LOADING, then READY, then RETIRED until its last lease ends."""
 
     LOADING = "loading"
     READY = "ready"
@@ -21,7 +21,7 @@ class EntryState(Enum):
 
 
 class LeaseState(Enum):
-    """Life of a lease: WAITING for a loader, LOADING as the elected one, or ATTACHED."""
+    """The states of a lease: WAITING for a loader, LOADING as the elected one, or ATTACHED."""
 
     WAITING = "waiting"
     LOADING = "loading"
@@ -30,7 +30,7 @@ class LeaseState(Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a loader is. `total_bytes` 0 means unknown."""
+    """The progress of a loader. `total_bytes` 0 means unknown."""
 
     phase: str
     done_bytes: int = 0
@@ -39,10 +39,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoaderInfo:
-    """Who loads, how far and since when; what waiters are shown.
+    """The loader of an entry, its progress and its start time. Waiting clients get this.
 
     Attributes:
-        changed_unix_s: when it last reported something new; 0 if the companion does not say.
+        changed_unix_s: when the loader last reported progress; 0 if the companion does not say.
     """
 
     pid: int
@@ -64,12 +64,12 @@ class LeaseStatus:
 
 @dataclass(frozen=True)
 class Published:
-    """What the status shows of a publication.
+    """Facts about a publication that the status shows.
 
     Attributes:
-        ways: modules by the way in which engines restore them; empty if each processes its own.
-        ready_unix_s: when it was published; 0 lets the companion say.
-        load_s: from the election to the publication.
+        ways: number of modules by the way in which engines restore them; empty if each engine processes its own.
+        ready_unix_s: when the loader published; 0 makes the companion fill in the time.
+        load_s: seconds from the election to the publication.
         layout: `layout_digest` of what was published; empty if the publisher did not say.
     """
 
@@ -85,11 +85,12 @@ class EntryStatus:
     """One entry as `status` shows it.
 
     Attributes:
-        ready_unix_s: 0 while it loads.
-        load_s: from the election to the publication, 0 while it loads.
-        ways: modules by the way in which engines restore them; empty if each processes its own.
-        expires_at_unix_s: when it will be dropped if nobody attaches; 0 while somebody uses it, or if it stays.
-        layout: as of `Published`; empty while it loads.
+        ready_unix_s: when the entry was published; 0 while it loads.
+        load_s: seconds from the election to the publication; 0 while the entry loads.
+        ways: number of modules by the way in which engines restore them; empty if each engine processes its own.
+        expires_at_unix_s: when the companion drops the entry if no client attaches; 0 while a client uses the entry,
+            or if the entry stays.
+        layout: as of `Published`; empty while the entry loads.
     """
 
     key: EntryKey
@@ -109,16 +110,16 @@ class EntryStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """What a client tells of itself, to be counted. Empty fields say nothing.
+    """What a client reports of itself. The companion counts it; empty fields say nothing.
 
     Attributes:
-        key_id: of the entry that it is about.
+        key_id: id of the key of the entry.
         outcome: "attached", "copied", "published" or "alone".
-        seconds: that attaching or copying took.
+        seconds: how long attaching or copying took.
         failure: code of the error that prevented sharing.
         verify: how checksums were compared: "full" or "sample".
-        verified: "equal" or "different".
-        verify_seconds: that comparing took.
+        verified: the result of the comparison: "equal" or "different".
+        verify_seconds: how long the comparison took.
     """
 
     key_id: str = ""
@@ -136,10 +137,10 @@ class CompanionStatus:
 
     Attributes:
         device: GPU UUID, or "cpu".
-        version: of the package that the companion runs.
-        linger_s: seconds it stays with nobody attached; negative: until it is stopped.
-        exits_at_unix_s: when it will exit if nobody comes; 0 if nothing is due.
-        owner_pid: of the `serve` that it belongs to, which gives it its linger time; 0: nobody's.
+        version: version of the package that the companion runs.
+        linger_s: seconds that the companion stays without a client; negative: until a user stops it.
+        exits_at_unix_s: when the companion will exit if no client comes; 0 if no exit is due.
+        owner_pid: pid of the `serve` that owns the companion and sets its linger time; 0 without an owner.
     """
 
     device: str

@@ -1,6 +1,6 @@
-"""Versions of what two processes of different releases tell each other."""
+"""Versions of the formats in which processes of different releases talk to each other."""
 
 from __future__ import annotations
 
 PROTOCOL_VERSION = 3
-"""Raised by every change that an older client or companion would misread."""
+"""The protocol version. Every change that an older client or companion would misread raises it."""

@@ -1,5 +1,5 @@
-"""What the processes of one host share: the runtime directory, its locks and notes, the companion that is started when
-nobody answers.
+"""What the processes of one host share: the runtime directory, its locks and notes, and how a process starts a
+companion if none answers.
 
 May import: core, errors, settings.
 Of other packages: filelock.

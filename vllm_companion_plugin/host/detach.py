@@ -1,4 +1,4 @@
-"""How a process that must outlive whoever started it begins."""
+"""Detaching a process that must outlive the process that started it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def detach(log: str) -> None:
-    """Leave the caller's process tree, session and terminal; standard streams go to `log`.
+    """Leave the caller's process tree, session and terminal; redirect the standard streams to `log`.
 
     vLLM kills the tree of its descendants when it ends; a second fork makes init the parent.
     """
@@ -29,11 +29,15 @@ def detach(log: str) -> None:
 
 
 def report(ready_fd: int | None, text: str) -> None:
-    """Tell whoever started us: "ok" or the error. It may have given up waiting."""
+    """Write "ok" or an error to the process that started us, which may have given up waiting."""
     if ready_fd is None:
         return
     try:
         os.write(ready_fd, text.encode(errors="backslashreplace")[:4000])
         os.close(ready_fd)
     except OSError as error:
-        print(f"vllm-companion: nobody waits for our start any more ({error}).", file=sys.stderr, flush=True)
+        print(
+            f"vllm-companion: the process that started this one no longer waits for it ({error}).",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,8 +1,8 @@
-"""One loader at a time on a device: a file lock that dies with its holder.
+"""A file lock lets one process at a time load on a device; the lock is released when its holder dies.
 
 The companion elects one loader per key; this lock keeps two different models from being
 loaded onto one device at the same time, where each would see the other's temporary memory.
-It is flock(2), so the kernel frees it when the holder is killed.
+The lock is flock(2), so the kernel frees it when the holder is killed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class LoaderElection:
     def acquire(
         self, timeout_s: float, holder_text: str = "", on_wait: Callable[[str], None] | None = None
     ) -> LoaderElection:
-        """Wait until nobody else loads here; return self, for `with`.
+        """Wait until no other process loads on this device; return self, for `with`.
 
         Args:
-            timeout_s: longest silence of a holder; a new holder, or a sign of life, restarts it.
-            holder_text: who we are, for the others' messages.
+            timeout_s: longest silence of a holder; a new holder or a sign of life restarts the time.
+            holder_text: a description of this process, for the messages of waiting processes.
             on_wait: called with the holder's text when waiting begins, and with each sign of life.
 
         Raises:
-            WaitTimeoutError: a holder kept it for `timeout_s` without a sign of life.
+            WaitTimeoutError: a holder kept the lock for `timeout_s` without a sign of life.
             RuntimeDirError: the lock file cannot be opened.
         """
         if self._lock.is_locked:
@@ -60,14 +60,15 @@ class LoaderElection:
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
                     f"Waited for {holder or 'another process'} to finish loading on {self._device}, the last "
-                    f"{timeout_s:g} s without progress. Stop it, or raise COMPANION_WAIT_TIMEOUT_S."
+                    f"{timeout_s:g} s without progress.",
+                    remedy="Stop that process, or raise COMPANION_WAIT_TIMEOUT_S.",
                 )
             time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
         self._write_holder(f"pid {os.getpid()}" + (f" ({holder_text})" if holder_text else ""))
         return self
 
     def sign_of_life(self) -> None:
-        """Tell those who wait that the holder gets on. Never fails: it is only a file's time."""
+        """Tell the waiting processes that the holder makes progress. Never fails: only a file's time is set."""
         with contextlib.suppress(OSError):
             os.utime(self._holder_path)
 
@@ -87,7 +88,7 @@ class LoaderElection:
         return True
 
     def holder(self) -> str:
-        """Who held the lock last, or "". For messages only: it may be out of date."""
+        """Return the text of the last holder, or "". Use it in messages only: the text may be out of date."""
         try:
             return printable(read_file(self._holder_path, 500).decode(errors="replace"))[:500]
         except OSError:
@@ -101,7 +102,7 @@ class LoaderElection:
             raise RuntimeDirError(f"Cannot write {self._holder_path}: {error.strerror}.") from error
 
     def release(self) -> None:
-        """Let the next one load. Harmless when not held."""
+        """Let the next process load. Does nothing if the lock is not held."""
         self._lock.release()
 
     def __enter__(self) -> LoaderElection:

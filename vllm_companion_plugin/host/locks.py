@@ -1,4 +1,4 @@
-"""Whether somebody holds a lock, and who: for the messages of those who wait for it in vain."""
+"""Finding out whether a file is locked, and by which process, for the messages of processes that wait in vain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def owner_text(path: str) -> str:
-    """The process that holds a lock on the file, e.g. "pid 123", as far as the kernel tells."""
+    """Name the processes that hold a lock on the file, e.g. "pid 123", as far as the kernel knows them."""
     try:
         status = os.stat(path)
         place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
@@ -15,13 +15,13 @@ def owner_text(path: str) -> str:
             locks = [line.split() for line in file]
     except OSError:
         return "another process"
-    # "1: FLOCK ADVISORY WRITE 123 00:2a:456 0 EOF"; who waits for it has an arrow, and who is elsewhere no pid
+    # "1: FLOCK ADVISORY WRITE 123 00:2a:456 0 EOF"; a waiting process has an arrow, one of another container no pid
     pids = {lock[4] for lock in locks if lock[1] != "->" and lock[5] == place and int(lock[4]) > 0}
     return " and ".join(f"pid {pid}" for pid in sorted(pids, key=int)) or "another process"
 
 
 def is_locked(path: str) -> bool:
-    """Whether somebody holds the flock of a file. Raises `OSError` if it is there and cannot be opened."""
+    """Tell whether some process holds the flock of a file. Raises `OSError` if the file exists and cannot be opened."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:

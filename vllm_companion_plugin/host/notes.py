@@ -1,8 +1,8 @@
-"""Which entries are still mapped by somebody, whatever has become of their companion.
+"""Notes of the entries that processes still map, whatever happened to the companion of these entries.
 
 A process that keeps an entry's descriptors holds a shared lock (flock) on a file of that entry. The
-kernel frees it when the process ends, in whatever container it ran. A companion that starts and
-finds such a lock waits for the entry to be handed back, instead of letting it be loaded once more.
+kernel frees the lock when the process ends, in whatever container it ran. A companion that starts and
+finds such a lock waits until the process hands the entry back, and lets no engine load the entry again meanwhile.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LOCK_TIMEOUT_S = 10.0
 _MAX_BYTES = 4 << 20
 _DIGITS = len(str(GENERATIONS.stop))
 _DISMISSED = b"-"
-"""Begins the file instead of JSON; its unlinking alone may be a clean-up of the directory."""
+"""The first byte of a dismissed file, instead of JSON. An unlinked file may merely mean a cleaned directory."""
 
 
 def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
-    """Say that this process holds an entry; a descriptor, which the caller owns and closes to end that.
+    """Note that this process holds an entry. Returns a descriptor; the caller owns it and closes it to remove the note.
 
     Raises:
         RuntimeDirError: the file cannot be made.
@@ -42,12 +42,12 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             _lock(path, fcntl.flock, fd, fcntl.LOCK_SH)
-            with contextlib.suppress(FileNotFoundError):  # `held` may have removed it before it was locked
+            with contextlib.suppress(FileNotFoundError):  # `held` may have removed the file before we locked it
                 if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
                     break
             os.close(fd)
             fd = -1
-        _lock(path, fcntl.lockf, fd, fcntl.LOCK_EX)  # of another kind than flock: the first one writes
+        _lock(path, fcntl.lockf, fd, fcntl.LOCK_EX)  # independent of the flock: the first process writes
         if os.fstat(fd).st_size == 0:
             os.pwrite(fd, json.dumps(dataclasses.asdict(key)).encode(), 0)
         fcntl.lockf(fd, fcntl.LOCK_UN)
@@ -59,7 +59,7 @@ def hold(paths: DevicePaths, key: EntryKey, generation: int) -> int:
 
 
 def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
-    """Whoever holds this entry shall not hand it back: it was unloaded, or its companion stopped, on purpose."""
+    """Tell all holders not to hand this entry back: a user unloaded the entry or stopped its companion."""
     path = _path(paths, key, generation)
     with contextlib.suppress(FileNotFoundError):
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -71,17 +71,17 @@ def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
 
 
 def is_dismissed(fd: int) -> bool:
-    """Whether the hold behind a descriptor of `hold` means nothing any more."""
+    """Tell whether `dismiss` cancelled the note behind a descriptor of `hold`."""
     return os.pread(fd, 1, 0) == _DISMISSED
 
 
 def is_removed(fd: int) -> bool:
-    """Whether no companion finds the hold behind a descriptor of `hold`, because its directory was removed."""
+    """Tell whether the file behind a descriptor of `hold` was removed, so that no companion finds the note."""
     return os.fstat(fd).st_nlink == 0
 
 
 def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
-    """Keys and generations that somebody holds now. Removes the files of all others."""
+    """Yield the keys and generations that processes hold now. Removes the files of all others."""
     with contextlib.suppress(FileNotFoundError):
         for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
             if not entry.is_file(follow_symlinks=False):
@@ -101,7 +101,7 @@ def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
 
 
 def _key(fd: int) -> EntryKey | None:
-    """The key in a holder's file; None if it is not written yet, or not by us."""
+    """Read the key in a holder's file; None if the holder has not written it yet, or another program wrote the file."""
     try:
         key = EntryKey(**json.loads(os.pread(fd, _MAX_BYTES, 0)))
     except (ValueError, TypeError, RecursionError):
@@ -110,7 +110,7 @@ def _key(fd: int) -> EntryKey | None:
 
 
 def _lock(path: str, lock: Callable[[int, int], object], fd: int, kind: int) -> None:
-    """Others hold it for a moment only, unless they are stopped just then. Raises `OSError` if one is."""
+    """Take a lock that others hold for a moment only. Raises `OSError` if a stopped process keeps it."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:

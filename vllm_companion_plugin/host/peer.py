@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket."""
+"""The identity of the process at the other end of a Unix socket."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NOBODY_YET = 0xFFFFFFFF
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
-    """Pid and uid of the other end, as the kernel tells them; pid 0 if it is not visible in our container.
+    """Return pid and uid of the other end, as the kernel knows them; pid 0 if our container cannot see the process.
 
     Raises:
-        OSError: ENOTCONN: there is none; a signal interrupted the connect, which Python then took for done.
+        OSError: ENOTCONN: no process is connected; a signal interrupted the connect, and Python reported success.
     """
     pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid == _NOBODY_YET:
@@ -26,7 +26,11 @@ def credentials(sock: socket.socket) -> tuple[int, int]:
 
 
 def check_listener(sock: socket.socket, path: str) -> int:
-    """Pid of who listens at `path`, where `sock` is connected to. Raises `RuntimeDirError` if it is not our user."""
+    """Return the pid of the process that listens at `path`, to which `sock` is connected.
+
+    Raises:
+        RuntimeDirError: another user's process listens there.
+    """
     pid, uid = credentials(sock)
     if uid != os.getuid():
         raise RuntimeDirError(

@@ -1,10 +1,10 @@
 """The runtime directory: sockets, locks and logs of each device, private to one user.
 
-Whoever can write here can impersonate a companion, so the directory must be a real directory,
-ours, and closed to others. It is never repaired silently: a wrong owner or mode may mean that
-somebody else prepared it. Nobody else may rename it or anything above it either, so what was checked
-is what is used afterwards. Processes of the same user in other containers may write here: files are
-opened without following links and without waiting for a pipe.
+A process that can write here can impersonate a companion. So the directory must be a real directory, belong to
+this user, and be closed to others. We never repair it silently: a wrong owner or mode may mean that somebody
+else prepared it. No other user may be able to rename the directory or anything above it, so the checked
+directory is the one that is used afterwards. Processes of the same user in other containers may write here:
+files are opened without following links and without waiting for a pipe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_companion_plugin.settings import Settings
 
 _DIGESTS = "digests"
 MAX_SOCKET_PATH = 107
-"""Bytes of sockaddr_un.sun_path without its NUL (man 7 unix)."""
+"""The size of sockaddr_un.sun_path in bytes, without its NUL (man 7 unix)."""
 
 _UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _DEVICE = re.compile(rf"cpu|(GPU|MIG)-{_UUID}|MIG-GPU-{_UUID}/[0-9]{{1,3}}/[0-9]{{1,3}}")
@@ -29,7 +29,7 @@ _DEVICE = re.compile(rf"cpu|(GPU|MIG)-{_UUID}|MIG-GPU-{_UUID}/[0-9]{{1,3}}/[0-9]
 
 @dataclass(frozen=True)
 class DevicePaths:
-    """Files of one device. `directory` exists; the files may not."""
+    """The files of one device. `directory` exists; the files may not exist."""
 
     device: str
     directory: str
@@ -79,19 +79,20 @@ class DevicePaths:
 
 
 def check_device(device: str) -> str:
-    """`device` if it is "cpu" or a GPU or MIG UUID; else `RuntimeDirError`."""
+    """Return `device` if it is "cpu" or a GPU or MIG UUID; raise `RuntimeDirError` otherwise."""
     if not _DEVICE.fullmatch(device):
         raise RuntimeDirError(
-            f"{device!r} is no device name: expected 'cpu', GPU-<uuid> or MIG-<uuid>, as `nvidia-smi -L` shows them."
+            f"{device!r} is no device name.",
+            remedy="Name 'cpu', GPU-<uuid> or MIG-<uuid>, as `nvidia-smi -L` shows them.",
         )
     return device
 
 
 def device_paths(device: str, settings: Settings) -> DevicePaths:
-    """Paths of `device`, with its directory made and checked.
+    """Return the paths of `device`. Makes and checks its directory.
 
     Raises:
-        RuntimeDirError: bad device name, directory not safe or not writable, path too long.
+        RuntimeDirError: the device name is bad, the directory is unsafe or not writable, or its path is too long.
     """
     check_device(device)
     root = _root(settings)
@@ -109,7 +110,7 @@ def device_paths(device: str, settings: Settings) -> DevicePaths:
 
 
 def digests_directory(settings: Settings) -> str:
-    """Where digests of checkpoint files are kept, made and checked. Raises `RuntimeDirError`."""
+    """Make and check the directory of the digests of checkpoint files; return its path. Raises `RuntimeDirError`."""
     root = _root(settings)
     ensure_private_directory(root)
     ensure_private_directory(os.path.join(root, _DIGESTS))
@@ -117,7 +118,7 @@ def digests_directory(settings: Settings) -> str:
 
 
 def _root(settings: Settings) -> str:
-    """The runtime directory, without symbolic links above it. Raises `RuntimeDirError` if others could replace it."""
+    """Resolve links above the runtime directory. Raises `RuntimeDirError` if another user could replace it."""
     above, name = os.path.split(os.path.abspath(settings.runtime_dir))
     above = os.path.realpath(above)
     path = above
@@ -132,14 +133,14 @@ def _check_not_replaceable(path: str) -> None:
     try:
         info = os.lstat(path)
     except OSError:
-        return  # we make it, or say that we cannot
-    # An owner that this container does not know is shown as 65534 (user_namespaces(7)): mostly the host's root.
+        return  # our caller makes it, or reports that it cannot
+    # The kernel shows an owner that this container does not know as 65534 (user_namespaces(7)): mostly the host's root.
     if info.st_uid not in (0, os.getuid(), 65534):
         raise RuntimeDirError(
             f"{path}, above the runtime directory, belongs to uid {info.st_uid}, who could replace what is in it.",
             remedy="Set COMPANION_RUNTIME_DIR to a directory elsewhere.",
         )
-    # A group with our number is our own, by the custom of most distributions, and of OpenShift, which gives it to
+    # A group with our number is our own. Most distributions follow this custom, and OpenShift gives that group to
     # the volumes of a project as fsGroup.
     others = 0o002 if 0 < os.getuid() == info.st_gid and info.st_uid in (0, os.getuid()) else 0o022
     if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
@@ -152,7 +153,7 @@ def _check_not_replaceable(path: str) -> None:
 
 
 def ensure_private_directory(path: str) -> None:
-    """Make `path` with mode 0700 if it is missing; raise `RuntimeDirError` unless it is private."""
+    """Make `path` with mode 0700 if it does not exist. Raises `RuntimeDirError` unless the directory is private."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         os.mkdir(path, 0o700)
@@ -167,7 +168,7 @@ def ensure_private_directory(path: str) -> None:
 
 
 def check_private_directory(path: str) -> None:
-    """Raise `RuntimeDirError` unless `path` is a real directory of ours, mode 0700, writable."""
+    """Raise `RuntimeDirError` unless `path` is a real directory of this user with mode 0700, and writable."""
     try:
         info = os.lstat(path)
     except OSError as error:
@@ -189,7 +190,7 @@ def check_private_directory(path: str) -> None:
         )
     if mode & 0o700 != 0o700:
         raise RuntimeDirError(
-            f"The runtime directory {path} has mode {mode:04o}; its owner needs all.",
+            f"The runtime directory {path} has mode {mode:04o}; its owner needs all rights.",
             remedy=_instead(path, "chmod 0700"),
         )
     if not os.access(path, os.W_OK | os.X_OK):
@@ -200,17 +201,17 @@ def check_private_directory(path: str) -> None:
 
 
 def _instead(path: str, command: str) -> str:
-    """What to do about `path`: the command if it is ours to change, and another directory if it may be anybody's."""
+    """Return the remedy: `command` if only companions use `path`, another runtime directory if others may use it."""
     if _is_made_by_us(path):
-        return f"Mend it: {command} {shlex.quote(path)}"
-    return "Set COMPANION_RUNTIME_DIR to a directory that is for companions alone; one that is not there is made."
+        return f"Run: {command} {shlex.quote(path)}"
+    return "Set COMPANION_RUNTIME_DIR to a directory for companions alone; a missing directory is created."
 
 
 def _is_made_by_us(path: str) -> bool:
-    """Whether nothing but a companion can have use for `path`.
+    """Tell whether only companions can use `path`.
 
-    Everything in a runtime directory is ours. Itself it was named by somebody, who may have named a directory that
-    others use: one that holds anything else, is mounted, is directly below the root or is shared (sticky).
+    Everything in a runtime directory is ours. A user named the directory itself, and may have named one that others
+    use: a directory that holds anything else, is mounted, is directly below the root or is shared (sticky).
     """
     if _is_our_name(os.path.basename(path)) and _is_all_ours(os.path.dirname(path)):
         return True
@@ -232,7 +233,7 @@ def _is_our_name(name: str) -> bool:
 
 
 def list_devices(settings: Settings) -> list[str]:
-    """Devices that have a directory, sorted; none if there is no runtime directory yet.
+    """Return the devices that have a directory, sorted; none if the runtime directory does not exist yet.
 
     Raises:
         RuntimeDirError: the runtime directory is not safe.
@@ -246,7 +247,7 @@ def list_devices(settings: Settings) -> list[str]:
 
 
 def read_file(path: str, most: int, *, end: bool = False) -> bytes:
-    """The first, or last, `most` bytes of a file of the runtime directory. Raises `OSError`."""
+    """Return the first, or last, `most` bytes of a file of the runtime directory. Raises `OSError`."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         return os.pread(fd, most, max(0, os.fstat(fd).st_size - most) if end else 0)
@@ -255,7 +256,7 @@ def read_file(path: str, most: int, *, end: bool = False) -> bytes:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Write a file of the runtime directory; a reader sees the old text or the new one. Raises `OSError`."""
+    """Write a file of the runtime directory at once: readers see the old text or the new one. Raises `OSError`."""
     fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
     try:
         with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -1,4 +1,4 @@
-"""Starting a companion that outlives whoever needed it first."""
+"""Starting a companion that outlives the process that needed it first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vllm_companion_plugin.settings import Settings, to_environment
 
 logger = logging.getLogger("vllm.companion.spawn")
 
-# LD_LIBRARY_PATH because some Pythons need it to find libpython. Nothing of CUDA, no LD_PRELOAD:
+# LD_LIBRARY_PATH is here because some Pythons need it to find libpython. Variables of CUDA and LD_PRELOAD are not:
 # a companion must not be able to touch a GPU.
 _KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES = ("LC_", "PYTHON")
@@ -38,23 +38,24 @@ CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.2
 POLL_S = 0.05
 SPAWN_TRIALS = 3
-"""Of a companion that ends without a word: it may have been killed."""
+"""Number of starts of a companion that ends without an answer: somebody may have killed it."""
 
 
 def is_listening(paths: DevicePaths) -> bool:
-    """Does a process accept connections at the companion's socket? A leftover file does not.
+    """Tell whether a process accepts connections at the companion's socket; a leftover file does not count.
 
     Raises:
-        CompanionUnavailableError: it cannot be known, or not within 5 s.
-        RuntimeDirError: somebody of another user listens there.
+        CompanionUnavailableError: the connection failed, or took longer than 5 s.
+        RuntimeDirError: a process of another user listens there.
     """
     return listener_pid(paths) is not None
 
 
 def listener_pid(paths: DevicePaths) -> int | None:
-    """Pid of who listens at the companion's socket, 0 if it is in another container; None if nobody does.
+    """Return the pid of the process that listens at the companion's socket.
 
-    As the kernel knows it: a number in a file may have become another process's.
+    The pid is 0 if the process is in another container; None means that no process listens. The kernel gives the
+    pid, because a number in a file may belong to another process by now.
 
     Raises:
         CompanionUnavailableError, RuntimeDirError: as `is_listening`.
@@ -64,14 +65,14 @@ def listener_pid(paths: DevicePaths) -> int | None:
         try:
             return _listener_pid(paths)
         except OSError as error:
-            # Not connected: a signal came while it waited.
+            # ENOTCONN: a signal interrupted the wait.
             if error.errno != errno.ENOTCONN or time.monotonic() > deadline:
                 raise CompanionUnavailableError(f"Cannot connect to {paths.grpc_socket}: {error.strerror}.") from error
 
 
 def _listener_pid(paths: DevicePaths) -> int | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        # Not `settimeout`: without blocking, a Unix socket to which many connect at once fails right away.
+        # `settimeout` would not do: a non-blocking connect to a Unix socket with a full queue fails at once.
         seconds, rest = divmod(CONNECT_TIMEOUT_S, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(rest * 1e6)))
         try:
@@ -81,13 +82,14 @@ def _listener_pid(paths: DevicePaths) -> int | None:
             return None
         except BlockingIOError:
             raise CompanionUnavailableError(
-                f"Waited {CONNECT_TIMEOUT_S:g} s to connect to the companion of {paths.device}, where many others wait "
-                f"already: {owner_text(paths.companion_lock)} is stopped or hangs. End it: kill -9"
+                f"Waited {CONNECT_TIMEOUT_S:g} s to connect to the companion of {paths.device}, and its queue is full: "
+                f"{owner_text(paths.companion_lock)} is stopped or hangs.",
+                remedy="End that process with kill -9.",
             ) from None
 
 
 def who_is_silent(paths: DevicePaths) -> str:
-    """The companion that was waited for in vain, and what to do about it."""
+    """Name the companion that did not answer, and what a user can do about it."""
     pid = 0
     with contextlib.suppress(CompanionError):
         pid = listener_pid(paths) or 0
@@ -102,14 +104,14 @@ def who_is_silent(paths: DevicePaths) -> str:
 
 
 def ensure_companion(device: str, settings: Settings, *, linger_s: float | None = None) -> None:
-    """Return once a companion of `device` answers; start one if there is none.
+    """Return once a companion of `device` answers; start one if none runs.
 
     Args:
-        linger_s: of a companion started here, instead of the setting; negative: until stopped.
+        linger_s: linger time in seconds of a companion started here, instead of the setting; negative: until stopped.
 
     Raises:
         RuntimeDirError: the runtime directory is unsafe or not writable.
-        CompanionUnavailableError: none could be started in `settings.spawn_timeout_s`; says why,
+        CompanionUnavailableError: no companion started within `settings.spawn_timeout_s`; the text says why and ends
             with the end of its log.
     """
     paths = device_paths(device, settings)
@@ -121,10 +123,10 @@ def ensure_companion(device: str, settings: Settings, *, linger_s: float | None 
 
 
 def replace_companion(device: str, settings: Settings, end: Callable[[], object], linger_s: float) -> None:
-    """Start a companion of this installation after `end()` has ended the one that runs; nobody else starts one.
+    """End the running companion with `end()`, then start one of this installation. Keeps others from starting one.
 
     Raises:
-        CompanionError: as `ensure_companion`, and what `end` raises; then nothing was started.
+        CompanionError: as `ensure_companion`, and what `end` raises; in that case nothing was started.
     """
     paths = device_paths(device, settings)
     with starting(paths.spawn_lock, f"the companion of {device}", paths.log, settings) as deadline:
@@ -141,14 +143,14 @@ def starting(
     error: type[CompanionError] = CompanionUnavailableError,
     pause: Callable[[float], object] = time.sleep,
 ) -> Iterator[float]:
-    """The right to start `what`, which logs to `log`; gives the monotonic time until when.
+    """Hold the right to start `what`, which logs to `log`; yields the monotonic time at which the start must be done.
 
     Args:
-        pause: lets so many seconds pass; what it raises ends the waiting.
+        pause: lets the given number of seconds pass; an exception from it ends the wait.
 
     Raises:
         RuntimeDirError: the lock file cannot be opened.
-        CompanionError: of type `error`; somebody else has been starting it all the time.
+        CompanionError: of type `error`; another process kept the right to start `what` all the time.
     """
     deadline = time.monotonic() + settings.spawn_timeout_s
     lock = FileLock(lock_path, thread_local=False)
@@ -172,26 +174,26 @@ def starting(
 
 
 def child_environment(settings: Settings, *, imports: Sequence[str] = ()) -> dict[str, str]:
-    """What a companion needs of our environment, and the way to the packages it imports (and to `imports`)."""
+    """Return the environment of a companion: what it needs of ours, and the paths of its packages and of `imports`."""
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
     environment.update(to_environment(settings))
     given = [os.path.abspath(p) for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
     wanted = given + [root for root in _import_roots(imports) if root not in given]
     if wanted:
         environment["PYTHONPATH"] = os.pathsep.join(wanted)
-    # The child's working directory is "/", which must not become an import path.
+    # The child's working directory is "/". That must not become an import path.
     environment["PYTHONSAFEPATH"] = "1"
     return environment
 
 
 def _import_roots(more: Sequence[str]) -> list[str]:
-    """Directories outside the interpreter's own where this process found what the child imports."""
+    """Return directories, besides the interpreter's own, where this process found the packages that the child needs."""
     own = {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")}
     own.add(sysconfig.get_path("platlib"))
     roots: list[str] = []
     for name in ("vllm_companion_plugin", "grpc", "google.protobuf", "filelock", *more):
         spec = None
-        with contextlib.suppress(ModuleNotFoundError):  # of the parent of a dotted name
+        with contextlib.suppress(ModuleNotFoundError):  # a parent of a dotted name is missing
             spec = find_spec(name)
         if spec is None or spec.origin is None:
             continue
@@ -215,17 +217,17 @@ def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: fl
             logger.info("Started the companion of %s in %.1f s.", paths.device, time.monotonic() - started)
             if service := systemd.own_service():
                 logger.warning(
-                    "The companion of %s runs in %s, which started it: when systemd stops or restarts that, it ends "
-                    "the companion as well, and what it holds is loaded again. Run one as a service of its own: "
-                    "docs/deploy/vllm-companion@.service",
+                    "The companion of %s runs in %s, which started it: when systemd stops or restarts that service, it "
+                    "ends the companion as well, and engines load its weights again. Run the companion as a service of "
+                    "its own: docs/deploy/vllm-companion@.service",
                     *(paths.device, service),
                 )
             return
         busy = answer is not None and answer.startswith("already_running ")
         if (not busy and (answer != "" or trial == SPAWN_TRIALS)) or time.monotonic() > deadline:
             break
-        # Killed while it started; or another one holds the lock and does not listen, because it was started by hand
-        # a moment ago, or is ending.
+        # The companion was killed while it started; or another one holds the lock and does not listen, because a user
+        # started it a moment ago or because it is ending.
         time.sleep(RETRY_S)
         if is_listening(paths):
             return
@@ -236,18 +238,18 @@ def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: fl
 
 
 def start_detached(arguments: list[str], environment: dict[str, str], log: str, deadline: float) -> str | None:
-    """Run `python -m arguments... --detach` in the background until it has reported its start.
+    """Run `python -m arguments... --detach` in the background; return when it has reported its start.
 
     Args:
         arguments: module name, then its arguments.
-        log: where its output goes.
-        deadline: monotonic time.
+        log: the file that receives its output.
+        deadline: monotonic time, in seconds.
 
     Returns:
-        What it reported: "ok" or an error, "" if it ended without a word; None if the time is over.
+        The child's report: "ok" or an error, "" if it ended without a report; None if the time is over.
 
     Raises:
-        OSError: it cannot be run.
+        OSError: Python cannot be run.
     """
     if not sys.executable:
         raise OSError("this process does not know its Python interpreter (sys.executable)")
@@ -276,12 +278,12 @@ def start_detached(arguments: list[str], environment: dict[str, str], log: str, 
 
 
 def why_not(answer: str | None) -> str:
-    """The reason in an answer of `start_detached` that is not "ok"."""
+    """Return the reason in an answer of `start_detached` that is not "ok"."""
     return "gave no answer in time" if answer is None else answer.partition(" ")[2] or "ended at once"
 
 
 def _read_until_closed(fd: int, deadline: float) -> str | None:
-    """What the child wrote until it closed its end, "" if nothing; None if the time is over."""
+    """Return what the child wrote until it closed its end, "" if it wrote nothing; None if the time is over."""
     data = b""
     while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
         chunk = os.read(fd, 4096)
@@ -301,7 +303,7 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
 
 
 def log_tail(path: str) -> str:
-    """The end of a log, for messages."""
+    """Return the end of a log, for messages."""
     with contextlib.suppress(OSError):
         return read_file(path, LOG_TAIL_BYTES, end=True).decode(errors="replace").strip()
     return "(no log)"

@@ -1,4 +1,4 @@
-"""The process that makes memory for CUDA IPC, which ends with its maker, and how it is asked.
+"""The keeper, a process that makes memory for CUDA IPC, and its client. Such memory ends with the process that made it.
 
 May import: core, host, memory, settings, errors.
 """

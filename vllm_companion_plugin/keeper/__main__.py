@@ -1,4 +1,4 @@
-"""`python -m vllm_companion_plugin.keeper`: the process itself."""
+"""`python -m vllm_companion_plugin.keeper` runs a keeper."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Asking a device's keeper for memory, and starting one if there is none."""
+"""Asking a device's keeper for memory, and starting a keeper if none runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MAX_ANSWER_BYTES = 4096
 
 
 def allocate(device: str, size_bytes: int, settings: Settings) -> Descriptors:
-    """One descriptor, which stands for `size_bytes` of memory of `device` until its last copy is closed.
+    """Return a descriptor that keeps `size_bytes` of memory of `device` until its last copy is closed.
 
-    The caller owns it.
+    The caller owns the descriptor.
 
     Raises:
-        ArenaError: there is not so much memory, or no keeper could be started; says why.
+        ArenaError: the device has too little memory, or no keeper could be started; the text says why.
         RuntimeDirError: the runtime directory is unsafe or not writable.
     """
     paths = device_paths(device, settings)
@@ -43,7 +43,7 @@ def allocate(device: str, size_bytes: int, settings: Settings) -> Descriptors:
 
 
 def keeper_pid(paths: DevicePaths) -> int:
-    """Of the keeper that listens there; 0 if none does, or it is in a container of its own."""
+    """Return the pid of the keeper that listens there; 0 if no keeper listens, or if it is in another container."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(1)
         try:
@@ -54,7 +54,7 @@ def keeper_pid(paths: DevicePaths) -> int:
 
 
 def _ask(paths: DevicePaths, size_bytes: int) -> Descriptors | None:
-    """One descriptor; None if nobody keeps memory of the device."""
+    """Return a descriptor from the keeper; None if no keeper runs."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(ANSWER_TIMEOUT_S)
         try:
@@ -73,7 +73,7 @@ def _ask(paths: DevicePaths, size_bytes: int) -> Descriptors | None:
     fds.close()
     if answer[:1] == FAILED:
         raise ArenaError(f"The keeper of {paths.device}: {answer[1:].decode(errors='replace')}")
-    return None  # it ended while we asked
+    return None  # the keeper ended before it answered
 
 
 def _start(paths: DevicePaths, settings: Settings, deadline: float) -> None:

@@ -1,8 +1,8 @@
-"""`python -m vllm_companion_plugin.keeper`: owner of device memory that is shared by CUDA IPC.
+"""`python -m vllm_companion_plugin.keeper` owns device memory that engines share by CUDA IPC.
 
-One a device, where memory cannot leave a process as a descriptor. It allocates, exports and frees;
-it runs no kernel and reads no weights. The first loader starts it (`keeper/client.py`), and it ends by
-itself once nobody uses any of its memory.
+A device has one keeper if its memory cannot leave a process as a descriptor. The keeper allocates, exports
+and frees memory; it runs no kernel and reads no weights. The first loader starts it (`keeper/client.py`). The
+keeper ends by itself once no process uses its memory.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from vllm_companion_plugin.settings import BY_NAME, resolve
 logger = logging.getLogger("vllm.companion.keeper")
 
 LINGER_S = 10.0
-"""Without any allocation; its context takes device memory, and the next loader can start another keeper."""
+"""Seconds that a keeper stays without an allocation. Its context takes memory, and loaders can start another keeper."""
 
 RETRY_S = 0.1
 MAX_SILENT = 64
-"""Clients that have not asked yet; of more, the oldest has to go."""
+"""Limit of clients that have sent no request yet. Beyond it the keeper disconnects the oldest."""
 
 
 class Keeper:
-    """Answers requests for memory on a listening socket, and watches who still uses it.
+    """Answers requests for memory on a listening socket, and frees memory that no process uses any more.
 
     Args:
-        listener: SOCK_SEQPACKET, owned by the keeper from now on.
-        allocate: address and IPC handle of so many bytes; raises `CompanionError`.
-        free: frees what `allocate` gave.
+        listener: a SOCK_SEQPACKET socket; the keeper owns it from now on.
+        allocate: takes a size in bytes, returns address and IPC handle; raises `CompanionError`.
+        free: frees the memory at an address from `allocate`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Keeper:
         self._watch(listener, self._accept)
 
     def run(self, linger_s: float) -> None:
-        """Serve until there has been no allocation for `linger_s`. Survives its clients."""
+        """Serve until no allocation has existed for `linger_s` seconds. A client's end does not end the keeper."""
         idle_until = time.monotonic() + linger_s
         while self._used or time.monotonic() < idle_until:
             for key, _ in self._selector.select(None if self._used else max(0.0, idle_until - time.monotonic())):
@@ -67,7 +67,7 @@ class Keeper:
                     key.data()
                 except Exception:
                     logger.exception("A request failed.")
-                    time.sleep(RETRY_S)  # what is not mended by itself must not fill the log
+                    time.sleep(RETRY_S)  # a lasting fault must not fill the log
                 idle_until = time.monotonic() + linger_s
 
     def _watch(self, sock: socket.socket, on_readable: Callable[..., None], *arguments: Any) -> None:
@@ -91,7 +91,7 @@ class Keeper:
             self._watch(peer, self._answer, peer)
 
     def _answer(self, peer: socket.socket) -> None:
-        """One request, one answer, and the connection is over."""
+        """Answer one request, then close the connection."""
         try:
             request = peer.recv(SIZE.size + 1)
             if len(request) == SIZE.size:
@@ -106,7 +106,7 @@ class Keeper:
             peer.send(FAILED + str(error).encode(errors="backslashreplace"))
             return
         try:
-            # If it has gone, so has its end of what was allocated.
+            # If the client has gone, its descriptor is closed as well, and the keeper frees the memory.
             socket.send_fds(peer, [OK], [tag_fd])
         finally:
             os.close(tag_fd)
@@ -125,11 +125,11 @@ class Keeper:
 
     def _end_if_unused(self, end: socket.socket) -> None:
         try:
-            if end.recv(4096):  # nobody has anything to say here
+            if end.recv(4096):  # no client is expected to write here
                 return
         except BlockingIOError:
             return
-        except ConnectionResetError:  # how a stream ends whose other end has not read all: nobody takes the tag out
+        except ConnectionResetError:  # how a stream ends with unread data: no client reads the tag
             pass
         address, size_bytes = self._used.pop(end)
         self._forget(end)
@@ -138,7 +138,7 @@ class Keeper:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Keep memory of `--device`. Returns the exit status: 0 nobody needs it any more, 1 error."""
+    """Run a keeper of `--device`. Returns the exit status: 0 once no process uses its memory, 1 after an error."""
     parser = argparse.ArgumentParser(prog="python -m vllm_companion_plugin.keeper", description=__doc__)
     parser.add_argument("--device", required=True, help="GPU or MIG UUID; must be the only visible device")
     parser.add_argument("--runtime-dir", help=BY_NAME["runtime_dir"].help)
@@ -171,7 +171,7 @@ def _keep(paths: DevicePaths, ready_fd: int | None) -> None:
     try:
         Keeper(listener, cuda_ipc.allocate, cuda_ipc.free).run(LINGER_S)
     finally:
-        # In this order: who finds no socket starts another keeper, whose socket must stay.
+        # Unlink before closing: a client that finds no listener starts another keeper, and its socket must stay.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(paths.keeper_socket), ours):
                 os.unlink(paths.keeper_socket)
@@ -179,13 +179,13 @@ def _keep(paths: DevicePaths, ready_fd: int | None) -> None:
 
 
 def _listen(paths: DevicePaths) -> socket.socket:
-    """The socket where we are asked, once the device has let us in."""
+    """Return the listening socket. Makes a context on the device first."""
     from vllm_companion_plugin.memory.cuda_driver import primary_context
 
     raise_file_limit()  # a descriptor stays open for every allocation
     primary_context(0)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Whoever starts us holds the lock and has found that nobody listens here.
+    # The process that starts us holds the lock, and has found that no process listens here.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(paths.keeper_socket)
     listener.bind(paths.keeper_socket)

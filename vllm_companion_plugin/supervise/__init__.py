@@ -1,4 +1,4 @@
-"""Processes that are kept running: the companions of `vllm-companion serve`, and children whose signals are passed on.
+"""Keeping processes running: the companions of `vllm-companion serve`, and child processes that get our signals.
 
 May import: core, host, client, settings, errors.
 """

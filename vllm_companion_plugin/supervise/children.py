@@ -1,4 +1,4 @@
-"""Child processes of `serve`: companions, started and ended together, and the signals that end them."""
+"""Child processes of `serve`: companions that start and end together, and the signals that end them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vllm_companion_plugin.host.spawn import child_environment
 from vllm_companion_plugin.settings import Settings
 
 TERMINATE_S = 1.5
-"""Until a child that was asked to end is killed; `serve` promises to be gone within 2 s."""
+"""Seconds between SIGTERM and SIGKILL for a child; `serve` promises to be gone within 2 s."""
 
 
 class Stopped(Exception):
-    """SIGTERM, SIGINT or SIGHUP came."""
+    """This process received SIGTERM, SIGINT or SIGHUP."""
 
 
 class Signals:
-    """Turns SIGTERM, SIGINT, SIGHUP and SIGCHLD into something to wait for. Use in the main thread."""
+    """Lets the main thread wait for SIGTERM, SIGINT, SIGHUP and SIGCHLD. Use it in the main thread only."""
 
     def __init__(self) -> None:
         self._stopped = False
@@ -51,15 +51,15 @@ class Signals:
             self._stopped = True
 
     def wake(self) -> None:
-        """Let `wait` return, from any thread."""
-        with contextlib.suppress(OSError):  # it has enough to read, or nobody waits any more
+        """Make `wait` return. Any thread may call this."""
+        with contextlib.suppress(OSError):  # the pipe is full, or no thread waits any more
             self._send.send(b"\0")
 
     def wait(self, *fds: int, timeout_s: float | None = None) -> None:
-        """Return when a child changed, one of `fds` is readable, somebody woke us, or the time is over.
+        """Return when a child changed, one of `fds` is readable, `wake` was called, or the time is over.
 
         Raises:
-            Stopped: a signal asked us to end, now or before.
+            Stopped: a signal asked this process to end, now or before.
         """
         if not self._stopped:
             select.select([self._receive.fileno(), *fds], [], [], timeout_s)
@@ -70,7 +70,7 @@ class Signals:
 
 
 class Child:
-    """A companion that runs as our child, with our output."""
+    """A companion that runs as a child of this process and shares its output."""
 
     def __init__(self, device: str, settings: Settings) -> None:
         self.device = device
@@ -78,7 +78,7 @@ class Child:
         command = [sys.executable, "-m", "vllm_companion_plugin.holder", "--device", device]
         command += [f"--linger-s={settings.linger_s}", "--ready-fd", str(write_fd)]
         try:
-            # A session of its own: Ctrl-C must reach it through us, with the rest of the work undone first.
+            # The child has its own session, so that Ctrl-C reaches it through us only, after we undid the other work.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -93,7 +93,7 @@ class Child:
             os.close(write_fd)
 
     def wait_ready(self, signals: Signals, timeout_s: float) -> None:
-        """Return once it answers. Raises what it could not start for."""
+        """Return once the companion answers. Raises the error that kept it from starting."""
         deadline = time.monotonic() + timeout_s
         text = b""
         try:
@@ -124,16 +124,16 @@ def run_to_end(
     stdout: int | None = None,
     stderr: int | None = None,
 ) -> int:
-    """Run a process that starts others, and end all of them with it. Its status.
+    """Run a process that starts others; when it ends, end all of them. Returns its exit status.
 
     Raises:
-        Stopped: a signal asked us to end; nothing of it is left.
+        Stopped: a signal asked this process to end; all processes of the group have ended.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
     )
     try:
-        # Left to be collected by `end`: until then its number, and its group's, mean nobody else.
+        # Only `end` collects the process: until then the kernel gives its number, and its group's, to no other.
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             signals.wait()
     finally:
@@ -142,10 +142,10 @@ def run_to_end(
 
 
 def end(processes: list[subprocess.Popen[bytes]], *, whole_group: bool = False) -> None:
-    """End these processes and collect them, within `TERMINATE_S` or by force.
+    """End these processes and collect them. Kills those that have not ended after `TERMINATE_S`.
 
     Args:
-        whole_group: each leads a process group; all in it are ended, also if the leader is gone.
+        whole_group: each process leads a process group; end all processes of the group, also if the leader is gone.
     """
 
     def tell(process: subprocess.Popen[bytes], number: int) -> None:

@@ -1,4 +1,4 @@
-"""What `serve` takes care of: the companion of one device, whichever process that is at the moment."""
+"""A ward: the companion of one device that `serve` keeps running, whichever process that is at the moment."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ NAME = f"vllm-companion serve {__version__}"
 TRIES = 3
 RETRY_S = 10.0
 HOLD_S = 10.0
-"""What is ready is held in an instant, or was unloaded."""
+"""Longest wait for a hold, in seconds. A hold on a ready entry takes an instant, unless the entry was unloaded."""
 
 
 class Ward:
-    """A companion that belongs to us. All that it holds we hold, too, so that the next one gets it back.
+    """A companion that this process owns. The ward holds all of its entries, too, and hands them to the next companion.
 
-    A thread follows what it says; all methods are the main thread's.
+    A thread reads the companion's status; only the main thread may call the methods.
 
     Args:
-        own_linger_s: seconds that it stays with nobody attached while it belongs to us; negative or infinite: for ever.
+        own_linger_s: seconds that the owned companion stays without a client; negative or infinite: for ever.
 
     Attributes:
-        pid: of the companion.
-        error: why it ended; None if it was stopped, or runs.
-        ended: whether it has.
+        pid: pid of the companion.
+        error: why the companion ended; None if a user stopped it, or if it runs.
+        ended: whether the companion has ended.
     """
 
     def __init__(self, device: str, settings: Settings, own_linger_s: float) -> None:
@@ -58,23 +58,23 @@ class Ward:
 
     @property
     def started(self) -> bool:
-        """Whether it runs as our child, or one before it did."""
+        """Whether this companion, or an earlier one of this ward, runs as our child."""
         return bool(self._children)
 
     def start(self, signals: Signals) -> None:
-        """Own the companion that runs, or start one as our child.
+        """Own the running companion, or start one as a child of this process.
 
         Raises:
-            AlreadyRunningError: it belongs to another process.
-            CompanionUnavailableError: it cannot be started, or dies again and again.
-            Stopped: a signal asked us to end.
+            AlreadyRunningError: another process owns the companion.
+            CompanionUnavailableError: no companion can be started, or each one dies at once.
+            Stopped: a signal asked this process to end.
         """
         for left in reversed(range(TRIES)):
             self._ensure(signals)
             try:
                 self._own(signals)
                 return
-            except CompanionUnavailableError:  # it was on its way out when it was asked
+            except CompanionUnavailableError:  # the companion was already ending
                 if not left:
                     raise
 
@@ -82,17 +82,17 @@ class Ward:
         paths = device_paths(self.device, self._settings)
         if is_listening(paths):
             return
-        # Engines that map its entries, or an upgrade, may be starting one as well.
+        # Engines that map entries of the old companion, or an upgrade, may be starting a companion as well.
         what, pause = f"the companion of {self.device}", lambda seconds: signals.wait(timeout_s=seconds)
         with starting(paths.spawn_lock, what, paths.log, self._settings, pause=pause):
             if not is_listening(paths):
                 for before in self._children:
-                    before.process.poll()  # collected, if it has ended
+                    before.process.poll()  # collects the process if it has ended
                 child = Child(self.device, self._settings)
                 self._children.append(child)
                 try:
                     child.wait_ready(signals, self._settings.spawn_timeout_s)
-                except CompanionError:  # of many attempts nothing may be left
+                except CompanionError:  # many failed attempts must leave no process behind
                     end([child.process])
                     self._children.remove(child)
                     raise
@@ -120,14 +120,14 @@ class Ward:
             self.error = None
         except CompanionError as error:
             self.error = error
-        except Exception as error:  # whatever it is, it is not that somebody stopped the companion
+        except Exception as error:  # no error of this kind means that a user stopped the companion
             self.error = CompanionError(f"The companion of {self.device}: {type(error).__name__}: {error}")
         finally:
             self.ended = True
             signals.wake()
 
     def _keep(self, connection: CompanionConnection, status: CompanionStatus) -> None:
-        """Hold what is new, and let go of what was unloaded."""
+        """Hold the new entries, and let go of the unloaded ones."""
         for number in [number for number, holder in self._holders.items() if holder.ended]:
             self._holders.pop(number).close()
         for entry in status.entries:
@@ -138,15 +138,15 @@ class Ward:
             try:
                 self._holders[number] = hold(connection, entry.key, self._settings, NAME)
             except (EntryNotFoundError, LeaseLostError, CompanionUnavailableError):
-                continue  # unloaded, or the companion has died: a status follows
+                continue  # the entry was unloaded, or the companion died: another status follows
             except CompanionError as error:
-                # Each attempt changes the status, which would bring the next one at once.
+                # Each attempt changes the status. Without a pause the new status would start the next attempt at once.
                 self._refused_until[number] = time.monotonic() + RETRY_S
                 text = f"vllm-companion: {entry.key.title} would be lost with its companion: {error}"
                 say(text, error=True)
 
     def let_go(self) -> None:
-        """It is nobody's any more, and we hold nothing. Its linger time begins to count."""
+        """Give up the companion and all that this ward holds. The companion's linger time begins to count."""
         if self._connection is not None:
             self._connection.close()
         if self._thread is not None:
@@ -156,13 +156,13 @@ class Ward:
         self._holders.clear()
 
     def stop(self) -> None:
-        """End it, whoever started it, and let go."""
+        """End the companion, whoever started it, and let go of all that this ward holds."""
         adopted = self.pid not in [child.process.pid for child in self._children]
         try:
             if self._connection is not None and not self.ended and adopted:
-                with contextlib.suppress(CompanionUnavailableError):  # it has gone by itself
+                with contextlib.suppress(CompanionUnavailableError):  # the companion has already ended
                     shut_down(self._connection)
-        except CompanionError as error:  # the others are to end all the same
+        except CompanionError as error:  # the caller still has to end the other wards
             say(f"vllm-companion: error: {error}", error=True)
         finally:
             end([child.process for child in self._children])

@@ -1,1 +1,1 @@
-"""`vllm-companion doctor`: what could keep companions and engines from working here."""
+"""`vllm-companion doctor` finds faults that could keep companions and engines from working on this host."""

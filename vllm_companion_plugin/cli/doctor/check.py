@@ -9,7 +9,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `mend` is a command or an act; empty if all is well."""
+    """One finding. `mend` is the command or act that repairs the fault; empty if all is well."""
 
     name: str
     level: str

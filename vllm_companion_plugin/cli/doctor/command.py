@@ -1,6 +1,6 @@
-"""`doctor`: what could keep companions and engines from working here, and what mends it.
+"""`doctor` finds faults that could keep companions and engines from working on this host, and names the repair.
 
-Imports at its top only what cannot be missing; everything that is checked is imported inside a check.
+This module imports at its top only what cannot be missing; each check imports what it checks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROBE_TIMEOUT_S = 60.0
 
 
 def main(parsed: argparse.Namespace) -> int:
-    """Print all checks; 1 if one of them failed."""
+    """Print all checks; return 1 if one of them failed."""
     try:
         checks = run_checks(settings_of(parsed))
     except SettingsError as error:
@@ -46,7 +46,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def run_checks(settings: Settings) -> list[Check]:
-    """All findings, in the order in which they should be mended."""
+    """Return all findings, in the order in which a user should repair them."""
     sources: tuple[Callable[[], Iterator[Check]], ...] = (
         check_libraries,
         check_vllm,
@@ -59,7 +59,7 @@ def run_checks(settings: Settings) -> list[Check]:
     for source in sources:
         try:
             found.extend(source())
-        except ImportError as error:  # said in full by check_libraries
+        except ImportError as error:  # check_libraries reports this in full
             found.append(Check("not checked", WARN, f"{error}", "see the failed check of that package"))
     return found
 
@@ -77,7 +77,7 @@ def check_libraries() -> Iterator[Check]:
 
 
 def check_protocol() -> Iterator[Check]:
-    """Whether messages can be made here, of which protobuf has several implementations."""
+    """Check that protobuf, which has several implementations, can make our messages here."""
     try:
         schema = importlib.import_module("vllm_companion_plugin.wire.schema")
         messages = importlib.import_module("vllm_companion_plugin.wire.messages")
@@ -87,11 +87,11 @@ def check_protocol() -> Iterator[Check]:
         begin = messages.PublishRequest(begin=messages.PublishRequest.Begin(lease_token=b"t"))
         if messages.PublishRequest.FromString(begin.SerializeToString()) != begin:
             raise ValueError("a message is not what was written")
-    except Exception as error:  # protobuf and gRPC report what does not fit with several types
+    except Exception as error:  # protobuf and gRPC report mismatches with several types
         yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", "pip install --upgrade protobuf grpcio")
         return
     if implementation == "python":
-        text = "protobuf runs as pure Python here: all works, and manifests of large models take seconds"
+        text = "protobuf runs as pure Python: all works, but manifests of large models take seconds"
         chosen = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" in os.environ
         mend = "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" if chosen else "pip install --force-reinstall protobuf"
         yield Check("protobuf", WARN, text, mend)
@@ -177,7 +177,7 @@ def check_runtime_dir(settings: Settings) -> Iterator[Check]:
 
 
 def _writable(root: str, elsewhere: str) -> Check:
-    """Whether there is space: what cannot be written is found out by writing."""
+    """Check that a file can be written, by writing one: no other check finds a full disk."""
     try:
         with tempfile.TemporaryFile(dir=root) as file:
             file.write(b"doctor")
@@ -212,7 +212,7 @@ print(json.dumps([[uuid, *answer(index)] for index, uuid in enumerate(cuda_drive
 
 
 def check_cuda() -> Iterator[Check]:
-    """Asks in a process of its own, because the answer needs a context on each GPU."""
+    """Ask in another process how GPUs share memory, because the answer needs a context on each GPU."""
     if not os.path.exists("/dev/nvidiactl"):
         yield Check("GPU", OK, "none here; companions of device cpu")
         return

@@ -1,7 +1,7 @@
-"""States that companions, keepers, locks and limits can be in, for `doctor`: what each means, and what mends it.
+"""Checks of `doctor`: the states of companions, keepers, locks and limits, what each state means, and the repair.
 
-Looking changes nothing. What may be over in a moment (a start, a hand-over) is looked at again for `LASTING_S`
-before it is called broken.
+The checks change nothing. Some states may end in a moment (a start, a hand-over); a check watches such a state for
+`LASTING_S` before it reports a fault.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from vllm_companion_plugin.settings import BY_NAME, Settings, unknown_variables,
 LASTING_S = 3.0
 ANSWER_S = 3.0
 SILENT_S = 60.0
-"""Of a process that loads. Long phases report nothing, so this is only a warning."""
+"""Silence of a loading process before a warning. Long phases report nothing, so silence alone is no fault."""
 MIN_FILES = 4096
 """A companion keeps a descriptor for each block of at most 960 MiB, and one or two for each client."""
 
 
 def check_companions(settings: Settings) -> Iterator[Check]:
-    """Every device of the runtime directory, and companions that are not where one would look for them."""
+    """Check every device of the runtime directory, and find companions outside it."""
     try:
         for device in list_devices(settings):
             paths = device_paths(device, settings)
@@ -48,7 +48,7 @@ def check_companions(settings: Settings) -> Iterator[Check]:
                 yield from _check_start(path, f"start of a {what} of {device}")
             yield from _check_keeper(paths)
     except CompanionError as error:
-        yield Check("companions", WARN, f"could not be looked for: {error}", "mend the runtime directory")
+        yield Check("companions", WARN, f"could not be looked for: {error}", "repair the runtime directory")
     yield from _check_elsewhere(settings)
 
 
@@ -103,7 +103,7 @@ def _answering(name: str, paths: DevicePaths, status: CompanionStatus) -> Check:
 
 
 def _check_absent(name: str, paths: DevicePaths) -> Iterator[Check]:
-    """Nobody listens at the companion's socket."""
+    """Find out why no process listens at the companion's socket."""
     if _lasting(lambda: _is_locked(paths.companion_lock) and _listener(paths.grpc_socket) is None):
         pid = _holder_pid(paths.companion_lock)
         text = f"pid {pid} holds the memory, but cannot be reached: it hangs at its start, or its socket was removed"
@@ -138,7 +138,7 @@ def _check_entries(paths: DevicePaths, status: CompanionStatus, connection: Comp
             if (key.id, generation) not in known
         ]
 
-    with contextlib.suppress(CompanionError):  # it has ended meanwhile
+    with contextlib.suppress(CompanionError):  # the companion ended meanwhile
         for title, path in unknown() if _lasting(lambda: bool(unknown())) else ():
             pid = _holder_pid(path)
             text = f"pid {pid} maps a copy that this companion does not have, so the memory may be used twice"
@@ -171,19 +171,19 @@ def _check_start(lock: str, name: str) -> Iterator[Check]:
     if _lasting(lambda: _is_locked(lock)):
         pid = _holder_pid(lock)
         mend = f"kill -CONT {pid}" if _is_stopped(pid) else f"kill {pid}"
-        yield Check(name, WARN, f"pid {pid} ({_command(pid)}) has the right to start one, and does not get on", mend)
+        yield Check(name, WARN, f"pid {pid} ({_command(pid)}) has the right to start one, and makes no progress", mend)
 
 
 def _check_keeper(paths: DevicePaths) -> Iterator[Check]:
     name = f"keeper of {paths.device}"
     pid = _listener(paths.keeper_socket, socket.SOCK_SEQPACKET)
-    if pid is None:  # gone: what it kept cannot be attached to any more, and the next loader starts another one
+    if pid is None:  # the keeper has ended: the next loader starts another one
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(ANSWER_S)
         try:
             sock.connect(paths.keeper_socket)
-            sock.send(b"?")  # no request: it hangs up
+            sock.send(b"?")  # no valid request: the keeper closes the connection
             sock.recv(1)
         except (TimeoutError, BlockingIOError):
             mend = f"kill -CONT {pid}" if _is_stopped(pid) else f"kill -9 {pid}"
@@ -199,11 +199,11 @@ def _check_keeper(paths: DevicePaths) -> Iterator[Check]:
 
 
 def _check_elsewhere(settings: Settings) -> Iterator[Check]:
-    """Companions of this user that `status` does not show."""
+    """Find companions of this user that `status` does not show."""
     root = os.path.abspath(settings.runtime_dir)
     for pid, lock in _companions():
         if lock.endswith(" (deleted)"):
-            # It notices by itself, unless it hangs.
+            # The companion notices this by itself, unless it hangs.
             if _lasting(lambda pid=pid, lock=lock: (pid, lock) in _companions(), 2 * LASTING_S):  # type: ignore[misc]
                 text = f"pid {pid} holds memory, and its runtime directory was removed, so nobody can reach it"
                 yield Check("lost companion", WARN, text, f"kill -9 {pid}")
@@ -214,7 +214,7 @@ def _check_elsewhere(settings: Settings) -> Iterator[Check]:
 
 
 def _companions() -> list[tuple[int, str]]:
-    """Pid and lock file of every companion process that we may look at."""
+    """Return pid and lock file of every companion process that this user may inspect."""
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -266,7 +266,7 @@ def check_metrics(settings: Settings) -> Iterator[Check]:
         text = f"{port} of 127.0.0.1 cannot be used: {error.strerror}. `ss -ltnp sport = :{port}` shows by whom"
         yield Check("metrics port", FAIL, text, f"export {BY_NAME['metrics_port'].env}=ANOTHER_PORT")
     else:
-        text = f"nobody serves metrics on {port}; `serve` would, too"
+        text = f"no process serves metrics on {port}; `serve` would, too"
         yield Check("metrics port", OK, text, f"vllm-companion metrics {BY_NAME['metrics_port'].option} {port}")
 
 
@@ -284,7 +284,7 @@ def check_variables() -> Iterator[Check]:
 
 
 def _lasting(condition: Callable[[], bool], seconds: float | None = None) -> bool:
-    """Whether it holds, and goes on to hold, for `LASTING_S` by default."""
+    """Tell whether the condition stays true for `seconds`, by default `LASTING_S`."""
     deadline = time.monotonic() + (LASTING_S if seconds is None else seconds)
     while condition():
         if time.monotonic() > deadline:
@@ -294,27 +294,27 @@ def _lasting(condition: Callable[[], bool], seconds: float | None = None) -> boo
 
 
 def _listener(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> int | None:
-    """Pid of who listens at a socket, 0 if it is not ours to know; None if nobody does."""
+    """Return the pid of the process that listens at a socket, 0 if it is hidden from us; None if no process listens."""
     with socket.socket(socket.AF_UNIX, kind) as sock:
         sock.settimeout(ANSWER_S)
         try:
             sock.connect(path)
             return credentials(sock)[0]
         except (TimeoutError, BlockingIOError):
-            return 0  # its queue is full
+            return 0  # the listener's queue is full
         except OSError:
             return None
 
 
 def _is_locked(path: str) -> bool:
-    """Whether somebody holds the flock of a file."""
+    """Tell whether some process holds the flock of a file."""
     with contextlib.suppress(OSError):
         return is_locked(path)
     return False
 
 
 def _holder_pid(path: str) -> int:
-    """Pid of a process that holds the flock of a file; 0 if it is not ours to know."""
+    """Return the pid of a process that holds the flock of a file; 0 if it is hidden from us."""
     with contextlib.suppress(OSError):
         inode = str(os.stat(path).st_ino)
         with open("/proc/locks", encoding="ascii") as file:
@@ -335,7 +335,7 @@ def _open_files(pid: int) -> list[str]:
 
 
 def _files(pid: int) -> tuple[int, int]:
-    """How many files a process has open, and how many it may; 0 of what is not ours to know."""
+    """Return how many files a process has open and may have open; 0 for a number that is hidden from us."""
     with contextlib.suppress(OSError):
         soft, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         return len(os.listdir(f"/proc/{pid}/fd")), max(0, soft)

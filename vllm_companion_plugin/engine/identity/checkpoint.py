@@ -1,9 +1,9 @@
-"""What a checkpoint contains, known with as little reading as it takes.
+"""The identity of a checkpoint, found with as little reading as possible.
 
-Its identity is that of the files that a loader reads: weights beside config.json, what a file beside it names
-(`modules.json`) and what the model's code names. Whatever else lies below, like checkpoints of a training or adapters,
-is not the model's. Weights are named by a look (`files`) or, where looks prove nothing, by their content; small files
-always by their content.
+A checkpoint's identity is that of the files that a loader reads: weights beside config.json, folders that
+`modules.json` names, and folders that the model's code names. Other files below, such as checkpoints of a training or
+adapters, do not belong to the model. A look (`files`) identifies a weight file; where looks prove nothing, its content
+does. The content always identifies a small file.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from vllm_companion_plugin.errors import NotShareableError
 logger = init_logger("vllm.companion.checkpoint")
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".npy", ".tensors", ".ckpt")
-# What vLLM's loaders leave out (weight_utils.filter_files_not_needed_for_inference): a training's state.
+# The state of a training, which vLLM's loaders leave out (weight_utils.filter_files_not_needed_for_inference).
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _INDEX = ".index.json"
-# Code, and what vLLM reads about quantization and modules besides config.json, whose values are in the key.
+# Code, and what vLLM reads about quantization. config.json is absent here because the key holds its values.
 _SMALL_SUFFIXES = (".py", "quantize_config.json", "quant_config.json", "quantization_config.json")
 _MODULES = "modules.json"
 SMALL = "text "
-"""Begins the identity of a small file: its digest, for a field of its own."""
+"""Prefix of a small file's identity. The rest is the file's digest, and the key has a field for each small file."""
 
 
 def checkpoint_dir(model: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """Local directory (or single file) of `model`, or None if it is not on this machine yet."""
+    """Return the local directory (or single file) of `model`, or None if the model is not on this machine yet."""
     local = Path(model)
     if local.exists():
         return local
@@ -51,10 +51,10 @@ def checkpoint_dir(model: str, revision: str | None, download_dir: str | None) -
 
 
 def files_of(checkpoint: Path, folders: Iterable[str] = ()) -> list[Path]:
-    """The files whose content decides the weights, in a stable order.
+    """List the files whose content decides the weights, in a stable order.
 
     Args:
-        folders: those below `checkpoint` that the model's code reads, too.
+        folders: folders below `checkpoint` that the model's code also reads.
     """
     if checkpoint.is_file():
         return [checkpoint]
@@ -63,9 +63,9 @@ def files_of(checkpoint: Path, folders: Iterable[str] = ()) -> list[Path]:
         found.update(_top_level(checkpoint / name, ("config.json",)))
     for name in folders:
         found |= {path for path in _walk(checkpoint / name) if path.name.endswith((*WEIGHT_SUFFIXES, ".json", ".py"))}
-    if not any(map(_is_weight, found)):  # then vLLM's loader knows a place that is not known here
+    if not any(map(_is_weight, found)):  # vLLM's loader knows a place that this module does not
         found |= {path for path in _walk(checkpoint) if path.name.endswith((*WEIGHT_SUFFIXES, *_SMALL_SUFFIXES))}
-    # A link into nothing is no file: vLLM would fail on it, or never look at it.
+    # A dangling link is no file: vLLM would fail on such a link, or never look at it.
     return sorted(path for path in found if os.path.isfile(path))
 
 
@@ -80,7 +80,7 @@ def _top_level(directory: Path, small: tuple[str, ...]) -> list[Path]:
 
 
 def _modules(checkpoint: Path) -> list[str]:
-    """Folders of the modules of a sentence-transformers model."""
+    """List the folders of the modules of a sentence-transformers model."""
     try:
         names = [module.get("path") for module in json.loads((checkpoint / _MODULES).read_bytes())]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -98,7 +98,7 @@ def _is_small(path: Path) -> bool:
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    """All that is not hidden, through links to directories, each directory once."""
+    """Yield all files that are not hidden. Follows links to directories, and visits each directory once."""
     seen = set()
     for root, directories, names in os.walk(directory, followlinks=True):
         real = os.path.realpath(root)
@@ -109,7 +109,7 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all weight files are here. The hub cache makes a snapshot's directory with its first file."""
+    """Tell whether all weight files are here. The hub cache makes a snapshot's directory with its first file."""
     files = files_of(checkpoint)
     if not any(map(_is_weight, files)):
         return False
@@ -118,29 +118,29 @@ def is_complete(checkpoint: Path) -> bool:
             shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
             if not all((index.parent / shard).is_file() for shard in shards):
                 return False
-        except (ValueError, TypeError, AttributeError, RecursionError, OSError):  # a download that was cut short
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError):  # a download was cut short
             return False
     return True
 
 
 def weight_bytes(checkpoint: Path) -> int:
-    """Bytes of the weight files, for progress."""
+    """Return the bytes of the weight files, for progress."""
     return sum(path.stat().st_size for path in files_of(checkpoint) if _is_weight(path))
 
 
 def identity(checkpoint: Path, digests: Digests | None = None, folders: Iterable[str] = ()) -> dict[str, str]:
-    """Identity of each file of the checkpoint by its relative name.
+    """Return the identity of each file of the checkpoint by its relative name.
 
     Args:
-        digests: keeps what had to be read.
-        folders: as of `files_of`.
+        digests: keeps the digests of files that had to be read.
+        folders: as in `files_of`.
 
     Raises:
-        NotShareableError: there are no weight files, so nothing is known about the content; or one changed meanwhile.
+        NotShareableError: the checkpoint has no weight files, so its content is unknown; or a file changed meanwhile.
     """
     paths = files_of(checkpoint, folders)
     if not any(map(_is_weight, paths)):
-        raise NotShareableError(f"{checkpoint} has no weight files, so two of them cannot be told apart.")
+        raise NotShareableError(f"{checkpoint} has no weight files, so nothing tells two such checkpoints apart.")
     base = checkpoint if checkpoint.is_dir() else checkpoint.parent
     names = {path: str(path.relative_to(base)) for path in paths}
     found = {names[path]: SMALL + digest_of(path) for path in paths if _is_small(path)}
@@ -168,7 +168,7 @@ def _contents(files: list[File], digests: Digests) -> dict[Path, str]:
 
 @contextmanager
 def pinned(model_config: Any, checkpoint: Path | None) -> Iterator[None]:
-    """While open, vLLM reads the snapshot `checkpoint` of the hub cache, wherever the branch has moved since."""
+    """Make vLLM read the snapshot `checkpoint` of the hub cache while open, even if the branch has moved since."""
     revision = model_config.revision
     if checkpoint is not None and not Path(model_config.model).exists() and checkpoint.parent.name == "snapshots":
         model_config.revision = checkpoint.name
@@ -179,14 +179,16 @@ def pinned(model_config: Any, checkpoint: Path | None) -> Iterator[None]:
 
 
 def ensure_downloaded(source: Any, model_config: Any, load_config: Any) -> Path:
-    """The checkpoint's directory, downloaded by vLLM's own loader if it is not here yet.
+    """Return the checkpoint's directory. Lets vLLM's own loader download a checkpoint that is not here yet.
 
     Raises:
-        NotShareableError: the checkpoint is not in a local directory even then.
+        NotShareableError: the checkpoint is in no local directory, even after the download.
     """
     name = getattr(model_config, "model_weights", "") or model_config.model
     if envs.VLLM_USE_MODELSCOPE and not Path(name).exists():
-        raise NotShareableError(f"{name} comes from ModelScope, whose cache is not known here; name its directory.")
+        raise NotShareableError(
+            f"{name} comes from ModelScope, whose cache is not known here.", remedy="Name the model's directory."
+        )
     for attempt in range(2):
         found = checkpoint_dir(name, model_config.revision, load_config.download_dir)
         if found is not None and (attempt or Path(name).exists() or is_complete(found)):

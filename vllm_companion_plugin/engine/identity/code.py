@@ -1,8 +1,8 @@
-"""Which code makes weights of a checkpoint: the classes of the model, what they are made of, and what changes vLLM.
+"""The identity of the code that makes weights: the model's classes, the code they use, and plugins that change vLLM.
 
-vLLM's own files are compared with its wheel's list of them (RECORD): where they agree, its version says everything.
-Whatever else takes part, like plugins and code that came with a checkpoint, is named file by file, by a digest of its
-source. Packages that lay out weights are named by their versions. Nothing is imported here.
+This module compares vLLM's own files with the list in vLLM's wheel (RECORD). If they agree, the version of vLLM
+identifies all of them. A digest of the source identifies each file of other code, such as plugins and code that came
+with a checkpoint. Versions identify the packages that lay out weights. This module imports none of this code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-# Names of distributions; those that are not installed are left out.
+# Names of distributions. The key leaves out those that are not installed.
 _LAYING_OUT = (
     "transformers",
     "compressed-tensors",
@@ -44,11 +44,11 @@ _LAYING_OUT = (
     "aiter",
 )
 _OWN = __name__.partition(".")[0]
-# Named by their versions.
+# Packages that their versions identify.
 _KNOWN = {"vllm", "torch", "transformers", "numpy", _OWN, *sys.stdlib_module_names}
-# Of a checkpoint, each in a folder of its own of transformers' cache.
+# Code of checkpoints, each in its own folder of transformers' cache.
 _REMOTE = "transformers_modules"
-# Below vLLM's package: what lays out and processes weights of any model. Models are taken one by one.
+# Parts of vLLM's package that lay out and process weights of every model. Only the used models are added to these.
 _LOADING = ("model_executor", "kernels", "platforms", "_custom_ops.py", "scalar_type.py")
 _MODELS = ("vllm.model_executor.models.", "vllm.models.")
 _MOST_FILES = 40
@@ -59,7 +59,7 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that lay out weights."""
+    """Return the versions of the packages that lay out weights."""
     return {name: found for name in _LAYING_OUT if (found := _version(name)) is not None}
 
 
@@ -72,10 +72,10 @@ def _version(name: str) -> str | None:
 
 
 def fields(model_class: type, *involved: type) -> dict[str, str]:
-    """What makes a model of `model_class`, for its key.
+    """Return the fields of a key that identify the code of a model of `model_class`.
 
     Args:
-        involved: classes that take part besides: of its configuration, of its quantization.
+        involved: other classes that take part, of the configuration and of the quantization.
     """
     found = {"class": " ".join(f"{one.__module__}.{one.__name__}" for one in _own_classes(model_class))}
     found |= _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
@@ -87,7 +87,7 @@ def fields(model_class: type, *involved: type) -> dict[str, str]:
 
 
 def folders(model_class: type, checkpoint: Path) -> list[str]:
-    """Folders of `checkpoint` that the code of the model names: jina's "adapters", a "speech_tokenizer"."""
+    """List folders of `checkpoint` that the model's code names, such as jina's "adapters" or a "speech_tokenizer"."""
     try:
         there = {entry.name for entry in os.scandir(checkpoint) if entry.is_dir() and not entry.name.startswith(".")}
     except OSError:
@@ -107,13 +107,13 @@ def _top(module: str) -> str:
 
 
 def _own_classes(kind: type) -> list[type]:
-    """`kind`, and what it derives from before the first class of a known package."""
+    """Return `kind` and its base classes up to the first class of a known package."""
     names = [_top(one.__module__) in _KNOWN for one in kind.__mro__]
     return [kind, *kind.__mro__[1 : max(1, names.index(True))]]
 
 
 def _modules_of(classes: Iterable[type]) -> set[str]:
-    """Where the classes are defined, and the functions that were put into them from elsewhere."""
+    """Return the modules that define the classes, or functions that other code put into the classes."""
     found = set()
     for one in classes:
         found.add(one.__module__)
@@ -123,7 +123,7 @@ def _modules_of(classes: Iterable[type]) -> set[str]:
 
 
 def _plugins() -> set[str]:
-    """Modules that vLLM was told to load, and what they registered: they can change anything."""
+    """Return the modules of vLLM's plugins, and what they registered: a plugin can change anything."""
     found = set(_entry_points(os.environ.get("VLLM_PLUGINS")))
     operations = sys.modules.get("vllm.model_executor.custom_op")
     registered: Mapping[str, type] = getattr(operations, "op_registry_oot", {})
@@ -141,7 +141,7 @@ def _entry_points(allowed: str | None) -> tuple[str, ...]:
 
 
 def _outside(names: set[str]) -> set[str]:
-    """Those of `names` that no version stands for, and what they use of such code. One name a package."""
+    """Return the modules of `names` that no version identifies, and such code that they use; one name per package."""
     found: dict[str, str] = {}
     waiting = list(names)
     while waiting:
@@ -166,13 +166,13 @@ def _module_of(value: Any) -> str:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a package of a version, which is not the model's."""
+    """Tell whether `name` is a package with a version, which does not belong to the model."""
     file = getattr(sys.modules.get(name), "__file__", None)
     return file is None or any(part in _INSTALLED for part in Path(file).parts)
 
 
 def _files_of(name: str) -> dict[str, str]:
-    """Source of the package of module `name`, or of the module alone, by the names to show."""
+    """Return the source files of the package of module `name`, or of the module alone, by the names to show."""
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:
         return {}
@@ -180,7 +180,7 @@ def _files_of(name: str) -> dict[str, str]:
     if name.startswith(_REMOTE):
         return {f"{_REMOTE}/{one}": os.path.join(here, one) for one in sorted(os.listdir(here)) if one.endswith(".py")}
     package = getattr(sys.modules.get(_top(name)), "__file__", None)
-    if package is None or os.path.basename(package) != "__init__.py":  # one file, or a package without code of its own
+    if package is None or os.path.basename(package) != "__init__.py":  # one file, or a namespace package
         return {os.path.basename(file): file}
     root = os.path.dirname(package)
     start = len(os.path.dirname(root)) + 1
@@ -196,7 +196,7 @@ def _sources(root: str, without: str = "__pycache__") -> Iterator[str]:
 
 
 def _digests(files: Mapping[str, str]) -> dict[str, str]:
-    """Digests by file, or of all together if there are many."""
+    """Return the digest of each file, or one digest of all files if there are many."""
     found = {f"code.{name}": _sha256(path).hex()[:_SHORT] for name, path in files.items()}
     if len(found) <= _MOST_FILES:
         return found
@@ -208,7 +208,7 @@ _read: dict[str, tuple[tuple[int, ...], bytes]] = {}
 
 
 def _sha256(path: str) -> bytes:
-    """Of a file; read once a version in this process. Empty if it cannot be read."""
+    """Return the digest of a file, empty if the file cannot be read. This process reads each version once."""
     try:
         status = os.stat(path)
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -223,7 +223,7 @@ def _sha256(path: str) -> bytes:
 
 
 def _vllm_models(classes: Iterable[type]) -> set[str]:
-    """Modules of the model's classes in vLLM, and those of other models that they use."""
+    """Return vLLM's modules of the model's classes, and the modules of other models that they use."""
     found: set[str] = set()
     waiting = [one.__module__ for one in classes]
     while waiting:
@@ -237,12 +237,12 @@ def _vllm_models(classes: Iterable[type]) -> set[str]:
 
 @cache
 def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
-    """Which of vLLM's files are not as released. Once a process: what it has imported stays."""
+    """Return which of vLLM's files differ from the release. Cached, because a process keeps what it has imported."""
     root = os.path.dirname(str(sys.modules["vllm"].__file__))
     start = len(os.path.dirname(root)) + 1
     files = [*_common_files(root), *sorted(str(sys.modules[name].__file__) for name in models)]
     here = {path[start:]: _base64(_sha256(path)) for path in files}
-    # Libraries are told apart by their sizes: they are too large to be read for this.
+    # Sizes tell libraries apart, because libraries are too large to be read here.
     here |= {f"vllm/{one.name}": str(one.stat().st_size) for one in os.scandir(root) if one.name.endswith(".so")}
     released = _released(os.path.dirname(root))
     if not released:  # an editable installation
@@ -256,7 +256,7 @@ def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
 
 
 def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
-    """A digest of the files of each folder, so that a message can name it."""
+    """Return one digest for the files of each folder, so that a message can name the folder."""
     folders: dict[str, list[str]] = {}
     for name, digest in digests.items():
         folders.setdefault(os.path.dirname(name), []).append(f"{name} {digest}")
@@ -267,7 +267,7 @@ def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _base64(digest: bytes) -> str:
-    """As RECORD has it."""
+    """Encode a digest as RECORD does."""
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
@@ -277,7 +277,7 @@ def _common_files(root: str) -> Iterator[str]:
 
 
 def _released(place: str) -> Mapping[str, str]:
-    """Digests of vLLM's sources and sizes of its libraries as its wheel has them; nothing of an editable one."""
+    """Read digests of vLLM's sources and sizes of its libraries from its wheel; an editable installation has none."""
     found: dict[str, str] = {}
     for name in os.listdir(place):
         if name.startswith("vllm") and name.endswith(".dist-info"):
@@ -291,7 +291,7 @@ def _released(place: str) -> Mapping[str, str]:
 
 
 def _texts(module: ModuleType) -> Iterator[str]:
-    """Strings in the code and among the constants of a module."""
+    """Yield strings in the code and among the constants of a module."""
     for value in list(vars(module).values()):
         if isinstance(value, str):
             yield value

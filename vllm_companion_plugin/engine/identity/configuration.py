@@ -1,8 +1,8 @@
-"""What of vLLM's configuration decides the bytes of weights: all of it, but for what is listed here with the reason.
+"""The part of vLLM's configuration that decides the bytes of weights: all but the fields listed here with a reason.
 
-vLLM gets new fields with every release. One that nobody has looked at yet is compared, so that engines that differ in
-it do not share; one that stands here was found to leave the bytes alone. What such a field puts into attributes of a
-model is each engine's own (module_tree).
+vLLM gets new fields with every release. The key holds each unknown field, so engines that differ in such a field do not
+share. A field listed here was found to leave the bytes alone. What such a field puts into attributes of a model belongs
+to each engine (`tree`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_NAMES = 64
 _DEEPEST = 16
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
-# Names of configurations ("scheduler") and of their fields ("model.seed"), by the reason why they are left out.
+# Names of configurations ("scheduler") and of their fields ("model.seed") that the key leaves out, by the reason.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "it is what the key has by itself": (
         *("model.hf_config", "model.hf_text_config", "model.hf_overrides", "model.model_arch_config"),
@@ -126,7 +126,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }
 _LEFT_OUT = {name for names in LEFT_OUT.values() for name in names}
 
-# Environment variables that begin with VLLM_ are compared, but for these; companions' own begin with COMPANION_.
+# Environment variables that begin with VLLM_ are in the key, except these. Our own variables begin with COMPANION_.
 ENVIRONMENT_LEFT_OUT: dict[str, str] = {
     "secrets": r"API_KEY|.*_TOKEN|.*SECRET.*|.*PASSWORD.*",
     "links of Kubernetes to its services": r".*SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT(_\d+_(TCP|UDP|SCTP)(_.+)?)?",
@@ -162,7 +162,7 @@ _ENVIRONMENT_LEFT_OUT = re.compile("VLLM_(" + "|".join(ENVIRONMENT_LEFT_OUT.valu
 
 
 def engine_fields(vllm_config: Any) -> dict[str, str]:
-    """Fields of all configurations of an engine, but its models'; and of its environment."""
+    """Return the fields of an engine's configurations, except its models', and of its environment."""
     fields: dict[str, str] = {}
     for name, value in _attributes(vllm_config):
         kind = name.removesuffix("_config")
@@ -177,7 +177,7 @@ def engine_fields(vllm_config: Any) -> dict[str, str]:
 
 
 def model_fields(model_config: Any) -> dict[str, str]:
-    """Fields of one model's configuration. Its `hf_config` is the checkpoint's, with all that flags made of it."""
+    """Return the fields of one model's configuration. Its `hf_config` is the checkpoint's, as flags changed it."""
     fields = _flat("model", model_config)
     for name, value in model_config.hf_config.to_dict().items():
         fields |= _flat(f"hf.{name}", value) if name not in _HF else {}
@@ -186,9 +186,9 @@ def model_fields(model_config: Any) -> dict[str, str]:
 
 
 def multimodal_fields(config: Any) -> dict[str, str]:
-    """Fields of a model that takes pictures or sound."""
+    """Return the fields of a model that takes pictures or sound."""
     fields = _flat("multimodal", config)
-    # An encoder without a limit of 0 is there, whatever its limit.
+    # Only a limit of 0 removes an encoder; other limits change no weights.
     limits = canonical(getattr(config, "limit_per_prompt", {}))
     none = [kind for kind, limit in limits.items() if (limit["count"] if isinstance(limit, dict) else limit) == 0]
     flattened = [name for name in fields if name.startswith("multimodal.limit_per_prompt")]
@@ -198,16 +198,16 @@ def multimodal_fields(config: Any) -> dict[str, str]:
 
 
 def all_fields(kind: str, config: Any) -> dict[str, str]:
-    """All fields of the configuration `kind`, but for those that are left out by name."""
+    """Return all fields of the configuration `kind`, except those left out by name."""
     return _flat(kind, config) if config is not None else {}
 
 
-# Where the checkpoint was found is not what it contains.
+# The place of a checkpoint says nothing about its content.
 _HF = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def _flat(name: str, value: Any) -> dict[str, str]:
-    """`value` by the names of its fields; a configuration inside a configuration by theirs."""
+    """Flatten `value` by the names of its fields, and a nested configuration by the names of its own."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found: dict[str, str] = {}
         for key, part in _attributes(value):
@@ -224,7 +224,7 @@ def _flat(name: str, value: Any) -> dict[str, str]:
 
 
 def _attributes(config: Any) -> Iterator[tuple[str, Any]]:
-    """Fields, and what was set beside them; names with an underscore are vLLM's own notes."""
+    """Yield the fields and other attributes. Skips names with an underscore, which are vLLM's own notes."""
     names = {field.name for field in dataclasses.fields(config)} | getattr(config, "__dict__", {}).keys()
     for name in sorted(names):
         if not name.startswith("_") and hasattr(config, name):
@@ -232,19 +232,19 @@ def _attributes(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def text(value: Any) -> str:
-    """Canonical text: JSON of `canonical`. Raises TypeError if two equal values could have different texts."""
+    """Return the canonical text: JSON of `canonical`. Raises TypeError if equal values could have different texts."""
     return json.dumps(canonical(value), sort_keys=True)
 
 
 def shortened(whole: str) -> str:
-    """A text of a field that is short enough for a message, and names the whole."""
+    """Shorten the text of a field for a message; a digest identifies the whole text."""
     if len(whole) <= _LONGEST:
         return whole
     return f"{whole[: _LONGEST // 2]}... (sha256 {hashlib.sha256(whole.encode()).hexdigest()})"
 
 
 def canonical(value: Any, depth: int = 0) -> Any:
-    """`value` in JSON's types, equal in all processes where it is equal. Raises TypeError where that cannot be had."""
+    """Convert `value` to JSON's types; equal values are equal in all processes. Raises TypeError if it cannot."""
     if depth > _DEEPEST:
         raise TypeError("it is nested too deeply")
     inner = partial(canonical, depth=depth + 1)
@@ -275,12 +275,12 @@ def canonical(value: Any, depth: int = 0) -> Any:
 
 
 def _object(value: Any, inner: Any) -> Any:
-    for name in ("to_dict", "model_dump"):  # of transformers and pydantic
+    for name in ("to_dict", "model_dump"):  # methods of transformers and pydantic
         method = getattr(type(value), name, None)
         if method is not None:
             return inner(method(value))
     kind = type(value)
-    if hasattr(kind, "tobytes"):  # of NumPy, whose texts are cut short
+    if hasattr(kind, "tobytes"):  # NumPy cuts the texts of arrays short
         shape, content = [*getattr(value, "shape", ())], hashlib.sha256(value.tobytes()).hexdigest()
         return [inner(kind), str(getattr(value, "dtype", "")), shape, content]
     if dataclasses.is_dataclass(value):

@@ -1,10 +1,10 @@
-"""Whether two checkpoints have the same content, proved with as little reading as it takes.
+"""Proving that two checkpoints have the same content, with as little reading as possible.
 
-Identities settle most questions without reading. Then sizes tell most files apart, and samples
-nearly all others: a fine-tune changes tensors everywhere. Only what still agrees is read whole,
-once for each version of a file: its digest is kept under a look at the file (`files.look`), for as
-long as such a look can be believed. A file whose looks are not believed elsewhere has its digest as
-its identity: two containers of one image name it alike.
+Identities settle most questions without reading. Sizes tell most other files apart, and samples nearly
+all that remain, because a fine-tune changes tensors everywhere. Only files that still agree are read
+whole, once for each version of a file: its digest is kept under a look at the file (`files.look`), for
+as long as such a look proves anything. A file whose looks prove nothing elsewhere has its digest as its
+identity, so two containers of one image give the file the same identity.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _SAMPLES = 16
 _SAMPLE_BYTES = 16 << 10
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 CONTENT = "blake3 "
-"""Begins an identity that is the content's digest."""
+"""Prefix of an identity that is the digest of the content."""
 _MOST_KEPT = 4096
-"""A checkpoint of 200 files for each of 20 mounts."""
-# A file may be written twice within one tick of its file system's clock, and keep its identity.
+"""Limit of kept digests: enough for a checkpoint of 200 files on each of 20 mounts."""
+# Two writes within one tick of the file system's clock leave a file's identity unchanged.
 _SETTLED_S = 2.0
 
 
 @dataclass(frozen=True)
 class File:
-    """One version of a file, which may be gone or replaced by now.
+    """One version of a file. The file may be gone or replaced by now.
 
     Attributes:
         identity: `CONTENT` and a digest, or the text of a look.
-        lasts: how long that look is believed.
+        lasts: how long that look proves the content.
     """
 
     path: Path
@@ -58,16 +58,16 @@ class File:
 
     def is_there(self) -> bool:
         try:
-            return self.path.is_file() and file_identity(self.path) == self.identity  # a pipe would never end
-        except (OSError, ValueError):  # ValueError: no name of a file
+            return self.path.is_file() and file_identity(self.path) == self.identity  # reading a pipe would never end
+        except (OSError, ValueError):  # ValueError: the text names no file
             return False
 
 
 class Digests:
-    """Digests of file contents by looks at files, on disk, for all processes of a user.
+    """Digests of file contents by looks at files, kept on disk for all processes of a user.
 
     Args:
-        directory: exists and is private; without one, digests are kept by this object alone.
+        directory: an existing private directory. Without one, only this object keeps the digests.
         timeout_s: longest wait for another process that computes digests.
     """
 
@@ -77,7 +77,7 @@ class Digests:
         self._own: dict[str, str] = {}
 
     def known(self, identity: str) -> str | None:
-        """The digest of the file version `identity`, if somebody has computed it."""
+        """Return the digest of the file version `identity`, or None if no process has computed it."""
         if identity.startswith(CONTENT):
             text = identity.removeprefix(CONTENT).encode()
             return text.decode() if _DIGEST.fullmatch(text) else None
@@ -87,10 +87,10 @@ class Digests:
             text = read_file(str(self._at(identity)), 100)
         except OSError:
             return None
-        return text.decode() if _DIGEST.fullmatch(text) else None  # a crash may leave anything
+        return text.decode() if _DIGEST.fullmatch(text) else None  # after a crash the file may hold anything
 
     def of(self, file: File) -> str | None:
-        """The digest of `file`, read if need be; None if that version of it is gone."""
+        """Return the digest of `file`, reading the file if necessary; None if that version is gone."""
         known = self.known(file.identity)
         if known is not None or not file.is_there():
             return known
@@ -106,7 +106,7 @@ class Digests:
         return digest
 
     def of_all(self, files: Sequence[File]) -> list[str | None]:
-        """The digests of `files`, several at once."""
+        """Return the digests of `files`; reads several files at once."""
         if all(file.lasts is not Lasts.NOT for file in files):
             known = [self.known(file.identity) for file in files]
             if None not in known:
@@ -116,12 +116,12 @@ class Digests:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While open, other processes wait for our digests instead of reading the same files."""
+        """Make other processes wait for our digests while open, instead of reading the same files."""
         if self._directory is None:
             yield
             return
         lock = FileLock(self._directory / "lock", thread_local=False)
-        with contextlib.suppress(Timeout, OSError):  # then both read
+        with contextlib.suppress(Timeout, OSError):  # on a timeout both processes read
             lock.acquire(timeout=self._timeout_s)
         try:
             yield
@@ -138,13 +138,13 @@ class Digests:
         self._own[file.identity] = digest
         if self._directory is None or file.lasts is Lasts.LOAD:
             return
-        with contextlib.suppress(OSError):  # a full disk costs another reading
+        with contextlib.suppress(OSError):  # with a full disk the file is read again later
             replace_file(str(self._at(file.identity)), digest)
             _forget_oldest(self._directory)
 
 
 def _forget_oldest(directory: Path) -> None:
-    """Leave half of the digests if there are too many. A new mount of an image brings new ones."""
+    """Keep only the newest digests, half of the limit, if too many exist. Each mount of an image brings new ones."""
     names = [entry.path for entry in os.scandir(directory) if len(entry.name) == 64]
     if len(names) > _MOST_KEPT:
         for path in sorted(names, key=os.path.getmtime)[: -_MOST_KEPT // 2]:
@@ -152,9 +152,9 @@ def _forget_oldest(directory: Path) -> None:
 
 
 def same_content(mine: EntryKey, held: EntryKey, digests: Digests) -> bool:
-    """Whether the checkpoint of `mine` is proved to have the content that `held` was loaded from.
+    """Prove that the checkpoint of `mine` has the content from which `held` was loaded.
 
-    False as well where it cannot be known any more: the other files were removed or edited since.
+    Returns False also if no proof is possible any more, because the files of `held` were removed or edited since.
     """
     if mine.files.keys() != held.files.keys() or not mine.files:
         return False
@@ -176,7 +176,7 @@ def _file(key: EntryKey, name: str) -> File:
 
 
 def _may_be_equal(mine: File, held: File, digests: Digests) -> bool:
-    """False if the two are known to differ, or nothing can be known about `held`."""
+    """Return False if the two files are known to differ, or if `held` cannot be examined."""
     known = digests.known(mine.identity), digests.known(held.identity)
     if None not in known:
         return known[0] == known[1]
@@ -186,12 +186,12 @@ def _may_be_equal(mine: File, held: File, digests: Digests) -> bool:
 
 
 def _open(path: Path) -> FileIO:
-    """For reading, without waiting if it is a pipe: others named the path."""
+    """Open a file for reading. Does not wait on a pipe, because another process chose the path."""
     return FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def _sample(path: Path) -> tuple[int, bytes]:
-    """Size and digest of some evenly spread pieces; `(-1, b"")` if it cannot be read."""
+    """Return the size and a digest of some evenly spread pieces; `(-1, b"")` if the file cannot be read."""
     try:
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -202,12 +202,12 @@ def _sample(path: Path) -> tuple[int, bytes]:
 
 
 def digest_of(path: Path) -> str:
-    """Digest of a small file's content."""
+    """Return the digest of a small file's content."""
     return blake3(path.read_bytes()).hexdigest()
 
 
 def _read(path: Path) -> str:
-    """Digest of a whole file, on all cores."""
+    """Return the digest of a whole file, computed on all cores."""
     hasher = blake3(max_threads=blake3.AUTO)
     buffer = memoryview(bytearray(_READ_BYTES))
     with _open(path) as file:

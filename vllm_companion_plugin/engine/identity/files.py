@@ -1,10 +1,11 @@
-"""What a look at a file proves without reading it, and for how long.
+"""What a look at a file proves without reading the file, and for how long.
 
-Inode, size and times tell one version of a file from all others where the kernel sets the time of change by itself
-and keeps it: then they are believed for ever. Images are made with any times (`mksquashfs -all-time 0`), and the same
-device number comes again for the next image; FUSE, 9p, virtiofs and network shares show what their server says; an
-overlay is another device in each container. There a look is believed within one mount at most, which the kernel
-numbers uniquely for a boot (`STATX_MNT_ID_UNIQUE`, Linux 6.8), and content is named by its digest.
+If the kernel itself sets and keeps the time of change, then inode, size and times tell one version of a file from all
+others, and a look proves the content for ever. Other file systems prove less. Image tools write any times
+(`mksquashfs -all-time 0`), and the next image gets the same device number. FUSE, 9p, virtiofs and network shares show
+what their server says. An overlay is another device in each container. On these a look proves the content within one
+mount at most, and a digest identifies the content. The kernel numbers mounts uniquely for a boot
+(`STATX_MNT_ID_UNIQUE`, Linux 6.8).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 _NFS = 0x6969
-# File systems by magic number (linux/magic.h): those that set a true time of change, ...
+# File systems by magic number (linux/magic.h). These set a true time of change.
 _TRUE_TIMES = {
     0xEF53: "ext4",
     0x58465342: "xfs",
@@ -33,7 +34,7 @@ _TRUE_TIMES = {
     0x47504653: "gpfs",
     _NFS: "nfs",
 }
-# ... and those in which nothing ever changes while they are mounted.
+# Nothing in these file systems changes while they are mounted.
 _IMAGES = {0x73717368: "squashfs", 0xE0F5E1E2: "erofs", 0x9660: "iso9660", 0x28CD3D45: "cramfs", 0x7275: "romfs"}
 _OTHERS = {
     0x794C7630: "overlay",
@@ -44,7 +45,7 @@ _OTHERS = {
     0xFF534D42: "cifs",
     0xFE534D42: "smb",
 }
-# Which times of change nobody had: 0, 1, 1980 (the first of FAT and zip), and what is near them.
+# Earlier times of change are not true: 0, 1, 1980 (the first year of FAT and zip), and times near these.
 _EARLIEST_NS = 631152000 * 10**9  # 1990
 _SECOND_NS = 10**9
 _STATX_MNT_ID_UNIQUE = 0x4000
@@ -57,7 +58,7 @@ class Lasts(Enum):
 
     EVER = "ever"
     MOUNT = "while it is mounted"
-    # Where mounts have no unique numbers: nobody mounts another image while one engine starts.
+    # ENGINE is for mounts without unique numbers: no user mounts another image while one engine starts.
     ENGINE = "while the processes of an engine live"
     LOAD = "while a model is loaded"
     NOT = "not at all"
@@ -73,15 +74,16 @@ class Look:
 
 
 def look(path: str | os.PathLike[str]) -> Look:
-    """Device, inode, size and times of the file itself, links resolved. Raises OSError.
+    """Look at device, inode, size and times of the file itself, with links resolved. Raises OSError.
 
-    The hub cache names its blobs by their content, but a blob can be written to like any other file.
+    A blob of the hub cache has its content's hash as its name. The look does not rely on the name, because a process
+    can write to a blob as to any other file.
     """
     magic, number = _file_system(path)
     status = _revalidated(path) if magic == _NFS else os.stat(path)
     kind = _TRUE_TIMES.get(magic) or _IMAGES.get(magic) or _OTHERS.get(magic) or f"a file system 0x{magic:x}"
     text = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-    # mke2fs and its like write whole seconds; a kernel that does has coarse times, which prove less.
+    # Tools such as mke2fs write whole seconds. A kernel that writes whole seconds has coarse times, which prove less.
     whole = status.st_ctime_ns % _SECOND_NS == 0
     if magic in _TRUE_TIMES and not whole:
         return Look(f"stat {number:x}:{text}", Lasts.EVER, kind)
@@ -97,17 +99,17 @@ def look(path: str | os.PathLike[str]) -> Look:
 
 
 def file_identity(path: Path) -> str:
-    """The text of a look at `path`."""
+    """Return the text of a look at `path`."""
     return look(path).text
 
 
 def _all_alike(path: str | os.PathLike[str], status: os.stat_result) -> bool:
-    """Whether the directory has the same time of change: then it is everybody's time, and nobody's."""
+    """Tell whether the directory has the same time of change. If so, a tool set one time for all files."""
     return os.stat(os.path.dirname(os.path.realpath(path))).st_ctime_ns == status.st_ctime_ns
 
 
 def _revalidated(path: str | os.PathLike[str]) -> os.stat_result:
-    """NFS asks its server about a file that is opened, and believes its cache otherwise."""
+    """Open the file before looking, because only then the NFS client asks its server instead of its cache."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return os.fstat(fd)
@@ -121,7 +123,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _file_system(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Magic number and id of the file system of `path`; Python's statvfs has the second alone."""
+    """Return magic number and id of the file system of `path`; Python's statvfs gives only the id."""
     buffer = ctypes.create_string_buffer(256)
     if _libc().statfs(os.fsencode(path), buffer) != 0:
         number = ctypes.get_errno()
@@ -131,7 +133,7 @@ def _file_system(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _mount(path: str | os.PathLike[str]) -> int | None:
-    """The number of the mount of `path` that no other has in this boot; None where the kernel has none."""
+    """Return the number of the mount of `path`, unique in this boot; None if the kernel has no such numbers."""
     statx = getattr(_libc(), "statx", None)
     buffer = ctypes.create_string_buffer(512)
     if statx is None or statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_MNT_ID_UNIQUE, buffer) != 0:
@@ -142,7 +144,7 @@ def _mount(path: str | os.PathLike[str]) -> int | None:
 
 @cache
 def _engine() -> str | None:
-    """The process that started this worker and those of the other ranks, as no other of this boot is named."""
+    """Return a name, unique in this boot, of the process that started the workers of all ranks."""
     parent = multiprocessing.parent_process()
     try:
         status = Path(f"/proc/{parent.pid}/stat").read_text() if parent is not None else ""

@@ -1,8 +1,8 @@
 """The key of an entry: everything that decides the bytes of a rank's tensors.
 
-Computed before the model is built, because building changes vLLM's config objects. It holds vLLM's configuration but
-for what is known to leave bytes alone (`configuration`), the code that makes weights (`code`), the versions and devices
-that lay them out, and the files that are read (`checkpoint`).
+The engine computes the key before it builds the model, because building changes vLLM's config objects. The key holds
+vLLM's configuration except fields that leave bytes alone (`configuration`), the code that makes weights (`code`), the
+versions and devices that lay weights out, and the files that loading reads (`checkpoint`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.models import model_name
 
 MAX_VARIANTS = 4
-"""Differences that one key names; an engine that is refused once more loads alone."""
+"""Limit of differences in one key. An engine that is refused once more loads alone."""
 
 MANIFEST_VERSION = 4
-"""Raised when capture or packing changes in a way that an older manifest would fail."""
+"""Version of capture and packing. A change that makes older manifests fail raises it."""
 
 _SHORT = 16
 _LARGEST_NAMED_FILE = 16 << 20
@@ -42,11 +42,11 @@ def compute(
     source: Path | None,
     content: dict[str, str],
 ) -> EntryKey:
-    """The key of this rank's entry.
+    """Compute the key of this rank's entry.
 
     Args:
-        source: the checkpoint; None for a format that reads none.
-        content: identity of each of its files.
+        source: the checkpoint; None for a load format without one.
+        content: identity of each file of the checkpoint.
     """
     ranks = layout.ranks()
     fields = {
@@ -57,14 +57,14 @@ def compute(
         "lora": str(vllm_config.lora_config is not None),
     }
     fields |= configuration.engine_fields(vllm_config)
-    # All of them: some are read when a model is built, and which ones changes between versions.
+    # All are in the key: building a model reads some, and which ones changes between versions.
     fields |= configuration.all_fields("lora", vllm_config.lora_config)
     fields |= _model_fields(vllm_config, model_config)
     fields |= {f"version.{name}": value for name, value in (layout.versions() | code.versions()).items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     speculative = vllm_config.speculative_config
     if getattr(model_config, "is_hybrid", False) and speculative is not None:
-        # Gated delta nets keep the number, and decide no tensor by it.
+        # Gated delta nets keep the number, but no tensor depends on it.
         fields["speculative.num_speculative_tokens"] = configuration.text(speculative.num_speculative_tokens)
     split = [f"{name}{value}" for name, value in ranks.items() if not value.endswith("/1")]
     rank = " ".join(split) or "single"
@@ -72,10 +72,10 @@ def compute(
 
 
 def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
-    """The key of a model that was refused: its own value at one place sets it apart.
+    """Return the key of the variant that a refused model is: its value at one place sets this model apart.
 
     Raises:
-        NotShareableError: it was refused so often that there is no end to be seen.
+        NotShareableError: the model was refused more than `MAX_VARIANTS` times.
     """
     before = refused.fields.get(VARIANT, "")
     if before.count("; ") + 1 >= MAX_VARIANTS:
@@ -86,7 +86,7 @@ def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
 
 
 def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:
-    """What a draft's own configuration adds to its key. To be asked before the target is built."""
+    """Return what a draft's own configuration adds to its key. Call this before the target is built."""
     fields = configuration.all_fields("speculative", vllm_config.speculative_config)
     return fields | _model_fields(vllm_config, draft_config)
 
@@ -99,9 +99,9 @@ def compute_draft(
     source: Path | None,
     content: dict[str, str],
 ) -> EntryKey:
-    """The key of a draft's entry: `draft_fields`, its checkpoint (with MTP, the target's), and all of the target's.
+    """Compute a draft's key: `draft_fields`, its checkpoint (with MTP, the target's), and all fields of the target.
 
-    Which config reaches the draft's loader differs between methods and versions of vLLM; each is made of these.
+    The config that reaches the draft's loader differs between methods and versions of vLLM. Each follows from these.
     """
     fields = fields | {f"target.{name}": value for name, value in target.fields.items()}
     fields["source_format"] = source_format
@@ -129,7 +129,10 @@ def _model_fields(vllm_config: Any, model_config: Any) -> dict[str, str]:
 
 
 def _remote_code(model_config: Any) -> dict[str, str]:
-    """Code that a checkpoint takes from another repository: "org/repo--modeling.Model". Its own is a file of its."""
+    """Return code that a checkpoint takes from another repository, as in "org/repo--modeling.Model".
+
+    The checkpoint's own code is one of its files.
+    """
     if not model_config.trust_remote_code:
         return {}
     named = (one for one in _strings(configuration.text(getattr(model_config.hf_config, "auto_map", None) or {})))
@@ -142,7 +145,7 @@ def _remote_code(model_config: Any) -> dict[str, str]:
 
 
 def _tokenizer(model_config: Any) -> dict[str, str]:
-    """The tokenizer of a model whose weights follow from tokens (a reranker made of a language model)."""
+    """Return the tokenizer of a model whose weights follow from tokens (a reranker made of a language model)."""
     hf = model_config.hf_config
     configs = (hf, hf.get_text_config())
     if all(getattr(one, name, None) is None for one in configs for name in ("classifier_from_token", "method")):
@@ -156,7 +159,7 @@ def _tokenizer(model_config: Any) -> dict[str, str]:
 
 
 def _named_files(fields: Mapping[str, str], place: str) -> dict[str, str]:
-    """Content of the files that values of fields name, in full or below the checkpoint."""
+    """Return digests of the files that values of fields name, by full path or by a path below the checkpoint."""
     found = {}
     for field, value in fields.items():
         if "/" not in value and "." not in value:
@@ -166,13 +169,13 @@ def _named_files(fields: Mapping[str, str], place: str) -> dict[str, str]:
             try:
                 if os.path.isfile(path) and os.path.getsize(path) <= _LARGEST_NAMED_FILE:
                     found[f"named.{field}" + (f".{number}" if number else "")] = digest_of(Path(path))[:_SHORT]
-            except (OSError, ValueError):  # no name of a file
+            except (OSError, ValueError):  # the text names no file
                 continue
     return found
 
 
 def _strings(value: str) -> Iterator[str]:
-    """Texts in a field's JSON."""
+    """Yield the texts in a field's JSON."""
     try:
         waiting = [json.loads(value)]
     except ValueError:

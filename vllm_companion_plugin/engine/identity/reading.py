@@ -1,9 +1,9 @@
-"""Which files a process reads while it builds and loads a model, as the interpreter sees them opened.
+"""Observing which files a process opens in Python while it builds and loads a model.
 
-What is decided before loading is decided by names that are known then (`checkpoint`). Model code may read more: who
-loads notes each small file that was opened, with its content, and who attaches compares (`differences`).
-Files that Rust or C++ open by themselves (safetensors, tokenizers, sentencepiece) are not seen; weights are known by
-`checkpoint`, and tokenizers are taken with the files in Python's sight beside them.
+Decisions before loading use the file names that are known at that time (`checkpoint`). Model code may read more files.
+So the loader notes each small file that was opened, with its content, and an attaching engine compares them
+(`differences`). The interpreter does not see files that Rust or C++ open (safetensors, tokenizers, sentencepiece).
+`checkpoint` knows the weights, and tokenizers count with the files beside them that Python opens.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 from vllm_companion_plugin.engine.identity.digest import digest_of
 
 LARGEST_BYTES = 16 << 20
-"""A larger file is no small one: if it holds weights, `checkpoint` knows it."""
+"""Limit of a small file, in bytes. If a larger file holds weights, `checkpoint` knows that file."""
 
 _HUB = "hub:"
-"""Begins the name of a file in the hub's cache, wherever that is."""
+"""Prefix of the name of a file in the hub's cache, wherever that cache is."""
 _SHORT = 16
-# A tokenizer's own files, read by Rust or C++ when the first of these was opened here.
+# A tokenizer's own files. Rust or C++ reads the others once Python has opened the first.
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
-# The machine's, not the model's.
+# Files of the machine, not of the model.
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pth", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
 _active: list[Reading] = []
@@ -40,7 +40,7 @@ _installed = False
 
 
 class Reading:
-    """What was opened while it was observed."""
+    """The files that a process opened during an observation."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = _directory_of(checkpoint)
@@ -48,13 +48,13 @@ class Reading:
         self._written: set[str] = set()
 
     def note(self, path: str, flags: int) -> None:
-        """A file was opened; called by the interpreter, in any thread."""
+        """Note an opened file. The interpreter calls this, in any thread."""
         (self._read if flags & os.O_ACCMODE == os.O_RDONLY else self._written).add(path)
 
     def files(self) -> dict[str, str]:
-        """Digests of the small files that were read and not written, by name.
+        """Return the digests of the small files that were read and not written, by name.
 
-        A name is relative to the checkpoint, `hub:` and relative to the hub's cache, or absolute.
+        A name is a path below the checkpoint, `hub:` and a path below the hub's cache, or an absolute path.
         """
         found = {}
         opened = {os.path.abspath(path) for path in list(self._read)}
@@ -71,10 +71,10 @@ class Reading:
 
 @contextmanager
 def observed_reading(checkpoint: Path) -> Iterator[Reading]:
-    """While open, the files that this process opens for reading are noted in what is yielded.
+    """Yield a `Reading` that notes, while open, the files that this process opens for reading.
 
     Args:
-        checkpoint: directory of the model, or its only file; names of files below it are relative.
+        checkpoint: directory of the model, or its only file; files below this directory get relative names.
     """
     _install()
     reading = Reading(checkpoint)
@@ -88,10 +88,10 @@ def observed_reading(checkpoint: Path) -> Iterator[Reading]:
 
 
 def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | None]:
-    """Files of `recorded` (from `Reading.files`) that `checkpoint` and this machine have with another content.
+    """Return the files of `recorded` (from `Reading.files`) whose content differs in `checkpoint` or on this machine.
 
     Returns:
-        The digest of the content here by name; None for a file that is absent.
+        The digest of the content here, by name; None for an absent file.
     """
     base = _directory_of(checkpoint)
     here = {name: _digest(_path(name, base)) for name in sorted(recorded)}
@@ -99,9 +99,9 @@ def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | No
 
 
 def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
-    """How the files of `recorded` differ from those that `checkpoint` and this machine have.
+    """Describe how the files of `recorded` differ from those of `checkpoint` and this machine.
 
-    One text a file, with both values; empty if all are the same.
+    Returns one text for each file, with both values; no text if all files are the same.
     """
     return [
         f"{name} has content {recorded[name][:_SHORT]} there and {digest[:_SHORT] if digest else 'is absent'} here"
@@ -110,7 +110,7 @@ def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
 
 
 def _install() -> None:
-    """Hooks cannot be removed; this one returns at once while nobody observes."""
+    """Install the hook once. Python cannot remove hooks; this one returns at once while nothing is observed."""
     global _installed
     with _adding:
         if not _installed:
@@ -132,10 +132,10 @@ def _directory_of(checkpoint: Path) -> str:
 
 
 def _name(path: str, checkpoint: str) -> str | None:
-    """How a file is named for others; None if it is not the model's."""
+    """Return a file's name for other processes; None if the file does not belong to the model."""
     if _is_below(path, checkpoint):
         return os.path.relpath(path, checkpoint)
-    if path.endswith(_CODE):  # named by the key, or not there after an update
+    if path.endswith(_CODE):  # the key identifies code, which may be gone after an update
         return None
     hub = _hub()
     if _is_below(path, hub):
@@ -160,7 +160,7 @@ def _hub() -> str:
 
 @cache
 def _not_models() -> tuple[str, ...]:
-    """Directories of the machine, of Python and its packages, and of caches that processes fill by themselves."""
+    """Return the directories of the machine, of Python and its packages, and of caches that processes fill."""
     from vllm import envs
 
     caches = (os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"))
@@ -172,11 +172,11 @@ def _not_models() -> tuple[str, ...]:
 
 
 def _digest(path: str) -> str | None:
-    """Of a small regular file; None of anything else."""
+    """Return the digest of a small regular file; None for anything else."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BYTES:
             return None
         return digest_of(Path(path))
-    except (OSError, ValueError):  # ValueError: no name of a file
+    except (OSError, ValueError):  # ValueError: the text names no file
         return None

@@ -1,1 +1,1 @@
-"""Engines that are started to be looked at or to fill a companion: `verify` and `serve MODEL`."""
+"""Engines that commands start to examine a model or to fill a companion, for `verify` and `serve MODEL`."""

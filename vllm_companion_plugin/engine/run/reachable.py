@@ -1,9 +1,9 @@
-"""All that a live model leads to, by name: every Python value and every tensor, to be compared with another engine's.
+"""Describing all that a live model leads to, by name: every Python value and every tensor, to compare two engines.
 
-The walk is the judge of `module_tree.capture` and shares no code with it: capture knows what models consist of, the
-walk asks the garbage collector (`gc.get_referents`), which also sees what no attribute and no container names. Names
-come from attributes, slots, items, arguments and closures; what has no name is numbered. Two engines that loaded the
-same model have equal descriptions, in any two processes.
+The walk is the judge of `tree.capture` and shares no code with it. Capture knows what models consist of; the walk asks
+the garbage collector (`gc.get_referents`), which also sees objects that no attribute and no container names. Names
+come from attributes, slots, items, arguments and closures; the walk numbers objects without a name. Two engines that
+loaded the same model have equal descriptions, in any two processes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ NOT_THE_MODELS: Mapping[str, str] = {
     "_io": "files belong to the process",
     "_contextvars": "a context belongs to its task",
 }
-"""Packages whose objects are noted by class alone, and why: they lead to the whole program."""
+"""Packages whose objects the walk notes by class alone, with the reason: these objects lead to the whole program."""
 
 LEFT_OUT: Mapping[str, str] = {
     r"\.kv_cache(\[\d+\])?$": "vLLM's cache comes after loading and holds what requests left in it",
@@ -68,22 +68,22 @@ LEFT_OUT: Mapping[str, str] = {
     r"quant_config\.(modules_in_block_to_quantize|modules_to_not_convert)\[": "a set's names in any order",
     r"\.handler_tensor$": "an address, of what a library packed for this process",
 }
-"""Paths that are left out, and why."""
+"""Paths that the walk leaves out, with the reason."""
 
 _PROGRAM = (types.ModuleType, types.CodeType, types.FrameType, types.TracebackType, functools._lru_cache_wrapper)
 _VALUES = (type(None), bool, int, float, complex, str, bytes, bytearray, range)
 _EXACT_VALUES = frozenset(_VALUES)
-# Their text tells all of them.
+# The text of such a value says all about the value.
 _TEXTS: tuple[type, ...] = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.dtype, np.generic),
     *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
     *(uuid.UUID, os.PathLike, re.Pattern, type(Ellipsis), type(NotImplemented)),
 )
-# Made anew by whoever asks for them, or interned: whether two are the same object says nothing.
+# Python makes such objects anew at each access, or interns them. So identity of two such objects means nothing.
 _WITHOUT_IDENTITY = (tuple, frozenset, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
-# Of torch.compile: https://github.com/pytorch/pytorch/blob/main/torch/_dynamo/decorators.py has dozens.
+# Attributes of torch.compile: https://github.com/pytorch/pytorch/blob/main/torch/_dynamo/decorators.py has dozens.
 _COMPILERS = re.compile(r"dynamo_|^_compiled_call_impl$")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+\b")
 _LONGEST_TEXT = 200
@@ -91,31 +91,31 @@ _LONGEST_TEXT = 200
 
 @dataclass
 class Reached:
-    """What a model leads to. Paths are those of `nn.Module` where modules and their tensors have one."""
+    """All that a model leads to. Modules and their tensors have their paths of `nn.Module` where these exist."""
 
     values: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def walk(model: nn.Module, left_out: Mapping[str, str] = LEFT_OUT) -> Reached:
-    """Everything that can be reached from `model`. Reads all tensors, changes nothing, calls no code of the model.
+    """Describe everything reachable from `model`. Reads all tensors, changes nothing, calls no code of the model.
 
     Args:
-        left_out: patterns of paths that are not followed, with the reason of each.
+        left_out: patterns of paths that the walk does not follow, each with its reason.
     """
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         return _Walk(left_out).run(model)
 
 
 class _Walk:
-    """One walk, breadth first, but modules, parameters and buffers before all others: these names are the best."""
+    """One walk, breadth first. Modules, parameters and buffers come before all others, because their names are best."""
 
     def __init__(self, left_out: Mapping[str, str]) -> None:
         self._left_out = re.compile("|".join(left_out)) if left_out else re.compile(r"(?!)")
         self._reached = Reached()
         self._tree: collections.deque[tuple[str, Any]] = collections.deque()
         self._others: collections.deque[tuple[str, Any]] = collections.deque()
-        # By id; the objects are kept, so that no other one gets the id of one that came and went.
+        # Paths by id. The walk keeps the objects, so that no new object gets the id of a freed one.
         self._met: dict[int, tuple[str, Any]] = {}
 
     def run(self, model: nn.Module) -> Reached:
@@ -148,7 +148,7 @@ class _Walk:
         )
 
     def _note_common_memory(self) -> None:
-        """Say of each tensor which one met before lies in the same memory: what is written to one is in both."""
+        """Note for each tensor which earlier tensor shares its memory: a write to one of them changes both."""
         order = {path: number for number, path in enumerate(self._reached.tensors)}
         spans = sorted(
             (*_span(value), order[path], path)
@@ -169,7 +169,7 @@ class _Walk:
 
 
 def _text(value: Any) -> str | None:
-    """The whole of a value without parts; None for all others."""
+    """Return the full text of a value without parts; None for all others."""
     cls = type(value)
     if cls in _EXACT_VALUES:
         text = repr(value)
@@ -184,7 +184,7 @@ def _text(value: Any) -> str | None:
     elif issubclass(cls, _PROGRAM) or _reason(cls):
         return f"a {name_of(cls)}"
     elif issubclass(cls, weakref.ReferenceType):
-        return f"weak reference to a {name_of(type(value()))}"  # whoever keeps it leads to it
+        return f"weak reference to a {name_of(type(value()))}"  # the walk reaches it through its owner
     else:
         return None
     return _shortened(text)
@@ -197,7 +197,7 @@ def _shortened(text: str) -> str:
 
 
 def _reason(cls: type) -> str | None:
-    """Why objects of a class are not followed, or None."""
+    """Return why the walk does not follow objects of a class, or None."""
     package = cls.__module__ if isinstance(cls.__module__, str) else ""
     while package:
         if package in NOT_THE_MODELS:
@@ -207,14 +207,14 @@ def _reason(cls: type) -> str | None:
 
 
 def _form(value: Any) -> str:
-    """A value with parts, without them."""
+    """Describe a value with parts, without these parts."""
     cls = type(value)
     name = name_of(cls)
     if issubclass(cls, types.FunctionType):
         return f"function {value.__module__}.{value.__qualname__}:{value.__code__.co_firstlineno}"
     if issubclass(cls, (types.BuiltinFunctionType, types.MethodWrapperType)):
         return f"function {value.__qualname__}"
-    for kind in _VALUES:  # subclasses of theirs
+    for kind in _VALUES:  # subclasses of these types
         if issubclass(cls, kind):
             base: Any = kind
             return f"{name} {base.__repr__(value)}"
@@ -241,17 +241,17 @@ def _form(value: Any) -> str:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Named parts of a value: the way to each, the part, and whether it is a module or tensor of the module tree."""
+    """Yield the named parts of a value: name, part, and whether the part is a module or tensor of the module tree."""
     cls = type(value)
     if issubclass(cls, nn.Module):
         for name in sorted(_MODULE_INTERNALS.intersection(value.__dict__)):
             part = value.__dict__[name]
-            if not part or _is_compilers(value, name):  # most are empty
+            if not part or _is_compilers(value, name):  # most of these tables are empty
                 continue
             if name in _MODULE_TABLES:
                 yield f".{name}", tuple(part), False
                 yield from ((f".{child}", tensor, True) for child, tensor in part.items())
-            else:  # keys of hooks are numbers that the process gives out
+            else:  # keys of hooks are numbers of this process
                 yield f".{name}", list(part.values()) if isinstance(part, collections.OrderedDict) else part, False
         yield from _attributes(value, _MODULE_INTERNALS)
         return
@@ -264,9 +264,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
         yield ".__self__", value.__self__, False
         if issubclass(cls, types.MethodType):
             yield ".__func__", value.__func__, False
-            return  # it shows its function's attributes as its own
+            return  # a bound method shows its function's attributes as its own
     elif issubclass(cls, (torch.Generator, torch.UntypedStorage)):
-        return  # all that they show besides is where they are
+        return  # their other attributes only say where they are
     elif issubclass(cls, types.GeneratorType):
         yield ".gi_frame.f_locals", dict(value.gi_frame.f_locals) if value.gi_frame else None, False
     elif issubclass(cls, torch.Tensor):
@@ -295,14 +295,14 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _attributes(value: Any, besides: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any, bool]]:
-    """Attributes that a value itself holds, in its dictionary or in slots; no property is asked."""
+    """Yield attributes that a value itself holds, in its dictionary or in slots. Calls no property."""
     found = {name: part for name, part in _dictionary(value).items() if name not in besides}
     for cls in reversed(type(value).__mro__):
         for name, slot in vars(cls).items():
             if type(slot) is types.MemberDescriptorType and not (name.startswith("__") and name.endswith("__")):
                 try:
                     found[name] = slot.__get__(value)
-                except AttributeError:  # empty
+                except AttributeError:  # the slot is empty
                     continue
     for name in sorted(found, key=str):
         if not _is_compilers(value, str(name)):
@@ -310,22 +310,22 @@ def _attributes(value: Any, besides: frozenset[str] = frozenset()) -> Iterator[t
 
 
 def _unnamed(value: Any, named: list[Any]) -> Iterator[Any]:
-    """What the garbage collector sees besides parts that have names."""
+    """Yield what the garbage collector sees besides the named parts."""
     cls = type(value)
     if issubclass(cls, (types.FunctionType, types.MethodType, nn.Module)):
-        return  # all of it has names; the rest of a function is the program
+        return  # all other parts have names; the rest of a function is the program
     seen = {id(part) for part in named} | {id(cls), id(_dictionary(value))}
     seen |= {id(part) for name, part in _dictionary(value).items() if _is_compilers(value, str(name))}
     if issubclass(cls, dict):
         seen.update(map(id, _items_of(value)))
     for part in gc.get_referents(value):
-        # Those without parts are keys, names and texts: all that count have names.
+        # Objects without parts are keys, names and texts; all of these that matter have names.
         if id(part) not in seen and _text(part) is None and not (type(part) is dict and not part):
             yield part
 
 
 def _is_compilers(holder: Any, name: str) -> bool:
-    """Whether an attribute is what a compiler notes on a model that it compiled."""
+    """Tell whether an attribute is a note that a compiler left on a compiled model."""
     if _COMPILERS.search(name):
         return True
     wrapper = getattr(sys.modules.get("vllm.compilation.wrapper"), "TorchCompileWithNoGuardsWrapper", None)
@@ -334,7 +334,7 @@ def _is_compilers(holder: Any, name: str) -> bool:
 
 @functools.cache
 def _set_by_vllms_compiler() -> frozenset[str]:
-    """Attributes that vLLM's wrapper around torch.compile gives to the module that it wraps, from its code."""
+    """Return the attributes that vLLM's wrapper of torch.compile sets on a wrapped module, from the wrapper's code."""
     names: set[str] = set()
     codes: list[types.CodeType] = []
     for module in filter(None, map(sys.modules.get, ("vllm.compilation.wrapper", "vllm.compilation.decorators"))):
@@ -361,7 +361,7 @@ def _dictionary(value: Any) -> dict[Any, Any]:
 
 
 def _items_of(value: dict[Any, Any]) -> dict[Any, Any]:
-    """The items, in their order, whatever the class makes of them."""
+    """Return the items in their order. Bypasses methods of the dictionary's class."""
     if isinstance(value, collections.OrderedDict):
         return dict(collections.OrderedDict.items(value))
     return value if type(value) is dict else dict(dict.items(value))
@@ -374,17 +374,17 @@ def _key(key: Any, number: int) -> str:
 def _asked(state: Callable[[], Any]) -> Any:
     try:
         return state()
-    except Exception as error:  # it has none that could be told
+    except Exception as error:  # the object has no state that can be read
         return type(error)
 
 
 def name_of(cls: type) -> str:
-    """Qualified name of a class."""
+    """Return the qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _describe(tensor: torch.Tensor) -> dict[str, Any]:
-    """A tensor, but for what is hung on it."""
+    """Describe a tensor without the attributes set on it."""
     return {
         "class": name_of(type(tensor)),
         "device": tensor.device.type,
@@ -399,13 +399,13 @@ def _describe(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of the elements in logical order, as hexadecimal text; why there is none, if they cannot be read."""
+    """Return the SHA-256 of the elements in logical order, in hexadecimal; or why the elements cannot be read."""
     if tensor.is_meta:
         return "meta"
     try:
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
         flat = plain.view(torch.uint8).cpu().numpy().data if plain.numel() else b""
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # sparse, or a wrapper around others
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # a sparse tensor, or a wrapper around others
         return type(error).__name__
     return hashlib.sha256(flat).hexdigest()
 
@@ -415,7 +415,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where a tensor's elements begin and end in memory; (0, 0) if it has none."""
+    """Return where a tensor's elements begin and end in memory; (0, 0) if the tensor has none."""
     if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
         return 0, 0
     try:

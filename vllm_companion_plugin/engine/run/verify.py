@@ -1,8 +1,7 @@
 """`python -m vllm_companion_plugin.engine.run.verify ROLE OUT [--adapter DIR] MODEL [flags]` describes one engine.
 
-ROLE is "reference" (a normal load) or "companion". OUT receives a JSON object: what the model of each worker leads
-to, every tensor by its digest, and what the engine answered to fixed prompts. Two such descriptions are equal if the
-models are.
+ROLE is "reference" (a normal load) or "companion". OUT receives a JSON object: all that each worker's model leads to,
+every tensor by its digest, and the engine's answers to fixed prompts. Equal models have equal descriptions.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ _MAX_TOKENS = 12
 _LOGPROBS = 5
 _SOUND_HZ = 16000
 _ROUNDS = 3
-"""How often prompts are asked together: who is batched with whom depends on when requests arrive, and decides the
-kernels, so that also a normal engine gives other values each time."""
+"""How often prompts are asked together. The arrival of requests decides the batches, and these decide the kernels. So
+even a normal engine gives other values each time."""
 
 
 class WorkerExtension:
-    """What vLLM mixes into its workers, so that the engine can ask them by name."""
+    """A class that vLLM mixes into its workers, so that the engine can call this method by name."""
 
     def companion_describe(self, role: str, directory: str) -> None:
-        """Write what the model of this worker is to `directory`, as JSON: calls return one replica's results only.
+        """Write a description of this worker's model to `directory`, as JSON. Calls return one replica's results only.
 
-        Under "draft" is that of speculative decoding, if it has one.
+        The key "draft" holds the draft of speculative decoding, if the worker has one.
 
         Args:
-            role: a reference on a device that shares unprocessed weights is loaded once more,
-                because the engine's own cannot be compared after processing.
+            role: on a device that shares unprocessed weights, a reference loads its model once more, because the
+                engine's own model cannot be compared after processing.
         """
         worker: Any = self
         device = devices.engine_device(worker.vllm_config)
@@ -61,7 +60,7 @@ class WorkerExtension:
             if worker.vllm_config.lora_config is not None:
                 runner, config = worker.model_runner, worker.vllm_config
                 again["target"] = runner.load_lora_model(again["target"], config, device.torch_device)
-            # Modules note and cache things while they run, which a model that never ran has not.
+            # Modules note and cache things while they run. A model that never ran has none of these.
             models = {name: describe(again[name]) | {"running": model} for name, model in models.items()}
         place = {"replica": worker.vllm_config.parallel_config.data_parallel_index, "rank": worker.rank}
         report = place | {"outcomes": [asdict(outcome) for outcome in current().outcomes]}
@@ -70,12 +69,12 @@ class WorkerExtension:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """All that `model` leads to, as JSON; equal for equal models in any process."""
+    """Return all that `model` leads to, as JSON; equal for equal models in any process."""
     return vars(reachable.walk(model))
 
 
 def _load_again(worker: Any, device: devices.EngineDevice, running: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The models of a worker once more, as `_load_one_again` does; the draft with the parts that are the target's."""
+    """Load the models of a worker again, by `_load_one_again`. The draft gets the parts that belong to the target."""
     config, runner = worker.vllm_config, worker.model_runner
     again = {"target": _load_one_again(config, config.model_config, "", device)}
     if "draft" in running:
@@ -87,7 +86,7 @@ def _load_again(worker: Any, device: devices.EngineDevice, running: dict[str, nn
 
 
 def _load_one_again(vllm_config: Any, model_config: Any, prefix: str, device: devices.EngineDevice) -> nn.Module:
-    """A second model through vLLM's own loader, its private packing left out."""
+    """Load a second model by vLLM's own loader, without vLLM's private packing."""
     loader = sources.source_loader(vllm_config.load_config, vllm_config.load_config.load_format)
     with building.second_model(vllm_config, model_config, prefix, device.torch_device) as model:
         loader.load_weights(model, model_config)
@@ -97,7 +96,7 @@ def _load_one_again(vllm_config: Any, model_config: Any, prefix: str, device: de
 
 
 class _Engine:
-    """vLLM's `LLM`: an engine with one replica of the model."""
+    """An engine with one replica of the model, vLLM's `LLM`."""
 
     def __init__(self, args: Any) -> None:
         from vllm import LLM
@@ -117,21 +116,21 @@ class _Engine:
         return found
 
     def forget(self) -> None:
-        """What was asked before does not shorten what is computed for the same prompt again."""
+        """Empty the prefix cache, so that earlier prompts do not shorten the computation of the same prompt."""
         self._llm.reset_prefix_cache()
 
     def call(self, method: str, *arguments: Any) -> None:
         self._llm.collective_rpc(method, args=arguments)
 
     def close(self) -> None:
-        """It ends with the process."""
+        """Do nothing: the engine ends with the process."""
 
 
 class _Replicas:
-    """Data parallel replicas, which `LLM` refuses."""
+    """An engine with data parallel replicas, which `LLM` refuses."""
 
     def __init__(self, args: Any) -> None:
-        self._loop = asyncio.new_event_loop()  # the client's tasks live in the loop in which it was made
+        self._loop = asyncio.new_event_loop()  # the client's tasks live in the loop that made the client
         self._llm = self._loop.run_until_complete(self._start(args))
         self.config = self._llm.vllm_config
         self.tasks: Sequence[str] = self._loop.run_until_complete(self._llm.get_supported_tasks())
@@ -152,7 +151,7 @@ class _Replicas:
         return self._all(streams)
 
     def encode(self, prompts: list[Any], task: Any) -> list[Any]:
-        """By whichever replica vLLM chooses: it takes turns, and nobody can name one."""
+        """Encode the prompts on the replicas that vLLM chooses in turn; a caller cannot name one."""
         from vllm import PoolingParams
 
         return self._all([self._llm.encode(prompt, PoolingParams(task=task), self._name()) for prompt in prompts])
@@ -176,7 +175,7 @@ class _Replicas:
         return f"verify-{self._asked}"
 
     def _all(self, streams: list[AsyncIterator[Any]]) -> list[Any]:
-        """The last output of each, all asked at once."""
+        """Return the last output of each stream; all streams run at once."""
 
         async def last(outputs: AsyncIterator[Any]) -> Any:
             return [output async for output in outputs][-1]
@@ -188,14 +187,14 @@ class _Replicas:
 
 
 def answers(engine: _Engine | _Replicas, adapter: str | None = None) -> dict[str, Any]:
-    """What the replicas make of fixed prompts: tokens with log probabilities, or vectors; of one after the other.
+    """Ask the replicas one after the other; return their answers: tokens with log probabilities, or vectors.
 
-    One prompt is long enough to be read in several pieces, and a picture and a sound are among those of a model that
-    takes them; "left_out" says which are not, and why. "at_once" are values of other prompts of these kinds, asked
-    together: for each what it got each time.
+    The prompts are fixed. One prompt is long enough to be read in several pieces. A model that takes pictures or sound
+    also gets a picture or a sound; "left_out" says which of these are missing, and why. "at_once" holds values of other
+    prompts of these kinds that are asked together: for each prompt its values each time.
 
     Args:
-        adapter: a LoRA adapter that some prompts are asked with, too.
+        adapter: a LoRA adapter with which some prompts are asked as well.
     """
     replicas = [
         _answers(engine, replica, adapter) for replica in range(engine.config.parallel_config.data_parallel_size)
@@ -230,7 +229,7 @@ def _answers(engine: _Engine | _Replicas, replica: int, adapter: str | None) -> 
             found.append({"tokens": list(output.token_ids), "values": values})
         return found
 
-    # One at a time: how requests are batched decides the kernels, and depends on when they arrive.
+    # Ask one prompt at a time: batches depend on the arrival of requests, and decide the kernels.
     given = [ask(one)[0] for one in itertools.product(_texts(engine.config, numbers), adapters)]
     media, left_out = [], ""
     if config.is_multimodal_model:
@@ -238,13 +237,13 @@ def _answers(engine: _Engine | _Replicas, replica: int, adapter: str | None) -> 
             for kind, prompt in _media(engine.config, numbers):
                 given += ask((prompt, None))
                 media.append(kind)
-        except Exception as error:  # no tokenizer or processor, or too little space for a picture
+        except Exception as error:  # the model has no tokenizer or processor, or too little space for a picture
             left_out = f"{type(error).__name__}: {error}"
             if not given:
                 raise
     others = [*itertools.product(_texts(engine.config, numbers), adapters)]
     others += [(prompt, None) for _, prompt in (_media(engine.config, numbers) if media else ())][: len(media)]
-    # Other kernels make other last bits, and these in the end other tokens: only where generation begins is compared.
+    # Other kernels make other last bits, which in the end make other tokens. So only the first token is compared.
     rounds = []
     for _ in range(_ROUNDS):
         engine.forget()
@@ -255,14 +254,14 @@ def _answers(engine: _Engine | _Replicas, replica: int, adapter: str | None) -> 
 
 
 def _words(config: Any, numbers: random.Random, length: int) -> list[int]:
-    """Tokens of a prompt that fits, and so does what is generated."""
+    """Make the tokens of a prompt that fits together with its answer."""
     vocabulary = min(config.model_config.get_vocab_size(), 30000)
     longest = config.model_config.max_model_len - _MAX_TOKENS - 1
     return [numbers.randrange(3, vocabulary) for _ in range(min(length, longest))]
 
 
 def _texts(config: Any, numbers: random.Random) -> list[dict[str, Any]]:
-    """Short prompts, and one that a scheduler that does so reads in three pieces."""
+    """Make short prompts, and one that a scheduler with chunked prefill reads in three pieces."""
     if config.model_config.is_encoder_decoder:
         return []
     scheduler = config.scheduler_config
@@ -272,7 +271,7 @@ def _texts(config: Any, numbers: random.Random) -> list[dict[str, Any]]:
 
 
 def _media(config: Any, numbers: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A prompt with noise for each kind of input that the model takes and we can make."""
+    """Yield a prompt with noise for each kind of input that the model takes and this module can make."""
     from PIL import Image
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -283,7 +282,7 @@ def _media(config: Any, numbers: random.Random) -> Iterator[tuple[str, dict[str,
     }
     for kind, make in noise.items():
         if processor.info.allowed_mm_limits.get(kind):
-            # The model's own placeholders for one such input, then words.
+            # The prompt holds the model's own placeholders for one such input, then words.
             placeholders = processor.info.get_tokenizer().encode(
                 processor.dummy_inputs.get_dummy_text({kind: 1}), add_special_tokens=False
             )
@@ -292,10 +291,10 @@ def _media(config: Any, numbers: random.Random) -> Iterator[tuple[str, dict[str,
 
 
 def workers(engine: _Engine | _Replicas, role: str, directory: Path) -> list[dict[str, Any]]:
-    """The reports of all workers, in the order of replicas and ranks; they are written to a new `directory`.
+    """Return the reports of all workers, in the order of replicas and ranks. Workers write them to a new `directory`.
 
     Raises:
-        CompanionError: some did not report.
+        CompanionError: some workers did not report.
     """
     parallel = engine.config.parallel_config
     expected = parallel.data_parallel_size * parallel.world_size
@@ -315,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, rest = parser.parse_known_args(rest)
     args = flags.parse("verify", rest)
     if args.worker_extension_cls:
-        raise SettingsError("verify: --worker-extension-cls is taken; verify without it.")
+        raise SettingsError("verify: --worker-extension-cls is taken.", remedy="Verify without that flag.")
     args.worker_extension_cls = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
     args = flags.without_companion(args) if role == "reference" else flags.through_companion(args)
     engine = _Replicas(args) if args.data_parallel_size > 1 else _Engine(args)
@@ -324,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             report["answers"] = answers(engine, asked.adapter)
             report["dtype"] = str(engine.config.model_config.dtype)
-        except Exception as error:  # the tensors are what counts
+        except Exception as error:  # the tensors count more than the answers
             report["answers"] = None
             report["no_answers"] = f"{type(error).__name__}: {error}"
         report["workers"] = workers(engine, role, Path(f"{out}.workers"))
