@@ -34,7 +34,7 @@ types: $(STAMP) ## mypy, strict
 demo: $(STAMP) ## two real vLLM servers on one copy of a real model, on CPU
 	$(BIN)/python tools/demo.py
 
-stubs: $(STAMP) ## regenerate vllm_companion_plugin/wire/schema.binpb and messages.py from protos/
+stubs: $(STAMP) ## regenerate vllm_companion_plugin/wire/schema.binpb, messages.py and messages.pyi from protos/
 	$(BIN)/python tools/make_stubs.py
 
 test-gpu: ## tests and acceptance figures on a machine with a GPU and a CUDA build of vLLM

@@ -334,8 +334,9 @@ class CompanionService:
         published = codec.published_from_message(commit.published)
         generation = self.registry.commit(lease, arena, stored, published, commit.generation)
         self._log_commit(lease, arena, generation)
-        published = codec.published_to_message(lease.entry.published)
-        return messages.PublishResponse(generation=generation, published=published)
+        return messages.PublishResponse(
+            generation=generation, published=codec.published_to_message(lease.entry.published)
+        )
 
     def _log_commit(self, lease: Lease, arena: ArenaInfo, generation: int) -> None:
         entry = lease.entry
