@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import models
-from tests.process.conftest import Place, place
+from tests.support.checkpoints import models
+from tests.support.place import Place
 from tests.vllm.test_turns import Process
 from vllm_companion_plugin import CompanionClient
 
-__all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 FREE_GIB, WANTED_GIB = 8.0, 6.0

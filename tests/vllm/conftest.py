@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoints
-from tests.process.conftest import Place, place
+from tests.support.checkpoints import formats
+from tests.support.place import Place
 from tests.vllm.nursery import ROOT, Forked, Nursery
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.settings import to_environment
-
-__all__ = ["place"]
 
 CHILD = "tests.vllm.engine_child"
 START_TIMEOUT_S = 240
@@ -194,7 +192,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LoRA adapter for `tiny_llama`, strong enough to change every answer."""
     path = tmp_path_factory.mktemp("adapters") / "adapter"
     config = json.loads((tiny_llama / "config.json").read_text())
-    checkpoints.save_adapter(path, config)
+    formats.save_adapter(path, config)
     return path
 
 
@@ -221,4 +219,4 @@ def _make(nursery: Nursery, path: Path, **options: Any) -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real all-MiniLM-L6-v2, from the package that carries it."""
-    return checkpoints.minilm()
+    return formats.minilm()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import models
+from tests.support.checkpoints import models
 from tests.vllm.nursery import Nursery
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.conftest import Place, until
+from tests.support.place import Place, until
 from tests.vllm.conftest import START_TIMEOUT_S, entries
 from tests.vllm.nursery import Nursery
 from vllm_companion_plugin.settings import to_environment

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from benchmarks import models
+from tests.support.checkpoints import models
 from tests.vllm.conftest import FLAGS
 from tests.vllm.nursery import Nursery
 
