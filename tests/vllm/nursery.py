@@ -189,16 +189,16 @@ def serve(channel: socket.socket) -> dict[str, Any] | None:
         nursery = os.getpid()
         pid = os.fork()
         if not pid:
-            channel.close()
             for pidfd, (_, told) in running.items():
                 os.close(pidfd)
                 os.close(told)
             become(request["environment"], fds, nursery)
+            channel.send(str(os.getpid()).encode())  # who hears of it can kill its group
+            channel.close()
             return request
         running[os.pidfd_open(pid)] = pid, fds.pop()
         for fd in fds:
             os.close(fd)
-        channel.send(str(pid).encode())
 
 
 def lead_a_session(parent: int) -> None:
