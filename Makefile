@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 VERSIONS ?= 0.27.1 0.29.0 0.31.0 0.32.0
 
-.PHONY: help test test-slow test-versions lint types demo stubs test-gpu clean
+.PHONY: help check test test-slow test-versions lint types demo stubs test-gpu clean
 
 help: ## list the recipes
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -12,12 +12,15 @@ help: ## list the recipes
 $(STAMP): pyproject.toml tools/make_venv.sh
 	PYTHON=$(PYTHON) tools/make_venv.sh
 
+check: $(STAMP) lint types ## the inner loop: lint, types, layers, rules, arenas, and a program that uses a companion
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/contract tests/test_layering.py tests/examples
+
 test: $(STAMP) lint types ## lint, types, layers and all tests, with real engines on CPU
 	$(BIN)/python -m pytest -q -m "not vllm and not alone and not slow and not gpu" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q -m "vllm and not alone and not slow and not gpu" -n 2 --dist worksteal
-	$(BIN)/python -m pytest -q -m alone
+	$(BIN)/python -m pytest -q -m "alone and not slow and not gpu"
 
-test-slow: $(STAMP) ## every architecture against a normal load, orders of events in the registry, thirty more rounds of chaos with real engines, and a thousand with stand-ins
+test-slow: $(STAMP) ## every architecture against a normal load, orders of events in the registry, thirty more rounds of chaos with real engines, and 1,200 with stand-ins
 	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python -m tests.process.chaos --rounds 1000
 
@@ -34,7 +37,7 @@ types: $(STAMP) ## mypy, strict
 demo: $(STAMP) ## two real vLLM servers on one copy of a real model, on CPU
 	$(BIN)/python tools/demo.py
 
-stubs: $(STAMP) ## regenerate vllm_companion_plugin/wire/schema.binpb and messages.py from protos/
+stubs: $(STAMP) ## regenerate vllm_companion_plugin/wire/schema.binpb, messages.py and messages.pyi from protos/
 	$(BIN)/python tools/make_stubs.py
 
 test-gpu: ## tests and acceptance figures on a machine with a GPU and a CUDA build of vLLM

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.checkpoints import minilm
+from tests.support.checkpoints.formats import minilm
 
 FORMATS = {
     "auto": {"load_format": "auto"},

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoints import write_tokenizer
 from benchmarks.servers import Load, Server
+from tests.support.checkpoints.formats import write_tokenizer
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState, EntryStatus

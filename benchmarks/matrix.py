@@ -1,4 +1,4 @@
-"""Every case of benchmarks/models.py: is it shared, is it equal, and is what is shared never written?
+"""Every case of tests/support/checkpoints/models.py: is it shared, is it equal, and is what is shared never written?
 
     python -m benchmarks.matrix --out DIR [--tiny] [--gpus N] [--ranks N] [--jobs N] [--only CASE ...]
 
@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import models
+from tests.support.checkpoints import models
 from vllm_companion_plugin.cli import look
 from vllm_companion_plugin.cli import verify as judging
 from vllm_companion_plugin.settings import resolve

@@ -21,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import models
 from benchmarks.servers import SMALL_CPU_ENGINE
+from tests.support.checkpoints import models
 from vllm_companion_plugin import CompanionClient
 
 ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for a mistake

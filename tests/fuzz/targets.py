@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from tests.fuzz.mutate import mutate_message, mutated_bytes
-from tests.manifests import type_of
+from tests.support.manifests import type_of
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import devices_named

@@ -14,7 +14,7 @@ import pytest
 from tests.fuzz import targets
 from tests.fuzz.run import fuzz
 from tests.fuzz.targets import KEY, TARGETS, framed, parsed, wire
-from tests.manifests import change, type_of
+from tests.support.manifests import change, type_of
 from vllm_companion_plugin.client.lease import Lease
 from vllm_companion_plugin.core.arena import ARENA_CHECKSUM, ArenaInfo
 from vllm_companion_plugin.errors import ManifestError

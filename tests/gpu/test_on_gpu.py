@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.process.conftest import Place, alive, place, until
-from tests.process.publishing import Small, load
+from tests.support.place import Place, alive, until
+from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import tensors_by_name
@@ -29,7 +29,6 @@ from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_byt
 from vllm_companion_plugin.tree.pack import copy, prepare
 from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 
-__all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
 GIB = 1 << 30

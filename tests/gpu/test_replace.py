@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from tests.gpu.starting import starter
 from tests.gpu.test_turns import GRAPHS
-from tests.process.conftest import Place, place
+from tests.support.place import Place
 from tests.vllm.test_replace import check, pair
-from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin import memory as arenas
 
-__all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
@@ -21,6 +19,4 @@ def test_graphs_replay_with_another_models_memory(place: Place, tmp_path: Path) 
     """The tokens are that model's, and the engine's own again after the way back."""
     if not arenas.KINDS[arenas.best_kind("cuda", 0)].can_remap:
         pytest.skip("this GPU shares memory by CUDA IPC")
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    device = CompanionClient().device
-    check(place, environment, tmp_path, pair(tmp_path, tiny=False), flags=GRAPHS, device=device)
+    check(starter(place, tmp_path), pair(tmp_path, tiny=False), flags=GRAPHS)

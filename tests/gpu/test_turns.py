@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import models
-from tests.process.conftest import Place, place
-from tests.vllm.test_turns import Process
-from vllm_companion_plugin import CompanionClient
+from tests.gpu.starting import starter
+from tests.support.checkpoints import models
+from tests.support.place import Place
 
-__all__ = ["place"]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 FREE_GIB, WANTED_GIB = 8.0, 6.0
@@ -54,26 +50,22 @@ def total_gib() -> Iterator[float]:
         ballast.communicate(timeout=60)
 
 
-def run(place: Place, log: Path, **options: Any) -> list[dict[str, Any]]:
-    process = Process(
-        *(place, os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, log), device=CompanionClient().device, **options
-    )
-    results = process.result()
-    process.end()
-    return results
-
-
 def test_models_in_one_process_and_where_only_one_fits(
     place: Place, tmp_path: Path, pair: list[str], total_gib: float
 ) -> None:
     """Their tokens are those of normal loads; each goes with its model, and makes room when it is in the way."""
-    turns = [pair[0], pair[1], pair[0]]
-    flags = GRAPHS | {"gpu_memory_utilization": WANTED_GIB / total_gib}
-    normal = run(place, tmp_path / "auto", models=turns, flags=flags, load_format="auto")
-    ours = run(place, tmp_path / "companion", models=turns, flags=flags)
-    log = (tmp_path / "companion").read_text()
-    assert [result["tokens"] for result in ours] == [result["tokens"] for result in normal]
-    assert [(result["mapped"], result["left"]) for result in ours] == [(1, 0)] * 3
+    start = starter(place, tmp_path)
+    options = {"models": [pair[0], pair[1], pair[0]]}
+    options["flags"] = GRAPHS | {"gpu_memory_utilization": WANTED_GIB / total_gib}  # type: ignore[assignment]
+    normal = start(**options, load_format="auto")
+    expected = normal.result()
+    normal.end()
+    ours = start(**options)
+    found = ours.result()
+    ours.end()
+    log = ours.log.read_text()
+    assert [result["tokens"] for result in found] == [result["tokens"] for result in expected]
+    assert [(result["mapped"], result["left"]) for result in found] == [(1, 0)] * 3
     dropped = [line for line in log.splitlines() if "Dropped" in line and "nobody used" in line]
     assert [path in line for path, line in zip(pair, dropped, strict=True)] == [True, True], log[-3000:]
     assert "Published weights" in log

@@ -28,8 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.process.conftest import Place, alive
 from tests.process.standin import PACKET_BYTES, companions, content_of, key_of
+from tests.support.place import Place, alive
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import CompanionError, WaitTimeoutError

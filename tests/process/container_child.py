@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any
 
-from tests.process.conftest import KEY, arena_of
+from tests.support.place import KEY, arena_of
 from vllm_companion_plugin.cli.main import main
 from vllm_companion_plugin.client.connection import Granted, connect
 from vllm_companion_plugin.client.mirror import Held, Holder

@@ -1,8 +1,7 @@
-"""Programs that are not vLLM: the client API, and its example in the documentation."""
+"""Programs that are not vLLM: the client API."""
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.process.conftest import KEY, Place, open_fds, until
-from tests.process.publishing import Small, damage, load, publish
+from tests.support.place import KEY, Place, open_fds, until
+from tests.support.publishing import Small, damage, load, publish
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, connect
 from vllm_companion_plugin.core.status import EntryState
@@ -24,8 +23,6 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
-
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "attach.py"
 
 
 class Varied(Small):
@@ -61,7 +58,7 @@ def client(place: Place) -> CompanionClient:
 PURE_PYTHON = """
 import torch
 from google.protobuf.internal import api_implementation
-from tests.process.publishing import KEY, Small, load
+from tests.support.publishing import KEY, Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.settings import resolve
@@ -187,11 +184,3 @@ def test_wait_ready_waits_for_companion_and_publication(place: Place) -> None:
         waiting.join(10)
     [entry] = found
     assert entry.state is EntryState.READY  # type: ignore[attr-defined]
-
-
-def test_the_example_of_the_documentation_runs(place: Place, model: nn.Module) -> None:
-    process: subprocess.Popen[str] = place.run(str(EXAMPLE), KEY.model, "cpu")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    assert "embed.weight: torch.bfloat16 (64, 16)" in out
-    assert "the largest has 2048 bytes" in out

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, alive, arena_of, until
+from tests.support.place import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError

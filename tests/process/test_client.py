@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.conftest import KEY, Place, answering, arena_of, memfd, open_fds, speaking, until
+from tests.support.place import KEY, Place, answering, arena_of, memfd, open_fds, speaking, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Publication, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published

@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.process.conftest import KEY, Place, alive, arena_of, until
+from tests.support.place import KEY, Place, alive, arena_of, until
 from vllm_companion_plugin.client.connection import Granted, Ready, connect
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, RuntimeDirError

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.conftest import until
+from tests.support.place import until
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.settings import resolve

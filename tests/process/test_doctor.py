@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, alive, answering, until
 from tests.process.test_cli import CLI, read_until, serve
+from tests.support.place import KEY, Place, alive, answering, until
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli.doctor import states
 from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, alive, arena_of, open_fds, until
-from tests.process.publishing import Small, load
+from tests.support.place import KEY, Place, alive, arena_of, open_fds, until
+from tests.support.publishing import Small, load
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.client.mirror import Held, Holder, hold
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
@@ -189,7 +189,7 @@ def test_what_is_unloaded_is_not_handed_back(engines: Engines) -> None:
 HOLDER = """
 import sys
 from tests.process.test_holder import Engines
-from tests.process.conftest import Place
+from tests.support.place import Place
 place = Place(sys.argv[1]); engines = Engines(place)
 print("ready" if engines.start() else "loaded", flush=True)
 sys.stdin.read()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, open_fds, until
+from tests.support.place import KEY, Place, open_fds, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import EntryState

@@ -15,8 +15,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.process.conftest import KEY, Place, arena_of, until
 from tests.process.test_cli import CLI, cli, read_until, serve
+from tests.support.place import KEY, Place, arena_of, until
 from vllm_companion_plugin.cli import metrics
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.identity import EntryKey

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.process.chaos import World
-from tests.process.conftest import KEY, Place, alive, until
 from tests.process.standin import companions
 from tests.process.test_holder import Engines
+from tests.support.place import KEY, Place, alive, until
 from vllm_companion_plugin.client import mirror
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.host import notes

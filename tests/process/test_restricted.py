@@ -43,7 +43,7 @@ exec setpriv --reuid {UID} --regid 0 --groups {UID} --no-new-privs --bounding-se
 WHOLE_PATH = """
 import os, pwd, subprocess, sys
 import torch
-from tests.process.publishing import KEY, Small, load
+from tests.support.publishing import KEY, Small, load
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.settings import resolve
 
@@ -53,7 +53,7 @@ except KeyError:
     pass
 assert not os.access(os.path.expanduser("~"), os.W_OK)
 ATTACH = '''
-from tests.process.publishing import KEY
+from tests.support.publishing import KEY
 from vllm_companion_plugin import CompanionClient
 with CompanionClient("cpu").attach(KEY.model) as weights:
     print("sum", weights.tensors["embed.weight"].double().sum().item())

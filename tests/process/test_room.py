@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.process.conftest import Place, alive, arena_of, until
+from tests.support.place import Place, alive, arena_of, until
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, connect
 from vllm_companion_plugin.core.identity import EntryKey

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, until
+from tests.support.place import KEY, Place, until
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.connection import Granted, connect
 from vllm_companion_plugin.core.module_tree import (

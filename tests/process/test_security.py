@@ -24,7 +24,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.process.conftest import KEY, Place, arena_of, memfd, until
+from tests.support.place import KEY, Place, arena_of, memfd, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import EntryKey

@@ -7,8 +7,8 @@ import os
 import signal
 from pathlib import Path
 
-from benchmarks import models
-from tests.process.conftest import Place, alive, until
+from tests.support.checkpoints import models
+from tests.support.place import Place, alive, until
 
 DEVICES = [f"GPU-00000000-0000-0000-0000-00000000000{digit}" for digit in "12"]
 

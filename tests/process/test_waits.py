@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import KEY, Place, arena_of, until
+from tests.support.place import KEY, Place, arena_of, until
 from vllm_companion_plugin.client import lease
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION

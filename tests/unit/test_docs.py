@@ -45,7 +45,7 @@ def test_every_threat_has_a_test() -> None:
     threats = [(threat, re.findall(r"`(test_\w+)`", test)) for threat, _, test in rows if threat.strip() != "threat"]
     assert len(threats) > 15
     assert [threat for threat, tests in threats if not tests] == []
-    code = "\n".join(path.read_text() for path in (DOCS.parent / "tests" / "process").glob("test_*.py"))
+    code = "\n".join(path.read_text() for path in (DOCS.parent / "tests").rglob("test_*.py"))
     assert [test for _, tests in threats for test in tests if f"def {test}(" not in code] == []
 
 

@@ -59,10 +59,11 @@ def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Pat
 @pytest.mark.parametrize("load_format", ["auto", "companion"])
 @pytest.mark.parametrize("source", ["auto", "dummy"])
 def test_the_reference_of_verify_reads_what_the_companion_would_without_its_settings(
-    load_format: str, source: str
+    load_format: str, source: str, tmp_path: Path
 ) -> None:
+    """Its model is a directory: a hub is asked for names."""
     extra = {"share": "copy", "source_format": source}
-    args = EngineArgs(model="m", load_format=load_format, model_loader_extra_config=extra)
+    args = EngineArgs(model=str(tmp_path), load_format=load_format, model_loader_extra_config=extra)
     reference = flags.without_companion(args)
     assert (reference.load_format, reference.model_loader_extra_config) == (source, {})
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.process.publishing import Small
+from tests.support.publishing import Small
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.core.module_tree import Manifest, Stage

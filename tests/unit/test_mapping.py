@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.manifests import change, set_field
+from tests.support.manifests import change, set_field
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,16 @@ def test_the_descriptors_in_the_tree_are_those_of_the_protos() -> None:
 def test_the_message_list_in_the_tree_is_that_of_the_protos() -> None:
     committed = (ROOT / "vllm_companion_plugin" / "wire" / "messages.py").read_text()
     assert committed == _make_stubs().messages_module()
+
+
+def test_the_types_in_the_tree_are_those_of_the_protos() -> None:
+    """Compilers of different versions write different imports, and the same classes."""
+    committed = (ROOT / "vllm_companion_plugin" / "wire" / "messages.pyi").read_text()
+    assert classes_of(committed) == classes_of(_make_stubs().messages_types())
+
+
+def classes_of(stub: str) -> dict[str, str]:
+    return {node.name: ast.dump(node) for node in ast.parse(stub).body if isinstance(node, ast.ClassDef)}
 
 
 def test_messages_are_not_registered_in_the_pool_that_all_libraries_share() -> None:

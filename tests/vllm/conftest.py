@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoints
-from tests.process.conftest import Place, place
+from tests.support.checkpoints import formats
+from tests.support.place import Place
+from tests.vllm.nursery import ROOT, Forked, Nursery
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.settings import to_environment
 
-__all__ = ["place"]
-
-CHILD = Path(__file__).with_name("engine_child.py")
+CHILD = "tests.vllm.engine_child"
 START_TIMEOUT_S = 240
 MANY_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 """The engine core and its worker in processes of their own, as vLLM has it by default on CPU."""
@@ -32,19 +31,29 @@ FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--s
 
 
 class Engine:
-    """A running engine. `result()` waits for it to be up and returns what it reported."""
+    """A running engine. `result()` waits for it to be up and returns what it reported.
 
-    def __init__(self, options: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+    It is a fork of `nursery`, or without one a process that was started by a command line.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], environment: dict[str, str], log: Path, nursery: Nursery | None
+    ) -> None:
         self.log = log
         self._result: dict[str, Any] | None = None
+        self.process: Forked | subprocess.Popen[str]
         with log.open("w") as file:
+            if nursery is not None:
+                self.process = nursery.start(CHILD, json.dumps(options), environment=environment, stderr=file)
+                return
             self.process = subprocess.Popen(
-                [sys.executable, str(CHILD), json.dumps(options)],
+                [sys.executable, "-m", CHILD, json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
                 env=environment,
+                cwd=ROOT,
                 start_new_session=True,
             )
 
@@ -89,13 +98,17 @@ class Engine:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def stop(self) -> None:
-        """End it as a user would; kill what is left."""
-        if self.process.poll() is None and self.process.stdin is not None:
+    def tell_to_end(self) -> None:
+        """End it as a user would."""
+        if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
+
+    def stop(self) -> None:
+        """End it as a user would, wait for that, and kill what is left."""
+        self.tell_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
         self.kill()
         self.process.wait(10)
         if self.process.stdout is not None:
@@ -125,32 +138,53 @@ def engine_environment() -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def fork_environment(engine_environment: dict[str, str]) -> dict[str, str]:
+    """Engines that are forked compile nothing: vLLM's sampler does otherwise, 3 s each; engines that start do."""
+    return engine_environment | {"TORCH_COMPILE_DISABLE": "1"}
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory, fork_environment: dict[str, str]) -> Iterator[Nursery]:
+    """Of this worker, for all its tests."""
+    made = Nursery(fork_environment, tmp_path_factory.mktemp("nursery") / "log")
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def start_engine(tmp_path: Path, place: Place, engine_environment: dict[str, str]) -> Iterator[Callable[..., Engine]]:
-    """Start an engine: `start_engine(model=..., load_format=..., ...)`."""
+def start_engine(
+    tmp_path: Path,
+    place: Place,
+    engine_environment: dict[str, str],
+    fork_environment: dict[str, str],
+    nursery: Nursery,
+) -> Iterator[Callable[..., Engine]]:
+    """Start an engine: `start_engine(model=..., load_format=..., ...)`.
+
+    An engine with an `environment` of its own is started by a command line, others are forks of the nursery.
+    """
     engines: list[Engine] = []
 
     def start(*, environment: dict[str, str] | None = None, **options: Any) -> Engine:
         options["model"] = str(options["model"])
-        full = engine_environment | to_environment(place.settings) | (environment or {})
-        engines.append(Engine(options, full, tmp_path / f"engine-{len(engines)}.log"))
+        full = engine_environment if environment is not None else fork_environment
+        full = full | to_environment(place.settings) | (environment or {})
+        log = tmp_path / f"engine-{len(engines)}.log"
+        engines.append(Engine(options, full, log, None if environment is not None else nursery))
         return engines[-1]
 
     yield start
+    for engine in engines:
+        engine.tell_to_end()
     for engine in engines:
         engine.stop()
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with untied embeddings, made in a child so that this process stays small."""
-    return _make(
-        tmp_path_factory,
-        "llama",
-        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
-        "config = C(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,"
-        " num_key_value_heads=2, vocab_size=512, max_position_embeddings=256)\n",
-    )
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Path:
+    """A random Llama with untied embeddings."""
+    return _make(nursery, tmp_path_factory.mktemp("models") / "llama", intermediate_size=256, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="session")
@@ -158,30 +192,31 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LoRA adapter for `tiny_llama`, strong enough to change every answer."""
     path = tmp_path_factory.mktemp("adapters") / "adapter"
     config = json.loads((tiny_llama / "config.json").read_text())
-    checkpoints.save_adapter(path, config)
+    formats.save_adapter(path, config)
     return path
 
 
 @pytest.fixture(scope="session")
-def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied_llama(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Path:
     """A random Llama whose output layer is its embedding."""
-    return _make(
-        tmp_path_factory,
-        "tied",
-        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
-        "config = C(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,"
-        " num_key_value_heads=4, vocab_size=512, max_position_embeddings=256, tie_word_embeddings=True)\n",
-    )
+    options = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    return _make(nursery, tmp_path_factory.mktemp("models") / "tied", **options)
 
 
-def _make(factory: pytest.TempPathFactory, name: str, code: str) -> Path:
-    path = factory.mktemp("models") / name
-    script = f"import torch\ntorch.manual_seed(1)\n{code}M(config).to(torch.float32).save_pretrained({str(path)!r})\n"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True)
+def _make(nursery: Nursery, path: Path, **options: Any) -> Path:
+    """In a fork, so that this process stays small."""
+    log = path.with_suffix(".log")
+    with log.open("w") as file:
+        fork = nursery.start(
+            "tests.vllm.llama_child", str(path), json.dumps(options), environment=os.environ, stderr=file
+        )
+    said, _ = fork.communicate(120)
+    fork.close()
+    assert fork.returncode == 0, said + log.read_text()
     return path
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real all-MiniLM-L6-v2, from the package that carries it."""
-    return checkpoints.minilm()
+    return formats.minilm()

@@ -6,7 +6,6 @@ The argument is a JSON object: models (its own, and one of the same shape; a com
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 
@@ -16,7 +15,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     from vllm_companion_plugin import CompanionClient
-    from vllm_companion_plugin.memory import Arena
+    from vllm_companion_plugin.engine.session import current
 
     own, other = options["models"]
     llm = LLM(
@@ -33,18 +32,18 @@ def main() -> None:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in options["prompts"]], sampling)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    gc.unfreeze()  # vLLM hides from the collector what it has when it is up
-    (arena,) = (each for each in gc.get_objects() if isinstance(each, Arena))
+    (attachment,) = current().attachments()
+    arena = attachment.arena
     address, found = arena.address, [tokens()]
     client = CompanionClient(options.get("device", "cpu"))
     with client.attach(other) as theirs, client.attach(own) as ours:
         assert theirs.manifest.storages == ours.manifest.storages
-        arena.replace(theirs._arena.info, theirs._arena.fds.dup())
+        arena.replace(theirs.arena.info, theirs.arena.fds.dup())
         found.append(tokens())
-        arena.replace(ours._arena.info, ours._arena.fds.dup())
+        arena.replace(ours.arena.info, ours.arena.fds.dup())
         found.append(tokens())
         arena.unmap()
-        arena.map_again(theirs._arena.info, theirs._arena.fds.dup())
+        arena.map_again(theirs.arena.info, theirs.arena.fds.dup())
     found.append(tokens())
     assert arena.address == address
     print("RESULT " + json.dumps(found), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import Place, alive, answering, until
+from tests.support.place import Place, alive, answering, until
 from tests.vllm.conftest import FLAGS, Engine, StartEngine, entries
 from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.settings import to_environment

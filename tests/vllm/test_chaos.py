@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import Place, alive, until
 from tests.process.standin import companions
+from tests.support.place import Place, alive, until
 from tests.vllm.conftest import START_TIMEOUT_S, Engine, StartEngine
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState

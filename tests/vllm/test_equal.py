@@ -8,17 +8,15 @@ at once) with the shared weights mapped read-only, and then everything that thei
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import models
+from tests.support.checkpoints import models
+from tests.vllm.nursery import Nursery
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -30,18 +28,12 @@ NEED_TORCHVISION = ("qwen3-vl", "qwen3-vl-limits")
 
 
 class Matrix:
-    """A process that has imported vLLM, and makes rows."""
+    """A process that makes rows; a fork of the nursery, which forks for each engine."""
 
-    def __init__(self, directory: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.matrix", "--tiny", "--stdin", "--out", directory]
-        self._process = subprocess.Popen(
-            [*command, "--models", f"{directory}/models"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+    def __init__(self, nursery: Nursery, environment: dict[str, str], directory: Path) -> None:
+        options = ["--tiny", "--stdin", "--out", str(directory), "--models", str(directory / "models")]
+        with (directory / "log").open("w") as log:
+            self._process = nursery.start("benchmarks.matrix", *options, environment=environment, stderr=log)
 
     def row(self, case: str) -> dict[str, Any]:
         """What became of a case; a fork that hangs is ended by the process itself."""
@@ -53,13 +45,14 @@ class Matrix:
         return row
 
     def close(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.close()
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    made = Matrix(str(tmp_path_factory.mktemp("matrix")))
+def matrix(
+    nursery: Nursery, fork_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Matrix]:
+    made = Matrix(nursery, fork_environment, tmp_path_factory.mktemp("matrix"))
     yield made
     made.close()
 

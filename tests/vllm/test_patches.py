@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import Place
+from tests.support.place import Place
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.settings import to_environment
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import architectures
-from tests.process.conftest import Place
-from tests.vllm.test_turns import Process
+from tests.support.checkpoints import architectures
+from tests.vllm.test_turns import Process, start
 
+__all__ = ["start"]
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-CHILD = str(Path(__file__).with_name("replace_child.py"))
 
 
 def pair(directory: Path, *, tiny: bool) -> list[str]:
@@ -24,20 +23,17 @@ def pair(directory: Path, *, tiny: bool) -> list[str]:
     return [str(path) for path in paths]
 
 
-def check(place: Place, environment: dict[str, str], logs: Path, models: list[str], **options: Any) -> None:
+def check(start: Callable[..., Process], models: list[str], **options: Any) -> None:
     """Tokens are those of whatever is mapped; `models` are published by engines of their own first."""
-    publisher = Process(place, environment, logs / "published", models=models, **options)
+    publisher = start(models=models, **options)
     first, second = (result["tokens"] for result in publisher.result())
     publisher.end()
     assert first != second
-    process = Process(place, environment, logs / "replaced", child=CHILD, models=models, **options)
+    process = start("tests.vllm.replace_child", models=models, **options)
     assert process.result() == [first, second, first, second]
     process.end()
 
 
-def test_another_models_memory_gives_that_models_tokens(
-    place: Place, engine_environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_another_models_memory_gives_that_models_tokens(start: Callable[..., Process], tmp_path: Path) -> None:
     """And its own gives its own after the way back. Nothing in the engine was told."""
-    flags = {"dtype": "float32", "enforce_eager": True}
-    check(place, engine_environment, tmp_path, pair(tmp_path, tiny=True), flags=flags)
+    check(start, pair(tmp_path, tiny=True), flags={"dtype": "float32", "enforce_eager": True})

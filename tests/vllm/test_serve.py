@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import models
-from tests.process.conftest import Place, alive, until
+from tests.support.checkpoints import models
+from tests.support.place import Place, alive, until
 from tests.vllm.conftest import FLAGS, StartEngine, entries
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.process.conftest import Place, until
-from tests.process.publishing import damage
+from tests.support.place import Place, until
+from tests.support.publishing import damage
 from tests.vllm.conftest import MANY_PROCESSES, StartEngine, entries
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState

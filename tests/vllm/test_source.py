@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import Place
+from tests.support.place import Place
 from tests.vllm.conftest import FLAGS, StartEngine
 from tests.vllm.test_bad_input import fails
 from vllm_companion_plugin.settings import to_environment

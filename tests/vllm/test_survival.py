@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.servers import Load, Server
-from tests.process.conftest import Place, alive, until
+from tests.support.place import Place, alive, until
 from tests.vllm.conftest import MANY_PROCESSES, START_TIMEOUT_S, StartEngine
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState, EntryStatus

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process.conftest import Place, until
+from tests.support.place import Place, until
 from tests.vllm.conftest import START_TIMEOUT_S, entries
+from tests.vllm.nursery import Nursery
 from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-CHILD = str(Path(__file__).with_name("turns_child.py"))
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
+CHILD = "tests.vllm.turns_child"
 
 
 class Process:
     """One that runs models one after the other. `result()` waits for all of them; it stays until `end`."""
 
-    def __init__(
-        self, place: Place, environment: dict[str, str], log: Path, child: str = CHILD, **options: Any
-    ) -> None:
+    def __init__(self, process: Any, log: Path) -> None:
+        self.process = process
         self.log = log
-        options = {"prompts": PROMPTS} | options
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, child, json.dumps(options)],
-                **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True},
-                env=environment | to_environment(place.settings),
-            )
-        place.processes.append(self.process)
 
     def result(self) -> list[dict[str, Any]]:
         timer = threading.Timer(START_TIMEOUT_S, self.process.kill)
@@ -53,19 +44,36 @@ class Process:
     def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.stdin = None
         assert self.process.wait(60) == 0, self.log.read_text()[-3000:]
 
 
+@pytest.fixture
+def start(
+    nursery: Nursery, place: Place, fork_environment: dict[str, str], tmp_path: Path
+) -> Iterator[Callable[..., Process]]:
+    """Start such a process: `start(models=...)`."""
+    started: list[Process] = []
+
+    def one(child: str = CHILD, **options: Any) -> Process:
+        environment = fork_environment | to_environment(place.settings)
+        log = tmp_path / f"log-{len(started)}"
+        with log.open("w") as file:
+            arguments = json.dumps({"prompts": PROMPTS} | options)
+            started.append(Process(nursery.start(child, arguments, environment=environment, stderr=file), log))
+        return started[-1]
+
+    yield one
+    for process in started:
+        process.process.close()
+
+
 def test_models_one_after_the_other_in_a_process_are_given_back(
-    place: Place, engine_environment: dict[str, str], tmp_path: Path, tiny_llama: Path, tied_llama: Path
+    place: Place, start: Callable[..., Process], tiny_llama: Path, tied_llama: Path
 ) -> None:
     """Published or attached: with the model its mapping goes, and nobody uses its entry any more."""
     tokens = []
     for what in ("Published", "Attached"):
-        process = Process(
-            *(place, engine_environment, tmp_path / what), models=[str(tiny_llama), str(tied_llama), str(tiny_llama)]
-        )
+        process = start(models=[str(tiny_llama), str(tied_llama), str(tiny_llama)])
         results = process.result()
         assert [(result["mapped"], result["left"]) for result in results] == [(1, 0)] * 3
         assert results[0]["tokens"] == results[2]["tokens"]
@@ -78,12 +86,11 @@ def test_models_one_after_the_other_in_a_process_are_given_back(
 
 
 def test_models_take_turns_on_a_device_where_only_one_fits(
-    place: Place, engine_environment: dict[str, str], tmp_path: Path, tiny_llama: Path, tied_llama: Path
+    place: Place, start: Callable[..., Process], tiny_llama: Path, tied_llama: Path
 ) -> None:
     """Long before its linger time is over, what nobody uses makes room for who is elected to load."""
     first, second = (sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (tiny_llama, tied_llama))
-    process = Process(
-        *(place, engine_environment, tmp_path / "log"),
+    process = start(
         models=[str(tiny_llama), str(tied_llama), str(tiny_llama)],
         room=max(first, second) + min(first, second) // 2,
     )

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from benchmarks import models
+from tests.support.checkpoints import models
 from tests.vllm.conftest import FLAGS
+from tests.vllm.nursery import Nursery
 
 pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
 
@@ -30,29 +31,47 @@ NO_PROCESSOR = "Failed to load the processor."
 NO_PICTURE = "text only: RuntimeError: cannot reshape tensor of 0 elements"
 
 
+Verify = Callable[..., tuple[int, dict[str, Any], str]]
+
+
 @pytest.fixture
-def temporary() -> Iterator[Path]:
-    """A temp directory of our own, with a short name: sockets go there."""
-    path = tempfile.mkdtemp(prefix="vc", dir="/tmp")
-    yield Path(path)
-    shutil.rmtree(path, ignore_errors=True)
+def verify(
+    nursery: Nursery, engine_environment: dict[str, str], fork_environment: dict[str, str], tmp_path: Path
+) -> Iterator[Verify]:
+    """Run the command; its status, its verdict, and what it said.
+
+    Its engines are forks of a process that has imported vLLM, unless `by_command`.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix="vc", dir="/tmp"))  # with a short name: sockets go there
+
+    def run(model: Path, *flags: str, by_command: bool = False) -> tuple[int, dict[str, Any], str]:
+        line = ["verify", str(model), "--json", *FLAGS, *flags]
+        environment = (engine_environment if by_command else fork_environment) | {"TMPDIR": str(temporary)}
+        if by_command:
+            command = [sys.executable, "-m", "vllm_companion_plugin.cli.main", *line]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+            code, out, said = done.returncode, done.stdout, done.stderr
+        else:
+            log = tmp_path / "said"
+            with log.open("w") as file:
+                fork = nursery.start("tests.vllm.verify_child", *line, environment=environment, stderr=file)
+            out, _ = fork.communicate(580)
+            fork.close()
+            code, said = fork.wait(0), log.read_text()
+        return judged(code, out, said, temporary)
+
+    yield run
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def verify(model: Path, environment: dict[str, str], temporary: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_companion_plugin.cli.main", "verify", str(model), "--json", *FLAGS, *flags],
-        env=environment | {"TMPDIR": str(temporary)},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    if "the engine that loads normally ended" in done.stderr and any(words in done.stderr for words in NO_FLOAT32):
+def judged(code: int, out: str, said: str, temporary: Path) -> tuple[int, dict[str, Any], str]:
+    if "the engine that loads normally ended" in said and any(words in said for words in NO_FLOAT32):
         pytest.skip("this vLLM cannot run the model in float32 on this CPU")
-    if OLDER and "the engine that loads normally ended" in done.stderr and NO_PROCESSOR in done.stderr:
+    if OLDER and "the engine that loads normally ended" in said and NO_PROCESSOR in said:
         pytest.skip("this vLLM cannot load the processor of the model")
-    assert done.stdout, done.stderr[-3000:]
+    assert out, said[-3000:]
     assert not list(temporary.glob("vcv-*"))
-    return done.returncode, json.loads(done.stdout), done.stderr
+    return code, json.loads(out), said
 
 
 @pytest.mark.parametrize(
@@ -69,11 +88,11 @@ def test_a_model_is_equal_through_the_companion(
     flags: tuple[str, ...],
     ranks: list[str],
     tmp_path: Path,
-    temporary: Path,
-    engine_environment: dict[str, str],
+    verify: Verify,
 ) -> None:
+    """The first by the command that users type."""
     models.make(case, tmp_path / case, tiny=True)
-    code, verdict, said = verify(tmp_path / case, engine_environment, temporary, *flags)
+    code, verdict, said = verify(tmp_path / case, *flags, by_command=case == "gemma3")
     assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
     assert [rank["rank"] for rank in verdict["ranks"]] == ranks
     for rank in verdict["ranks"]:
@@ -86,32 +105,26 @@ def test_a_model_is_equal_through_the_companion(
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_equal_through_the_companion(
-    tiny_llama: Path, temporary: Path, engine_environment: dict[str, str]
-) -> None:
+def test_a_compiled_model_is_equal_through_the_companion(tiny_llama: Path, verify: Verify) -> None:
     """As vLLM starts by default; test_equal.py has one whose graph is traced and not compiled to machine code."""
-    code, verdict, said = verify(tiny_llama, engine_environment, temporary, "--no-enforce-eager")
+    code, verdict, said = verify(tiny_llama, "--no-enforce-eager", by_command=True)
     assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
 
 
 @pytest.mark.slow  # test_equal asks this of real engines, too
-def test_limits_of_the_publisher_are_its_own(
-    tmp_path: Path, temporary: Path, engine_environment: dict[str, str]
-) -> None:
+def test_limits_of_the_publisher_are_its_own(tmp_path: Path, verify: Verify) -> None:
     """Engines with other limits attach to what it published; a prompt is read in pieces."""
     models.make("qwen3-moe", tmp_path / "moe", tiny=True)
     limits = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8")
     flags = ("--publisher", "--max-num-batched-tokens 128 --max-num-seqs 16", *limits)
-    code, verdict, said = verify(tmp_path / "moe", engine_environment, temporary, *flags)
+    code, verdict, said = verify(tmp_path / "moe", *flags)
     assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
     assert verdict["ranks"][0]["attached"] == "attached"
 
 
-def test_a_real_embedding_model_is_equal_through_the_companion(
-    minilm: Path, temporary: Path, engine_environment: dict[str, str]
-) -> None:
+def test_a_real_embedding_model_is_equal_through_the_companion(minilm: Path, verify: Verify) -> None:
     flags = ("--runner", "pooling", "--no-skip-tokenizer-init")
-    code, verdict, said = verify(minilm, engine_environment, temporary, *flags)
+    code, verdict, said = verify(minilm, *flags)
     assert (code, verdict["verdict"]) == (0, "equal"), said[-3000:]
     (rank,) = verdict["ranks"]
     assert (rank["loaded"], rank["attached"]) == ("published", "attached")

@@ -11,7 +11,6 @@ import math
 import os
 import re
 from dataclasses import asdict, fields
-from typing import Any
 
 from vllm_companion_plugin.core.arena import ARENA_CHECKSUM, ArenaInfo, Checksums, piece_count
 from vllm_companion_plugin.core.identity import EntryKey
@@ -88,7 +87,7 @@ def _path_from_text(text: str) -> str:
     return path
 
 
-def key_to_message(key: EntryKey) -> Any:
+def key_to_message(key: EntryKey) -> messages.EntryKey:
     return messages.EntryKey(
         id=key.id,
         model=key.model,
@@ -101,7 +100,7 @@ def key_to_message(key: EntryKey) -> Any:
     )
 
 
-def key_from_message(message: Any) -> EntryKey:
+def key_from_message(message: messages.EntryKey) -> EntryKey:
     """Raises `BadRequestError` unless it is one that can be kept, shown, and be part of a file name."""
     key = EntryKey(
         id=message.id,
@@ -131,13 +130,13 @@ def _time(seconds: float) -> float:
     return seconds
 
 
-def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> Any:
+def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> messages.ArenaDescriptor:
     """`handle` is what gives access to the arena, e.g. a ticket of the fd socket."""
     checksums = messages.Checksums(algorithm=arena.checksums.algorithm, values=arena.checksums.values)
     return messages.ArenaDescriptor(kind=arena.kind, block_sizes=arena.block_sizes, handle=handle, checksums=checksums)
 
 
-def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
+def arena_from_message(message: messages.ArenaDescriptor) -> tuple[ArenaInfo, bytes]:
     """Arena and handle. Raises `BadRequestError` for unknown kinds and impossible sizes."""
     if message.kind not in KINDS:
         raise BadRequestError(f"Arena kind {message.kind[:100]!r} is unknown; known: {', '.join(sorted(KINDS))}.")
@@ -155,15 +154,15 @@ def arena_from_message(message: Any) -> tuple[ArenaInfo, bytes]:
     return ArenaInfo(message.kind, sizes, checksums), message.handle
 
 
-def progress_to_message(progress: Progress) -> Any:
+def progress_to_message(progress: Progress) -> messages.Progress:
     return messages.Progress(phase=progress.phase, done_bytes=progress.done_bytes, total_bytes=progress.total_bytes)
 
 
-def progress_from_message(message: Any) -> Progress:
+def progress_from_message(message: messages.Progress) -> Progress:
     return Progress(printable(message.phase[:200]), message.done_bytes, message.total_bytes)
 
 
-def loader_to_message(loader: LoaderInfo) -> Any:
+def loader_to_message(loader: LoaderInfo) -> messages.LoaderInfo:
     return messages.LoaderInfo(
         pid=loader.pid,
         client=loader.client,
@@ -173,7 +172,7 @@ def loader_to_message(loader: LoaderInfo) -> Any:
     )
 
 
-def loader_from_message(message: Any) -> LoaderInfo:
+def loader_from_message(message: messages.LoaderInfo) -> LoaderInfo:
     """Raises `BadRequestError` for a time that is none."""
     return LoaderInfo(
         message.pid,
@@ -184,7 +183,7 @@ def loader_from_message(message: Any) -> LoaderInfo:
     )
 
 
-def published_to_message(published: Published) -> Any:
+def published_to_message(published: Published) -> messages.Published:
     return messages.Published(
         tensor_count=published.tensor_count,
         ways=dict(published.ways),
@@ -194,7 +193,7 @@ def published_to_message(published: Published) -> Any:
     )
 
 
-def published_from_message(message: Any) -> Published:
+def published_from_message(message: messages.Published) -> Published:
     """Raises `BadRequestError` for a time or a layout that is none, or too many ways to restore a module."""
     if len(message.ways) > MAX_WAYS:
         raise BadRequestError(f"A publication with {len(message.ways)} ways to restore a module.")
@@ -204,7 +203,7 @@ def published_from_message(message: Any) -> Published:
     return Published(message.tensor_count, ways, _time(message.ready_unix_s), _time(message.load_s), message.layout)
 
 
-def entry_status_to_message(entry: EntryStatus) -> Any:
+def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
     return messages.EntryStatus(
         key=key_to_message(entry.key),
         state=entry.state.value,
@@ -227,7 +226,7 @@ def entry_status_to_message(entry: EntryStatus) -> Any:
     )
 
 
-def entry_status_from_message(message: Any) -> EntryStatus:
+def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
     """Raises `BadRequestError` for a state that this version does not know, or a time that is none."""
     try:
         return EntryStatus(
@@ -252,7 +251,7 @@ def entry_status_from_message(message: Any) -> EntryStatus:
         raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error
 
 
-def companion_status_to_message(status: CompanionStatus) -> Any:
+def companion_status_to_message(status: CompanionStatus) -> messages.CompanionStatus:
     return messages.CompanionStatus(
         device=status.device,
         pid=status.pid,
@@ -266,7 +265,7 @@ def companion_status_to_message(status: CompanionStatus) -> Any:
     )
 
 
-def companion_status_from_message(message: Any) -> CompanionStatus:
+def companion_status_from_message(message: messages.CompanionStatus) -> CompanionStatus:
     """Raises `BadRequestError` for a state that this version does not know, or a time that is none."""
     return CompanionStatus(
         device=message.device,
@@ -281,11 +280,11 @@ def companion_status_from_message(message: Any) -> CompanionStatus:
     )
 
 
-def report_to_message(report: Report) -> Any:
+def report_to_message(report: Report) -> messages.ReportRequest:
     return messages.ReportRequest(**asdict(report))
 
 
-def report_from_message(message: Any) -> Report:
+def report_from_message(message: messages.ReportRequest) -> Report:
     """Raises `BadRequestError` for seconds that no clock shows. The texts are the reader's to judge."""
     for seconds in (message.seconds, message.verify_seconds):
         if not 0 <= seconds < MAX_SECONDS:
@@ -293,9 +292,9 @@ def report_from_message(message: Any) -> Report:
     return Report(**{field.name: getattr(message, field.name) for field in fields(Report)})
 
 
-def series_to_message(series: Series) -> Any:
+def series_to_message(series: Series) -> messages.Series:
     return messages.Series(name=series.name, labels=dict(series.labels), value=series.value, counts=series.counts)
 
 
-def series_from_message(message: Any) -> Series:
+def series_from_message(message: messages.Series) -> Series:
     return Series(message.name, dict(message.labels), message.value, list(message.counts))

@@ -98,7 +98,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         return bytes(message.SerializeToString(deterministic=True))
 
 
-def _write_observed(target: Any, observed: Observed) -> None:
+def _write_observed(target: messages.Observed, observed: Observed) -> None:
     target.SetInParent()
     for name, (built, loaded) in observed.values.items():
         target.values.add(name=name, built=built, loaded=loaded)
@@ -157,7 +157,7 @@ def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:
         raise ManifestError(f"Manifest reaches byte {end} of an arena of {arena.size_bytes} bytes.")
 
 
-def _storages(message: Any) -> Iterator[StorageInfo]:
+def _storages(message: messages.Manifest) -> Iterator[StorageInfo]:
     end = 0
     new = object.__new__
     set_offset, set_size = _SET_STORAGE
@@ -195,7 +195,7 @@ def _extent(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tupl
     return (item_size, 0, 0) if 0 in shape else (item_size, span, count)
 
 
-def _types(message: Any) -> list[tuple[Any, ...]]:
+def _types(message: messages.Manifest) -> list[tuple[Any, ...]]:
     """Of each type `_extent`, and then what a `TensorInfo` has of it."""
     types = []
     for index, item in enumerate(message.types):
@@ -209,7 +209,7 @@ def _types(message: Any) -> list[tuple[Any, ...]]:
     return types
 
 
-def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[TensorInfo]:
+def _tensors(message: messages.Manifest, storages: tuple[StorageInfo, ...]) -> Iterator[TensorInfo]:
     new = object.__new__
     (
         set_storage, set_offset, set_dtype, set_shape, set_stride,
@@ -267,7 +267,7 @@ def _tensors(message: Any, storages: tuple[StorageInfo, ...]) -> Iterator[Tensor
         yield tensor
 
 
-def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
+def _modules(message: messages.Manifest, tensor_count: int) -> Iterator[ModuleInfo]:
     paths: set[str] = set()
     if not message.modules or message.modules[0].path:
         raise ManifestError("The first module is not the model itself.")
@@ -306,7 +306,7 @@ def _modules(message: Any, tensor_count: int) -> Iterator[ModuleInfo]:
         yield module
 
 
-def _observed(item: Any) -> Observed:
+def _observed(item: messages.Observed) -> Observed:
     return Observed(
         values={change.name: (_text(change, "built"), _text(change, "loaded")) for change in item.values},
         added=tuple(map(_added, item.added)),
@@ -318,11 +318,11 @@ def _observed(item: Any) -> Observed:
     )
 
 
-def _text(change: Any, name: str) -> str | None:
+def _text(change: messages.ValueChange, name: str) -> str | None:
     return getattr(change, name) if change.HasField(name) else None
 
 
-def _added(item: Any) -> AddedSlot:
+def _added(item: messages.AddedSlot) -> AddedSlot:
     kind, shape, stride = _KINDS.get(item.kind), tuple(item.shape), tuple(item.stride)
     if kind is None:
         raise ManifestError(f"Slot {item.name!r} that loading added has the unknown kind {item.kind!r}.")

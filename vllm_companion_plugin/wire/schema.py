@@ -2,8 +2,8 @@
 
 protoc's Python code runs only with its own protobuf major version and the next, while the
 vLLM versions that we support admit protobuf 5 to 7. So `make stubs` commits the compiled
-descriptors (`schema.binpb`) and the list of messages (`messages.py`), and protobuf's public API makes
-the classes here. docs/adr/0002-descriptor-set.md has the reasons.
+descriptors (`schema.binpb`), the list of messages (`messages.py`) and their types (`messages.pyi`), and protobuf's
+public API makes the classes here. docs/adr/0002-descriptor-set.md has the reasons.
 """
 
 from __future__ import annotations

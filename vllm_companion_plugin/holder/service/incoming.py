@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.holder.registry.entries import StoredManifest
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
+from vllm_companion_plugin.wire.messages import PublishRequest
 
 MIN_CHUNK_BYTES = 64 << 10
 """The least that a chunk has, but for the last one: many small ones would take many times their size."""
@@ -33,7 +33,7 @@ class IncomingManifest:
         self._hash.update(chunk)
         self._chunks.append(chunk)
 
-    def finish(self, commit: Any) -> StoredManifest:
+    def finish(self, commit: PublishRequest.Commit) -> StoredManifest:
         """The whole. Raises `BadRequestError` unless it is what the `Commit` message says."""
         if self.size_bytes != commit.manifest_bytes or self._hash.digest() != commit.manifest_sha256:
             raise BadRequestError(

@@ -295,8 +295,8 @@ class CompanionService:
             check_descriptors(arena, lease.deposited)
         published = codec.published_from_message(commit.published)
         generation = self.registry.commit(lease, arena, stored, published, commit.generation)
-        published = codec.published_to_message(lease.entry.published)
-        return messages.PublishResponse(generation=generation, published=published)
+        shown = codec.published_to_message(lease.entry.published)
+        return messages.PublishResponse(generation=generation, published=shown)
 
     def _decline(self, lease: Lease, declined: Any) -> None:
         reason = printable(" ".join(declined.message[:MAX_ERROR_TEXT].split())) or "no reason given"

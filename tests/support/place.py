@@ -1,24 +1,20 @@
-"""A real companion for each test, in a runtime directory of its own, and nothing left behind."""
+"""A runtime directory with the processes that a test starts in it, and what tests give to a companion."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
@@ -103,7 +99,7 @@ class Place:
 
     def client(self, name: str, *options: str) -> subprocess.Popen[str]:
         """A child that runs tests/process/client_child.py."""
-        return self.run(str(Path(__file__).with_name("client_child.py")), name, *options)
+        return self.run("-m", "tests.process.client_child", name, *options)
 
     def clean(self) -> None:
         for process in self.processes:
@@ -116,32 +112,6 @@ class Place:
         for process in self.processes:  # whose children may have their pipes, if a test failed
             process.communicate(timeout=10)
         until(lambda: not left or not alive(pid), 5, "the companion is gone")
-
-
-@pytest.fixture
-def place() -> Iterator[Place]:
-    # Not tmp_path: its name would take most of a socket path's 107 bytes.
-    root = tempfile.mkdtemp(prefix="vc", dir="/tmp")
-    made = Place(root)
-    try:
-        yield made
-    finally:
-        # One that was closed while it handed back may be starting a companion yet.
-        for thread in threading.enumerate():
-            if thread.name == "companion-hand-back":
-                thread.join(10)
-        made.clean()
-        shutil.rmtree(root, ignore_errors=True)
-
-
-@pytest.fixture
-def serve_ends_its_companions(place: Place) -> Iterator[None]:
-    """`place` kills what it started, and a killed `serve` cannot end its companions."""
-    yield
-    for process in place.processes:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(5)
 
 
 @contextlib.contextmanager
@@ -167,11 +137,3 @@ def speaking(place: Place, servicer: Any) -> Iterator[None]:
         yield
     finally:
         server.stop(0).wait(5)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What a test prints or logs reaches the process that reports it: paths may hold bytes that are no UTF-8."""
-    report = yield
-    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
-    return report

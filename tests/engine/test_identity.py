@@ -26,9 +26,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import models
-from tests.process import publishing
-from tests.process.conftest import Place
+from tests.support import publishing
+from tests.support.checkpoints import models
+from tests.support.configs import config
+from tests.support.place import Place
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
@@ -44,39 +45,13 @@ from vllm_companion_plugin.settings import Settings
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The parallel groups of a single worker."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
-
-    with set_current_vllm_config(VllmConfig()):
-        address = f"file://{tmp_path_factory.mktemp('group')}/store"
-        parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
-        parallel_state.initialize_model_parallel(1, 1)
-    yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    models.make("llama", path, tiny=True)
-    return path
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture
 def first(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint that a test may change."""
     return Path(shutil.copytree(tiny, tmp_path / "first"))
-
-
-def config(model: Path | str, **options: Any) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    flags = {"skip_tokenizer_init": True, "max_model_len": 64, "dtype": "float32", "load_format": "companion"}
-    return EngineArgs(model=str(model), **(flags | options)).create_engine_config()
 
 
 def key_of(model: Path, **options: Any) -> EntryKey:

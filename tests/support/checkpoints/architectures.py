@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.checkpoints import QUANTS, Config, Weights, save_adapter, write_json, write_pooling, write_tokenizer
+from tests.support.checkpoints.formats import (
+    QUANTS,
+    Config,
+    Weights,
+    save_adapter,
+    write_json,
+    write_pooling,
+    write_tokenizer,
+)
 
 
 def attention(
@@ -261,7 +269,7 @@ def llama_lora(path: Path, tiny: bool, *, name: str) -> None:
 
 
 def llama_plugin(path: Path, tiny: bool, *, name: str, kind: str) -> None:
-    """A Llama whose class is one of benchmarks/plugin_model, which no vLLM knows."""
+    """A Llama whose class is one of plugin_model, which no vLLM knows."""
     c, weights = llama_config(tiny, False) | {"architectures": [f"{kind}PluginForCausalLM"]}, Weights(name, tiny)
     llama_stack(weights, c)
     weights.save(path, c)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.process.test_identity import config, tiny
+from tests.support.configs import config
 from vllm_companion_plugin.engine import register
 from vllm_companion_plugin.errors import NotShareableError
 
-__all__ = ["tiny"]
 pytestmark = pytest.mark.core
 
 

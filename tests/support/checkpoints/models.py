@@ -1,6 +1,6 @@
 """The matrix: vLLM models, quantizations, speculative methods and parallel layouts, each with its checkpoint.
 
-    python -m benchmarks.models CASE PATH [--tiny]
+    python -m tests.support.checkpoints.models CASE PATH [--tiny]
 
 `make(name, path)` writes a checkpoint with random weights: real layer shapes with few layers, or `tiny=True` for a
 CPU. Nothing is downloaded.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.architectures import (
+from tests.support.checkpoints.architectures import (
     bert,
     deepseek_v3,
     gemma3,
@@ -39,8 +39,8 @@ from benchmarks.architectures import (
     qwen25_vl,
     whisper,
 )
-from benchmarks.checkpoints import QUANTS, Config
-from benchmarks.transformers_models import TABLE, from_transformers
+from tests.support.checkpoints.formats import QUANTS, Config
+from tests.support.checkpoints.transformers_models import TABLE, from_transformers
 
 MARKER = ".complete"
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from tests.process.conftest import KEY
+from tests.support.place import KEY
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready
 from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.tree.capture import capture
@@ -46,9 +47,9 @@ def publish(publication: Publication, model: nn.Module, device: torch.device = C
         arena.close()
 
 
-def load(connection: CompanionConnection, model: nn.Module, device: torch.device = CPU) -> None:
-    """Be elected to load `KEY`, and publish `model` as its weights, for as long as the connection is open."""
-    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+def load(connection: CompanionConnection, model: nn.Module, device: torch.device = CPU, key: EntryKey = KEY) -> None:
+    """Be elected to load `key`, and publish `model` as its weights, for as long as the connection is open."""
+    outcome = connection.attach(key, may_load=True, client_name="loader").wait(5)
     assert isinstance(outcome, Granted)
     publish(outcome.publication, model, device)
 

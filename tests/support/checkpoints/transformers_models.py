@@ -1,6 +1,6 @@
 """Tiny checkpoints of architectures that transformers can write itself: many, to see whether each is shared and equal.
 
-The real formats are in benchmarks/architectures.py; here transformers' own model is saved with random weights.
+The real formats are in architectures.py; here transformers' own model is saved with random weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoints import write_tokenizer
+from tests.support.checkpoints.formats import write_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

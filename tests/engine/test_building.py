@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.process.test_identity import config, one_rank, tiny
+from tests.support.configs import config
 from vllm_companion_plugin.engine.vllm import building
 from vllm_companion_plugin.tree.building import DEFERRED_BYTES, WithoutWeights
 
-__all__ = ["one_rank", "tiny"]
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
 
 
 def test_what_a_model_imports_while_it_is_built_has_its_constants(

@@ -1,0 +1,122 @@
+"""What the documentation shows runs: its programs, its Python, its command lines, beside one companion.
+
+The companion holds a small model under the name that the example says. Lines that start vLLM are run by tests/vllm.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vllm_companion_plugin.client.api
+from tests.support.place import KEY, Place
+from tests.support.publishing import load
+from vllm_companion_plugin.cli.main import main as command_line
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.identity import EntryKey
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAMS = sorted((ROOT / "docs" / "examples").glob("*.py"))
+README_COMMANDS = re.findall(r"^ {4}(vllm-companion [^#\n]+)", PAGES[0].read_text(), re.MULTILINE)
+SERVES = ("serve", "verify")
+"""Commands that start vLLM."""
+
+
+def blocks(text: str) -> list[str]:
+    """The Python in a page: fenced, or indented in a docstring."""
+    fenced = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return fenced or re.findall(r"^with .*\n(?: {4}.*\n)+", text, re.MULTILINE)
+
+
+SNIPPETS = [
+    pytest.param(block, id=f"{name}-{number}")
+    for name, text in [
+        *((str(page.relative_to(ROOT)), page.read_text()) for page in PAGES if "```python" in page.read_text()),
+        ("client/api.py", vllm_companion_plugin.client.api.__doc__ or ""),
+    ]
+    for number, block in enumerate(blocks(text))
+]
+
+
+class Tiny(nn.Module):
+    """With the names that vLLM's models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(64, 16, dtype=torch.bfloat16)
+        self.norm = nn.LayerNorm(16)
+
+
+@pytest.fixture
+def published(place: Place) -> Iterator[Callable[[str], None]]:
+    """Let the companion hold a model under a name, for the length of the test."""
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        yield lambda name: load(connection, Tiny(), key=EntryKey(KEY.id, name, fields=KEY.fields))
+
+
+class TestPrograms:
+    """The files of docs/examples."""
+
+    @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+    def test_lists(self, program: Path, place: Place, published: Callable[[str], None]) -> None:
+        """A program of docs/examples names each tensor of the model that it is given, as its first docstring says."""
+        published("org/model")
+        process = place.run(str(program), "org/model", "cpu")
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert "model.embed_tokens.weight: torch.bfloat16 (64, 16)" in out
+        assert "norm.bias: torch.float32 (16,)" in out
+        assert "the largest has 2048 bytes" in out
+
+
+class TestPython:
+    """Snippets in pages and in the docstring of the API."""
+
+    @pytest.mark.parametrize("snippet", SNIPPETS)
+    def test_runs(self, snippet: str, place: Place, published: Callable[[str], None]) -> None:
+        """The Python of a page runs as it stands, beside a companion that holds the model it names."""
+        names = re.findall(r"(?:attach|wait_ready)\(\"([^\"]+)\"", snippet)
+        assert names, snippet
+        published(names[0])
+        imported = "" if "import CompanionClient" in snippet else "from vllm_companion_plugin import CompanionClient\n"
+        out, error = place.run("-c", imported + textwrap.dedent(snippet)).communicate(timeout=60)
+        assert not error
+        assert "[64, 16]" in out or "(64, 16)" in out
+
+
+class TestCommands:
+    """Lines of the README that begin with `vllm-companion`."""
+
+    def test_there_are_some(self) -> None:
+        """The page still has what the tests here run."""
+        assert any(shlex.split(line)[1] not in SERVES for line in README_COMMANDS)
+        assert SNIPPETS
+
+    @pytest.mark.parametrize("line", README_COMMANDS)
+    def test_line(self, line: str, place: Place, published: Callable[[str], None]) -> None:
+        """A command line of the README succeeds and names the model; one that starts vLLM is a command that we have."""
+        _, command, *options = shlex.split(line.replace("MODEL", "org/model"))
+        if command in SERVES:
+            with pytest.raises(SystemExit) as ended:
+                command_line([command, "--help"])
+            assert ended.value.code == 0
+            return
+        published("org/model")
+        process = subprocess.run(
+            [sys.executable, "-m", "vllm_companion_plugin.cli.main", command, *options],
+            **{"env": place.environment, "capture_output": True, "text": True, "timeout": 60},
+        )
+        assert process.returncode == 0, process.stderr
+        assert "org/model" in process.stdout
