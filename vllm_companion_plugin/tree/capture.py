@@ -14,19 +14,21 @@ import array
 import collections
 import functools
 import hashlib
+import sys
 import types
 import weakref
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from vllm_companion_plugin.core.module_tree import TensorKind
-from vllm_companion_plugin.tree.values import class_name, text_of
+from vllm_companion_plugin.tree.values import MAY_BE_PLAIN, class_name, text_of
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 """What PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
@@ -145,12 +147,14 @@ class Tree:
             another can be known by nothing but the object.
         mutable: plain values that can be changed in place, by module and name.
         places: of what was asked for.
+        hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
     """
 
     modules: list[LiveModule]
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
     mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
+    hung: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
         for module in self.modules:
@@ -173,7 +177,7 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
         wanted: names of values by path of their module, whose places are wanted to change them.
     """
     by_id: dict[int, LiveModule] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model):
         known = by_id.get(id(module))
         if known is None:
             by_id[id(module)] = LiveModule(module, path)
@@ -184,6 +188,28 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
     for index, live in enumerate(tree.modules):
         walk.named_module(live, index)
     return tree
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What `model.named_modules(remove_duplicate=False)` gives, without a generator a level.
+
+    Raises:
+        RecursionError: a module is inside of itself.
+    """
+    deepest = sys.getrecursionlimit()
+    waiting: list[tuple[str, nn.Module, int]] = [("", model, 0)]
+    while waiting:
+        path, module, depth = waiting.pop()
+        if depth > deepest:
+            raise RecursionError("a module is inside of itself")
+        if type(module).named_modules is not nn.Module.named_modules:  # it has its own names
+            yield from module.named_modules(prefix=path, remove_duplicate=False)
+            continue
+        yield path, module
+        if children := module._modules:
+            start = f"{path}." if path else ""
+            depth += 1
+            waiting += [(start + name, child, depth) for name, child in reversed(children.items()) if child is not None]
 
 
 def plain_tensors() -> AbstractContextManager[None]:
@@ -234,7 +260,7 @@ def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
 
 
 @functools.cache
-def _is_opaque(cls: Hashable) -> bool:
+def _is_opaque(cls: Any) -> bool:
     assert isinstance(cls, type)
     return any(
         module == package or module.startswith(f"{package}.")
@@ -244,7 +270,7 @@ def _is_opaque(cls: Hashable) -> bool:
 
 
 @functools.cache
-def _slot_members(cls: Hashable) -> tuple[tuple[str, Any], ...]:
+def _slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
     """What objects of `cls` hold outside their dictionary: names and descriptors."""
     assert isinstance(cls, type)
     return tuple(
@@ -254,6 +280,31 @@ def _slot_members(cls: Hashable) -> tuple[tuple[str, Any], ...]:
         for name, member in vars(base).items()
         if isinstance(member, types.MemberDescriptorType)
     )
+
+
+class _Kind(Enum):
+    """What a class alone says of its objects: a model has some hundred classes and a hundred thousand objects."""
+
+    SIMPLE = "its text is its `repr`"
+    CONSTANT = "there is one of it, with one text"
+    FUNCTION = "code, and what it takes along"
+    OBJECT = "state behind attributes and slots, no value and no container"
+    OPAQUE = "noted by its class alone"
+    OTHER = "to be looked at"
+
+
+@functools.cache
+def _kind(cls: Any) -> _Kind:
+    assert isinstance(cls, type)
+    if cls in _SIMPLE:
+        return _Kind.SIMPLE
+    if issubclass(cls, (type, torch.dtype, Enum)):
+        return _Kind.CONSTANT
+    if issubclass(cls, _FUNCTIONS):
+        return _Kind.FUNCTION
+    if issubclass(cls, (torch.Tensor, nn.Module, np.ndarray, *_LEAVES, *_CONTAINERS, *MAY_BE_PLAIN)):
+        return _Kind.OTHER
+    return _Kind.OPAQUE if _is_opaque(cls) else _Kind.OBJECT
 
 
 class _Walk:
@@ -270,6 +321,9 @@ class _Walk:
         self._wanted = wanted
         # Object id to where it was first met. Objects are kept alive by the model meanwhile.
         self._met: dict[int, str] = {}
+        self._kinds: dict[type, _Kind] = {}
+        # By id, with what keeps the id valid.
+        self._texts: dict[int, tuple[Any, str]] = {}
         self._steps: list[tuple[Any, Any]] = []
 
     def named_module(self, live: LiveModule, index: int) -> None:
@@ -277,37 +331,63 @@ class _Walk:
 
     def _module(self, live: LiveModule, index: int, prefix: str, module: nn.Module, depth: int) -> None:
         attributes = live.attributes
-        for name, parameter in module._parameters.items():
+        own = module.__dict__
+        for name, parameter in own["_parameters"].items():
             if parameter is None:
                 attributes[prefix + name] = NO_PARAMETER
             else:
                 self._tensor(
                     live, index, prefix + name, TensorKind.PARAMETER, parameter, module._parameters, name, depth
                 )
-        for name, buffer in module._buffers.items():
+        for name, buffer in own["_buffers"].items():
             if buffer is None:
                 attributes[prefix + name] = NO_BUFFER
                 continue
             transient = name in module._non_persistent_buffers_set
             kind = TensorKind.NON_PERSISTENT_BUFFER if transient else TensorKind.BUFFER
             self._tensor(live, index, prefix + name, kind, buffer, module._buffers, name, depth)
-        own = module.__dict__
-        for name, value in own.items():
-            if name in MODULE_INTERNALS:
+        self._attributes(live, index, prefix, own, own, depth, without=MODULE_INTERNALS)
+        cls: Any = type(module)
+        if members := _slot_members(cls):
+            self._members(live, index, prefix, module, members, depth)
+        for name in _HOOKS:
+            if hooks := own.get(name):  # by position: keys are numbers that the process counts
+                for position, (key, hook) in enumerate(hooks.items()):
+                    self._value(live, index, f"{prefix}{name}[{position}]", hook, hooks, key, depth)
+
+    def _attributes(
+        self,
+        live: LiveModule,
+        index: int,
+        prefix: str,
+        own: dict[str, Any],
+        holder: Any,
+        depth: int,
+        without: frozenset[str] = frozenset(),
+    ) -> None:
+        """All of a dictionary of attributes. Most are numbers, names and flags, which need no look of their own."""
+        simple, attributes = _SIMPLE if self._wanted is None else (), live.attributes
+        for name, value in list(own.items()):
+            if name in without:
                 continue
-            if type(value) in _SIMPLE and self._wanted is None:
+            if type(value) in simple:
                 attributes[prefix + name] = repr(value)
             else:
-                self._value(live, index, prefix + name, value, own, name, depth)
-        for name, member in _slot_members(cast(Hashable, type(module))):
+                self._value(live, index, prefix + name, value, holder, name, depth)
+
+    def _members(
+        self, live: LiveModule, index: int, prefix: str, value: Any, members: tuple[tuple[str, Any], ...], depth: int
+    ) -> bool:
+        """What is behind the slots of `value`. Returns whether there is anything."""
+        found = False
+        for name, member in members:
             try:
-                self._value(live, index, prefix + name, member.__get__(module), module, name, depth)
+                item = member.__get__(value)
             except AttributeError:  # nothing was put there yet
                 continue
-        for name in _HOOKS:
-            if own.get(name):  # by position: keys are numbers that the process counts
-                for position, (key, hook) in enumerate(own[name].items()):
-                    self._value(live, index, f"{prefix}{name}[{position}]", hook, own[name], key, depth)
+            found = True
+            self._value(live, index, f"{prefix}{name}", item, value, name, depth)
+        return found
 
     def _tensor(
         self,
@@ -324,9 +404,27 @@ class _Walk:
         hung = tensor.__dict__
         if hung and id(tensor) not in self._met:
             self._met[id(tensor)] = path
+            texts = self._tree.hung[id(tensor)] = {}
             for name, value in list(hung.items()):
-                if describe_value(value) is None:  # the others are noted with the tensor
+                text = self._text(value)
+                texts[name] = class_name(type(value)) if text is None else text
+                if text is None:  # the others are noted with the tensor
                     self._value(live, index, f"{path}.{name}", value, hung, name, depth + 1)
+
+    def _text(self, value: Any) -> str | None:
+        """What `describe_value` says, and of functions only once each: every tensor of a model may have some."""
+        kind = type(value)
+        if kind in _SIMPLE:
+            return repr(value)
+        if kind is types.MethodType and type(value.__func__) is types.FunctionType:
+            return "method" + self._text_once(value.__func__).removeprefix("function")
+        return self._text_once(value) if kind is types.FunctionType else describe_value(value)
+
+    def _text_once(self, value: Any) -> str:
+        known = self._texts.get(id(value))
+        if known is None:
+            known = self._texts[id(value)] = value, describe_value(value) or ""
+        return known[1]
 
     def _value(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if self._wanted is None:
@@ -339,25 +437,51 @@ class _Walk:
         self._steps.pop()
 
     def _note(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
-        if type(value) in _WEAK:  # what it leads to may be gone
-            live.attributes[path] = class_name(type(value))
+        cls: Any = type(value)
+        if cls in _WEAK:  # what it leads to may be gone: it can be asked for nothing
+            live.attributes[path] = class_name(cls)
             return
-        if isinstance(value, torch.Tensor):
+        kind = self._kinds.get(cls)
+        if kind is None:
+            kind = self._kinds[cls] = _kind(cls)
+        if getattr(value, "__class__", cls) is not cls:  # it stands for something else
+            kind = _Kind.OTHER
+        if kind is _Kind.SIMPLE:
+            text = repr(value)
+        elif kind is _Kind.CONSTANT:
+            text = self._text_once(value)
+        elif kind is _Kind.OBJECT or kind is _Kind.OPAQUE:
+            text = self._object(live, index, path, value, depth, is_opaque=kind is _Kind.OPAQUE)
+        elif isinstance(value, torch.Tensor):
             self._tensor(live, index, path, TensorKind.ATTRIBUTE, value, holder, key, depth)
             return
-        if isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS):
-            return  # it hangs there while we watch the model, and is none of it
-        text = describe_value(value)
-        if text is None:
-            text = self._compound(live, index, path, value, depth)
-        elif isinstance(value, _FUNCTIONS):
+        elif kind is _Kind.FUNCTION or isinstance(value, _FUNCTIONS):
+            if isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS):
+                return  # it hangs there while we watch the model, and is none of it
+            text = self._text(value) or ""
             self._function(live, index, path, value, depth)
-        elif type(value) in MUTABLE:
-            self._tree.mutable[index, path] = value
+        else:
+            known = describe_value(value)
+            if known is not None and cls in MUTABLE:
+                self._tree.mutable[index, path] = value
+            text = self._compound(live, index, path, value, depth) if known is None else known
         live.attributes[path] = text
 
+    def _object(self, live: LiveModule, index: int, path: str, value: Any, depth: int, *, is_opaque: bool) -> str:
+        name = class_name(type(value))
+        if depth >= _MAX_DEPTH:
+            return name
+        first = self._first(live, path, value)
+        if first is not None:
+            return f"{name} @{first}"
+        if is_opaque:
+            self._tree.opaque[index, path] = value
+        else:
+            self._insides(live, index, path, value, depth)
+        return name
+
     def _compound(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> str:
-        cls = type(value)
+        cls: Any = type(value)
         name = class_name(cls)
         if isinstance(value, nn.Module):
             if (known := self._named.get(id(value))) is not None:
@@ -384,7 +508,7 @@ class _Walk:
             self._insides(live, index, path, value, depth)
             base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
             return f"{name} {base.__repr__(value)}"
-        if _is_opaque(cast(Hashable, cls)):
+        if _is_opaque(cls):
             self._tree.opaque[index, path] = value
             return name
         self._insides(live, index, path, value, depth)
@@ -407,20 +531,14 @@ class _Walk:
                 self._value(live, index, f"{path}[{position}]", item, value, position, depth + 1)
 
     def _insides(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
-        found = False
         own = _dictionary(value)
         holder = own if isinstance(value, _HOLDERS) else value  # their items are set otherwise than their attributes
-        for item_key, item in list(own.items()):
-            found = True
-            self._value(live, index, f"{path}.{item_key}", item, holder, item_key, depth + 1)
-        for item_key, member in _slot_members(cast(Hashable, type(value))):
-            try:
-                item = member.__get__(value)
-            except AttributeError:  # nothing was put there yet
-                continue
-            found = True
-            self._value(live, index, f"{path}.{item_key}", item, value, item_key, depth + 1)
-        if not found and not isinstance(value, _CONTAINERS):
+        prefix = f"{path}."
+        self._attributes(live, index, prefix, own, holder, depth + 1)
+        cls: Any = type(value)
+        members = _slot_members(cls)
+        found = self._members(live, index, prefix, value, members, depth + 1) if members else False
+        if not own and not found and not isinstance(value, _CONTAINERS):
             self._tree.opaque[index, path] = value
 
     def _inner_module(self, live: LiveModule, index: int, path: str, module: nn.Module, depth: int) -> None:

@@ -30,6 +30,7 @@ from vllm_companion_plugin.tree.capture import (
     capture,
     describe_value,
     full_name,
+    named_modules,
     tensor_attributes,
 )
 from vllm_companion_plugin.tree.values import loaded_class, value_of
@@ -73,7 +74,7 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
     if not changed:
         return
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     for path, observed in changed.items():
         if path in modules:
             _remove_slots(modules[path], observed)
@@ -151,8 +152,9 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
         for path in manifest.removed_modules:
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules.pop(name, None)
-        for _ in model.named_modules(remove_duplicate=False):
-            pass
+        if manifest.added_modules or manifest.retied_modules:
+            for _ in named_modules(model):
+                pass
     except RecursionError:
         raise ParityError("the published model has a module inside of itself.") from None
     except AttributeError as error:

@@ -130,7 +130,7 @@ def _is_number(text: str | None) -> bool:
     return text is None or text[0].isdigit() or text[0] == "-" or text in ("nan", "inf")
 
 
-def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, where: str, observed: Observed) -> None:
+def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, path: str, observed: Observed) -> None:
     """What was hung on a published tensor is equal, or this engine's own as any other value.
 
     What is missing here and can be made is made: post-processing hangs marks on the tensors that it makes.
@@ -138,9 +138,7 @@ def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, where: str, obse
     Raises:
         ParityError: naming tensor, attribute and both values.
     """
-    tensor = slot.tensor
-    if not info.attributes and not tensor.__dict__:
-        return
+    tensor, where = slot.tensor, full_name(path, slot.name)
     _set_missing_attributes(tensor, info)
     mine = tensor_attributes(tensor)
     for name in mine.keys() | info.attributes.keys():
@@ -164,14 +162,21 @@ def _set_missing_attributes(tensor: torch.Tensor, info: TensorInfo) -> None:
 
 def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
     """How `tensor` differs from what was published, values aside; None if it does not."""
+    if tensor.requires_grad != info.requires_grad and tensor.is_leaf:
+        tensor.requires_grad_(info.requires_grad)
+    if (
+        tensor.shape == info.shape
+        and tensor.stride() == info.stride
+        and dtype_name(tensor.dtype) == info.dtype
+        and class_name(type(tensor)) == info.class_name
+    ):
+        return None
     checks: tuple[tuple[str, Any, Any], ...] = (
         ("dtype", dtype_name(tensor.dtype), info.dtype),
         ("shape", tuple(tensor.shape), info.shape),
         ("stride", tensor.stride(), info.stride),
         ("class", class_name(type(tensor)), info.class_name),
     )
-    if tensor.requires_grad != info.requires_grad and tensor.is_leaf:
-        tensor.requires_grad_(info.requires_grad)
     for what, here, published in checks:
         if here != published:
             return f"{what} is {here} here and {published} in the published model"

@@ -17,7 +17,9 @@ that matters raises before the model is used.
 
 from __future__ import annotations
 
+import functools
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,11 +29,21 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from vllm_companion_plugin.core.module_tree import Manifest, SlotInfo, StorageInfo, TensorInfo, TensorKind
+from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, SlotInfo, TensorInfo, TensorKind
+from vllm_companion_plugin.core.placement import ALIGNMENT
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of, view, without_storage
 from vllm_companion_plugin.tree.building import WithoutWeights
-from vllm_companion_plugin.tree.capture import LiveSlot, Place, Tree, capture, full_name, plain_tensors
+from vllm_companion_plugin.tree.capture import (
+    LiveModule,
+    LiveSlot,
+    Place,
+    Tree,
+    capture,
+    full_name,
+    named_modules,
+    plain_tensors,
+)
 from vllm_companion_plugin.tree.changes import apply_loading
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.tree.pack import dtype_name
@@ -52,6 +64,11 @@ class Strategy(Enum):
     REPLAY = "replay"
 
 
+_NOTHING: dict[str, str] = {}
+_ALONE_BYTES = 1 << 20
+"""Larger storages are cloned one by one, when they are needed."""
+
+
 class Source:
     """Published tensors, made on demand: shared ones view the arena, private ones are clones.
 
@@ -68,6 +85,8 @@ class Source:
         self._device = device
         self._copy = copy
         self._clones: dict[int, torch.UntypedStorage] = {}
+        # First byte and bytes in the arena of what is cloned at once, with the clone.
+        self._runs: list[tuple[int, int, torch.Tensor]] = []
 
     def tensor(self, index: int) -> torch.Tensor:
         """Tensor `index` of the manifest. Ties between private tensors survive the cloning."""
@@ -77,15 +96,50 @@ class Source:
         storage = self.manifest.storages[info.storage]
         if not (info.private or self._copy):
             return self._views.tensor(info, storage)
-        tensor = view(self._clone(info.storage, storage), info, self._device)
+        tensor = view(self._clone(info.storage), info, self._device)
         tensor = tensor.conj() if info.conj else tensor
         return torch._neg_view(tensor) if info.neg else tensor
 
-    def _clone(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
-        known = self._clones.get(index)
-        if known is None:
-            known = self._clones[index] = self._bytes(storage).clone().untyped_storage()
-        return known
+    def _clone(self, index: int) -> torch.UntypedStorage:
+        if index not in self._clones:
+            indexes = self._neighbours.get(index, range(index, index + 1))
+            # Kernels choose by alignment: it stays what it was.
+            start = self._place(indexes[0])[0] // ALIGNMENT * ALIGNMENT
+            end = sum(self._place(indexes[-1]))
+            run = self._bytes(start, end - start).clone()
+            self._runs.append((start, end - start, run))
+            whole = run.untyped_storage()
+            for each in indexes:
+                offset, size = self._place(each)
+                self._clones[each] = whole[offset - start : offset - start + size]
+        return self._clones[index]
+
+    @functools.cached_property
+    def _neighbours(self) -> dict[int, range]:
+        """For each small storage that is cloned, the ones beside it in the arena that are cloned with it.
+
+        One by one, thousands of scales take as many launches, twice.
+        """
+        found: dict[int, range] = {}
+        first = size = end = 0
+        for index in sorted({info.storage for info in self.manifest.tensors if info.private and info.storage >= 0}):
+            offset, size = self._place(index)
+            if size > _ALONE_BYTES:
+                continue
+            if index - 1 not in found or offset - end > ALIGNMENT:
+                first = index
+            end = offset + size
+            found[index] = range(first, index + 1)
+        last = None
+        for index in reversed(found):
+            if last is None or found[index].start != last.start:
+                last = found[index]
+            found[index] = last
+        return found
+
+    def _place(self, index: int) -> tuple[int, int]:
+        storage = self.manifest.storages[index]
+        return storage.offset_bytes, storage.size_bytes
 
     def addresses(self) -> set[int]:
         """Of all storages under the tensors made so far."""
@@ -93,12 +147,11 @@ class Source:
 
     def renew(self) -> None:
         """Give all clones their published bytes again."""
-        for index, clone in self._clones.items():
-            flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(clone)
-            flat.copy_(self._bytes(self.manifest.storages[index]))
+        for start, size, run in self._runs:
+            run.copy_(self._bytes(start, size))
 
-    def _bytes(self, storage: StorageInfo) -> torch.Tensor:
-        return self._views.bytes_at(storage.offset_bytes, storage.size_bytes)
+    def _bytes(self, start: int, size: int) -> torch.Tensor:
+        return self._views.bytes_at(start, size)
 
 
 class Restorer:
@@ -140,10 +193,14 @@ class Restorer:
         with plain_tensors():
             apply_loading(self._model, self._source.manifest)
             self._leave_on_meta()
-            for path, module in self._model.named_modules():
+            for path, module in named_modules(self._model):
+                if id(module) in self._paths:
+                    continue
                 self._paths[id(module)] = path
+                if not module._parameters and not module._buffers:
+                    continue
                 published = self._published(path)
-                if strategy(module) is not Strategy.REPLAY:
+                if module._parameters and strategy(module) is not Strategy.REPLAY:
                     self._bind_all(module._parameters.items(), published)
                 self._bind_all(module._buffers.items(), published)
 
@@ -192,11 +249,7 @@ class Restorer:
             if tensor is None or index is None or id(tensor) in self._bound:
                 continue
             info = self._source.manifest.tensors[index]
-            if (dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride()) == (
-                info.dtype,
-                info.shape,
-                info.stride,
-            ):
+            if dtype_name(tensor.dtype) == info.dtype and tensor.shape == info.shape and tensor.stride() == info.stride:
                 self._bind(tensor, index, name)
 
     @contextmanager
@@ -243,34 +296,53 @@ class Restorer:
         carriers: dict[int, torch.Tensor] = {}
         indexes: dict[int, int] = {}
         for live, published in zip(tree.modules, manifest.modules, strict=True):
-            wanted = {(slot.kind, slot.name): slot for slot in published.slots}
-            for slot in live.slots:
-                name = tree.describe(slot)
-                want = wanted.pop((slot.kind, slot.name), None)
-                if want is None:
-                    raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
-                info = manifest.tensors[want.tensor]
+            for slot, index in self._pairs(live, published):
+                info = manifest.tensors[index]
                 if info.own:
-                    self._keep_own(slot, info, want.tensor, name)
+                    self._keep_own(slot, info, index, live.path)
                     continue
-                compare_tensor_attributes(slot, info, name, published.observed)
-                if difference := tensor_difference(slot.tensor, info):
+                tensor = slot.tensor
+                if info.attributes != tree.hung.get(id(tensor), _NOTHING):
+                    compare_tensor_attributes(slot, info, live.path, published.observed)
+                if difference := tensor_difference(tensor, info):
+                    name = full_name(live.path, slot.name)
                     raise ParityError(f"{name}: {difference}.", name)
-                carrier = carriers.setdefault(want.tensor, slot.tensor)
-                if carrier is not slot.tensor or indexes.setdefault(id(slot.tensor), want.tensor) != want.tensor:
+                carrier = carriers.setdefault(index, tensor)
+                if carrier is not tensor or indexes.setdefault(id(tensor), index) != index:
+                    name = full_name(live.path, slot.name)
                     raise ParityError(f"{name} is not tied to the same tensors here as in the published model.", name)
-                self._ensure_bound(slot.tensor, want.tensor, name)
-            self._check_missing(published.path, wanted.values())
+                self._ensure_bound(tensor, index, live.path, slot.name)
         set_measured(self._model, tree, manifest)
         self.own = compare_values(tree, manifest)
         self._check_placeholders_are_gone(tree)
         self._check_nothing_is_deferred(tree)
 
-    def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, name: str) -> None:
+    def _pairs(self, live: LiveModule, published: ModuleInfo) -> Iterable[tuple[LiveSlot, int]]:
+        """The slots of a module, each with the index of its published tensor.
+
+        Raises:
+            ParityError: naming the first slot that only one of both has.
+        """
+        there = published.slots
+        if [(slot.name, slot.kind) for slot in live.slots] == [(slot.name, slot.kind) for slot in there]:
+            return zip(live.slots, [slot.tensor for slot in there], strict=True)  # nearly all have the same order
+        pairs = []
+        wanted = {(slot.kind, slot.name): slot for slot in there}
+        for slot in live.slots:
+            want = wanted.pop((slot.kind, slot.name), None)
+            if want is None:
+                name = full_name(live.path, slot.name)
+                raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
+            pairs.append((slot, want.tensor))
+        self._check_missing(published.path, wanted.values())
+        return pairs
+
+    def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:
         """The tensor that building this model made, unless it was deferred."""
         tensor = slot.tensor
         if not tensor.is_meta or info.meta:
             return
+        name = full_name(path, slot.name)
         if info.storage >= 0 and tensor_difference(tensor, info) is None:
             self._bind(tensor, index, name)  # what the publisher's constructor made of it
         elif self._built is not None and self._built.is_uninitialized(tensor):
@@ -316,10 +388,10 @@ class Restorer:
         in_use = {address for address, storage in self._displaced.items() if not storage.expired()}  # type: ignore[no-untyped-call]
         return in_use - self._source.addresses() if in_use else in_use
 
-    def _ensure_bound(self, tensor: torch.Tensor, index: int, name: str) -> None:
+    def _ensure_bound(self, tensor: torch.Tensor, index: int, path: str, name: str) -> None:
         bound, address, _ = self._bound.get(id(tensor), (-1, -1, None))
         if bound != index or address != tensor.data_ptr():
-            self._bind(tensor, index, name)
+            self._bind(tensor, index, full_name(path, name))
         elif self._source.manifest.tensors[index].storage < 0:
             tensor.data.copy_(self._source.tensor(index))
 
@@ -359,7 +431,16 @@ def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 
 
 def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
-    """Let the object `tensor` carry `data` from now on, whoever holds a reference to it."""
+    """Let the object `tensor` carry `data` from now on, whoever holds a reference to it.
+
+    `torch.utils.swap_tensors` does the same in four times the time, because its tensors may differ in class, in
+    attributes and in slots. What it refuses is left to it: its words are in the error.
+    """
+    kind = type(tensor)
+    twin = data if kind is torch.Tensor else torch.Tensor._make_subclass(kind, data, tensor.requires_grad)
+    if tensor._use_count() == twin._use_count() == 1 and not weakref.getweakrefcount(tensor):  # type: ignore[attr-defined]
+        torch._C._swap_tensor_impl(tensor, twin)
+        return
     try:
         torch.utils.swap_tensors(tensor, _with_data(tensor, data))  # type: ignore[no-untyped-call]
     except RuntimeError as error:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_LITERALS = frozenset((bool, int, float, str, bytes, type(None), type(Ellipsis)))
+_LITERALS: frozenset[type] = frozenset((bool, int, float, str, bytes, type(None), type(Ellipsis)))
 _TORCH_NAMES = (torch.dtype, torch.memory_format, torch.layout)
 _MAX_DEPTH = 32
 _MAX_BYTES = 1 << 20
@@ -193,6 +193,22 @@ def _numpy_generator_text(value: np.random.Generator, depth: int) -> str | None:
 def _namespace_text(value: types.SimpleNamespace, depth: int) -> str | None:
     text = _dict(vars(value), depth)
     return None if text is None else f"types.SimpleNamespace({text})"
+
+
+MAY_BE_PLAIN: tuple[type, ...] = (
+    type,
+    enum.Enum,
+    *_TORCH_NAMES,
+    np.generic,
+    tuple,
+    str,
+    bytes,
+    int,
+    float,
+    *_LITERALS,
+    *_WRITERS,
+)
+"""`text_of` may have a text for objects of these classes and of what is derived from them, and for no others."""
 
 
 # What parsing and the constructors raise; the last ones of nested text.
