@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.architectures import llama_config, llama_stack
-from benchmarks.checkpoints import Weights
+from tests.support.checkpoints.architectures import llama_config, llama_stack
+from tests.support.checkpoints.formats import Weights
 
 STEPS = ("build", "early", "process", "finish")
 

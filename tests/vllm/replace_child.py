@@ -45,6 +45,10 @@ def main() -> None:
         arena.unmap()
         arena.map_again(theirs.arena.info, theirs.arena.fds.dup())
     found.append(tokens())
+    attachment.unmap()
+    attachment.map_again()
+    attachment.renew()
+    found.append(tokens())
     assert arena.address == address
     print("RESULT " + json.dumps(found), flush=True)
     sys.stdin.read()

@@ -30,7 +30,7 @@ def check(start: Callable[..., Process], models: list[str], **options: Any) -> N
     publisher.end()
     assert first != second
     process = start("tests.vllm.replace_child", models=models, **options)
-    assert process.result() == [first, second, first, second]
+    assert process.result() == [first, second, first, second, first]
     process.end()
 
 

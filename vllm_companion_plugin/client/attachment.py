@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,7 @@ from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.lease import Lease, Ready
 from vllm_companion_plugin.client.mirror import Held, Holder
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
-from vllm_companion_plugin.errors import CompanionError, ManifestError
+from vllm_companion_plugin.errors import ArenaError, CompanionError, ManifestError
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
@@ -62,6 +63,7 @@ class Attachment:
         self._arena: arenas.Arena | None = arena
         self._weak_arena = weakref.ref(arena)
         self._mirror: Holder | None = None
+        self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
     @classmethod
@@ -159,6 +161,39 @@ class Attachment:
         except CompanionError as error:
             logger.warning("%s is not handed back if its companion dies: %s", self.held.key.title, error)
         return self._mirror is not None
+
+    def keep_private(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Remember what was cloned from the arena, for `renew`: the first byte there, and the clone, of dtype uint8."""
+        self._clones += clones
+
+    def renew(self) -> None:
+        """Give what was cloned the arena's bytes again, as they are mapped now."""
+        views = self.views()
+        for start, clone in self._clones:
+            clone.copy_(views.bytes_at(start, clone.nbytes))
+
+    def unmap(self) -> None:
+        """Take the memory from its addresses, which stay reserved: whoever reads there faults. Idempotent.
+
+        The entry stays held, so that it can be handed back, and mapped again. On a GPU this waits until the device is
+        idle.
+
+        Raises:
+            ArenaError: the memory could not come back (it is not mirrored), or its kind cannot leave its addresses.
+        """
+        if self._mirror is None or self._mirror.ended:
+            raise ArenaError(f"{self.label} is held by nobody here, so it could not be mapped again.")
+        self.arena.unmap()
+
+    def map_again(self) -> None:
+        """Map the memory that `unmap` took away, at the same addresses.
+
+        Raises:
+            ArenaError: it is not held any more, because it was unloaded meanwhile; or it cannot be mapped.
+        """
+        if self._mirror is None or self._mirror.ended:
+            raise ArenaError(f"{self.label} was unloaded while it was not mapped.")
+        self.arena.map_again(self.held.arena, self._mirror.duplicates())
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows that this process maps the entry, or the time is over."""

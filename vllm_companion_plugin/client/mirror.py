@@ -116,6 +116,10 @@ class Holder:
         """Whether no companion knows of this hold at the moment. What is mapped stays valid."""
         return self._lease.lost.is_set()
 
+    def duplicates(self) -> Descriptors:
+        """Descriptors of the entry's memory, the caller's own. Raises `ArenaError` if nothing is held any more."""
+        return self._fds.dup()
+
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows of this hold, nothing is to be handed back, or the time is over."""
         deadline = time.monotonic() + timeout_s

@@ -145,6 +145,10 @@ class Source:
         """Of all storages under the tensors made so far."""
         return {clone.data_ptr() for clone in self._clones.values()} | self._views.addresses()
 
+    def clones(self) -> list[tuple[int, torch.Tensor]]:
+        """What was cloned so far: the first byte in the arena, and the clone, of dtype uint8."""
+        return [(start, run) for start, _, run in self._runs]
+
     def renew(self) -> None:
         """Give all clones their published bytes again."""
         for start, size, run in self._runs:
