@@ -295,7 +295,6 @@ class _Kind(Enum):
 
 @functools.cache
 def _kind(cls: Any) -> _Kind:
-    assert isinstance(cls, type)
     if cls in _SIMPLE:
         return _Kind.SIMPLE
     if issubclass(cls, (type, torch.dtype, Enum)):
@@ -304,7 +303,7 @@ def _kind(cls: Any) -> _Kind:
         return _Kind.FUNCTION
     if issubclass(cls, (torch.Tensor, nn.Module, np.ndarray, *_LEAVES, *_CONTAINERS, *MAY_BE_PLAIN)):
         return _Kind.OTHER
-    return _Kind.OPAQUE if _is_opaque(cast(Hashable, cls)) else _Kind.OBJECT
+    return _Kind.OPAQUE if _is_opaque(cls) else _Kind.OBJECT
 
 
 class _Walk:
