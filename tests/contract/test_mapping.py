@@ -97,13 +97,13 @@ def test_another_arena_takes_its_place_and_gives_it_back(
 ) -> None:
     """A view knows addresses; it sees whatever is there."""
     arena, other = pair
-    own, own_fds = arena.info, arena.fds.dup()
+    own, own_fds, before = arena.info, arena.fds.dup(), arena.fds
     published = replace(other.info, checksums=Checksums("sum", (1,)))
     seen = view(memory, arena, 0, 7), view(memory, arena, memory.page, 8)
     addresses = [tensor.data_ptr() for tensor in seen]
     arena.replace(published, other.fds.dup())
     assert [content(tensor) for tensor in seen] == [b"another", b"and less"]
-    assert arena.info == published
+    assert (arena.info, before.closed) == (published, True)
     other.close()
     assert memory.read(arena, 0, 7) == b"another"
     arena.replace(own, own_fds)

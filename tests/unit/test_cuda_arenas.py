@@ -138,6 +138,12 @@ def two() -> Descriptors:
     return Descriptors(os.open(os.devnull, os.O_RDONLY) for _ in range(2))
 
 
+def mapped() -> int:
+    """Blocks that the driver has mapped."""
+    count: int = cuda_vmm.driver.held["mappings"]
+    return count
+
+
 def map_vmm() -> None:
     arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), two(), DEVICE).close()
 
@@ -148,7 +154,10 @@ def change_vmm() -> None:
     with contextlib.closing(arenas.open_arena(info, two(), DEVICE)) as arena:
         arena.unmap()
         assert not arena.mapping.is_mapped
-        arena.map_again(info, two())
+        try:
+            arena.map_again(info, two())
+        finally:
+            assert mapped() == 2 * arena.mapping.is_mapped
         before, fds = arena.fds, two()
         failure = ""
         try:
@@ -158,6 +167,7 @@ def change_vmm() -> None:
         assert arena.fds is (before if failure else fds)
         assert (before.closed, fds.closed) == (not failure, bool(failure))
         assert arena.mapping.is_mapped is ("could not be mapped again" not in failure)
+        assert mapped() == 2 * arena.mapping.is_mapped
     if failure:
         raise ArenaError(failure)
 
