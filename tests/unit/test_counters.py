@@ -85,6 +85,13 @@ def test_what_is_handed_back_renewed_and_given_up() -> None:
     }
 
 
+def test_who_hands_back_too_late_has_failed() -> None:
+    world = World()
+    world.registry.attach(KEY, may_load=False, pid=1, client="slow", holds=3)
+    world.wait(HAND_BACK_S)
+    assert counted(world) == {"failures companion wait_timeout": (1, 0)}
+
+
 @pytest.mark.parametrize(
     ("seconds", "bucket"), [(0, 0), (BOUNDS_S[0], 0), (BOUNDS_S[0] + 1e-6, 1), (BOUNDS_S[-1] + 1, len(BOUNDS_S))]
 )

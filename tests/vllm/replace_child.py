@@ -8,6 +8,25 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
+
+
+def laid_out_as(ours: Any, theirs: Any) -> Any:
+    """The arena of `theirs`, in the layout of `ours`.
+
+    On a GPU it has that. On a CPU, offsets keep how PyTorch happened to align the originals, so it is copied.
+    """
+    from vllm_companion_plugin import memory as arenas
+
+    if theirs.manifest.storages == ours.manifest.storages:
+        return theirs.arena
+    assert ours.arena.info.kind == arenas.MEMFD
+    writer = arenas.create(arenas.MEMFD, ours.arena.info.size_bytes)
+    for name, tensor in ours.tensors.items():
+        source = theirs.tensors[name]
+        assert (source.shape, source.stride(), source.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        writer.write(tensor.data_ptr() - ours.arena.address, source.data_ptr(), source.nbytes)
+    return writer.seal()
 
 
 def main() -> None:
@@ -37,20 +56,20 @@ def main() -> None:
     address, found = arena.address, [tokens()]
     client = CompanionClient(options.get("device", "cpu"))
     with client.attach(other) as theirs, client.attach(own) as ours:
-        assert theirs.manifest.storages == ours.manifest.storages
-        arena.replace(theirs.arena.info, theirs.arena.fds.dup())
+        alike = laid_out_as(ours, theirs)
+        arena.replace(alike.info, alike.fds.dup())
         found.append(tokens())
         arena.replace(ours.arena.info, ours.arena.fds.dup())
         found.append(tokens())
         arena.unmap()
-        arena.map_again(theirs.arena.info, theirs.arena.fds.dup())
+        arena.map_again(alike.info, alike.fds.dup())
     found.append(tokens())
     attachment.unmap()
     attachment.map_again()
     attachment.renew()
     found.append(tokens())
     assert arena.address == address
-    print("RESULT " + json.dumps(found), flush=True)
+    print("RESULT " + json.dumps(found) + "\n", end="", flush=True)  # one write, into which no log line falls
     sys.stdin.read()
 
 

@@ -35,7 +35,7 @@ CHECK_INTERVAL_S = 2.0
 HANDSHAKE_MS = 10_000
 LOOKS, LOOK_S = 10, 0.01
 MAX_RPCS = 2048
-"""More than all leases, watches and publications that the service allows, so that it is the service that refuses."""
+"""More than all leases, watches and publications that the registry allows, so that it is the registry that refuses."""
 
 
 class InstanceLock:

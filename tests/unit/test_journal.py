@@ -1,0 +1,107 @@
+"""What the companion writes down of the registry's moves: notes for the next companion, and its log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, hold, key
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
+from vllm_companion_plugin.holder.registry.selection import Query
+from vllm_companion_plugin.holder.service.journal import Journal
+
+
+class Notes:
+    """A journal of a world's moves, and the notes that it has left."""
+
+    def __init__(self) -> None:
+        self.left: list[tuple[str, int]] = []
+        self.world = World(linger_s=10)
+        self.error: OSError | None = None
+
+    def dismiss(self, noted: EntryKey, generation: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.left.append((noted.id, generation))
+
+    def write(self) -> list[tuple[str, int]]:
+        """Have all moves written down; the notes."""
+        journal = Journal(self.dismiss)
+        for move in self.world.moves:
+            journal.observe(move)
+        return self.left
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+class TestNotes:
+    """What was dropped on purpose is noted, so that nobody hands it back."""
+
+    def test_are_left_by_an_unload(self, notes: Notes) -> None:
+        """Also of an entry that clients still map."""
+        notes.world.publish(key())
+        notes.world.registry.unload(Query(), force=True)
+        assert notes.write() == [("k1", 1)]
+
+    def test_are_left_by_the_linger_time_and_by_room(self, notes: Notes) -> None:
+        """Each of the generation that was dropped."""
+        for name, fds in (("a", (7, 8)), ("b", (17, 18))):
+            notes.world.registry.end_lease(notes.world.publish(key(name), fds=fds))
+            notes.world.now += 1
+        notes.world.registry.make_room(1)
+        notes.world.wait(10)
+        assert notes.write() == [("a", 1), ("b", 1)]
+
+    @pytest.mark.parametrize("replaced", [True, False])
+    def test_are_left_at_the_end_unless_another_companion_follows(self, notes: Notes, replaced: bool) -> None:
+        """The companion that follows gets what clients map."""
+        notes.world.publish(key())
+        notes.world.registry.end(replaced=replaced)
+        notes.world.registry.close()
+        assert notes.write() == ([] if replaced else [("k1", 1)])
+
+    def test_are_not_left_of_what_is_lost_or_declined(self, notes: Notes) -> None:
+        """Nobody decided that nobody shall have it."""
+        notes.world.publish(key("a"))
+        notes.world.registry.lose(lambda arena, fds: True)
+        notes.world.registry.decline(notes.world.attach(key("b")), "because")
+        assert notes.write() == []
+
+    def test_that_cannot_be_left_are_logged(self, notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
+        """The entry is dropped all the same."""
+        notes.error = OSError("Read-only file system")
+        notes.world.publish(key())
+        notes.world.registry.unload(Query(), force=True)
+        with caplog.at_level(logging.INFO):
+            notes.write()
+        assert "Those who map m may hand it back: Read-only file system" in caplog.messages
+        assert "Unloaded m, generation 1." in caplog.messages
+
+
+def test_the_log_names_who_did_what(notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
+    """A hand-back, a client that hangs, a publication, a decline, and the end."""
+    world = notes.world
+    world.registry.expect(key(), 4)
+    world.registry.open()
+    hold(world, pid=1)
+    holder = hold(world, pid=2)
+    world.wait(HAND_BACK_S)
+    world.registry.deposit(holder, (7, 8))
+    world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 4)
+    world.publish(key("k2", model="n"), pid=3, fds=(17, 18))
+    world.registry.decline(world.attach(key("k3", model="o"), pid=4), "because")
+    with caplog.at_level(logging.INFO):
+        notes.write()
+    assert caplog.messages == [
+        "Expecting m (single), generation 4, from those who map it.",
+        "Nobody handed back m within 5 s.",
+        "holder1 (pid 1) was elected to hand back m and did not within 5 s: the next one may.",
+        "holder2 (pid 2) handed back m (target, single), generation 4: 0.00 GiB of memfd, loaded in 0.0 s.",
+        "client3 (pid 3) published n (target, single), generation 1: 0.00 GiB of memfd, loaded in 0.0 s.",
+        "client4 (pid 4) keeps o: because",
+    ]
