@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.support.configs import config
-from vllm_companion_plugin.engine import register
+from vllm_companion_plugin.engine.register import register
+from vllm_companion_plugin.engine.vllm import naming
 from vllm_companion_plugin.errors import NotShareableError
 
 pytestmark = pytest.mark.core
@@ -20,6 +21,7 @@ def replacing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM 0.27 does for bitsandbytes, which later versions do not know."""
     from vllm.engine.arg_utils import EngineArgs
 
+    register()  # what it replaces is around vLLM's own
     make = EngineArgs.create_load_config
     monkeypatch.setattr(EngineArgs, "create_load_config", lambda self: replace(make(self), load_format="auto"))
 
@@ -28,7 +30,7 @@ def replacing(monkeypatch: pytest.MonkeyPatch) -> None:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Not by a handler: vLLM sets its loggers up anew whenever it is imported first."""
     lines: list[str] = []
-    monkeypatch.setattr(register.logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(naming.logger, "warning", lambda text, *values: lines.append(text % values))
     return lines
 
 
