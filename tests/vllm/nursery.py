@@ -1,15 +1,17 @@
 """A nursery: one process that imports vLLM once, and forks for each engine that a test starts.
 
-Importing vLLM takes most of the time in which a small engine starts. A fork has the standard streams, the environment,
-the process group and the end of a process that was started by a command line. It has these things from its nursery: the
-seed of Python's hashes, the addresses of libraries, and whatever libraries read from the environment while they are
-imported. Tests about a start, and engines with an environment of their own, start processes instead.
+Importing vLLM takes most of the time in which a small engine starts. A fork has the standard streams, the environment
+and the process group of a process that was started by a command line, and ends like one, but for the teardown of
+modules. The nursery gives it these things: the seed of Python's hashes, the addresses of libraries, and whatever
+libraries read from the environment while they are imported. Tests about a start, and engines with an environment of
+their own, start processes instead.
 
 The nursery starts no thread, so that its forks can start theirs. It ends with the test process, and its forks with it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -23,9 +25,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_TIMEOUT_S = 180
@@ -160,9 +163,30 @@ def main() -> None:
     gc.freeze()  # vLLM collects several times in each engine
     request = serve(channel)
     if request is not None:
-        gc.unfreeze()  # or what ends with the process is told as leaks
         sys.argv = [request["module"], *request["arguments"]]
-        sys.exit(importlib.import_module(request["module"]).main())
+        run_and_end(lambda: importlib.import_module(request["module"]).main())
+
+
+def run_and_end(work: Callable[[], int | None]) -> NoReturn:
+    """End this process with the status of `work`, as Python does it.
+
+    Only the teardown of modules is left out, which takes longer than any other part of an engine's end.
+    """
+    status: object = 1
+    try:
+        status = work() or 0
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def serve(channel: socket.socket) -> dict[str, Any] | None:
