@@ -162,7 +162,7 @@ class _Restart:
             text = " ".join(str(error).split())
             say(
                 f"vllm-companion: error: {text} This process keeps what the companion of {ward.device} held, and is "
-                "trying again to start a companion until that succeeds or this process is told to end.",
+                "trying again until a companion starts, or until this process is told to end.",
                 error=True,
             )
 
