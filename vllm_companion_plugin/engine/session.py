@@ -28,6 +28,7 @@ from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import CHECKPOINT, EntryKey
 from vllm_companion_plugin.core.logs import PrintableLines
 from vllm_companion_plugin.core.module_tree import Manifest
+from vllm_companion_plugin.core.process import StartFreeze
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LoaderInfo, Progress, Report
 from vllm_companion_plugin.engine import room
 from vllm_companion_plugin.engine.identity import checkpoint, code, key
@@ -174,6 +175,7 @@ _connections: dict[str, CompanionConnection] = {}
 # What this process maps or published, by number: how to give it back. For as long as a tensor views it.
 _kept: dict[int, tuple[str, Callable[[], None]]] = {}
 _numbers = itertools.count()
+_freeze = StartFreeze("vllm")
 # Numbers of what no tensor views any more. Put there by whatever thread collects garbage, wherever it stands.
 _unused: queue.SimpleQueue[int] = queue.SimpleQueue()
 outcomes: list[Outcome] = []
@@ -358,6 +360,8 @@ def _decide_target(
 ) -> Decision:
     found = _find(vllm_config, model_config, settings)
     wanted = key.compute(vllm_config, model_config, device, compat.source_text(settings), found.path, found.content)
+    if settings.gc_freeze:  # by now the model's modules are imported, and nothing of its weights is here
+        _freeze.begin()
     draft = compat.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)

@@ -295,7 +295,6 @@ class _Kind(Enum):
 
 @functools.cache
 def _kind(cls: Any) -> _Kind:
-    assert isinstance(cls, type)
     if cls in _SIMPLE:
         return _Kind.SIMPLE
     if issubclass(cls, (type, torch.dtype, Enum)):
