@@ -284,6 +284,14 @@ TABLE: tuple[Setting, ...] = (
         "CPU only: let vLLM pack the weights for its fastest kernels. Each engine then needs a private copy.",
         engine=True,
     ),
+    Setting(
+        "gc_freeze",
+        bool,
+        True,
+        "While an engine starts, take what exists when it begins to load out of Python's garbage collection, as vLLM "
+        "does by itself once the engine is up: each collection until then would walk all of it.",
+        engine=True,
+    ),
 )
 BY_NAME = {setting.name: setting for setting in TABLE}
 EVERYWHERE = frozenset(setting.name for setting in TABLE if not setting.commands_only)
@@ -308,6 +316,7 @@ class Settings:
     verify: str
     fallback: bool
     cpu_prepack: bool
+    gc_freeze: bool
 
 
 assert [f.name for f in fields(Settings)] == [s.name for s in TABLE]

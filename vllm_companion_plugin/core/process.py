@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,56 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class StartFreeze:
+    """What exists when a start begins is taken out of garbage collection until that start is over. Once a process.
+
+    vLLM collects about fifteen times until an engine is up, and each time walks the million objects that its imports
+    have made. When it is up it freezes them itself, with all that has come since, and unfreezes them when it shuts
+    down. A start that fails does not get there: the next full collection from outside of it sees everything again.
+
+    Args:
+        package: whose code runs a start: one goes on as long as a function of it is on the stack of its thread.
+    """
+
+    def __init__(self, package: str) -> None:
+        self._start = f"{package}."
+        self._thread = 0
+        self._count = 0
+        self._is_ours = False
+        self._was_used = False
+
+    def begin(self) -> None:
+        """A start begins in this thread. Only the first one freezes: later ones would freeze engines before them."""
+        if self._was_used:
+            if self._thaw():
+                gc.collect()  # a start failed, and its engine is in the way of this one
+            return
+        self._was_used = self._is_ours = True
+        self._thread = threading.get_ident()
+        gc.freeze()
+        self._count = gc.get_freeze_count()
+        gc.callbacks.append(self._collecting)
+
+    def _collecting(self, phase: str, info: dict[str, int]) -> None:
+        if self._is_ours and phase == "start" and info["generation"] == 2 and not self._goes_on():
+            self._thaw()
+
+    def _goes_on(self) -> bool:
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith(self._start):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _thaw(self) -> bool:
+        """Undo the freezing, unless somebody has frozen more since: then all is theirs. Returns whether it was ours."""
+        was_ours, self._is_ours = self._is_ours and gc.get_freeze_count() <= self._count, False
+        if was_ours:
+            gc.unfreeze()
+        return was_ours
 
 
 @contextmanager

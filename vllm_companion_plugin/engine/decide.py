@@ -135,6 +135,8 @@ def _decide_target(
 ) -> Decision:
     found = _find(vllm_config, model_config, settings)
     wanted = key.compute(vllm_config, model_config, device, sources.source_text(settings), found.path, found.content)
+    if settings.gc_freeze:  # by now the model's modules are imported, and nothing of its weights is here
+        current().begin_load()
     draft = drafts.draft_config(vllm_config)
     fields = key.draft_fields(vllm_config, draft) if draft is not None else {}
     decision = _obtain(vllm_config, device, wanted, found, settings, wait_for_turn=wait_for_turn)

@@ -16,6 +16,7 @@ from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.logs import PrintableLines
+from vllm_companion_plugin.core.process import StartFreeze
 from vllm_companion_plugin.core.status import Report
 from vllm_companion_plugin.engine.decisions import Attach, Decision, Load, Outcome
 from vllm_companion_plugin.engine.vllm import layout
@@ -42,6 +43,7 @@ class EngineSession:
         self._drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
         self._target: weakref.ref[nn.Module] | None = None
         self._connections: dict[str, CompanionConnection] = {}
+        self._freeze = StartFreeze("vllm")
         # What this process maps or published, by number, for as long as a tensor views it.
         self._attachments: dict[int, Attachment] = {}
         self._numbers = itertools.count()
@@ -69,6 +71,10 @@ class EngineSession:
     def draft_of(self, draft: Any) -> tuple[dict[str, str], EntryKey] | None:
         """What was noted for a draft; None if its target is not shared."""
         return self._drafts.get(id(draft))
+
+    def begin_load(self) -> None:
+        """The first model is about to be built: what exists by then is left out of garbage collection for a while."""
+        self._freeze.begin()
 
     # ---- models
 
