@@ -64,7 +64,7 @@ def main() -> None:
         if load_format == "companion":
             result["left"] = used(device) if device else mapped()
         results.append(result)
-    print("RESULT " + json.dumps(results), flush=True)
+    print("RESULT " + json.dumps(results) + "\n", end="", flush=True)  # one write, into which no log line falls
     sys.stdin.read()
 
 
