@@ -59,7 +59,7 @@ MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)
 LINGER_S, GRACE_S = 8.0, 16.0
 BY_LINGER = (GenerationEvent.EXPIRE, GenerationEvent.MAKE_ROOM)
 
-keys = st.sampled_from(KEYS)
+keys = st.sampled_from([KEYS[0]] * 3 + KEYS)
 queries = st.sampled_from([Query(), Query(model="m"), Query(rank="tp0/2"), Query(key_id="b"), Query(model="nobody's")])
 
 
@@ -86,9 +86,10 @@ class Clients(RuleBasedStateMachine):
     @initialize(
         linger_s=st.sampled_from([LINGER_S, LINGER_S, -1.0]),
         expected=st.sampled_from([[], [(KEYS[0], 3)], [(KEYS[0], 1), (KEYS[1], 2)]]),
+        given_up=st.booleans(),
         replaced=st.booleans(),
     )
-    def start(self, linger_s: float, expected: list[tuple[EntryKey, int]], replaced: bool) -> None:
+    def start(self, linger_s: float, expected: list[tuple[EntryKey, int]], given_up: bool, replaced: bool) -> None:
         self.replaced = replaced
         self.now = 1000.0
         self.linger_s, self.grace_s = linger_s, GRACE_S
@@ -122,6 +123,9 @@ class Clients(RuleBasedStateMachine):
             self.published[key.id] = max(generation, self.published.get(key.id, 0))
         self.registry.open()
         self.settle()
+        if given_up:
+            self.now += HAND_BACK_S
+            self.check_time()
 
     def observe(self, move: Move) -> None:
         """Each move is judged when it is made, by what was known before."""
@@ -150,6 +154,7 @@ class Clients(RuleBasedStateMachine):
 
     def attempt(self, call: Callable[[], Any], *, legal: bool | None = None) -> Any:
         """The answer of `call`, or None if it is refused: then nothing may have changed. `legal`: what is expected."""
+        self.now += 0.25
         before = self.snapshot()
         answer, refusal = None, None
         try:
@@ -235,14 +240,16 @@ class Clients(RuleBasedStateMachine):
         if how != "not yet" and self.last_is_elected():
             self.publish(self.all_leases[-1], how)
 
-    @rule(key=keys, stays=st.booleans())
-    def publisher(self, key: EntryKey, stays: bool) -> None:
-        """A client that publishes at once if it is elected; or else the entry has no client any more."""
+    @rule(key=keys, then=st.sampled_from(["stays", "all leave", "a holder stays"]))
+    def publisher(self, key: EntryKey, then: str) -> None:
+        """A client that publishes at once if it is elected."""
         self.attach(key, True, 0, False)
         if self.last_is_elected():
             self.publish(self.all_leases[-1], "anew")
-        if not stays:
+        if then != "stays":
             self.all_leave(key)
+        if then == "a holder stays":
+            self.attach(key, False, None, True)
 
     def last_is_elected(self) -> bool:
         return bool(self.all_leases) and self.all_leases[-1].state is LeaseState.LOADING
@@ -250,13 +257,15 @@ class Clients(RuleBasedStateMachine):
     @loading
     @rule(lease=loaders, how=st.sampled_from(["as it was", "anew", "half", "not at all"]))
     def publish(self, lease: Lease, how: str) -> None:
-        """What a loader does: all of it, all but the commit, or a decline."""
+        """What a loader does: all of it, half of it until a client comes that maps the entry already, or a decline."""
         if how == "not at all":
             self.decline(lease, 0)
             return
         if not lease.deposited:
             self.deposit(lease, 2)
-        if how != "half":
+        if how == "half":
+            self.attach(lease.entry.key, False, None, False)
+        else:
             self.commit(lease, lease.holds if how == "as it was" else 0)
 
     @attached
