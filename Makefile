@@ -42,7 +42,7 @@ stubs: $(STAMP) ## regenerate vllm_companion_plugin/wire/schema.binpb, messages.
 
 test-gpu: ## tests and acceptance figures on a machine with a GPU and a CUDA build of vLLM
 	$(PYTHON) -m pytest -q -m gpu tests/contract tests/gpu
-	$(PYTHON) benchmarks/gpu_acceptance.py --out out/gpu
+	$(PYTHON) -m benchmarks.gpu_acceptance --out out/gpu
 
 clean: ## remove what the recipes made
 	rm -rf .venv .venv-* build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 """Llama-8B on one GPU: equality, cost of packing, cost of attaching, memory. Writes a report.
 
-    python benchmarks/gpu_acceptance.py --out DIR [--only STEP ...]
+    python -m benchmarks.gpu_acceptance --out DIR [--only STEP ...]
 
 Makes the model itself (random weights). Prints one line per check and exits with 1 if one
 failed; figures go to DIR/acceptance-<vllm version>.json.
@@ -12,11 +12,14 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 ENGINE = Path(__file__).with_name("gpu_engine.py")
 GIB = 2**30
@@ -239,6 +242,59 @@ def three_engines(run: Run) -> None:
     )
 
 
+COSTS = ("model_loading_s", "load_model_s", "built_s", "bound_s", "engine_start_s")
+TURNS = 3
+
+
+@contextlib.contextmanager
+def preloaded(run: Run, model: Path) -> Iterator[list[str]]:
+    """vLLM's own daemon holds `model` while open: the flags of an engine that maps from it."""
+    with tempfile.TemporaryDirectory(prefix="ipc") as place, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        command = ["vllm", "preload", "--model", str(model), "--weight-cache-socket-dir", place]
+        command += ["--weight-cache-health-port", str(port), "--max-model-len", "2048", "--enforce-eager"]
+        with (run.out / f"preload-{model.name}.log").open("w") as log:
+            daemon = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            until = time.monotonic() + 300
+            while True:
+                with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+                if daemon.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError("vllm preload did not get ready: " + log.name)
+                time.sleep(0.2)
+            yield ["--format", "ipc_cache", "--extra", json.dumps({"socket_dir": place})]
+        finally:
+            daemon.terminate()
+            daemon.wait(60)
+
+
+def costs(run: Run, model: Path) -> None:
+    """What a start costs with weights that somebody holds, in turns: the companion, vLLM's loader and its own cache."""
+    companion("unload")
+    run.model, whole = model, run.model
+    label = f"costs-{model.name}"
+    try:
+        with contextlib.ExitStack() as undo:
+            ways = {"auto": ["--format", "auto"], "companion": ["--format", "companion"]}
+            run.engine(f"{label}-publish", *ways["companion"], "--eager", "--utilization", "0.3")
+            try:
+                ways["ipc_cache"] = undo.enter_context(preloaded(run, model))
+            except (RuntimeError, OSError) as error:  # this vLLM has none
+                print(f"note: no ipc_cache: {error}", flush=True)
+            for turn in range(TURNS):
+                for way, flags in ways.items():
+                    run.engine(f"{label}-{way}-{turn}", *flags, "--eager", "--utilization", "0.3")
+        for way in ways:
+            turns = [run.results[f"{label}-{way}-{turn}"] for turn in range(TURNS)]
+            taken = {name: [round(one[name], 3) for one in turns if name in one] for name in COSTS}
+            run.check(f"{label}: {way}", True, ", ".join(f"{name} {values}" for name, values in taken.items()))
+    finally:
+        run.model = whole
+
+
 def tight(run: Run) -> None:
     """The weights are 85% of what is free: the rest of the GPU is taken by somebody else."""
     companion("unload")
@@ -333,7 +389,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "llama-8b-random")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--only", nargs="*", default=["eager", "tight", "graphs", "three", "shares", "fp8"])
+    parser.add_argument("--only", nargs="*", default=["eager", "tight", "graphs", "three", "shares", "fp8", "costs"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("COMPANION_RUNTIME_DIR", tempfile.mkdtemp(prefix="vc-"))
@@ -353,6 +409,14 @@ def main() -> None:
     try:
         if "eager" in args.only:
             compare(run, "eager", "--eager")
+        if "costs" in args.only:
+            from benchmarks.attach_cost import write_model
+
+            many = args.out / "many-layers"
+            if not many.exists():
+                write_model(many, 1250)
+            costs(run, args.model)
+            costs(run, many)
         if "tight" in args.only:
             tight(run)
         if "graphs" in args.only:

@@ -8,11 +8,34 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
+import re
 import sys
 import time
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+SECONDS = {
+    "model_loading_s": re.compile(r"Model loading took .* and ([\d.]+) seconds"),
+    "built_s": re.compile(r"model built in ([\d.]+) s"),
+    "bound_s": re.compile(r"bound in ([\d.]+) s"),
+}
+
+
+class SaidInLog(logging.Handler):
+    """Seconds that vLLM and the loader tell of by themselves."""
+
+    def __init__(self, figures: dict[str, float]) -> None:
+        super().__init__()
+        self.figures = figures
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        for name, pattern in SECONDS.items():
+            if (found := pattern.search(text)) is not None:
+                self.figures[name] = float(found[1])
 
 
 def watch_loader(name: str, figures: dict[str, float]) -> None:
@@ -104,6 +127,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     figures: dict[str, float] = {}
+    logging.getLogger("vllm").addHandler(SaidInLog(figures))
     watch_loader(args.format, figures)
     started = time.perf_counter()
     llm = LLM(
