@@ -136,7 +136,7 @@ class Clients(RuleBasedStateMachine):
             self.elected[move.lease.id] = self.now
         if not isinstance(move, GenerationMoved):
             return
-        key_id, generation = move.entry.key.id, move.entry.generation
+        key_id, generation = move.entry.key.id, move.entry.current.number
         if move.event is GenerationEvent.PUBLISH:
             assert generation > self.published.get(key_id, 0), "a number was given twice"
         if move.event is GenerationEvent.HAND_BACK:
@@ -171,7 +171,7 @@ class Clients(RuleBasedStateMachine):
 
     def settle(self) -> None:
         """Bring the account up to date after a step."""
-        now_idle = {id(e): e for e in self.registry.entries if e.state is GenerationState.READY and not e.users}
+        now_idle = {id(e): e for e in self.registry.entries if e.current.state is GenerationState.READY and not e.users}
         self.idle = {entry: self.idle.get(entry, self.now) for entry in now_idle}
         if any(entry.users for entry in self.registry.entries):
             self.idle_since, self.grace_s = None, 0.0
@@ -303,7 +303,7 @@ class Clients(RuleBasedStateMachine):
         )
         if committed is not None:
             self.commits["handed_back" if number else "published"] += 1
-            assert committed == lease.entry.generation
+            assert committed == lease.entry.current.number
             del self.elected[lease.id]
 
     def decline(self, lease: Lease, number: int) -> None:
@@ -328,10 +328,10 @@ class Clients(RuleBasedStateMachine):
     @held
     @rule(query=queries, force=st.booleans())
     def unload(self, query: Query, force: bool) -> None:
-        found = [e for e in self.registry.entries if e.current and query.matches(e.key)]
+        found = [e for e in self.registry.entries if e.can_be_asked_for and query.matches(e.key)]
         legal = bool(found) and (force or not any(e.users for e in found))
         self.attempt(lambda: self.registry.unload(query, force=force), legal=legal)
-        assert not legal or not any(e.current for e in found)
+        assert not legal or not any(e.can_be_asked_for for e in found)
 
     @held
     @rule(size_bytes=st.sampled_from([0, 1, 1, ARENA.size_bytes, ARENA.size_bytes + 1, 3 * ARENA.size_bytes]))
@@ -396,7 +396,7 @@ class Clients(RuleBasedStateMachine):
         due = self.registry.advance()
         self.settle()
         for entry in self.registry.entries:
-            assert entry.state is not GenerationState.EXPECTED or self.now < self.opened_at + HAND_BACK_S
+            assert entry.current.state is not GenerationState.EXPECTED or self.now < self.opened_at + HAND_BACK_S
             idle_s = self.now - self.idle.get(id(entry), self.now)
             assert self.owner or self.linger_s < 0 or entry.leases or idle_s < self.linger_s or not idle_s
         for lease in self.registry.leases:
@@ -412,7 +412,7 @@ class Clients(RuleBasedStateMachine):
 
     @invariant()
     def a_key_has_one_current_entry(self) -> None:
-        ids = [entry.key.id for entry in self.registry.entries if entry.current]
+        ids = [entry.key.id for entry in self.registry.entries if entry.can_be_asked_for]
         assert len(ids) == len(set(ids))
 
     @invariant()
@@ -426,14 +426,16 @@ class Clients(RuleBasedStateMachine):
         for entry in self.registry.entries:
             states = Counter(lease.state for lease in entry.leases)
             assert all(lease.entry is entry for lease in entry.leases)
-            if entry.state in (GenerationState.EXPECTED, GenerationState.LOADING):
+            if entry.current.state in (GenerationState.EXPECTED, GenerationState.LOADING):
                 assert states.keys() <= {LeaseState.WAITING, LeaseState.LOADING}
-                assert states[LeaseState.LOADING] in ((1,) if entry.state is GenerationState.LOADING else (0, 1))
-                assert not entry.fds
+                assert states[LeaseState.LOADING] in (
+                    (1,) if entry.current.state is GenerationState.LOADING else (0, 1)
+                )
+                assert not entry.current.fds
             else:
                 assert states.keys() <= {LeaseState.ATTACHED}
-                assert len(entry.fds) == (2 if entry.state is GenerationState.READY else 0)
-            assert entry.state is not GenerationState.RETIRED or entry.users
+                assert len(entry.current.fds) == (2 if entry.current.state is GenerationState.READY else 0)
+            assert entry.current.state is not GenerationState.RETIRED or entry.users
             assert (entry.idle_since is not None) == (id(entry) in self.idle)
             assert entry.idle_since in (None, self.idle.get(id(entry)))
         there = {lease.id for lease in self.registry.leases}
@@ -448,9 +450,9 @@ class Clients(RuleBasedStateMachine):
             loader = entry.loading_lease
             holders = [lease for lease in entry.leases if lease.holds]
             able = [lease for lease in entry.leases if lease.may_load]
-            if entry.state is GenerationState.EXPECTED:
+            if entry.current.state is GenerationState.EXPECTED:
                 assert loader is (holders[0] if holders else None)
-            elif entry.state is GenerationState.LOADING:
+            elif entry.current.state is GenerationState.LOADING:
                 assert loader is not None
                 assert loader is (holders or able)[0] or (loader is able[0] and loader.deposited)
 

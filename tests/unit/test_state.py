@@ -212,9 +212,9 @@ def test_generations_count_up_and_survive_an_unload(world: World) -> None:
     old = world.publish(key())
     world.registry.unload(Query(), force=True)
     new = world.publish(key(), pid=2, fds=(17, 18))
-    assert (old.entry.generation, new.entry.generation) == (1, 2)
+    assert (old.entry.current.number, new.entry.current.number) == (1, 2)
     assert [e.state for e in world.registry.status()] == [EntryState.RETIRED, EntryState.READY]
-    assert world.publish(key("other"), pid=3, fds=(27, 28)).entry.generation == 1
+    assert world.publish(key("other"), pid=3, fds=(27, 28)).entry.current.number == 1
 
 
 def test_unloading_what_is_loading_needs_force_and_fails_its_clients(world: World) -> None:

@@ -108,26 +108,19 @@ class Lease:
 
 
 @dataclass(eq=False)
-class Entry:
-    """One model of one rank: its key, its leases in order of arrival, how long it is idle, and its one generation.
+class Generation:
+    """One set of bytes of an entry, from the first client that asks for them until they are dropped.
 
     Attributes:
-        idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
-        idle_since_unix_s: the same by the wall clock, to be shown.
-        state: of its generation; None before the entry is there, and after it has gone.
-        generation: its number; 0 until a loader has published it.
+        state: None before it is there, and after it has gone.
+        number: 0 until a loader has published it.
         load_since: monotonic time of the election; `load_since_unix_s` the same by the wall clock.
         arena, manifest: since it is READY.
         fds: descriptors of the arena while it is READY; the registry owns them.
     """
 
-    key: EntryKey
-    leases: list[Lease] = field(default_factory=list)
-    idle_since: float | None = None
-    idle_since_unix_s: float = 0.0
-    # What follows belongs to the generation.
     state: GenerationState | None = None
-    generation: int = 0
+    number: int = 0
     progress: Progress = STARTING
     progress_unix_s: float = 0.0
     load_since_unix_s: float = 0.0
@@ -137,23 +130,44 @@ class Entry:
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
 
-    def __str__(self) -> str:
-        return f"Generation {self.generation} of {self.key.title}"
-
     @property
     def shown(self) -> EntryState:
-        """The state as clients see it: an expected entry is loading, by whoever will hand it back."""
+        """The state as clients see it: an expected generation is loading, by whoever will hand it back."""
         assert self.state is not None
         return EntryState.LOADING if self.state is GenerationState.EXPECTED else EntryState(self.state.value)
 
     @property
-    def current(self) -> bool:
+    def size_bytes(self) -> int:
+        return self.arena.size_bytes if self.arena else 0
+
+
+@dataclass(eq=False)
+class Entry:
+    """One model of one rank: its key, its leases in order of arrival, how long it is idle, and its generation.
+
+    Attributes:
+        idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
+        idle_since_unix_s: the same by the wall clock, to be shown.
+        current: what clients that ask for the key get, or wait for.
+    """
+
+    key: EntryKey
+    leases: list[Lease] = field(default_factory=list)
+    idle_since: float | None = None
+    idle_since_unix_s: float = 0.0
+    current: Generation = field(default_factory=Generation)
+
+    def __str__(self) -> str:
+        return f"Generation {self.current.number} of {self.key.title}"
+
+    @property
+    def can_be_asked_for(self) -> bool:
         """Whether a client that asks for the key gets this entry."""
-        return self.state not in (None, GenerationState.RETIRED)
+        return self.current.state not in (None, GenerationState.RETIRED)
 
     @property
     def size_bytes(self) -> int:
-        return self.arena.size_bytes if self.arena else 0
+        return self.current.size_bytes
 
     @property
     def users(self) -> list[Lease]:
@@ -167,9 +181,15 @@ class Entry:
         """The client that loads, or hands back; a text in its place while none has come to hand back."""
         lease = self.loading_lease
         if lease is not None:
-            return LoaderInfo(lease.pid, lease.client, self.load_since_unix_s, self.progress, self.progress_unix_s)
-        if self.state is GenerationState.EXPECTED:
-            return replace(EXPECTED, since_unix_s=self.load_since_unix_s)
+            return LoaderInfo(
+                lease.pid,
+                lease.client,
+                self.current.load_since_unix_s,
+                self.current.progress,
+                self.current.progress_unix_s,
+            )
+        if self.current.state is GenerationState.EXPECTED:
+            return replace(EXPECTED, since_unix_s=self.current.load_since_unix_s)
         return None
 
     def status(self, linger_s: float) -> EntryStatus:
@@ -177,16 +197,16 @@ class Entry:
         expires = self.idle_since is not None and linger_s >= 0
         return EntryStatus(
             key=self.key,
-            state=self.shown,
-            generation=self.generation,
+            state=self.current.shown,
+            generation=self.current.number,
             size_bytes=self.size_bytes,
-            tensor_count=self.published.tensor_count,
-            arena_kind=self.arena.kind if self.arena else "",
-            ready_unix_s=self.published.ready_unix_s,
-            load_s=self.published.load_s,
+            tensor_count=self.current.published.tensor_count,
+            arena_kind=self.current.arena.kind if self.current.arena else "",
+            ready_unix_s=self.current.published.ready_unix_s,
+            load_s=self.current.published.load_s,
             loader=self.loader_info(),
             leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users if x.state),
-            ways=self.published.ways,
+            ways=self.current.published.ways,
             expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
-            layout=self.published.layout,
+            layout=self.current.published.layout,
         )

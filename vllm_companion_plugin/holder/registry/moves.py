@@ -17,7 +17,7 @@ from vllm_companion_plugin.holder.registry.table import GenerationEvent, Generat
 
 @dataclass(frozen=True)
 class GenerationMoved:
-    """The generation of `entry` has moved; `entry.state` is where to.
+    """The generation of `entry` has moved; `entry.current.state` is where to.
 
     Attributes:
         loaded_s: of a publication, seconds since the election.

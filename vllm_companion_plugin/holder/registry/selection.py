@@ -30,7 +30,7 @@ class Query:
 def describe(entries: Sequence[Entry]) -> str:
     """The entries in a few words each, e.g. "Qwen/Qwen3-8B (target, tp0/2, ready, key 3f2a...)"."""
     return ", ".join(
-        f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.shown.value}, key {e.key.id[:12]})" for e in entries
+        f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.current.shown.value}, key {e.key.id[:12]})" for e in entries
     )
 
 

@@ -48,6 +48,7 @@ from vllm_companion_plugin.holder.registry import limits, room
 from vllm_companion_plugin.holder.registry.entries import (
     STARTING,
     Entry,
+    Generation,
     GrantedEvent,
     Lease,
     RetiredEvent,
@@ -159,14 +160,14 @@ class Registry:
         if self._expected_until is not None and self._expected_until <= now_s:
             self._give_up_expected()
         for lease in self._handing_back():
-            if lease.entry.load_since + limits.HAND_BACK_S <= now_s:
+            if lease.entry.current.load_since + limits.HAND_BACK_S <= now_s:
                 what = f"{lease.who} did not hand back {describe([lease.entry])} in time."
                 self._end(lease, LeaseEvent.OVERDUE, WaitTimeoutError(what))
         expired, idle_s = room.expired(self.entries, self.lifetime.entry_linger_s, now_s)
         self._drop(expired, GenerationEvent.EXPIRE)
         over = self._check_linger(now_s)
-        next_s = [lease.entry.load_since + limits.HAND_BACK_S - now_s for lease in self._handing_back()]
-        if self._expected_until is not None and any(e.state is GenerationState.EXPECTED for e in self.entries):
+        next_s = [lease.entry.current.load_since + limits.HAND_BACK_S - now_s for lease in self._handing_back()]
+        if self._expected_until is not None and any(e.current.state is GenerationState.EXPECTED for e in self.entries):
             next_s.append(self._expected_until - now_s)
         if idle_s is not None:
             next_s.append(idle_s)
@@ -179,11 +180,11 @@ class Registry:
 
     def _give_up_expected(self) -> None:
         """What nobody has handed back by now is loaded anew. What is being handed back may yet come."""
-        given_up = [entry for entry in self.entries if entry.state is GenerationState.EXPECTED]
+        given_up = [entry for entry in self.entries if entry.current.state is GenerationState.EXPECTED]
         for entry in given_up:
             why = f"Nobody handed back {describe([entry])}, and nobody else may load it."
             self._steps.move_entry(entry, GenerationEvent.GIVE_UP)
-            entry.generation = 0
+            entry.current.number = 0
             self._elect_or_abandon(entry, why)
         if given_up:
             self._changed()
@@ -222,11 +223,11 @@ class Registry:
     def check_replaceable(self) -> None:
         """Raise `EntryInUseError` if another companion could not take over all entries from those who hold them."""
         for entry in self.entries:
-            if entry.shown is EntryState.LOADING:
+            if entry.current.shown is EntryState.LOADING:
                 lease = entry.loading_lease
                 by = f" by {lease.who}" if lease else ""
                 raise EntryInUseError(f"{describe([entry])} is being loaded{by}; try again afterwards.")
-            if entry.state is GenerationState.READY and not entry.leases:
+            if entry.current.state is GenerationState.READY and not entry.leases:
                 raise EntryInUseError(f"{describe([entry])} was published meanwhile; try again.")
 
     def end(self, *, replaced: bool) -> None:
@@ -257,7 +258,7 @@ class Registry:
 
     def check_manifests(self, incoming_bytes: int) -> None:
         """Raise `LimitError` if with so many bytes on their way all manifests together are too large."""
-        stored = sum(entry.manifest.size_bytes for entry in self.entries if entry.manifest)
+        stored = sum(entry.current.manifest.size_bytes for entry in self.entries if entry.current.manifest)
         if stored + incoming_bytes > limits.MAX_MANIFESTS_BYTES:
             raise LimitError(f"All manifests together would be larger than {limits.MAX_MANIFESTS_BYTES} bytes.")
 
@@ -267,7 +268,10 @@ class Registry:
         """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
         self._generations.note(key.id, generation)
         if self._by_key(key) is None and len(self.entries) < limits.MAX_ENTRIES:
-            self._steps.add(Entry(key, generation=generation, load_since_unix_s=self._wall()), GenerationEvent.EXPECT)
+            self._steps.add(
+                Entry(key, current=Generation(number=generation, load_since_unix_s=self._wall())),
+                GenerationEvent.EXPECT,
+            )
             self._on_change()
 
     def attach(
@@ -314,7 +318,7 @@ class Registry:
         if not passive:
             entry.idle_since = None
             self.lifetime.use()
-        if entry.state is GenerationState.READY:
+        if entry.current.state is GenerationState.READY:
             self._steps.map_entry(lease)
         else:
             self._elect(entry)
@@ -325,14 +329,14 @@ class Registry:
         return lease
 
     def _current(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.current]
+        return [entry for entry in self.entries if entry.can_be_asked_for]
 
     def _by_key(self, key: EntryKey) -> Entry | None:
         return next((entry for entry in self._current() if entry.key.id == key.id), None)
 
     def _by_query(self, query: Query) -> Entry | None:
         for state in (EntryState.READY, EntryState.LOADING):
-            found = [entry for entry in self.entries if entry.shown is state and query.matches(entry.key)]
+            found = [entry for entry in self.entries if entry.current.shown is state and query.matches(entry.key)]
             if len(found) > 1:
                 raise BadRequestError(f"{query} matches {len(found)} entries; name one of: {describe(found)}.")
             if found:
@@ -354,7 +358,7 @@ class Registry:
             LimitError: with what it has, they would be more than the companion keeps.
         """
         self._steps.check(lease, LeaseEvent.ANNOUNCE)
-        held = sum(len(entry.fds) for entry in self.entries) + sum(other.announced for other in self.leases)
+        held = sum(len(entry.current.fds) for entry in self.entries) + sum(other.announced for other in self.leases)
         if held + count > self._max_fds:
             raise LimitError(
                 f"The companion has {held} descriptors and keeps at most {self._max_fds}. Unload what is not needed, "
@@ -379,8 +383,8 @@ class Registry:
         """Raises `BadRequestError` unless `lease` is loading."""
         self._steps.move_lease(lease, LeaseEvent.PROGRESS)
         entry = lease.entry
-        if progress != entry.progress:
-            entry.progress, entry.progress_unix_s = progress, self._wall()
+        if progress != entry.current.progress:
+            entry.current.progress, entry.current.progress_unix_s = progress, self._wall()
             self._steps.tell_waiting(entry, entry.leases)
             self._on_change()
 
@@ -403,13 +407,13 @@ class Registry:
                 f"The arena has {len(arena.block_sizes)} blocks; {len(lease.deposited)} descriptors were deposited."
             )
         entry = lease.entry
-        loaded_s = None if generation else self._monotonic() - entry.load_since
+        loaded_s = None if generation else self._monotonic() - entry.current.load_since
         if loaded_s is not None:
             published = replace(published, ready_unix_s=self._wall(), load_s=loaded_s)
-        entry.fds, lease.deposited, lease.announced = lease.deposited, (), 0
-        entry.arena, entry.manifest, entry.published = arena, manifest, published
-        entry.generation = generation or self._generations.latest(entry.key.id) + 1
-        self._generations.note(entry.key.id, entry.generation)
+        entry.current.fds, lease.deposited, lease.announced = lease.deposited, (), 0
+        entry.current.arena, entry.current.manifest, entry.current.published = arena, manifest, published
+        entry.current.number = generation or self._generations.latest(entry.key.id) + 1
+        self._generations.note(entry.key.id, entry.current.number)
         self._steps.move_entry(
             entry, GenerationEvent.HAND_BACK if generation else GenerationEvent.PUBLISH, loaded_s=loaded_s
         )
@@ -419,7 +423,7 @@ class Registry:
                 self._steps.map_entry(other)
         self._note_idle(entry)  # a `serve` or an `upgrade` has handed it back
         self._on_change()
-        return entry.generation
+        return entry.current.number
 
     def decline(self, lease: Lease, reason: str) -> None:
         """The loader keeps its model to itself: all waiters are told why, the entry vanishes."""
@@ -454,8 +458,8 @@ class Registry:
 
     def lose(self, is_lost: Callable[[ArenaInfo, Sequence[int]], bool]) -> None:
         """Drop the entries whose memory nobody can map any more. Attached clients keep mapping it."""
-        ready = [entry for entry in self.entries if entry.state is GenerationState.READY]
-        lost = [entry for entry in ready if entry.arena and is_lost(entry.arena, entry.fds)]
+        ready = [entry for entry in self.entries if entry.current.state is GenerationState.READY]
+        lost = [entry for entry in ready if entry.current.arena and is_lost(entry.current.arena, entry.current.fds)]
         for entry in lost:
             self._retire(entry, GenerationEvent.LOSE)
         if lost:
@@ -465,8 +469,8 @@ class Registry:
         """Nobody finds the entries any more, and nobody hands them back; their status before."""
         before = tuple(entry.status(FOR_EVER) for entry in entries)
         for entry in entries:
-            self._generations.drop(entry.key.id, entry.generation)
-            if entry.state is GenerationState.READY:
+            self._generations.drop(entry.key.id, entry.current.number)
+            if entry.current.state is GenerationState.READY:
                 self._retire(entry, event)
             else:
                 error = LeaseLostError(f"{describe([entry])} was unloaded while it was loading.")
@@ -496,21 +500,21 @@ class Registry:
                 return
             self._steps.move_lease(loader, LeaseEvent.YIELD)
             loader.announced = 0
-        expected = entry.state is GenerationState.EXPECTED
+        expected = entry.current.state is GenerationState.EXPECTED
         others = [lease for lease in entry.leases if lease.may_load and not expected]
         heir = next(iter(holders + others), None)
         if heir is None:
             return
         self._steps.move_lease(heir, LeaseEvent.ELECT)
-        entry.progress = STARTING
-        entry.load_since_unix_s, entry.load_since = self._wall(), self._monotonic()
-        entry.progress_unix_s = entry.load_since_unix_s
+        entry.current.progress = STARTING
+        entry.current.load_since_unix_s, entry.current.load_since = self._wall(), self._monotonic()
+        entry.current.progress_unix_s = entry.current.load_since_unix_s
         self._steps.tell(heir, GrantedEvent(heir.holds or self._generations.latest(entry.key.id) + 1))
         self._steps.tell_waiting(entry, entry.leases)
 
     def _elect_or_abandon(self, entry: Entry, why: str) -> None:
         self._elect(entry)
-        if entry.loading_lease is None and entry.state is not GenerationState.EXPECTED:
+        if entry.loading_lease is None and entry.current.state is not GenerationState.EXPECTED:
             self._steps.end_entry(entry, GenerationEvent.ABANDON, EntryNotFoundError(why))
 
     # ---- consequences
@@ -520,9 +524,9 @@ class Registry:
         entry = lease.entry
         stopped = f"{lease.who} stopped loading {describe([entry])}; nobody else may load it."
         self._steps.end_lease(lease, event, error)
-        if entry.shown is EntryState.LOADING:
+        if entry.current.shown is EntryState.LOADING:
             self._elect_or_abandon(entry, stopped)
-        elif entry.state is GenerationState.RETIRED and not entry.users:
+        elif entry.current.state is GenerationState.RETIRED and not entry.users:
             self._steps.end_entry(entry, GenerationEvent.LEAVE)
         elif not lease.passive:
             self._note_idle(entry)
@@ -530,7 +534,7 @@ class Registry:
 
     def _note_idle(self, entry: Entry) -> None:
         """Unless somebody uses the entry, its idle time runs from now on."""
-        if entry.state is GenerationState.READY and not entry.users:
+        if entry.current.state is GenerationState.READY and not entry.users:
             entry.idle_since, entry.idle_since_unix_s = self._monotonic(), self._wall()
 
     def _changed(self) -> None:

@@ -68,7 +68,7 @@ class Steps:
 
     def move_entry(self, entry: Entry, event: GenerationEvent, *, loaded_s: float | None = None) -> None:
         """Move an entry's generation, and tell observers. Raises `IllegalTransitionError`; nothing has changed then."""
-        before, entry.state = entry.state, table.GENERATION.after(entry.state, event, entry)
+        before, entry.current.state = entry.current.state, table.GENERATION.after(entry.current.state, event, entry)
         self.emit(GenerationMoved(entry, event, before, loaded_s))
 
     def map_entry(self, lease: Lease) -> None:
@@ -95,7 +95,7 @@ class Steps:
     def release(self, owner: Entry | Lease) -> None:
         """Have the descriptors of an entry or a lease closed: the only place where they leave the registry."""
         if isinstance(owner, Entry):
-            fds, owner.fds = owner.fds, ()
+            fds, owner.current.fds = owner.current.fds, ()
         else:
             fds, owner.deposited, owner.announced = owner.deposited, (), 0
         if fds:

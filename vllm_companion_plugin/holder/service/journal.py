@@ -57,7 +57,7 @@ class Journal:
 
     def _note(self, entry: Entry) -> None:
         try:
-            self._dismiss(entry.key, entry.generation)
+            self._dismiss(entry.key, entry.current.number)
         except OSError as error:
             logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
 
@@ -66,7 +66,7 @@ def _log_generation(move: GenerationMoved) -> None:
     entry, event = move.entry, move.event
     title, rank, held_gib = entry.key.title, entry.key.rank, entry.size_bytes / (1 << 30)
     if event is GenerationEvent.EXPECT:
-        logger.info("Expecting %s (%s), generation %d, from those who map it.", title, rank, entry.generation)
+        logger.info("Expecting %s (%s), generation %d, from those who map it.", title, rank, entry.current.number)
     elif event is GenerationEvent.GIVE_UP:
         logger.warning("Nobody handed back %s within %g s.", title, limits.HAND_BACK_S)
     elif event is GenerationEvent.EXPIRE:
@@ -76,19 +76,19 @@ def _log_generation(move: GenerationMoved) -> None:
             "Dropped %s (%s), which nobody uses, because somebody needs its %.2f GiB.", *(title, rank, held_gib)
         )
     elif event is GenerationEvent.UNLOAD:
-        logger.info("Unloaded %s, generation %d.", entry.key.model, entry.generation)
+        logger.info("Unloaded %s, generation %d.", entry.key.model, entry.current.number)
     elif event is GenerationEvent.LOSE:
         logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
 
 
 def _log_lease(move: LeaseMoved) -> None:
     lease, entry = move.lease, move.lease.entry
-    if move.event is LeaseEvent.COMMIT and entry.arena is not None:
+    if move.event is LeaseEvent.COMMIT and entry.current.arena is not None:
         logger.info(
             "%s %s %s (%s, %s), generation %d: %.2f GiB of %s, loaded in %.1f s.",
             *(lease.who, "handed back" if lease.holds else "published"),
-            *(entry.key.model, entry.key.role, entry.key.rank, entry.generation),
-            *(entry.size_bytes / (1 << 30), entry.arena.kind, entry.published.load_s),
+            *(entry.key.model, entry.key.role, entry.key.rank, entry.current.number),
+            *(entry.size_bytes / (1 << 30), entry.current.arena.kind, entry.current.published.load_s),
         )
     elif move.event is LeaseEvent.DECLINE:
         logger.info("%s keeps %s: %s", lease.who, entry.key.model, move.reason)

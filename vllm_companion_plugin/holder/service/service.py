@@ -122,9 +122,9 @@ class CompanionService:
         lease = self._spend(fd_channel.REDEEM, ticket)
 
         def current() -> Sequence[int]:
-            if not lease.entry.fds:
+            if not lease.entry.current.fds:
                 raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
-            return lease.entry.fds
+            return lease.entry.current.fds
 
         return current
 
@@ -232,19 +232,19 @@ class CompanionService:
 
     async def _tell_ready(self, lease: Lease, context: Any) -> None:
         entry = lease.entry
-        assert entry.arena is not None
-        assert entry.manifest is not None
+        assert entry.current.arena is not None
+        assert entry.current.manifest is not None
         ticket = self.tickets.issue(fd_channel.REDEEM, lease)
         ready = messages.Ready(
             key=codec.key_to_message(entry.key),
-            generation=entry.generation,
-            arena=codec.arena_to_message(entry.arena, ticket),
-            manifest_bytes=entry.manifest.size_bytes,
-            manifest_sha256=entry.manifest.sha256,
-            published=codec.published_to_message(entry.published),
+            generation=entry.current.number,
+            arena=codec.arena_to_message(entry.current.arena, ticket),
+            manifest_bytes=entry.current.manifest.size_bytes,
+            manifest_sha256=entry.current.manifest.sha256,
+            published=codec.published_to_message(entry.current.published),
         )
         await context.write(messages.AttachEvent(ready=ready))
-        for chunk in entry.manifest.chunks:
+        for chunk in entry.current.manifest.chunks:
             await context.write(messages.AttachEvent(manifest_chunk=chunk))
 
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
@@ -295,7 +295,7 @@ class CompanionService:
             check_descriptors(arena, lease.deposited)
         published = codec.published_from_message(commit.published)
         generation = self.registry.commit(lease, arena, stored, published, commit.generation)
-        shown = codec.published_to_message(lease.entry.published)
+        shown = codec.published_to_message(lease.entry.current.published)
         return messages.PublishResponse(generation=generation, published=shown)
 
     def _decline(self, lease: Lease, declined: Any) -> None:
