@@ -344,7 +344,7 @@ class Clients(RuleBasedStateMachine):
     @rule(key=keys)
     def lose(self, key: EntryKey) -> None:
         """The process that the memory of an entry depends on ends."""
-        lost = {fd for e in self.registry.entries if e.key is key for fd in e.fds}
+        lost = {fd for e in self.registry.entries if e.key is key for fd in e.current.fds}
         self.attempt(lambda: self.registry.lose(lambda arena, fds: not lost.isdisjoint(fds)), legal=True)
 
     @rule(pid=st.sampled_from([0, 0, 1, 2]), linger_s=st.sampled_from([-1.0, 4.0, float("inf")]))
@@ -417,7 +417,7 @@ class Clients(RuleBasedStateMachine):
 
     @invariant()
     def every_descriptor_has_one_owner_or_is_closed_once(self) -> None:
-        kept = [fd for e in self.registry.entries for fd in e.fds]
+        kept = [fd for e in self.registry.entries for fd in e.current.fds]
         kept += [fd for lease in self.all_leases for fd in lease.deposited]
         assert Counter(kept) + self.closed == Counter(dict.fromkeys(self.deposited, 1))
 
