@@ -15,6 +15,7 @@ from tests.support.checkpoints import models
 from tests.support.place import Place
 from tests.vllm.test_turns import Process
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -54,9 +55,10 @@ def total_gib() -> Iterator[float]:
 
 
 def run(place: Place, log: Path, **options: Any) -> list[dict[str, Any]]:
-    process = Process(
-        *(place, os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, log), device=CompanionClient().device, **options
-    )
+    environment = os.environ | to_environment(place.settings) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    process = Process(None, environment, log, device=CompanionClient().device, **options)
+    assert isinstance(process.process, subprocess.Popen)
+    place.processes.append(process.process)
     results = process.result()
     process.end()
     return results

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,23 +14,33 @@ import pytest
 
 from tests.support.place import Place, until
 from tests.vllm.conftest import START_TIMEOUT_S, entries
-from tests.vllm.nursery import Nursery
+from tests.vllm.nursery import ROOT, Forked, Nursery
 from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+CHILD = "tests.vllm.turns_child"
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
 
 
 class Process:
-    """One that runs models one after the other. `result()` waits for all of them; it stays until `end`."""
+    """One that runs models one after the other. `result()` waits for all of them; it stays until `end`.
 
-    def __init__(self, nursery: Nursery, environment: dict[str, str], log: Path, **options: Any) -> None:
+    It is a fork of `nursery`, or without one a process that was started by a command line.
+    """
+
+    def __init__(self, nursery: Nursery | None, environment: dict[str, str], log: Path, **options: Any) -> None:
         self.log = log
-        options = {"prompts": PROMPTS} | options
+        argument = json.dumps({"prompts": PROMPTS} | options)
+        self.process: Forked | subprocess.Popen[str]
         with log.open("w") as file:
-            self.process = nursery.start(
-                "tests.vllm.turns_child", json.dumps(options), environment=environment, stderr=file
+            if nursery is not None:
+                self.process = nursery.start(CHILD, argument, environment=environment, stderr=file)
+                return
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", CHILD, argument],
+                **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True},
+                **{"env": environment, "cwd": ROOT},
             )
 
     def result(self) -> list[dict[str, Any]]:
@@ -47,6 +59,7 @@ class Process:
     def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
+        self.process.stdin = None
         assert self.process.wait(60) == 0, self.log.read_text()[-3000:]
 
 
@@ -64,6 +77,7 @@ def start(
 
     yield one
     for process in started:
+        assert isinstance(process.process, Forked)
         process.process.close()
 
 
