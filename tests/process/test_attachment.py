@@ -59,10 +59,10 @@ class TestMemory:
 class TestPrivate:
     def test_is_renewed(self, attached: Attachment) -> None:
         """A clone gets the arena's bytes again, whatever was written to it."""
-        views = attached.views()
-        clone = views.bytes_at(0, 64).clone()
-        attached.keep_private([(0, clone)])
+        views, first = attached.views(), attached.manifest.storages[0]
+        clone = views.bytes_at(first.offset_bytes, first.size_bytes).clone()
+        attached.keep_private([(first.offset_bytes, clone)])
         clone.zero_()
         attached.renew()
-        assert torch.equal(clone, views.bytes_at(0, 64))
+        assert torch.equal(clone, views.bytes_at(first.offset_bytes, first.size_bytes))
         assert clone.count_nonzero()

@@ -311,8 +311,7 @@ def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch
 def test_a_gpu_that_has_no_memory_for_a_context_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vllm_companion_plugin.memory import cuda_driver
-    from vllm_companion_plugin.memory.kinds import cuda_vmm
+    from vllm_companion_plugin.memory import KINDS, cuda_driver
 
     def unsupported_reason(index: int) -> str | None:
         if index == 1:
@@ -320,7 +319,7 @@ def test_a_gpu_that_has_no_memory_for_a_context_does_not_hide_the_others(
         return "too old" if index == 2 else None
 
     monkeypatch.setattr(cuda_driver, "device_uuids", lambda: ["GPU-a", "GPU-b", "GPU-c"])
-    monkeypatch.setattr(cuda_vmm, "unsupported_reason", unsupported_reason)
+    monkeypatch.setattr(KINDS["cuda_vmm"], "unsupported_reason", unsupported_reason)
     exec(doctor._CUDA_PROBE, {})
     answer = subprocess.CompletedProcess([], 0, capsys.readouterr().out, "")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +12,18 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.service.journal import Journal
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Lines of the companion's logger, which hands nothing on where vLLM has been imported."""
+    logger = logging.getLogger("vllm.companion.service")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger.name):
+        propagate, logger.propagate = logger.propagate, False
+        yield caplog
+        logger.propagate = propagate
+    logger.removeHandler(caplog.handler)
 
 
 class Notes:
@@ -72,18 +85,17 @@ class TestNotes:
         notes.world.registry.decline(notes.world.attach(key("b")), "because")
         assert notes.write() == []
 
-    def test_that_cannot_be_left_are_logged(self, notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
+    def test_that_cannot_be_left_are_logged(self, notes: Notes, log: pytest.LogCaptureFixture) -> None:
         """The entry is dropped all the same."""
         notes.error = OSError("Read-only file system")
         notes.world.publish(key())
         notes.world.registry.unload(Query(), force=True)
-        with caplog.at_level(logging.INFO):
-            notes.write()
-        assert "Those who map m may hand it back: Read-only file system" in caplog.messages
-        assert "Unloaded m, generation 1." in caplog.messages
+        notes.write()
+        assert "Those who map m may hand it back: Read-only file system" in log.messages
+        assert "Unloaded m, generation 1." in log.messages
 
 
-def test_the_log_names_who_did_what(notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_who_did_what(notes: Notes, log: pytest.LogCaptureFixture) -> None:
     """A hand-back, a client that hangs, a publication, a decline, and the end."""
     world = notes.world
     world.registry.expect(key(), 4)
@@ -95,9 +107,8 @@ def test_the_log_names_who_did_what(notes: Notes, caplog: pytest.LogCaptureFixtu
     world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 4)
     world.publish(key("k2", model="n"), pid=3, fds=(17, 18))
     world.registry.decline(world.attach(key("k3", model="o"), pid=4), "because")
-    with caplog.at_level(logging.INFO):
-        notes.write()
-    assert caplog.messages == [
+    notes.write()
+    assert log.messages == [
         "Expecting m (single), generation 4, from those who map it.",
         "Nobody handed back m within 5 s.",
         "holder1 (pid 1) was elected to hand back m and did not within 5 s: the next one may.",

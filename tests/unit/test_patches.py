@@ -191,7 +191,6 @@ OF_OURS = {
     ("engine.attach", "data"),  # of a parameter that is made private
     ("engine.publish", "manifest"),
     ("engine.publish", "reading"),
-    ("engine.session", "checkpoint"),
     ("engine.session", "atexit"),  # of a finalizer that was just made
     ("engine.run.verify", "worker_extension_cls"),  # of arguments that were just parsed
     ("engine.vllm.flags", "default"),

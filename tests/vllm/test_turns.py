@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+RESIDENT_KB = 16_000
+"""What two runs of the same engines differ by."""
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7]]
 CHILD = "tests.vllm.turns_child"
 
@@ -101,3 +105,28 @@ def test_models_take_turns_on_a_device_where_only_one_fits(
     assert [str(path) in line for path, line in zip((tiny_llama, tied_llama), dropped, strict=True)] == [True, True]
     assert "needs" not in process.log.read_text()
     process.end()
+
+
+def test_freezing_keeps_nothing_alive(
+    place: Place, engine_environment: dict[str, str], tmp_path: Path, tiny_llama: Path
+) -> None:
+    """After an engine whose start failed, and after two that ran, as much is left as without freezing."""
+    results: list[list[dict[str, Any]]] = []
+    for freeze in ("true", "false"):
+        environment = engine_environment | to_environment(place.settings) | {"COMPANION_GC_FREEZE": freeze}
+        log = tmp_path / f"freeze-{freeze}"
+        with log.open("w") as file:
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.vllm.freeze_child", str(tiny_llama), "companion"],
+                **{"stdout": subprocess.PIPE, "stderr": file, "text": True, "env": environment},
+                timeout=START_TIMEOUT_S,
+                check=False,
+            )
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        assert line is not None, log.read_text()[-3000:]
+        results.append(json.loads(line.removeprefix("RESULT ")))
+    for frozen, normal in zip(*results, strict=True):
+        assert (frozen["mapped"], frozen["workers"]) == (normal["mapped"], normal["workers"]) == (0, 0)
+        assert frozen.get("blocks") == normal.get("blocks")
+        assert frozen["resident_kb"] <= normal["resident_kb"] + RESIDENT_KB
+    assert [result.get("error") for result in results[0]] == ["no memory is left for the KV cache", None, None]

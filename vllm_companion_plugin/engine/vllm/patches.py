@@ -42,6 +42,7 @@ class Lifetime(Enum):
     LOADING = "while a model is loaded for others", False
     PROCESSING = "while a model is post-processed", False
     WORKING = "while a model is published or attached", False
+    STARTING = "while the first engine of a process starts", False
 
     def __init__(self, text: str, is_permanent: bool) -> None:
         self.text = text
@@ -460,6 +461,15 @@ COLLECTOR = Patch(
     reason="A full collection walks all of vLLM's objects, in the middle of milliseconds of work.",
     link="Python's gc.disable",
     undo="when it is done",
+)
+FREEZING = Patch(
+    "gc:freeze",
+    "core.process",
+    How.HOOKED,
+    Lifetime.STARTING,
+    reason="vLLM collects about fifteen times while an engine starts, each time over all that its imports have made.",
+    link="Python's gc.freeze, and gc.callbacks to see when the start is over",
+    undo="by vLLM's own freeze when the engine is up, or at the first full collection after a start that failed",
 )
 SWITCHES = Patch(
     "sys:setswitchinterval",

@@ -23,7 +23,7 @@ from vllm_companion_plugin.holder.registry.moves import (
 )
 from vllm_companion_plugin.holder.registry.table import DISMISSING, GenerationEvent, LeaseEvent
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.companion.service")
 
 
 class Journal:
