@@ -85,9 +85,9 @@ def test_what_ends_a_process_is_said_in_its_form(
     form: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    for name in ("vllm", "vllm.companion"):  # which vLLM, where it was imported, keeps from the root
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    for name in ("vllm", "vllm.companion"):  # as in a process that runs no engine
+        for attribute, value in (("handlers", []), ("filters", []), ("propagate", True)):
+            monkeypatch.setattr(logging.getLogger(name), attribute, value)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     logs.configure("INFO", form, "cpu")
     logs.fatal(ValueError(FORGED))
