@@ -122,6 +122,10 @@ def answering(place: Place, version: int) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return lambda request, context: messages.CompanionStatus(pid=5, version="9.9", protocol_version=version)
 
+        def Attach(self, request: messages.AttachRequest, context: Any) -> Iterator[messages.AttachEvent]:
+            told = f"The client speaks protocol {request.protocol_version}, the companion speaks protocol {version}."
+            yield messages.AttachEvent(failed=messages.Failed(code="protocol_mismatch", message=told))
+
     with speaking(place, Other()):
         yield
 

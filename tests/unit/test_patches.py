@@ -184,7 +184,10 @@ INTERFACES = re.compile(
     r"|set_default_(dtype|device|tensor_type)|use_deterministic_algorithms|simplefilter|filterwarnings"
 )
 """By which a process is told to do something otherwise. With an owner's name: those whose own names say little."""
-QUALIFIED = ("gc.disable", "gc.freeze", "atexit.register", "signal.signal", "signal.setitimer", "resource.setrlimit")
+QUALIFIED = (
+    *("gc.disable", "gc.freeze", "gc.callbacks", "atexit.register", "signal.signal", "signal.setitimer"),
+    "resource.setrlimit",
+)
 OF_OUR_PROCESSES = {("core.logs", "excepthook"), ("core.process", "setrlimit")}
 """Of the companion, the keeper and the command line: no engine calls these."""
 OF_OURS = {

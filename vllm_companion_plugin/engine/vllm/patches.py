@@ -43,6 +43,7 @@ class Lifetime(Enum):
     PROCESSING = "while a model is post-processed", False
     WORKING = "while a model is published or attached", False
     STARTING = "while the first engine of a process starts", False
+    DECIDED = "from the first model on that this process decides about", True
 
     def __init__(self, text: str, is_permanent: bool) -> None:
         self.text = text
@@ -468,8 +469,17 @@ FREEZING = Patch(
     How.HOOKED,
     Lifetime.STARTING,
     reason="vLLM collects about fifteen times while an engine starts, each time over all that its imports have made.",
-    link="Python's gc.freeze, and gc.callbacks to see when the start is over",
-    undo="by vLLM's own freeze when the engine is up, or at the first full collection after a start that failed",
+    link="Python's gc.freeze; vllm/v1/engine/core.py freezes, too, when the engine is up",
+    undo="by vLLM, which takes all over; after a start that failed, by the first full collection",
+)
+END_OF_START = Patch(
+    "gc:callbacks",
+    "core.process",
+    How.HOOKED,
+    Lifetime.DECIDED,
+    reason="A start that failed does not say so.",
+    link="Python's gc.callbacks",
+    undo=_ENDS,
 )
 SWITCHES = Patch(
     "sys:setswitchinterval",
