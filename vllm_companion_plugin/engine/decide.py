@@ -195,6 +195,8 @@ def _obtain(
         logger.info("The companion of %s went away (%s); asking again.", device.id, error)
         if isinstance(error, CompanionUnavailableError):
             current().drop_connection(device.id)
+            # A companion that was killed may accept connections for a moment longer.
+            current().connection(device.id, settings, ask=True)
         decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except EntryNotFoundError:
         if own is None:

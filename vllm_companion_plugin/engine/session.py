@@ -114,16 +114,18 @@ class EngineSession:
 
     # ---- companions
 
-    def connection(self, device_id: str, settings: Settings) -> CompanionConnection:
+    def connection(self, device_id: str, settings: Settings, *, ask: bool = False) -> CompanionConnection:
         """To the companion of a device, which is started if there is none.
+
+        Args:
+            ask: make sure that it answers. Without, the first question finds that out, and saves a round trip.
 
         Raises:
             CompanionUnavailableError: none could be started.
         """
         known = self._connections.get(device_id)
         if known is None or not is_listening(device_paths(device_id, settings)):
-            # Whether it speaks our protocol is told by the answer to the first question.
-            known = self._connections[device_id] = connect(device_id, settings, spawn=True, ask=False)
+            known = self._connections[device_id] = connect(device_id, settings, spawn=True, ask=ask)
         return known
 
     def drop_connection(self, device_id: str) -> None:
