@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -36,7 +37,7 @@ from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions, session
 from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, digest, files, key
 from vllm_companion_plugin.engine.vllm import devices, drafts, flags, layout, sharing
-from vllm_companion_plugin.errors import CompanionError, NotShareableError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import digests_directory
 from vllm_companion_plugin.host.spawn import is_listening
@@ -936,6 +937,24 @@ def test_what_is_held_takes_one_question(engines: Engines, tiny: Path, monkeypat
     bound = engines.decide(tiny, kv_cache_memory_bytes=1 << 20)  # or the room for it would be asked about
     assert isinstance(bound, decisions.Attach)
     assert asked == ["attach"]
+
+
+def test_a_companion_that_is_killed_is_followed_by_one_that_answers(
+    engines: Engines, place: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment the system accepts connections to the one that was killed."""
+    ask, killed = decide._Question.ask, []
+
+    def kill_first(self: Any, *args: Any, **options: Any) -> Any:
+        if not killed:
+            killed.append(place.companion_pid())
+            os.kill(killed[0], signal.SIGKILL)
+            raise CompanionUnavailableError("it is gone")
+        return ask(self, *args, **options)
+
+    monkeypatch.setattr(decide._Question, "ask", kill_first)
+    engines.load(tiny)
+    assert place.companion_pid() != killed[0]
 
 
 def draft_key_of(model: Path, **options: Any) -> EntryKey:
