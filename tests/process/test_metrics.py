@@ -22,7 +22,7 @@ from vllm_companion_plugin.client.connection import CompanionConnection, Granted
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S, PREFIX, TABLE, Series
 from vllm_companion_plugin.core.status import Progress, Report
-from vllm_companion_plugin.errors import BadRequestError, CompanionError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.wire import codec
@@ -100,6 +100,8 @@ def live_through_everything(place: Place) -> CompanionConnection:
     declined.publication.decline("because")
     with pytest.raises(CompanionError):
         connection.unload(model="nothing")
+    with pytest.raises(EntryNotFoundError):  # as an engine asks first; that its entry is not there is an answer
+        connection.attach(replace(KEY, id="ef" * 32), may_load=False, client_name="engine").wait(5)
     connection.report(Report(KEY.id, "attached", 0.2, verify="full", verified="equal", verify_seconds=0.5))
     connection.report(Report(outcome="alone", failure="not_shareable"))
     until(lambda: sum(one.value for one in counted(connection) if one.name == "outcomes") == 2, 5, "reports came")

@@ -213,8 +213,8 @@ def _judge_model(
     rank.loaded, rank.attached = loaded["what"], bound["what"]
     rank.seconds, rank.ways = bound["seconds"], bound["ways"]
     rank.reasons = sorted({o["reason"] for o in (loaded, bound) if o["what"] == "alone"})
-    if bound["what"] == "published":
-        rank.reasons.append(bound["reason"] or "the second engine loaded and published, too")
+    if bound["what"] not in ("attached", "copied") and not rank.reasons:
+        rank.reasons.append(bound["reason"] or f"the second engine did not attach: {bound['what']}")
     for what, model in (("published", first), ("attached", second)):
         for difference in differences(_expected(normal, model), model):
             found = rank.byte_differences if difference.of_bytes else rank.attribute_differences

@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 
@@ -33,17 +32,13 @@ class Attachment:
     In an engine it ends by itself, when no tensor views the memory any more. Writing to a tensor that views it ends the
     process (host) or the CUDA context (device), and using one after `close` does too: clone what must stay.
 
-    Attributes:
-        held: what the next companion is told if this one dies.
-        manifest: the module tree that the weights come from.
-
     Args:
         device_id: whose companion holds it: a GPU's UUID, or "cpu".
         device: the same device, as PyTorch names it in this process.
         lease: on the entry; owned from now on.
-        held: what the next companion is told if this one dies.
+        held: what the next companion is told if this one dies; an attribute, too.
         arena: mapped; owned from now on.
-        manifest: what is in it.
+        manifest: the module tree that is in it; an attribute, too.
     """
 
     def __init__(
@@ -150,17 +145,12 @@ class Attachment:
         """Compare the bytes with their checksums. Raises `IntegrityError` if they differ."""
         self.verification(self.views(), mode).check(self.manifest, self.label)
 
-    def mirror(self, settings: Settings, client_name: str) -> bool:
-        """From now on, hand the entry back to the next companion if this one dies.
-
-        Returns:
-            Whether that is possible; the log says why not.
-        """
+    def mirror(self, settings: Settings, client_name: str) -> None:
+        """From now on, hand the entry back to the next companion if this one dies; the log says if it cannot be."""
         try:
             self._mirror = Holder(self.device_id, settings, self.held, self.lease, client_name)
         except CompanionError as error:
             logger.warning("%s is not handed back if its companion dies: %s", self.held.key.title, error)
-        return self._mirror is not None
 
     def keep_private(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Remember what was cloned from the arena, for `renew`: the first byte there, and the clone, of dtype uint8."""
@@ -168,9 +158,7 @@ class Attachment:
 
     def renew(self) -> None:
         """Give what was cloned the arena's bytes again, as they are mapped now."""
-        views = self.views()
-        for start, clone in self._clones:
-            clone.copy_(views.bytes_at(start, clone.nbytes))
+        self.views().renew(self._clones)
 
     def unmap(self) -> None:
         """Take the memory from its addresses, which stay reserved: whoever reads there faults. Idempotent.
@@ -200,7 +188,7 @@ class Attachment:
         if self._mirror is not None:
             self._mirror.wait_known(timeout_s)
 
-    def leave_to_tensors(self, unused: Any) -> None:
+    def leave_to_tensors(self, unused: Callable[[], object]) -> None:
         """From now on only tensors keep the arena mapped; `unused()` is called, in any thread, after the last one."""
         arena = self.arena
         weakref.finalize(arena, unused).atexit = False

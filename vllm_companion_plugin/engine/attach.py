@@ -78,7 +78,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
         ) from error
     if not copy:
-        attachment.keep_private(source.clones())
+        attachment.keep_private(source.clones)
     draft.put_in(model, targets)
     if restorer.own:
         logger.debug("Values of this engine that differ from the publisher's: %s", restorer.own)

@@ -77,6 +77,9 @@ class Source:
         views: of the arena that holds them.
         device: of the model.
         copy: clone the shared ones too.
+
+    Attributes:
+        clones: what was cloned at once so far: the first byte in the arena, and the clone, of dtype uint8.
     """
 
     def __init__(self, manifest: Manifest, views: ArenaViews, device: torch.device, *, copy: bool) -> None:
@@ -85,8 +88,7 @@ class Source:
         self._device = device
         self._copy = copy
         self._clones: dict[int, torch.UntypedStorage] = {}
-        # First byte and bytes in the arena of what is cloned at once, with the clone.
-        self._runs: list[tuple[int, int, torch.Tensor]] = []
+        self.clones: list[tuple[int, torch.Tensor]] = []
 
     def tensor(self, index: int) -> torch.Tensor:
         """Tensor `index` of the manifest. Ties between private tensors survive the cloning."""
@@ -107,7 +109,7 @@ class Source:
             start = self._place(indexes[0])[0] // ALIGNMENT * ALIGNMENT
             end = sum(self._place(indexes[-1]))
             run = self._bytes(start, end - start).clone()
-            self._runs.append((start, end - start, run))
+            self.clones.append((start, run))
             whole = run.untyped_storage()
             for each in indexes:
                 offset, size = self._place(each)
@@ -145,14 +147,9 @@ class Source:
         """Of all storages under the tensors made so far."""
         return {clone.data_ptr() for clone in self._clones.values()} | self._views.addresses()
 
-    def clones(self) -> list[tuple[int, torch.Tensor]]:
-        """What was cloned so far: the first byte in the arena, and the clone, of dtype uint8."""
-        return [(start, run) for start, _, run in self._runs]
-
     def renew(self) -> None:
         """Give all clones their published bytes again."""
-        for start, size, run in self._runs:
-            run.copy_(self._bytes(start, size))
+        self._views.renew(self.clones)
 
     def _bytes(self, start: int, size: int) -> torch.Tensor:
         return self._views.bytes_at(start, size)

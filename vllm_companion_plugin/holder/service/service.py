@@ -26,7 +26,13 @@ from vllm_companion_plugin.core.metrics import BOUNDS_S
 from vllm_companion_plugin.core.status import CompanionStatus
 from vllm_companion_plugin.core.text import printable, sendable
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, ProtocolMismatchError, TicketError
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    EntryNotFoundError,
+    ProtocolMismatchError,
+    TicketError,
+)
 from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
     Event,
@@ -162,7 +168,10 @@ class CompanionService:
             lease = self._attach(request)
             await self._serve_lease(lease, context)
         except CompanionError as error:
-            self._counting.refused(error)
+            # An engine that asks for its key before it asks to load has got its answer; nothing has failed.
+            only_asks = request.WhichOneof("select") == "key" and not (request.may_load or request.held_generation)
+            if not (only_asks and isinstance(error, EntryNotFoundError)):
+                self._counting.refused(error)
             await context.write(_failed(error))
         finally:
             if lease is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,6 +66,15 @@ class ArenaViews:
     def tensor(self, info: TensorInfo, storage: StorageInfo) -> torch.Tensor:
         """The tensor that `info` describes, viewing `storage` in the arena."""
         return view(self._storage(info.storage, storage), info, self.device)
+
+    def renew(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Give clones the arena's bytes again, as they are mapped now.
+
+        Args:
+            clones: the first byte in the arena of each, and the clone, of dtype uint8.
+        """
+        for start, clone in clones:
+            clone.copy_(self.bytes_at(start, clone.nbytes))
 
     def addresses(self) -> set[int]:
         """Of the storages made so far."""
