@@ -939,22 +939,26 @@ def test_what_is_held_takes_one_question(engines: Engines, tiny: Path, monkeypat
     assert asked == ["attach"]
 
 
-def test_a_companion_that_is_killed_is_followed_by_one_that_answers(
-    engines: Engines, place: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["killed", "stopped", "told to end"])
+def test_a_companion_that_goes_away_is_followed_by_one_that_answers(
+    engines: Engines, place: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """For a moment the system accepts connections to the one that was killed."""
-    ask, killed = decide._Question.ask, []
+    """For a moment the system accepts connections to the one that is gone, or going."""
+    ask, gone = decide._Question.ask, []
 
-    def kill_first(self: Any, *args: Any, **options: Any) -> Any:
-        if not killed:
-            killed.append(place.companion_pid())
-            os.kill(killed[0], signal.SIGKILL)
+    def end_first(self: Any, *args: Any, **options: Any) -> Any:
+        if not gone:
+            gone.append(place.companion_pid())
+            if how == "stopped":
+                self.connection.shutdown()
+            else:
+                os.kill(gone[0], signal.SIGKILL if how == "killed" else signal.SIGTERM)
             raise CompanionUnavailableError("it is gone")
         return ask(self, *args, **options)
 
-    monkeypatch.setattr(decide._Question, "ask", kill_first)
+    monkeypatch.setattr(decide._Question, "ask", end_first)
     engines.load(tiny)
-    assert place.companion_pid() != killed[0]
+    assert place.companion_pid() != gone[0]
 
 
 def draft_key_of(model: Path, **options: Any) -> EntryKey:
