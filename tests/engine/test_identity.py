@@ -36,7 +36,7 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions, session
 from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, digest, files, key
-from vllm_companion_plugin.engine.vllm import devices, drafts, flags, layout, sharing
+from vllm_companion_plugin.engine.vllm import deployment, devices, drafts, flags, sharing
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import digests_directory
@@ -101,8 +101,8 @@ def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: py
     monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
     switched = key_of(tiny)
     assert switched.differences(plain) == ["env.VLLM_MARLIN_INPUT_DTYPE is 'absent' there and 'int8' here"]
-    versions = layout.versions() | {"vllm": "0.0.1"}
-    monkeypatch.setattr(layout, "versions", lambda: versions)
+    versions = deployment.versions() | {"vllm": "0.0.1"}
+    monkeypatch.setattr(deployment, "versions", lambda: versions)
     assert f"version.vllm is {plain.fields['version.vllm']!r} there and '0.0.1' here" in key_of(tiny).differences(plain)
 
 

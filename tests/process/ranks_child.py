@@ -23,7 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions
-from vllm_companion_plugin.engine.vllm import devices, layout
+from vllm_companion_plugin.engine.vllm import deployment, devices
 from vllm_companion_plugin.settings import resolve
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import copy, prepare
@@ -62,7 +62,7 @@ def run(config: Any, directory: Path, engine: int, rank: int, device_id: str, re
 
 def name(config: Any, directory: Path, rank: int, results: Any) -> None:
     join(config, directory / f"{os.getppid()}-dp", rank)
-    results.put((rank, layout.ranks()["dp"]))
+    results.put((rank, deployment.ranks()["dp"]))
     distributed.barrier()
 
 

@@ -189,7 +189,7 @@ class _Publisher:
             # While the device copies and the driver frees.
             search = executor.submit(self._search(model, tree, besides))
             manifest = executor.submit(manifest_to_bytes, packed.manifest)
-            blocks = [chunk.size_bytes for chunk in packed.layout.chunks]
+            blocks = [chunk.size_bytes for chunk in packed.placement.chunks]
             layout = executor.submit(layout_digest, packed.manifest, device.arena_kind, blocks)
 
             def report(done: int, total: int) -> None:

@@ -19,7 +19,7 @@ from vllm_companion_plugin.core.logs import PrintableLines
 from vllm_companion_plugin.core.process import StartFreeze
 from vllm_companion_plugin.core.status import Report
 from vllm_companion_plugin.engine.decisions import Attach, Decision, Load, Outcome
-from vllm_companion_plugin.engine.vllm import layout
+from vllm_companion_plugin.engine.vllm import deployment
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
@@ -165,7 +165,7 @@ def current() -> EngineSession:
 
 def client_name() -> str:
     """How engines are called in `status` and in other clients' messages."""
-    return f"vLLM {layout.versions()['vllm']}"
+    return f"vLLM {deployment.versions()['vllm']}"
 
 
 def _keep_with(table: dict[int, Any], config: Any, value: Any) -> None:

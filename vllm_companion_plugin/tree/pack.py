@@ -218,7 +218,7 @@ class Packed:
     """A tree that is ready to be copied: what it will look like in an arena, and where."""
 
     packing: Packing
-    layout: Placement
+    placement: Placement
     manifest: Manifest
 
 
@@ -238,12 +238,12 @@ def prepare(
     packing = survey(tree, device, observation)
     if not packing.storages:
         raise NotShareableError("the model has no tensors.")
-    layout = plan(
+    placement = plan(
         [s.stop - s.start for s in packing.storages],
         [s.start % ALIGNMENT for s in packing.storages],
         arenas.granularity(kind, device.index),
     )
-    places = zip(layout.offsets, packing.storages, strict=True)
+    places = zip(placement.offsets, packing.storages, strict=True)
     storages = tuple(StorageInfo(offset, s.stop - s.start) for offset, s in places)
     loaded = observation.finish(tree) if observation is not None else Loaded()
     modules = describe_modules(tree, packing, loaded)
@@ -257,7 +257,7 @@ def prepare(
         loaded.retied_modules,
         is_observed=observation is not None,
     )
-    return Packed(packing, layout, manifest)
+    return Packed(packing, placement, manifest)
 
 
 def copy(
@@ -289,22 +289,22 @@ def copy(
     Raises:
         ArenaError: no memory; the model is back in memory of its own.
     """
-    packing, layout = packed.packing, packed.layout
+    packing, placement = packed.packing, packed.placement
     if device.type == "cuda":
         # vLLM with several ranks works on a stream of its own, for which the arena's copies do not wait.
         torch.cuda.synchronize(device)
     if arenas.KINDS[kind].is_made_at_once:
         release()  # all of its memory is about to be taken
-    writer = arenas.create(kind, layout.size_bytes, device.index, keeper)
+    writer = arenas.create(kind, placement.size_bytes, device.index, keeper)
     rebound: list[torch.Tensor] = []
     try:
-        views = ArenaViews(writer, layout.size_bytes, device)
-        summing = Summing(views, layout.size_bytes, device)
-        for chunk in layout.chunks:
+        views = ArenaViews(writer, placement.size_bytes, device)
+        summing = Summing(views, placement.size_bytes, device)
+        for chunk in placement.chunks:
             writer.add_block(chunk.size_bytes)
             for index in range(chunk.first, chunk.last):
                 storage = packing.storages[index]
-                writer.write(layout.offsets[index], storage.start, storage.stop - storage.start)
+                writer.write(placement.offsets[index], storage.start, storage.stop - storage.start)
             replacements = _replacements(packed, chunk, views) if rebind else []  # while the device copies
             writer.flush()
             # On a GPU freeing would wait for all sums; the first shows that there will be some.
@@ -317,8 +317,8 @@ def copy(
                 rebound.append(tensor)
             del replacements
             release()
-            report(until, layout.size_bytes)
-        summing.extend(layout.size_bytes)
+            report(until, placement.size_bytes)
+        summing.extend(placement.size_bytes)
         checksums = summing.checksums()
         arena = writer.seal()
         arena.info = replace(arena.info, checksums=checksums)

@@ -18,7 +18,7 @@ from typing import Any
 from vllm_companion_plugin.core.identity import CHECKPOINT, VARIANT, EntryKey
 from vllm_companion_plugin.engine.identity import checkpoint, code, configuration
 from vllm_companion_plugin.engine.identity.digest import digest_of
-from vllm_companion_plugin.engine.vllm import building, devices, layout
+from vllm_companion_plugin.engine.vllm import building, deployment, devices
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.models import model_name
 
@@ -48,19 +48,19 @@ def compute(
         source: the checkpoint; None for a load format without one.
         content: identity of each file of the checkpoint.
     """
-    ranks = layout.ranks()
+    ranks = deployment.ranks()
     fields = {
         "manifest": str(MANIFEST_VERSION),
         "source_format": source_format,
         "stage": device.stage.value,
-        "device": layout.device_kind(device),
+        "device": deployment.device_kind(device),
         "lora": str(vllm_config.lora_config is not None),
     }
     fields |= configuration.engine_fields(vllm_config)
     # All are in the key: building a model reads some, and which ones changes between versions.
     fields |= configuration.all_fields("lora", vllm_config.lora_config)
     fields |= _model_fields(vllm_config, model_config)
-    fields |= {f"version.{name}": value for name, value in (layout.versions() | code.versions()).items()}
+    fields |= {f"version.{name}": value for name, value in (deployment.versions() | code.versions()).items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     speculative = vllm_config.speculative_config
     if getattr(model_config, "is_hybrid", False) and speculative is not None:

@@ -25,7 +25,7 @@ from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.run import reachable
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import building, devices, drafts, flags, layout, processing, sources
+from vllm_companion_plugin.engine.vllm import building, deployment, devices, drafts, flags, processing, sources
 from vllm_companion_plugin.errors import CompanionError, SettingsError
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = flags.without_companion(args) if role == "reference" else flags.through_companion(args)
     engine = _Replicas(args) if args.data_parallel_size > 1 else _Engine(args)
     try:
-        report: dict[str, Any] = {"versions": layout.versions()}
+        report: dict[str, Any] = {"versions": deployment.versions()}
         try:
             report["answers"] = answers(engine, asked.adapter)
             report["dtype"] = str(engine.config.model_config.dtype)
