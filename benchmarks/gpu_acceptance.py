@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
+from benchmarks import gpu_engine, matrix
+
 ENGINE = Path(__file__).with_name("gpu_engine.py")
 GIB = 2**30
 
@@ -85,6 +87,17 @@ class Run:
         finally:
             process.kill()
             process.wait()
+
+    def forked(self, name: str, *arguments: str) -> dict:
+        """As `engine`, in a fork of this process, which has imported vLLM: imports are not what is measured."""
+        log = self.out / f"{name}.log"
+        matrix.fork(lambda: gpu_engine.main([str(self.model), *arguments]), log)
+        line = next(line for line in log.read_text().splitlines() if line.startswith("RESULT "))
+        result: dict = json.loads(line.removeprefix("RESULT "))
+        self.results[name] = result
+        figures = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
+        print(f"{name}: {figures} kv {result['kv_tokens']}", flush=True)
+        return result
 
     def check(self, what: str, good: bool, figure: str) -> None:
         self.checks.append((what, bool(good), figure))
@@ -242,7 +255,7 @@ def three_engines(run: Run) -> None:
     )
 
 
-COSTS = ("model_loading_s", "load_model_s", "built_s", "bound_s", "engine_start_s")
+COSTS = ("model_loading_s", "load_model_s", "again_load_model_s", "built_s", "bound_s", "engine_start_s")
 TURNS = 3
 
 
@@ -273,20 +286,21 @@ def preloaded(run: Run, model: Path) -> Iterator[list[str]]:
 
 def costs(run: Run, model: Path) -> None:
     """What a start costs with weights that somebody holds, in turns: the companion, vLLM's loader and its own cache."""
-    companion("unload")
     run.model, whole = model, run.model
     label = f"costs-{model.name}"
+    matrix.fork(lambda: companion("unload"), run.out / "unload.log")  # gRPC's threads must not be here before a fork
     try:
         with contextlib.ExitStack() as undo:
             ways = {"auto": ["--format", "auto"], "companion": ["--format", "companion"]}
-            run.engine(f"{label}-publish", *ways["companion"], "--eager", "--utilization", "0.3")
+            run.forked(f"{label}-publish", *ways["companion"], "--eager", "--utilization", "0.3")
             try:
                 ways["ipc_cache"] = undo.enter_context(preloaded(run, model))
             except (RuntimeError, OSError) as error:  # this vLLM has none
                 print(f"note: no ipc_cache: {error}", flush=True)
             for turn in range(TURNS):
                 for way, flags in ways.items():
-                    run.engine(f"{label}-{way}-{turn}", *flags, "--eager", "--utilization", "0.3")
+                    again = ["--again"] if way != "auto" and turn == 0 else []
+                    run.forked(f"{label}-{way}-{turn}", *flags, "--eager", "--utilization", "0.3", *again)
         for way in ways:
             turns = [run.results[f"{label}-{way}-{turn}"] for turn in range(TURNS)]
             taken = {name: [round(one[name], 3) for one in turns if name in one] for name in COSTS}
@@ -406,13 +420,15 @@ def main() -> None:
         )
         print(f"model made in {time.perf_counter() - started:.0f} s", flush=True)
     run = Run(args.model, args.out)
+    if "costs" in args.only:
+        matrix.ready(on_gpu=True)
     try:
         if "eager" in args.only:
             compare(run, "eager", "--eager")
         if "costs" in args.only:
             from benchmarks.attach_cost import write_model
 
-            many = args.out / "many-layers"
+            many = args.model.with_name("many-layers")
             if not many.exists():
                 write_model(many, 1250)
             costs(run, args.model)

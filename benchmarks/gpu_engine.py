@@ -6,6 +6,7 @@ Prints one JSON line, then stays until standard input closes if --stay is given.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import logging
@@ -109,7 +110,7 @@ def watch_loader(name: str, figures: dict[str, float]) -> None:
     owner.load_model = load_model
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--format", default="companion")
@@ -121,7 +122,8 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=float)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--stay", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="then a second engine in this process, after the first")
+    args = parser.parse_args(argv)
 
     import torch
     from vllm import LLM, SamplingParams
@@ -129,23 +131,38 @@ def main() -> None:
     figures: dict[str, float] = {}
     logging.getLogger("vllm").addHandler(SaidInLog(figures))
     watch_loader(args.format, figures)
-    started = time.perf_counter()
-    llm = LLM(
-        args.model,
-        load_format=args.format,
-        model_loader_extra_config=json.loads(args.extra),
-        skip_tokenizer_init=True,
-        enforce_eager=args.eager,
-        quantization=args.quantization,
-        speculative_config=args.speculative_config,
-        max_model_len=2048,
-        max_num_batched_tokens=args.batch,
-        max_num_seqs=16 if args.batch else None,
-        gpu_memory_utilization=args.utilization,
-        kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
-        compilation_config=None if args.eager else {"cudagraph_capture_sizes": [1, 8, 16]},
-    )
-    figures["engine_start_s"] = time.perf_counter() - started
+
+    def start() -> LLM:
+        started = time.perf_counter()
+        llm = LLM(
+            args.model,
+            load_format=args.format,
+            model_loader_extra_config=json.loads(args.extra),
+            skip_tokenizer_init=True,
+            enforce_eager=args.eager,
+            quantization=args.quantization,
+            speculative_config=args.speculative_config,
+            max_model_len=2048,
+            max_num_batched_tokens=args.batch,
+            max_num_seqs=16 if args.batch else None,
+            gpu_memory_utilization=args.utilization,
+            kv_cache_memory_bytes=int(args.kv_gib * 2**30) if args.kv_gib else None,
+            compilation_config=None if args.eager else {"cudagraph_capture_sizes": [1, 8, 16]},
+        )
+        figures["engine_start_s"] = time.perf_counter() - started
+        return llm
+
+    llm = start()
+    if args.again:
+        first = dict(figures)
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+        figures.clear()
+        llm = start()
+        again = {f"again_{name}": value for name, value in figures.items()}
+        figures.clear()
+        figures.update(first, **again)
     generator = torch.Generator().manual_seed(7)
     prompts = [
         {"prompt_token_ids": torch.randint(10, 30000, (16 + 8 * i,), generator=generator).tolist()} for i in range(16)
