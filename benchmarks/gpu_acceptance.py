@@ -266,7 +266,16 @@ def preloaded(run: Run, model: Path) -> Iterator[list[str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        command = ["vllm", "preload", "--model", str(model), "--weight-cache-socket-dir", place]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "preload",
+            "--model",
+            str(model),
+            "--weight-cache-socket-dir",
+            place,
+        ]
         command += ["--weight-cache-health-port", str(port), "--max-model-len", "2048", "--enforce-eager"]
         with (run.out / f"preload-{model.name}.log").open("w") as log:
             daemon = subprocess.Popen(command, stdout=log, stderr=log)

@@ -25,6 +25,9 @@ SECONDS = {
 }
 
 
+WHO_TELLS = ("vllm.companion", "vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.gpu_model_runner")
+
+
 class SaidInLog(logging.Handler):
     """Seconds that vLLM and the loader tell of by themselves."""
 
@@ -129,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     from vllm import LLM, SamplingParams
 
     figures: dict[str, float] = {}
-    logging.getLogger("vllm").addHandler(SaidInLog(figures))
+    for logger in WHO_TELLS:  # vLLM configures "vllm" anew when an engine is made
+        logging.getLogger(logger).addHandler(SaidInLog(figures))
     watch_loader(args.format, figures)
 
     def start() -> LLM:
@@ -163,9 +167,10 @@ def main(argv: list[str] | None = None) -> None:
         again = {f"again_{name}": value for name, value in figures.items()}
         figures.clear()
         figures.update(first, **again)
+    words = min(30000, llm.llm_engine.vllm_config.model_config.get_vocab_size())
     generator = torch.Generator().manual_seed(7)
     prompts = [
-        {"prompt_token_ids": torch.randint(10, 30000, (16 + 8 * i,), generator=generator).tolist()} for i in range(16)
+        {"prompt_token_ids": torch.randint(10, words, (16 + 8 * i,), generator=generator).tolist()} for i in range(16)
     ]
     outputs = llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0, detokenize=False, ignore_eos=True))
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
