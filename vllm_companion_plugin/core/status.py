@@ -13,19 +13,29 @@ GENERATIONS = range(1, 1 << 53)
 
 
 class EntryState(Enum):
-    """The states of an entry: LOADING, then READY, then RETIRED until its last lease ends."""
+    """The states of an entry: LOADING, then READY, then RETIRED until its last lease ends.
+
+    While every client sleeps it may be PARKED in host memory, or DROPPED until one of them wakes.
+    """
 
     LOADING = "loading"
     READY = "ready"
+    PARKED = "parked"
+    DROPPED = "dropped"
     RETIRED = "retired"
 
 
 class LeaseState(Enum):
-    """The states of a lease: WAITING for a loader, LOADING as the elected one, or ATTACHED."""
+    """The states of a lease: WAITING for a loader, LOADING as the elected one, ATTACHED, or ASLEEP without memory.
+
+    PARKING is an attached client that copies the entry to host memory, before it falls asleep.
+    """
 
     WAITING = "waiting"
     LOADING = "loading"
     ATTACHED = "attached"
+    PARKING = "parking"
+    ASLEEP = "asleep"
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,14 @@ class EntryStatus:
     """One entry as `status` shows it.
 
     Attributes:
+        size_bytes: of the arena, wherever its bytes are; 0 while the entry loads, or is dropped.
         ready_unix_s: when the entry was published; 0 while it loads.
         load_s: seconds from the election to the publication; 0 while the entry loads.
         ways: number of modules by the way in which engines restore them; empty if each engine processes its own.
         expires_at_unix_s: when the companion drops the entry if no client attaches; 0 while a client uses the entry,
             or if the entry stays.
         layout: as of `Published`; empty while the entry loads.
+        host_bytes: of the copy in host memory; 0 if there is none.
     """
 
     key: EntryKey
@@ -106,6 +118,7 @@ class EntryStatus:
     ways: Mapping[str, int] = field(default_factory=dict)
     expires_at_unix_s: float = 0.0
     layout: str = ""
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import (
     EntryState,
     EntryStatus,
@@ -41,9 +42,14 @@ class WaitingEvent:
 
 @dataclass(frozen=True)
 class GrantedEvent:
-    """The client is elected: what it publishes will have this generation."""
+    """The client is elected: what it publishes will have this generation.
+
+    Attributes:
+        brings_back: it copies the entry from host memory to the device, and loads nothing.
+    """
 
     generation: int
+    brings_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Lease:
         waiting_since: monotonic time since which it waits for another client; None if it does not.
         announced: number of descriptors that it is about to deposit, or has deposited.
         deposited: descriptors of the publication that it is making; the registry owns them.
+        level: at which it sleeps, as vLLM counts.
         events: what the client has not been told yet.
     """
 
@@ -92,6 +99,7 @@ class Lease:
     waiting_since: float | None = None
     announced: int = 0
     deposited: tuple[int, ...] = ()
+    level: int = 0
     events: deque[Event] = field(default_factory=deque)
 
     def __str__(self) -> str:
@@ -115,8 +123,9 @@ class Generation:
         state: None before it is there, and after it has gone.
         number: 0 until a loader has published it.
         load_since: monotonic time of the election; `load_since_unix_s` the same by the wall clock.
-        arena, manifest: since it is READY.
+        arena, manifest: since it is READY, until it is dropped.
         fds: descriptors of the arena while it is READY; the registry owns them.
+        host, host_fds: its copy in host memory, if there is one, and the copy's descriptors; the registry owns them.
     """
 
     state: GenerationState | None = None
@@ -129,6 +138,8 @@ class Generation:
     arena: ArenaInfo | None = None
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
+    host: ArenaInfo | None = None
+    host_fds: tuple[int, ...] = ()
 
     @property
     def shown(self) -> EntryState:
@@ -140,6 +151,11 @@ class Generation:
     def size_bytes(self) -> int:
         return self.arena.size_bytes if self.arena else 0
 
+    @property
+    def device_bytes(self) -> int:
+        """Of the device's memory that would be free without it, if nobody maps it."""
+        return self.size_bytes if self.fds else 0
+
 
 @dataclass(eq=False)
 class Entry:
@@ -149,6 +165,7 @@ class Entry:
         idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
         idle_since_unix_s: the same by the wall clock, to be shown.
         current: what clients that ask for the key get, or wait for.
+        wish: of the client that fell asleep last.
     """
 
     key: EntryKey
@@ -156,6 +173,7 @@ class Entry:
     idle_since: float | None = None
     idle_since_unix_s: float = 0.0
     current: Generation = field(default_factory=Generation)
+    wish: WhenAsleep = WhenAsleep.AUTO
 
     def __str__(self) -> str:
         return f"Generation {self.current.number} of {self.key.title}"
@@ -172,6 +190,15 @@ class Entry:
     @property
     def users(self) -> list[Lease]:
         return [lease for lease in self.leases if not lease.passive]
+
+    @property
+    def sleepers(self) -> list[Lease]:
+        return [lease for lease in self.leases if lease.state is LeaseState.ASLEEP]
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether a client uses it that does not sleep."""
+        return any(lease.state is not LeaseState.ASLEEP for lease in self.users)
 
     @property
     def loading_lease(self) -> Lease | None:
@@ -209,4 +236,5 @@ class Entry:
             ways=self.current.published.ways,
             expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
             layout=self.current.published.layout,
+            host_bytes=self.current.host.size_bytes if self.current.host else 0,
         )

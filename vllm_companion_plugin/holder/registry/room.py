@@ -26,10 +26,11 @@ def make(entries: Iterable[Entry], size_bytes: int, linger_s: float) -> list[Ent
     """
     chosen: list[Entry] = []
     for _, entry in sorted(_idle(entries, linger_s), key=lambda idle: idle[0]):
-        if sum(e.size_bytes for e in chosen) >= size_bytes:
+        if sum(e.current.device_bytes for e in chosen) >= size_bytes:
             break
-        chosen.append(entry)
-    return chosen if sum(e.size_bytes for e in chosen) >= size_bytes else []
+        if entry.current.device_bytes:
+            chosen.append(entry)
+    return chosen if sum(e.current.device_bytes for e in chosen) >= size_bytes else []
 
 
 def _idle(entries: Iterable[Entry], linger_s: float) -> list[tuple[float, Entry]]:

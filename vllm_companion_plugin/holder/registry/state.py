@@ -21,6 +21,10 @@ While nobody uses a READY entry its idle time runs. An entry that has been idle 
 becomes of the others; before that it may be dropped for a client that needs its memory (`room.py`). How long entries
 and the companion stay is in `lifetime.py`. `advance` does what is due, and says when something will be.
 
+A client that falls asleep says so by `sleep`. When the last one of an entry has, `core/residency.py` says where the bytes
+stay: on the device, in host memory (PARKED), for which that client leaves a copy first, or nowhere (DROPPED). Who asks
+for a PARKED entry is elected to bring it back; of a DROPPED one, to load it, as if it were new.
+
 What clients are told is in `entries.py`, what observers are told in `moves.py`.
 """
 
@@ -33,6 +37,7 @@ from itertools import count
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import LEVELS, Residence, WhenAsleep, residence
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -229,6 +234,11 @@ class Registry:
                 raise EntryInUseError(f"{describe([entry])} is being loaded{by}; try again afterwards.")
             if entry.current.state is GenerationState.READY and not entry.leases:
                 raise EntryInUseError(f"{describe([entry])} was published meanwhile; try again.")
+            if entry.current.state is GenerationState.PARKED:
+                raise EntryInUseError(
+                    f"{describe([entry])} is in host memory, from where no other companion could take it over. "
+                    "Wake one of those who sleep on it, or unload it."
+                )
 
     def end(self, *, replaced: bool) -> None:
         """Let nobody in any more. Leases go on until `close`.
@@ -283,10 +293,12 @@ class Registry:
         client: str,
         holds: int = 0,
         passive: bool = False,
+        asleep: int | None = None,
     ) -> Lease:
         """A new lease on the entry that `select` names.
 
         Args:
+            asleep: the client sleeps, at this level, on an entry that a companion which has died knew by its key.
             holds: the generation that the client maps and can publish again; heeded if it is the latest. 0: none.
             passive: as of `Lease`.
 
@@ -302,25 +314,31 @@ class Registry:
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
         if isinstance(select, EntryKey) and not self._generations.may_return(select.id, holds):
             holds = 0
+        is_held = entry is not None and entry.current.state is not GenerationState.DROPPED
+        if not is_held and asleep is None and not may_load and not holds:
+            raise EntryNotFoundError(no_match_text(select, self._held()))
         if entry is None:
-            if not may_load and not holds:
-                raise EntryNotFoundError(no_match_text(select, self._current()))
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
             if len(self.entries) >= limits.MAX_ENTRIES:
                 raise LimitError(
                     f"The companion has {limits.MAX_ENTRIES} entries already; unload some: vllm-companion unload"
                 )
-            entry = self._steps.add(Entry(select), GenerationEvent.ASK)
+            first = GenerationEvent.ASK if asleep is None else GenerationEvent.REMEMBER
+            entry = self._steps.add(Entry(select), first)
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive)
         entry.leases.append(lease)
         self._steps.move_lease(lease, LeaseEvent.ATTACH)
         if not passive:
             entry.idle_since = None
             self.lifetime.use()
-        if entry.current.state is GenerationState.READY:
+        if asleep is not None:
+            self._fall_asleep(lease, asleep)
+        elif entry.current.state is GenerationState.READY:
             self._steps.map_entry(lease)
         else:
+            if entry.current.state in (GenerationState.PARKED, GenerationState.DROPPED) and not passive:
+                self._steps.move_entry(entry, GenerationEvent.ASK)
             self._elect(entry)
             self._steps.tell_waiting(entry, [lease])
             if lease.state is LeaseState.WAITING:
@@ -331,11 +349,14 @@ class Registry:
     def _current(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.can_be_asked_for]
 
+    def _held(self) -> list[Entry]:
+        return [entry for entry in self._current() if entry.current.state is not GenerationState.DROPPED]
+
     def _by_key(self, key: EntryKey) -> Entry | None:
         return next((entry for entry in self._current() if entry.key.id == key.id), None)
 
     def _by_query(self, query: Query) -> Entry | None:
-        for state in (EntryState.READY, EntryState.LOADING):
+        for state in (EntryState.READY, EntryState.PARKED, EntryState.LOADING):
             found = [entry for entry in self.entries if entry.current.shown is state and query.matches(entry.key)]
             if len(found) > 1:
                 raise BadRequestError(f"{query} matches {len(found)} entries; name one of: {describe(found)}.")
@@ -358,7 +379,8 @@ class Registry:
             LimitError: with what it has, they would be more than the companion keeps.
         """
         self._steps.check(lease, LeaseEvent.ANNOUNCE)
-        held = sum(len(entry.current.fds) for entry in self.entries) + sum(other.announced for other in self.leases)
+        kept = [fds for entry in self.entries for fds in (entry.current.fds, entry.current.host_fds)]
+        held = sum(map(len, kept)) + sum(other.announced for other in self.leases)
         if held + count > self._max_fds:
             raise LimitError(
                 f"The companion has {held} descriptors and keeps at most {self._max_fds}. Unload what is not needed, "
@@ -368,10 +390,10 @@ class Registry:
         self._steps.move_lease(lease, LeaseEvent.ANNOUNCE)
 
     def deposit(self, lease: Lease, fds: Sequence[int]) -> None:
-        """The loader's descriptors arrived; the registry owns them now, whatever comes.
+        """Descriptors of a loader, or of a copy in host memory, arrived; the registry owns them now, whatever comes.
 
         Raises:
-            BadRequestError: not the loader, or a second deposit. The caller still owns `fds`.
+            BadRequestError: not one who may deposit, or a second deposit. The caller still owns `fds`.
         """
         self._steps.check(lease, LeaseEvent.DEPOSIT)
         if lease.deposited:
@@ -400,26 +422,29 @@ class Registry:
             BadRequestError: not the loader, or not one descriptor for each block.
         """
         self._steps.check(lease, LeaseEvent.COMMIT)
-        if generation and generation != lease.holds:
+        entry = lease.entry
+        brings_back = entry.current.host is not None
+        if brings_back and (generation != entry.current.number or arena != entry.current.arena):
+            raise BadRequestError("Who brings an entry back from host memory publishes what it was.")
+        if generation and not brings_back and generation != lease.holds:
             raise BadRequestError("Only a client that holds this generation of the entry may hand it back.")
         if len(lease.deposited) != len(arena.block_sizes):
             raise BadRequestError(
                 f"The arena has {len(arena.block_sizes)} blocks; {len(lease.deposited)} descriptors were deposited."
             )
-        entry = lease.entry
         loaded_s = None if generation else self._monotonic() - entry.current.load_since
         if loaded_s is not None:
             published = replace(published, ready_unix_s=self._wall(), load_s=loaded_s)
         entry.current.fds, lease.deposited, lease.announced = lease.deposited, (), 0
-        entry.current.arena, entry.current.manifest, entry.current.published = arena, manifest, published
+        if not brings_back:
+            entry.current.arena, entry.current.manifest, entry.current.published = arena, manifest, published
         entry.current.number = generation or self._generations.latest(entry.key.id) + 1
         self._generations.note(entry.key.id, entry.current.number)
-        self._steps.move_entry(
-            entry, GenerationEvent.HAND_BACK if generation else GenerationEvent.PUBLISH, loaded_s=loaded_s
-        )
+        event = GenerationEvent.HAND_BACK if generation else GenerationEvent.PUBLISH
+        self._steps.move_entry(entry, GenerationEvent.BRING_BACK if brings_back else event, loaded_s=loaded_s)
         self._steps.move_lease(lease, LeaseEvent.COMMIT)
         for other in entry.leases:
-            if other is not lease:
+            if other.state is LeaseState.WAITING:
                 self._steps.map_entry(other)
         self._note_idle(entry)  # a `serve` or an `upgrade` has handed it back
         self._on_change()
@@ -432,6 +457,94 @@ class Registry:
         self._on_event(lease)  # nothing to read, but it has ended
         self._steps.end_entry(lease.entry, GenerationEvent.DECLINE, NotShareableError(reason))
         self._changed()
+
+    # ---- sleeping
+
+    def sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None = None) -> bool:
+        """The client falls asleep: it maps nothing from now on. Where the bytes stay is decided here.
+
+        Args:
+            level: as vLLM counts.
+            wish: where the bytes shall stay if it is the last one.
+            host: the copy in host memory whose descriptors it has deposited, if it was asked for one.
+
+        Returns:
+            False: it has to leave a copy in host memory first, and then to ask again with that.
+
+        Raises:
+            BadRequestError: the client does not map the entry, or what it deposited is no copy of it.
+        """
+        self._steps.check(lease, LeaseEvent.SLEEP)
+        entry = lease.entry
+        if level not in LEVELS:
+            raise BadRequestError(f"A sleep of level {level}.")
+        if lease.state not in (LeaseState.ATTACHED, LeaseState.PARKING):
+            raise BadRequestError("Only a client that maps the entry can fall asleep.")
+        if host is not None:
+            self._keep_copy(lease, host)
+        last = all(other is lease or other.state is LeaseState.ASLEEP for other in entry.users)
+        lacks_copy = entry.current.state is GenerationState.READY and entry.current.host is None
+        if last and lacks_copy and self._residence(entry, level, wish) is Residence.HOST:
+            if lease.state is LeaseState.ATTACHED:
+                self._steps.move_lease(lease, LeaseEvent.COPY)
+                self._on_change()
+            return False
+        self._steps.release(lease)  # of a copy that it had begun
+        self._fall_asleep(lease, level, wish)
+        self._changed()
+        return True
+
+    def stay_awake(self, lease: Lease) -> None:
+        """The client could not leave a copy, and goes on. Raises `BadRequestError` unless it was asked for one."""
+        self._steps.move_lease(lease, LeaseEvent.STAY_AWAKE)
+        self._steps.release(lease)
+        self._on_change()
+
+    def _keep_copy(self, lease: Lease, host: ArenaInfo) -> None:
+        entry = lease.entry
+        if not lease.deposited:
+            raise BadRequestError("No copy was deposited.")
+        if len(lease.deposited) != len(host.block_sizes) or host.size_bytes != entry.size_bytes:
+            raise BadRequestError(
+                f"A copy of {host.size_bytes} bytes in {len(lease.deposited)} descriptors, of {entry.size_bytes} bytes."
+            )
+        if entry.current.host is None and entry.current.state is GenerationState.READY:
+            entry.current.host, entry.current.host_fds = host, lease.deposited
+            lease.deposited, lease.announced = (), 0
+        else:  # somebody else has left one meanwhile
+            self._steps.release(lease)
+
+    def _residence(self, entry: Entry, level: int, wish: WhenAsleep) -> Residence:
+        levels = [level, *(other.level for other in entry.sleepers)]
+        return residence(wish, levels, is_owned=bool(self.lifetime.owner_pid))
+
+    def _fall_asleep(self, lease: Lease, level: int, wish: WhenAsleep = WhenAsleep.STAY) -> None:
+        self._steps.move_lease(lease, LeaseEvent.SLEEP)
+        lease.level, lease.holds, lease.entry.wish = level, 0, wish
+        self._settle(lease.entry)
+
+    def _settle(self, entry: Entry) -> None:
+        """Nobody may be awake any more: put the bytes where they shall stay. What takes a copy stays without one."""
+        if entry.current.state is not GenerationState.READY or entry.is_awake or not entry.sleepers:
+            return
+        where = self._residence(entry, entry.sleepers[0].level, entry.wish)
+        if where is Residence.HOST and entry.current.host is not None:
+            self._steps.move_entry(entry, GenerationEvent.PARK)
+            self._steps.release_device(entry)
+        elif where is Residence.NOWHERE:
+            self._steps.move_entry(entry, GenerationEvent.DROP)
+            self._steps.release(entry)
+            self._forget(entry)
+        else:
+            return
+        for lease in entry.leases:
+            if lease.passive:
+                self._steps.tell(lease, RetiredEvent())
+
+    @staticmethod
+    def _forget(entry: Entry) -> None:
+        entry.current.number, entry.current.arena, entry.current.manifest = 0, None, None
+        entry.current.published = Published(0)
 
     # ---- dropping
 
@@ -470,7 +583,7 @@ class Registry:
         before = tuple(entry.status(FOR_EVER) for entry in entries)
         for entry in entries:
             self._generations.drop(entry.key.id, entry.current.number)
-            if entry.current.state is GenerationState.READY:
+            if entry.current.state in (GenerationState.READY, GenerationState.PARKED):
                 self._retire(entry, event)
             else:
                 error = LeaseLostError(f"{describe([entry])} was unloaded while it was loading.")
@@ -484,6 +597,7 @@ class Registry:
         entry.idle_since = None
         self._steps.release(entry)
         for lease in entry.leases:
+            self._steps.release(lease)
             self._steps.move_lease(lease, LeaseEvent.RETIRE)
             self._steps.tell(lease, RetiredEvent())
         if not entry.users:
@@ -501,7 +615,9 @@ class Registry:
             self._steps.move_lease(loader, LeaseEvent.YIELD)
             loader.announced = 0
         expected = entry.current.state is GenerationState.EXPECTED
-        others = [lease for lease in entry.leases if lease.may_load and not expected]
+        brings_back = entry.current.host is not None
+        waiting = [lease for lease in entry.leases if lease.state is LeaseState.WAITING and not expected]
+        others = [lease for lease in waiting if (not lease.passive if brings_back else lease.may_load)]
         heir = next(iter(holders + others), None)
         if heir is None:
             return
@@ -509,13 +625,20 @@ class Registry:
         entry.current.progress = STARTING
         entry.current.load_since_unix_s, entry.current.load_since = self._wall(), self._monotonic()
         entry.current.progress_unix_s = entry.current.load_since_unix_s
-        self._steps.tell(heir, GrantedEvent(heir.holds or self._generations.latest(entry.key.id) + 1))
+        number = entry.current.number if brings_back else heir.holds or self._generations.latest(entry.key.id) + 1
+        self._steps.tell(heir, GrantedEvent(number, brings_back))
         self._steps.tell_waiting(entry, entry.leases)
 
     def _elect_or_abandon(self, entry: Entry, why: str) -> None:
         self._elect(entry)
-        if entry.loading_lease is None and entry.current.state is not GenerationState.EXPECTED:
+        if entry.loading_lease is not None or entry.current.state is GenerationState.EXPECTED:
+            return
+        if entry.current.host is None and not entry.sleepers:
             self._steps.end_entry(entry, GenerationEvent.ABANDON, EntryNotFoundError(why))
+            return
+        self._steps.move_entry(entry, GenerationEvent.PARK if entry.current.host else GenerationEvent.DROP)
+        for lease in [lease for lease in entry.leases if lease.state is LeaseState.WAITING]:
+            self._steps.end_lease(lease, LeaseEvent.FAIL, EntryNotFoundError(why))
 
     # ---- consequences
 
@@ -526,15 +649,16 @@ class Registry:
         self._steps.end_lease(lease, event, error)
         if entry.current.shown is EntryState.LOADING:
             self._elect_or_abandon(entry, stopped)
-        elif entry.current.state is GenerationState.RETIRED and not entry.users:
+        elif entry.current.state in (GenerationState.RETIRED, GenerationState.DROPPED) and not entry.users:
             self._steps.end_entry(entry, GenerationEvent.LEAVE)
         elif not lease.passive:
+            self._settle(entry)
             self._note_idle(entry)
         self._changed()
 
     def _note_idle(self, entry: Entry) -> None:
         """Unless somebody uses the entry, its idle time runs from now on."""
-        if entry.current.state is GenerationState.READY and not entry.users:
+        if entry.current.state in (GenerationState.READY, GenerationState.PARKED) and not entry.users:
             entry.idle_since, entry.idle_since_unix_s = self._monotonic(), self._wall()
 
     def _changed(self) -> None:

@@ -1,7 +1,7 @@
 """The steps that entries and leases take, one at a time, as `table.py` allows them. Nothing here decides anything.
 
 The registry owns file descriptors as numbers. They enter it by a deposit, go from the lease to its entry by a commit,
-and leave it in `Steps.release` alone, each one once.
+and leave it in `Steps.release` and `release_device` alone, each one once.
 """
 
 from __future__ import annotations
@@ -93,11 +93,18 @@ class Steps:
         self.entries.remove(entry)
 
     def release(self, owner: Entry | Lease) -> None:
-        """Have the descriptors of an entry or a lease closed: the only place where they leave the registry."""
+        """Have the descriptors of an entry or a lease closed: they leave the registry here, or below."""
         if isinstance(owner, Entry):
-            fds, owner.current.fds = owner.current.fds, ()
+            current = owner.current
+            fds, current.fds, current.host_fds, current.host = (*current.fds, *current.host_fds), (), (), None
         else:
             fds, owner.deposited, owner.announced = owner.deposited, (), 0
+        if fds:
+            self._close_fds(fds)
+
+    def release_device(self, entry: Entry) -> None:
+        """Have the descriptors of an entry's memory on the device closed; its copy in host memory stays."""
+        fds, entry.current.fds = entry.current.fds, ()
         if fds:
             self._close_fds(fds)
 

@@ -3,7 +3,9 @@
 Theory of operation
 -------------------
 A *generation* is one set of published or coming bytes of an entry. One client loads it, many map it, and one day it is
-dropped. A *lease* is one client's open Attach stream: its claim on one entry, from its first moment to its last.
+dropped. While all its clients sleep it may be parked in host memory, or be dropped until one of them wakes; whoever
+wakes first brings it back, or loads it again. A *lease* is one client's open Attach stream: its claim on one entry,
+from its first moment to its last. A client that wakes attaches by a new lease, and ends the one that slept.
 
 Each of the two tables maps a state and an event to the next state. What a table does not contain cannot happen:
 `Table.after` raises `IllegalTransitionError`, and `steps.py` asks the table before it changes anything. None stands for
@@ -43,6 +45,8 @@ class GenerationState(Enum):
     EXPECTED = "expected"
     LOADING = "loading"
     READY = "ready"
+    PARKED = "parked"
+    DROPPED = "dropped"
     RETIRED = "retired"
 
 
@@ -52,8 +56,12 @@ class GenerationEvent(Enum):
     EXPECT = "expect"
     """A companion that has died held it, and processes still map it."""
     ASK = "ask"
-    """A client that may load asks for an entry that does not exist."""
+    """A client that may load, or bring back, asks for an entry that is not on the device."""
+    REMEMBER = "remember"
+    """A client sleeps on it that a companion which has died knew."""
     PUBLISH = "publish"
+    BRING_BACK = "bring back"
+    """A client has copied it from host memory to the device."""
     HAND_BACK = "hand back"
     """A client that maps it publishes it again, under its old number."""
     GIVE_UP = "give up"
@@ -62,6 +70,10 @@ class GenerationEvent(Enum):
     """The loader's lease has ended, and no other client may load."""
     DECLINE = "decline"
     """The loader keeps its model to itself."""
+    PARK = "park"
+    """Its last client has fallen asleep, or nobody brings it back: it stays in host memory alone."""
+    DROP = "drop"
+    """Its last client has fallen asleep, or nobody loads it again: nothing of it stays but its name."""
     UNLOAD = "unload"
     EXPIRE = "expire"
     """Nobody has used it for the linger time."""
@@ -103,6 +115,12 @@ class LeaseEvent(Enum):
     COMMIT = "commit"
     MAP = "map"
     """The entry is ready: another client has published it."""
+    COPY = "copy"
+    """The client will fall asleep as the last one, and copies the entry to host memory before."""
+    STAY_AWAKE = "stay awake"
+    """The client could not leave a copy."""
+    SLEEP = "sleep"
+    """The client maps nothing until it wakes."""
     RETIRE = "retire"
     """The entry was dropped; the client keeps mapping it."""
     DECLINE = "decline"
@@ -161,10 +179,29 @@ def _generation() -> Table[GenerationState, GenerationEvent]:
     return Table(
         "generation",
         {
-            None: {e.EXPECT: s.EXPECTED, e.ASK: s.LOADING},
+            None: {e.EXPECT: s.EXPECTED, e.ASK: s.LOADING, e.REMEMBER: s.DROPPED},
             s.EXPECTED: {**publications, e.GIVE_UP: s.LOADING, e.DECLINE: None, e.UNLOAD: None, **ends},
-            s.LOADING: {**publications, e.ABANDON: None, e.DECLINE: None, e.UNLOAD: None, **ends},
-            s.READY: {e.UNLOAD: s.RETIRED, e.EXPIRE: s.RETIRED, e.MAKE_ROOM: s.RETIRED, e.LOSE: s.RETIRED, **ends},
+            s.LOADING: {
+                **publications,
+                e.BRING_BACK: s.READY,
+                e.PARK: s.PARKED,
+                e.DROP: s.DROPPED,
+                e.ABANDON: None,
+                e.DECLINE: None,
+                e.UNLOAD: None,
+                **ends,
+            },
+            s.READY: {
+                e.PARK: s.PARKED,
+                e.DROP: s.DROPPED,
+                e.UNLOAD: s.RETIRED,
+                e.EXPIRE: s.RETIRED,
+                e.MAKE_ROOM: s.RETIRED,
+                e.LOSE: s.RETIRED,
+                **ends,
+            },
+            s.PARKED: {e.ASK: s.LOADING, e.UNLOAD: s.RETIRED, e.EXPIRE: s.RETIRED, **ends},
+            s.DROPPED: {e.ASK: s.LOADING, e.UNLOAD: None, e.LEAVE: None, **ends},
             s.RETIRED: {e.LEAVE: None, **ends},
         },
     )
@@ -178,7 +215,7 @@ def _lease() -> Table[LeaseState, LeaseEvent]:
         "lease",
         {
             None: {e.ATTACH: s.WAITING},
-            s.WAITING: {e.ELECT: s.LOADING, e.MAP: s.ATTACHED, **ends},
+            s.WAITING: {e.ELECT: s.LOADING, e.MAP: s.ATTACHED, e.SLEEP: s.ASLEEP, **ends},
             s.LOADING: {
                 **stays,
                 e.YIELD: s.WAITING,
@@ -187,7 +224,23 @@ def _lease() -> Table[LeaseState, LeaseEvent]:
                 e.OVERDUE: None,
                 **ends,
             },
-            s.ATTACHED: {e.RETIRE: s.ATTACHED, e.RELEASE: None, **ends},
+            s.ATTACHED: {
+                e.COPY: s.PARKING,
+                e.SLEEP: s.ASLEEP,
+                e.RETIRE: s.ATTACHED,
+                e.RELEASE: None,
+                **ends,
+            },
+            s.PARKING: {
+                e.ANNOUNCE: s.PARKING,
+                e.DEPOSIT: s.PARKING,
+                e.STAY_AWAKE: s.ATTACHED,
+                e.SLEEP: s.ASLEEP,
+                e.RETIRE: s.ATTACHED,
+                e.RELEASE: None,
+                **ends,
+            },
+            s.ASLEEP: {e.RETIRE: s.ASLEEP, e.RELEASE: None, **ends},
         },
     )
 
