@@ -149,6 +149,13 @@ class IntegrityError(CompanionError):
     grpc_status = "DATA_LOSS"
 
 
+class LayoutError(CompanionError):
+    """Other weights cannot take the place of those that an engine maps: they are laid out differently."""
+
+    code = "layout"
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class ArenaError(CompanionError):
     """Memory could not be created, mapped, exported or imported."""
 

@@ -253,6 +253,16 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "when_asleep",
+        str,
+        "auto",
+        "Where the weights of an entry stay while every engine that maps them sleeps. auto: in host memory if one of "
+        "them sleeps at level 1, nowhere if all sleep at level 2. stay: on the device. park: in host memory. drop: "
+        "nowhere, so that the first engine that wakes loads them again. While one engine is awake nothing moves.",
+        choices=("auto", "stay", "park", "drop"),
+        engine=True,
+    ),
+    Setting(
         "arena",
         str,
         "auto",
@@ -312,6 +322,7 @@ class Settings:
     source_format: str
     source_extra_config: dict[str, Any]
     share: str
+    when_asleep: str
     arena: str
     verify: str
     fallback: bool

@@ -12,7 +12,7 @@ from typing import Any
 from tests.support.place import KEY, arena_of
 from vllm_companion_plugin.cli.main import main
 from vllm_companion_plugin.client.connection import Granted, connect
-from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import listener_pid
 from vllm_companion_plugin.settings import resolve
@@ -45,7 +45,7 @@ if isinstance(outcome, Granted):
 else:
     fds = outcome.redeem()
     held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
-holder = Holder("cpu", settings, held, lease, "engine")
+holder = Mirror("cpu", settings, held, lease, "engine")
 mapped = mmap.mmap(fds[0], 0, mmap.MAP_SHARED, mmap.PROT_READ)
 tell(
     loaded=isinstance(outcome, Granted),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.connection import Ready, connect
-from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.settings import resolve
 from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes
@@ -35,7 +35,7 @@ def attach(stay: Callable[[float], None] = lambda seconds: None) -> None:
         arena = arenas.open_arena(ready.arena, ready.redeem())
         seconds = time.perf_counter() - began
         held = Held(ready.key, ready.generation, ready.arena, arena.fds, ready.manifest, ready.published)
-        holder = Holder("cpu", resolve(), held, lease, "client")
+        holder = Mirror("cpu", resolve(), held, lease, "client")
         stay(seconds)
         holder.close()
         arena.close()

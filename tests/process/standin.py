@@ -32,7 +32,7 @@ from vllm_companion_plugin.cli import upgrade as upgrade_module
 from vllm_companion_plugin.client import mirror as holder_module
 from vllm_companion_plugin.client import publication
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.core import placement
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import (
@@ -94,7 +94,7 @@ class StandIn:
         self.content = content_of(seed, number)
         self.armed: dict[str, Any] = {}
         self._arming = threading.Lock()
-        self.holder: Holder | None = None
+        self.holder: Mirror | None = None
         self.arena: arenas.Arena | None = None
         self.manifest = self._place()[0]
 
@@ -157,7 +157,7 @@ class StandIn:
         spawn._spawn = told(spawn._spawn, "spawning", "spawned")
         fd_channel.deposit = told(fd_channel.deposit, after="deposited")
         publication.Publication._send = told(publication.Publication._send, after="committed")  # type: ignore[method-assign]
-        Holder._attach_again = told(Holder._attach_again, "noticed", "handed back")  # type: ignore[method-assign]
+        Mirror._attach_again = told(Mirror._attach_again, "noticed", "handed back")  # type: ignore[method-assign]
         holder_module.connect = told(holder_module.connect, after="connected again")  # type: ignore[attr-defined]
 
     # ---- an engine's life
@@ -268,7 +268,7 @@ class StandIn:
         return True
 
     def _hold(self, lease: Lease, held: Held) -> None:
-        self.holder = Holder("cpu", self.settings, held, lease, "stand-in")
+        self.holder = Mirror("cpu", self.settings, held, lease, "stand-in")
         self.step("held")
 
     def _place(self) -> tuple[Manifest, int]:

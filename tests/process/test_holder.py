@@ -20,7 +20,7 @@ import pytest
 from tests.support.place import KEY, Place, alive, arena_of, open_fds, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.client.mirror import Held, Holder, hold
+from vllm_companion_plugin.client.mirror import Held, Mirror, hold
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import (
     ArenaError,
@@ -40,7 +40,7 @@ class Engines:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.holders: list[Holder] = []
+        self.holders: list[Mirror] = []
         self.owned: list[Sequence[int]] = []
         self._undo: list[Callable[[], object]] = []
 
@@ -67,7 +67,7 @@ class Engines:
 
     def _hold(self, lease: Lease, held: Held) -> None:
         self.owned.append(held.fds)
-        self.holders.append(Holder("cpu", self.place.settings, held, lease, "engine"))
+        self.holders.append(Mirror("cpu", self.place.settings, held, lease, "engine"))
         self._undo += [self.holders[-1].close, held.fds.close]
 
     def deafen(self, number: int) -> Callable[[], None]:
@@ -436,7 +436,7 @@ def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> 
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
         try:
             with pytest.raises(ArenaError, match="cannot be held: Too many open files"):
-                Holder("cpu", place.settings, held, lease, "holder")
+                Mirror("cpu", place.settings, held, lease, "holder")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert open_fds() <= before
@@ -475,12 +475,12 @@ def test_threads_that_hand_back_one_after_the_other_close_once(place: Place, mon
         inside, go = threading.Semaphore(0), [threading.Event(), threading.Event()]
         turns = iter(go)
 
-        def wait_for_turn(self: Holder) -> None:
+        def wait_for_turn(self: Mirror) -> None:
             turn = next(turns)
             inside.release()
             turn.wait(10)
 
-        monkeypatch.setattr(Holder, "_try_to_hand_back", wait_for_turn)
+        monkeypatch.setattr(Mirror, "_try_to_hand_back", wait_for_turn)
         threads = [threading.Thread(target=holder._hand_back) for _ in go]
         for thread in threads:
             thread.start()

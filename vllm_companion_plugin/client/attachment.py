@@ -5,25 +5,35 @@ Engines and programs that are not vLLM open an entry in the same way, and give i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
 from vllm_companion_plugin import memory as arenas
-from vllm_companion_plugin.client.lease import Lease, Ready
-from vllm_companion_plugin.client.mirror import Held, Holder
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.client.lease import Granted, Lease, Ready
+from vllm_companion_plugin.client.mirror import Held, Mirror
+from vllm_companion_plugin.client.parked import bring_back
+from vllm_companion_plugin.client.sleeper import Sleeper
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
-from vllm_companion_plugin.errors import ArenaError, CompanionError, ManifestError
+from vllm_companion_plugin.core.residency import Residence, WhenAsleep
+from vllm_companion_plugin.core.status import LoaderInfo
+from vllm_companion_plugin.errors import ArenaError, CompanionError, LayoutError, ManifestError
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes
 
 logger = logging.getLogger("vllm.companion.client")
+
+KNOWN_TIMEOUT_S = 10.0
+"""For the next companion, if this one has died, before who falls asleep fails."""
 
 
 class Attachment:
@@ -57,7 +67,9 @@ class Attachment:
         self.manifest = manifest
         self._arena: arenas.Arena | None = arena
         self._weak_arena = weakref.ref(arena)
-        self._mirror: Holder | None = None
+        self._mirror: Mirror | None = None
+        self._sleeper: Sleeper | None = None
+        self._level = 0
         self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
@@ -148,7 +160,7 @@ class Attachment:
     def mirror(self, settings: Settings, client_name: str) -> None:
         """From now on, hand the entry back to the next companion if this one dies; the log says if it cannot be."""
         try:
-            self._mirror = Holder(self.device_id, settings, self.held, self.lease, client_name)
+            self._mirror = Mirror(self.device_id, settings, self.held, self.lease, client_name)
         except CompanionError as error:
             logger.warning("%s is not handed back if its companion dies: %s", self.held.key.title, error)
 
@@ -160,28 +172,135 @@ class Attachment:
         """Give what was cloned the arena's bytes again, as they are mapped now."""
         self.views().renew(self._clones)
 
-    def unmap(self) -> None:
-        """Take the memory from its addresses, which stay reserved: whoever reads there faults. Idempotent.
+    # ---- sleeping
 
-        The entry stays held, so that it can be handed back, and mapped again. On a GPU this waits until the device is
-        idle.
+    @property
+    def in_use(self) -> bool:
+        """Whether a tensor may view the memory: it has not been closed, nor left by the last one."""
+        return self._arena is not None or self._weak_arena() is not None
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether this kind of memory can leave its addresses."""
+        return arenas.KINDS[self.held.arena.kind].can_remap
+
+    @property
+    def asleep(self) -> bool:
+        """Whether nothing is mapped, and nothing is held."""
+        return self._sleeper is not None
+
+    def fall_asleep(self, level: int, when_asleep: WhenAsleep) -> str:
+        """Tell the companion that this process is about to let go of the memory; leave a copy on the host if it asks.
+
+        The memory is mapped until `let_go`. All that can fail is done here; `stay_awake` takes it back.
+
+        Args:
+            level: as vLLM counts.
+            when_asleep: what becomes of the bytes if this process is the last one.
+
+        Returns:
+            Where the bytes are from now on: "device", "host" or "nowhere".
 
         Raises:
-            ArenaError: the memory could not come back (it is not mirrored), or its kind cannot leave its addresses.
+            ArenaError: this kind of memory cannot leave its addresses, or there is no host memory for the copy.
+            CompanionError: the companion does not answer, or refuses.
         """
-        if self._mirror is None or self._mirror.ended:
-            raise ArenaError(f"{self.label} is held by nobody here, so it could not be mapped again.")
+        kind = arenas.KINDS[self.held.arena.kind]
+        if not kind.can_remap:
+            raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
+        mirror = self._mirror
+        self._level = level
+        if mirror is None or mirror.ended:  # it was unloaded: there is nobody to be told
+            return Residence.NOWHERE.value
+        mirror.wait_known(KNOWN_TIMEOUT_S)
+        return mirror.lease.fall_asleep(level, when_asleep, lambda: kind.to_host(self.arena, self.device.index))
+
+    def let_go(self, settings: Settings, client_name: str) -> None:
+        """Unmap the memory, whose addresses stay, and close all descriptors of it. Nothing may use it any more."""
         self.arena.unmap()
+        lease, others = self.lease, ExitStack()
+        if self._mirror is not None:
+            lease, others = self._mirror.keep_lease()
+            self._mirror = None
+        self._sleeper = Sleeper(self.device_id, settings, self.held.key, self._level, lease, client_name, others)
 
-    def map_again(self) -> None:
-        """Map the memory that `unmap` took away, at the same addresses.
+    def stay_awake(self) -> None:
+        """Take `fall_asleep` back. Raises `CompanionError`; the memory stays mapped even then."""
+        if self._mirror is not None and not self._mirror.ended:
+            self._mirror.know_again()
+
+    def wake(
+        self,
+        connection: CompanionConnection,
+        settings: Settings,
+        client_name: str,
+        load: Callable[[Lease, Granted], Attachment],
+        on_waiting: Callable[[LoaderInfo], None] | None = None,
+    ) -> str:
+        """Map the memory at its addresses again, wherever its bytes are by now.
+
+        Args:
+            load: loads and publishes the entry; called if nobody has it any more. It owns the lease, and what it
+                returns is closed when this process maps the entry.
+            on_waiting: as of `Lease.wait`.
+
+        Returns:
+            Where the bytes were: "device", "host" or "checkpoint".
 
         Raises:
-            ArenaError: it is not held any more, because it was unloaded meanwhile; or it cannot be mapped.
+            LayoutError: what was loaded meanwhile under this key is laid out differently.
+            IntegrityError: the bytes are not what was published.
+            CompanionError: as `Lease.wait`, `bring_back` and `load`. This stays asleep, and can be woken again.
         """
-        if self._mirror is None or self._mirror.ended:
-            raise ArenaError(f"{self.label} was unloaded while it was not mapped.")
-        self.arena.map_again(self.held.arena, self._mirror.duplicates())
+        source = "device"
+        loaded = ExitStack()
+        while True:
+            lease = connection.attach(
+                self.held.key, may_load=True, client_name=client_name, known_manifest=self.held.manifest
+            )
+            try:
+                outcome = lease.wait(settings.wait_timeout_s, on_waiting)
+                if isinstance(outcome, Granted) and outcome.parked is not None:
+                    source = "host"
+                    held, arena = bring_back(connection, outcome, outcome.parked, self.device, settings.verify)
+                    with contextlib.closing(arena):
+                        fds = arena.fds.dup()
+                elif isinstance(outcome, Granted):
+                    source = "checkpoint"
+                    loaded.enter_context(load(lease, outcome))
+                    continue
+                else:
+                    fds = outcome.redeem()
+                    held = Held(
+                        *(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
+                    )
+                self._map(held, fds, settings)
+                mirror = Mirror(self.device_id, settings, replace(held, fds=self.arena.fds), lease, client_name)
+            except BaseException:
+                self.arena.unmap()
+                lease.release()
+                loaded.close()
+                raise
+            self.held, self.lease, self._mirror = replace(held, fds=self.arena.fds), lease, mirror
+            if self._sleeper is not None:
+                self._sleeper.close()
+                self._sleeper = None
+            loaded.close()
+            return source
+
+    def _map(self, held: Held, fds: arenas.Descriptors, settings: Settings) -> None:
+        """Map what may take the place of what was mapped, and prove it if it is not the same generation."""
+        if held.manifest != self.held.manifest:
+            fds.close()
+            raise LayoutError(
+                f"{self.label} was loaded anew, generation {held.generation}, and is laid out differently or made of "
+                "other values. Start this engine anew to use it."
+            )
+        self.arena.map_again(held.arena, fds)
+        if held.generation != self.held.generation:
+            views = self.views()
+            Verification(views, held.arena, settings.verify, self.device).check(self.manifest, self.label)
+            views.renew(self._clones)
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows that this process maps the entry, or the time is over."""
@@ -203,6 +322,8 @@ class Attachment:
         vars(self).setdefault("tensors", {}).clear()
         if self._mirror is not None:
             self._mirror.close()  # before its descriptors go
+        if self._sleeper is not None:
+            self._sleeper.close()
         arena, self._arena = self._arena or self._weak_arena(), None
         if arena is not None:
             arena.close()

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from vllm_companion_plugin._version import __version__
-from vllm_companion_plugin.client.lease import Granted, Lease, Ready
+from vllm_companion_plugin.client.lease import Granted, Lease, Parked, Ready
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import Series
@@ -38,7 +38,7 @@ from vllm_companion_plugin.wire import codec, messages
 from vllm_companion_plugin.wire.rpc import open_channel, typed_error
 from vllm_companion_plugin.wire.schema import Stub
 
-__all__ = ["CompanionConnection", "Granted", "Lease", "Publication", "Ready", "connect"]
+__all__ = ["CompanionConnection", "Granted", "Lease", "Parked", "Publication", "Ready", "connect"]
 
 logger = logging.getLogger("vllm.companion.client")
 
@@ -212,6 +212,8 @@ class CompanionConnection:
         client_name: str,
         held_generation: int = 0,
         passive: bool = False,
+        asleep: int | None = None,
+        known_manifest: bytes = b"",
     ) -> Lease:
         """Ask for the entry of `key`, or for the only one that model, rank, role and key id match.
 
@@ -222,6 +224,8 @@ class CompanionConnection:
             client_name: who we are, for `status` and other clients' messages.
             held_generation: this process maps that generation of the entry of `key`, and can publish it again.
             passive: it only holds the entry for the next companion, and keeps nobody from unloading it.
+            asleep: this process sleeps on the entry of `key`, at this level; the lease only tells so.
+            known_manifest: one that this process has: it is not sent if it is the entry's.
         """
         if key is not None and (model or rank or role or key_id):
             raise BadRequestError("Attach by key or by query, not by both.")
@@ -230,12 +234,15 @@ class CompanionConnection:
         )
         request.held_generation = held_generation
         request.passive = passive
+        if asleep is not None:
+            request.asleep = asleep
         if key is not None:
             request.key.CopyFrom(codec.key_to_message(key))
         else:
             request.query.CopyFrom(messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id))
         name = key.model if key is not None else model or key_id or "the only entry"
-        lease = Lease(self._stub, self._paths, request, f"{name} on {self.device}")
+        label = f"{name} on {self.device}"
+        lease = Lease(self._stub, self._paths, request, label, known_manifest=known_manifest)
         self._leases = [other for other in self._leases if not other.released] + [lease]
         return lease
 

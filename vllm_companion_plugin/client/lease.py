@@ -7,6 +7,7 @@ client that waits for nothing. Only `Lease.wait` interprets what was read.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import logging
 import queue
@@ -22,12 +23,13 @@ import grpc
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo, Published
 from vllm_companion_plugin.errors import CompanionError, LeaseLostError, ManifestError, WaitTimeoutError, from_code
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.host.spawn import who_is_silent
 from vllm_companion_plugin.memory.descriptors import Descriptors
-from vllm_companion_plugin.wire import codec, fd_channel
+from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.wire.rpc import typed_error
 from vllm_companion_plugin.wire.schema import Stub
@@ -35,13 +37,7 @@ from vllm_companion_plugin.wire.schema import Stub
 logger = logging.getLogger("vllm.companion.lease")
 
 FD_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Granted:
-    """This client is elected to load."""
-
-    publication: Publication
+SLEEP_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,7 @@ class Ready:
     published: Published
     _fd_socket: str
     _ticket: bytes
+    _token: bytes
 
     def redeem(self) -> Descriptors:
         """The arena's descriptors, one a block, in order; the caller owns them. Works once.
@@ -71,14 +68,43 @@ class Ready:
         return fd_channel.redeem(self._fd_socket, self._ticket, len(self.arena.block_sizes), FD_TIMEOUT_S)
 
 
+@dataclass(frozen=True)
+class Parked:
+    """The entry is in host memory alone; what it was, and shall be again, is `entry`.
+
+    Attributes:
+        host: the copy, of the same bytes.
+    """
+
+    entry: Ready
+    host: ArenaInfo
+
+    def redeem(self) -> Descriptors:
+        """The descriptors of the copy; as `Ready.redeem`."""
+        return fd_channel.redeem(self.entry._fd_socket, self.entry._ticket, len(self.host.block_sizes), FD_TIMEOUT_S)
+
+
+@dataclass(frozen=True)
+class Granted:
+    """This client is elected to load, or to bring back what is `parked`."""
+
+    publication: Publication
+    parked: Parked | None = None
+
+
 class Lease:
     """A claim on an entry, from the request until `release`; ends by itself with this process.
 
     Attributes:
         lost: set when the companion ended the lease or died. Memory that is mapped stays valid.
+
+    Args:
+        known_manifest: one that the client has, and that is not sent again.
     """
 
-    def __init__(self, stub: Stub, paths: DevicePaths, request: Any, label: str) -> None:
+    def __init__(
+        self, stub: Stub, paths: DevicePaths, request: Any, label: str, *, known_manifest: bytes = b""
+    ) -> None:
         self.lost = threading.Event()
         self._stub = stub
         self._paths = paths
@@ -92,6 +118,10 @@ class Lease:
         self._error: CompanionError | None = None
         self._released = False
         self._publication: Publication | None = None
+        self._known_manifest = known_manifest
+        self._token = b""
+        if known_manifest:
+            request.known_manifest_sha256 = hashlib.sha256(known_manifest).digest()
         self._call = stub.Attach(request)
         self._thread = threading.Thread(target=self._read, name="companion-lease", daemon=True)
         self._thread.start()
@@ -133,7 +163,12 @@ class Lease:
                     self._label,
                     granted.generation,
                 )
-                return Granted(self._publication)
+                self._token = granted.lease_token
+                parked = None
+                if granted.HasField("parked"):
+                    host, _ = codec.arena_from_message(granted.host)
+                    parked = Parked(self._receive_ready(granted.parked, timeout_s), host)
+                return Granted(self._publication, parked)
             elif kind == "ready":
                 return self._receive_ready(event.ready, timeout_s)
 
@@ -153,7 +188,7 @@ class Lease:
 
     def _receive_ready(self, ready: Any, timeout_s: float) -> Ready:
         chunks: list[bytes] = []
-        missing = ready.manifest_bytes
+        missing = 0 if ready.manifest_known else ready.manifest_bytes
         if missing > MAX_MANIFEST_BYTES:
             raise ManifestError(
                 f"{self._label}: a manifest of {missing} bytes; at most {MAX_MANIFEST_BYTES} are allowed."
@@ -165,7 +200,7 @@ class Lease:
             if not chunks[-1]:
                 break
             missing -= len(chunks[-1])
-        manifest = b"".join(chunks)
+        manifest = self._known_manifest if ready.manifest_known else b"".join(chunks)
         if missing != 0 or hashlib.sha256(manifest).digest() != ready.manifest_sha256:
             raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
         arena, ticket = codec.arena_from_message(ready.arena)
@@ -173,7 +208,49 @@ class Lease:
         if self._key_id not in ("", key.id):
             raise ManifestError(f"{self._label}: asked for {self._key_id[:12]}, and got {key.id[:12]}.")
         published = codec.published_from_message(ready.published)
-        return Ready(key, ready.generation, arena, manifest, published, self._paths.fd_socket, ticket)
+        self._token = ready.lease_token
+        return Ready(
+            *(key, ready.generation, arena, manifest, published),
+            *(self._paths.fd_socket, ticket, ready.lease_token),
+        )
+
+    # ---- sleeping
+
+    def fall_asleep(
+        self, level: int, when_asleep: WhenAsleep, leave_copy: Callable[[], tuple[ArenaInfo, Descriptors]]
+    ) -> str:
+        """Tell the companion that this client is about to unmap the entry.
+
+        Args:
+            level: as vLLM counts.
+            when_asleep: what becomes of the bytes if it is the last one.
+            leave_copy: makes a copy in host memory, if it has to leave one.
+
+        Returns:
+            Where the bytes are from now on: "device", "host" or "nowhere".
+
+        Raises:
+            CompanionUnavailableError, WaitTimeoutError, BadRequestError: as the companion says.
+            ArenaError: from `leave_copy`.
+        """
+        request = messages.SleepRequest(lease_token=self._token, level=level, when_asleep=when_asleep.value)
+        while ticket := (answer := self._ask_to_sleep(request)).deposit_ticket:
+            try:
+                info, fds = leave_copy()
+            except BaseException:
+                with contextlib.suppress(CompanionError):  # it may be what failed
+                    self._ask_to_sleep(messages.SleepRequest(lease_token=self._token, stays_awake=True))
+                raise
+            with fds:
+                fd_channel.deposit(self._paths.fd_socket, ticket, fds, FD_TIMEOUT_S)
+            request.host.CopyFrom(codec.arena_to_message(info))
+        return str(answer.residence)
+
+    def _ask_to_sleep(self, request: Any) -> Any:
+        try:
+            return self._stub.Sleep(request, timeout=SLEEP_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise typed_error(error, f"{self._label}: falling asleep") from error
 
     # ---- the stream's thread
 

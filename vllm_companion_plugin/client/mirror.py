@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
@@ -57,13 +58,13 @@ class Held:
     published: Published
 
 
-class Holder:
+class Mirror:
     """A hold on an entry, across the deaths of companions, until `close` or the end of the process.
 
     A companion that is stopped, or unloads the entry, means it: then nothing is handed back.
 
     Args:
-        lease: on `held`, attached; owned by the holder from now on.
+        lease: on `held`, attached; owned by the mirror from now on.
         passive: use nothing, and leave it to others to start the next companion.
 
     Raises:
@@ -103,7 +104,7 @@ class Holder:
         except BaseException:
             self._fds.close()
             raise
-        _holders.add(self)
+        _mirrors.add(self)
         self._watch(lease)
 
     @property
@@ -119,6 +120,29 @@ class Holder:
     def duplicates(self) -> Descriptors:
         """Descriptors of the entry's memory, the caller's own. Raises `ArenaError` if nothing is held any more."""
         return self._fds.dup()
+
+    @property
+    def lease(self) -> Lease:
+        """The one that a companion knows this hold by."""
+        return self._lease
+
+    def keep_lease(self) -> tuple[Lease, ExitStack]:
+        """End the hold, and keep its lease: that, and what has to be closed with it, which the caller owns."""
+        self._let_go()
+        others = ExitStack()
+        if self._connection is not None:
+            others.callback(self._connection.close)
+        return self._lease, others
+
+    def know_again(self) -> None:
+        """Be attached again, as after the death of a companion, and end the lease of before.
+
+        Raises:
+            CompanionError: the companion does not take it.
+        """
+        before = self._lease
+        self._attach_again()
+        before.release()
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows of this hold, nothing is to be handed back, or the time is over."""
@@ -255,7 +279,7 @@ class Holder:
         self._watch(lease)
 
 
-def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, client_name: str) -> Holder:
+def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, client_name: str) -> Mirror:
     """Hold a published entry for the next companion, without using it. The caller closes it.
 
     Raises:
@@ -268,18 +292,18 @@ def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, cli
             raise LeaseLostError(f"{key.title} was unloaded meanwhile.")
         with outcome.redeem() as fds:
             held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
-            return Holder(connection.device, settings, held, lease, client_name, passive=True)
+            return Mirror(connection.device, settings, held, lease, client_name, passive=True)
     except BaseException:
         lease.release()
         raise
 
 
-_holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+_mirrors: weakref.WeakSet[Mirror] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
-    for holder in list(_holders):
-        holder._forget()
+    for mirror in list(_mirrors):
+        mirror._forget()
 
 
 # What a child inherits would look as if its parent lived on: a lock of flock(2) ends with its last descriptor.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 ALIGNMENT = 512
 """Alignment of a storage in bytes, at least that of CUDA allocations: no kernel gets a worse address than before."""
 
+HOST_ALIGNMENT = 64
+"""What PyTorch gives host memory. Beyond it an address is chance, and places must be the same after another load."""
+
 CHUNK_BYTES = 960 << 20
 """Upper bound of a chunk in bytes, unless one storage alone is larger. Torch cannot return segments that are partly
 used; with these the extra memory of packing stays below 1 GiB."""
@@ -45,8 +48,8 @@ def plan(
 
     Args:
         sizes: bytes of each storage.
-        misalignments: address of each storage modulo `ALIGNMENT`, which the plan keeps: PyTorch and vLLM choose
-            kernels by alignment, and a better alignment could select another kernel than before.
+        misalignments: address of each storage modulo `ALIGNMENT` (or `HOST_ALIGNMENT`), which the plan keeps: PyTorch
+            and vLLM choose kernels by alignment, and a better alignment could select another kernel than before.
         granularity: chunk sizes are multiples of this many bytes.
         chunk_bytes: a chunk holds at most this many bytes, or one larger storage.
     """

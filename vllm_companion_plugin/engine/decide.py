@@ -133,7 +133,7 @@ def _decide_target(
     settings: Settings,
     wait_for_turn: Callable[[], None],
 ) -> Decision:
-    found = _find(vllm_config, model_config, settings)
+    found = find(vllm_config, model_config, settings)
     wanted = key.compute(vllm_config, model_config, device, sources.source_text(settings), found.path, found.content)
     if settings.gc_freeze:  # by now the model's modules are imported, and nothing of its weights is here
         current().begin_load()
@@ -156,7 +156,7 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     if noted is None:
         raise NotShareableError("a draft is shared together with its target, which is not")
     fields, target_key = noted
-    found = _find(vllm_config, draft, settings)
+    found = find(vllm_config, draft, settings)
     wanted = key.compute_draft(fields, draft, target_key, sources.source_text(settings), found.path, found.content)
     device = devices.engine_device(vllm_config, settings.arena)
     return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
@@ -172,7 +172,7 @@ def decide_variant(
     """
     wanted = key.variant(refused.wanted, error.where, error.here)
     logger.info("%s is held, but differs: %s It is a variant of its own.", refused.key.title, error)
-    return _obtain(vllm_config, refused.device, wanted, _find(vllm_config, model_config, settings), settings)
+    return _obtain(vllm_config, refused.device, wanted, find(vllm_config, model_config, settings), settings)
 
 
 def _obtain(
@@ -262,7 +262,7 @@ class _Question:
                 outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
             if isinstance(outcome, Ready):
                 return self._attached(asked, lease, outcome, time.perf_counter() - waiting)
-            election = _elect(self.device.id, asked, settings, outcome.publication)
+            election = elect(self.device.id, asked, settings, outcome.publication)
             # Whoever loaded before us may have published the same content from another directory.
             status = self.connection.status()
             # Or somebody had loaded this, and handed it to the companion that followed the one that elected them.
@@ -283,7 +283,8 @@ class _Question:
         device = self.device
         attachment = Attachment.open(device.id, device.torch_device, lease, ready, stage=device.stage)
         seconds = time.perf_counter() - self.started
-        return Attach(device, self.wanted, asked, attachment, seconds, waited_s, checkpoint=self.found.path)
+        found = self.found
+        return Attach(device, self.wanted, asked, attachment, seconds, waited_s, False, found.path, found.content)
 
 
 def _make_room(decision: Attach | Load, attached: list[Attach], vllm_config: Any, settings: Settings) -> None:
@@ -331,7 +332,8 @@ def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
         logger.info("%s is held, but loaded differently, so it is loaded once more: %s.", wanted.model, text)
 
 
-def _find(vllm_config: Any, model_config: Any, settings: Settings) -> Found:
+def find(vllm_config: Any, model_config: Any, settings: Settings) -> Found:
+    """Where the checkpoint of a model is, and what it contains. Raises `CompanionError`."""
     digests = Digests(digests_directory(settings), settings.wait_timeout_s)
     path = _checkpoint(vllm_config, model_config, settings)
     if path is None:
@@ -351,7 +353,7 @@ def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path
     return checkpoint.ensure_downloaded(source, model_config, load_config)
 
 
-def _elect(device_id: str, entry_key: EntryKey, settings: Settings, publication: Publication) -> LoaderElection:
+def elect(device_id: str, entry_key: EntryKey, settings: Settings, publication: Publication) -> LoaderElection:
     """The right to load on a device. While queued, forwards the current loader's progress to clients waiting for us."""
     election = LoaderElection(device_paths(device_id, settings))
     began, holders = time.monotonic(), [""]

@@ -26,6 +26,7 @@ class Attach:
         seconds: since the companion was asked, of which `waited_s` for somebody else to load.
         announced: vLLM subtracted the entry from this engine's memory budget.
         checkpoint: where this engine would have loaded from.
+        content: identity of each file there.
     """
 
     device: devices.EngineDevice
@@ -36,6 +37,7 @@ class Attach:
     waited_s: float
     announced: bool = False
     checkpoint: Path | None = None
+    content: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> int:
         """The bytes to subtract."""

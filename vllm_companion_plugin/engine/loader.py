@@ -10,13 +10,17 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.engine import again
 from vllm_companion_plugin.engine.attach import attach_model
 from vllm_companion_plugin.engine.decide import decide, decide_variant, external_bytes, settings_for
 from vllm_companion_plugin.engine.decisions import Alone, Attach, Decision, Load
+from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.publish import load_and_publish
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import budget, drafts, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
+from vllm_companion_plugin.engine.vllm.sleep import let_sleep
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -61,6 +65,8 @@ class CompanionModelLoader(BaseModelLoader):
         """The model with its weights: attached, loaded for all, or loaded alone."""
         with named_as_source(vllm_config.load_config):
             model = self._load_model(vllm_config, model_config, prefix)
+        if kept := current().attachments():
+            let_sleep(kept[-1].device)
         if not drafts.is_draft(vllm_config, model_config):
             current().set_target(model)
         return model
@@ -75,13 +81,20 @@ class CompanionModelLoader(BaseModelLoader):
             except CompanionError as error:
                 decision = self._refused(decision, error, vllm_config, model_config)
             else:
-                self._keep(decision)
+                self._keep(decision, vllm_config, model_config, prefix)
                 return model
         if isinstance(decision, Load):
             try:
-                model = load_and_publish(
-                    decision, self._source(vllm_config), vllm_config, model_config, prefix, self._settings
+                source = self._source(vllm_config)
+                key, settings = decision.key, self._settings
+                load_again = again.loader_of(
+                    decision.device, key, decision.content, vllm_config, model_config, prefix, settings
                 )
+
+                def keep(attachment: Attachment) -> None:
+                    current().keep(LiveModel(attachment, settings, load_again), published=True)
+
+                model = load_and_publish(decision, source, vllm_config, model_config, prefix, settings, keep)
             except BaseException:
                 decision.close()
                 raise
@@ -99,12 +112,15 @@ class CompanionModelLoader(BaseModelLoader):
             logger.info("Reading with %s instead of %s, which needs all ranks at once.", used, wanted)
         return sources.source_loader(self.load_config, used)
 
-    def _keep(self, decision: Attach) -> None:
+    def _keep(self, decision: Attach, vllm_config: Any, model_config: Any, prefix: str) -> None:
         if self._settings.share == "copy":
             decision.close()
             return
         attachment = decision.attachment
-        current().keep(attachment, self._settings)
+        load = again.loader_of(
+            decision.device, attachment.held.key, decision.content, vllm_config, model_config, prefix, self._settings
+        )
+        current().keep(LiveModel(attachment, self._settings, load))
         if not decision.announced:
             budget.adjust_budget(-attachment.size_bytes, attachment.held.published.ready_unix_s)
 

@@ -51,14 +51,23 @@ REPORT_AFTER_S = 0.25
 
 
 def load_and_publish(
-    decision: Load, source: BaseModelLoader, vllm_config: Any, model_config: Any, prefix: str, settings: Settings
+    decision: Load,
+    source: BaseModelLoader,
+    vllm_config: Any,
+    model_config: Any,
+    prefix: str,
+    settings: Settings,
+    keep: Callable[[Attachment], None],
 ) -> nn.Module:
     """Load through `source`, publish, and return the model bound to the published copy.
+
+    Args:
+        keep: takes over what the model is bound to then.
 
     Raises:
         CompanionError: the weights could not be shared and `fallback` is off.
     """
-    publisher = _Publisher(decision, settings, vllm_config, model_config)
+    publisher = _Publisher(decision, settings, vllm_config, model_config, keep)
     with (
         checkpoint.pinned(model_config, decision.checkpoint),
         around_imports(publisher.importing),
@@ -77,11 +86,19 @@ def load_and_publish(
 class _Publisher:
     """Publishes once, and turns what prevents it into a log line or an error, as configured."""
 
-    def __init__(self, decision: Load, settings: Settings, vllm_config: Any, model_config: Any) -> None:
+    def __init__(
+        self,
+        decision: Load,
+        settings: Settings,
+        vllm_config: Any,
+        model_config: Any,
+        keep: Callable[[Attachment], None],
+    ) -> None:
         self._decision = decision
         self._vllm_config = vllm_config
         self._model_config = model_config
         self._settings = settings
+        self._keep = keep
         self._publication = decision.granted.publication
         self._held: Held | None = None
         self._arena: arenas.Arena | None = None
@@ -268,7 +285,7 @@ class _Publisher:
             if self.is_bound and self._arena is not None and self._manifest is not None:
                 device, lease = self._decision.device, self._decision.lease
                 attachment = Attachment(device.id, device.torch_device, lease, self._held, self._arena, self._manifest)
-                current().keep(attachment, self._settings, published=True)
+                self._keep(attachment)
                 self._decision.election.release()
             else:
                 self._decision.close()

@@ -19,6 +19,7 @@ from vllm_companion_plugin.core.logs import PrintableLines
 from vllm_companion_plugin.core.process import StartFreeze
 from vllm_companion_plugin.core.status import Report
 from vllm_companion_plugin.engine.decisions import Attach, Decision, Load, Outcome
+from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.vllm import deployment
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
@@ -45,7 +46,7 @@ class EngineSession:
         self._connections: dict[str, CompanionConnection] = {}
         self._freeze = StartFreeze("vllm")
         # What this process maps or published, by number, for as long as a tensor views it.
-        self._attachments: dict[int, Attachment] = {}
+        self._models: dict[int, LiveModel] = {}
         self._numbers = itertools.count()
         # Numbers of what no tensor views any more. Put there by whatever thread collects garbage, wherever it stands.
         self._unused: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -88,13 +89,18 @@ class EngineSession:
 
     def attachments(self) -> list[Attachment]:
         """What this process maps, published or attached, in the order in which the models were loaded."""
-        return list(self._attachments.values())
+        return [model.attachment for model in self.models()]
 
-    def keep(self, attachment: Attachment, settings: Settings, *, published: bool = False) -> None:
+    def models(self) -> list[LiveModel]:
+        """What this process maps, published or attached, in the order in which it was loaded."""
+        return [model for model in self._models.values() if model.attachment.in_use]
+
+    def keep(self, model: LiveModel, *, published: bool = False) -> None:
         """Keep what a model is bound to, whatever becomes of the companion, until no tensor views it."""
+        attachment, settings = model.attachment, model.settings
         attachment.mirror(settings, client_name())
         number = next(self._numbers)
-        self._attachments[number] = attachment
+        self._models[number] = model
         attachment.leave_to_tensors(functools.partial(self._unused.put, number))
         self._start_giving_back()
         if published:
@@ -108,7 +114,7 @@ class EngineSession:
     def _give_back(self) -> None:
         """End the leases of models that are gone, as in a process that runs one engine after the other."""
         while True:
-            attachment = self._attachments.pop(self._unused.get())
+            attachment = self._models.pop(self._unused.get()).attachment
             attachment.close()
             logger.info("%s is not in use here any more, and given back.", attachment.held.key.title)
 

@@ -76,6 +76,26 @@ class Kind(ABC):
             raise
         return mapping
 
+    def to_host(self, arena: Arena, device_index: int | None) -> tuple[ArenaInfo, Descriptors]:
+        """A copy of a mapped arena in host memory: what it is, and its descriptors, which the caller owns.
+
+        Raises:
+            ArenaError: there is not so much host memory, or the kind cannot leave its addresses (`can_remap`).
+        """
+        raise ArenaError(f"Memory of kind {self.name} stays where it is.")
+
+    def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
+        """A new arena like `info`, filled from its copy in host memory.
+
+        Args:
+            host, fds: what `to_host` gave; the descriptors are owned from now on.
+
+        Raises:
+            ArenaError: there is not so much memory on the device, or the copy is none of such an arena.
+        """
+        fds.close()
+        raise ArenaError(f"Memory of kind {self.name} stays where it is.")
+
     def check(self, info: ArenaInfo, fds: Sequence[int]) -> None:
         """Check what can be known of descriptors without mapping them; never waits for a file system or a peer.
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
-from vllm_companion_plugin.client.mirror import Holder, hold
+from vllm_companion_plugin.client.mirror import Mirror, hold
 from vllm_companion_plugin.client.shutdown import shut_down
 from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState
@@ -53,7 +53,7 @@ class Ward:
         self._children: list[Child] = []
         self._connection: CompanionConnection | None = None
         self._thread: threading.Thread | None = None
-        self._holders: dict[tuple[str, int], Holder] = {}
+        self._holders: dict[tuple[str, int], Mirror] = {}
         self._refused_until: dict[tuple[str, int], float] = {}
 
     @property

@@ -27,7 +27,7 @@ from vllm_companion_plugin.core.module_tree import (
     TensorInfo,
     TensorKind,
 )
-from vllm_companion_plugin.core.placement import ALIGNMENT, Chunk, Placement, plan
+from vllm_companion_plugin.core.placement import ALIGNMENT, HOST_ALIGNMENT, Chunk, Placement, plan
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
@@ -240,7 +240,7 @@ def prepare(
         raise NotShareableError("the model has no tensors.")
     placement = plan(
         [s.stop - s.start for s in packing.storages],
-        [s.start % ALIGNMENT for s in packing.storages],
+        [s.start % (ALIGNMENT if device.type == "cuda" else HOST_ALIGNMENT) for s in packing.storages],
         arenas.granularity(kind, device.index),
     )
     places = zip(placement.offsets, packing.storages, strict=True)

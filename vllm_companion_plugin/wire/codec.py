@@ -223,6 +223,7 @@ def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
         ways=dict(entry.ways),
         expires_at_unix_s=entry.expires_at_unix_s,
         layout=entry.layout,
+        host_bytes=entry.host_bytes,
     )
 
 
@@ -246,6 +247,7 @@ def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
             ways=dict(message.ways),
             expires_at_unix_s=_time(message.expires_at_unix_s),
             layout=message.layout,
+            host_bytes=message.host_bytes,
         )
     except ValueError as error:
         raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error

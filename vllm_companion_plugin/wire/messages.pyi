@@ -96,7 +96,7 @@ class Checksums(_message.Message):
     def __init__(self, algorithm: _Optional[str] = ..., values: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("protocol_version", "key", "query", "may_load", "pid", "client", "held_generation", "passive")
+    __slots__ = ("protocol_version", "key", "query", "may_load", "pid", "client", "held_generation", "passive", "known_manifest_sha256", "asleep")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,8 @@ class AttachRequest(_message.Message):
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     HELD_GENERATION_FIELD_NUMBER: _ClassVar[int]
     PASSIVE_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ASLEEP_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     key: EntryKey
     query: EntryQuery
@@ -113,7 +115,9 @@ class AttachRequest(_message.Message):
     client: str
     held_generation: int
     passive: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., key: _Optional[_Union[EntryKey, _Mapping]] = ..., query: _Optional[_Union[EntryQuery, _Mapping]] = ..., may_load: _Optional[bool] = ..., pid: _Optional[int] = ..., client: _Optional[str] = ..., held_generation: _Optional[int] = ..., passive: _Optional[bool] = ...) -> None: ...
+    known_manifest_sha256: bytes
+    asleep: int
+    def __init__(self, protocol_version: _Optional[int] = ..., key: _Optional[_Union[EntryKey, _Mapping]] = ..., query: _Optional[_Union[EntryQuery, _Mapping]] = ..., may_load: _Optional[bool] = ..., pid: _Optional[int] = ..., client: _Optional[str] = ..., held_generation: _Optional[int] = ..., passive: _Optional[bool] = ..., known_manifest_sha256: _Optional[bytes] = ..., asleep: _Optional[int] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
     __slots__ = ("waiting", "granted", "ready", "manifest_chunk", "failed", "retired")
@@ -166,30 +170,60 @@ class Waiting(_message.Message):
     def __init__(self, loader: _Optional[_Union[LoaderInfo, _Mapping]] = ...) -> None: ...
 
 class Granted(_message.Message):
-    __slots__ = ("lease_token", "deposit_ticket", "generation")
+    __slots__ = ("lease_token", "deposit_ticket", "generation", "parked", "host")
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEPOSIT_TICKET_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     lease_token: bytes
     deposit_ticket: bytes
     generation: int
-    def __init__(self, lease_token: _Optional[bytes] = ..., deposit_ticket: _Optional[bytes] = ..., generation: _Optional[int] = ...) -> None: ...
+    parked: Ready
+    host: ArenaDescriptor
+    def __init__(self, lease_token: _Optional[bytes] = ..., deposit_ticket: _Optional[bytes] = ..., generation: _Optional[int] = ..., parked: _Optional[_Union[Ready, _Mapping]] = ..., host: _Optional[_Union[ArenaDescriptor, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("key", "generation", "arena", "manifest_bytes", "manifest_sha256", "published")
+    __slots__ = ("key", "generation", "arena", "manifest_bytes", "manifest_sha256", "published", "lease_token", "manifest_known")
     KEY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_KNOWN_FIELD_NUMBER: _ClassVar[int]
     key: EntryKey
     generation: int
     arena: ArenaDescriptor
     manifest_bytes: int
     manifest_sha256: bytes
     published: Published
-    def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., generation: _Optional[int] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., manifest_bytes: _Optional[int] = ..., manifest_sha256: _Optional[bytes] = ..., published: _Optional[_Union[Published, _Mapping]] = ...) -> None: ...
+    lease_token: bytes
+    manifest_known: bool
+    def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., generation: _Optional[int] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., manifest_bytes: _Optional[int] = ..., manifest_sha256: _Optional[bytes] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., manifest_known: _Optional[bool] = ...) -> None: ...
+
+class SleepRequest(_message.Message):
+    __slots__ = ("lease_token", "level", "when_asleep", "host", "stays_awake")
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    WHEN_ASLEEP_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    STAYS_AWAKE_FIELD_NUMBER: _ClassVar[int]
+    lease_token: bytes
+    level: int
+    when_asleep: str
+    host: ArenaDescriptor
+    stays_awake: bool
+    def __init__(self, lease_token: _Optional[bytes] = ..., level: _Optional[int] = ..., when_asleep: _Optional[str] = ..., host: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., stays_awake: _Optional[bool] = ...) -> None: ...
+
+class SleepResponse(_message.Message):
+    __slots__ = ("deposit_ticket", "residence")
+    DEPOSIT_TICKET_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCE_FIELD_NUMBER: _ClassVar[int]
+    deposit_ticket: bytes
+    residence: str
+    def __init__(self, deposit_ticket: _Optional[bytes] = ..., residence: _Optional[str] = ...) -> None: ...
 
 class Published(_message.Message):
     __slots__ = ("tensor_count", "ways", "ready_unix_s", "load_s", "layout")
@@ -286,7 +320,7 @@ class LeaseStatus(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., client: _Optional[str] = ..., state: _Optional[str] = ..., since_unix_s: _Optional[float] = ...) -> None: ...
 
 class EntryStatus(_message.Message):
-    __slots__ = ("key", "state", "generation", "size_bytes", "tensor_count", "arena_kind", "ready_unix_s", "load_s", "loader", "leases", "ways", "expires_at_unix_s", "layout")
+    __slots__ = ("key", "state", "generation", "size_bytes", "tensor_count", "arena_kind", "ready_unix_s", "load_s", "loader", "leases", "ways", "expires_at_unix_s", "layout", "host_bytes")
     class WaysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +341,7 @@ class EntryStatus(_message.Message):
     WAYS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     key: EntryKey
     state: str
     generation: int
@@ -320,7 +355,8 @@ class EntryStatus(_message.Message):
     ways: _containers.ScalarMap[str, int]
     expires_at_unix_s: float
     layout: str
-    def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., state: _Optional[str] = ..., generation: _Optional[int] = ..., size_bytes: _Optional[int] = ..., tensor_count: _Optional[int] = ..., arena_kind: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., load_s: _Optional[float] = ..., loader: _Optional[_Union[LoaderInfo, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseStatus, _Mapping]]] = ..., ways: _Optional[_Mapping[str, int]] = ..., expires_at_unix_s: _Optional[float] = ..., layout: _Optional[str] = ...) -> None: ...
+    host_bytes: int
+    def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., state: _Optional[str] = ..., generation: _Optional[int] = ..., size_bytes: _Optional[int] = ..., tensor_count: _Optional[int] = ..., arena_kind: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., load_s: _Optional[float] = ..., loader: _Optional[_Union[LoaderInfo, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseStatus, _Mapping]]] = ..., ways: _Optional[_Mapping[str, int]] = ..., expires_at_unix_s: _Optional[float] = ..., layout: _Optional[str] = ..., host_bytes: _Optional[int] = ...) -> None: ...
 
 class CompanionStatus(_message.Message):
     __slots__ = ("device", "pid", "version", "protocol_version", "started_unix_s", "linger_s", "exits_at_unix_s", "entries", "owner_pid")

@@ -66,6 +66,7 @@ class Stub:
 
     Attach: Callable[..., Any]
     Publish: Callable[..., Any]
+    Sleep: Callable[..., Any]
     Status: Callable[..., Any]
     Watch: Callable[..., Any]
     Unload: Callable[..., Any]

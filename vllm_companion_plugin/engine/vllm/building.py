@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,24 @@ def model_without_weights(
         for key in set(_rope_cache()) - ropes:
             del _rope_cache()[key]
         raise
+
+
+@contextmanager
+def beside(vllm_config: Any) -> Iterator[Any]:
+    """A configuration with which a model can be built once more while the first one lives; it knows nothing of that."""
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    if hasattr(config.compilation_config, "static_all_moe_layers"):
+        config.compilation_config.static_all_moe_layers = []
+    config.load_config = copy.copy(vllm_config.load_config)
+    ropes, known = _rope_cache(), dict(_rope_cache())
+    ropes.clear()
+    try:
+        yield config
+    finally:
+        ropes.clear()
+        ropes.update(known)
 
 
 @contextmanager

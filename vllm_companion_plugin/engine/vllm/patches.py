@@ -34,6 +34,7 @@ class Lifetime(Enum):
     IMPORT = "from its import on", True
     LOAD = "from the first model that is loaded for others on", True
     LOADERS = "from the import of vLLM's loaders on", True
+    MAPPED = "from the first model on that this process maps or published", True
     ONCE = "when a model was attached, or could not be", True
     WAITING = "until the module that is waited for is imported", False
     CONFIGURING = "while vLLM makes its configuration", False
@@ -213,6 +214,42 @@ REQUEST_MEMORY_OF_WORKER = Patch(
     link="vllm/v1/worker/gpu_worker.py: Worker.init_device",
     undo=_ENDS,
     before="0.32",
+)
+SLEEP = Patch(
+    "vllm.device_allocator.cumem:CuMemAllocator.sleep",
+    "engine.vllm.sleep",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="Mapped weights leave the device when the engine sleeps; nothing happens where none are mapped (adr/0014).",
+    link="vllm/device_allocator/sleep_mode_backend.py: CuMemBackend.suspend",
+    undo=_ENDS,
+)
+WAKE = Patch(
+    "vllm.device_allocator.cumem:CuMemAllocator.wake_up",
+    "engine.vllm.sleep",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="As above, on the way back.",
+    link="vllm/device_allocator/sleep_mode_backend.py: CuMemBackend.resume",
+    undo=_ENDS,
+)
+SLEEP_OF_CPU_WORKER = Patch(
+    "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
+    "engine.vllm.sleep",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="Mapped weights are unmapped when the engine sleeps; vLLM has no sleep mode of its own on a CPU.",
+    link="vllm/v1/worker/cpu_worker.py: CPUWorker.sleep",
+    undo=_ENDS,
+)
+WAKE_OF_CPU_WORKER = Patch(
+    "vllm.v1.worker.cpu_worker:CPUWorker.wake_up",
+    "engine.vllm.sleep",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="As above, on the way back.",
+    link="vllm/v1/worker/cpu_worker.py: CPUWorker.wake_up",
+    undo=_ENDS,
 )
 SOURCE_FILES = Patch(
     "importlib.machinery:SourceFileLoader.exec_module",

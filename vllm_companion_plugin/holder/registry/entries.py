@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.residency import WhenAsleep
+from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import (
     EntryState,
     EntryStatus,
@@ -146,6 +146,13 @@ class Generation:
         """The state as clients see it: an expected generation is loading, by whoever will hand it back."""
         assert self.state is not None
         return EntryState.LOADING if self.state is GenerationState.EXPECTED else EntryState(self.state.value)
+
+    @property
+    def residence(self) -> Residence:
+        """Where its bytes are, as far as the registry has them."""
+        if self.fds:
+            return Residence.DEVICE
+        return Residence.HOST if self.host_fds else Residence.NOWHERE
 
     @property
     def size_bytes(self) -> int:

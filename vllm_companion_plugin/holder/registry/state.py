@@ -21,9 +21,9 @@ While nobody uses a READY entry its idle time runs. An entry that has been idle 
 becomes of the others; before that it may be dropped for a client that needs its memory (`room.py`). How long entries
 and the companion stay is in `lifetime.py`. `advance` does what is due, and says when something will be.
 
-A client that falls asleep says so by `sleep`. When the last one of an entry has, `core/residency.py` says where the bytes
-stay: on the device, in host memory (PARKED), for which that client leaves a copy first, or nowhere (DROPPED). Who asks
-for a PARKED entry is elected to bring it back; of a DROPPED one, to load it, as if it were new.
+A client that falls asleep says so by `sleep`. When the last one of an entry has, `core/residency.py` says where the
+bytes stay: on the device, in host memory (PARKED), for which that client leaves a copy first, or nowhere (DROPPED). Who
+asks for a PARKED entry is elected to bring it back; of a DROPPED one, to load it, as if it were new.
 
 What clients are told is in `entries.py`, what observers are told in `moves.py`.
 """

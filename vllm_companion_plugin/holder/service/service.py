@@ -23,7 +23,8 @@ import grpc
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.core.identity import MAX_TEXT, EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S
-from vllm_companion_plugin.core.status import CompanionStatus
+from vllm_companion_plugin.core.residency import WhenAsleep
+from vllm_companion_plugin.core.status import CompanionStatus, LeaseState
 from vllm_companion_plugin.core.text import printable, sendable
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
@@ -49,6 +50,7 @@ from vllm_companion_plugin.holder.service.descriptors import check_descriptors, 
 from vllm_companion_plugin.holder.service.incoming import IncomingManifest
 from vllm_companion_plugin.holder.service.journal import Journal
 from vllm_companion_plugin.holder.service.tickets import Tickets
+from vllm_companion_plugin.memory.kinds import KINDS
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
 
@@ -128,9 +130,11 @@ class CompanionService:
         lease = self._spend(fd_channel.REDEEM, ticket)
 
         def current() -> Sequence[int]:
-            if not lease.entry.current.fds:
+            current = lease.entry.current
+            fds = current.host_fds if lease.state is LeaseState.LOADING else current.fds
+            if not fds:
                 raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
-            return lease.entry.current.fds
+            return fds
 
         return current
 
@@ -166,7 +170,7 @@ class CompanionService:
         lease: Lease | None = None
         try:
             lease = self._attach(request)
-            await self._serve_lease(lease, context)
+            await self._serve_lease(lease, context, request.known_manifest_sha256)
         except CompanionError as error:
             # An engine that asks for its key before it asks to load has got its answer; nothing has failed.
             only_asks = request.WhichOneof("select") == "key" and not (request.may_load or request.held_generation)
@@ -203,35 +207,43 @@ class CompanionService:
             client=client,
             holds=holds,
             passive=request.passive,
+            asleep=request.asleep if request.HasField("asleep") else None,
         )
         state = lease.state.value if lease.state else "ended"
         logger.info("%s asks for %s: %s.", lease.who, lease.entry.key.model, state)
         return lease
 
-    async def _serve_lease(self, lease: Lease, context: Any) -> None:
+    async def _serve_lease(self, lease: Lease, context: Any, known_manifest: bytes) -> None:
         wake = self._wake[lease.id] = asyncio.Event()
         while True:
             while lease.events:
-                if await self._tell(lease, lease.events.popleft(), context):
+                if await self._tell(lease, lease.events.popleft(), context, known_manifest):
                     return
             if lease.ended:
                 return
             await wake.wait()
             wake.clear()
 
-    async def _tell(self, lease: Lease, event: Event, context: Any) -> bool:
+    async def _tell(self, lease: Lease, event: Event, context: Any, known_manifest: bytes) -> bool:
         """Send `event`; True if it is the last one."""
         if isinstance(event, WaitingEvent):
             waiting = messages.Waiting(loader=codec.loader_to_message(event.loader))
             await context.write(messages.AttachEvent(waiting=waiting))
         elif isinstance(event, GrantedEvent):
-            token = secrets.token_bytes(16)
-            self._tokens[token] = lease
             ticket = self.tickets.issue(fd_channel.DEPOSIT, lease)
-            granted = messages.Granted(lease_token=token, deposit_ticket=ticket, generation=event.generation)
+            granted = messages.Granted(
+                lease_token=self._token_of(lease), deposit_ticket=ticket, generation=event.generation
+            )
+            if event.brings_back and (host := lease.entry.current.host) is not None:
+                granted.host.CopyFrom(codec.arena_to_message(host))
+                granted.parked.CopyFrom(self._ready(lease, known_manifest))
             await context.write(messages.AttachEvent(granted=granted))
+            if granted.HasField("parked"):
+                await self._send_manifest(lease, granted.parked, context)
         elif isinstance(event, ReadyEvent):
-            await self._tell_ready(lease, context)
+            ready = self._ready(lease, known_manifest)
+            await context.write(messages.AttachEvent(ready=ready))
+            await self._send_manifest(lease, ready, context)
         elif isinstance(event, RetiredEvent):
             await context.write(messages.AttachEvent(retired=messages.Retired()))
         elif isinstance(event, FailedEvent):
@@ -239,22 +251,55 @@ class CompanionService:
             return True
         return False
 
-    async def _tell_ready(self, lease: Lease, context: Any) -> None:
-        entry = lease.entry
-        assert entry.current.arena is not None
-        assert entry.current.manifest is not None
-        ticket = self.tickets.issue(fd_channel.REDEEM, lease)
-        ready = messages.Ready(
-            key=codec.key_to_message(entry.key),
-            generation=entry.current.number,
-            arena=codec.arena_to_message(entry.current.arena, ticket),
-            manifest_bytes=entry.current.manifest.size_bytes,
-            manifest_sha256=entry.current.manifest.sha256,
-            published=codec.published_to_message(entry.current.published),
+    def _token_of(self, lease: Lease) -> bytes:
+        token = secrets.token_bytes(16)
+        self._tokens[token] = lease
+        return token
+
+    def _ready(self, lease: Lease, known_manifest: bytes) -> messages.Ready:
+        current = lease.entry.current
+        assert current.arena is not None
+        assert current.manifest is not None
+        return messages.Ready(
+            key=codec.key_to_message(lease.entry.key),
+            generation=current.number,
+            arena=codec.arena_to_message(current.arena, self.tickets.issue(fd_channel.REDEEM, lease)),
+            manifest_bytes=current.manifest.size_bytes,
+            manifest_sha256=current.manifest.sha256,
+            published=codec.published_to_message(current.published),
+            lease_token=self._token_of(lease),
+            manifest_known=known_manifest == current.manifest.sha256,
         )
-        await context.write(messages.AttachEvent(ready=ready))
-        for chunk in entry.current.manifest.chunks:
-            await context.write(messages.AttachEvent(manifest_chunk=chunk))
+
+    async def _send_manifest(self, lease: Lease, ready: messages.Ready, context: Any) -> None:
+        manifest = lease.entry.current.manifest
+        if manifest is not None and not ready.manifest_known:
+            for chunk in manifest.chunks:
+                await context.write(messages.AttachEvent(manifest_chunk=chunk))
+
+    async def Sleep(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            lease = self._tokens.get(request.lease_token)
+            if lease is None:
+                raise BadRequestError("The lease token is unknown; the lease has ended.")
+            if request.stays_awake:
+                self.registry.stay_awake(lease)
+                return messages.SleepResponse()
+            host = None
+            if request.HasField("host"):
+                host, _ = codec.arena_from_message(request.host)
+                if KINDS[host.kind].device_type != "cpu":
+                    raise BadRequestError(f"A copy in host memory is no arena of kind {host.kind}.")
+                check_descriptors(host, lease.deposited)
+            try:
+                wish = WhenAsleep(request.when_asleep)
+            except ValueError as error:
+                raise BadRequestError(f"when_asleep: {error}") from error
+            asleep = self.registry.sleep(lease, request.level, wish, host)
+            if asleep:
+                logger.info("%s sleeps on %s: %s.", lease.who, lease.entry.key.model, lease.entry.current.shown.value)
+                return messages.SleepResponse(residence=lease.entry.current.residence.value)
+            return messages.SleepResponse(deposit_ticket=self.tickets.issue(fd_channel.DEPOSIT, lease))
 
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
         async with self._errors(context):

@@ -13,10 +13,12 @@ from typing import Any
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.memory import staging
 from vllm_companion_plugin.memory.arena import Arena
 from vllm_companion_plugin.memory.cuda_driver import call, copy_to_device, driver, primary_context, wait_for_copies
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kind import Keeper, Kind, required_index
+from vllm_companion_plugin.memory.kinds.memfd import Memfd, new_memfd
 from vllm_companion_plugin.memory.mapping import Blocks, Reservation
 
 
@@ -163,6 +165,27 @@ class CudaVmm(Kind):
 
     def reserve(self, size_bytes: int, device_index: int | None) -> CudaVmmMapping:
         return CudaVmmMapping(size_bytes, required_index(self.name, device_index))
+
+    def to_host(self, arena: Arena, device_index: int | None) -> tuple[ArenaInfo, Descriptors]:
+        context = primary_context(required_index(self.name, device_index))
+        with new_memfd(arena.info.size_bytes) as memfd:
+            staging.to_host(context, arena.address, memfd.address, arena.info.size_bytes)
+            return memfd.seal()
+
+    def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
+        with contextlib.closing(Memfd().open(host, fds, None)) as source:
+            if host.size_bytes != info.size_bytes:
+                raise ArenaError(f"A copy of {host.size_bytes} bytes is none of {info.size_bytes}.")
+            writer = self.create(info.size_bytes, device_index, None)
+            try:
+                for size_bytes in info.block_sizes:
+                    writer.add_block(size_bytes)
+                context = primary_context(required_index(self.name, device_index))
+                staging.to_device(context, source.address, writer.address, info.size_bytes)
+                return writer.seal()
+            except BaseException:
+                writer.abort()
+                raise
 
 
 class CudaVmmWriter:

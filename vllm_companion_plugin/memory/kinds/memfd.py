@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
@@ -34,7 +36,10 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _PROT_NONE = 0
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
-_MADV_POPULATE_READ = 22
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
+_PART_BYTES = 64 << 20
+_ALLOCATING_THREADS = 4
+"""Measured for 8 GiB: 3.5 s by one thread, 1.5 s by four, 1.9 s by eight."""
 # linux/fcntl.h
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE = 1, 2, 4, 8
 SEALS = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
@@ -157,6 +162,81 @@ class Memfd(Kind):
             actual = os.fstat(fd).st_size
             if actual != size_bytes:
                 raise ArenaError(f"Block {index} of the arena should have {size_bytes} bytes; the memfd has {actual}.")
+
+    def to_host(self, arena: Arena, device_index: int | None) -> tuple[ArenaInfo, Descriptors]:
+        """It is in host memory: the same bytes, once more by descriptor."""
+        return ArenaInfo(self.name, arena.info.block_sizes), arena.fds.dup()
+
+    def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
+        return self.open(info, fds, device_index)
+
+
+class SharedWriter:
+    """A memfd that is mapped writable while it is filled, by threads that copy into it."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._fd = Descriptors([os.memfd_create("vllm-companion-parked", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)])
+        self._address: int | None = None
+        try:
+            os.ftruncate(self._fd[0], size_bytes)
+            access = mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = _libc.mmap(None, size_bytes, access, mmap.MAP_SHARED, self._fd[0], 0)
+            self._address = _address(f"Cannot map {size_bytes} bytes of host memory", mapped)
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self) -> None:
+        """Get the pages now: a thread that finds none while it copies would be killed by SIGBUS."""
+        starts = range(0, self._size_bytes, _PART_BYTES)
+        with ThreadPoolExecutor(_ALLOCATING_THREADS) as executor:
+            errors = set(executor.map(self._allocate_part, starts)) - {0}
+        if errors == {errno.EINVAL}:  # before Linux 5.14
+            os.posix_fallocate(self._fd[0], 0, self._size_bytes)
+        elif errors:
+            raise ArenaError(f"No host memory for a copy of {self._size_bytes} bytes: {os.strerror(errors.pop())}.")
+
+    def _allocate_part(self, start: int) -> int:
+        """The error's number, or 0."""
+        size_bytes = min(_PART_BYTES, self._size_bytes - start)
+        failed = _libc.madvise(self.address + start, size_bytes, _MADV_POPULATE_WRITE)
+        return ctypes.get_errno() if failed else 0
+
+    @property
+    def address(self) -> int:
+        assert self._address is not None
+        return self._address
+
+    def seal(self) -> tuple[ArenaInfo, Descriptors]:
+        """Nobody can write any more: what it is, and its read-only descriptor, which the caller owns."""
+        self._unmap()
+        fcntl.fcntl(self._fd[0], fcntl.F_ADD_SEALS, SEALS)
+        readonly = Descriptors([os.open(f"/proc/self/fd/{self._fd[0]}", os.O_RDONLY | os.O_CLOEXEC)])
+        return ArenaInfo(Memfd.name, (self._size_bytes,)), readonly
+
+    def _unmap(self) -> None:
+        if self._address is not None:
+            _libc.munmap(self._address, self._size_bytes)
+            self._address = None
+
+    def close(self) -> None:
+        self._unmap()
+        self._fd.close()
+
+
+@contextlib.contextmanager
+def new_memfd(size_bytes: int) -> Iterator[SharedWriter]:
+    """A memfd to be filled, and sealed, before the end of `with`. Raises `ArenaError`: no host memory for it."""
+    try:
+        writer = SharedWriter(size_bytes)
+    except OSError as error:
+        raise ArenaError(f"Cannot create {size_bytes} bytes of shared host memory: {error}.") from error
+    try:
+        yield writer
+    finally:
+        writer.close()
 
 
 class MemfdWriter:

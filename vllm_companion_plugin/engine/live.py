@@ -1,0 +1,166 @@
+"""Models that this process serves from memory of a companion, and what vLLM does with them while they live.
+
+Whoever is put to sleep lets go of the memory of all its models at once, and gets it back at the same addresses. All
+that can fail comes first: an engine is asleep or awake, and never half.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease
+from vllm_companion_plugin.core.residency import Residence, WhenAsleep
+from vllm_companion_plugin.core.status import LoaderInfo
+from vllm_companion_plugin.errors import ArenaError, CompanionError
+from vllm_companion_plugin.settings import Settings
+
+logger = init_logger("vllm.companion")
+
+_WHERE = {
+    Residence.DEVICE.value: "stay on the device",
+    Residence.HOST.value: "are in host memory",
+    Residence.NOWHERE.value: "are gone until somebody loads them again",
+}
+
+LoadAgain = Callable[[Lease, Granted], Attachment]
+"""Loads a model once more, and publishes it; what it returns is the caller's to close."""
+
+
+@dataclass
+class LiveModel:
+    """One model of a living engine.
+
+    Attributes:
+        load: loads it again, if nobody has it any more when it wakes. Refers to nothing of the model.
+        unsleepable: whether the log has said why its memory cannot leave.
+    """
+
+    attachment: Attachment
+    settings: Settings
+    load: LoadAgain
+    unsleepable: bool = False
+
+
+@contextmanager
+def falling_asleep(models: list[LiveModel], level: int, client_name: str) -> Iterator[list[LiveModel]]:
+    """Put `models` to sleep at the end of `with`; if what is inside of it fails they stay awake.
+
+    Args:
+        level: as vLLM counts; 1 or 2.
+
+    Yields:
+        Those that will sleep. Models whose kind of memory cannot leave its addresses stay where they are.
+
+    Raises:
+        CompanionError: one of them cannot fall asleep. All are awake, as before.
+    """
+    told: list[LiveModel] = []
+    try:
+        for model in filter(_can_sleep, models):
+            started = time.perf_counter()
+            where = model.attachment.fall_asleep(level, WhenAsleep(model.settings.when_asleep))
+            told.append(model)
+            logger.info(
+                "%s falls asleep at level %d, after %.3f s: its %.2f GiB %s.",
+                *(model.attachment.label, level, time.perf_counter() - started, model.attachment.size_bytes / 2**30),
+                _WHERE[where],
+            )
+        yield told
+    except BaseException:
+        for model in told:
+            _stay_awake(model)
+        raise
+    for model in told:
+        model.attachment.let_go(model.settings, client_name)
+
+
+def _can_sleep(model: LiveModel) -> bool:
+    if model.attachment.asleep:
+        return False
+    if model.attachment.can_sleep:
+        return True
+    if not model.unsleepable:
+        model.unsleepable = True
+        logger.warning(
+            "%s stays in the device's memory: memory of kind %s cannot leave its addresses.",
+            *(model.attachment.label, model.attachment.held.arena.kind),
+        )
+    return False
+
+
+def _stay_awake(model: LiveModel) -> None:
+    try:
+        model.attachment.stay_awake()
+    except CompanionError as error:
+        logger.warning("%s is mapped here, and its companion does not know: %s", model.attachment.label, error)
+
+
+def wake(
+    models: list[LiveModel],
+    connect: Callable[[str, Settings], CompanionConnection],
+    client_name: str,
+    on_waiting: Callable[[LoaderInfo], None] | None = None,
+) -> list[LiveModel]:
+    """Wake those of `models` that sleep; these.
+
+    Raises:
+        CompanionError: one of them cannot wake. All that slept sleep, and can be woken again.
+    """
+    awake: list[LiveModel] = []
+    try:
+        for model in [model for model in models if model.attachment.asleep]:
+            started = time.perf_counter()
+            attachment = model.attachment
+            connection = connect(attachment.device_id, model.settings)
+            source = attachment.wake(connection, model.settings, client_name, model.load, on_waiting)
+            awake.append(model)
+            logger.info(
+                "%s is awake after %.3f s, from the %s: %.2f GiB, generation %d.",
+                *(attachment.label, time.perf_counter() - started, source),
+                *(attachment.size_bytes / 2**30, attachment.generation),
+            )
+    except BaseException:
+        sleep_again(awake, client_name)
+        raise
+    return awake
+
+
+def sleep_again(models: list[LiveModel], client_name: str) -> None:
+    """Put models that have just been woken to sleep, as something else failed. Their bytes stay where they are."""
+    for model in models:
+        try:
+            model.attachment.fall_asleep(1, WhenAsleep.STAY)
+        except CompanionError as error:
+            logger.warning("The companion does not know that %s sleeps: %s", model.attachment.label, error)
+        model.attachment.let_go(model.settings, client_name)
+
+
+def check_room(needed_bytes: int, free_bytes: int, what: str) -> None:
+    """Raise `ArenaError` unless so many bytes are free."""
+    if needed_bytes > free_bytes:
+        raise ArenaError(
+            f"{what} needs {needed_bytes / 2**30:.2f} GiB to wake, and {free_bytes / 2**30:.2f} GiB of the device are "
+            "free. It sleeps, and can be woken when there is room."
+        )
+
+
+class Weak:
+    """Refers to a configuration of vLLM as long as its engine lives: strongly, it would keep the model's tensors."""
+
+    def __init__(self, value: Any) -> None:
+        self._reference = weakref.ref(value)
+
+    def get(self) -> Any:
+        """Raises `ArenaError` if the engine has ended."""
+        value = self._reference()
+        if value is None:
+            raise ArenaError("The engine has ended, so its model cannot be loaded again.")
+        return value
