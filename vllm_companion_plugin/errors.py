@@ -156,6 +156,13 @@ class LayoutError(CompanionError):
     grpc_status = "FAILED_PRECONDITION"
 
 
+class SharedWeightsError(CompanionError):
+    """Something would write to weights that other processes use, and the setting `on_write` refuses that."""
+
+    code = "shared_weights"
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class ArenaError(CompanionError):
     """Memory could not be created, mapped, exported or imported."""
 

@@ -263,6 +263,16 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "on_write",
+        str,
+        "privatize",
+        "What happens when vLLM or a training framework is about to write to shared weights (reload_weights with other "
+        "weights, load_weights of the model). privatize: the engine gets memory of its own first, at the same "
+        "addresses and with the same bytes. refuse: an error, before anything is written.",
+        choices=("privatize", "refuse"),
+        engine=True,
+    ),
+    Setting(
         "arena",
         str,
         "auto",
@@ -323,6 +333,7 @@ class Settings:
     source_extra_config: dict[str, Any]
     share: str
     when_asleep: str
+    on_write: str
     arena: str
     verify: str
     fallback: bool

@@ -21,10 +21,19 @@ from vllm_companion_plugin.client.lease import Granted, Lease, Ready
 from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.client.parked import bring_back
 from vllm_companion_plugin.client.sleeper import Sleeper
+from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo
-from vllm_companion_plugin.errors import ArenaError, CompanionError, LayoutError, ManifestError
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionUnavailableError,
+    EntryInUseError,
+    EntryNotFoundError,
+    LayoutError,
+    ManifestError,
+)
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
@@ -70,6 +79,9 @@ class Attachment:
         self._mirror: Mirror | None = None
         self._sleeper: Sleeper | None = None
         self._level = 0
+        self._backup: tuple[ArenaInfo, arenas.Descriptors] | None = None
+        self._asleep = False
+        self._is_private = False
         self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
@@ -187,7 +199,12 @@ class Attachment:
     @property
     def asleep(self) -> bool:
         """Whether nothing is mapped, and nothing is held."""
-        return self._sleeper is not None
+        return self._asleep
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the memory is this process's own, since it writes to it."""
+        return self._is_private
 
     def fall_asleep(self, level: int, when_asleep: WhenAsleep) -> str:
         """Tell the companion that this process is about to let go of the memory; leave a copy on the host if it asks.
@@ -210,14 +227,24 @@ class Attachment:
             raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
         mirror = self._mirror
         self._level = level
+        if self.is_private:  # as vLLM does with memory of its own
+            self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
+            return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
         if mirror is None or mirror.ended:  # it was unloaded: there is nobody to be told
             return Residence.NOWHERE.value
         mirror.wait_known(KNOWN_TIMEOUT_S)
-        return mirror.lease.fall_asleep(level, when_asleep, lambda: kind.to_host(self.arena, self.device.index))
+        return self._ask_to_sleep(mirror.lease, level, when_asleep)
+
+    def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
+        kind = arenas.KINDS[self.held.arena.kind]
+        return lease.fall_asleep(level, when_asleep, lambda: kind.to_host(self.arena, self.device.index))
 
     def let_go(self, settings: Settings, client_name: str) -> None:
         """Unmap the memory, whose addresses stay, and close all descriptors of it. Nothing may use it any more."""
         self.arena.unmap()
+        self._asleep = True
+        if self._is_private:
+            return
         lease, others = self.lease, ExitStack()
         if self._mirror is not None:
             lease, others = self._mirror.keep_lease()
@@ -226,6 +253,7 @@ class Attachment:
 
     def stay_awake(self) -> None:
         """Take `fall_asleep` back. Raises `CompanionError`; the memory stays mapped even then."""
+        self._drop_backup()
         if self._mirror is not None and not self._mirror.ended:
             self._mirror.know_again()
 
@@ -245,13 +273,16 @@ class Attachment:
             on_waiting: as of `Lease.wait`.
 
         Returns:
-            Where the bytes were: "device", "host" or "checkpoint".
+            Where the bytes were: "device", "host" or "checkpoint"; "nowhere" of memory of this process's own that
+            slept at level 2, as vLLM has it: what is in it is anything.
 
         Raises:
             LayoutError: what was loaded meanwhile under this key is laid out differently.
             IntegrityError: the bytes are not what was published.
             CompanionError: as `Lease.wait`, `bring_back` and `load`. This stays asleep, and can be woken again.
         """
+        if self._is_private:
+            return self._wake_private()
         source = "device"
         loaded = ExitStack()
         while True:
@@ -282,11 +313,26 @@ class Attachment:
                 loaded.close()
                 raise
             self.held, self.lease, self._mirror = replace(held, fds=self.arena.fds), lease, mirror
+            self._asleep = False
             if self._sleeper is not None:
                 self._sleeper.close()
                 self._sleeper = None
             loaded.close()
             return source
+
+    def _wake_private(self) -> str:
+        self.arena.map_private()
+        source = Residence.NOWHERE.value
+        if self._backup is not None:
+            (info, fds), self._backup, source = self._backup, None, Residence.HOST.value
+            arenas.KINDS[self.held.arena.kind].fill(self.arena, info, fds, self.device.index)
+        self._asleep = False
+        return source
+
+    def _drop_backup(self) -> None:
+        if self._backup is not None:
+            self._backup[1].close()
+            self._backup = None
 
     def _map(self, held: Held, fds: arenas.Descriptors, settings: Settings) -> None:
         """Map what may take the place of what was mapped, and prove it if it is not the same generation."""
@@ -301,6 +347,55 @@ class Attachment:
             views = self.views()
             Verification(views, held.arena, settings.verify, self.device).check(self.manifest, self.label)
             views.renew(self._clones)
+
+    # ---- writing
+
+    def privatize(self, connection: CompanionConnection | None) -> None:
+        """Make the memory this process's own, at the same addresses and with the same bytes, so that it may write.
+
+        The entry is not used here any more. If nobody else uses it, it goes: this process needs its memory. Nothing
+        else may use the memory meanwhile.
+
+        Args:
+            connection: to the companion; None: there is none.
+
+        Raises:
+            ArenaError: it is asleep, or there is no memory for a copy; nothing has changed, or it may be tried again.
+        """
+        if self.asleep:
+            raise ArenaError(f"{self.label} sleeps, so nothing can be written to it.")
+        if self._is_private:
+            return
+        lease = self.lease
+        if self._mirror is not None:
+            lease, others = self._mirror.keep_lease()
+            self._mirror = None
+            others.close()
+        lease.release()
+        if connection is not None:
+            with contextlib.suppress(EntryInUseError, EntryNotFoundError, CompanionUnavailableError):
+                if not connection.status().owner_pid:
+                    connection.unload(key_id=self.held.key.id)
+        self.arena.privatize()
+        self._is_private = True
+
+    def share_again(
+        self,
+        connection: CompanionConnection,
+        settings: Settings,
+        client_name: str,
+        load: Callable[[Lease, Granted], Attachment],
+    ) -> str:
+        """Give up memory of this process's own, and map the entry in its place, with the bytes that were published.
+
+        Arguments, result and errors are those of `wake`; after an error the memory is gone, and this sleeps.
+        """
+        self.arena.unmap()
+        self._drop_backup()
+        self._asleep, self._is_private = True, False
+        source = self.wake(connection, settings, client_name, load)
+        self.renew()
+        return source
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows that this process maps the entry, or the time is over."""
@@ -324,6 +419,7 @@ class Attachment:
             self._mirror.close()  # before its descriptors go
         if self._sleeper is not None:
             self._sleeper.close()
+        self._drop_backup()
         arena, self._arena = self._arena or self._weak_arena(), None
         if arena is not None:
             arena.close()

@@ -13,17 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease
 from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo
-from vllm_companion_plugin.errors import ArenaError, CompanionError
+from vllm_companion_plugin.errors import ArenaError, CompanionError, SharedWeightsError
 from vllm_companion_plugin.settings import Settings
 
 logger = init_logger("vllm.companion")
 
+Connect = Callable[[str, Settings], CompanionConnection]
+"""To the companion of a device, which is started if there is none."""
 _WHERE = {
     Residence.DEVICE.value: "stay on the device",
     Residence.HOST.value: "are in host memory",
@@ -105,7 +108,7 @@ def _stay_awake(model: LiveModel) -> None:
 
 def wake(
     models: list[LiveModel],
-    connect: Callable[[str, Settings], CompanionConnection],
+    connect: Connect,
     client_name: str,
     on_waiting: Callable[[LoaderInfo], None] | None = None,
 ) -> list[LiveModel]:
@@ -141,6 +144,54 @@ def sleep_again(models: list[LiveModel], client_name: str) -> None:
         except CompanionError as error:
             logger.warning("The companion does not know that %s sleeps: %s", model.attachment.label, error)
         model.attachment.let_go(model.settings, client_name)
+
+
+def privatize(
+    model: LiveModel,
+    connection: CompanionConnection | None,
+    by: str,
+    free_bytes: Callable[[torch.device], int | None],
+) -> None:
+    """Give a model memory of its own, because `by` is about to write to it.
+
+    Raises:
+        SharedWeightsError: the setting `on_write` refuses that. Nothing has changed.
+        ArenaError: there is not so much memory. Nothing has changed, and what is mapped is right.
+    """
+    attachment = model.attachment
+    size_gib = attachment.size_bytes / 2**30
+    if model.settings.on_write == "refuse":
+        raise SharedWeightsError(
+            f"{by} would write to weights of {attachment.label}, which other processes use too.",
+            remedy="""Start the engine with --model-loader-extra-config '{"on_write": "privatize"}', or with """
+            """'{"share": "copy"}'.""",
+        )
+    free = free_bytes(attachment.device)
+    largest = max(attachment.held.arena.block_sizes)
+    if free is not None and free < largest:
+        check_room(largest, free, f"{attachment.label}, to be written to by {by},")
+    started = time.perf_counter()
+    attachment.privatize(connection)
+    logger.info(
+        "%s writes to %s: its %.2f GiB are this engine's own since %.3f s, and shared no more.",
+        *(by, attachment.label, size_gib, time.perf_counter() - started),
+    )
+
+
+def renew(models: list[LiveModel], connect: Connect, client_name: str) -> None:
+    """Give models the bytes that were published. One that sleeps gets them when it wakes.
+
+    Raises:
+        CompanionError: as `wake`, of a model that had memory of its own; it sleeps then.
+    """
+    for model in models:
+        attachment = model.attachment
+        if attachment.is_private:
+            connection = connect(attachment.device_id, model.settings)
+            source = attachment.share_again(connection, model.settings, client_name, model.load)
+            logger.info("%s is shared again, from the %s.", attachment.label, source)
+        elif not attachment.asleep:
+            attachment.renew()
 
 
 def check_room(needed_bytes: int, free_bytes: int, what: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.engine import again
@@ -21,41 +22,46 @@ from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import budget, drafts, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.engine.vllm.sleep import let_sleep
-from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
+from vllm_companion_plugin.engine.vllm.writing import about_to_write, let_write
+from vllm_companion_plugin.errors import CompanionError, ParityError
 from vllm_companion_plugin.settings import resolve_extra_config
 
 logger = init_logger("vllm.companion")
 
 
-class CompanionModelLoader(BaseModelLoader):
+class CompanionModelLoader(DefaultModelLoader):
     """Attaches to weights that a companion holds, or loads and publishes them for the others.
 
     vLLM makes several of these in a process and throws them away; what must stay is in
     `session`.
+
+    It is a `DefaultModelLoader` for those who ask, and read a checkpoint through it. That its own loader does.
 
     Raises:
         SettingsError: an unknown key or bad value in `--model-loader-extra-config`.
     """
 
     def __init__(self, load_config: Any) -> None:
-        super().__init__(load_config)
+        BaseModelLoader.__init__(self, load_config)
         self._settings = resolve_extra_config(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: Any) -> None:
         self._source().download_model(model_config)
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Reloading in place would write to weights that other engines use.
-
-        Raises:
-            NotShareableError: always, unless this engine owns its weights (`share=copy`).
-        """
-        if self._settings.share != "copy":
-            raise NotShareableError(
-                f"weights of {model_config.model} are shared read-only and cannot be reloaded in place; start the "
-                """engine with --model-loader-extra-config '{"share": "copy"}' to let it own its weights."""
-            )
+        """Read the checkpoint into `model`, which gets memory of its own first. Raises as `about_to_write`."""
+        about_to_write("load_weights")
         self._source().load_weights(model, model_config)
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Any:
+        """The tensors of the checkpoint by name, as the source format's loader reads them."""
+        return self._source().get_all_weights(model_config, model)
+
+    def _get_weights_iterator(self, source: Any) -> Any:
+        return self._source()._get_weights_iterator(source)
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+        return self._source()._prepare_weights(*args, **kwargs)
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Bytes of weights held by the companion (asked by vLLM 0.32 and later before it measures memory)."""
@@ -63,10 +69,13 @@ class CompanionModelLoader(BaseModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """The model with its weights: attached, loaded for all, or loaded alone."""
+        before = current().attachments()
         with named_as_source(vllm_config.load_config):
             model = self._load_model(vllm_config, model_config, prefix)
-        if kept := current().attachments():
-            let_sleep(kept[-1].device)
+        for attachment in current().attachments():
+            if attachment not in before:
+                let_sleep(attachment.device)
+                let_write(model)
         if not drafts.is_draft(vllm_config, model_config):
             current().set_target(model)
         return model

@@ -134,6 +134,10 @@ class EngineSession:
             known = self._connections[device_id] = connect(device_id, settings, spawn=True, ask=ask)
         return known
 
+    def known_connection(self, device_id: str) -> CompanionConnection | None:
+        """To the companion of a device, if this process has asked it before."""
+        return self._connections.get(device_id)
+
     def drop_connection(self, device_id: str) -> None:
         """Forget a connection whose companion has gone: its channel waits in its backoff, whoever listens there."""
         self._connections.pop(device_id, None)

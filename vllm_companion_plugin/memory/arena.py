@@ -99,6 +99,23 @@ class Arena(Closing):
         self.fds.close()
         self.info, self.fds = info, fds
 
+    @property
+    def is_private(self) -> bool:
+        """Whether the memory is this process's own, and may be written to."""
+        return self.mapping.is_private
+
+    def privatize(self) -> None:
+        """Make the memory this process's own, writable and with the same bytes, at the same addresses.
+
+        Descriptors are closed block by block. Raises `ArenaError` as `Mapping.privatize`; it may be tried again.
+        """
+        self.mapping.privatize(self.fds.close_one)
+        self.fds.close()
+
+    def map_private(self) -> None:
+        """Map new memory of this process's own where nothing is mapped. Its bytes are anything. Raises `ArenaError`."""
+        self.mapping.map_private(self.info.block_sizes)
+
     def close(self) -> None:
         """Unmap and close. Idempotent."""
         self.mapping.close()

@@ -72,6 +72,13 @@ class Descriptors(Closing, Sequence[int]):
             return
         _close(fds)
 
+    def close_one(self, number: int) -> None:
+        """Close one of them, which reads as -1 from now on. Idempotent, but not at the same time as `close`."""
+        fds = self._numbers()
+        if fds[number] >= 0:
+            self._owned[0] = (*fds[:number], -1, *fds[number + 1 :])
+            _close([fds[number]])
+
     def __enter__(self) -> Descriptors:
         return self
 
@@ -108,6 +115,8 @@ def _closed() -> ArenaError:
 
 def _close(fds: Sequence[int]) -> None:
     for fd in fds:
+        if fd < 0:
+            continue
         try:
             os.close(fd)
         except OSError as error:

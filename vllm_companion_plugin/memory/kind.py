@@ -96,6 +96,15 @@ class Kind(ABC):
         fds.close()
         raise ArenaError(f"Memory of kind {self.name} stays where it is.")
 
+    def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
+        """Copy what `to_host` gave into an arena whose memory is this process's own; it owns the descriptors.
+
+        Raises:
+            ArenaError: as `from_host`.
+        """
+        fds.close()
+        raise ArenaError(f"Memory of kind {self.name} stays where it is.")
+
     def check(self, info: ArenaInfo, fds: Sequence[int]) -> None:
         """Check what can be known of descriptors without mapping them; never waits for a file system or a peer.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,33 @@ class Mapping(Closing, ABC):
                 says that it could not be mapped again.
         """
 
+    @property
+    def is_private(self) -> bool:
+        """Whether the memory is this process's own, and may be written to."""
+        return False
+
+    def privatize(self, release: Callable[[int], None]) -> None:
+        """Map memory of this process's own, writable and with the same bytes, in place of what is mapped.
+
+        Block by block, so that the most memory that it takes beside what it makes is one block. Nothing may use the
+        range meanwhile; on a GPU this waits until the device is idle. After an error every block has its bytes, and
+        this may be tried again.
+
+        Args:
+            release: called with the number of each block that is not needed any more.
+
+        Raises:
+            ArenaError: nothing is mapped, there is no memory for a block, or the kind of memory cannot do that.
+        """
+        raise ArenaError("This kind of memory cannot be replaced at its addresses.")
+
+    def map_private(self, sizes: tuple[int, ...]) -> None:
+        """Map new memory of this process's own, writable, in blocks of these sizes, where nothing is mapped.
+
+        Its bytes are anything. Raises `ArenaError`; then nothing is mapped.
+        """
+        raise ArenaError("This kind of memory cannot be replaced at its addresses.")
+
     def close(self) -> None:
         """Unmap, and give the addresses back. Idempotent."""
         if self._address is not None:
@@ -112,10 +139,15 @@ class Reservation(Mapping):
     def __init__(self, address: int, size_bytes: int) -> None:
         super().__init__(address, size_bytes)
         self._mapped: Blocks | None = None
+        self._private: set[int] = set()  # numbers of the mapped blocks that are this process's own
 
     @property
     def is_mapped(self) -> bool:
         return self._mapped is not None
+
+    @property
+    def is_private(self) -> bool:
+        return bool(self._private)
 
     def map(self, blocks: Blocks) -> None:
         self._require_open()
@@ -133,11 +165,32 @@ class Reservation(Mapping):
             self._wait()
             self._take_out()
             self._mapped = None
+            self._private.clear()
+
+    def privatize(self, release: Callable[[int], None]) -> None:
+        address, blocks = self._require_open(), self._mapped
+        if blocks is None:
+            raise ArenaError("No memory is mapped at these addresses that could become this process's own.")
+        self._wait()
+        for number, size_bytes in enumerate(blocks.sizes):
+            if number not in self._private:
+                self._make_private(number, address, size_bytes)
+                self._private.add(number)
+                release(number)
+            address += size_bytes
+
+    def map_private(self, sizes: tuple[int, ...]) -> None:
+        self._require_open()
+        if self.is_mapped:
+            raise ArenaError("Memory is mapped at these addresses already.")
+        self._put_private(sizes)
+        self._mapped = Blocks(sizes, (), writable=True)
+        self._private.update(range(len(sizes)))
 
     def replace(self, fds: Sequence[int]) -> None:
         self._require_open()
         before = self._mapped
-        if before is None:
+        if before is None or self.is_private:
             raise ArenaError("No memory is mapped at these addresses that other memory could replace.")
         blocks = Blocks(before.sizes, fds, before.writable)
         with contextlib.ExitStack() as undo:
@@ -177,3 +230,11 @@ class Reservation(Mapping):
     @abstractmethod
     def _take_out(self) -> None:
         """Unmap all that is mapped. Raises `ArenaError`."""
+
+    @abstractmethod
+    def _make_private(self, number: int, address: int, size_bytes: int) -> None:
+        """Map private memory with the same bytes in place of one block. Raises `ArenaError`; it is as before then."""
+
+    @abstractmethod
+    def _put_private(self, sizes: tuple[int, ...]) -> None:
+        """Map new private memory. Raises `ArenaError`; then nothing is mapped."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def requested_bytes(device: EngineDevice) -> int:
     if device.torch_device.type != "cuda":
         return 0
     return int(torch.cuda.memory_stats(device.torch_device).get("requested_bytes.all.current", 0))
+
+
+@contextmanager
+def own_pool(device: EngineDevice, vllm_config: Any) -> Iterator[None]:
+    """While open, what is allocated is none of vLLM's memory that sleeps, which gives nothing back before all is free.
+
+    A model that gives up its memory piece by piece while it is packed would need it twice there.
+    """
+    if device.torch_device.type != "cuda" or not vllm_config.model_config.enable_sleep_mode:
+        yield
+        return
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device.torch_device):
+        yield
 
 
 def memory(device: EngineDevice) -> tuple[int, int]:

@@ -251,6 +251,25 @@ WAKE_OF_CPU_WORKER = Patch(
     link="vllm/v1/worker/cpu_worker.py: CPUWorker.wake_up",
     undo=_ENDS,
 )
+RELOAD = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+    "engine.vllm.writing",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="Shared weights are renewed, or made the engine's own before others are written to them (adr/0014).",
+    link="vllm/model_executor/model_loader/reload/inplace.py: reload_weights",
+    undo=_ENDS,
+)
+LIVE_WEIGHTS = Patch(
+    "torch.nn:Module.load_weights",
+    "engine.vllm.writing",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="Training frameworks call it on the living model: shared weights become the engine's own first (adr/0014).",
+    link="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner.get_model",
+    undo="with the model",
+    each=True,
+)
 SOURCE_FILES = Patch(
     "importlib.machinery:SourceFileLoader.exec_module",
     "engine.vllm.imports",

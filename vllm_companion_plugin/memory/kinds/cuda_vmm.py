@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from vllm_companion_plugin.core.arena import ArenaInfo
@@ -89,6 +90,44 @@ class CudaVmmMapping(Reservation):
     def _take_out(self) -> None:
         with self.context:
             self._unmap_parts()
+
+    def _make_private(self, number: int, address: int, size_bytes: int) -> None:
+        with self.context, self._allocated(size_bytes) as handle:
+            self._copy_aside(handle, address, size_bytes)
+            call("cuMemUnmap", driver.cuMemUnmap(address, size_bytes))
+            call("cuMemMap", driver.cuMemMap(address, size_bytes, 0, handle, 0))
+            self._allow(address - self.address, size_bytes, writable=True)
+
+    def _copy_aside(self, handle: Any, source_address: int, size_bytes: int) -> None:
+        """Map an allocation elsewhere for as long as it takes to copy a block into it."""
+        aside = CudaVmmMapping(size_bytes, self.device_index)
+        try:
+            aside.add(handle, size_bytes)
+            copy_to_device(aside.address, source_address, size_bytes)
+            wait_for_copies()
+        finally:
+            aside.close()
+
+    def _put_private(self, sizes: tuple[int, ...]) -> None:
+        with self.context:
+            try:
+                for size_bytes in sizes:
+                    with self._allocated(size_bytes) as handle:
+                        self._map_part(handle, size_bytes)
+                self._allow(0, sum(sizes), writable=True)
+            except BaseException:
+                self._drop_parts()
+                raise
+
+    @contextlib.contextmanager
+    def _allocated(self, size_bytes: int) -> Iterator[Any]:
+        """A new allocation, which a mapping keeps after `with`."""
+        what = f"Allocating {size_bytes} bytes on device {self.device_index}"
+        handle = call(what, driver.cuMemCreate(size_bytes, _properties(self.device_index), 0))
+        try:
+            yield handle
+        finally:
+            driver.cuMemRelease(handle)
 
     def _wait(self) -> None:
         """Unmapping under a kernel would fault it."""
@@ -171,6 +210,11 @@ class CudaVmm(Kind):
         with new_memfd(arena.info.size_bytes) as memfd:
             staging.to_host(context, arena.address, memfd.address, arena.info.size_bytes)
             return memfd.seal()
+
+    def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
+        with contextlib.closing(Memfd().open(host, fds, None)) as source:
+            context = primary_context(required_index(self.name, device_index))
+            staging.to_device(context, source.address, arena.address, arena.info.size_bytes)
 
     def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
         with contextlib.closing(Memfd().open(host, fds, None)) as source:

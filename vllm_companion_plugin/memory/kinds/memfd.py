@@ -106,6 +106,20 @@ class MemfdMapping(Reservation):
     def _take_out(self) -> None:
         _reserve(self.size_bytes, self.address)
 
+    def _make_private(self, number: int, address: int, size_bytes: int) -> None:
+        """The same pages, each copied when it is first written to."""
+        assert self._mapped is not None
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        fd, access = self._mapped.fds[number], mmap.PROT_READ | mmap.PROT_WRITE
+        mapped = _libc.mmap(address, size_bytes, access, flags, fd, 0)
+        _address(f"Cannot make {size_bytes} bytes of host memory private", mapped)
+
+    def _put_private(self, sizes: tuple[int, ...]) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        mapped = _libc.mmap(self.address, sum(sizes), access, flags, -1, 0)
+        _address(f"Cannot map {sum(sizes)} bytes of host memory", mapped)
+
     def _free(self) -> None:
         _libc.munmap(self._address, self.size_bytes)
 
@@ -164,8 +178,16 @@ class Memfd(Kind):
                 raise ArenaError(f"Block {index} of the arena should have {size_bytes} bytes; the memfd has {actual}.")
 
     def to_host(self, arena: Arena, device_index: int | None) -> tuple[ArenaInfo, Descriptors]:
-        """It is in host memory: the same bytes, once more by descriptor."""
-        return ArenaInfo(self.name, arena.info.block_sizes), arena.fds.dup()
+        """What is shared is in host memory: the same bytes, once more by descriptor."""
+        if not arena.mapping.is_private:
+            return ArenaInfo(self.name, arena.info.block_sizes), arena.fds.dup()
+        with new_memfd(arena.info.size_bytes) as memfd:
+            ctypes.memmove(memfd.address, arena.address, arena.info.size_bytes)
+            return memfd.seal()
+
+    def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
+        with contextlib.closing(self.open(host, fds, None)) as source:
+            ctypes.memmove(arena.address, source.address, arena.info.size_bytes)
 
     def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
         return self.open(info, fds, device_index)

@@ -1,0 +1,69 @@
+"""Where vLLM and the frameworks around it write to the weights of a living model (adr/0014)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+
+from vllm_companion_plugin.engine import live
+from vllm_companion_plugin.engine.session import client_name, current
+from vllm_companion_plugin.engine.vllm import patches
+
+logger = init_logger("vllm.companion")
+
+
+def let_write(model: nn.Module) -> None:
+    """From now on writing to `model`, bound to a companion's memory, has it made private first. Idempotent.
+
+    What reloads weights without others to write renews the model instead.
+    """
+    for name in ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"):
+        if name in sys.modules:
+            patches.RELOAD.apply(_reload)
+            break
+    if hasattr(model, "load_weights") and "load_weights" not in vars(model):
+        inner: Callable[..., Any] = getattr(model, "load_weights")  # noqa: B009 - torch says it may be a tensor
+
+        @functools.wraps(inner)
+        def load_weights(*args: Any, **kwargs: Any) -> Any:
+            about_to_write("load_weights")
+            return inner(*args, **kwargs)
+
+        object.__setattr__(model, "load_weights", load_weights)
+
+
+def about_to_write(by: str) -> None:
+    """Make all that this process maps its own. Raises `SharedWeightsError` if `on_write` says so, `ArenaError`."""
+    for model in current().models():
+        if model.attachment.is_private or model.attachment.asleep:
+            continue
+        live.privatize(model, current().known_connection(model.attachment.device_id), by, _free_bytes)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _reload(inner: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inner)
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        models = current().models()
+        if not models:
+            inner(self, *args, **kwargs)
+            return
+        if args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None:
+            about_to_write("reload_weights")
+            inner(self, *args, **kwargs)
+            return
+        live.renew(models, current().connection, client_name())
+        for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
+            if (reset := getattr(self.model_runner, name, None)) is not None:
+                reset()
+
+    return reload_weights
