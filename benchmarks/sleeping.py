@@ -33,6 +33,8 @@ CASES = ("llama", "qwen3-moe-fp8-block", "fp8-kv-checkpoint", "deepseek-v3", "ll
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 WAYS = ("auto", "companion")
 CYCLES = 20
+STEPS = 100
+"""More than requests that go on after waking need."""
 
 
 class Engine:
@@ -47,7 +49,9 @@ class Engine:
         self.way = way
         self.found: dict[str, Any] = {"steps": {}, "tokens": {}}
         started = time.perf_counter()
-        self.llm = LLM(str(path), load_format=way, compilation_config=GRAPHS, **flags)
+        self.on_gpu = torch.cuda.is_available()
+        flags = flags | ({"compilation_config": GRAPHS} if self.on_gpu else {"enforce_eager": True})
+        self.llm = LLM(str(path), load_format=way, **flags)
         self.found["start_s"] = time.perf_counter() - started
         generator = torch.Generator().manual_seed(3)
         vocabulary = min(self.llm.llm_engine.vllm_config.model_config.get_vocab_size(), 30000)
@@ -103,16 +107,23 @@ class Engine:
                         weights = torch.arange(1, data.numel() + 1, device=data.device) % 65521
                         found[f"{number}.{module.path}.{slot.name}"] = str(int((data * weights).sum()))
                         del data, weights
-        torch.cuda.empty_cache()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
         return found
 
     def used_mib(self) -> int:
+        if not self.on_gpu:
+            return 0
         free, total = self.torch.cuda.mem_get_info()
         return (total - free) >> 20
 
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            self.torch.cuda.synchronize()
+
     # ---- what is done
 
-    def step(self, name: str, do: Callable[[], None], *, written: bool = False) -> None:
+    def step(self, name: str, do: Callable[[], None]) -> None:
         """Do something, and see what the engine says then."""
         entry: dict[str, Any] = {}
         try:
@@ -133,10 +144,10 @@ class Engine:
             raise SystemExit(f"the context is gone: {entry['error']}")
 
     def timed(self, name: str, do: Callable[[], object]) -> None:
-        self.torch.cuda.synchronize()
+        self.synchronize()
         started = time.perf_counter()
         do()
-        self.torch.cuda.synchronize()
+        self.synchronize()
         self.found.setdefault("seconds", {}).setdefault(name, []).append(round(time.perf_counter() - started, 4))
 
     def nap(self, level: int, *waking: list[str] | None) -> None:
@@ -164,11 +175,14 @@ class Engine:
             engine.step()
         self.llm.sleep(1, mode=mode)
         self.llm.wake_up()
-        rest = {}
-        while engine.has_unfinished_requests():
+        rest: dict[str, list[int]] = {}
+        for _ in range(STEPS):  # of what was aborted vLLM's own front end hears nothing here
+            if not engine.has_unfinished_requests():
+                break
             for output in engine.step():
                 if output.finished:
                     rest[output.request_id] = list(output.outputs[0].token_ids)
+        engine.abort_request([f"{mode}-{number}" for number in range(len(self.prompts))])
         if mode == "keep":
             same = [rest.get(f"{mode}-{number}") == tokens for number, tokens in enumerate(whole)]
             self.found["in_flight_equal"] = sum(same)
@@ -192,10 +206,10 @@ class Engine:
         from safetensors import safe_open
 
         for file in sorted(self.path.glob("*.safetensors")):
-            with safe_open(file, "pt", device="cuda") as opened:
+            with safe_open(file, "pt", device="cuda" if self.on_gpu else "cpu") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
                     tensor = opened.get_tensor(name)
-                    yield name, tensor * 1.01 if tensor.dtype in (self.torch.bfloat16, self.torch.float16) else tensor
+                    yield name, tensor * 1.01 if tensor.is_floating_point() and tensor.element_size() > 1 else tensor
 
     def trl(self) -> None:
         """The colocated trainer of TRL 1.16, one step: level 2, weights, reload, each parameter, the cache."""
@@ -244,10 +258,11 @@ class Engine:
         self.step("cycles", self.cycles)
         quantized = self.llm.llm_engine.vllm_config.model_config.quantization is not None
         if not quantized and not self.lora:
-            self.step("verl", self.verl, written=True)
-            self.step("trl", self.trl, written=True)
-            self.step("trl again", self.trl, written=True)
-            self.step("private, level 1", lambda: self.nap(1), written=True)
+            if self.on_gpu:  # on a CPU processing once more packs what was packed
+                self.step("verl", self.verl)
+            self.step("trl", self.trl)
+            self.step("trl again", self.trl)
+            self.step("private, level 1", lambda: self.nap(1))
         self.step("reload to what was", self.reloaded)
 
 
@@ -261,14 +276,14 @@ def engine(path: Path, way: str, flags: dict[str, Any], out: Path, big: bool) ->
         out.write_text(json.dumps(made.found))
 
 
-def case(name: str, path: Path, flags: dict[str, Any], out: Path, big: bool) -> dict[str, Any]:
+def case(name: str, path: Path, flags: dict[str, Any], out: Path, big: bool, tiny: bool) -> dict[str, Any]:
     """Both ways of one model."""
     directory = Path(tempfile.mkdtemp(prefix="vcs-"))
     environment = {"COMPANION_RUNTIME_DIR": str(directory / "r"), "COMPANION_LINGER_S": "60"}
     found: dict[str, Any] = {"case": name}
     log = out / f"{name}.log"
     if not big:
-        matrix.fork(lambda: models.make(name, path), log)
+        matrix.fork(lambda: models.make(name, path, tiny=tiny), log)
     for way in WAYS:
         result = directory / way
         try:
@@ -302,24 +317,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--big", type=Path, help="where the model of 8B is, or is made")
+    parser.add_argument("--tiny", action="store_true", help="shapes for a CPU, on a CPU")
     parser.add_argument("--no-sleep-mode", action="store_true", help="without --enable-sleep-mode")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.update(matrix.ENVIRONMENT)
-    matrix.ready(on_gpu=True)
-    common = {"skip_tokenizer_init": True, "enable_sleep_mode": not args.no_sleep_mode, "max_model_len": 512}
-    common |= {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 30}
+    matrix.ready(on_gpu=not args.tiny)
+    common: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 512}
+    common["enable_sleep_mode"] = not (args.no_sleep_mode or args.tiny)
+    common |= {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << (26 if args.tiny else 30)}
+    if args.tiny:
+        common["max_model_len"] = 128
     root = Path(tempfile.gettempdir()) / "matrix-models"
     work = []
     for name in args.only:
         flags = {key: value for key, value in models.CASES[name].flags.items() if key != "enforce_eager"}
         flags = json.loads(json.dumps(flags).replace("{path}", str(root / name)))
-        work.append((name, root / name, {"gpu_memory_utilization": 0.12} | common | flags, args.out, False))
+        work.append((name, root / name, {"gpu_memory_utilization": 0.12} | common | flags, args.out, False, args.tiny))
     rows = []
     if args.big:
         if not (args.big / "config.json").exists():
             matrix.fork(lambda: gpu_acceptance.make_model(args.big, 32), args.out / "big-make.log")
-        rows.append(case("big", args.big, common | {"gpu_memory_utilization": 0.4}, args.out, True))
+        rows.append(case("big", args.big, common | {"gpu_memory_utilization": 0.4}, args.out, True, False))
         print("\n".join(["== big", *lines(rows[-1])]), flush=True)
     if work:
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:

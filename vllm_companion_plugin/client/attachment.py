@@ -379,24 +379,6 @@ class Attachment:
         self.arena.privatize()
         self._is_private = True
 
-    def share_again(
-        self,
-        connection: CompanionConnection,
-        settings: Settings,
-        client_name: str,
-        load: Callable[[Lease, Granted], Attachment],
-    ) -> str:
-        """Give up memory of this process's own, and map the entry in its place, with the bytes that were published.
-
-        Arguments, result and errors are those of `wake`; after an error the memory is gone, and this sleeps.
-        """
-        self.arena.unmap()
-        self._drop_backup()
-        self._asleep, self._is_private = True, False
-        source = self.wake(connection, settings, client_name, load)
-        self.renew()
-        return source
-
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows that this process maps the entry, or the time is over."""
         if self._mirror is not None:

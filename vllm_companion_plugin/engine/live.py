@@ -178,20 +178,11 @@ def privatize(
     )
 
 
-def renew(models: list[LiveModel], connect: Connect, client_name: str) -> None:
-    """Give models the bytes that were published. One that sleeps gets them when it wakes.
-
-    Raises:
-        CompanionError: as `wake`, of a model that had memory of its own; it sleeps then.
-    """
+def renew(models: list[LiveModel]) -> None:
+    """Give models the bytes that were published. One that sleeps gets them when it wakes."""
     for model in models:
-        attachment = model.attachment
-        if attachment.is_private:
-            connection = connect(attachment.device_id, model.settings)
-            source = attachment.share_again(connection, model.settings, client_name, model.load)
-            logger.info("%s is shared again, from the %s.", attachment.label, source)
-        elif not attachment.asleep:
-            attachment.renew()
+        if not model.attachment.asleep:
+            model.attachment.renew()
 
 
 def check_room(needed_bytes: int, free_bytes: int, what: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.engine import live
-from vllm_companion_plugin.engine.session import client_name, current
+from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import patches
 
 logger = init_logger("vllm.companion")
@@ -54,14 +54,15 @@ def _reload(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         models = current().models()
-        if not models:
+        # What an engine has written to memory of its own, only vLLM knows how to undo.
+        if not models or any(model.attachment.is_private for model in models):
             inner(self, *args, **kwargs)
             return
         if args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None:
             about_to_write("reload_weights")
             inner(self, *args, **kwargs)
             return
-        live.renew(models, current().connection, client_name())
+        live.renew(models)
         for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
             if (reset := getattr(self.model_runner, name, None)) is not None:
                 reset()
