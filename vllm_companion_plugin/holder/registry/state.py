@@ -23,8 +23,8 @@ and the companion stay is in `lifetime.py`. `advance` does what is due, and says
 
 A client that falls asleep says so by `sleep`. When nobody is awake any more, `core/residency.py` says where the bytes
 stay: on the device, in host memory (PARKED), for which the last client leaves a copy first, or nowhere (DROPPED). What
-takes a copy and has none stays on the device. Who asks for a PARKED entry is elected to bring it back; of a DROPPED one,
-to load it, as if it were new. What is PARKED stays so until somebody asks for it.
+takes a copy and has none stays on the device. Who asks for a PARKED entry is elected to bring it back; of a DROPPED
+one, to load it, as if it were new. What is PARKED stays so until somebody asks for it.
 
 What clients are told is in `entries.py`, what observers are told in `moves.py`.
 """
