@@ -40,8 +40,7 @@ def residence(wish: WhenAsleep, levels: Iterable[int], *, is_owned: bool) -> Res
         is_owned: a `serve` keeps the entry for clients to come. It never goes for good then.
     """
     if wish is WhenAsleep.AUTO:
-        deepest = min(levels)
-        chosen = (Residence.DEVICE, Residence.HOST, Residence.NOWHERE)[deepest]
+        chosen = (Residence.DEVICE, Residence.HOST, Residence.NOWHERE)[min(levels)]
     else:
         chosen = {
             WhenAsleep.STAY: Residence.DEVICE,

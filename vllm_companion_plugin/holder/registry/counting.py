@@ -61,7 +61,8 @@ class Counting:
             self.counters.count("readoptions", *of, "renewed")
         elif move.event is LeaseEvent.MAP and not lease.passive:
             self.counters.count("attaches", *of)
-        if move.before is LeaseState.LOADING and lease.ended and not lease.holds:
+        loads = not lease.holds and lease.entry.current.host is None
+        if move.before is LeaseState.LOADING and lease.ended and loads:
             self.counters.count("loads", *of, "declined" if move.event is LeaseEvent.DECLINE else "abandoned")
         if move.error is not None:
             self.counters.count("failures", "companion", move.error.code)

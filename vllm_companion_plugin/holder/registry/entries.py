@@ -172,7 +172,7 @@ class Entry:
         idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
         idle_since_unix_s: the same by the wall clock, to be shown.
         current: what clients that ask for the key get, or wait for.
-        wish: of the client that fell asleep last.
+        wish: of the client that fell asleep last; AUTO until one has.
     """
 
     key: EntryKey

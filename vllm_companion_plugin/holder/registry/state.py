@@ -21,9 +21,10 @@ While nobody uses a READY entry its idle time runs. An entry that has been idle 
 becomes of the others; before that it may be dropped for a client that needs its memory (`room.py`). How long entries
 and the companion stay is in `lifetime.py`. `advance` does what is due, and says when something will be.
 
-A client that falls asleep says so by `sleep`. When the last one of an entry has, `core/residency.py` says where the
-bytes stay: on the device, in host memory (PARKED), for which that client leaves a copy first, or nowhere (DROPPED). Who
-asks for a PARKED entry is elected to bring it back; of a DROPPED one, to load it, as if it were new.
+A client that falls asleep says so by `sleep`. When nobody is awake any more, `core/residency.py` says where the bytes
+stay: on the device, in host memory (PARKED), for which the last client leaves a copy first, or nowhere (DROPPED). What
+takes a copy and has none stays on the device. Who asks for a PARKED entry is elected to bring it back; of a DROPPED
+one, to load it, as if it were new. What is PARKED stays so until somebody asks for it.
 
 What clients are told is in `entries.py`, what observers are told in `moves.py`.
 """
@@ -221,6 +222,7 @@ class Registry:
         for entry in self.entries:
             if entry.idle_since is not None:
                 self._note_idle(entry)
+            self._settle(entry)
         if not self.lifetime.ending:
             self._steps.emit(OwnerGone(pid))
         self._on_change()
@@ -232,8 +234,10 @@ class Registry:
                 lease = entry.loading_lease
                 by = f" by {lease.who}" if lease else ""
                 raise EntryInUseError(f"{describe([entry])} is being loaded{by}; try again afterwards.")
-            if entry.current.state is GenerationState.READY and not entry.leases:
-                raise EntryInUseError(f"{describe([entry])} was published meanwhile; try again.")
+            if entry.current.state is GenerationState.READY and len(entry.sleepers) == len(entry.leases):
+                raise EntryInUseError(
+                    f"{describe([entry])} was published meanwhile, or everybody sleeps on it; try again."
+                )
             if entry.current.state is GenerationState.PARKED:
                 raise EntryInUseError(
                     f"{describe([entry])} is in host memory, from where no other companion could take it over. "
@@ -299,24 +303,28 @@ class Registry:
 
         Args:
             asleep: the client sleeps, at this level, on an entry that a companion which has died knew by its key.
+                It does not say what it wishes: what is on the device stays there until a client falls asleep.
             holds: the generation that the client maps and can publish again; heeded if it is the latest. 0: none.
             passive: as of `Lease`.
 
         Raises:
             CompanionError: the companion is ending; the class says how.
             EntryNotFoundError: nothing matches and this client may not load it.
-            BadRequestError: a query that matches several entries, or one that would have to load.
+            BadRequestError: a query that matches several entries, or one that would have to load; a sleeper of no
+                level, or one that is passive.
             LimitError: there are as many leases or entries as are allowed.
         """
         self.lifetime.check_open()
+        if asleep is not None:
+            _check_sleeper(asleep, passive)
         if len(self.leases) >= limits.MAX_LEASES:
             raise LimitError(f"The companion has {limits.MAX_LEASES} clients already.")
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
         if isinstance(select, EntryKey) and not self._generations.may_return(select.id, holds):
             holds = 0
-        is_held = entry is not None and entry.current.state is not GenerationState.DROPPED
-        if not is_held and asleep is None and not may_load and not holds:
-            raise EntryNotFoundError(no_match_text(select, self._held()))
+        held = self._held(passive)
+        if entry not in held and asleep is None and not may_load and not holds:
+            raise EntryNotFoundError(no_match_text(select, held))
         if entry is None:
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
@@ -337,8 +345,9 @@ class Registry:
         elif entry.current.state is GenerationState.READY:
             self._steps.map_entry(lease)
         else:
-            if entry.current.state in (GenerationState.PARKED, GenerationState.DROPPED) and not passive:
+            if entry.current.state in (GenerationState.PARKED, GenerationState.DROPPED):
                 self._steps.move_entry(entry, GenerationEvent.ASK)
+                entry.idle_since = None
             self._elect(entry)
             self._steps.tell_waiting(entry, [lease])
             if lease.state is LeaseState.WAITING:
@@ -349,8 +358,10 @@ class Registry:
     def _current(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.can_be_asked_for]
 
-    def _held(self) -> list[Entry]:
-        return [entry for entry in self._current() if entry.current.state is not GenerationState.DROPPED]
+    def _held(self, passive: bool) -> list[Entry]:
+        """The entries that a client gets though it cannot load. A passive one does not bring them back either."""
+        lacking = {GenerationState.DROPPED, *([GenerationState.PARKED] if passive else [])}
+        return [entry for entry in self._current() if entry.current.state not in lacking]
 
     def _by_key(self, key: EntryKey) -> Entry | None:
         return next((entry for entry in self._current() if entry.key.id == key.id), None)
@@ -446,13 +457,20 @@ class Registry:
         for other in entry.leases:
             if other.state is LeaseState.WAITING:
                 self._steps.map_entry(other)
-        self._note_idle(entry)  # a `serve` or an `upgrade` has handed it back
+        self._settle(entry)  # a `serve` or an `upgrade` may have handed it back, for nobody or for sleepers
+        self._note_idle(entry)
         self._on_change()
         return entry.current.number
 
     def decline(self, lease: Lease, reason: str) -> None:
-        """The loader keeps its model to itself: all waiters are told why, the entry vanishes."""
+        """The loader keeps its model to itself: all waiters are told why, the entry vanishes.
+
+        Raises:
+            BadRequestError: not the loader, or one who brings back what belongs to others, too.
+        """
         self._steps.check(lease, LeaseEvent.DECLINE)
+        if lease.entry.current.host is not None:
+            raise BadRequestError("Who brings an entry back from host memory may stop, but not decline it for all.")
         self._steps.end_lease(lease, LeaseEvent.DECLINE, reason=reason)
         self._on_event(lease)  # nothing to read, but it has ended
         self._steps.end_entry(lease.entry, GenerationEvent.DECLINE, NotShareableError(reason))
@@ -472,19 +490,19 @@ class Registry:
             False: it has to leave a copy in host memory first, and then to ask again with that.
 
         Raises:
-            BadRequestError: the client does not map the entry, or what it deposited is no copy of it.
+            BadRequestError: the client does not map the entry, or only holds it; a level that there is not; or what it
+                deposited is no copy of the entry.
         """
         self._steps.check(lease, LeaseEvent.SLEEP)
         entry = lease.entry
-        if level not in LEVELS:
-            raise BadRequestError(f"A sleep of level {level}.")
+        _check_sleeper(level, lease.passive)
         if lease.state not in (LeaseState.ATTACHED, LeaseState.PARKING):
             raise BadRequestError("Only a client that maps the entry can fall asleep.")
         if host is not None:
             self._keep_copy(lease, host)
         last = all(other is lease or other.state is LeaseState.ASLEEP for other in entry.users)
         lacks_copy = entry.current.state is GenerationState.READY and entry.current.host is None
-        if last and lacks_copy and self._residence(entry, level, wish) is Residence.HOST:
+        if last and lacks_copy and self._residence(entry, wish, level) is Residence.HOST:
             if lease.state is LeaseState.ATTACHED:
                 self._steps.move_lease(lease, LeaseEvent.COPY)
                 self._on_change()
@@ -508,15 +526,12 @@ class Registry:
             raise BadRequestError(
                 f"A copy of {host.size_bytes} bytes in {len(lease.deposited)} descriptors, of {entry.size_bytes} bytes."
             )
-        if entry.current.host is None and entry.current.state is GenerationState.READY:
-            entry.current.host, entry.current.host_fds = host, lease.deposited
-            lease.deposited, lease.announced = (), 0
-        else:  # somebody else has left one meanwhile
-            self._steps.release(lease)
+        entry.current.host, entry.current.host_fds = host, lease.deposited
+        lease.deposited, lease.announced = (), 0
 
-    def _residence(self, entry: Entry, level: int, wish: WhenAsleep) -> Residence:
-        levels = [level, *(other.level for other in entry.sleepers)]
-        return residence(wish, levels, is_owned=bool(self.lifetime.owner_pid))
+    def _residence(self, entry: Entry, wish: WhenAsleep, *levels: int) -> Residence:
+        """`levels`: of those who are about to sleep, beside those who do."""
+        return residence(wish, (*levels, *(x.level for x in entry.sleepers)), is_owned=bool(self.lifetime.owner_pid))
 
     def _fall_asleep(self, lease: Lease, level: int, wish: WhenAsleep = WhenAsleep.STAY) -> None:
         self._steps.move_lease(lease, LeaseEvent.SLEEP)
@@ -527,7 +542,7 @@ class Registry:
         """Nobody may be awake any more: put the bytes where they shall stay. What takes a copy stays without one."""
         if entry.current.state is not GenerationState.READY or entry.is_awake or not entry.sleepers:
             return
-        where = self._residence(entry, entry.sleepers[0].level, entry.wish)
+        where = self._residence(entry, entry.wish)
         if where is Residence.HOST and entry.current.host is not None:
             self._steps.move_entry(entry, GenerationEvent.PARK)
             self._steps.release_device(entry)
@@ -537,9 +552,9 @@ class Registry:
             self._forget(entry)
         else:
             return
-        for lease in entry.leases:
-            if lease.passive:
-                self._steps.tell(lease, RetiredEvent())
+        for lease in [lease for lease in entry.leases if lease.passive]:  # what they hold would not be free
+            self._steps.tell(lease, RetiredEvent())
+            self._steps.end_lease(lease, LeaseEvent.RELEASE)
 
     @staticmethod
     def _forget(entry: Entry) -> None:
@@ -586,7 +601,7 @@ class Registry:
             if entry.current.state in (GenerationState.READY, GenerationState.PARKED):
                 self._retire(entry, event)
             else:
-                error = LeaseLostError(f"{describe([entry])} was unloaded while it was loading.")
+                error = LeaseLostError(f"{describe([entry])} was unloaded.")
                 self._steps.end_entry(entry, event, error)
         if entries:
             self._changed()
@@ -617,7 +632,7 @@ class Registry:
         expected = entry.current.state is GenerationState.EXPECTED
         brings_back = entry.current.host is not None
         waiting = [lease for lease in entry.leases if lease.state is LeaseState.WAITING and not expected]
-        others = [lease for lease in waiting if (not lease.passive if brings_back else lease.may_load)]
+        others = [lease for lease in waiting if lease.may_load or (brings_back and not lease.passive)]
         heir = next(iter(holders + others), None)
         if heir is None:
             return
@@ -639,6 +654,7 @@ class Registry:
         self._steps.move_entry(entry, GenerationEvent.PARK if entry.current.host else GenerationEvent.DROP)
         for lease in [lease for lease in entry.leases if lease.state is LeaseState.WAITING]:
             self._steps.end_lease(lease, LeaseEvent.FAIL, EntryNotFoundError(why))
+        self._note_idle(entry)
 
     # ---- consequences
 
@@ -665,3 +681,8 @@ class Registry:
         if not any(entry.users for entry in self.entries):
             self.lifetime.idle(self._monotonic())
         self._on_change()
+
+
+def _check_sleeper(level: int, passive: bool) -> None:
+    if level not in LEVELS or passive:
+        raise BadRequestError(f"A sleep of level {level}{', by a client that only holds the entry' * passive}.")

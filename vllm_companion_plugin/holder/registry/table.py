@@ -237,10 +237,9 @@ def _lease() -> Table[LeaseState, LeaseEvent]:
                 e.STAY_AWAKE: s.ATTACHED,
                 e.SLEEP: s.ASLEEP,
                 e.RETIRE: s.ATTACHED,
-                e.RELEASE: None,
                 **ends,
             },
-            s.ASLEEP: {e.RETIRE: s.ASLEEP, e.RELEASE: None, **ends},
+            s.ASLEEP: {e.RETIRE: s.ASLEEP, **ends},
         },
     )
 
