@@ -76,7 +76,7 @@ def load_and_publish(
         if decision.checkpoint is not None:
             publisher.reading = after_processing.enter_context(observed_reading(decision.checkpoint))
         after_processing.enter_context(patches.LOADERS_WEIGHTS.on(source, _watched(publisher, after_processing)))
-        with devices.own_pool(decision.device, vllm_config):
+        with devices.own_pool(decision.device):
             model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
         publisher.publish(model)
