@@ -68,8 +68,10 @@ def own_pool(device: EngineDevice) -> Iterator[None]:
     packed would need it twice. Nothing can be done within a pool but to leave it for a while.
     """
     allocator = getattr(sys.modules.get("vllm.device_allocator.cumem"), "CuMemAllocator", None)
-    pools = getattr(getattr(allocator, "instance", None), "allocator_and_pools", {}).get("weights")
-    if device.torch_device.type != "cuda" or not pools:
+    instance = getattr(allocator, "instance", None)
+    tag = getattr(instance, "current_tag", None)
+    pools = getattr(instance, "allocator_and_pools", {}).get(tag)
+    if device.torch_device.type != "cuda" or tag != "weights" or not pools:  # no pool is open
         yield
         return
     pool = pools[-1][0] if isinstance(pools, list) else pools[0]
