@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from vllm_companion_plugin.cli import look, main, serve, table
+from vllm_companion_plugin.cli import look, main, parser, serve, table
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import command as doctor
 from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
+from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.client import shutdown
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import (
@@ -31,7 +32,8 @@ from vllm_companion_plugin.core.status import (
     LoaderInfo,
     Progress,
 )
-from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError
+from vllm_companion_plugin.core.text import columns_of
+from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError, SettingsError
 from vllm_companion_plugin.holder.process import InstanceLock
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.settings import TABLE, resolve
@@ -54,19 +56,115 @@ def companion(*entries: EntryStatus, linger_s: float = 600.0, exits_at_unix_s: f
     return CompanionStatus("cpu", 11, "0.1.0", 1, NOW - 500, linger_s, exits_at_unix_s, entries)
 
 
-def test_the_table_has_a_row_for_each_entry() -> None:
+def shown(*statuses: CompanionStatus, columns: int | None = 80) -> list[str]:
+    return [re.sub("  +", "|", line) for line in table.to_text(statuses, NOW, columns=columns).splitlines()]
+
+
+def test_the_wide_table_has_a_row_for_each_entry() -> None:
     lines = table.to_text([companion(READY, LOADING)], NOW).splitlines()
     assert [re.sub("  +", "|", line) for line in lines] == [
-        "DEVICE|PID|MODEL|RANK|GiB|TENSORS|WAYS|LOAD|GEN|STATE|LEASES|LINGER",
-        "cpu|11|org/model|tp0/2|1.50|291|18 hide, 4 replay|7.5 s|3|ready|77 (1h02m)|600 s after the last",
-        "cpu|11|org/draft (draft)|single|0.00|0|-|-|0|loading 3.00/12.00 GiB (25%) by 42|-|600 s after the last",
+        "DEVICE|PID|ID|MODEL|RANK|GiB|TENSORS|WAYS|LOAD|GEN|STATE|LEASES|LINGER",
+        "cpu|11|abababab|org/model|tp0/2|1.50|291|18 hide, 4 replay|7.5 s|3|ready|77 (1h02m)|600 s after the last",
+        "cpu|11|cdcdcdcd|org/draft (draft)|single|0.00|0|-|-|0|loading|-|600 s after the last",
+        "cdcdcdcd org/draft (draft): loading 3.00/12.00 GiB (25%) by 42 for 5s.",
     ]
-    assert len({line.index(word) for line, word in zip(lines, ("LINGER", "600 s", "600 s"), strict=True)}) == 1
+    assert len({line.index(word) for line, word in zip(lines[:3], ("LINGER", "600 s", "600 s"), strict=True)}) == 1
+
+
+class TestTable:
+    """`status` as a terminal shows it."""
+
+    def test_rows(self) -> None:
+        """A line for each companion, and its entries below it."""
+        assert shown(companion(READY, LOADING), replace(companion(), device="GPU-1")) == [
+            "ID|MODEL|RANK|SIZE|USED BY|STATE|UNTIL",
+            "cpu: pid 11, until 10m idle",
+            "abababab|model|tp0/2|1.50 GiB|77|ready|10m idle",
+            "cdcdcdcd|draft (draft)|single|-|-|loading 25%|-",
+            "GPU-1: pid 11, until 10m idle, holds nothing",
+            "cdcdcdcd draft (draft): loading 3.00/12.00 GiB (25%) by 42 for 5s.",
+        ]
+
+    @pytest.mark.parametrize("columns", [80, 120, 200])
+    @pytest.mark.parametrize("letter", ["m", "\N{CJK UNIFIED IDEOGRAPH-6A21}"])
+    @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+    def test_fits(self, columns: int, letter: str, encoding: str) -> None:
+        """No line is wider than the terminal, whatever is held."""
+        leases = tuple(LeaseStatus(4_000_000 + n, "vLLM", LeaseState.ATTACHED, NOW) for n in range(40))
+        keys = [
+            EntryKey(f"{n:02x}" * 32, f"/{letter * 50}/{letter * 99}{n}", rank="dp0/2 tp0/2", fields={"dtype": "x" * n})
+            for n in range(1, 4)
+        ]
+        entries = [replace(READY, key=key, leases=leases, size_bytes=1 << 40) for key in keys]
+        other = replace(LOADING, key=replace(keys[0], id="ff" * 32, rank="single"))
+        device = "MIG-GPU-01234567-89ab-cdef-0123-456789abcdef/1/0"
+        status = replace(companion(*entries, other), device=device, pid=4_194_304)
+        lines = table.to_text([status], NOW, columns=columns, encoding=encoding).splitlines()
+        assert [line for line in lines if columns_of(line) > columns] == []
+        assert sum("40 clients" in line or " 4000000 " in line for line in lines) == 3
+        "".join(lines).encode(encoding)
+
+    def test_equal_ends(self) -> None:
+        """A short name has as many parts as tell two models apart."""
+        names = table.short_names(["a/x/m", "b/x/m", "c/n", "m", "/models/"])
+        assert names == {"a/x/m": "a/x/m", "b/x/m": "b/x/m", "c/n": "n", "m": "m", "/models/": "models/"}
+
+    def test_ids(self) -> None:
+        """An id has as many characters as tell two entries apart."""
+        ids = ["ab" * 32, "ab" * 5 + "00" * 27]
+        status = companion(*(replace(READY, key=replace(READY.key, id=id)) for id in ids))
+        assert list(table.short_ids([status]).values()) == [id[:11] for id in ids]
+        assert table.ids_text([status, status]).split() == [id[:11] for id in ids]
+
+    def test_two_loads(self) -> None:
+        """A model that is held twice says how the loads differ."""
+        other = replace(READY, key=replace(READY.key, id="ef" * 32, fields={"dtype": "float16"}))
+        [line] = shown(companion(READY, other), columns=120)[-1:]
+        assert line == "efefefef model is loaded otherwise than abababab: dtype is 'bfloat16' there and 'float16' here."
+
+    @pytest.mark.parametrize(
+        ("status", "text"),
+        [
+            (companion(replace(READY, expires_at_unix_s=NOW + 65)), "1m05s"),
+            (companion(READY, exits_at_unix_s=NOW + 30), "30s"),
+            (companion(READY, linger_s=-1), "stopped"),
+            (companion(replace(READY, state=EntryState.RETIRED)), "unused"),
+        ],
+    )
+    def test_until(self, status: CompanionStatus, text: str) -> None:
+        """The last column says until when an entry stays."""
+        assert shown(status)[2].split("|")[-1] == text
 
 
 def test_a_companion_without_entries_has_a_row_and_none_says_so() -> None:
     assert "empty" in table.to_text([companion()], NOW).splitlines()[1]
+    assert table.to_text([companion()], NOW, columns=80) == "cpu: pid 11, until 10m idle, holds nothing"
     assert table.to_text([], NOW) == "No companion is running."
+
+
+KEYS = [EntryKey(f"{n}bc" + "0" * 61, name) for n, name in enumerate(["org/m", "org2/n", "org3/n", "/models/1bc0"])]
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("org/m", ("org/m", "")),
+        ("m", ("org/m", "")),
+        ("0bc0", ("", "0bc0")),
+        ("1bc0", ("/models/1bc0", "")),
+        ("0bc", ("0bc", "")),
+        ("", ("", "")),
+        ("other", ("other", "")),
+    ],
+)
+def test_unload_takes_the_end_of_a_name_or_the_beginning_of_an_id(word: str, found: tuple[str, str]) -> None:
+    assert look.find(word, KEYS) == found
+
+
+@pytest.mark.parametrize(("word", "text"), [("n", "org2/n or org3/n"), ("0bc00", "2 ids begin with 0bc00")])
+def test_unload_asks_which_one(word: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        look.find(word, [*KEYS, replace(KEYS[0], id="0bc00" + "1" * 59)])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +193,7 @@ def test_an_entry_that_goes_before_its_companion_says_when(expires_in_s: float, 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(-3, "0s"), (59.9, "59s"), (60, "1m00s"), (725, "12m05s"), (3600, "1h00m"), (11_220, "3h07m"), (187_200, "2d04h")],
+    [(-3, "0s"), (59.9, "59s"), (60, "1m"), (725, "12m05s"), (3600, "1h"), (11_220, "3h07m"), (187_200, "2d04h")],
 )
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert table.duration(seconds) == text
@@ -115,7 +213,7 @@ def test_variant_is_explained() -> None:
     other = replace(READY, key=replace(READY.key, id="ef" * 32, fields=fields))
     lines = table.to_text([companion(READY, other)], NOW).splitlines()
     assert "org/model (variant)" in lines[2]
-    assert lines[3:] == ["org/model (tp0/2) is held as a variant: scale is 5."]
+    assert lines[3:] == ["efefefef org/model (variant) (tp0/2) is held as a variant: scale is 5."]
     (status,) = table.to_json([companion(READY, other)])
     assert [entry["variant"] for entry in status["entries"]] == ["", "scale is 5"]
 
@@ -155,13 +253,13 @@ def test_the_json_schema_is_this_one() -> None:
 
 def test_what_serve_does_not_know_is_passed_on_verbatim_and_in_order() -> None:
     line = ["serve", "--device", "cpu", "org/m", "-tp", "2", "--linger-s=5", "--log", "x", "--lora", '{"a": 1}']
-    parsed, rest = main._parser().parse_known_args(line)
+    parsed, rest = parser.parse(line)
     assert (parsed.device, parsed.linger_s) == ("cpu", "5")
     assert rest == ["org/m", "-tp", "2", "--log", "x", "--lora", '{"a": 1}']
 
 
 def test_every_setting_that_is_a_flag_is_an_option_of_serve() -> None:
-    parsed, _ = main._parser().parse_known_args(["serve"])
+    parsed, _ = parser.parse(["serve"])
     assert {s.name for s in TABLE if s.flag} <= vars(parsed).keys()
 
 
@@ -176,20 +274,48 @@ def test_every_setting_that_is_a_flag_is_an_option_of_serve() -> None:
         (["serve", "--device", "99"], "--device 99"),
     ],
 )
-def test_an_error_is_one_line_and_status_1(
+def test_a_wrong_command_line_is_one_line_and_status_2(
     line: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main.main([*line, "--runtime-dir", str(tmp_path / "r")]) == 1
+    assert main.main([*line, "--runtime-dir", str(tmp_path / "r")]) == Exit.USAGE
     error = capsys.readouterr().err
     assert error.startswith("vllm-companion: error: ")
     assert text in error
     assert error.count("\n") == 1
 
 
-def test_flags_that_nobody_knows_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("line", "lines"),
+    [
+        (["status", "--jsn"], "usage: vllm-companion status .*: error: unknown flag --jsn .did you mean --json[?]."),
+        (["status", "--dtype", "x"], "usage: vllm-companion status .*: error: unknown flag --dtype.*"),
+        (["stop", "cpu"], "usage: vllm-companion stop .*: error: unexpected argument cpu"),
+        (["statsu"], "usage: vllm-companion .*: error: unknown command statsu .did you mean status[?]."),
+        (["--versoin"], "usage: vllm-companion .*: error: unknown flag --versoin .did you mean --version[?]."),
+        (["completion", "fish"], "usage: vllm-companion completion .*invalid choice: 'fish'.*"),
+    ],
+)
+def test_a_misspelt_word_gets_the_usage_of_its_command(
+    line: list[str], lines: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main.main(["status", "--dtype", "float32"])
-    assert "unrecognized arguments: --dtype float32" in capsys.readouterr().err
+        main.main(line)
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"{lines}\n", error, re.DOTALL)
+    assert error.count("\n") <= 5
+
+
+def test_a_misspelt_flag_of_serve_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", "--lingr-s=5"]) == Exit.USAGE
+    assert "--lingr-s is not known here (did you mean --linger-s?)." in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main.main([])
+    out = capsys.readouterr().out
+    assert all(f"\n    {name}" in out for name in parser.make_parser().commands)
+    assert set(parser.EXAMPLES) == {"", *parser.make_parser().commands}
 
 
 def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,15 +323,17 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vllm_companion_plugin.cli.look.status", interrupted)
-    assert main.main(["status"]) == 130
+    assert main.main(["status"]) == Exit.INTERRUPTED == 130
 
 
 def test_devices_are_named_by_uuid_or_cpu() -> None:
     uuid = "GPU-01234567-89ab-cdef-0123-456789abcdef"
     assert devices_named(uuid) == [uuid]
     assert devices_named("cpu") == ["cpu"]
-    with pytest.raises(CompanionError, match="no device name"):
-        devices_named("cuda:0")
+    with pytest.raises(SettingsError, match="no device name"):
+        devices_named("gpu0")
+    with pytest.raises(SettingsError, match="--device cuda:7: this process sees 0 GPUs"):
+        devices_named("cuda:7")
 
 
 def test_neither_torch_nor_vllm_is_imported() -> None:
