@@ -78,10 +78,10 @@ class TestTable:
     def test_rows(self) -> None:
         """A line for each companion, and its entries below it."""
         assert shown(companion(READY, LOADING), replace(companion(), device="GPU-1")) == [
-            "ID|MODEL|RANK|SIZE|USED BY|STATE|UNTIL",
+            "ID|MODEL|SIZE|USED BY|STATE|UNTIL",
             "cpu: pid 11, until 10m idle",
-            "abababab|model|tp0/2|1.50 GiB|77|ready|10m idle",
-            "cdcdcdcd|draft (draft)|single|-|-|loading 25%|-",
+            "abababab|model tp0/2|1.50 GiB|77|ready|10m idle",
+            "cdcdcdcd|draft (draft)|-|-|loading 25%|-",
             "GPU-1: pid 11, until 10m idle, holds nothing",
             "cdcdcdcd draft (draft): loading 3.00/12.00 GiB (25%) by 42 for 5s.",
         ]
@@ -121,7 +121,10 @@ class TestTable:
         """A model that is held twice says how the loads differ."""
         other = replace(READY, key=replace(READY.key, id="ef" * 32, fields={"dtype": "float16"}))
         [line] = shown(companion(READY, other), columns=120)[-1:]
-        assert line == "efefefef model is loaded otherwise than abababab: dtype is 'bfloat16' there and 'float16' here."
+        assert (
+            line
+            == "efefefef model tp0/2 is loaded otherwise than abababab: dtype is 'bfloat16' there and 'float16' here."
+        )
 
     @pytest.mark.parametrize(
         ("status", "text"),
@@ -214,7 +217,7 @@ def test_variant_is_explained() -> None:
     other = replace(READY, key=replace(READY.key, id="ef" * 32, fields=fields))
     lines = table.to_text([companion(READY, other)], NOW).splitlines()
     assert "org/model (variant)" in lines[2]
-    assert lines[3:] == ["efefefef org/model (variant) (tp0/2) is held as a variant: scale is 5."]
+    assert lines[3:] == ["efefefef org/model (variant) is held as a variant: scale is 5."]
     (status,) = table.to_json([companion(READY, other)])
     assert [entry["variant"] for entry in status["entries"]] == ["", "scale is 5"]
 

@@ -177,7 +177,7 @@ def make_parser() -> Parser:
         "with pictures and sound if the model takes them, one at a time and several at once. Starts three engines, "
         "one after the other, and its own companion. Exit status 0: equal, 1: different, 3: not shared, with the "
         "reason.",
-        usage=f"{PROGRAM} verify MODEL [--json] [--adapter DIR] [--publisher FLAGS] [vLLM flags]",
+        usage=f"{PROGRAM} verify MODEL [--json] [--adapter DIR]\n{' ' * 29}[--publisher FLAGS] [vLLM flags]",
         device=False,
     )
     verify.add_argument("--json", action="store_true", help="for programs; docs/guide/cli.md has the schema")

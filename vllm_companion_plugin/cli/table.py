@@ -12,14 +12,14 @@ from vllm_companion_plugin.core.status import CompanionStatus, EntryState, Entry
 from vllm_companion_plugin.core.text import columns_of, cut_to, encodable, wrapped
 
 GIB = 1 << 30
-HEADINGS = ("ID", "MODEL", "RANK", "SIZE", "USED BY", "STATE", "UNTIL")
+HEADINGS = ("ID", "MODEL", "SIZE", "USED BY", "STATE", "UNTIL")
 """Columns of `status`; docs/guide/cli.md explains them."""
 WIDE = (
     *("DEVICE", "PID", "ID", "MODEL", "RANK", "GiB", "TENSORS", "WAYS", "LOAD", "GEN", "STATE", "LEASES", "LINGER"),
 )
 """Columns of `status --wide`."""
 _RIGHT = {"PID", "SIZE", "GiB", "TENSORS", "LOAD", "GEN"}
-_LEAST = {"MODEL": 14, "USED BY": 10, "RANK": 8, "STATE": 8, "UNTIL": 8}
+_LEAST = {"USED BY": 10, "MODEL": 14}
 """Columns that give way where the table is too wide, in this order, and how narrow they may become."""
 NOBODY = "No companion is running."
 ID_DIGITS = 8
@@ -109,8 +109,7 @@ def _row(
     users = " ".join(str(lease.pid) for lease in entry.leases if lease.state is LeaseState.ATTACHED)
     return (
         ids[entry.key.id],
-        entry.key.titled(names[entry.key.model]),
-        entry.key.rank,
+        _with_rank(entry.key, names),
         size_text(entry.size_bytes) if entry.size_bytes else "-",
         users or "-",
         _short_state(entry),
@@ -123,6 +122,11 @@ def size_text(size_bytes: int) -> str:
     if size_bytes >= GIB:
         return f"{size_bytes / GIB:.{2 if size_bytes < 100 * GIB else 0}f} GiB"
     return f"{-(-size_bytes >> 20)} MiB" if size_bytes >= 1 << 20 else f"{-(-size_bytes >> 10)} KiB"
+
+
+def _with_rank(key: EntryKey, names: Mapping[str, str]) -> str:
+    name = key.titled(names[key.model])
+    return name if key.rank == "single" else f"{name} {key.rank}"
 
 
 def _short_state(entry: EntryStatus) -> str:
@@ -150,18 +154,15 @@ def _until(status: CompanionStatus, entry: EntryStatus, now: float) -> str:
 
 def _fit(rows: list[tuple[str, ...]], columns: int) -> list[tuple[str, ...]]:
     """Cut cells until the table is no wider than the terminal. Ids and sizes stay whole."""
-    if all(row[2] == "single" for row in rows[1:]):
-        rows = [(*row[:2], *row[3:]) for row in rows]
     for heading, least in _LEAST.items():
         widths = _widths(rows)
         over = sum(widths) + 2 * (len(widths) - 1) - columns
         if over <= 0:
             break
-        if heading in rows[0]:
-            at = rows[0].index(heading)
-            most = max(widths[at] - over, least)
-            cut = _cut_pids if heading == "USED BY" else cut_to
-            rows = [rows[0], *((*row[:at], cut(row[at], most), *row[at + 1 :]) for row in rows[1:])]
+        at = rows[0].index(heading)
+        most = max(widths[at] - over, least)
+        cut = _cut_pids if heading == "USED BY" else cut_to
+        rows = [rows[0], *((*row[:at], cut(row[at], most), *row[at + 1 :]) for row in rows[1:])]
     return rows
 
 
@@ -187,14 +188,14 @@ def _notes(
     first: dict[tuple[str, ...], EntryKey] = {}
     for _, entry in _entries(statuses):
         key, id = entry.key, ids[entry.key.id]
-        name = key.titled(key.model if columns is None else names[key.model])
+        name = key.title if columns is None else _with_rank(key, names)
         if entry.state is EntryState.LOADING and entry.loader is not None:
             waiting = sum(lease.state is LeaseState.WAITING for lease in entry.leases)
             since = duration(now - entry.loader.since_unix_s)
             waits = f"; {waiting} {'waits' if waiting == 1 else 'wait'} for it" if waiting else ""
             notes.append(f"{id} {name}: {progress_text(entry.loader)} for {since}{waits}.")
         if key.variant:
-            notes.append(f"{id} {name} ({key.rank}) is held as a variant: {key.variant}.")
+            notes.append(f"{id} {name} is held as a variant: {key.variant}.")
             continue
         other = first.setdefault((key.model, key.role, key.rank), key)
         if other.id != key.id:
@@ -311,7 +312,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "rank": entry.key.rank,
         "variant": entry.key.variant,
         "key_id": entry.key.id,
-        "key_fields": dict(entry.key.fields),
+        "key_fields": dict(sorted(entry.key.fields.items())),
         "checkpoint": entry.key.source or None,
         "state": entry.state.value,
         "generation": entry.generation,
@@ -322,7 +323,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "ready_unix_s": entry.ready_unix_s or None,
         "load_s": entry.load_s,
         "expires_at_unix_s": entry.expires_at_unix_s or None,
-        "ways": dict(entry.ways),
+        "ways": dict(sorted(entry.ways.items())),
         "loader": loader
         and {
             "pid": loader.pid,

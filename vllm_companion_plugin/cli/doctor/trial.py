@@ -23,6 +23,8 @@ from vllm_companion_plugin.settings import resolve
 KEY = EntryKey("d0c7" * 16, "doctor")
 CONTENT = os.urandom(1 << 16)
 ANSWER_S = 10.0
+LINGER_S = 30.0
+"""How long the companion outlives a `doctor` that is killed."""
 NAME = "trial"
 
 
@@ -31,7 +33,7 @@ def check_trial() -> Iterator[Check]:
     # A long TMPDIR is no fault: the runtime directory has its own check.
     place = None if len(tempfile.gettempdir()) < MAX_SOCKET_PATH - 50 else "/tmp"
     directory = tempfile.mkdtemp(prefix="vcd-", dir=place)
-    settings = resolve({"runtime_dir": f"{directory}/r", "linger_s": 0.0, "log_format": "text"})
+    settings = resolve({"runtime_dir": f"{directory}/r", "linger_s": LINGER_S, "log_format": "text"})
     started = time.monotonic()
     try:
         with connect("cpu", settings, spawn=True) as connection:
