@@ -33,7 +33,7 @@ from vllm_companion_plugin.core.status import (
     LoaderInfo,
     Progress,
 )
-from vllm_companion_plugin.core.text import columns_of
+from vllm_companion_plugin.core.text import columns_of, duration
 from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError, SettingsError
 from vllm_companion_plugin.holder.process import InstanceLock
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
@@ -200,7 +200,7 @@ def test_an_entry_that_goes_before_its_companion_says_when(expires_in_s: float, 
     [(-3, "0s"), (59.9, "59s"), (60, "1m"), (725, "12m05s"), (3600, "1h"), (11_220, "3h07m"), (187_200, "2d04h")],
 )
 def test_durations_have_two_units(seconds: float, text: str) -> None:
-    assert table.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, LeaseState, LoaderInfo
-from vllm_companion_plugin.core.text import columns_of, cut_to, encodable, wrapped
+from vllm_companion_plugin.core.text import columns_of, cut_to, duration, encodable, percent, wrapped
 
 GIB = 1 << 30
 HEADINGS = ("ID", "MODEL", "SIZE", "USED BY", "STATE", "UNTIL")
@@ -134,11 +134,6 @@ def _short_state(entry: EntryStatus) -> str:
     if progress and progress.total_bytes:
         return f"loading {percent(progress.done_bytes, progress.total_bytes)}%"
     return entry.state.value
-
-
-def percent(done: int, total: int) -> int:
-    """Return the share of a total in percent, never above 100: a total that is told may be too low."""
-    return min(100, 100 * done // total)
 
 
 def _until(status: CompanionStatus, entry: EntryStatus, now: float) -> str:
@@ -267,16 +262,6 @@ def linger_text(status: CompanionStatus, now: float, entry: EntryStatus | None =
     if status.exits_at_unix_s:
         return f"exits in {max(0.0, status.exits_at_unix_s - now):.0f} s"
     return f"{status.linger_s:g} s after the last"
-
-
-def duration(seconds: float) -> str:
-    """Shorten a duration, e.g. "45s", "12m05s", "10m", "3h07m", "2d04h"."""
-    whole = max(0, int(seconds))
-    for unit, size, below, smaller in (("d", 86400, 3600, "h"), ("h", 3600, 60, "m"), ("m", 60, 1, "s")):
-        if whole >= size:
-            rest = whole % size // below
-            return f"{whole // size}{unit}{rest:02d}{smaller}" if rest else f"{whole // size}{unit}"
-    return f"{whole}s"
 
 
 def to_json(

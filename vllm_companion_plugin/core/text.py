@@ -70,3 +70,18 @@ def wrapped(text: str, columns: int) -> list[str]:
 def short_name(model: str) -> str:
     """Return the last part of a model's name or path, as lines for people show it."""
     return model.rstrip("/").rpartition("/")[2] or model
+
+
+def duration(seconds: float) -> str:
+    """Shorten a duration, e.g. "45s", "12m05s", "10m", "3h07m", "2d04h"."""
+    whole = max(0, int(seconds))
+    for unit, size, below, smaller in (("d", 86400, 3600, "h"), ("h", 3600, 60, "m"), ("m", 60, 1, "s")):
+        if whole >= size:
+            rest = whole % size // below
+            return f"{whole // size}{unit}{rest:02d}{smaller}" if rest else f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
+def percent(done: int, total: int) -> int:
+    """Return the share of a total in percent, never above 100: a total that is told may be too low."""
+    return min(100, 100 * done // total)
