@@ -22,7 +22,7 @@ from vllm_companion_plugin.client.shutdown import shut_down
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.status import CompanionStatus
-from vllm_companion_plugin.core.text import one_line
+from vllm_companion_plugin.core.text import one_line, wrapped
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -65,13 +65,19 @@ def status(parsed: argparse.Namespace) -> int:
         print(_text(statuses, wide=parsed.wide))
         for device, pid in keepers.items():
             if pid:
-                print(f"{device}: keeper {pid} exports the memory. New engines cannot map it if that ends.")
+                text = f"{device}: keeper {pid} exports the memory. New engines cannot map it if that ends."
+                print("\n".join([text] if parsed.wide else wrapped(text, _columns())))
     return code if statuses or code else Exit.NOTHING_RUNS
 
 
 def _text(statuses: list[CompanionStatus], *, wide: bool = False) -> str:
-    columns = None if wide else shutil.get_terminal_size((80, 24)).columns
+    columns = None if wide else _columns()
     return table.to_text(statuses, time.time(), columns=columns, encoding=sys.stdout.encoding or "utf-8")
+
+
+def _columns() -> int:
+    """Return the width of the terminal, or 80 where there is none and `COLUMNS` is not set."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]) -> int:
