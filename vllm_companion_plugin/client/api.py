@@ -1,6 +1,6 @@
 """The companion for programs that are not vLLM: trainers, converters, tools.
 
-with CompanionClient("cuda:0").attach("my/model") as weights:
+with CompanionClient("cpu").attach("my/model") as weights:
     print(weights.tensors["model.embed_tokens.weight"].shape)
 """
 
