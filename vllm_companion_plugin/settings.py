@@ -354,6 +354,8 @@ class Given(TypedDict, total=False):
     source_format: str
     source_extra_config: dict[str, Any]
     share: str
+    when_asleep: str
+    on_write: str
     arena: str
     verify: str
     fallback: bool

@@ -105,6 +105,12 @@ class TestTable:
         assert sum("40 clients" in line or " 4000000 " in line for line in lines) == 3
         "".join(lines).encode(encoding)
 
+    def test_sleepers(self) -> None:
+        """Who sleeps is in parentheses, behind those who are awake."""
+        states = (LeaseState.ASLEEP, LeaseState.ATTACHED, LeaseState.PARKING, LeaseState.WAITING)
+        leases = tuple(LeaseStatus(n, "vLLM", state, NOW) for n, state in enumerate(states))
+        assert shown(companion(replace(READY, leases=leases)))[2].split("|")[3] == "1 2 (0)"
+
     def test_equal_ends(self) -> None:
         """A short name has as many parts as tell two models apart."""
         names = table.short_names(["a/x/m", "b/x/m", "c/n", "m", "/models/"])
@@ -133,6 +139,8 @@ class TestTable:
             (companion(READY, exits_at_unix_s=NOW + 30), "30s"),
             (companion(READY, linger_s=-1), "stopped"),
             (companion(replace(READY, state=EntryState.RETIRED)), "unused"),
+            (companion(replace(READY, state=EntryState.PARKED)), "10m idle"),
+            (companion(replace(READY, state=EntryState.DROPPED)), "-"),
         ],
     )
     def test_until(self, status: CompanionStatus, text: str) -> None:
@@ -239,6 +247,7 @@ def test_the_json_schema_is_this_one() -> None:
             "generation": 3,
             "layout": None,
             "size_bytes": 3 << 29,
+            "host_bytes": 0,
         },
         **{"tensor_count": 291, "arena_kind": "memfd", "ready_unix_s": NOW - 100, "load_s": 7.5, "loader": None},
         "ways": {"replay": 4, "hide": 18},

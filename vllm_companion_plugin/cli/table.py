@@ -106,7 +106,9 @@ def _companion(status: CompanionStatus, now: float) -> str:
 def _row(
     status: CompanionStatus, entry: EntryStatus, ids: Mapping[str, str], names: Mapping[str, str], now: float
 ) -> tuple[str, ...]:
-    users = " ".join(str(lease.pid) for lease in entry.leases if lease.state is LeaseState.ATTACHED)
+    awake = [str(lease.pid) for lease in entry.leases if lease.state in (LeaseState.ATTACHED, LeaseState.PARKING)]
+    asleep = [f"({lease.pid})" for lease in entry.leases if lease.state is LeaseState.ASLEEP]
+    users = " ".join(awake + asleep)
     return (
         ids[entry.key.id],
         _with_rank(entry.key, names),
@@ -138,8 +140,10 @@ def _short_state(entry: EntryStatus) -> str:
 
 def _until(status: CompanionStatus, entry: EntryStatus, now: float) -> str:
     """Say in a word or two when an entry goes: a time from now, or what has to happen first."""
-    if entry.state is not EntryState.READY:
-        return "-" if entry.state is EntryState.LOADING else "unused"
+    if entry.state is EntryState.RETIRED:
+        return "unused"
+    if entry.state in (EntryState.LOADING, EntryState.DROPPED):
+        return "-"
     if status.linger_s < 0:
         return "stopped"
     if ends := [at for at in (entry.expires_at_unix_s, status.exits_at_unix_s) if at]:
@@ -303,6 +307,7 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "generation": entry.generation,
         "layout": entry.layout or None,
         "size_bytes": entry.size_bytes,
+        "host_bytes": entry.host_bytes,
         "tensor_count": entry.tensor_count,
         "arena_kind": entry.arena_kind,
         "ready_unix_s": entry.ready_unix_s or None,
