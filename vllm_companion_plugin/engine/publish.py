@@ -246,7 +246,7 @@ class _Publisher:
         )
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
-            self._decision.key.title,
+            self._decision.key.short_title,
             arena.info.size_bytes / 2**30,
             tensor_count,
             generation,
