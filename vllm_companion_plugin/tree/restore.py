@@ -21,7 +21,7 @@ import functools
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
@@ -46,11 +46,11 @@ from vllm_companion_plugin.tree.capture import (
 )
 from vllm_companion_plugin.tree.changes import apply_loading
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
-from vllm_companion_plugin.tree.pack import dtype_name
 from vllm_companion_plugin.tree.parity import (
     compare_modules,
     compare_tensor_attributes,
     compare_values,
+    is_like,
     set_measured,
     tensor_difference,
 )
@@ -64,6 +64,7 @@ class Strategy(Enum):
     REPLAY = "replay"
 
 
+_ATTRIBUTE = TensorKind.ATTRIBUTE
 _NOTHING: dict[str, str] = {}
 _ALONE_BYTES = 1 << 20
 """Larger storages are cloned one by one, when they are needed."""
@@ -198,12 +199,11 @@ class Restorer:
                 if id(module) in self._paths:
                     continue
                 self._paths[id(module)] = path
-                if not module._parameters and not module._buffers:
-                    continue
-                published = self._published(path)
-                if module._parameters and strategy(module) is not Strategy.REPLAY:
-                    self._bind_all(module._parameters.items(), published)
-                self._bind_all(module._buffers.items(), published)
+                own = module.__dict__
+                parameters, buffers = own["_parameters"], own["_buffers"]
+                if parameters or buffers:
+                    is_remade = bool(parameters) and strategy(module) is Strategy.REPLAY
+                    self._bind_all(path, ({} if is_remade else parameters, buffers))
 
     def _leave_on_meta(self) -> None:
         """Give each slot that has no data in the publisher's model a tensor of its own without data.
@@ -231,27 +231,21 @@ class Restorer:
 
     def bind_module(self, module: nn.Module) -> None:
         """Bind one module's own parameters, just after its post-processing ran."""
-        self._bind_all(module._parameters.items(), self._published(self._paths[id(module)]))
+        self._bind_all(self._paths[id(module)], (module._parameters,))
 
-    def _published(self, path: str) -> dict[str, int]:
-        """Names of the parameters and buffers of a module, with their tensors."""
-        module = self._modules.get(path)  # None: post-processing may still rename or retie it
-        slots = module.slots if module else ()
+    def _bind_all(self, path: str, tables: Iterable[Mapping[str, torch.Tensor | None]]) -> None:
+        """Bind the tensors of a module that look like the published ones of their names."""
+        published = self._modules.get(path)
+        if published is None:  # post-processing may still rename or retie it
+            return
         tensors = self._source.manifest.tensors
-        return {
-            slot.name: slot.tensor
-            for slot in slots
-            if slot.kind is not TensorKind.ATTRIBUTE and not tensors[slot.tensor].own
-        }
-
-    def _bind_all(self, named: Iterable[tuple[str, torch.Tensor | None]], published: dict[str, int]) -> None:
-        for name, tensor in named:
-            index = published.get(name)
-            if tensor is None or index is None or id(tensor) in self._bound:
-                continue
-            info = self._source.manifest.tensors[index]
-            if dtype_name(tensor.dtype) == info.dtype and tensor.shape == info.shape and tensor.stride() == info.stride:
-                self._bind(tensor, index, name)
+        for table in tables:
+            for want in published.slots if table else ():
+                tensor, info = table.get(want.name), tensors[want.tensor]
+                if tensor is None or info.own or want.kind is _ATTRIBUTE or id(tensor) in self._bound:
+                    continue
+                if is_like(tensor, info):
+                    self._bind(tensor, want.tensor, want.name)
 
     @contextmanager
     def hiding(self, module: nn.Module) -> Iterator[None]:
@@ -296,14 +290,15 @@ class Restorer:
         compare_modules(tree, manifest)
         carriers: dict[int, torch.Tensor] = {}
         indexes: dict[int, int] = {}
+        tensors, hung = manifest.tensors, tree.hung
         for live, published in zip(tree.modules, manifest.modules, strict=True):
-            for slot, index in self._pairs(live, published):
-                info = manifest.tensors[index]
+            for slot, want in self._pairs(live, published):
+                index, tensor = want.tensor, slot.tensor
+                info = tensors[index]
                 if info.own:
                     self._keep_own(slot, info, index, live.path)
                     continue
-                tensor = slot.tensor
-                if info.attributes != tree.hung.get(id(tensor), _NOTHING):
+                if info.attributes != hung.get(id(tensor), _NOTHING):
                     compare_tensor_attributes(slot, info, live.path, published.observed)
                 if difference := tensor_difference(tensor, info):
                     name = full_name(live.path, slot.name)
@@ -318,23 +313,26 @@ class Restorer:
         self._check_placeholders_are_gone(tree)
         self._check_nothing_is_deferred(tree)
 
-    def _pairs(self, live: LiveModule, published: ModuleInfo) -> Iterable[tuple[LiveSlot, int]]:
-        """The slots of a module, each with the index of its published tensor.
+    def _pairs(self, live: LiveModule, published: ModuleInfo) -> Iterable[tuple[LiveSlot, SlotInfo]]:
+        """The slots of a module, each with the published one.
 
         Raises:
             ParityError: naming the first slot that only one of both has.
         """
-        there = published.slots
-        if [(slot.name, slot.kind) for slot in live.slots] == [(slot.name, slot.kind) for slot in there]:
-            return zip(live.slots, [slot.tensor for slot in there], strict=True)  # nearly all have the same order
+        here, there = live.slots, published.slots
+        if len(here) == len(there):
+            for slot, want in zip(here, there, strict=True):
+                if slot.name != want.name or slot.kind is not want.kind:
+                    break
+            else:  # nearly all have the same order
+                return zip(here, there, strict=True)
         pairs = []
         wanted = {(slot.kind, slot.name): slot for slot in there}
         for slot in live.slots:
-            want = wanted.pop((slot.kind, slot.name), None)
-            if want is None:
+            if (slot.kind, slot.name) not in wanted:
                 name = full_name(live.path, slot.name)
                 raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
-            pairs.append((slot, want.tensor))
+            pairs.append((slot, wanted.pop((slot.kind, slot.name))))
         self._check_missing(published.path, wanted.values())
         return pairs
 
@@ -401,8 +399,10 @@ class Restorer:
             storage = tensor.untyped_storage()
             self._displaced[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             del storage
-        _replace(tensor, self._source.tensor(index), name)
-        self._bound[id(tensor)] = index, tensor.data_ptr(), tensor
+        bound = self._source.tensor(index)
+        address = bound.data_ptr()
+        _replace(tensor, bound, name)
+        self._bound[id(tensor)] = index, address, tensor
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]

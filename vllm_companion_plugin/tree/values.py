@@ -19,7 +19,7 @@ import itertools
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -81,17 +81,28 @@ def _parts(values: Any, depth: int) -> list[str] | None:
     return texts
 
 
+def is_literal(values: Iterable[Any]) -> bool:
+    """Whether Python's own text of a list, tuple or dictionary of these is the canonical one."""
+    return _LITERALS.issuperset(map(type, values))
+
+
 def _list(value: list[Any], depth: int) -> str | None:
+    if is_literal(value):
+        return repr(value)
     parts = _parts(value, depth)
     return None if parts is None else f"[{', '.join(parts)}]"
 
 
 def _tuple(value: tuple[Any, ...], depth: int) -> str | None:
+    if is_literal(value):
+        return repr(value)
     parts = _parts(value, depth)
     return None if parts is None else f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def _dict(value: dict[Any, Any], depth: int) -> str | None:
+    if type(value) is dict and is_literal(value) and is_literal(value.values()):
+        return repr(value)
     keys, values = _parts(value.keys(), depth), _parts(value.values(), depth)
     if keys is None or values is None:
         return None

@@ -109,6 +109,7 @@ def without_storage(info: TensorInfo, device: torch.device) -> torch.Tensor:
     return flat.as_strided(info.shape, info.stride)
 
 
+@functools.cache
 def dtype_of(name: str) -> torch.dtype:
     """torch's dtype of that name. Raises `ManifestError` for a name that this torch does not know."""
     dtype = getattr(torch, name, None)
