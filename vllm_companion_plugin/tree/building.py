@@ -43,7 +43,6 @@ class WithoutWeights:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_paused = False
         # By address of the C++ storage, with what keeps that address from being used again.
         self._deferred: dict[int, torch.UntypedStorage] = {}
         self._touched: set[int] = set()
@@ -74,11 +73,8 @@ class WithoutWeights:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While open, what is done with tensors belongs to no constructor."""
-        before, self.is_paused = self.is_paused, True
-        try:
+        with torch.overrides._pop_mode_temporarily():  # `_Deferring`, which else would be asked for nothing
             yield
-        finally:
-            self.is_paused = before
 
     def is_left(self, besides: Iterable[torch.Tensor] = ()) -> bool:
         """Whether something still uses what was deferred, or was computed from it. To be asked once, at the end.
@@ -134,14 +130,12 @@ class _Deferring(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._model.is_paused:
-            return func(*args, **kwargs)
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
-        if func == _data_of and args[0].is_meta:
-            self._model.touch(args[0])  # writes through it are not counted
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.is_meta:
+            if func == _data_of:
+                self._model.touch(result)  # writes through it are not counted
             self._model.note_computed(result)
         return result
 
