@@ -525,7 +525,7 @@ class _Walk:
         return known[1]
 
     def _value(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
-        note = self._noting_of(type(value))
+        note = self._noting.get(type(value)) or self._noting_of(type(value))
         if self._wanted is None:
             note(live, path, value, holder, key, depth)
             return
@@ -536,21 +536,20 @@ class _Walk:
         self._steps.pop()
 
     def _noting_of(self, cls: Any) -> _Noting:
-        found = self._noting.get(cls)
-        if found is None:
-            by_kind: dict[_Kind, _Noting] = {
-                _Kind.EXACT: self._simple,
-                _Kind.SIMPLE: self._simple,
-                _Kind.CONSTANT: self._constant,
-                _Kind.FUNCTION: self._callable,
-                _Kind.ITEMS: self._list,
-                _Kind.TENSOR: self._tensor,
-                _Kind.OBJECT: self._object,
-                _Kind.OPAQUE: self._opaque,
-                _Kind.WEAK: self._weak,
-                _Kind.OTHER: self._other,
-            }
-            found = self._noting[cls] = by_kind[_kind(cls)]
+        """What takes note of objects of `cls`."""
+        by_kind: dict[_Kind, _Noting] = {
+            _Kind.EXACT: self._simple,
+            _Kind.SIMPLE: self._simple,
+            _Kind.CONSTANT: self._constant,
+            _Kind.FUNCTION: self._callable,
+            _Kind.ITEMS: self._list,
+            _Kind.TENSOR: self._tensor,
+            _Kind.OBJECT: self._object,
+            _Kind.OPAQUE: self._opaque,
+            _Kind.WEAK: self._weak,
+            _Kind.OTHER: self._other,
+        }
+        found = self._noting[cls] = by_kind[_kind(cls)]
         return found
 
     def _simple(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
@@ -682,17 +681,17 @@ class _Walk:
 
     def _function(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
         """What a function takes along: captured values, defaults, arguments, the object of a method."""
-        if depth >= _MAX_DEPTH or self._first(live, path, value) is not None:
+        if depth >= _MAX_DEPTH or id(value) in self._met:
             return
+        self._met[id(value)] = live.path, path
         depth += 1
         if isinstance(value, types.FunctionType):
-            if value.__closure__:
-                for name, cell in zip(value.__code__.co_freevars, value.__closure__, strict=False):
-                    try:
-                        item = cell.cell_contents
-                    except ValueError:  # a variable that was deleted, or not set yet
-                        continue
-                    self._value(live, f"{path}.__closure__['{name}']", item, cell, 0, depth)
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+                try:
+                    item = cell.cell_contents
+                except ValueError:  # a variable that was deleted, or not set yet
+                    continue
+                self._value(live, f"{path}.__closure__['{name}']", item, cell, 0, depth)
             if value.__defaults__:
                 self._value(live, f"{path}.__defaults__", value.__defaults__, value, "__defaults__", depth)
             if value.__kwdefaults__:

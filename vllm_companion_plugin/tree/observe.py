@@ -34,6 +34,8 @@ from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_nam
 from vllm_companion_plugin.tree.changes import is_restorable
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
+_PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
+
 _SMALL_BYTES = 1 << 20
 """Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
 _ROW_BYTES = 4096
@@ -137,7 +139,7 @@ class Observation:
                     continue
                 self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
                 self._watch.built.add(storage)
-                if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
+                if slot.kind is not _PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
                     compared.setdefault(storage, slot.tensor)
             self._fingerprints = _fingerprints(compared)
             self._watch.clean |= self._watch.built
@@ -340,7 +342,7 @@ class Observation:
         raise NotShareableError(f"loading set {name} to a part of what building made, which cannot be described")
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
-        return tuple(slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor))
+        return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -64,7 +64,7 @@ class Strategy(Enum):
     REPLAY = "replay"
 
 
-_ATTRIBUTE = TensorKind.ATTRIBUTE
+_ATTRIBUTE, _REPLAY = TensorKind.ATTRIBUTE, Strategy.REPLAY
 _NOTHING: dict[str, str] = {}
 _ALONE_BYTES = 1 << 20
 """Larger storages are cloned one by one, when they are needed."""
@@ -202,7 +202,7 @@ class Restorer:
                 own = module.__dict__
                 parameters, buffers = own["_parameters"], own["_buffers"]
                 if parameters or buffers:
-                    is_remade = bool(parameters) and strategy(module) is Strategy.REPLAY
+                    is_remade = bool(parameters) and strategy(module) is _REPLAY
                     self._bind_all(path, ({} if is_remade else parameters, buffers))
 
     def _leave_on_meta(self) -> None:
@@ -400,9 +400,8 @@ class Restorer:
             self._displaced[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             del storage
         bound = self._source.tensor(index)
-        address = bound.data_ptr()
+        self._bound[id(tensor)] = index, bound.data_ptr(), tensor
         _replace(tensor, bound, name)
-        self._bound[id(tensor)] = index, address, tensor
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]

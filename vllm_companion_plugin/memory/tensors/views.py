@@ -65,7 +65,10 @@ class ArenaViews:
 
     def tensor(self, info: TensorInfo, storage: StorageInfo) -> torch.Tensor:
         """The tensor that `info` describes, viewing `storage` in the arena."""
-        return view(self._storage(info.storage, storage), info, self.device)
+        known = self._storages.get(info.storage)
+        if known is None:
+            known = self._storages[info.storage] = self._part(storage.offset_bytes, storage.size_bytes)
+        return view(known, info, self.device)
 
     def renew(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Give clones the arena's bytes again, as they are mapped now.
@@ -79,12 +82,6 @@ class ArenaViews:
     def addresses(self) -> set[int]:
         """Of the storages made so far."""
         return {storage.data_ptr() for storage in self._storages.values()}
-
-    def _storage(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
-        known = self._storages.get(index)
-        if known is None:
-            known = self._storages[index] = self._part(storage.offset_bytes, storage.size_bytes)
-        return known
 
     def _part(self, offset_bytes: int, size_bytes: int) -> torch.UntypedStorage:
         if offset_bytes < 0 or offset_bytes + size_bytes > self._size_bytes:  # a slice would just be shorter
