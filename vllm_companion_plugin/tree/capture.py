@@ -32,11 +32,11 @@ from vllm_companion_plugin.core.module_tree import TensorKind
 from vllm_companion_plugin.tree.values import MAY_BE_PLAIN, class_name, is_literal, text_of
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
-"""What PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
+"""Names of what PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
 _HOOKS = tuple(sorted(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks")))
 _SIMPLE = frozenset((bool, int, float, str, type(None)))
 _MAX_DEPTH = 48
-"""Deeper objects are no state of a model: nothing in vLLM is half as deep."""
+"""The walk goes no deeper: nothing in vLLM is half as deep."""
 
 # Objects of these packages, and of classes made from theirs, are noted by their class alone. They are shared
 # infrastructure: an engine's configuration (its flags are its own), tokenizers and processors, process groups, loggers,
@@ -70,7 +70,7 @@ _CONTAINERS = (*_HOLDERS, tuple, set, frozenset)
 _WEAK = frozenset((weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType))
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _PLAIN_ANSWERS = frozenset(cls.__getattribute__ for cls in (object, type, torch.dtype, *_FUNCTIONS))
-"""How attributes are looked up where no Python code has a say."""
+"""The ways to look up an attribute that run no code of a class."""
 _OURS = __name__.partition(".")[0] + "."
 
 
@@ -80,7 +80,7 @@ _NON_PERSISTENT_BUFFER, _ATTRIBUTE = TensorKind.NON_PERSISTENT_BUFFER, TensorKin
 
 NO_PARAMETER = "no parameter"
 NO_BUFFER = "no buffer"
-"""Texts of names that a module keeps for a tensor and that hold none."""
+"""The text of a name that a module keeps for a tensor, if there is no tensor."""
 
 
 @dataclass(slots=True)
@@ -109,13 +109,17 @@ class LiveModule:
 
 @dataclass(slots=True)
 class Place:
-    """Where a value lives, to be changed. `steps` lead to it: each a holder and the key in it, the outermost first."""
+    """Where a value lives, so that it can be changed.
+
+    Attributes:
+        steps: the way to the value, the outermost step first; each step is a holder and the key in it.
+    """
 
     steps: tuple[tuple[Any, Any], ...]
     value: Any
 
     def set(self, value: Any) -> None:
-        """Put `value` here. Raises `TypeError` or `AttributeError` where nothing can be put."""
+        """Put `value` here. Raises `TypeError` or `AttributeError` if nothing can be put here."""
         for holder, key in reversed(self.steps):
             if not isinstance(holder, tuple):
                 _set_item(holder, key, value)
@@ -125,7 +129,7 @@ class Place:
         raise TypeError("it is a part of nothing that can be changed")
 
     def delete(self) -> None:
-        """Remove what is here. Raises `TypeError` or `AttributeError` where nothing can be removed."""
+        """Remove what is here. Raises `TypeError` or `AttributeError` if nothing can be removed here."""
         holder, key = self.steps[-1]
         if isinstance(holder, dict):
             del holder[key]
@@ -151,10 +155,10 @@ class Tree:
     """A captured model: live references, to be described, packed or rebound.
 
     Attributes:
-        opaque: objects that are noted by their class alone, by module and name: whether one was replaced by
-            another can be known by nothing but the object.
+        opaque: objects that are noted by their class alone, by module and name. Only the object itself shows whether
+            another one has replaced it.
         mutable: plain values that can be changed in place, by module and name.
-        places: of what was asked for.
+        places: where the wanted values live, by module and name.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
     """
 
@@ -199,7 +203,7 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What `model.named_modules(remove_duplicate=False)` gives, without a generator a level.
+    """The same as `model.named_modules(remove_duplicate=False)`, without one generator for each level.
 
     Raises:
         RecursionError: a module is inside of itself.
@@ -221,7 +225,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def plain_tensors() -> AbstractContextManager[None]:
-    """While open, tensors of any class answer like plain ones: vLLM's parameters take a way through Python for it.
+    """While open, tensors of any class answer like plain ones. Else vLLM's parameters run Python code for each answer.
 
     https://docs.pytorch.org/docs/stable/notes/extending.html
     """
@@ -246,7 +250,7 @@ def describe_value(value: Any) -> str | None:
 
 
 def _local_code(function: Any) -> str:
-    """What tells functions of one name apart, which another function makes; nothing for other functions."""
+    """A digest that tells local functions of one name apart; nothing for functions that are not local."""
     code = getattr(function, "__code__", None)
     if code is None or "<" not in getattr(function, "__qualname__", ""):
         return ""
@@ -263,7 +267,7 @@ def _code_digest(code: types.CodeType) -> str:
 
 
 def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
-    """What was hung on a tensor, as canonical text."""
+    """The attributes that were hung on a tensor, as canonical text."""
     return {name: describe_value(value) or class_name(type(value)) for name, value in tensor.__dict__.items()}
 
 
@@ -279,7 +283,7 @@ def _is_opaque(cls: Any) -> bool:
 
 @functools.cache
 def _slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
-    """What objects of `cls` hold outside their dictionary: names and descriptors."""
+    """Names and descriptors of what objects of `cls` hold outside their dictionary."""
     assert isinstance(cls, type)
     return tuple(
         (name, member)
@@ -291,7 +295,7 @@ def _slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
 
 
 class _Kind(Enum):
-    """What a class alone says of its objects: a model has some hundred classes and a hundred thousand objects."""
+    """How to take note of the objects of a class. A model has some hundred classes and a hundred thousand objects."""
 
     EXACT = "the text is the `repr`, and many modules have the same"
     SIMPLE = "the text is the `repr`; a float 0.0 equals -0.0, and many strings are names of one module"
@@ -342,7 +346,7 @@ _Noting = Callable[[LiveModule, str, Any, Any, Any, int], None]
 
 
 class _Layout:
-    """What dictionaries of attributes have in common whose names and types are the same, at one place in their modules.
+    """What dictionaries of attributes have in common if they have the same names and types, at one place in modules.
 
     Attributes:
         hooks: gives the tables of hooks of a module.
@@ -379,7 +383,7 @@ class _Layout:
         self.hooks = itemgetter(*hooks) if len(hooks) > 1 else None
 
     def texts_of_exact(self, values: tuple[Any, ...]) -> dict[str, str]:
-        """What is noted of those `values` whose kind is `EXACT`, written once for all that are equal."""
+        """The texts of those `values` whose kind is `EXACT`. Equal values are written once."""
         if self._positions is None:
             return _NOTHING
         exact = self._positions(values)
@@ -390,7 +394,7 @@ class _Layout:
 
 
 class _Walk:
-    """One walk over a tree; remembers the objects it has met."""
+    """One walk over a tree, which remembers the objects that it has met."""
 
     def __init__(
         self,
@@ -456,7 +460,7 @@ class _Walk:
         depth: int,
         without: frozenset[str] = frozenset(),
     ) -> bool:
-        """All of a dictionary of attributes. Returns whether tables of hooks in it may have some."""
+        """Take note of a whole dictionary of attributes. Returns whether there may be hooks in it."""
         if self._wanted is not None:
             for name, value in list(own.items()):
                 if name not in without:
@@ -475,7 +479,7 @@ class _Walk:
     def _members(
         self, live: LiveModule, prefix: str, value: Any, members: tuple[tuple[str, Any], ...], depth: int
     ) -> bool:
-        """What is behind the slots of `value`. Returns whether there is anything."""
+        """Take note of what is behind the slots of `value`. Returns whether there is anything."""
         found = False
         for name, member in members:
             try:
@@ -512,7 +516,7 @@ class _Walk:
                     self._value(live, f"{path}.{name}", value, hung, name, depth + 1)
 
     def _text(self, value: Any) -> str | None:
-        """What `describe_value` says, and of functions only once each: every tensor of a model may have some."""
+        """The answer of `describe_value`. A function is described once: every tensor of a model may have the same."""
         kind = type(value)
         if kind is types.MethodType and type(value.__func__) is types.FunctionType:
             return "method" + self._text_once(value.__func__)[len("function") :]
@@ -536,7 +540,7 @@ class _Walk:
         self._steps.pop()
 
     def _noting_of(self, cls: Any) -> _Noting:
-        """What takes note of objects of `cls`."""
+        """The method that takes note of objects of `cls`."""
         by_kind: dict[_Kind, _Noting] = {
             _Kind.EXACT: self._simple,
             _Kind.SIMPLE: self._simple,
@@ -673,14 +677,14 @@ class _Walk:
             self._tree.opaque[live.index, path] = value
 
     def _inner_module(self, live: LiveModule, path: str, module: nn.Module, depth: int) -> None:
-        """A module that is no child of another one: a container or a helper object holds it."""
+        """Take note of a module that a container or a helper object holds, and no other module."""
         self._module(live, f"{path}.", module, depth)
         for name, child in module._modules.items():
             if child is not None:
                 self._value(live, f"{path}.{name}", child, module._modules, name, depth + 1)
 
     def _function(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
-        """What a function takes along: captured values, defaults, arguments, the object of a method."""
+        """Take note of what a function takes along: captured values, defaults, arguments, the object of a method."""
         if depth >= _MAX_DEPTH or id(value) in self._met:
             return
         self._met[id(value)] = live.path, path
@@ -710,7 +714,7 @@ class _Walk:
             self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
 
     def _first(self, live: LiveModule, path: str, value: Any) -> str | None:
-        """Where `value` was met before; None for the first time."""
+        """Where the walk met `value` before; None for the first time."""
         first = self._met.get(id(value))
         if first is None:
             self._met[id(value)] = live.path, path
@@ -723,7 +727,7 @@ def _key_text(key: Any) -> str:
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
-    """Parts of a set in an order that does not depend on addresses, as far as they can be told apart."""
+    """The parts of a set in an order that depends on no address, as far as the parts can be told apart."""
 
     def text(value: Any) -> str:
         if isinstance(value, torch.Tensor):

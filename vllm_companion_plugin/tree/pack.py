@@ -126,7 +126,7 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
 
 
 def describe_modules(tree: Tree, packing: Packing, loaded: Loaded) -> tuple[ModuleInfo, ...]:
-    """The modules of `tree` with their slots as indexes of tensors."""
+    """Describe the modules of `tree`; their slots have indexes of tensors."""
     index_of = {id(tensor): index for index, tensor in enumerate(packing.tensors)}
     return tuple(
         ModuleInfo(

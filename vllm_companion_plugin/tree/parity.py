@@ -32,7 +32,7 @@ _name_of: Callable[[type], str] = functools.cache(class_name)
 
 
 def compare_modules(tree: Tree, manifest: Manifest) -> None:
-    """The same modules under the same names, in the same order, of the same classes.
+    """Check that there are the same modules under the same names, in the same order, of the same classes.
 
     Raises:
         ParityError: naming the first that differs.
@@ -51,7 +51,7 @@ def compare_modules(tree: Tree, manifest: Manifest) -> None:
 
 
 def set_measured(model: nn.Module, tree: Tree, manifest: Manifest) -> None:
-    """Set floats that the publisher's post-processing measured on the weights; here it had only placeholders."""
+    """Set the floats that the publisher's post-processing measured on weights. Here it had only placeholders."""
     wanted = {}
     for live, published in zip(tree.modules, manifest.modules, strict=True):
         if published.observed.measured and live.attributes != published.attributes:
@@ -82,7 +82,7 @@ def _is_float(text: str | None) -> bool:
 
 
 def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
-    """Values and classes are equal where they must be.
+    """Check that values and classes are equal where they must be.
 
     Returns:
         This engine's own values that differ from the published ones, by full name.
@@ -134,9 +134,9 @@ def _is_number(text: str | None) -> bool:
 
 
 def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, path: str, observed: Observed) -> None:
-    """What was hung on a published tensor is equal, or this engine's own as any other value.
+    """Check that what was hung on a published tensor is equal, or this engine's own like any other value.
 
-    What is missing here and can be made is made: post-processing hangs marks on the tensors that it makes.
+    Marks that are missing here are made if they can be: post-processing hangs them on the tensors that it makes.
 
     Raises:
         ParityError: naming tensor, attribute and both values.

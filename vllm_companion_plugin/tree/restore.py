@@ -119,9 +119,9 @@ class Source:
 
     @functools.cached_property
     def _neighbours(self) -> dict[int, range]:
-        """For each small storage that is cloned, the ones beside it in the arena that are cloned with it.
+        """The small storages beside each one in the arena that are cloned together with it.
 
-        One by one, thousands of scales take as many launches, twice.
+        Cloned one by one, thousands of scales would take as many launches, twice.
         """
         found: dict[int, range] = {}
         first = size = end = 0
@@ -145,7 +145,7 @@ class Source:
         return storage.offset_bytes, storage.size_bytes
 
     def addresses(self) -> set[int]:
-        """Of all storages under the tensors made so far."""
+        """The addresses of all storages under the tensors made so far."""
         return {clone.data_ptr() for clone in self._clones.values()} | self._views.addresses()
 
     def renew(self) -> None:
@@ -191,7 +191,7 @@ class Restorer:
         self._displaced: dict[int, StorageWeakRef] = {}
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
-        """Do what loading did, and bind all that exists before post-processing and is not remade by it."""
+        """Do what loading did. Bind all that exists already and that post-processing will not make again."""
         with plain_tensors():
             apply_loading(self._model, self._source.manifest)
             self._leave_on_meta()
@@ -234,7 +234,7 @@ class Restorer:
         self._bind_all(self._paths[id(module)], (module._parameters,))
 
     def _bind_all(self, path: str, tables: Iterable[Mapping[str, torch.Tensor | None]]) -> None:
-        """Bind the tensors of a module that look like the published ones of their names."""
+        """Bind the tensors of a module whose forms are those of the published tensors with their names."""
         published = self._modules.get(path)
         if published is None:  # post-processing may still rename or retie it
             return
@@ -249,16 +249,16 @@ class Restorer:
 
     @contextmanager
     def hiding(self, module: nn.Module) -> Iterator[None]:
-        """While open, the module's own parameters, bound already, stand aside."""
+        """While open, meta tensors stand in for the module's own parameters, which are bound already."""
         self.ways[Strategy.HIDE] += 1
         with meta_parameters(module):
             yield
 
     @contextmanager
     def replaying(self, module: nn.Module) -> Iterator[None]:
-        """While open, the module's own tensors are real and private, and those that loading fills benign.
+        """While open, the module's own tensors are real and private, and those that loading fills have benign values.
 
-        Then they are bound.
+        At the end they are bound.
         """
         self.ways[Strategy.REPLAY] += 1
         info = self._modules.get(self._name(module))
@@ -337,7 +337,7 @@ class Restorer:
         return pairs
 
     def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:
-        """The tensor that building this model made, unless it was deferred."""
+        """Leave a slot the tensor that building this model made, unless that tensor was deferred."""
         tensor = slot.tensor
         if not tensor.is_meta or info.meta:
             return
@@ -350,7 +350,7 @@ class Restorer:
             raise ParityError(f"{name} was left without data.", name)
 
     def _check_missing(self, path: str, missing: Iterable[SlotInfo]) -> None:
-        """Only what is an engine's own may be absent here: whether it is made may follow from flags."""
+        """Raise `ParityError` unless all that is missing is an engine's own: flags may decide whether it is made."""
         for slot in missing:
             if not self._source.manifest.tensors[slot.tensor].own:
                 name = full_name(path, slot.name)
@@ -383,7 +383,7 @@ class Restorer:
             raise NotShareableError(f"{len(left)} tensors are left without data, the first is {left[0]}")
 
     def _placeholders(self) -> set[int]:
-        """Addresses of displaced memory that is still in use."""
+        """The addresses of displaced memory that is still in use."""
         in_use = {address for address, storage in self._displaced.items() if not storage.expired()}  # type: ignore[no-untyped-call]
         return in_use - self._source.addresses() if in_use else in_use
 
@@ -409,7 +409,7 @@ class Restorer:
 
 @contextmanager
 def meta_parameters(module: nn.Module) -> Iterator[None]:
-    """While open, the module's own parameters are meta tensors. Then they are back."""
+    """While open, meta tensors stand in for the module's own parameters."""
     kept = dict(module._parameters)
     for name, parameter in kept.items():
         if isinstance(parameter, nn.Parameter):
@@ -423,7 +423,7 @@ def meta_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """A tensor of the class and attributes of `like` on other data."""
+    """A tensor on `data` that has the class and the attributes of `like`."""
     if type(like) is not torch.Tensor:
         data = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
     data.__dict__.update(like.__dict__)
@@ -431,10 +431,10 @@ def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 
 
 def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
-    """Let the object `tensor` carry `data` from now on, whoever holds a reference to it.
+    """Let the object `tensor` carry `data` from now on, so that all that hold the object see the new data.
 
     `torch.utils.swap_tensors` does the same in four times the time, because its tensors may differ in class, in
-    attributes and in slots. What it refuses is left to it: its words are in the error.
+    attributes and in slots. What `swap_tensors` refuses is left to it, so its words are in the error.
     """
     kind = type(tensor)
     twin = data if kind is torch.Tensor else torch.Tensor._make_subclass(kind, data, tensor.requires_grad)
@@ -448,7 +448,7 @@ def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
 
 
 def _benign(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Ones, which no scale, norm or permutation chokes on; zeros for integers, which index."""
+    """A tensor like `tensor` of ones, which suit scales and norms, or of zeros if it has integers, which index."""
     fill = 1 if tensor.is_floating_point() else 0
     out = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
     if tensor.element_size() == 1:

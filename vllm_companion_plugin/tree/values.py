@@ -29,16 +29,16 @@ _LITERALS: frozenset[type] = frozenset((bool, int, float, str, bytes, type(None)
 _TORCH_NAMES = (torch.dtype, torch.memory_format, torch.layout)
 _MAX_DEPTH = 32
 _MAX_BYTES = 1 << 20
-"""Longer data is told by its digest: it can be compared and not be made."""
+"""The text of longer data has a digest of it. Such data can be compared, and cannot be made from its text."""
 
 
 def class_name(cls: type) -> str:
-    """Qualified name of a class."""
+    """The qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def text_of(value: Any, depth: int = 0) -> str | None:
-    """Canonical text of a plain value; None for everything else."""
+    """The canonical text of a plain value; None for everything else."""
     kind = type(value)
     if kind in _LITERALS:  # nearly all, and this runs 10,000 times in an attach
         return repr(value)
@@ -229,7 +229,7 @@ _FACTORIES: dict[str, type] = {"list": list, "dict": dict, "set": set, "int": in
 
 
 def _checked(value: Any, kind: type) -> Any:
-    """`value` if it is a `kind`: of a number, a constructor may make gigabytes."""
+    """`value` if it is a `kind`. A constructor that gets a number may make gigabytes."""
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value

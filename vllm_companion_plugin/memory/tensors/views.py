@@ -54,7 +54,7 @@ class ArenaViews:
 
     @functools.cached_property
     def _whole(self) -> torch.UntypedStorage:
-        """Of which all others are parts, since PyTorch loses 160 bytes with each array interface that it reads."""
+        """The storage that all others are parts of. PyTorch loses 160 bytes with each array interface it reads."""
         address, size_bytes = self._arena.address, self._size_bytes
         if self.device.type == "cpu":
             buffer: Any = (ctypes.c_ubyte * size_bytes).from_address(address)
@@ -80,7 +80,7 @@ class ArenaViews:
             clone.copy_(self.bytes_at(start, clone.nbytes))
 
     def addresses(self) -> set[int]:
-        """Of the storages made so far."""
+        """The addresses of the storages made so far."""
         return {storage.data_ptr() for storage in self._storages.values()}
 
     def _part(self, offset_bytes: int, size_bytes: int) -> torch.UntypedStorage:
