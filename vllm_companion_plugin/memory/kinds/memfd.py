@@ -263,7 +263,7 @@ def new_memfd(size_bytes: int) -> Iterator[SharedWriter]:
 
 @contextlib.contextmanager
 def mapped_once(info: ArenaInfo, fds: Descriptors) -> Iterator[int]:
-    """Where a memfd of one block is mapped, to be read once, by several threads: each faults in the pages that it reads.
+    """Where a memfd of one block is mapped, to be read once, by threads that fault in what they read.
 
     Args:
         fds: owned from now on.
