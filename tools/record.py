@@ -2,6 +2,7 @@
 
 python tools/record.py           # run the commands, write docs/pictures/terminal.cast, and draw
 python tools/record.py --draw    # draw docs/pictures/terminal.svg from the recording that is there
+python tools/record.py --check   # exit with 1 if the picture, or the `status` in the README, is of another recording
 
 The recording (asciicast v2) has what was typed and printed, and when. The drawing shortens waits to `LONGEST_WAIT_S`.
 """
@@ -9,8 +10,10 @@ The recording (asciicast v2) has what was typed and printed, and when. The drawi
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +28,7 @@ from demo import companion, find_model, left_over, make_environment
 ROOT = Path(__file__).resolve().parent.parent
 CAST = ROOT / "docs" / "pictures" / "terminal.cast"
 SVG = CAST.with_suffix(".svg")
+README = ROOT / "README.md"
 
 COLUMNS = 110
 LONGEST_WAIT_S = 1.5
@@ -162,7 +166,7 @@ text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mo
 """
 
 
-def draw() -> None:
+def drawing() -> str:
     """The terminal as text in SVG. Without animation, or printed, it shows all lines."""
     lines = shown()
     width, height = 24 + COLUMNS * 7.83, 24 + 18 * len(lines)
@@ -171,21 +175,36 @@ def draw() -> None:
         kind = {"$": "typed", "#": "said"}.get(line[:1], "output")
         place = f'x="12" y="{26 + 18 * number}" style="animation-delay: {at:.2f}s" xml:space="preserve"'
         rows.append(f'<text class="{kind}" {place}>{html.escape(line)}</text>')
-    SVG.write_text(
-        "\n".join(
-            [
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img">',
-                "<title>Two engines on one copy of a model; engine and companion are killed; a restart</title>",
-                f"<style>{STYLE}</style>",
-                f'<rect class="back" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1}" rx="6"/>',
-                *rows,
-                "</svg>\n",
-            ]
-        )
-    )
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img">',
+        "<title>Two engines on one copy of a model; engine and companion are killed; a restart</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="back" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1}" rx="6"/>',
+        *rows,
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def readme() -> str:
+    """The README with the first `status` of the recording."""
+    texts = [json.loads(line)[2].rstrip() for line in CAST.read_text().splitlines()[1:]]
+    first = texts.index("$ vllm-companion status") + 1
+    table = itertools.takewhile(lambda text: not text.startswith(("$", "#")), texts[first:])
+    block = "```text\n" + "\n".join(table) + "\n```\n"
+    return re.sub(r"^```text\n.*?^```\n", lambda _: block, README.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def main() -> int:
+    options = sys.argv[1:]
+    if "--check" in options:
+        return int(SVG.read_text() != drawing() or README.read_text() != readme())
+    if "--draw" not in options:
+        record()
+    SVG.write_text(drawing())
+    README.write_text(readme())
+    return 0
 
 
 if __name__ == "__main__":
-    if "--draw" not in sys.argv[1:]:
-        record()
-    draw()
+    sys.exit(main())

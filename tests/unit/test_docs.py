@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
-
-import pytest
-import yaml
 
 from vllm_companion_plugin import settings
 from vllm_companion_plugin.core import metrics
@@ -47,20 +43,3 @@ def test_every_threat_has_a_test() -> None:
     assert [threat for threat, tests in threats if not tests] == []
     code = "\n".join(path.read_text() for path in (DOCS.parent / "tests").rglob("test_*.py"))
     assert [test for _, tests in threats for test in tests if f"def {test}(" not in code] == []
-
-
-@pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml", "kubernetes-restricted.yaml"])
-def test_manifests_share_the_runtime_directory_and_nothing_else(name: str) -> None:
-    (*documents,) = yaml.safe_load_all((DOCS / "deploy" / name).read_text())
-    pods = [x["spec"].get("template", x)["spec"] for x in documents if "spec" in x]
-    containers: list[dict[str, Any]] = [c for pod in pods for c in pod["containers"]]
-    containers += [c for x in documents for c in x.get("services", {}).values()]
-    assert len(containers) >= 2
-    assert not any(pod.get("hostIPC") or pod.get("hostPID") for pod in pods)
-    for container in containers:
-        assert container.get("ipc", "private") == "private"
-        assert "pid" not in container
-        assert not container.get("privileged")
-        environment = container.get("environment") or {e["name"]: e["value"] for e in container["env"]}
-        assert environment["COMPANION_RUNTIME_DIR"] == "/run/vllm-companion/r"
-        assert "/run/vllm-companion" in str(container.get("volumes") or container["volumeMounts"])
