@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache")
 INSTALLS = of_kind("install")
+KEPT = ("HOME", "LANG", "TMPDIR", "http_proxy", "https_proxy", "no_proxy")
+"""Variables of a reader's shell, besides those that tell pip where its index is."""
 
 
 def shell(text: str, clone: Path, venv: Path) -> str:
     """Run commands in the copy, with an environment activated; what they print."""
-    kept = {
-        name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR", "http_proxy", "https_proxy") if name in os.environ
-    }
+    kept = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("PIP_")}
     done = subprocess.run(
         ["bash", "-euc", text],
         cwd=clone,
