@@ -137,8 +137,8 @@ def record() -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def shown() -> list[tuple[float, str]]:
-    """The lines of the recording, each with the second at which the drawing shows the line."""
+def shown() -> list[tuple[float, str, str]]:
+    """The lines of the recording, each with the second at which the drawing shows it, and its class."""
     events = [json.loads(line) for line in CAST.read_text().splitlines()[1:]]
     now, last, lines = 0.0, 0.0, []
     for at, _, text in events:
@@ -147,7 +147,8 @@ def shown() -> list[tuple[float, str]]:
         wrapped = textwrap.wrap(
             text.rstrip(), COLUMNS, subsequent_indent="    ", replace_whitespace=False, drop_whitespace=False
         )
-        lines += [(now, line) for line in wrapped or [""]]
+        kind = {"$": "typed", "#": "said"}.get(text[:1], "output")
+        lines += [(now, kind, line) for line in wrapped or [""]]
     return lines
 
 
@@ -169,10 +170,9 @@ text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mo
 def drawing() -> str:
     """The terminal as text in SVG. Without animation, or printed, it shows all lines."""
     lines = shown()
-    width, height = 24 + COLUMNS * 7.83, 24 + 18 * len(lines)
+    width, height = 24 + COLUMNS * 8.1, 24 + 18 * len(lines)
     rows = []
-    for number, (at, line) in enumerate(lines):
-        kind = {"$": "typed", "#": "said"}.get(line[:1], "output")
+    for number, (at, kind, line) in enumerate(lines):
         place = f'x="12" y="{26 + 18 * number}" style="animation-delay: {at:.2f}s" xml:space="preserve"'
         rows.append(f'<text class="{kind}" {place}>{html.escape(line)}</text>')
     parts = [
