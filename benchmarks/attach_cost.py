@@ -1,9 +1,11 @@
-"""What an attach costs in Python, by step, on a CPU: a model of many small layers, without an engine around it.
+"""What publishing and attaching cost in Python, by step, on a CPU: a model of many small layers, without an engine.
 
     python -m benchmarks.attach_cost [--layers 1250] [--repeat 5] [--profile STEP]
 
-vLLM's own Llama is built, loaded and published once. Then it is built again without weights, and bound to the published
-arena, as often as is asked for: the least of all turns is what Python needs, the first has what happens once a process.
+vLLM's own Llama is built, loaded and published once. `watch` and `loaded` are what the publisher does before and after
+it loads, `prepare` describes the model, `copy` fills the arena, `write` makes bytes of the manifest and `read` makes a
+manifest of the bytes. Then the model is built again without weights and bound to the published arena, as often as is
+asked for. The least of all turns is what Python needs. The first turn has what happens once in a process.
 Times on a GPU come from gpu_acceptance.py.
 """
 
@@ -26,7 +28,26 @@ import torch
 from tests.support.checkpoints.architectures import llama_config, llama_stack
 from tests.support.checkpoints.formats import Weights
 
-STEPS = ("build", "early", "process", "finish")
+STEPS = ("watch", "loaded", "prepare", "copy", "write", "read", "build", "early", "process", "finish")
+
+
+class Clock:
+    """Seconds of this process in each step, and profiles of some: what else the machine does counts little."""
+
+    def __init__(self, profiled: Iterable[str]) -> None:
+        self.profiles = {step: cProfile.Profile() for step in profiled}
+        self.seconds: dict[str, list[float]] = {step: [] for step in STEPS}
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        profile = self.profiles.get(step)
+        started = time.process_time()
+        if profile is not None:
+            profile.enable()
+        yield
+        if profile is not None:
+            profile.disable()
+        self.seconds[step].append(time.process_time() - started)
 
 
 def write_model(path: Path, layers: int) -> None:
@@ -59,8 +80,11 @@ def config_of(path: Path) -> Any:
     return EngineArgs(model=str(path), skip_tokenizer_init=True, max_model_len=64).create_engine_config()
 
 
-def publish(path: Path) -> tuple[Any, Any]:
-    """Manifest and arena of the model at `path`, loaded by vLLM and watched as a publisher watches it."""
+def publish(path: Path, clock: Clock, repeat: int) -> tuple[Any, Any, int]:
+    """Manifest and arena of the model at `path`, loaded by vLLM and watched as a publisher watches it.
+
+    The third is the size of the manifest in bytes.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -68,6 +92,7 @@ def publish(path: Path) -> tuple[Any, Any]:
 
     from vllm_companion_plugin import memory as arenas
     from vllm_companion_plugin.core.module_tree import Stage
+    from vllm_companion_plugin.core.process import collector_paused
     from vllm_companion_plugin.tree import pack
     from vllm_companion_plugin.tree.capture import capture, plain_tensors
     from vllm_companion_plugin.tree.observe import Observation
@@ -76,7 +101,8 @@ def publish(path: Path) -> tuple[Any, Any]:
     cpu, config = torch.device("cpu"), config_of(path)
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(vllm_config=config, model_config=config.model_config)
-        observation = Observation(model)
+        with clock.timed("watch"), collector_paused():
+            observation = Observation(model)
         take: Callable[..., object] = model.load_weights
 
         def noting(weights: Iterable[tuple[str, torch.Tensor]]) -> object:
@@ -86,35 +112,32 @@ def publish(path: Path) -> tuple[Any, Any]:
         with observation.watching():
             get_model_loader(config.load_config).load_weights(model, config.model_config)
         del vars(model)["load_weights"]
-        observation.end_loading(model)
-    with plain_tensors():
-        packed = pack.prepare(capture(model), Stage.UNPROCESSED, arenas.MEMFD, cpu, observation)
-        arena = pack.copy(packed, arenas.MEMFD, cpu, rebind=False, release=lambda: None)
-    return manifest_from_bytes(manifest_to_bytes(packed.manifest)), arena
+        with clock.timed("loaded"), collector_paused():
+            observation.end_loading(model)
+    with plain_tensors(), collector_paused():
+        with clock.timed("prepare"):
+            packed = pack.prepare(capture(model), Stage.UNPROCESSED, arenas.MEMFD, cpu, observation)
+        with clock.timed("copy"):
+            arena = pack.copy(packed, arenas.MEMFD, cpu, rebind=True, release=lambda: None)
+    for _ in range(repeat):
+        with clock.timed("write"):
+            data = manifest_to_bytes(packed.manifest)
+        with clock.timed("read"):
+            manifest = manifest_from_bytes(data)
+    return manifest, arena, len(data)
 
 
-def attach(path: Path, manifest: Any, arena: Any, profiles: dict[str, cProfile.Profile]) -> dict[str, float]:
-    """Seconds of this process in each step of one attach: what else the machine does counts little."""
+def attach(path: Path, manifest: Any, arena: Any, clock: Clock) -> None:
+    """Build the model at `path` without weights, and bind it to what was published."""
     from vllm.config import set_current_vllm_config
 
     from vllm_companion_plugin.core.process import collector_paused
-    from vllm_companion_plugin.engine.vllm import compat
+    from vllm_companion_plugin.engine.vllm import building, processing
     from vllm_companion_plugin.memory.tensors.views import ArenaViews
     from vllm_companion_plugin.tree.building import WithoutWeights
     from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
 
-    cpu, config, seconds = torch.device("cpu"), config_of(path), {}
-
-    @contextmanager
-    def timed(step: str) -> Iterator[None]:
-        profile = profiles.get(step)
-        started = time.process_time()
-        if profile is not None:
-            profile.enable()
-        yield
-        if profile is not None:
-            profile.disable()
-        seconds[step] = time.process_time() - started
+    cpu, config = torch.device("cpu"), config_of(path)
 
     @contextmanager
     def hidden(module: Any) -> Iterator[None]:
@@ -124,19 +147,18 @@ def attach(path: Path, manifest: Any, arena: Any, profiles: dict[str, cProfile.P
     gc.collect()
     with collector_paused(), set_current_vllm_config(config):
         built = WithoutWeights(cpu)
-        building = compat.model_without_weights(config, config.model_config, "", built)
-        with timed("build"):
-            model = building.__enter__()
+        without_weights = building.model_without_weights(config, config.model_config, "", built)
+        with clock.timed("build"):
+            model = without_weights.__enter__()
         source = Source(manifest, ArenaViews(arena, arena.info.size_bytes, cpu), cpu, copy=False)
-        restorer = Restorer(model, source, cpu, built=built, besides=compat.noted_for_reloads)
-        with timed("early"):
+        restorer = Restorer(model, source, cpu, built=built, besides=building.noted_for_reloads)
+        with clock.timed("early"):
             restorer.bind_early(lambda module: Strategy.HIDE)
-        with timed("finish"):
+        with clock.timed("finish"):
             restorer.finish()
-        with timed("process"), compat.around_post_processing(model, hidden):
-            compat.post_process(model, config.model_config, cpu)
-        building.__exit__(None, None, None)
-    return seconds
+        with clock.timed("process"), processing.around_post_processing(model, hidden):
+            processing.post_process(model, config.model_config, cpu)
+        without_weights.__exit__(None, None, None)
 
 
 def main() -> None:
@@ -150,18 +172,19 @@ def main() -> None:
         path = Path(place) / "model"
         write_model(path, args.layers)
         with one_rank():
-            manifest, arena = publish(path)
-            profiles = {step: cProfile.Profile() for step in args.profile}
-            turns = [attach(path, manifest, arena, profiles) for _ in range(args.repeat)]
+            clock = Clock(args.profile)
+            manifest, arena, size_bytes = publish(path, clock, args.repeat)
+            for _ in range(args.repeat):
+                attach(path, manifest, arena, clock)
             arena.close()
-    count = len(manifest.tensors)
+    count, seconds = len(manifest.tensors), clock.seconds
     print(f"{args.layers} layers, {len(manifest.modules)} modules, {count} tensors, {args.repeat} turns")
-    for step in STEPS:
-        taken = [turn[step] for turn in turns]
+    print(f"manifest: {size_bytes / 2**20:.2f} MiB")
+    for step, taken in seconds.items():
         print(f"  {step:8} first {1e3 * taken[0]:8.1f} ms, least {1e3 * min(taken):8.1f} ms")
-    bound = min(turn["early"] + turn["finish"] for turn in turns)
+    bound = min(map(sum, zip(seconds["early"], seconds["finish"], strict=True)))
     print(f"  binding: {1e6 * bound / count:.1f} microseconds a tensor")
-    for step, profile in profiles.items():
+    for step, profile in clock.profiles.items():
         print(f"\n{step}, in all turns:")
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)
 

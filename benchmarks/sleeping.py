@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from importlib import metadata
 from multiprocessing import get_context
@@ -277,21 +277,24 @@ def engine(path: Path, way: str, flags: dict[str, Any], out: Path, big: bool) ->
 
 
 def case(name: str, path: Path, flags: dict[str, Any], out: Path, big: bool, tiny: bool) -> dict[str, Any]:
-    """Both ways of one model."""
+    """Both ways of one model: side by side, but for the big one."""
     directory = Path(tempfile.mkdtemp(prefix="vcs-"))
     environment = {"COMPANION_RUNTIME_DIR": str(directory / "r"), "COMPANION_LINGER_S": "60"}
     found: dict[str, Any] = {"case": name}
-    log = out / f"{name}.log"
     if not big:
-        matrix.fork(lambda: models.make(name, path, tiny=tiny), log)
-    for way in WAYS:
-        result = directory / way
+        matrix.fork(lambda: models.make(name, path, tiny=tiny), out / f"{name}.log")
+
+    def run(way: str) -> None:
         try:
-            matrix.fork(partial(engine, path, way, flags, result, big), log, environment)
+            work = partial(engine, path, way, flags, directory / way, big)
+            matrix.fork(work, out / f"{name}-{way}.log", environment)
         except matrix.Ended as error:
             found[f"{way} error"] = str(error)
-        if result.exists():
-            found[way] = json.loads(result.read_text())
+        if (directory / way).exists():
+            found[way] = json.loads((directory / way).read_text())
+
+    with ThreadPoolExecutor(1 if big else len(WAYS)) as executor:
+        list(executor.map(run, reversed(WAYS)))
     settings = resolve({"runtime_dir": str(directory / "r")})
     matrix.fork(lambda: matrix.look.stop_all(settings), out / f"{name}-stop.log")
     return found
@@ -342,7 +345,7 @@ def main() -> None:
         print("\n".join(["== big", *lines(rows[-1])]), flush=True)
     if work:
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
-            for future in [pool.submit(case, *one) for one in work]:
+            for future in as_completed([pool.submit(case, *one) for one in work]):
                 rows.append(future.result())
                 print("\n".join([f"== {rows[-1]['case']}", *lines(rows[-1])]), flush=True)
     version = metadata.version(metadata.packages_distributions()["vllm"][0])

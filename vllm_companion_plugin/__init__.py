@@ -7,17 +7,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_companion_plugin import errors
 from vllm_companion_plugin._version import __version__
+from vllm_companion_plugin.errors import (
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    IntegrityError,
+    SettingsError,
+    WaitTimeoutError,
+)
 
-__all__ = ["CompanionClient", "__version__"]
+__all__ = [
+    "Attachment",
+    "CompanionClient",
+    "CompanionError",
+    "CompanionStatus",
+    "CompanionUnavailableError",
+    "EntryNotFoundError",
+    "EntryStatus",
+    "IntegrityError",
+    "SettingsError",
+    "WaitTimeoutError",
+    "__version__",
+    "errors",
+]
 
 if TYPE_CHECKING:
-    from vllm_companion_plugin.client.api import CompanionClient
+    from vllm_companion_plugin.client.api import Attachment, CompanionClient, CompanionStatus, EntryStatus
+
+_OF_API = ("Attachment", "CompanionClient", "CompanionStatus", "EntryStatus")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CompanionClient":
-        from vllm_companion_plugin.client.api import CompanionClient
+    if name in _OF_API:
+        from vllm_companion_plugin.client import api
 
-        return CompanionClient
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.memory.kinds import names
@@ -341,7 +341,30 @@ class Settings:
     gc_freeze: bool
 
 
+class Given(TypedDict, total=False):
+    """Settings by name, as Python programs give them; all are optional. Each key is a row of `TABLE`."""
+
+    runtime_dir: str
+    linger_s: float
+    log_level: str
+    log_format: str
+    metrics_port: int
+    spawn_timeout_s: float
+    wait_timeout_s: float
+    source_format: str
+    source_extra_config: dict[str, Any]
+    share: str
+    when_asleep: str
+    on_write: str
+    arena: str
+    verify: str
+    fallback: bool
+    cpu_prepack: bool
+    gc_freeze: bool
+
+
 assert [f.name for f in fields(Settings)] == [s.name for s in TABLE]
+assert list(Given.__annotations__) == [s.name for s in TABLE]
 
 
 def resolve(

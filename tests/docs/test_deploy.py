@@ -71,6 +71,13 @@ class TestKubernetes:
             offline = "HF_HUB_OFFLINE" in str(pod["containers"])
             assert offline == any(c["name"] == "fill-cache" for c in pod.get("initContainers", []))
 
+    def test_probes_of_companions(self, path: Path) -> None:
+        """Who runs `serve` is asked by `status`, which tells "none runs" from "one does not answer"."""
+        for container in (container for pod in pods(path) for container in pod["containers"]):
+            if "serve" in container.get("command", ()):
+                for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+                    assert container[kind]["exec"]["command"] == ["vllm-companion", "status"]
+
     def test_one_node(self, path: Path) -> None:
         """Replicas must be on one node; that is no preference."""
         for x in documents(path):

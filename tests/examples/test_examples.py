@@ -80,7 +80,7 @@ class TestPython:
     @pytest.mark.parametrize("snippet", SNIPPETS)
     def test_runs(self, snippet: str, place: Place, published: Callable[[str], None]) -> None:
         """The Python of a page runs as it stands, beside a companion that holds the model it names."""
-        names = re.findall(r"(?:attach|wait_ready)\(\"([^\"]+)\"", snippet)
+        names = re.findall(r"(?:attach|wait_ready(?:_async)?)\(\"([^\"]+)\"", snippet)
         assert names, snippet
         published(names[0])
         imported = "" if "import CompanionClient" in snippet else "from vllm_companion_plugin import CompanionClient\n"

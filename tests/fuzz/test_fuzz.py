@@ -73,7 +73,7 @@ def new_attribute(name: str, text: str) -> Callable[[Any], None]:
 
 def named_slot(name: str) -> Callable[[Any], None]:
     def edit(message: Any) -> None:
-        next(slot for slot in message.modules[0].slots if slot.kind == "buffer").name = name
+        next(slot for slot in message.module_types[0].slots if slot.kind == "buffer").name = name
 
     return edit
 

@@ -22,7 +22,7 @@ def starter(place: Place, directory: Path) -> Callable[..., Process]:
     def start(child: str = CHILD, **options: Any) -> Process:
         log = directory / f"log-{len(place.processes)}"
         options = {"prompts": PROMPTS, "device": CompanionClient().device} | options
-        with log.open("w") as file:
+        with log.open("a") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", child, json.dumps(options)],
                 **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True},

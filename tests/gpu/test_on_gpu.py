@@ -84,7 +84,7 @@ def test_serve_finds_the_gpus_by_itself(place: Place, device: str | None) -> Non
 
 def test_a_gpu_that_is_not_there_is_refused(place: Place) -> None:
     result = cli(place, "serve", "--device", "99")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "99" in result.stderr
 
 

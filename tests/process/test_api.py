@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
+import vllm_companion_plugin
 from tests.support.place import KEY, Place, open_fds, until
 from tests.support.publishing import Small, damage, load, publish
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, connect
-from vllm_companion_plugin.core.status import EntryState
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState
 from vllm_companion_plugin.errors import (
     CompanionUnavailableError,
     EntryNotFoundError,
@@ -23,6 +31,7 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.settings import TABLE, Given
 
 
 class Varied(Small):
@@ -53,6 +62,148 @@ def model(place: Place) -> Iterator[nn.Module]:
 
 def client(place: Place) -> CompanionClient:
     return CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+
+
+class TestDevice:
+    """A device has torch's names, too."""
+
+    @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+    def test_cpu(self, device: str | torch.device) -> None:
+        """By text or by torch's object."""
+        assert CompanionClient(device).device == "cpu"
+
+    @pytest.mark.parametrize(
+        ("device", "index"), [("cuda", 1), ("cuda:0", 0), (torch.device("cuda:1"), 1), (torch.device("cuda"), 1)]
+    )
+    def test_cuda(self, device: str | torch.device, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU's companion has its UUID as name; without an index it is the current GPU."""
+        uuids = [f"GPU-0000000{n}-89ab-cdef-0123-456789abcdef" for n in range(2)]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr("vllm_companion_plugin.memory.cuda_device", uuids.__getitem__)
+        assert CompanionClient(device).device == uuids[index]
+        assert CompanionClient(uuids[0]).device == uuids[0]
+
+    @pytest.mark.parametrize("device", ["cuda:0", "cuda:x", "gpu0", "", torch.device("meta")])
+    def test_unknown(self, device: str | torch.device) -> None:
+        """What is not here is said at once."""
+        with pytest.raises(SettingsError, match="Name"):
+            CompanionClient(device)
+
+
+def test_settings_are_typed_as_the_table_says() -> None:
+    """A type checker knows every setting."""
+    hints = get_type_hints(Given)
+    assert {name: get_origin(hint) or hint for name, hint in hints.items()} == {s.name: s.type for s in TABLE}
+
+
+def test_errors_are_exported() -> None:
+    """What the API raises can be caught by names of the package; importing these imports nothing else."""
+    for name in vllm_companion_plugin.__all__:
+        getattr(vllm_companion_plugin, name)
+    assert vllm_companion_plugin.WaitTimeoutError is vllm_companion_plugin.errors.WaitTimeoutError
+    code = "import sys, vllm_companion_plugin as v; v.CompanionError; assert not {'torch', 'grpc'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+OF_GRPC = re.compile("grpc|unix:|UNAVAILABLE|DEADLINE|RST_STREAM|Socket closed|addr", re.IGNORECASE)
+
+
+def test_no_words_of_grpc_reach_a_user(place: Place) -> None:
+    """Neither where no companion runs, nor where one dies, hangs or closes."""
+    with pytest.raises(CompanionUnavailableError, match=r"No companion of cpu runs in .* starts one") as none:
+        client(place).status()
+    companion = place.companion()
+    connection = connect("cpu", place.settings, spawn=False)
+    statuses = connection.watch()
+    next(statuses)
+    companion.send_signal(signal.SIGSTOP)
+    with pytest.raises(WaitTimeoutError) as silent:
+        connection.status(0.2)
+    companion.kill()
+    with pytest.raises(CompanionUnavailableError) as died:
+        next(statuses)
+    companion.wait(5)
+    with pytest.raises(CompanionUnavailableError) as gone:
+        connection.status()
+    connection.close()
+    for error in (none, silent, died, gone):
+        text = str(error.value).replace(place.settings.runtime_dir, "")
+        assert not OF_GRPC.search(text), text
+
+
+class TestAsync:
+    """The same without blocking an event loop."""
+
+    def test_wait(self, place: Place) -> None:
+        """The loop goes on while a companion and a model are waited for."""
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.01)
+
+        async def main() -> None:
+            ticking = asyncio.create_task(tick())
+            waiting = asyncio.create_task(client(place).wait_ready_async(KEY.model, timeout_s=20))
+            await asyncio.to_thread(place.companion)
+            with connect("cpu", place.settings, spawn=False) as connection:
+                await asyncio.to_thread(load, connection, Small())
+                entry = await waiting
+            ticking.cancel()
+            assert (entry.key, entry.state) == (KEY, EntryState.READY)
+
+        asyncio.run(main())
+        assert ticks > 20
+
+    def test_timeout(self, place: Place) -> None:
+        """It ends with what there was instead: no companion, or no such model."""
+        with pytest.raises(WaitTimeoutError, match=r"Waited 0.2 s for m: No companion of cpu"):
+            asyncio.run(client(place).wait_ready_async("m", timeout_s=0.2))
+        place.companion()
+        with pytest.raises(WaitTimeoutError, match=r"m \(target, any rank\) was not published on cpu within 0.2 s"):
+            asyncio.run(client(place).wait_ready_async("m", timeout_s=0.2))
+
+    def test_watch(self, place: Place, model: nn.Module) -> None:
+        """Every change comes; who stops iterating leaves no thread, and nothing open."""
+
+        async def first() -> CompanionStatus:
+            async with contextlib.aclosing(client(place).watch_async()) as statuses:
+                async for status in statuses:
+                    return status
+            raise AssertionError
+
+        before = open_fds()
+        assert [entry.key for entry in asyncio.run(first()).entries] == [KEY]
+        until(lambda: not any(t.name == "companion-watch" for t in threading.enumerate()), 5, "its thread has ended")
+        until(lambda: open_fds() <= before, 5, "nothing of it is open")
+
+    def test_cancelled(self, place: Place) -> None:
+        """A wait that is cancelled ends at once."""
+
+        async def main() -> None:
+            waiting = asyncio.create_task(client(place).wait_ready_async("m"))
+            await asyncio.sleep(0.3)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+        place.companion()
+        asyncio.run(main())
+        until(lambda: not any(t.name == "companion-watch" for t in threading.enumerate()), 5, "its thread has ended")
+
+    def test_companion_ends(self, place: Place) -> None:
+        """The end of the companion is told."""
+
+        async def main() -> None:
+            async for _ in client(place).watch_async():
+                companion.kill()
+
+        companion = place.companion()
+        with pytest.raises(CompanionUnavailableError, match="it has ended"):
+            asyncio.run(main())
 
 
 PURE_PYTHON = """

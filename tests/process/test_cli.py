@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.place import KEY, Place, alive, arena_of, until
+from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
@@ -122,6 +123,10 @@ def test_a_model_loaded_twice_is_unloaded_by_the_first_characters_of_its_key(pla
     assert code == 1
     assert KEY.id[:12] in error
     assert cli(place, "unload", "--key", KEY.id[:12], KEY.model)[0] == 0
+    published(place)
+    assert cli(place, "unload", KEY.id[:8])[0] == 0
+    published(place)
+    assert cli(place, "unload", "model")[0] == 0
 
 
 def test_a_second_serve_is_refused_and_the_first_one_stays(place: Place) -> None:
@@ -269,7 +274,7 @@ def test_what_cannot_be_written_is_one_line_and_no_traceback(place: Place, strea
         command = [sys.executable, *CLI, *(["status"] if stream == "stdout" else ["unload"])]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: full}
         done = subprocess.run(command, **streams, text=True, env=place.environment, timeout=WITHIN_S)
-    assert done.returncode == 1
+    assert done.returncode == (Exit.FAILED if stream == "stdout" else Exit.USAGE)
     said = done.stderr if stream == "stdout" else done.stdout
     assert re.fullmatch(r"vllm-companion: error: .*No space left on device.\n" if stream == "stdout" else "", said)
 
@@ -295,8 +300,8 @@ def test_when_loading_fails_serve_stops_only_what_it_started(place: Place, runni
     # No engine flag of that name: vLLM's parser refuses before it loads anything.
     process = place.run(*CLI, "serve", "/nonexistent/model", "--device", "cpu", "--no-such-flag-of-vllm")
     out, error = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "/nonexistent/model was not loaded: vLLM ended with status" in error.splitlines()[-1]
+    assert process.returncode == Exit.USAGE
+    assert "/nonexistent/model was not loaded: vLLM refuses these flags" in error.splitlines()[-1]
     assert ("Using the companion of cpu" in out) is running
     assert is_listening(place.paths) is running
 
@@ -336,11 +341,14 @@ def test_serve_stopped_while_another_process_starts_the_companion_is_gone(place:
 
 
 def test_without_a_companion_status_and_stop_say_so(place: Place) -> None:
-    assert cli(place, "status") == (0, "No companion is running.\n", "")
-    assert cli(place, "status", "--json") == (0, "[]\n", "")
-    assert cli(place, "stop") == (0, "No companion is running.\n", "")
-    assert cli(place, "unload", "--all")[0] == 1
-    assert cli(place, "watch")[0] == 1
+    assert cli(place, "status") == (Exit.NOTHING_RUNS, "No companion is running.\n", "")
+    assert cli(place, "status", "--json") == (Exit.NOTHING_RUNS, "[]\n", "")
+    assert cli(place, "status", "-q") == (Exit.NOTHING_RUNS, "", "")
+    assert cli(place, "stop") == (Exit.DONE, "No companion is running.\n", "")
+    for command in (["unload", "--all"], ["watch"], ["upgrade"]):
+        code, out, error = cli(place, *command)
+        assert (code, out) == (Exit.NOTHING_RUNS, "")
+        assert error.startswith("vllm-companion: error: No companion is running.")
 
 
 def test_a_killed_companion_is_not_shown(place: Place) -> None:
@@ -364,7 +372,10 @@ def test_status_shows_entries_and_who_holds_them(place: Place) -> None:
             3,
         )
         assert [lease["pid"] for lease in entry["leases"]] == [os.getpid()]
-        assert re.search(rf"{KEY.model} .* ready .* {os.getpid()} \(\d+s\)", cli(place, "status")[1])
+        assert re.search(rf"{KEY.model} .* ready .* {os.getpid()} \(\d+s\)", cli(place, "status", "--wide")[1])
+        short = cli(place, "status")[1]
+        assert re.search(rf"^{KEY.id[:8]}  model  1 KiB  {os.getpid()} +ready  stopped$", short, re.MULTILINE)
+        assert cli(place, "status", "-q")[1] == f"{KEY.id[:8]}\n"
 
 
 def test_unload_refuses_what_is_in_use_unless_forced(place: Place) -> None:
@@ -406,7 +417,7 @@ def test_a_terminal_that_cannot_show_a_name(place: Place, name: str, terminal: d
             arena, fds = arena_of(b"weights")
             outcome.publication.publish(arena, fds, b"manifest", 1)
             fds.close()
-            code, shown, _ = cli(place, "status")
+            code, shown, _ = cli(place, "status", "--wide")
             assert code == 0
             assert model_name(name).encode("ascii" if terminal else "utf-8", "backslashreplace").decode() in shown
             assert all(map(str.isprintable, shown.splitlines()))
@@ -443,7 +454,7 @@ def test_serve_that_cannot_hold_says_so_and_does_not_ask_again_and_again(place: 
 def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     serve(place)
     watching = place.run("-u", *CLI, "watch")
-    assert "empty" in read_until(watching, "empty")
+    read_until(watching, "holds nothing")
     published(place)
     read_until(watching, "ready")
     watching.send_signal(signal.SIGINT)
@@ -454,6 +465,25 @@ def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     assert watching.wait(10) == 0
 
 
+@pytest.mark.parametrize("how", ["upgrade", "kill"])
+def test_watch_goes_on_with_the_next_companion(place: Place, how: str) -> None:
+    """An upgrade and a crash are changes like others."""
+    serve(place)
+    published(place)
+    watching = place.run("-u", *CLI, "watch")
+    read_until(watching, "ready")
+    before = place.companion_pid()
+    if how == "upgrade":
+        assert cli(place, "upgrade")[0] == 0
+    else:
+        os.kill(before, signal.SIGKILL)
+    read_until(watching, "is now pid")
+    after = place.companion_pid()
+    assert f"pid {after}" in read_until(watching, "cpu: pid")
+    read_until(watching, "ready")
+    assert (watching.poll(), after != before) == (None, True)
+
+
 # ---- doctor
 
 
@@ -461,7 +491,7 @@ def findings(place: Place, **environment: str) -> tuple[int, dict[str, str]]:
     done = subprocess.run(
         [sys.executable, *CLI, "doctor", "--json", "--runtime-dir", place.settings.runtime_dir],
         **{"capture_output": True, "text": True, "timeout": WITHIN_S, "check": False},
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", **environment},
     )
     assert not done.stderr
     return done.returncode, {check["name"]: check["level"] for check in json.loads(done.stdout)}
@@ -473,7 +503,7 @@ def test_doctor_finds_nothing_wrong_here(place: Place) -> None:
     code, found = findings(place)
     found.pop("lost companion", None)  # of another test
     assert (code, {name for name, level in found.items() if level != "ok"}) == (0, set())
-    assert "companion of cpu" in found
+    assert {"companion of cpu", "trial", "PyTorch", "vllm command"} <= found.keys()
 
 
 def test_doctor_prints_the_command_that_mends(place: Place) -> None:
@@ -482,6 +512,7 @@ def test_doctor_prints_the_command_that_mends(place: Place) -> None:
     code, out, _ = cli(place, "doctor")
     assert code == 1
     assert "FAIL  runtime directory: " in out
+    assert re.fullmatch(r"1 of \d+ checks failed \(runtime directory\).*", out.splitlines()[-1])
     assert f"chmod 0700 {place.settings.runtime_dir}" in out
     os.chmod(place.settings.runtime_dir, 0o700)
     assert cli(place, "doctor")[0] == 0

@@ -89,7 +89,7 @@ def test_the_status_names_who_exports_the_memory(place: Place, memory: Memory) -
     fds = ask(place, 100)
     place.companion()
     process = place.run("-m", "vllm_companion_plugin.cli.main", "status")
-    assert f"Memory of cpu is exported by its keeper (pid {os.getpid()})" in process.communicate(timeout=30)[0]
+    assert f"cpu: keeper {os.getpid()} exports the memory." in process.communicate(timeout=30)[0]
     fds.close()
 
 

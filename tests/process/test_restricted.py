@@ -66,7 +66,7 @@ with connect("cpu", resolve(), spawn=True) as connection:
     model = Small()
     load(connection, model)
     assert run("-c", ATTACH).split() == ["sum", str(model.embed.weight.double().sum().item())]
-    shown = run("-m", "vllm_companion_plugin.cli.main", "status")
+    shown = run("-m", "vllm_companion_plugin.cli.main", "status", "--wide")
     assert KEY.model in shown and "ready" in shown, shown
     run("-m", "vllm_companion_plugin.cli.main", "stop")
 print("done")

@@ -568,7 +568,7 @@ def test_names_forge_no_log_line_and_command_no_terminal(victim: Victim) -> None
         (entry,) = connection.status().entries
         assert all(lease.client.isprintable() for lease in entry.leases)  # other engines log it, too
         shown = subprocess.run(
-            [sys.executable, "-m", "vllm_companion_plugin.cli.main", "status"],
+            [sys.executable, "-m", "vllm_companion_plugin.cli.main", "status", "--wide"],
             env=victim.place.environment,
             capture_output=True,
             text=True,

@@ -97,3 +97,27 @@ class TestNamedModules:
         model._modules["again"] = model
         with pytest.raises(RecursionError):
             list(named_modules(model))
+
+
+class _Valued(nn.Module):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+        self.helper = _Helper(value)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight.mark = value  # type: ignore[attr-defined]
+
+
+class _Helper:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def test_values_that_are_equal_and_not_the_same_are_told_apart() -> None:
+    values = [1, True, 1.0, 0, False, 0.0, -0.0, None, "1", 1, True, -0.0, 0.0, float("nan"), [1], [True], [1.0]]
+    model = nn.ModuleList(_Valued(value) for value in values)
+    tree = capture(model)
+    texts = [repr(value) for value in values]
+    assert [live.attributes["value"] for live in tree.modules[1:]] == texts
+    assert [live.attributes["helper.value"] for live in tree.modules[1:]] == texts
+    assert [tree.hung[id(slot.tensor)]["mark"] for slot in tree.slots()] == texts

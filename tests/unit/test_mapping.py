@@ -14,6 +14,7 @@ from tests.support.manifests import change, set_field
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import (
+    NOTHING_OBSERVED,
     AddedSlot,
     Manifest,
     ModuleInfo,
@@ -84,6 +85,13 @@ def manifest() -> Manifest:
                 "embed", ("lm_head",), "Embedding",
                 (SlotInfo("weight", TensorKind.PARAMETER, 0), SlotInfo("tied[0]", TensorKind.ATTRIBUTE, 0)), {},
             ),
+            *(
+                ModuleInfo(
+                    f"layers.{number}", (), "Norm", (SlotInfo("weight", TensorKind.PARAMETER, number),),
+                    {"size": "8", "prefix": f"'layers.{number}'"}, observed,
+                )
+                for number, observed in enumerate((OBSERVED, OBSERVED, NOTHING_OBSERVED, NOTHING_OBSERVED))
+            ),
         ),
         {"extra": "torch.nn.modules.linear.Linear"}, ("vision",), {"lm_head": "embed"}, {"config.json": "ab"},
         is_observed=True,
@@ -116,7 +124,7 @@ def _set(name: str, index: int, **values: Any) -> Callable[[Any], None]:
 
 LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "unknown stage": (lambda m: setattr(m, "stage", "raw"), "unknown stage 'raw'"),
-    "unknown kind": (lambda m: setattr(m.modules[1].slots[0], "kind", "magic"), "unknown kind 'magic'"),
+    "unknown kind": (lambda m: setattr(m.module_types[1].slots[0], "kind", "magic"), "unknown kind 'magic'"),
     "overlapping storages": (_set("storages", 1, offset_bytes=63), "before the previous one ends"),
     "unordered storages": (_set("storages", 0, offset_bytes=512), "before the previous one ends"),
     "absurd storage": (_set("storages", 1, size_bytes=1 << 60), "no arena is larger"),
@@ -141,20 +149,29 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "absurd shape of nothing": (_set("tensors", 3, shape=[0, 1 << 62]), "absurd shape"),
     "type that is not there": (lambda m: setattr(m.tensors[0], "type", 8), "Tensor 0 is of type 8 of 8"),
     "too many tensors": (lambda m: m.tensors.extend([m.tensors[0]] * MAX_TENSORS), "of 1000009 tensors"),
-    "too many types": (lambda m: m.types.extend([m.types[0]] * MAX_TENSORS), "of 1000008 tensors or types"),
+    "too many types": (
+        lambda m: m.types.extend([messages.TensorType()] * MAX_TENSORS),
+        "of 1000008 tensors, modules or types",
+    ),
     "no root": (lambda m: m.modules.__delitem__(0), "not the model itself"),
-    "slot of a tensor that is not there": (lambda m: setattr(m.modules[1].slots[0], "tensor", 9), "tensor 9 of 9"),
+    "slot of a tensor that is not there": (lambda m: m.modules[1].tensors.__setitem__(0, 9), "tensor 9 of 9"),
     "two modules of one path": (_set("modules", 1, path=""), "Two modules"),
     "an alias that is a path": (_set("modules", 1, aliases=[""]), "Two modules"),
     "added slot of an unknown kind": (
-        lambda m: setattr(m.modules[0].observed.added[0], "kind", "magic"),
+        lambda m: setattr(m.module_types[0].observed.added[0], "kind", "magic"),
         "'bias' that loading added has the unknown kind 'magic'",
     ),
     "added slot of an absurd shape": (
-        lambda m: m.modules[0].observed.added[0].shape.__setitem__(0, 1 << 60),
+        lambda m: m.module_types[0].observed.added[0].shape.__setitem__(0, 1 << 60),
         "'bias' that loading added: absurd shape",
     ),
-    "two slots of one name": (lambda m: setattr(m.modules[1].slots[1], "name", "weight"), "share a name"),
+    "module type that is not there": (_set("modules", 1, type=3), "Module 'embed' is of type 3 of 3"),
+    "a slot without a tensor": (lambda m: m.modules[1].tensors.pop(), "'embed' has 1 tensors for 2 slots"),
+    "too many module types": (
+        lambda m: m.module_types.extend([messages.ModuleType()] * MAX_TENSORS),
+        "of 1000003 tensors, modules or types",
+    ),
+    "two slots of one name": (lambda m: setattr(m.module_types[1].slots[1], "name", "weight"), "share a name"),
 }
 
 
@@ -165,8 +182,22 @@ def test_a_manifest_that_lies_is_refused(name: str) -> None:
         codec.manifest_from_bytes(_edited(edit))
 
 
+def test_modules_of_one_type_say_what_they_do_not_have_in_common() -> None:
+    message = messages.Manifest.FromString(codec.manifest_to_bytes(manifest()))
+    norms = message.modules[2:]
+    assert [module.type for module in norms] == [2] * 4
+    assert [dict(module.attributes) for module in norms] == [{}, *({"prefix": f"'layers.{i}'"} for i in (1, 2, 3))]
+    assert [module.HasField("observed") for module in norms] == [False, False, True, True]
+
+
+def test_attributes_are_counted_as_often_as_modules_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_companion_plugin.wire.manifest.MAX_ATTRIBUTES", 5)
+    with pytest.raises(ManifestError, match="more than 5 attributes"):
+        codec.manifest_from_bytes(codec.manifest_to_bytes(manifest()))
+
+
 def test_of_slots_that_are_refused_no_objects_are_made() -> None:
-    data = _edited(lambda message: message.modules[1].slots.extend([messages.Slot()] * 200_000))
+    data = _edited(lambda message: message.module_types[1].slots.extend([messages.Slot()] * 200_000))
     tracemalloc.start()
     try:
         with pytest.raises(ManifestError, match="unknown kind ''"):

@@ -34,6 +34,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     from vllm_companion_plugin import CompanionClient
+    from vllm_companion_plugin.engine import live
     from vllm_companion_plugin.engine.session import current
 
     own, other = options["models"]
@@ -64,9 +65,11 @@ def main() -> None:
         arena.unmap()
         arena.map_again(alike.info, alike.fds.dup())
     found.append(tokens())
-    attachment.unmap()
-    attachment.map_again()
-    attachment.renew()
+    (model,) = current().models()
+    with live.falling_asleep([model], 1, "test"):
+        pass
+    assert attachment.asleep
+    live.wake([model], current().connection, "test")
     found.append(tokens())
     assert arena.address == address
     print("RESULT " + json.dumps(found) + "\n", end="", flush=True)  # one write, into which no log line falls

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from vllm_companion_plugin.client.connection import CompanionConnection
-from vllm_companion_plugin.errors import ArenaError, SettingsError
+from vllm_companion_plugin.errors import ArenaError, RuntimeDirError, SettingsError
 from vllm_companion_plugin.host.runtime_dir import check_device, device_paths, list_devices
 from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
@@ -26,24 +26,27 @@ def visible_gpus() -> list[str]:
 
 
 def devices_named(text: str | None) -> list[str]:
-    """Return the devices that `--device` names: a UUID, "cpu", an index, or "all" (the default).
+    """Return the devices that `--device` names: a UUID, "cpu", an index, "cuda:INDEX", or "all" (the default).
 
     "all" means all GPUs, or "cpu" if this process sees none.
 
     Raises:
-        SettingsError: no GPU has that index.
-        RuntimeDirError: the text is no device name.
+        SettingsError: no GPU has that index, or the text is no device name.
     """
     if text is None or text == "all":
         return visible_gpus() or ["cpu"]
-    if text.isdecimal() and len(text) < 10:
+    index = text.removeprefix("cuda:")  # as torch names the GPUs that it sees
+    if index.isdecimal() and len(index) < 10:
         gpus = visible_gpus()
-        if int(text) >= len(gpus):
+        if int(index) >= len(gpus):
             raise SettingsError(
                 f"--device {text}: this process sees {len(gpus)} GPUs.", remedy="Name an index below that, or cpu."
             )
-        return [gpus[int(text)]]
-    return [check_device(text)]
+        return [gpus[int(index)]]
+    try:
+        return [check_device(text)]
+    except RuntimeDirError as error:
+        raise SettingsError(f"--device: {error.what}", remedy=error.remedy) from error
 
 
 @contextmanager

@@ -6,19 +6,23 @@ import argparse
 import contextlib
 import json
 import queue
+import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
+from vllm_companion_plugin.cli.exits import Exit, NothingRunsError
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.shutdown import shut_down
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.status import CompanionStatus
-from vllm_companion_plugin.core.text import one_line
+from vllm_companion_plugin.core.text import one_line, wrapped
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -26,9 +30,17 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     WaitTimeoutError,
 )
-from vllm_companion_plugin.host.spawn import listener_pid
+from vllm_companion_plugin.host.locks import is_locked
+from vllm_companion_plugin.host.models import model_name
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import is_listening, listener_pid
 from vllm_companion_plugin.keeper.client import keeper_pid
 from vllm_companion_plugin.settings import Settings
+
+SUCCESSOR_S = 3.0
+"""How long `watch` waits for the companion that follows one that has ended: clients hand back within two seconds."""
+ID_LEAST = 4
+"""How many characters of an id tell it from a name."""
 
 _News = tuple[str, CompanionStatus | CompanionError | KeyboardInterrupt | None]
 """A device with a status of its companion; or, once the companion has ended, with the error or None."""
@@ -46,27 +58,41 @@ def status(parsed: argparse.Namespace) -> int:
     code = _each(parsed, ask)
     if parsed.json:
         print(json.dumps(table.to_json(statuses, keepers), indent=2))
-        return code
-    print(table.to_text(statuses, time.time()))
-    for device, pid in keepers.items():
-        if pid:
-            print(f"Memory of {device} is exported by its keeper (pid {pid}). New engines cannot map it if that ends.")
-    return code
+    elif parsed.quiet:
+        if ids := table.ids_text(statuses):
+            print(ids)
+    else:
+        print(_text(statuses, wide=parsed.wide))
+        for device, pid in keepers.items():
+            if pid:
+                text = f"{device}: keeper {pid} exports the memory. New engines cannot map it if that ends."
+                print("\n".join([text] if parsed.wide else wrapped(text, _columns())))
+    return code if statuses or code else Exit.NOTHING_RUNS
+
+
+def _text(statuses: list[CompanionStatus], *, wide: bool = False) -> str:
+    columns = None if wide else _columns()
+    return table.to_text(statuses, time.time(), columns=columns, encoding=sys.stdout.encoding or "utf-8")
+
+
+def _columns() -> int:
+    """Return the width of the terminal, or 80 where there is none and `COLUMNS` is not set."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]) -> int:
-    """Act on all named companions; return 1 if one failed. A companion that hangs must not keep us from the others."""
-    code = 0
+    """Act on all named companions; return `FAILED` if one failed. One that hangs must not keep us from the others."""
+    code = Exit.DONE
     with running(settings_of(parsed), parsed.device) as connections:
         if len(connections) == 1:
             _act(connections[0], act)
-            return 0
+            return Exit.DONE
         for connection in connections:
             try:
                 _act(connection, act)
             except CompanionError as error:
                 say(f"vllm-companion: error: {one_line(str(error))}", error=True)
-                code = 1
+                code = Exit.FAILED
     return code
 
 
@@ -84,32 +110,40 @@ def _act(connection: CompanionConnection, act: Callable[[CompanionConnection], N
 
 
 def watch(parsed: argparse.Namespace) -> int:
-    """Print the status at every change, until Ctrl-C or until the last companion has ended."""
+    """Print the status at every change, until Ctrl-C or until the last companion has ended without a successor."""
     news: queue.SimpleQueue[_News] = queue.SimpleQueue()
     latest: dict[str, CompanionStatus] = {}
-    with running(settings_of(parsed), parsed.device) as connections, _interrupts(news):
+    settings = settings_of(parsed)
+    with running(settings, parsed.device) as connections, _interrupts(news):
         if not connections:
-            raise CompanionUnavailableError(table.NOBODY, remedy="Start one: vllm-companion serve")
+            raise NothingRunsError(table.NOBODY, remedy="Start one: vllm-companion serve")
         for connection in connections:
             connection.check_protocol()
-            threading.Thread(target=_follow, args=(connection, news), daemon=True).start()
         missing = {connection.device for connection in connections}
+        for device in missing:
+            threading.Thread(target=_follow, args=(device, settings, news), daemon=True).start()
         while missing:
             device, item = news.get()
             if isinstance(item, KeyboardInterrupt):
                 raise item
             if isinstance(item, CompanionStatus):
+                before = latest.get(device)
                 latest[device] = item
+                if before is not None and before.pid != item.pid:
+                    _say_now(f"The companion of {device} is now pid {item.pid}, version {item.version}.")
             else:
                 missing.discard(device)
                 latest.pop(device, None)
-                print(f"{time.strftime('%H:%M:%S')} The companion of {device} has ended.", flush=True)
+                _say_now(f"The companion of {device} has ended.")
                 if isinstance(item, CompanionError) and not isinstance(item, CompanionUnavailableError):
                     raise item
             if missing == latest.keys() and missing:
-                now = time.time()
-                print(f"{time.strftime('%H:%M:%S')}\n{table.to_text(list(latest.values()), now)}\n", flush=True)
-    return 0
+                _say_now(f"\n{_text(list(latest.values()))}\n")
+    return Exit.DONE
+
+
+def _say_now(text: str) -> None:
+    print(time.strftime("%H:%M:%S") + (text if text.startswith("\n") else f" {text}"), flush=True)
 
 
 @contextlib.contextmanager
@@ -122,29 +156,54 @@ def _interrupts(news: queue.SimpleQueue[_News]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _follow(connection: CompanionConnection, news: queue.SimpleQueue[_News]) -> None:
+def _follow(device: str, settings: Settings, news: queue.SimpleQueue[_News]) -> None:
+    """Follow a companion, and the one that replaces it: after an upgrade, or because clients handed back."""
+    ended: CompanionError | None = None
     try:
-        for item in connection.watch():
-            news.put((connection.device, item))
+        while True:
+            with CompanionConnection(device_paths(device, settings)) as connection:
+                try:
+                    for item in connection.watch():
+                        news.put((device, item))
+                except CompanionUnavailableError as error:
+                    ended = error
+            if not _is_followed(device, settings):
+                break
     except CompanionError as error:
-        news.put((connection.device, error))
-    else:
-        news.put((connection.device, None))
+        ended = error
+    news.put((device, ended))
+
+
+def _is_followed(device: str, settings: Settings) -> bool:
+    """Wait for the companion that comes after one that has ended, as long as somebody starts it."""
+    paths = device_paths(device, settings)
+    deadline = time.monotonic() + SUCCESSOR_S
+    while not is_listening(paths):
+        if time.monotonic() > deadline and not is_locked(paths.spawn_lock):
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def unload(parsed: argparse.Namespace) -> int:
-    if (parsed.model is None) == (not parsed.all):
+    if (parsed.model is None and parsed.key is None) == (not parsed.all):
         raise SettingsError("unload: which model?", remedy="Name one MODEL, or give --all.")
-    found = 0
-    missing: EntryNotFoundError | None = None
     with running(settings_of(parsed), parsed.device) as connections:
         if not connections:
-            raise CompanionUnavailableError(table.NOBODY)
+            raise NothingRunsError(table.NOBODY)
+        statuses = []
         for connection in connections:
             connection.check_protocol()
+            statuses.append(connection.status())
+        model, key_id = find(parsed.model or "", [entry.key for status in statuses for entry in status.entries])
+        if parsed.key and key_id:
+            raise SettingsError(f"unload: {parsed.model} is an id already.", remedy="Leave out --key.")
+        found = 0
+        missing: EntryNotFoundError | None = None
+        for connection in connections:
             try:
                 gone = connection.unload(
-                    model=parsed.model or "", rank=parsed.rank or "", key_id=parsed.key or "", force=parsed.force
+                    model=model, rank=parsed.rank or "", key_id=key_id or parsed.key or "", force=parsed.force
                 )
             except EntryNotFoundError as error:
                 missing = error
@@ -158,7 +217,32 @@ def unload(parsed: argparse.Namespace) -> int:
         if not parsed.all:
             raise missing
         say("Nothing was loaded.")
-    return 0
+    return Exit.DONE
+
+
+def find(word: str, keys: Sequence[EntryKey]) -> tuple[str, str]:
+    """Find what `word` names; return the full name of the model, or "" and the digits of an id.
+
+    A full name comes first, then the last parts of a name, then the first characters of an id. A word that names
+    nothing is returned as the name of a model, so that the companion says what it has.
+
+    Raises:
+        SettingsError: several models have that end, or several ids that beginning.
+    """
+    full = model_name(word)
+    models = sorted({key.model for key in keys})
+    if not word or full in models:
+        return full if word else "", ""
+    if ends := [model for model in models if table.ends_with(model, word)]:
+        if len(ends) > 1:
+            raise SettingsError(f"unload: {word} may be {' or '.join(ends)}.", remedy="Name more of it.")
+        return ends[0], ""
+    ids = sorted({key.id for key in keys if key.id.startswith(word)})
+    if len(word) >= ID_LEAST and ids:
+        if len(ids) > 1:
+            raise SettingsError(f"unload: {len(ids)} ids begin with {word}.", remedy="Give more characters of it.")
+        return "", word
+    return full, ""
 
 
 def stop(parsed: argparse.Namespace) -> int:

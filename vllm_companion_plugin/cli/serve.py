@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
+from vllm_companion_plugin.cli.exits import Exit
+from vllm_companion_plugin.cli.parser import did_you_mean
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.output import relayed, say, say_warnings
@@ -34,7 +37,7 @@ RETRY_S, RETRY_MOST_S = 0.5, 30.0
 
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
     """Run until a signal or `stop` ends all companions; return 0, or 1 after a failure."""
-    model, flags = _model_and_flags(rest)
+    model, flags = _model_and_flags(rest, parsed.flags)
     raise_file_limit()  # this process holds all that the companions hold
     say_warnings()
     settings = settings_of(parsed)
@@ -65,12 +68,14 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
                 ward.stop()
 
 
-def _model_and_flags(rest: list[str]) -> tuple[str | None, list[str]]:
+def _model_and_flags(rest: list[str], flags_of_serve: Iterable[str]) -> tuple[str | None, list[str]]:
     if not rest:
         return None, []
     if rest[0].startswith("-"):
+        name = rest[0].split("=")[0]
         raise SettingsError(
-            f"serve: {rest[0]} is not known here.", remedy=f"Flags of vLLM follow a model: serve MODEL {rest[0]} ..."
+            f"serve: {name} is not known here{did_you_mean(name, flags_of_serve)}.",
+            remedy=f"Flags of vLLM follow a model: vllm-companion serve MODEL {name} ...",
         )
     return rest[0], rest[1:]
 
@@ -111,6 +116,8 @@ def _warm(model: str, flags: list[str], environment: dict[str, str], signals: Si
     command = [sys.executable, "-m", "vllm_companion_plugin.engine.run.warm", model, *flags]
     with relayed() as (stdout, stderr):
         status = run_to_end(command, environment, signals, stdout, stderr)
+    if status == Exit.USAGE:
+        raise SettingsError(f"{model} was not loaded: vLLM refuses these flags; see its line above.")
     if status != 0:
         raise CompanionUnavailableError(
             f"{model} was not loaded: vLLM ended with status {status}; see its lines above."

@@ -8,6 +8,7 @@ import contextlib
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
+from vllm_companion_plugin.cli.exits import NothingRunsError
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.client.mirror import hold
@@ -28,7 +29,7 @@ def upgrade(parsed: argparse.Namespace) -> int:
     raise_file_limit()  # meanwhile this process holds all that the companions hold
     with running(settings, parsed.device) as connections:
         if not connections:
-            raise CompanionUnavailableError(table.NOBODY)
+            raise NothingRunsError(table.NOBODY)
         for connection in connections:
             _upgrade(connection, settings)
     return 0

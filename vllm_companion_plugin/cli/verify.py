@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.cli import look
-from vllm_companion_plugin.cli.table import GIB, columns
+from vllm_companion_plugin.cli.exits import Exit
+from vllm_companion_plugin.cli.table import GIB, aligned
 from vllm_companion_plugin.core.text import printable
 from vllm_companion_plugin.errors import CompanionUnavailableError, SettingsError
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
 from vllm_companion_plugin.supervise.children import Signals, Stopped, run_to_end
 
-EQUAL, DIFFERENT, NOT_SHARED = 0, 1, 3
-"""Exit statuses; 2 is a wrong command line."""
+EQUAL, DIFFERENT, NOT_SHARED = Exit.DONE, Exit.FAILED, Exit.NOT_SHARED
 
 SHOWN = 20
 """Number of differences that are listed; one cause makes thousands of them."""
@@ -84,7 +84,7 @@ class Verdict:
     seconds: float
 
     @property
-    def status(self) -> int:
+    def status(self) -> Exit:
         if not self.same_answers or any(rank.byte_differences or rank.attribute_differences for rank in self.ranks):
             return DIFFERENT
         return NOT_SHARED if any(rank.reasons for rank in self.ranks) else EQUAL
@@ -112,7 +112,7 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
         with Signals() as signals:
             verdict = verify(model, flags, Path(directory), settings, signals, asked, others)
     except Stopped:
-        return 130
+        return Exit.INTERRUPTED
     finally:
         look.stop_all(settings)
         shutil.rmtree(directory, ignore_errors=True)
@@ -158,6 +158,8 @@ def verify(
         command += others if number == 2 else []
         # Only the verdict goes to standard output.
         status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())
+        if status == Exit.USAGE:
+            raise SettingsError(f"{model}: vLLM refuses these flags; see its line above.")
         if status != 0 or not out.exists():
             raise CompanionUnavailableError(
                 f"{model}: the engine that {what} ended with status {status}; see its lines above."
@@ -363,7 +365,7 @@ def text(verdict: Verdict) -> str:
                 *(_count(rank.byte_differences), _count(rank.attribute_differences), verdict.answers),
             )
         )
-    lines = [columns(rows)]
+    lines = [aligned(rows)]
     for rank in verdict.ranks:
         found = rank.byte_differences + rank.attribute_differences
         lines += [f"{rank.rank}: {line}" for line in found[:SHOWN]]

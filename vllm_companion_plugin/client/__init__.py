@@ -2,5 +2,5 @@
 and `CompanionClient`, the API.
 
 May import: core, host, wire, memory, tree, settings, errors.
-Of other packages: grpc, torch.
+Of other packages: grpc, torch, typing_extensions.
 """

@@ -6,26 +6,36 @@ with CompanionClient("cpu").attach("my/model") as weights:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.connection import CompanionConnection, Ready, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, Ready, Wanted, connect
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionUnavailableError,
+    RuntimeDirError,
     SettingsError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.host.runtime_dir import check_device, device_paths
+from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.memory.tensors import checksum
-from vllm_companion_plugin.settings import resolve
+from vllm_companion_plugin.settings import Given, resolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing itself from Python 3.11 on
+
+__all__ = ["Attachment", "CompanionClient", "CompanionStatus", "EntryStatus"]
 
 logger = logging.getLogger("vllm.companion.api")
 
@@ -36,18 +46,27 @@ class CompanionClient:
     """Finds the companion of a device by the device's name. Holds nothing open by itself.
 
     Args:
-        device: GPU UUID or "cpu". None: torch's current CUDA device, or "cpu" without CUDA.
+        device: as torch names it ("cuda", "cuda:1", "cpu", a `torch.device`), or a GPU or MIG UUID. None: torch's
+            current CUDA device, or "cpu" without CUDA.
         settings: by name, as in docs/settings.md, e.g. `runtime_dir="/run/weights"`.
 
+    Attributes:
+        device: the name of the companion's device: a UUID, or "cpu".
+
     Raises:
-        SettingsError: an unknown setting or a bad value.
+        SettingsError: an unknown setting, a bad value, or a device that this process does not see.
     """
 
-    def __init__(self, device: str | None = None, **settings: Any) -> None:
+    def __init__(self, device: str | torch.device | None = None, **settings: Unpack[Given]) -> None:
         self.settings = resolve(settings, origin="CompanionClient")
-        self.device = current_device() if device is None else device
+        self.device = device_name(device)
 
     def _connect(self) -> CompanionConnection:
+        if not is_listening(device_paths(self.device, self.settings)):
+            raise CompanionUnavailableError(
+                f"No companion of {self.device} runs in {self.settings.runtime_dir}.",
+                remedy="An engine with --load-format companion starts one, and so does `vllm-companion serve`.",
+            )
         return connect(self.device, self.settings, spawn=False)
 
     def status(self) -> CompanionStatus:
@@ -64,6 +83,30 @@ class CompanionClient:
         """
         with self._connect() as connection:
             yield from connection.watch(timeout_s)
+
+    async def watch_async(self, timeout_s: float | None = None) -> AsyncGenerator[CompanionStatus, None]:
+        """As `watch`, without blocking the event loop. It ends when the caller stops iterating or is cancelled."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[CompanionStatus | BaseException | None]()
+
+        def tell(item: CompanionStatus | BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens
+                loop.call_soon_threadsafe(news.put_nowait, item)
+
+        def follow(connection: CompanionConnection) -> None:
+            try:
+                for status in connection.watch(timeout_s):
+                    tell(status)
+                tell(None)
+            except BaseException as error:
+                tell(error)
+
+        connection = await asyncio.to_thread(self._connect)
+        with connection:  # closing it ends the thread
+            threading.Thread(target=follow, args=(connection,), name="companion-watch", daemon=True).start()
+            while (item := await news.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
 
     def wait_ready(
         self, model: str, rank: str | None = None, timeout_s: float = 600.0, *, role: str = "target"
@@ -84,8 +127,31 @@ class CompanionClient:
                     return connection.wait_ready(model, rank=rank, role=role, timeout_s=left_s)
             except CompanionUnavailableError as error:
                 if time.monotonic() > deadline:
-                    raise WaitTimeoutError(f"{model} on {self.device} after {timeout_s:g} s: {error}") from error
+                    raise self._nobody_came(model, timeout_s, error) from error
             time.sleep(POLL_S)
+
+    async def wait_ready_async(
+        self, model: str, rank: str | None = None, timeout_s: float = 600.0, *, role: str = "target"
+    ) -> EntryStatus:
+        """As `wait_ready`, without blocking the event loop."""
+        deadline = time.monotonic() + timeout_s
+        wanted = Wanted(model, rank, role)
+        while True:
+            try:
+                left_s = max(0.01, deadline - time.monotonic())
+                async with contextlib.aclosing(self.watch_async(left_s)) as statuses:
+                    async for status in statuses:
+                        if (entry := wanted.in_status(status)) is not None:
+                            return entry
+            except CompanionUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise self._nobody_came(model, timeout_s, error) from error
+            except WaitTimeoutError:
+                raise wanted.missed(self.device, timeout_s) from None
+            await asyncio.sleep(POLL_S)
+
+    def _nobody_came(self, model: str, timeout_s: float, error: CompanionUnavailableError) -> WaitTimeoutError:
+        return WaitTimeoutError(f"Waited {timeout_s:g} s for {model}: {error.what}", remedy=error.remedy)
 
     def attach(
         self,
@@ -132,6 +198,36 @@ class CompanionClient:
             made.close_with_it(undo.pop_all())
         made.mirror(self.settings, name)
         return made
+
+
+def device_name(device: str | torch.device | None) -> str:
+    """Return the name of a companion's device: a GPU or MIG UUID, or "cpu".
+
+    Raises:
+        SettingsError: the text is no device name, or torch sees no such device in this process.
+    """
+    if device is None:
+        return current_device()
+    if isinstance(device, str) and not device.startswith("cuda"):
+        try:
+            return check_device(device)
+        except RuntimeDirError as error:
+            remedy = "Name 'cpu', 'cuda:0' or a UUID, as `nvidia-smi -L` shows it."
+            raise SettingsError(error.what, remedy=remedy) from error
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"{device!r} is no device name.", remedy="Name 'cpu', 'cuda' or 'cuda:INDEX'.") from error
+    if named.type == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count() if named.type == "cuda" else 0
+    index = torch.cuda.current_device() if named.index is None and count else named.index or 0
+    if index >= count:
+        raise SettingsError(
+            f"{named} is no device of a companion here: torch sees {count} CUDA devices in this process.",
+            remedy="Name one of these, or 'cpu'; CUDA_VISIBLE_DEVICES may hide others.",
+        )
+    return arenas.cuda_device(index)
 
 
 def current_device() -> str:

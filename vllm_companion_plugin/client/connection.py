@@ -38,7 +38,7 @@ from vllm_companion_plugin.wire import codec, messages
 from vllm_companion_plugin.wire.rpc import open_channel, typed_error
 from vllm_companion_plugin.wire.schema import Stub
 
-__all__ = ["CompanionConnection", "Granted", "Lease", "Parked", "Publication", "Ready", "connect"]
+__all__ = ["CompanionConnection", "Granted", "Lease", "Parked", "Publication", "Ready", "Wanted", "connect"]
 
 logger = logging.getLogger("vllm.companion.client")
 
@@ -87,6 +87,33 @@ def connect(device: str, settings: Settings, *, spawn: bool, ask: bool = True) -
         except BaseException:
             connection.close()
             raise
+
+
+class Wanted:
+    """A model that is waited for, and what there was instead when it was last looked for."""
+
+    def __init__(self, model: str, rank: str | None, role: str) -> None:
+        self._model, self._rank, self._role = model, rank, role
+        self._latest = "nothing"
+
+    def in_status(self, status: CompanionStatus) -> EntryStatus | None:
+        """The READY entry of it; None if there is none."""
+        name = model_name(self._model)
+        for entry in status.entries:
+            key = entry.key
+            is_it = (key.model, key.role) == (name, self._role) and self._rank in (None, key.rank)
+            if is_it and entry.state is EntryState.READY:
+                return entry
+        held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
+        self._latest = ", ".join(held) or self._latest
+        return None
+
+    def missed(self, device: str, timeout_s: float) -> WaitTimeoutError:
+        """The error that says what there was instead."""
+        return WaitTimeoutError(
+            f"{self._model} ({self._role}, {self._rank or 'any rank'}) was not published on {device} within "
+            f"{timeout_s:g} s; the companion has: {self._latest}."
+        )
 
 
 class CompanionConnection:
@@ -175,22 +202,12 @@ class CompanionConnection:
             WaitTimeoutError: there was none for `timeout_s`.
             CompanionUnavailableError: the companion is gone.
         """
-        latest, named = "nothing", model_name(model)
-        try:
+        wanted = Wanted(model, rank, role)
+        with contextlib.suppress(WaitTimeoutError):
             for status in self.watch(timeout_s):
-                for entry in status.entries:
-                    key = entry.key
-                    named_so = (key.model, key.role) == (named, role) and rank in (None, key.rank)
-                    if named_so and entry.state is EntryState.READY:
-                        return entry
-                held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
-                latest = ", ".join(held) or latest
-        except WaitTimeoutError:
-            pass
-        raise WaitTimeoutError(
-            f"{model} ({role}, {rank or 'any rank'}) was not published on {self.device} within {timeout_s:g} s; "
-            f"the companion has: {latest}."
-        )
+                if (entry := wanted.in_status(status)) is not None:
+                    return entry
+        raise wanted.missed(self.device, timeout_s)
 
     # ---- acting
 

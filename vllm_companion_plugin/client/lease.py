@@ -38,6 +38,7 @@ logger = logging.getLogger("vllm.companion.lease")
 
 FD_TIMEOUT_S = 30.0
 SLEEP_TIMEOUT_S = 30.0
+TICK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,18 @@ class Lease:
 
     # ---- waiting
 
-    def wait(self, timeout_s: float, on_waiting: Callable[[LoaderInfo], None] | None = None) -> Granted | Ready:
+    def wait(
+        self,
+        timeout_s: float,
+        on_waiting: Callable[[LoaderInfo], None] | None = None,
+        on_silence: Callable[[float], None] | None = None,
+    ) -> Granted | Ready:
         """Block until this client is elected to load or the entry is ready.
 
         Args:
             timeout_s: longest silence; every change in what the loader reports restarts it.
             on_waiting: called at each such change with who loads and how far.
+            on_silence: called about every second without such a change, with the seconds since the last one.
 
         Raises:
             EntryNotFoundError, NotShareableError, ProtocolMismatchError, ...: what the companion says.
@@ -145,7 +152,7 @@ class Lease:
         began = since = time.monotonic()
         loader: LoaderInfo | None = None
         while True:
-            event = self._next(since + timeout_s, loader, began, timeout_s)
+            event = self._next(since + timeout_s, loader, began, timeout_s, on_silence)
             kind = event.WhichOneof("event")
             if kind == "waiting":
                 news = codec.loader_from_message(event.waiting.loader)
@@ -172,9 +179,22 @@ class Lease:
             elif kind == "ready":
                 return self._receive_ready(event.ready, timeout_s)
 
-    def _next(self, deadline: float, loader: LoaderInfo | None, began: float, timeout_s: float) -> Any:
+    def _next(
+        self,
+        deadline: float,
+        loader: LoaderInfo | None,
+        began: float,
+        timeout_s: float,
+        on_silence: Callable[[float], None] | None = None,
+    ) -> Any:
         try:
-            event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            while on_silence is not None and time.monotonic() + TICK_S < deadline:
+                with contextlib.suppress(queue.Empty):
+                    event = self._events.get(timeout=TICK_S)
+                    break
+                on_silence(time.monotonic() - (deadline - timeout_s))
+            else:
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             waited = time.monotonic() - began
             who = _who(loader) if loader is not None else f"no answer of {who_is_silent(self._paths)}"

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vllm_companion_plugin.core.text import short_name
+
 _MAX_DIFFERENCES = 8
 
 _KEY_ID = re.compile(r"[0-9a-f]{1,64}")
@@ -54,9 +56,18 @@ class EntryKey:
     @property
     def title(self) -> str:
         """The model's name; followed by its role unless that is "target", and by "variant" for a variant."""
+        return self.titled(self.model)
+
+    @property
+    def short_title(self) -> str:
+        """As `title`, of the last part of the model's name."""
+        return self.titled(short_name(self.model))
+
+    def titled(self, name: str) -> str:
+        """As `title`, of another name for the model."""
         notes = [self.role] if self.role != "target" else []
         notes += ["variant"] if self.variant else []
-        return f"{self.model} ({', '.join(notes)})" if notes else self.model
+        return f"{name} ({', '.join(notes)})" if notes else name
 
     @property
     def variant(self) -> str:

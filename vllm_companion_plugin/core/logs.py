@@ -36,6 +36,22 @@ class PrintableLines(logging.Filter):
         return True
 
 
+class Marking(logging.Handler):
+    """Begins the lines of a logger and of all below it alike, and makes them printable, before other handlers get them.
+
+    It writes nothing. A handler of the logger above, which this project does not own, gets the record afterwards.
+    """
+
+    def __init__(self, mark: str) -> None:
+        super().__init__()
+        self._mark = mark
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        lines = map(printable, record.getMessage().split("\n"))
+        record.msg, record.args = f"{self._mark} " + "\n".join(lines), ()
+        return True
+
+
 class TextFormatter(logging.Formatter):
     """Writes one line for each record. The lines of a traceback follow, each behind a bar."""
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+
+CUT = ".."
+"""Stands for the middle of a text that was cut. Every terminal can show it."""
 
 
 def printable(text: str) -> str:
@@ -20,3 +24,64 @@ def one_line(text: str) -> str:
 def sendable(text: str) -> str:
     """Replace what UTF-8 cannot carry, such as the bytes of a path that are no UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Make `text` printable, and escape what a stream of that encoding cannot carry."""
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal `text` takes. Characters of East Asia take two, combining ones none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def cut_to(text: str, columns: int) -> str:
+    """Cut the middle of `text` out, so that it takes at most so many columns: names differ at both of their ends."""
+    if columns_of(text) <= columns:
+        return text
+    left, right = 0, len(text)
+    room = max(0, columns - len(CUT))
+    while left < right and columns_of(text[: left + 1]) + columns_of(text[right:]) <= room:
+        left += 1
+        if left < right and columns_of(text[:left]) + columns_of(text[right - 1 :]) <= room:
+            right -= 1
+    return text[:left] + CUT + text[right:]
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Break `text` into lines of at most so many columns; all but the first are indented. Long words are broken."""
+    lines, line, indent = [], "", ""
+    for word in text.split(" "):
+        while word:
+            joined = f"{line} {word}" if line.strip() else indent + word
+            if columns_of(joined) <= columns:
+                line = joined
+                break
+            if not line.strip():  # the word alone is too long
+                fits = next(n for n in range(len(word), 0, -1) if n == 1 or columns_of(indent + word[:n]) <= columns)
+                line, word = indent + word[:fits], word[fits:]
+            lines.append(line)
+            line, indent = "", "  "
+    return [*lines, line] if line else lines
+
+
+def short_name(model: str) -> str:
+    """Return the last part of a model's name or path, as lines for people show it."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def duration(seconds: float) -> str:
+    """Shorten a duration, e.g. "45s", "12m05s", "10m", "3h07m", "2d04h"."""
+    whole = max(0, int(seconds))
+    for unit, size, below, smaller in (("d", 86400, 3600, "h"), ("h", 3600, 60, "m"), ("m", 60, 1, "s")):
+        if whole >= size:
+            rest = whole % size // below
+            return f"{whole // size}{unit}{rest:02d}{smaller}" if rest else f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
+def percent(done: int, total: int) -> int:
+    """Return the share of a total in percent, never above 100: a total that is told may be too low."""
+    return min(100, 100 * done // total)

@@ -42,7 +42,7 @@ def loader_of(
     vllm_configs, model_configs = Weak(vllm_config), Weak(model_config)
 
     def load(lease: Lease, granted: Granted) -> Attachment:
-        logger.info("Nobody has the weights of %s any more: loading them again.", key.title)
+        logger.info("Nobody has the weights of %s any more: loading them again.", key.short_title)
         ours, model = vllm_configs.get(), model_configs.get()
         # What cannot be published is an error: a model of its own would be of no use.
         alone = replace(settings, fallback=False)

@@ -27,6 +27,9 @@ from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_
 
 logger = init_logger("vllm.companion")
 
+NOTABLE_WAIT_S = 0.1
+"""What an answer takes that nobody had to be waited for is part of attaching."""
+
 
 @collector_paused()
 def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: str, settings: Settings) -> nn.Module:
@@ -87,12 +90,13 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     finished = time.perf_counter()
     ways = {way.value: count for way, count in restorer.ways.items()}
     logger.info(
-        "%s %s weights of %s in %.3f s (model built in %.3f s, bound in %.3f s): "
+        "%s %s weights of %s in %.3f s%s (model built in %.3f s, bound in %.3f s): "
         "%.2f GiB, %d tensors, generation %d, %s%s",
         "Copied" if copy else "Attached to",
         "single-rank" if decision.key.rank == "single" else decision.key.rank,
-        decision.key.title,
-        decision.seconds + finished - started,
+        decision.key.short_title,
+        decision.seconds - decision.waited_s + finished - started,
+        f" after waiting {decision.waited_s:.1f} s" if decision.waited_s >= NOTABLE_WAIT_S else "",
         built - started,
         finished - built,
         attachment.size_bytes / 2**30,

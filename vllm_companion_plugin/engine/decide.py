@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from vllm_companion_plugin.client.connection import CompanionConnection, Lease, 
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import CHECKPOINT, EntryKey
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LoaderInfo, Progress
+from vllm_companion_plugin.core.text import duration, short_name
 from vllm_companion_plugin.engine import room
 from vllm_companion_plugin.engine.decisions import Alone, Attach, Decision, Found, Load
 from vllm_companion_plugin.engine.identity import checkpoint, code, key
 from vllm_companion_plugin.engine.identity.digest import Digests, same_content
-from vllm_companion_plugin.engine.progress import ProgressBar, format_bytes
+from vllm_companion_plugin.engine.progress import ProgressBar, Waiting, format_bytes
 from vllm_companion_plugin.engine.session import client_name, current
 from vllm_companion_plugin.engine.turns import Turn
 from vllm_companion_plugin.engine.vllm import building, devices, drafts, sharing, sources
@@ -38,7 +40,7 @@ from vllm_companion_plugin.errors import (
     TicketError,
 )
 from vllm_companion_plugin.host.election import LoaderElection
-from vllm_companion_plugin.host.runtime_dir import device_paths, digests_directory
+from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths, digests_directory
 from vllm_companion_plugin.memory.tensors import checksum
 from vllm_companion_plugin.settings import Settings
 
@@ -171,7 +173,7 @@ def decide_variant(
         CompanionError: it cannot be shared.
     """
     wanted = key.variant(refused.wanted, error.where, error.here)
-    logger.info("%s is held, but differs: %s It is a variant of its own.", refused.key.title, error)
+    logger.info("%s is held, but differs: %s It is a variant of its own.", refused.key.short_title, error)
     return _obtain(vllm_config, refused.device, wanted, find(vllm_config, model_config, settings), settings)
 
 
@@ -258,8 +260,8 @@ class _Question:
         election = None
         try:
             waiting = time.perf_counter()
-            with ProgressBar("Waiting for weights") as bar:
-                outcome = lease.wait(settings.wait_timeout_s, lambda loader: _show_waiting(bar, loader))
+            with _Watcher(asked, self.connection.paths, settings) as watcher:
+                outcome = lease.wait(settings.wait_timeout_s, watcher.changed, watcher.silent)
             if isinstance(outcome, Ready):
                 return self._attached(asked, lease, outcome, time.perf_counter() - waiting)
             election = elect(self.device.id, asked, settings, outcome.publication)
@@ -269,6 +271,7 @@ class _Question:
             held = _held(status, self.wanted, settings, (EntryState.READY,))
             if held is None:
                 _explain(status, self.wanted)
+                logger.info("Elected to load %s (%s) for all engines on %s.", *self._names())
                 return Load(self.device, asked, lease, outcome, election, *vars(self.found).values())
         except BaseException:
             if election is not None:
@@ -278,6 +281,9 @@ class _Question:
         election.release()
         lease.release()
         return held
+
+    def _names(self) -> tuple[str, str, str]:
+        return self.wanted.short_title, self.wanted.rank, self.device.id
 
     def _attached(self, asked: EntryKey, lease: Lease, ready: Ready, waited_s: float) -> Attach:
         device = self.device
@@ -329,7 +335,9 @@ def _explain(status: CompanionStatus, wanted: EntryKey) -> None:
     same = [k for k in ready if (k.model, k.role, k.rank) == (wanted.model, wanted.role, wanted.rank)]
     if same:
         text = wanted.nearest_text(same)
-        logger.info("%s is held, but loaded differently, so it is loaded once more: %s.", wanted.model, text)
+        logger.info(
+            "%s is held, but loaded differently, so it is loaded once more: %s.", short_name(wanted.model), text
+        )
 
 
 def find(vllm_config: Any, model_config: Any, settings: Settings) -> Found:
@@ -356,26 +364,55 @@ def _checkpoint(vllm_config: Any, model_config: Any, settings: Settings) -> Path
 def elect(device_id: str, entry_key: EntryKey, settings: Settings, publication: Publication) -> LoaderElection:
     """The right to load on a device. While queued, forwards the current loader's progress to clients waiting for us."""
     election = LoaderElection(device_paths(device_id, settings))
-    began, holders = time.monotonic(), [""]
+    began = time.monotonic()
+    waiting = Waiting(f"its turn to load {entry_key.short_title} on {device_id}", "", settings.wait_timeout_s)
 
     def on_wait(holder: str) -> None:
-        if holder != holders[-1]:
-            holders.append(holder)
-            logger.info("Waiting to load on %s: %s", device_id, holder)
+        pid = re.match(r"pid (\d+)", holder)
+        remedy = _remedy(int(pid[1])) if pid else "`vllm-companion doctor` finds it."
+        waiting.news(holder or "another process", f"{holder or 'it'}. {remedy}")
         publication.report(Progress(f"waiting for its turn ({time.monotonic() - began:.0f} s)"))
 
     election.acquire(
-        settings.wait_timeout_s, f"pid {os.getpid()} loading {entry_key.model} ({entry_key.rank})", on_wait
+        settings.wait_timeout_s,
+        f"pid {os.getpid()} loading {entry_key.model} ({entry_key.rank})",
+        on_wait,
+        waiting.beat,
     )
     return election
 
 
-def _show_waiting(bar: ProgressBar, loader: LoaderInfo) -> None:
-    progress = loader.progress
-    age_s = max(0.0, time.time() - loader.since_unix_s)
-    bar.update(
-        progress.done_bytes,
-        progress.total_bytes,
-        f"Waiting for weights: pid {loader.pid} is {progress.phase} for {age_s:.0f} s",
-    )
-    logger.debug("Waiting: %s", format_bytes(progress.done_bytes, progress.total_bytes))
+class _Watcher:
+    """Shows the wait for a loader, as a bar and in the log. Use as a context."""
+
+    def __init__(self, asked: EntryKey, paths: DevicePaths, settings: Settings) -> None:
+        self._waiting = Waiting(
+            f"weights of {asked.short_title}",
+            f"the companion of {paths.device}; `vllm-companion doctor` names what repairs it.",
+            settings.wait_timeout_s,
+        )
+        self._bar = ProgressBar("Waiting for weights")
+
+    def __enter__(self) -> _Watcher:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def changed(self, loader: LoaderInfo) -> None:
+        progress, pid = loader.progress, loader.pid
+        age = duration(time.time() - loader.since_unix_s)
+        who = f"pid {pid} ({loader.client})"
+        text = f"{who} is {progress.phase or 'starting'} for {age}"
+        if progress.done_bytes:
+            text += f", {format_bytes(progress.done_bytes, progress.total_bytes)}"
+        self._waiting.news(text, f"{who}. {_remedy(pid)}")
+        description = f"[companion] pid {pid} is {progress.phase or 'starting'} for {age}"
+        self._bar.update(progress.done_bytes, progress.total_bytes, description)
+
+    def silent(self, seconds: float) -> None:
+        self._waiting.beat(seconds, quiet=self._bar.is_shown)
+
+
+def _remedy(pid: int) -> str:
+    return f"If it was stopped, let it go on: kill -CONT {pid}. If it hangs, end it: kill {pid}; the next engine loads."

@@ -76,7 +76,7 @@ def load_and_publish(
         if decision.checkpoint is not None:
             publisher.reading = after_processing.enter_context(observed_reading(decision.checkpoint))
         after_processing.enter_context(patches.LOADERS_WEIGHTS.on(source, _watched(publisher, after_processing)))
-        with devices.own_pool(decision.device, vllm_config):
+        with devices.own_pool(decision.device):
             model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     if decision.device.stage is Stage.PROCESSED:
         publisher.publish(model)
@@ -246,7 +246,7 @@ class _Publisher:
         )
         logger.info(
             "Published weights of %s: %.2f GiB, %d tensors, generation %d; packed in %.3f s, handed over in %.3f s",
-            self._decision.key.title,
+            self._decision.key.short_title,
             arena.info.size_bytes / 2**30,
             tensor_count,
             generation,

@@ -6,8 +6,10 @@ when vLLM imports its loaders, its worker and its flags. No CUDA, no sockets, no
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 
+from vllm_companion_plugin.core.logs import Marking
 from vllm_companion_plugin.engine.vllm import naming
 from vllm_companion_plugin.engine.vllm.imports import when_imported
 from vllm_companion_plugin.settings import resolve_extra_config
@@ -21,6 +23,7 @@ def register() -> None:
     if _registered:
         return
     _registered = True
+    logging.getLogger("vllm.companion").addHandler(Marking("[companion]"))
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported("vllm.v1.worker.utils", _register_budget)
     when_imported("vllm.engine.arg_utils", lambda _: naming.replace_in_flags())

@@ -76,7 +76,7 @@ def _drop(connection: CompanionConnection, missing: int, key: EntryKey) -> Seque
     for entry in dropped:
         logger.info(
             "Dropped %s (%s), which nobody used, from %s: %.2f GiB for %s.",
-            *(entry.key.title, entry.key.rank, connection.device, entry.size_bytes / 2**30, key.title),
+            *(entry.key.short_title, entry.key.rank, connection.device, entry.size_bytes / 2**30, key.short_title),
         )
     return dropped
 

@@ -18,6 +18,7 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.logs import PrintableLines
 from vllm_companion_plugin.core.process import StartFreeze
 from vllm_companion_plugin.core.status import Report
+from vllm_companion_plugin.core.text import short_name
 from vllm_companion_plugin.engine.decisions import Attach, Decision, Load, Outcome
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.vllm import deployment
@@ -116,7 +117,7 @@ class EngineSession:
         while True:
             attachment = self._models.pop(self._unused.get()).attachment
             attachment.close()
-            logger.info("%s is not in use here any more, and given back.", attachment.held.key.title)
+            logger.info("%s is not in use here any more, and given back.", attachment.held.key.short_title)
 
     # ---- companions
 
@@ -163,7 +164,8 @@ class EngineSession:
 
     def not_shared(self, model: str, role: str, reason: str, failure: str) -> None:
         """This engine has weights of its own, and says why."""
-        logger.warning("Weights of %s are not shared: %s", model if role == "target" else f"{model} ({role})", reason)
+        short = short_name(model)
+        logger.warning("Weights of %s are not shared: %s", short if role == "target" else f"{short} ({role})", reason)
         self.record(Outcome("alone", model, role, reason=reason), failure=failure)
 
 

@@ -33,7 +33,11 @@ class LoaderElection:
         self._lock = FileLock(self._path, thread_local=False)
 
     def acquire(
-        self, timeout_s: float, holder_text: str = "", on_wait: Callable[[str], None] | None = None
+        self,
+        timeout_s: float,
+        holder_text: str = "",
+        on_wait: Callable[[str], None] | None = None,
+        on_silence: Callable[[float], None] | None = None,
     ) -> LoaderElection:
         """Wait until no other process loads on this device; return self, for `with`.
 
@@ -41,6 +45,7 @@ class LoaderElection:
             timeout_s: longest silence of a holder; a new holder or a sign of life restarts the time.
             holder_text: a description of this process, for the messages of waiting processes.
             on_wait: called with the holder's text when waiting begins, and with each sign of life.
+            on_silence: called at every look at a holder without a new sign of life, with the seconds since the last.
 
         Raises:
             WaitTimeoutError: a holder kept the lock for `timeout_s` without a sign of life.
@@ -57,6 +62,8 @@ class LoaderElection:
                 holder, sign, deadline = current, last_sign, time.monotonic() + timeout_s
                 if on_wait is not None:
                     on_wait(current)
+            elif on_silence is not None:
+                on_silence(time.monotonic() - (deadline - timeout_s))
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError(
                     f"Waited for {holder or 'another process'} to finish loading on {self._device}, the last "

@@ -34,6 +34,7 @@ logger = logging.getLogger("vllm.companion.spawn")
 _KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES = ("LC_", "PYTHON")
 LOG_TAIL_BYTES = 2000
+LOG_LINE_CHARACTERS = 300
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.2
 POLL_S = 0.05
@@ -232,8 +233,7 @@ def _spawn(paths: DevicePaths, settings: Settings, linger_s: float, deadline: fl
         if is_listening(paths):
             return
     raise CompanionUnavailableError(
-        f"The companion of {paths.device} could not be started: {why_not(answer)}\n"
-        f"End of {paths.log}:\n{log_tail(paths.log)}"
+        f"The companion of {paths.device} could not be started: {why_not(answer)}\n{log_end(paths.log)}"
     )
 
 
@@ -307,3 +307,9 @@ def log_tail(path: str) -> str:
     with contextlib.suppress(OSError):
         return read_file(path, LOG_TAIL_BYTES, end=True).decode(errors="replace").strip()
     return "(no log)"
+
+
+def log_end(path: str) -> str:
+    """Name a log and its last line, for messages; the traceback stays in the log."""
+    last = (log_tail(path).splitlines() or ["(empty)"])[-1].strip(" |")
+    return f"Its log {path} ends: {last[:LOG_LINE_CHARACTERS]}"

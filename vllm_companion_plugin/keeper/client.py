@@ -9,7 +9,7 @@ import struct
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.host import peer
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
-from vllm_companion_plugin.host.spawn import child_environment, log_tail, start_detached, starting, why_not
+from vllm_companion_plugin.host.spawn import child_environment, log_end, start_detached, starting, why_not
 from vllm_companion_plugin.memory.descriptors import Descriptors, receive
 from vllm_companion_plugin.settings import Settings
 
@@ -36,9 +36,7 @@ def allocate(device: str, size_bytes: int, settings: Settings) -> Descriptors:
             _start(paths, settings, deadline)
             fds = _ask(paths, size_bytes)
     if fds is None:
-        raise ArenaError(
-            f"The keeper of {device} ended at once. End of {paths.keeper_log}:\n{log_tail(paths.keeper_log)}"
-        )
+        raise ArenaError(f"The keeper of {device} ended at once. {log_end(paths.keeper_log)}")
     return fds
 
 
@@ -86,7 +84,6 @@ def _start(paths: DevicePaths, settings: Settings, deadline: float) -> None:
     except OSError as error:
         raise ArenaError(f"Cannot start a keeper of {paths.device}: {error}.") from error
     if answer != "ok":
-        tail = log_tail(paths.keeper_log)
         raise ArenaError(
-            f"The keeper of {paths.device} could not be started: {why_not(answer)}\nEnd of {paths.keeper_log}:\n{tail}"
+            f"The keeper of {paths.device} could not be started: {why_not(answer)}\n{log_end(paths.keeper_log)}"
         )

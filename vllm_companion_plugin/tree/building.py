@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 DEFERRED_BYTES = 64 << 10
-"""Less is made for real: it costs nothing, and constructors that fill it by hand get what they expect."""
+"""Smaller memory is made for real. That costs nothing, and constructors that fill it by hand get what they expect."""
 
 _UNINITIALIZED = frozenset(
     (
@@ -43,7 +43,6 @@ class WithoutWeights:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_paused = False
         # By address of the C++ storage, with what keeps that address from being used again.
         self._deferred: dict[int, torch.UntypedStorage] = {}
         self._touched: set[int] = set()
@@ -56,7 +55,7 @@ class WithoutWeights:
 
         def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if threading.get_ident() == thread and parameter is not None:
-                with torch._C.DisableTorchFunction():  # whose modes would slow down each look at the parameter
+                with torch._C.DisableTorchFunction():  # modes would slow down each look at the parameter
                     self._defer_parameter(parameter)
 
         hook = register_module_parameter_registration_hook(registered)
@@ -73,18 +72,15 @@ class WithoutWeights:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While open, what is done with tensors belongs to no constructor."""
-        before, self.is_paused = self.is_paused, True
-        try:
+        """While open, nobody watches what is done with tensors, because no constructor does it."""
+        with torch.overrides._pop_mode_temporarily():  # `_Deferring`, which else would be asked for nothing
             yield
-        finally:
-            self.is_paused = before
 
     def is_left(self, besides: Iterable[torch.Tensor] = ()) -> bool:
-        """Whether something still uses what was deferred, or was computed from it. To be asked once, at the end.
+        """Whether something still uses what was deferred, or what was computed from it. Ask once, at the end.
 
         Args:
-            besides: tensors that may.
+            besides: tensors that may use it.
         """
         known = {tensor.untyped_storage()._cdata for tensor in besides}
         deferred = [storage for address, storage in self._deferred.items() if address not in known]
@@ -105,16 +101,18 @@ class WithoutWeights:
         self._computed.append(tensor.untyped_storage())
 
     def touch(self, tensor: torch.Tensor) -> None:
-        """`tensor` was given values, which are lost, or may have been."""
+        """`tensor` was given values, or may have been given some. They are lost."""
         self._touched.add(tensor.untyped_storage()._cdata)
 
     def _defer_parameter(self, parameter: nn.Parameter) -> None:
-        """A large parameter that has values gives them up: those of the checkpoint, or of the publisher, come."""
+        """Let a large parameter give up its values: the checkpoint or the publisher has those that count."""
         if type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or nn.parameter.is_lazy(parameter):
             return
         if parameter.device.type != self.device.type or parameter.nbytes < DEFERRED_BYTES:
             return
-        if parameter.untyped_storage().nbytes() != parameter.nbytes:  # a part of something that may stay
+        if (
+            parameter.untyped_storage().nbytes() != parameter.nbytes
+        ):  # the parameter is a part of something that may stay
             return
         data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
         twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
@@ -134,14 +132,12 @@ class _Deferring(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._model.is_paused:
-            return func(*args, **kwargs)
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
-        if func == _data_of and args[0].is_meta:
-            self._model.touch(args[0])  # writes through it are not counted
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.is_meta:
+            if func == _data_of:
+                self._model.touch(result)  # writes through it are not counted
             self._model.note_computed(result)
         return result
 

@@ -17,10 +17,11 @@ import hashlib
 import sys
 import types
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,14 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.core.module_tree import TensorKind
-from vllm_companion_plugin.tree.values import MAY_BE_PLAIN, class_name, text_of
+from vllm_companion_plugin.tree.values import MAY_BE_PLAIN, class_name, is_literal, text_of
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
-"""What PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
+"""Names of what PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
 _HOOKS = tuple(sorted(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks")))
 _SIMPLE = frozenset((bool, int, float, str, type(None)))
 _MAX_DEPTH = 48
-"""Deeper objects are no state of a model: nothing in vLLM is half as deep."""
+"""The walk goes no deeper: nothing in vLLM is half as deep."""
 
 # Objects of these packages, and of classes made from theirs, are noted by their class alone. They are shared
 # infrastructure: an engine's configuration (its flags are its own), tokenizers and processors, process groups, loggers,
@@ -67,13 +68,19 @@ _PLAIN_CONTAINERS = frozenset((dict, list, tuple, collections.deque, set, frozen
 _HOLDERS = (dict, list, collections.deque)
 _CONTAINERS = (*_HOLDERS, tuple, set, frozenset)
 _WEAK = frozenset((weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType))
-_OURS = __name__.partition(".")[0] + "."
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+_PLAIN_ANSWERS = frozenset(cls.__getattribute__ for cls in (object, type, torch.dtype, *_FUNCTIONS))
+"""The ways to look up an attribute that run no code of a class."""
+_OURS = __name__.partition(".")[0] + "."
 
+
+_PARAMETER, _BUFFER = TensorKind.PARAMETER, TensorKind.BUFFER
+_NON_PERSISTENT_BUFFER, _ATTRIBUTE = TensorKind.NON_PERSISTENT_BUFFER, TensorKind.ATTRIBUTE
+# The attribute of an enum takes Python 3.11 as long as two calls.
 
 NO_PARAMETER = "no parameter"
 NO_BUFFER = "no buffer"
-"""Texts of names that a module keeps for a tensor and that hold none."""
+"""The text of a name that a module keeps for a tensor, if there is no tensor."""
 
 
 @dataclass(slots=True)
@@ -94,6 +101,7 @@ class LiveModule:
 
     module: nn.Module
     path: str
+    index: int
     aliases: list[str] = field(default_factory=list)
     slots: list[LiveSlot] = field(default_factory=list)
     attributes: dict[str, str] = field(default_factory=dict)
@@ -101,13 +109,17 @@ class LiveModule:
 
 @dataclass(slots=True)
 class Place:
-    """Where a value lives, to be changed. `steps` lead to it: each a holder and the key in it, the outermost first."""
+    """Where a value lives, so that it can be changed.
+
+    Attributes:
+        steps: the way to the value, the outermost step first; each step is a holder and the key in it.
+    """
 
     steps: tuple[tuple[Any, Any], ...]
     value: Any
 
     def set(self, value: Any) -> None:
-        """Put `value` here. Raises `TypeError` or `AttributeError` where nothing can be put."""
+        """Put `value` here. Raises `TypeError` or `AttributeError` if nothing can be put here."""
         for holder, key in reversed(self.steps):
             if not isinstance(holder, tuple):
                 _set_item(holder, key, value)
@@ -117,7 +129,7 @@ class Place:
         raise TypeError("it is a part of nothing that can be changed")
 
     def delete(self) -> None:
-        """Remove what is here. Raises `TypeError` or `AttributeError` where nothing can be removed."""
+        """Remove what is here. Raises `TypeError` or `AttributeError` if nothing can be removed here."""
         holder, key = self.steps[-1]
         if isinstance(holder, dict):
             del holder[key]
@@ -143,10 +155,10 @@ class Tree:
     """A captured model: live references, to be described, packed or rebound.
 
     Attributes:
-        opaque: objects that are noted by their class alone, by module and name: whether one was replaced by
-            another can be known by nothing but the object.
+        opaque: objects that are noted by their class alone, by module and name. Only the object itself shows whether
+            another one has replaced it.
         mutable: plain values that can be changed in place, by module and name.
-        places: of what was asked for.
+        places: where the wanted values live, by module and name.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
     """
 
@@ -180,18 +192,18 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
     for path, module in named_modules(model):
         known = by_id.get(id(module))
         if known is None:
-            by_id[id(module)] = LiveModule(module, path)
+            by_id[id(module)] = LiveModule(module, path, len(by_id))
         else:
             known.aliases.append(path)
     tree = Tree(list(by_id.values()))
     walk = _Walk(tree, by_id, wanted)
-    for index, live in enumerate(tree.modules):
-        walk.named_module(live, index)
+    for live in tree.modules:
+        walk.named_module(live)
     return tree
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What `model.named_modules(remove_duplicate=False)` gives, without a generator a level.
+    """The same as `model.named_modules(remove_duplicate=False)`, without one generator for each level.
 
     Raises:
         RecursionError: a module is inside of itself.
@@ -213,7 +225,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def plain_tensors() -> AbstractContextManager[None]:
-    """While open, tensors of any class answer like plain ones: vLLM's parameters take a way through Python for it.
+    """While open, tensors of any class answer like plain ones. Else vLLM's parameters run Python code for each answer.
 
     https://docs.pytorch.org/docs/stable/notes/extending.html
     """
@@ -238,7 +250,7 @@ def describe_value(value: Any) -> str | None:
 
 
 def _local_code(function: Any) -> str:
-    """What tells functions of one name apart, which another function makes; nothing for other functions."""
+    """A digest that tells local functions of one name apart; nothing for functions that are not local."""
     code = getattr(function, "__code__", None)
     if code is None or "<" not in getattr(function, "__qualname__", ""):
         return ""
@@ -255,7 +267,7 @@ def _code_digest(code: types.CodeType) -> str:
 
 
 def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
-    """What was hung on a tensor, as canonical text."""
+    """The attributes that were hung on a tensor, as canonical text."""
     return {name: describe_value(value) or class_name(type(value)) for name, value in tensor.__dict__.items()}
 
 
@@ -271,7 +283,7 @@ def _is_opaque(cls: Any) -> bool:
 
 @functools.cache
 def _slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
-    """What objects of `cls` hold outside their dictionary: names and descriptors."""
+    """Names and descriptors of what objects of `cls` hold outside their dictionary."""
     assert isinstance(cls, type)
     return tuple(
         (name, member)
@@ -283,31 +295,106 @@ def _slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
 
 
 class _Kind(Enum):
-    """What a class alone says of its objects: a model has some hundred classes and a hundred thousand objects."""
+    """How to take note of the objects of a class. A model has some hundred classes and a hundred thousand objects."""
 
-    SIMPLE = "its text is its `repr`"
+    EXACT = "the text is the `repr`, and many modules have the same"
+    SIMPLE = "the text is the `repr`; a float 0.0 equals -0.0, and many strings are names of one module"
     CONSTANT = "there is one of it, with one text"
     FUNCTION = "code, and what it takes along"
+    ITEMS = "a list or a tuple"
+    TENSOR = "a tensor that needs no further look"
     OBJECT = "state behind attributes and slots, no value and no container"
     OPAQUE = "noted by its class alone"
+    WEAK = "what it leads to may be gone, so it can be asked for nothing"
     OTHER = "to be looked at"
 
 
 @functools.cache
 def _kind(cls: Any) -> _Kind:
     if cls in _SIMPLE:
-        return _Kind.SIMPLE
+        return _Kind.SIMPLE if cls is float or cls is str else _Kind.EXACT
+    if cls in _WEAK:
+        return _Kind.WEAK
+    if cls is list or cls is tuple:
+        return _Kind.ITEMS
+    if not _is_what_it_says(cls):
+        return _Kind.OTHER
     if issubclass(cls, (type, torch.dtype, Enum)):
         return _Kind.CONSTANT
     if issubclass(cls, _FUNCTIONS):
         return _Kind.FUNCTION
-    if issubclass(cls, (torch.Tensor, nn.Module, np.ndarray, *_LEAVES, *_CONTAINERS, *MAY_BE_PLAIN)):
+    if issubclass(cls, torch.Tensor):
+        return _Kind.TENSOR
+    if issubclass(cls, (nn.Module, np.ndarray, *_LEAVES, *_CONTAINERS, *MAY_BE_PLAIN)):
         return _Kind.OTHER
     return _Kind.OPAQUE if _is_opaque(cls) else _Kind.OBJECT
 
 
+def _is_what_it_says(cls: Any) -> bool:
+    """Whether `__class__` of each object of `cls` is `cls`. Proxies and mocks stand for something else."""
+    asked, answer = (
+        next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+        for name in ("__class__", "__getattribute__")
+    )
+    return asked is vars(object)["__class__"] and answer in _PLAIN_ANSWERS
+
+
+_NOTHING: dict[str, str] = {}
+_name_of: Callable[[type], str] = functools.cache(class_name)
+_Noting = Callable[[LiveModule, str, Any, Any, Any, int], None]
+"""Takes note of a value: its module, its name, itself, the object that holds it and by which key, and its depth."""
+
+
+class _Layout:
+    """What dictionaries of attributes have in common if they have the same names and types, at one place in modules.
+
+    Attributes:
+        hooks: gives the tables of hooks of a module.
+        simple: position, and name with its prefix, of the values whose kind is `SIMPLE`.
+        others: position, name with its prefix, name, and what takes note of it, of all other values.
+    """
+
+    __slots__ = ("_exact", "_positions", "_texts", "hooks", "others", "simple")
+
+    def __init__(
+        self,
+        prefix: str,
+        names: tuple[Any, ...],
+        types: tuple[type, ...],
+        without: frozenset[str],
+        noting: Callable[[type], _Noting],
+    ) -> None:
+        self._exact: list[tuple[int, str]] = []
+        self.simple: list[tuple[int, str]] = []
+        self.others: list[tuple[int, str, str, _Noting]] = []
+        self._texts: dict[Any, dict[str, str]] = {}
+        for position, (name, cls) in enumerate(zip(names, types, strict=True)):
+            if name in without:
+                continue
+            kind = _kind(cls)
+            if kind is _Kind.EXACT:
+                self._exact.append((position, prefix + name))
+            elif kind is _Kind.SIMPLE:
+                self.simple.append((position, prefix + name))
+            else:
+                self.others.append((position, prefix + name, name, noting(cls)))
+        self._positions = itemgetter(*(position for position, _ in self._exact)) if self._exact else None
+        hooks = [position for position, name in enumerate(names) if name in _HOOKS and name in without]
+        self.hooks = itemgetter(*hooks) if len(hooks) > 1 else None
+
+    def texts_of_exact(self, values: tuple[Any, ...]) -> dict[str, str]:
+        """The texts of those `values` whose kind is `EXACT`. Equal values are written once."""
+        if self._positions is None:
+            return _NOTHING
+        exact = self._positions(values)
+        texts = self._texts.get(exact)
+        if texts is None:
+            texts = self._texts[exact] = {name: repr(values[position]) for position, name in self._exact}
+        return texts
+
+
 class _Walk:
-    """One walk over a tree; remembers the objects it has met."""
+    """One walk over a tree, which remembers the objects that it has met."""
 
     def __init__(
         self,
@@ -318,66 +405,81 @@ class _Walk:
         self._tree = tree
         self._named = named
         self._wanted = wanted
-        # Object id to where it was first met. Objects are kept alive by the model meanwhile.
-        self._met: dict[int, str] = {}
-        self._kinds: dict[type, _Kind] = {}
+        # Object id to where it was first met: path of the module, name. The model keeps objects alive.
+        self._met: dict[int, tuple[str, str]] = {}
+        self._noting: dict[type, _Noting] = {}
+        self._layouts: dict[tuple[str, tuple[Any, ...], tuple[type, ...]], _Layout] = {}
         # By id, with what keeps the id valid.
         self._texts: dict[int, tuple[Any, str]] = {}
         self._steps: list[tuple[Any, Any]] = []
 
-    def named_module(self, live: LiveModule, index: int) -> None:
-        self._module(live, index, "", live.module, 0)
+    def named_module(self, live: LiveModule) -> None:
+        self._module(live, "", live.module, 0)
 
-    def _module(self, live: LiveModule, index: int, prefix: str, module: nn.Module, depth: int) -> None:
-        attributes = live.attributes
+    def _module(self, live: LiveModule, prefix: str, module: nn.Module, depth: int) -> None:
         own = module.__dict__
-        for name, parameter in own["_parameters"].items():
+        parameters, buffers, transient = own["_parameters"], own["_buffers"], own["_non_persistent_buffers_set"]
+        free: list[tuple[str, str]] = []
+        for name, parameter in parameters.items():
             if parameter is None:
-                attributes[prefix + name] = NO_PARAMETER
+                free.append((prefix + name, NO_PARAMETER))
             else:
-                self._tensor(
-                    live, index, prefix + name, TensorKind.PARAMETER, parameter, module._parameters, name, depth
-                )
-        for name, buffer in own["_buffers"].items():
+                self._tensor(live, prefix + name, parameter, parameters, name, depth, _PARAMETER)
+        for name, buffer in buffers.items():
             if buffer is None:
-                attributes[prefix + name] = NO_BUFFER
-                continue
-            transient = name in module._non_persistent_buffers_set
-            kind = TensorKind.NON_PERSISTENT_BUFFER if transient else TensorKind.BUFFER
-            self._tensor(live, index, prefix + name, kind, buffer, module._buffers, name, depth)
-        self._attributes(live, index, prefix, own, own, depth, without=MODULE_INTERNALS)
+                free.append((prefix + name, NO_BUFFER))
+            else:
+                kind = _NON_PERSISTENT_BUFFER if name in transient else _BUFFER
+                self._tensor(live, prefix + name, buffer, buffers, name, depth, kind)
+        has_hooks = self._attributes(live, prefix, own, own, depth, without=MODULE_INTERNALS)
+        for name, text in free:
+            live.attributes[name] = text
         cls: Any = type(module)
         if members := _slot_members(cls):
-            self._members(live, index, prefix, module, members, depth)
-        for name in _HOOKS:
+            self._members(live, prefix, module, members, depth)
+        for name in _HOOKS if has_hooks else ():
             if hooks := own.get(name):  # by position: keys are numbers that the process counts
                 for position, (key, hook) in enumerate(hooks.items()):
-                    self._value(live, index, f"{prefix}{name}[{position}]", hook, hooks, key, depth)
+                    self._value(live, f"{prefix}{name}[{position}]", hook, hooks, key, depth)
+
+    def _layout(
+        self, prefix: str, own: dict[str, Any], values: tuple[Any, ...], without: frozenset[str] = frozenset()
+    ) -> _Layout:
+        key = prefix, tuple(own), tuple(map(type, values))
+        known = self._layouts.get(key)
+        if known is None:
+            known = self._layouts[key] = _Layout(*key, without, self._noting_of)
+        return known
 
     def _attributes(
         self,
         live: LiveModule,
-        index: int,
         prefix: str,
         own: dict[str, Any],
         holder: Any,
         depth: int,
         without: frozenset[str] = frozenset(),
-    ) -> None:
-        """All of a dictionary of attributes. Most are numbers, names and flags, which need no look of their own."""
-        simple, attributes = _SIMPLE if self._wanted is None else (), live.attributes
-        for name, value in list(own.items()):
-            if name in without:
-                continue
-            if type(value) in simple:
-                attributes[prefix + name] = repr(value)
-            else:
-                self._value(live, index, prefix + name, value, holder, name, depth)
+    ) -> bool:
+        """Take note of a whole dictionary of attributes. Returns whether there may be hooks in it."""
+        if self._wanted is not None:
+            for name, value in list(own.items()):
+                if name not in without:
+                    self._value(live, prefix + name, value, holder, name, depth)
+            return True
+        values = tuple(own.values())
+        layout = self._layout(prefix, own, values, without)
+        attributes = live.attributes
+        attributes.update(layout.texts_of_exact(values))  # first: copying into an empty dictionary is fastest
+        for position, path in layout.simple:
+            attributes[path] = repr(values[position])
+        for position, path, name, note in layout.others:
+            note(live, path, values[position], holder, name, depth)
+        return layout.hooks is None or any(layout.hooks(values))
 
     def _members(
-        self, live: LiveModule, index: int, prefix: str, value: Any, members: tuple[tuple[str, Any], ...], depth: int
+        self, live: LiveModule, prefix: str, value: Any, members: tuple[tuple[str, Any], ...], depth: int
     ) -> bool:
-        """What is behind the slots of `value`. Returns whether there is anything."""
+        """Take note of what is behind the slots of `value`. Returns whether there is anything."""
         found = False
         for name, member in members:
             try:
@@ -385,38 +487,39 @@ class _Walk:
             except AttributeError:  # nothing was put there yet
                 continue
             found = True
-            self._value(live, index, f"{prefix}{name}", item, value, name, depth)
+            self._value(live, f"{prefix}{name}", item, value, name, depth)
         return found
 
     def _tensor(
         self,
         live: LiveModule,
-        index: int,
         path: str,
-        kind: TensorKind,
         tensor: torch.Tensor,
         holder: Any,
         key: Any,
         depth: int,
+        kind: TensorKind = _ATTRIBUTE,
     ) -> None:
-        live.slots.append(LiveSlot(path, kind, tensor, index, holder, key))
+        live.slots.append(LiveSlot(path, kind, tensor, live.index, holder, key))
         hung = tensor.__dict__
-        if hung and id(tensor) not in self._met:
-            self._met[id(tensor)] = path
-            texts = self._tree.hung[id(tensor)] = {}
-            for name, value in list(hung.items()):
+        if hung and id(tensor) not in self._tree.hung:
+            values = tuple(hung.values())
+            layout = self._layout("", hung, values)
+            texts = self._tree.hung[id(tensor)] = layout.texts_of_exact(values).copy()
+            for position, name in layout.simple:
+                texts[name] = repr(values[position])
+            for position, _, name, _ in layout.others:
+                value = values[position]
                 text = self._text(value)
-                texts[name] = class_name(type(value)) if text is None else text
+                texts[name] = _name_of(type(value)) if text is None else text
                 if text is None:  # the others are noted with the tensor
-                    self._value(live, index, f"{path}.{name}", value, hung, name, depth + 1)
+                    self._value(live, f"{path}.{name}", value, hung, name, depth + 1)
 
     def _text(self, value: Any) -> str | None:
-        """What `describe_value` says, and of functions only once each: every tensor of a model may have some."""
+        """The answer of `describe_value`. A function is described once: every tensor of a model may have the same."""
         kind = type(value)
-        if kind in _SIMPLE:
-            return repr(value)
         if kind is types.MethodType and type(value.__func__) is types.FunctionType:
-            return "method" + self._text_once(value.__func__).removeprefix("function")
+            return "method" + self._text_once(value.__func__)[len("function") :]
         return self._text_once(value) if kind is types.FunctionType else describe_value(value)
 
     def _text_once(self, value: Any) -> str:
@@ -425,61 +528,94 @@ class _Walk:
             known = self._texts[id(value)] = value, describe_value(value) or ""
         return known[1]
 
-    def _value(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+    def _value(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        note = self._noting.get(type(value)) or self._noting_of(type(value))
         if self._wanted is None:
-            self._note(live, index, path, value, holder, key, depth)
+            note(live, path, value, holder, key, depth)
             return
         self._steps.append((holder, key))
         if path in self._wanted.get(live.path, ()):
-            self._tree.places[index, path] = Place(tuple(self._steps), value)
-        self._note(live, index, path, value, holder, key, depth)
+            self._tree.places[live.index, path] = Place(tuple(self._steps), value)
+        note(live, path, value, holder, key, depth)
         self._steps.pop()
 
-    def _note(self, live: LiveModule, index: int, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+    def _noting_of(self, cls: Any) -> _Noting:
+        """The method that takes note of objects of `cls`."""
+        by_kind: dict[_Kind, _Noting] = {
+            _Kind.EXACT: self._simple,
+            _Kind.SIMPLE: self._simple,
+            _Kind.CONSTANT: self._constant,
+            _Kind.FUNCTION: self._callable,
+            _Kind.ITEMS: self._list,
+            _Kind.TENSOR: self._tensor,
+            _Kind.OBJECT: self._object,
+            _Kind.OPAQUE: self._opaque,
+            _Kind.WEAK: self._weak,
+            _Kind.OTHER: self._other,
+        }
+        found = self._noting[cls] = by_kind[_kind(cls)]
+        return found
+
+    def _simple(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        live.attributes[path] = repr(value)
+
+    def _constant(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        live.attributes[path] = self._text_once(value)
+
+    def _weak(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        live.attributes[path] = _name_of(type(value))
+
+    def _callable(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        if id(value) in self._met:
+            live.attributes[path] = self._text_once(value)
+        elif not (isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS)):
+            live.attributes[path] = self._text_once(value)
+            self._function(live, path, value, depth)
+        # Ours hangs there while we watch the model, and is none of it.
+
+    def _list(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        if is_literal(value):
+            live.attributes[path] = repr(value)
+            if type(value) is list:
+                self._tree.mutable[live.index, path] = value
+        else:
+            self._other(live, path, value, holder, key, depth)
+
+    def _object(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         cls: Any = type(value)
-        if cls in _WEAK:  # what it leads to may be gone: it can be asked for nothing
-            live.attributes[path] = class_name(cls)
-            return
-        kind = self._kinds.get(cls)
-        if kind is None:
-            kind = self._kinds[cls] = _kind(cls)
-        if getattr(value, "__class__", cls) is not cls:  # it stands for something else
-            kind = _Kind.OTHER
-        if kind is _Kind.SIMPLE:
-            text = repr(value)
-        elif kind is _Kind.CONSTANT:
-            text = self._text_once(value)
-        elif kind is _Kind.OBJECT or kind is _Kind.OPAQUE:
-            text = self._object(live, index, path, value, depth, is_opaque=kind is _Kind.OPAQUE)
-        elif isinstance(value, torch.Tensor):
-            self._tensor(live, index, path, TensorKind.ATTRIBUTE, value, holder, key, depth)
-            return
-        elif kind is _Kind.FUNCTION or isinstance(value, _FUNCTIONS):
-            if isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS):
-                return  # it hangs there while we watch the model, and is none of it
-            text = self._text(value) or ""
-            self._function(live, index, path, value, depth)
-        else:
-            known = describe_value(value)
-            if known is not None and cls in MUTABLE:
-                self._tree.mutable[index, path] = value
-            text = self._compound(live, index, path, value, depth) if known is None else known
-        live.attributes[path] = text
+        name = _name_of(cls)
+        if depth < _MAX_DEPTH:
+            first = self._first(live, path, value)
+            if first is not None:
+                name = f"{name} @{first}"
+            else:
+                self._insides(live, path, value, value, cls, depth)
+        live.attributes[path] = name
 
-    def _object(self, live: LiveModule, index: int, path: str, value: Any, depth: int, *, is_opaque: bool) -> str:
-        name = class_name(type(value))
-        if depth >= _MAX_DEPTH:
-            return name
-        first = self._first(live, path, value)
-        if first is not None:
-            return f"{name} @{first}"
-        if is_opaque:
-            self._tree.opaque[index, path] = value
-        else:
-            self._insides(live, index, path, value, depth)
-        return name
+    def _opaque(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        name = _name_of(type(value))
+        if depth < _MAX_DEPTH:
+            first = self._first(live, path, value)
+            if first is not None:
+                name = f"{name} @{first}"
+            else:
+                self._tree.opaque[live.index, path] = value
+        live.attributes[path] = name
 
-    def _compound(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> str:
+    def _other(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            self._tensor(live, path, value, holder, key, depth)
+        elif isinstance(value, _FUNCTIONS):
+            self._callable(live, path, value, holder, key, depth)
+        else:
+            text = describe_value(value)
+            if text is None:
+                text = self._compound(live, path, value, depth)
+            elif type(value) in MUTABLE:
+                self._tree.mutable[live.index, path] = value
+            live.attributes[path] = text
+
+    def _compound(self, live: LiveModule, path: str, value: Any, depth: int) -> str:
         cls: Any = type(value)
         name = class_name(cls)
         if isinstance(value, nn.Module):
@@ -487,7 +623,7 @@ class _Walk:
                 return f"{name} @{known.path}:"
             first = self._first(live, path, value)
             if first is None:
-                self._inner_module(live, index, path, value, depth + 1)
+                self._inner_module(live, path, value, depth + 1)
             return name if first is None else f"{name} @{first}"
         if isinstance(value, _LEAVES) or depth >= _MAX_DEPTH:
             return name
@@ -495,25 +631,27 @@ class _Walk:
         if first is not None:
             return name if isinstance(value, (tuple, frozenset)) else f"{name} @{first}"
         if isinstance(value, _CONTAINERS):
-            self._items(live, index, path, value, depth)
+            self._items(live, path, value, depth)
             if cls not in _PLAIN_CONTAINERS:
-                self._insides(live, index, path, value, depth)
+                # The items of a holder are set otherwise than its attributes.
+                holder = _dictionary(value) if isinstance(value, _HOLDERS) else value
+                self._insides(live, path, value, holder, cls, depth)
             return f"{name} of {len(value)}"
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             for position, item in enumerate(value.flat):
-                self._value(live, index, f"{path}[{position}]", item, None, "", depth + 1)
+                self._value(live, f"{path}[{position}]", item, None, "", depth + 1)
             return f"{name} of {value.shape}"
         if isinstance(value, (str, bytes, int, float)):  # with attributes of its own
-            self._insides(live, index, path, value, depth)
+            self._insides(live, path, value, value, cls, depth)
             base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
             return f"{name} {base.__repr__(value)}"
         if _is_opaque(cls):
-            self._tree.opaque[index, path] = value
+            self._tree.opaque[live.index, path] = value
             return name
-        self._insides(live, index, path, value, depth)
+        self._insides(live, path, value, value, cls, depth)
         return name
 
-    def _items(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
+    def _items(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
         if isinstance(value, dict):
             alike: collections.Counter[str] = collections.Counter()
             for item_key, item in value.items():
@@ -521,64 +659,67 @@ class _Walk:
                 alike[text] += 1
                 if alike[text] > 1:  # objects of one class as keys
                     text = f"{text} {alike[text]}"
-                self._value(live, index, f"{path}[{text}]", item, value, item_key, depth + 1)
+                self._value(live, f"{path}[{text}]", item, value, item_key, depth + 1)
         elif isinstance(value, (set, frozenset)):
             for position, item in enumerate(_in_order(value)):
-                self._value(live, index, f"{path}{{{position}}}", item, None, "", depth + 1)
+                self._value(live, f"{path}{{{position}}}", item, None, "", depth + 1)
         else:
             for position, item in enumerate(value):
-                self._value(live, index, f"{path}[{position}]", item, value, position, depth + 1)
+                self._value(live, f"{path}[{position}]", item, value, position, depth + 1)
 
-    def _insides(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
-        own = _dictionary(value)
-        holder = own if isinstance(value, _HOLDERS) else value  # their items are set otherwise than their attributes
-        prefix = f"{path}."
-        self._attributes(live, index, prefix, own, holder, depth + 1)
-        cls: Any = type(value)
+    def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
+        own, prefix = _dictionary(value), path + "."
+        if own:
+            self._attributes(live, prefix, own, holder, depth + 1)
         members = _slot_members(cls)
-        found = self._members(live, index, prefix, value, members, depth + 1) if members else False
+        found = self._members(live, prefix, value, members, depth + 1) if members else False
         if not own and not found and not isinstance(value, _CONTAINERS):
-            self._tree.opaque[index, path] = value
+            self._tree.opaque[live.index, path] = value
 
-    def _inner_module(self, live: LiveModule, index: int, path: str, module: nn.Module, depth: int) -> None:
-        """A module that is no child of another one: a container or a helper object holds it."""
-        self._module(live, index, f"{path}.", module, depth)
+    def _inner_module(self, live: LiveModule, path: str, module: nn.Module, depth: int) -> None:
+        """Take note of a module that a container or a helper object holds, and no other module."""
+        self._module(live, f"{path}.", module, depth)
         for name, child in module._modules.items():
             if child is not None:
-                self._value(live, index, f"{path}.{name}", child, module._modules, name, depth + 1)
+                self._value(live, f"{path}.{name}", child, module._modules, name, depth + 1)
 
-    def _function(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
-        """What a function takes along: captured values, defaults, arguments, the object of a method."""
-        if depth >= _MAX_DEPTH or self._first(live, path, value) is not None:
+    def _function(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
+        """Take note of what a function takes along: captured values, defaults, arguments, the object of a method."""
+        if depth >= _MAX_DEPTH or id(value) in self._met:
             return
-        if isinstance(value, functools.partial):
-            self._value(live, index, f"{path}.func", value.func, None, "", depth + 1)
-            self._value(live, index, f"{path}.args", value.args, value, "args", depth + 1)
-            for key, item in value.keywords.items():
-                self._value(live, index, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth + 1)
-        elif isinstance(value, types.MethodType):
-            self._value(live, index, f"{path}.__self__", value.__self__, None, "", depth + 1)
-            self._function(live, index, f"{path}.__func__", value.__func__, depth + 1)
-        elif isinstance(value, types.FunctionType):
+        self._met[id(value)] = live.path, path
+        depth += 1
+        if isinstance(value, types.FunctionType):
             for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
                 try:
                     item = cell.cell_contents
                 except ValueError:  # a variable that was deleted, or not set yet
                     continue
-                self._value(live, index, f"{path}.__closure__[{name!r}]", item, cell, 0, depth + 1)
-            for name in ("__defaults__", "__kwdefaults__"):
-                if getattr(value, name):
-                    self._value(live, index, f"{path}.{name}", getattr(value, name), value, name, depth + 1)
-            for key, item in value.__dict__.items():
-                self._value(live, index, f"{path}.{key}", item, value.__dict__, key, depth + 1)
+                self._value(live, f"{path}.__closure__['{name}']", item, cell, 0, depth)
+            if value.__defaults__:
+                self._value(live, f"{path}.__defaults__", value.__defaults__, value, "__defaults__", depth)
+            if value.__kwdefaults__:
+                self._value(live, f"{path}.__kwdefaults__", value.__kwdefaults__, value, "__kwdefaults__", depth)
+            if own := value.__dict__:
+                self._attributes(live, f"{path}.", own, own, depth)
+        elif isinstance(value, types.MethodType):
+            self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
+            self._function(live, f"{path}.__func__", value.__func__, depth)
+        elif isinstance(value, functools.partial):
+            self._value(live, f"{path}.func", value.func, None, "", depth)
+            self._value(live, f"{path}.args", value.args, value, "args", depth)
+            for key, item in value.keywords.items():
+                self._value(live, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth)
         elif isinstance(value.__self__, torch.Tensor) or not isinstance(value.__self__, _LEAVES):
-            self._value(live, index, f"{path}.__self__", value.__self__, None, "", depth + 1)
+            self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
 
     def _first(self, live: LiveModule, path: str, value: Any) -> str | None:
-        """Where `value` was met before; None for the first time."""
-        here = f"{live.path}:{path}"
-        first = self._met.setdefault(id(value), here)
-        return None if first is here else first
+        """Where the walk met `value` before; None for the first time."""
+        first = self._met.get(id(value))
+        if first is None:
+            self._met[id(value)] = live.path, path
+            return None
+        return ":".join(first)
 
 
 def _key_text(key: Any) -> str:
@@ -586,7 +727,7 @@ def _key_text(key: Any) -> str:
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
-    """Parts of a set in an order that does not depend on addresses, as far as they can be told apart."""
+    """The parts of a set in an order that depends on no address, as far as the parts can be told apart."""
 
     def text(value: Any) -> str:
         if isinstance(value, torch.Tensor):

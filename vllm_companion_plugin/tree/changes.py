@@ -43,9 +43,9 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.OrderedDict": collections.OrderedDict,
 }
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
-"""An object that was met before. No text of a value begins like one: that of a string begins with a quote."""
+"""The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
-"""A method of a module in the tree, and where that module is."""
+"""The text of a method of a module in the tree, and where that module is."""
 _CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
 
 
@@ -104,7 +104,7 @@ def _has_changes(observed: Observed) -> bool:
 
 
 def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
-    """What would have to change in a model to be the published one."""
+    """What would have to change in a model to make it the published one."""
     seen: dict[str, Observed] = {}
     by_path = {live.path: live for live in tree.modules}
     first_slot: dict[int, str] = {}
@@ -169,7 +169,7 @@ def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _empty_module(path: str, class_name: str) -> nn.Module:
-    """A module that has nothing yet: its values and tensors were published, and no constructor is called."""
+    """Make a module that has nothing yet. Its values and tensors were published, so no constructor is called."""
     cls = loaded_class(class_name)
     if cls is None or not issubclass(cls, nn.Module):
         raise ParityError(f"{path} is a {class_name} in the published model, which is not known here.", path)
@@ -184,7 +184,7 @@ def _remove_slots(module: nn.Module, observed: Observed) -> None:
 
 
 def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
-    """Let `name` be free in all tables of `module` but one.
+    """Free `name` in all tables of `module` but one.
 
     Raises:
         ParityError: it is a table of the module itself.
@@ -199,7 +199,7 @@ def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
 
 
 def _wanted(observed: Observed) -> set[str]:
-    """Names of the values that change, and of what holds them."""
+    """The names of the values that change, and of what holds these values."""
     names = {*observed.values, *(slot.name for slot in observed.added), *observed.retied}
     for name in list(names):
         while (part := _PART.fullmatch(name)) is not None:
@@ -318,7 +318,7 @@ class _Values:
             self._put(live, name, value)
 
     def _keep_free(self, live: LiveModule, name: str, text: str) -> None:
-        """Let a module have a parameter or a buffer that is None."""
+        """Give a module a parameter or a buffer that is None."""
         part = _PART.fullmatch(name)
         module = live.module if part is None else self._holder(live, part["parent"])
         key = name if part is None else part["name"]
@@ -328,7 +328,7 @@ class _Values:
             table[key] = None
 
     def _put(self, live: LiveModule, name: str, value: Any) -> None:
-        """Give `name` a value where nothing is yet."""
+        """Give `name` a value, if nothing has that name yet."""
         part = _PART.fullmatch(name)
         if part is None:
             if not name.isidentifier() or name in MODULE_INTERNALS or (name.startswith("__") and name.endswith("__")):
@@ -380,7 +380,7 @@ class _Values:
         return found
 
     def _referred(self, text: str) -> Any:
-        """The object that was met first where the text says."""
+        """The object at the place that the text names."""
         path, _, name = text.partition(" @")[2].partition(":")
         live = self.by_path.get(path)
         if live is not None:
@@ -411,7 +411,7 @@ def _made(text: str) -> Any:
 
 
 def _loaded_function(name: str) -> Any:
-    """A function of a module that is loaded. Raises `ValueError` for all others."""
+    """A function by its name. Raises `ValueError` unless a loaded module has it."""
     module, _, last = name.rpartition(".")
     found = vars(sys.modules[module]).get(last) if module in sys.modules else None
     if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) and f"{found.__module__}.{last}" == name:
@@ -420,7 +420,7 @@ def _loaded_function(name: str) -> Any:
 
 
 def _assign_in_place(current: Any, value: Any) -> bool:
-    """Give a mutable object the content of another one of its type, so that whoever holds it sees that."""
+    """Give a mutable object the content of another one of its type. All that hold the object see the new content."""
     kind = type(current)
     if kind is not type(value):
         return False

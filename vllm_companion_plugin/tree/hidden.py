@@ -2,8 +2,8 @@
 
 A model restored without them would run, and answer nonsense: the code that makes such a tensor
 had only placeholders to make it from. Captured values of functions, objects written in C and
-anything else that the garbage collector can follow are searched here. Not found is another view
-of memory that `capture` has found; `Restorer.finish` refuses a model that keeps one.
+anything else that the garbage collector can follow are searched here. The search does not
+find another view of memory that `capture` has found; `Restorer.finish` refuses a model that keeps one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONTAINERS = frozenset((dict, list, tuple, set, OrderedDict))
 
 
 def storage_bytes(tree: Tree, device_type: str, *, besides: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes of all storages on such a device under the tensors of `tree` and those `besides`, each counted once."""
+    """The bytes of all storages on such a device under the tensors of `tree` and those `besides`. Each counts once."""
     tensors = itertools.chain((slot.tensor for slot in tree.slots()), besides)
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device_type)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -57,7 +57,7 @@ def hidden_tensors(
     Each is described by the objects that lead to it. Takes milliseconds for Llama-8B, up to a second for a large model.
 
     Args:
-        known: of a draft that is a part of an engine, the target too: the engine's config leads from one to the other.
+        known: what was found. For a draft of an engine it has the target, too: the engine's config leads there.
         among: addresses of the only storages to look for; None for all.
     """
     found = set(known.addresses)

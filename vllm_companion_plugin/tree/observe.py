@@ -34,6 +34,8 @@ from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_nam
 from vllm_companion_plugin.tree.changes import is_restorable
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
+_PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
+
 _SMALL_BYTES = 1 << 20
 """Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
 _ROW_BYTES = 4096
@@ -50,7 +52,7 @@ class Snapshot:
     slots: dict[str, dict[str, AddedSlot]]
     ties: dict[str, str]
     owners: dict[tuple[str, str], str]
-    """Of values that are methods of a module in the tree: where that module is."""
+    """Where the module is whose method a value is, for values that are methods of modules in the tree."""
 
     @classmethod
     def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
@@ -137,7 +139,7 @@ class Observation:
                     continue
                 self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
                 self._watch.built.add(storage)
-                if slot.kind is not TensorKind.PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
+                if slot.kind is not _PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
                     compared.setdefault(storage, slot.tensor)
             self._fingerprints = _fingerprints(compared)
             self._watch.clean |= self._watch.built
@@ -156,14 +158,14 @@ class Observation:
             yield
 
     def note_read(self, tensor: torch.Tensor) -> None:
-        """`tensor` was read from the checkpoint, in whatever way: no operator shows who fills memory that was empty."""
+        """`tensor` was read from the checkpoint. No operator shows who fills empty memory."""
         storage = _storage_of(tensor)
         if storage is not None:
             self._watch.clean.discard(storage)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While open, operations are those of publishing, and none of loading."""
+        """While open, operations belong to publishing, and not to loading."""
         with self._watch.paused():
             yield
 
@@ -205,7 +207,7 @@ class Observation:
         return self._same.get(storage, False)
 
     def _compare_bytes(self, tree: Tree) -> None:
-        """Note of every storage that building made and nothing was seen to write whether it has the same bytes."""
+        """Note which of the storages that building made, and that no operation wrote, still have the same bytes."""
         unwritten = self._watch.built - self._watch.written
         tensors = {
             storage: slot.tensor
@@ -330,7 +332,7 @@ class Observation:
         )
 
     def _origin(self, slot: LiveSlot, was: str, name: str) -> str | None:
-        """Where building had put the memory that loading moved to this slot; None if it was here."""
+        """Where building had put the memory that loading moved to this slot; None if it was in this slot."""
         memory = _memory_of(slot.tensor)
         if self._built_at.get(was) == memory:
             return None
@@ -340,7 +342,7 @@ class Observation:
         raise NotShareableError(f"loading set {name} to a part of what building made, which cannot be described")
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
-        return tuple(slot.name for slot in slots if slot.kind is not TensorKind.ATTRIBUTE and self.is_own(slot.tensor))
+        return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -368,7 +370,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While open, operations are our own and none of the loading."""
+        """While open, operations are our own, and do not belong to loading."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -436,13 +438,13 @@ def _storages(value: Any) -> Iterator[int]:
 
 
 def _renamed(full: str, is_at: dict[str, str]) -> str:
-    """The full name of a tensor, by where its module is now."""
+    """The full name of a tensor at the place where its module is now."""
     path, _, name = full.partition(":")
     return f"{is_at.get(path, path)}:{name}"
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal ones mean the same elements of the same storage, as long as that storage lives."""
+    """A value that is equal for the same elements of the same storage, as long as that storage lives."""
     storage = _storage_of(tensor)
     return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
@@ -456,7 +458,7 @@ def _storage_of(tensor: torch.Tensor) -> int | None:
 
 
 def _fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:
-    """Equal ones mean equal bytes of the whole storage: the bytes of small ones, sums of large ones.
+    """For each storage a value that is equal if all bytes are: the bytes of small storages, sums of large ones.
 
     The bytes of all come from each device at once: one after the other, hundreds of them take tens of milliseconds.
     """

@@ -36,6 +36,9 @@ from vllm_companion_plugin.tree.capture import LiveSlot, Tree, tensor_attributes
 from vllm_companion_plugin.tree.observe import Loaded, Observation
 from vllm_companion_plugin.tree.values import class_name
 
+_name_of: Callable[[type], str] = functools.cache(class_name)
+_PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
+
 INLINE_BYTES = 64 << 10
 """Host tensors beside a device model travel in the manifest up to this size."""
 
@@ -83,7 +86,7 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
             first_slots.append(slot)
             private.append(True)
         private[index] &= is_private(slot, observation)
-        if slot.kind is TensorKind.PARAMETER:
+        if slot.kind is _PARAMETER:
             parameters.add(index)
     own = {index for index, tensor in enumerate(tensors) if observation is not None and observation.is_own(tensor)}
 
@@ -123,13 +126,13 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
 
 
 def describe_modules(tree: Tree, packing: Packing, loaded: Loaded) -> tuple[ModuleInfo, ...]:
-    """The modules of `tree` with their slots as indexes of tensors."""
+    """Describe the modules of `tree`; their slots have indexes of tensors."""
     index_of = {id(tensor): index for index, tensor in enumerate(packing.tensors)}
     return tuple(
         ModuleInfo(
             live.path,
             tuple(live.aliases),
-            class_name(type(live.module)),
+            _name_of(type(live.module)),
             tuple(SlotInfo(slot.name, slot.kind, index_of[id(slot.tensor)]) for slot in live.slots),
             live.attributes,
             loaded.modules.get(live.path, NOTHING_OBSERVED),
@@ -150,9 +153,9 @@ def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
         return True
     if tensor.is_conj() or tensor.is_neg():  # what is bound in place of it would lose that
         return True
-    if slot.kind is TensorKind.PARAMETER:
+    if slot.kind is _PARAMETER:
         return False
-    return slot.kind is not TensorKind.ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
+    return slot.kind is not _ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
 
 
 @functools.cache
@@ -201,7 +204,7 @@ def _describe(
         dtype=dtype_name(tensor.dtype),
         shape=tuple(tensor.shape),
         stride=tensor.stride(),
-        class_name=class_name(type(tensor)),
+        class_name=_name_of(type(tensor)),
         requires_grad=tensor.requires_grad,
         private=storage.private if storage else True,
         own=own,

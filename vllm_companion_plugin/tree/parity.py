@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,27 +28,30 @@ from vllm_companion_plugin.tree.changes import is_restorable
 from vllm_companion_plugin.tree.pack import dtype_name
 from vllm_companion_plugin.tree.values import class_name, value_of
 
+_name_of: Callable[[type], str] = functools.cache(class_name)
+
 
 def compare_modules(tree: Tree, manifest: Manifest) -> None:
-    """The same modules under the same names, in the same order, of the same classes.
+    """Check that there are the same modules under the same names, in the same order, of the same classes.
 
     Raises:
         ParityError: naming the first that differs.
     """
     for live, published in zip(tree.modules, manifest.modules, strict=False):
-        where = live.path or "the model"
-        if live.path != published.path or tuple(live.aliases) != published.aliases:
+        if live.path != published.path or (*live.aliases,) != published.aliases:
             raise ParityError(
-                f"module {live.path!r} {live.aliases} here is {published.path!r} in the published model.", where
+                f"module {live.path!r} {live.aliases} here is {published.path!r} in the published model.",
+                live.path or "the model",
             )
-        if (here := class_name(type(live.module))) != published.class_name:
+        if (here := _name_of(type(live.module))) != published.class_name:
+            where = live.path or "the model"
             raise ParityError(f"{where} is a {here} here and a {published.class_name} in the published model.", where)
     if len(tree.modules) != len(manifest.modules):
         raise ParityError(f"{len(tree.modules)} modules here, {len(manifest.modules)} in the published model.")
 
 
 def set_measured(model: nn.Module, tree: Tree, manifest: Manifest) -> None:
-    """Set floats that the publisher's post-processing measured on the weights; here it had only placeholders."""
+    """Set the floats that the publisher's post-processing measured on weights. Here it had only placeholders."""
     wanted = {}
     for live, published in zip(tree.modules, manifest.modules, strict=True):
         if published.observed.measured and live.attributes != published.attributes:
@@ -77,7 +82,7 @@ def _is_float(text: str | None) -> bool:
 
 
 def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
-    """Values and classes are equal where they must be.
+    """Check that values and classes are equal where they must be.
 
     Returns:
         This engine's own values that differ from the published ones, by full name.
@@ -91,10 +96,8 @@ def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
             continue
         changed = set(published.observed.values)
         processed = set(published.observed.processed)
-        for name in sorted(live.attributes.keys() | published.attributes.keys()):
+        for name in sorted({name for name, _ in live.attributes.items() ^ published.attributes.items()}):
             here, there = live.attributes.get(name), published.attributes.get(name)
-            if here == there:
-                continue
             where = full_name(live.path, name)
             is_own = name not in changed and not (published.observed.measured and name in processed)
             fits = _is_number if name in processed else _is_data
@@ -110,7 +113,7 @@ def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
 
 def _is_data(text: str | None) -> bool:
     """Whether a text is that of numbers, strings and containers of them: no class, function, enum or dtype."""
-    if text is None:
+    if text is None or text.isdecimal():
         return True
     try:
         return not _names_code(value_of(text))
@@ -131,9 +134,9 @@ def _is_number(text: str | None) -> bool:
 
 
 def compare_tensor_attributes(slot: LiveSlot, info: TensorInfo, path: str, observed: Observed) -> None:
-    """What was hung on a published tensor is equal, or this engine's own as any other value.
+    """Check that what was hung on a published tensor is equal, or this engine's own like any other value.
 
-    What is missing here and can be made is made: post-processing hangs marks on the tensors that it makes.
+    Marks that are missing here are made if they can be: post-processing hangs them on the tensors that it makes.
 
     Raises:
         ParityError: naming tensor, attribute and both values.
@@ -160,16 +163,16 @@ def _set_missing_attributes(tensor: torch.Tensor, info: TensorInfo) -> None:
                 continue
 
 
+def is_like(tensor: torch.Tensor, info: TensorInfo) -> bool:
+    """Whether `tensor` has the dtype, the shape and the stride of what was published."""
+    return dtype_name(tensor.dtype) == info.dtype and tensor.shape == info.shape and tensor.stride() == info.stride
+
+
 def tensor_difference(tensor: torch.Tensor, info: TensorInfo) -> str | None:
     """How `tensor` differs from what was published, values aside; None if it does not."""
     if tensor.requires_grad != info.requires_grad and tensor.is_leaf:
         tensor.requires_grad_(info.requires_grad)
-    if (
-        tensor.shape == info.shape
-        and tensor.stride() == info.stride
-        and dtype_name(tensor.dtype) == info.dtype
-        and class_name(type(tensor)) == info.class_name
-    ):
+    if is_like(tensor, info) and _name_of(type(tensor)) == info.class_name:
         return None
     checks: tuple[tuple[str, Any, Any], ...] = (
         ("dtype", dtype_name(tensor.dtype), info.dtype),

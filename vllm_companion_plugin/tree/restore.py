@@ -21,7 +21,7 @@ import functools
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
@@ -46,11 +46,11 @@ from vllm_companion_plugin.tree.capture import (
 )
 from vllm_companion_plugin.tree.changes import apply_loading
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
-from vllm_companion_plugin.tree.pack import dtype_name
 from vllm_companion_plugin.tree.parity import (
     compare_modules,
     compare_tensor_attributes,
     compare_values,
+    is_like,
     set_measured,
     tensor_difference,
 )
@@ -64,6 +64,7 @@ class Strategy(Enum):
     REPLAY = "replay"
 
 
+_ATTRIBUTE, _REPLAY = TensorKind.ATTRIBUTE, Strategy.REPLAY
 _NOTHING: dict[str, str] = {}
 _ALONE_BYTES = 1 << 20
 """Larger storages are cloned one by one, when they are needed."""
@@ -118,9 +119,9 @@ class Source:
 
     @functools.cached_property
     def _neighbours(self) -> dict[int, range]:
-        """For each small storage that is cloned, the ones beside it in the arena that are cloned with it.
+        """The small storages beside each one in the arena that are cloned together with it.
 
-        One by one, thousands of scales take as many launches, twice.
+        Cloned one by one, thousands of scales would take as many launches, twice.
         """
         found: dict[int, range] = {}
         first = size = end = 0
@@ -144,7 +145,7 @@ class Source:
         return storage.offset_bytes, storage.size_bytes
 
     def addresses(self) -> set[int]:
-        """Of all storages under the tensors made so far."""
+        """The addresses of all storages under the tensors made so far."""
         return {clone.data_ptr() for clone in self._clones.values()} | self._views.addresses()
 
     def renew(self) -> None:
@@ -190,7 +191,7 @@ class Restorer:
         self._displaced: dict[int, StorageWeakRef] = {}
 
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
-        """Do what loading did, and bind all that exists before post-processing and is not remade by it."""
+        """Do what loading did. Bind all that exists already and that post-processing will not make again."""
         with plain_tensors():
             apply_loading(self._model, self._source.manifest)
             self._leave_on_meta()
@@ -198,12 +199,11 @@ class Restorer:
                 if id(module) in self._paths:
                     continue
                 self._paths[id(module)] = path
-                if not module._parameters and not module._buffers:
-                    continue
-                published = self._published(path)
-                if module._parameters and strategy(module) is not Strategy.REPLAY:
-                    self._bind_all(module._parameters.items(), published)
-                self._bind_all(module._buffers.items(), published)
+                own = module.__dict__
+                parameters, buffers = own["_parameters"], own["_buffers"]
+                if parameters or buffers:
+                    is_remade = bool(parameters) and strategy(module) is _REPLAY
+                    self._bind_all(path, ({} if is_remade else parameters, buffers))
 
     def _leave_on_meta(self) -> None:
         """Give each slot that has no data in the publisher's model a tensor of its own without data.
@@ -231,40 +231,34 @@ class Restorer:
 
     def bind_module(self, module: nn.Module) -> None:
         """Bind one module's own parameters, just after its post-processing ran."""
-        self._bind_all(module._parameters.items(), self._published(self._paths[id(module)]))
+        self._bind_all(self._paths[id(module)], (module._parameters,))
 
-    def _published(self, path: str) -> dict[str, int]:
-        """Names of the parameters and buffers of a module, with their tensors."""
-        module = self._modules.get(path)  # None: post-processing may still rename or retie it
-        slots = module.slots if module else ()
+    def _bind_all(self, path: str, tables: Iterable[Mapping[str, torch.Tensor | None]]) -> None:
+        """Bind the tensors of a module whose forms are those of the published tensors with their names."""
+        published = self._modules.get(path)
+        if published is None:  # post-processing may still rename or retie it
+            return
         tensors = self._source.manifest.tensors
-        return {
-            slot.name: slot.tensor
-            for slot in slots
-            if slot.kind is not TensorKind.ATTRIBUTE and not tensors[slot.tensor].own
-        }
-
-    def _bind_all(self, named: Iterable[tuple[str, torch.Tensor | None]], published: dict[str, int]) -> None:
-        for name, tensor in named:
-            index = published.get(name)
-            if tensor is None or index is None or id(tensor) in self._bound:
-                continue
-            info = self._source.manifest.tensors[index]
-            if dtype_name(tensor.dtype) == info.dtype and tensor.shape == info.shape and tensor.stride() == info.stride:
-                self._bind(tensor, index, name)
+        for table in tables:
+            for want in published.slots if table else ():
+                tensor, info = table.get(want.name), tensors[want.tensor]
+                if tensor is None or info.own or want.kind is _ATTRIBUTE or id(tensor) in self._bound:
+                    continue
+                if is_like(tensor, info):
+                    self._bind(tensor, want.tensor, want.name)
 
     @contextmanager
     def hiding(self, module: nn.Module) -> Iterator[None]:
-        """While open, the module's own parameters, bound already, stand aside."""
+        """While open, meta tensors stand in for the module's own parameters, which are bound already."""
         self.ways[Strategy.HIDE] += 1
         with meta_parameters(module):
             yield
 
     @contextmanager
     def replaying(self, module: nn.Module) -> Iterator[None]:
-        """While open, the module's own tensors are real and private, and those that loading fills benign.
+        """While open, the module's own tensors are real and private, and those that loading fills have benign values.
 
-        Then they are bound.
+        At the end they are bound.
         """
         self.ways[Strategy.REPLAY] += 1
         info = self._modules.get(self._name(module))
@@ -296,14 +290,15 @@ class Restorer:
         compare_modules(tree, manifest)
         carriers: dict[int, torch.Tensor] = {}
         indexes: dict[int, int] = {}
+        tensors, hung = manifest.tensors, tree.hung
         for live, published in zip(tree.modules, manifest.modules, strict=True):
-            for slot, index in self._pairs(live, published):
-                info = manifest.tensors[index]
+            for slot, want in self._pairs(live, published):
+                index, tensor = want.tensor, slot.tensor
+                info = tensors[index]
                 if info.own:
                     self._keep_own(slot, info, index, live.path)
                     continue
-                tensor = slot.tensor
-                if info.attributes != tree.hung.get(id(tensor), _NOTHING):
+                if info.attributes != hung.get(id(tensor), _NOTHING):
                     compare_tensor_attributes(slot, info, live.path, published.observed)
                 if difference := tensor_difference(tensor, info):
                     name = full_name(live.path, slot.name)
@@ -318,28 +313,31 @@ class Restorer:
         self._check_placeholders_are_gone(tree)
         self._check_nothing_is_deferred(tree)
 
-    def _pairs(self, live: LiveModule, published: ModuleInfo) -> Iterable[tuple[LiveSlot, int]]:
-        """The slots of a module, each with the index of its published tensor.
+    def _pairs(self, live: LiveModule, published: ModuleInfo) -> Iterable[tuple[LiveSlot, SlotInfo]]:
+        """The slots of a module, each with the published one.
 
         Raises:
             ParityError: naming the first slot that only one of both has.
         """
-        there = published.slots
-        if [(slot.name, slot.kind) for slot in live.slots] == [(slot.name, slot.kind) for slot in there]:
-            return zip(live.slots, [slot.tensor for slot in there], strict=True)  # nearly all have the same order
+        here, there = live.slots, published.slots
+        if len(here) == len(there):
+            for slot, want in zip(here, there, strict=True):
+                if slot.name != want.name or slot.kind is not want.kind:
+                    break
+            else:  # nearly all have the same order
+                return zip(here, there, strict=True)
         pairs = []
         wanted = {(slot.kind, slot.name): slot for slot in there}
         for slot in live.slots:
-            want = wanted.pop((slot.kind, slot.name), None)
-            if want is None:
+            if (slot.kind, slot.name) not in wanted:
                 name = full_name(live.path, slot.name)
                 raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
-            pairs.append((slot, want.tensor))
+            pairs.append((slot, wanted.pop((slot.kind, slot.name))))
         self._check_missing(published.path, wanted.values())
         return pairs
 
     def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:
-        """The tensor that building this model made, unless it was deferred."""
+        """Leave a slot the tensor that building this model made, unless that tensor was deferred."""
         tensor = slot.tensor
         if not tensor.is_meta or info.meta:
             return
@@ -352,7 +350,7 @@ class Restorer:
             raise ParityError(f"{name} was left without data.", name)
 
     def _check_missing(self, path: str, missing: Iterable[SlotInfo]) -> None:
-        """Only what is an engine's own may be absent here: whether it is made may follow from flags."""
+        """Raise `ParityError` unless all that is missing is an engine's own: flags may decide whether it is made."""
         for slot in missing:
             if not self._source.manifest.tensors[slot.tensor].own:
                 name = full_name(path, slot.name)
@@ -385,7 +383,7 @@ class Restorer:
             raise NotShareableError(f"{len(left)} tensors are left without data, the first is {left[0]}")
 
     def _placeholders(self) -> set[int]:
-        """Addresses of displaced memory that is still in use."""
+        """The addresses of displaced memory that is still in use."""
         in_use = {address for address, storage in self._displaced.items() if not storage.expired()}  # type: ignore[no-untyped-call]
         return in_use - self._source.addresses() if in_use else in_use
 
@@ -401,8 +399,9 @@ class Restorer:
             storage = tensor.untyped_storage()
             self._displaced[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             del storage
-        _replace(tensor, self._source.tensor(index), name)
-        self._bound[id(tensor)] = index, tensor.data_ptr(), tensor
+        bound = self._source.tensor(index)
+        self._bound[id(tensor)] = index, bound.data_ptr(), tensor
+        _replace(tensor, bound, name)
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
@@ -410,7 +409,7 @@ class Restorer:
 
 @contextmanager
 def meta_parameters(module: nn.Module) -> Iterator[None]:
-    """While open, the module's own parameters are meta tensors. Then they are back."""
+    """While open, meta tensors stand in for the module's own parameters."""
     kept = dict(module._parameters)
     for name, parameter in kept.items():
         if isinstance(parameter, nn.Parameter):
@@ -424,7 +423,7 @@ def meta_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """A tensor of the class and attributes of `like` on other data."""
+    """A tensor on `data` that has the class and the attributes of `like`."""
     if type(like) is not torch.Tensor:
         data = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
     data.__dict__.update(like.__dict__)
@@ -432,10 +431,10 @@ def _with_data(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 
 
 def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
-    """Let the object `tensor` carry `data` from now on, whoever holds a reference to it.
+    """Let the object `tensor` carry `data` from now on, so that all that hold the object see the new data.
 
     `torch.utils.swap_tensors` does the same in four times the time, because its tensors may differ in class, in
-    attributes and in slots. What it refuses is left to it: its words are in the error.
+    attributes and in slots. What `swap_tensors` refuses is left to it, so its words are in the error.
     """
     kind = type(tensor)
     twin = data if kind is torch.Tensor else torch.Tensor._make_subclass(kind, data, tensor.requires_grad)
@@ -449,7 +448,7 @@ def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
 
 
 def _benign(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Ones, which no scale, norm or permutation chokes on; zeros for integers, which index."""
+    """A tensor like `tensor` of ones, which suit scales and norms, or of zeros if it has integers, which index."""
     fill = 1 if tensor.is_floating_point() else 0
     out = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
     if tensor.element_size() == 1:

@@ -19,7 +19,7 @@ import itertools
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,16 @@ _LITERALS: frozenset[type] = frozenset((bool, int, float, str, bytes, type(None)
 _TORCH_NAMES = (torch.dtype, torch.memory_format, torch.layout)
 _MAX_DEPTH = 32
 _MAX_BYTES = 1 << 20
-"""Longer data is told by its digest: it can be compared and not be made."""
+"""The text of longer data has a digest of it. Such data can be compared, and cannot be made from its text."""
 
 
 def class_name(cls: type) -> str:
-    """Qualified name of a class."""
+    """The qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def text_of(value: Any, depth: int = 0) -> str | None:
-    """Canonical text of a plain value; None for everything else."""
+    """The canonical text of a plain value; None for everything else."""
     kind = type(value)
     if kind in _LITERALS:  # nearly all, and this runs 10,000 times in an attach
         return repr(value)
@@ -81,17 +81,28 @@ def _parts(values: Any, depth: int) -> list[str] | None:
     return texts
 
 
+def is_literal(values: Iterable[Any]) -> bool:
+    """Whether Python's own text of a list, tuple or dictionary of these is the canonical one."""
+    return _LITERALS.issuperset(map(type, values))
+
+
 def _list(value: list[Any], depth: int) -> str | None:
+    if is_literal(value):
+        return repr(value)
     parts = _parts(value, depth)
     return None if parts is None else f"[{', '.join(parts)}]"
 
 
 def _tuple(value: tuple[Any, ...], depth: int) -> str | None:
+    if is_literal(value):
+        return repr(value)
     parts = _parts(value, depth)
     return None if parts is None else f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def _dict(value: dict[Any, Any], depth: int) -> str | None:
+    if type(value) is dict and is_literal(value) and is_literal(value.values()):
+        return repr(value)
     keys, values = _parts(value.keys(), depth), _parts(value.values(), depth)
     if keys is None or values is None:
         return None
@@ -218,7 +229,7 @@ _FACTORIES: dict[str, type] = {"list": list, "dict": dict, "set": set, "int": in
 
 
 def _checked(value: Any, kind: type) -> Any:
-    """`value` if it is a `kind`: of a number, a constructor may make gigabytes."""
+    """`value` if it is a `kind`. A constructor that gets a number may make gigabytes."""
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value

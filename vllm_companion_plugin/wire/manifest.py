@@ -2,14 +2,14 @@
 
 Nothing read here is believed: a tensor that reaches outside its storage would read another
 tensor's bytes or fault the engine. The reading is written for speed (an engine attaches in
-tens of milliseconds and a large MoE has 100,000 tensors): what tensors have in common is a type
-of theirs, checked once, and the garbage collector, which would walk the growing result again
-and again, pauses.
+tens of milliseconds and a large MoE has 100,000 tensors): what tensors have in common, or modules,
+is a type of theirs, checked once, and the garbage collector, which would walk the growing result
+again and again, pauses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
@@ -36,7 +36,9 @@ from vllm_companion_plugin.wire import messages
 MAX_MANIFEST_BYTES = 64 << 20
 """Eight times that of 100,000 tensors. Hostile bytes grow 100 times where protobuf makes objects of them."""
 MAX_TENSORS = 1_000_000
-"""And types. Two bytes can be a tensor, which makes an object of a hundred."""
+"""And modules, and types of both. Two bytes can be a tensor, which makes an object of a hundred."""
+MAX_ATTRIBUTES = 10_000_000
+"""Of all modules: a module of few bytes has as many as its type."""
 MAX_STORAGE_END = 1 << 50
 """Bounds lengths, strides and numbers of elements as well: torch's own arithmetic overflows further up."""
 MAX_DIMENSIONS = 64
@@ -69,33 +71,45 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
             message.storages.add(offset_bytes=storage.offset_bytes, size_bytes=storage.size_bytes)
         types: dict[tuple[Any, ...], int] = {}
         for tensor in manifest.tensors:
-            of = _type_of(tensor)
             message.tensors.add(
                 storage=tensor.storage,
                 storage_offset=tensor.storage_offset,
-                type=types.setdefault(of, len(types)),
+                type=types.setdefault((_type_of(tensor), frozenset(tensor.attributes.items())), len(types)),
                 inline=tensor.inline,
-                attributes=tensor.attributes or None,  # an empty map costs as much as a small one
             )
-        for of in types:
-            message.types.add(**dict(zip(_TYPE, of, strict=True)))
-        for module in manifest.modules:
-            target = message.modules.add(
-                path=module.path,
-                aliases=module.aliases,
-                class_name=module.class_name,
-                attributes=module.attributes or None,
-            )
-            for slot in module.slots:
-                target.slots.add(name=slot.name, kind=slot.kind.value, tensor=slot.tensor)
-            if module.observed != NOTHING_OBSERVED:
-                _write_observed(target.observed, module.observed)
+        for of, attributes in types:
+            message.types.add(**dict(zip(_TYPE, of, strict=True)), attributes=dict(attributes))
+        _write_modules(message, manifest.modules)
         for path, class_name in manifest.added_modules.items():
             message.added_modules.add(path=path, class_name=class_name)
         message.removed_modules.extend(manifest.removed_modules)
         message.retied_modules.update(manifest.retied_modules)
         message.files.update(manifest.files)
         return bytes(message.SerializeToString(deterministic=True))
+
+
+def _write_modules(message: messages.Manifest, modules: Iterable[ModuleInfo]) -> None:
+    """Each with what it has of its own; the first of a type says what the type is."""
+    types: dict[tuple[Any, ...], tuple[int, ModuleInfo]] = {}
+    for module in modules:
+        slots = tuple((slot.name, slot.kind.value) for slot in module.slots)
+        number, first = types.setdefault((module.class_name, slots, frozenset(module.attributes)), (len(types), module))
+        if first is module:
+            of = message.module_types.add(class_name=module.class_name, attributes=module.attributes)
+            for name, kind in slots:
+                of.slots.add(name=name, kind=kind)
+            if module.observed != NOTHING_OBSERVED:
+                _write_observed(of.observed, module.observed)
+        own = dict(module.attributes.items() - first.attributes.items())
+        target = message.modules.add(
+            path=module.path,
+            aliases=module.aliases,
+            type=number,
+            tensors=[slot.tensor for slot in module.slots],
+            attributes=own or None,  # an empty map costs as much as a small one
+        )
+        if module.observed != first.observed:
+            _write_observed(target.observed, module.observed)
 
 
 def _write_observed(target: messages.Observed, observed: Observed) -> None:
@@ -135,8 +149,9 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             stage = Stage(message.stage)
         except ValueError:
             raise ManifestError(f"Manifest of unknown stage {message.stage!r}.") from None
-        if (count := max(len(message.types), len(message.tensors))) > MAX_TENSORS:
-            raise ManifestError(f"Manifest of {count} tensors or types; at most {MAX_TENSORS} are allowed.")
+        counts = len(message.types), len(message.tensors), len(message.module_types), len(message.modules)
+        if (count := max(counts)) > MAX_TENSORS:
+            raise ManifestError(f"Manifest of {count} tensors, modules or types; at most {MAX_TENSORS} are allowed.")
         storages = tuple(_storages(message))
         tensors = tuple(_tensors(message, storages))
         modules = tuple(_modules(message, len(tensors)))
@@ -205,7 +220,7 @@ def _types(message: messages.Manifest) -> list[tuple[Any, ...]]:
         except ManifestError as error:
             raise ManifestError(f"Tensor type {index}: {error}.") from None
         flags = (item.requires_grad, item.private, item.own, item.meta, item.conj, item.neg)
-        types.append((*extent, dtype, shape, stride, item.class_name, *flags))
+        types.append((*extent, dtype, shape, stride, item.class_name, *flags, dict(item.attributes)))
     return types
 
 
@@ -224,7 +239,7 @@ def _tensors(message: messages.Manifest, storages: tuple[StorageInfo, ...]) -> I
         if number >= len(types):
             raise ManifestError(f"Tensor {index} is of type {number} of {len(types)}.")
         item_size, span, count, dtype, shape, stride, class_name, *flags = types[number]
-        requires_grad, private, own, meta, conj, neg = flags
+        requires_grad, private, own, meta, conj, neg, attributes = flags
         inline = item.inline if item.HasField("inline") else None
         if 0 <= storage < storage_count and inline is None:
             if (offset + span) * item_size > sizes[storage]:
@@ -248,7 +263,6 @@ def _tensors(message: messages.Manifest, storages: tuple[StorageInfo, ...]) -> I
             )
         elif inline is not None and span != count:
             raise ManifestError(f"Tensor {index} ({dtype}, shape {shape}, stride {stride}) is inline with gaps.")
-        attributes = item.attributes
         tensor = new(TensorInfo)
         set_storage(tensor, storage)
         set_offset(tensor, offset)
@@ -263,8 +277,26 @@ def _tensors(message: messages.Manifest, storages: tuple[StorageInfo, ...]) -> I
         set_conj(tensor, conj)
         set_neg(tensor, neg)
         set_inline(tensor, inline)
-        set_attributes(tensor, dict(attributes) if attributes else {})
+        set_attributes(tensor, attributes)
         yield tensor
+
+
+_ModuleType = tuple[str, list[tuple[str, TensorKind]], dict[str, str], Observed]
+
+
+def _module_types(message: messages.Manifest) -> Iterator[_ModuleType]:
+    """Class, slots, attributes, and what was observed."""
+    for index, item in enumerate(message.module_types):
+        slots: dict[str, TensorKind] = {}
+        for slot in item.slots:  # a slice would make objects of all before the first is looked at
+            name, kind = slot.name, _KINDS.get(slot.kind)
+            if kind is None:
+                raise ManifestError(f"Slot {name!r} of module type {index} has the unknown kind {slot.kind!r}.")
+            slots[name] = kind
+        if len(slots) != len(item.slots) or "" in slots:
+            raise ManifestError(f"Slots of module type {index} are unnamed or share a name.")
+        observed = _observed(item.observed) if item.HasField("observed") else NOTHING_OBSERVED
+        yield item.class_name, list(slots.items()), dict(item.attributes), observed
 
 
 def _modules(message: messages.Manifest, tensor_count: int) -> Iterator[ModuleInfo]:
@@ -274,18 +306,21 @@ def _modules(message: messages.Manifest, tensor_count: int) -> Iterator[ModuleIn
     new = object.__new__
     set_name, set_kind, set_tensor = _SET_SLOT
     set_path, set_aliases, set_class, set_slots, set_attributes, set_observed = _SET_MODULE
+    types = list(_module_types(message))
+    attribute_count = 0
     for item in message.modules:
-        path, aliases = item.path, tuple(item.aliases[:])
+        path, aliases, number, tensors = item.path, tuple(item.aliases[:]), item.type, item.tensors
         for name in (path, *aliases):
             if name in paths:
                 raise ManifestError(f"Two modules have the path {name!r}.")
             paths.add(name)
+        if number >= len(types):
+            raise ManifestError(f"Module {path!r} is of type {number} of {len(types)}.")
+        class_name, kinds, attributes, observed = types[number]
+        if len(tensors) != len(kinds):
+            raise ManifestError(f"Module {path!r} has {len(tensors)} tensors for {len(kinds)} slots.")
         slots: list[SlotInfo] = []
-        names: set[str] = set()
-        for slot in item.slots:  # a slice would make objects of all before the first is looked at
-            name, kind, tensor = slot.name, _KINDS.get(slot.kind), slot.tensor
-            if kind is None:
-                raise ManifestError(f"Slot {name!r} of module {path!r} has the unknown kind {slot.kind!r}.")
+        for (name, kind), tensor in zip(kinds, tensors, strict=True):
             if tensor >= tensor_count:
                 raise ManifestError(f"Slot {name!r} of module {path!r} holds tensor {tensor} of {tensor_count}.")
             info = new(SlotInfo)
@@ -293,16 +328,18 @@ def _modules(message: messages.Manifest, tensor_count: int) -> Iterator[ModuleIn
             set_kind(info, kind)
             set_tensor(info, tensor)
             slots.append(info)
-            names.add(name)
-        if len(names) != len(slots) or "" in names:
-            raise ManifestError(f"Slots of module {path!r} are unnamed or share a name.")
+        if own := item.attributes:
+            attributes = {**attributes, **own}
+            attribute_count += len(attributes)
+            if attribute_count > MAX_ATTRIBUTES:
+                raise ManifestError(f"Manifest of more than {MAX_ATTRIBUTES} attributes of modules.")
         module = new(ModuleInfo)
         set_path(module, path)
         set_aliases(module, aliases)
-        set_class(module, item.class_name)
+        set_class(module, class_name)
         set_slots(module, tuple(slots))
-        set_attributes(module, dict(item.attributes))
-        set_observed(module, _observed(item.observed) if item.HasField("observed") else NOTHING_OBSERVED)
+        set_attributes(module, attributes)
+        set_observed(module, _observed(item.observed) if item.HasField("observed") else observed)
         yield module
 
 

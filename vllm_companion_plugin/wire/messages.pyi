@@ -480,7 +480,14 @@ class Storage(_message.Message):
     def __init__(self, offset_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class TensorType(_message.Message):
-    __slots__ = ("dtype", "shape", "stride", "class_name", "requires_grad", "private", "own", "meta", "conj", "neg")
+    __slots__ = ("dtype", "shape", "stride", "class_name", "requires_grad", "private", "own", "meta", "conj", "neg", "attributes")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     STRIDE_FIELD_NUMBER: _ClassVar[int]
@@ -491,6 +498,7 @@ class TensorType(_message.Message):
     META_FIELD_NUMBER: _ClassVar[int]
     CONJ_FIELD_NUMBER: _ClassVar[int]
     NEG_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     stride: _containers.RepeatedScalarFieldContainer[int]
@@ -501,38 +509,28 @@ class TensorType(_message.Message):
     meta: bool
     conj: bool
     neg: bool
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., stride: _Optional[_Iterable[int]] = ..., class_name: _Optional[str] = ..., requires_grad: _Optional[bool] = ..., private: _Optional[bool] = ..., own: _Optional[bool] = ..., meta: _Optional[bool] = ..., conj: _Optional[bool] = ..., neg: _Optional[bool] = ...) -> None: ...
+    attributes: _containers.ScalarMap[str, str]
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., stride: _Optional[_Iterable[int]] = ..., class_name: _Optional[str] = ..., requires_grad: _Optional[bool] = ..., private: _Optional[bool] = ..., own: _Optional[bool] = ..., meta: _Optional[bool] = ..., conj: _Optional[bool] = ..., neg: _Optional[bool] = ..., attributes: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Tensor(_message.Message):
-    __slots__ = ("storage", "storage_offset", "type", "inline", "attributes")
-    class AttributesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    __slots__ = ("storage", "storage_offset", "type", "inline")
     STORAGE_FIELD_NUMBER: _ClassVar[int]
     STORAGE_OFFSET_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
-    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     storage: int
     storage_offset: int
     type: int
     inline: bytes
-    attributes: _containers.ScalarMap[str, str]
-    def __init__(self, storage: _Optional[int] = ..., storage_offset: _Optional[int] = ..., type: _Optional[int] = ..., inline: _Optional[bytes] = ..., attributes: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, storage: _Optional[int] = ..., storage_offset: _Optional[int] = ..., type: _Optional[int] = ..., inline: _Optional[bytes] = ...) -> None: ...
 
 class Slot(_message.Message):
-    __slots__ = ("name", "kind", "tensor")
+    __slots__ = ("name", "kind")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
-    tensor: int
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., tensor: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class ValueChange(_message.Message):
     __slots__ = ("name", "built", "loaded")
@@ -595,8 +593,27 @@ class Observed(_message.Message):
     measured: bool
     def __init__(self, values: _Optional[_Iterable[_Union[ValueChange, _Mapping]]] = ..., added: _Optional[_Iterable[_Union[AddedSlot, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ..., retied: _Optional[_Mapping[str, str]] = ..., untouched: _Optional[_Iterable[str]] = ..., processed: _Optional[_Iterable[str]] = ..., measured: _Optional[bool] = ...) -> None: ...
 
+class ModuleType(_message.Message):
+    __slots__ = ("class_name", "slots", "attributes", "observed")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    CLASS_NAME_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    OBSERVED_FIELD_NUMBER: _ClassVar[int]
+    class_name: str
+    slots: _containers.RepeatedCompositeFieldContainer[Slot]
+    attributes: _containers.ScalarMap[str, str]
+    observed: Observed
+    def __init__(self, class_name: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., observed: _Optional[_Union[Observed, _Mapping]] = ...) -> None: ...
+
 class Module(_message.Message):
-    __slots__ = ("path", "aliases", "class_name", "slots", "attributes", "observed")
+    __slots__ = ("path", "aliases", "attributes", "observed", "type", "tensors")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -606,20 +623,20 @@ class Module(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PATH_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
-    CLASS_NAME_FIELD_NUMBER: _ClassVar[int]
-    SLOTS_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     OBSERVED_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     path: str
     aliases: _containers.RepeatedScalarFieldContainer[str]
-    class_name: str
-    slots: _containers.RepeatedCompositeFieldContainer[Slot]
     attributes: _containers.ScalarMap[str, str]
     observed: Observed
-    def __init__(self, path: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., class_name: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., observed: _Optional[_Union[Observed, _Mapping]] = ...) -> None: ...
+    type: int
+    tensors: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, path: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., observed: _Optional[_Union[Observed, _Mapping]] = ..., type: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules")
+    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types")
     class RetiedModulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -644,6 +661,7 @@ class Manifest(_message.Message):
     FILES_FIELD_NUMBER: _ClassVar[int]
     IS_OBSERVED_FIELD_NUMBER: _ClassVar[int]
     ADDED_MODULES_FIELD_NUMBER: _ClassVar[int]
+    MODULE_TYPES_FIELD_NUMBER: _ClassVar[int]
     stage: str
     storages: _containers.RepeatedCompositeFieldContainer[Storage]
     types: _containers.RepeatedCompositeFieldContainer[TensorType]
@@ -654,4 +672,5 @@ class Manifest(_message.Message):
     files: _containers.ScalarMap[str, str]
     is_observed: bool
     added_modules: _containers.RepeatedCompositeFieldContainer[AddedModule]
-    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ...) -> None: ...
+    module_types: _containers.RepeatedCompositeFieldContainer[ModuleType]
+    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ...) -> None: ...

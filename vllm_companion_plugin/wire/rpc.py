@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 from urllib.parse import quote
@@ -17,12 +18,23 @@ from vllm_companion_plugin.errors import (
     from_code,
 )
 
+logger = logging.getLogger("vllm.companion.rpc")
+
 CHUNK_BYTES = 1 << 20
 """Of a manifest on its way, in either direction."""
 MAX_REQUEST_BYTES = 4 << 20
 MAX_ANSWER_BYTES = 256 << 20
 """A status has the keys of all entries."""
 ERROR_METADATA = "companion-error-code"
+
+
+_FAILURES: dict[grpc.StatusCode, tuple[type[CompanionError], str]] = {
+    grpc.StatusCode.UNAVAILABLE: (CompanionUnavailableError, "it has ended, or is not reachable at its socket"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (WaitTimeoutError, "no answer came in time"),
+    grpc.StatusCode.CANCELLED: (LeaseLostError, "the connection was closed"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (LimitError, "a message is larger than the protocol allows"),
+}
+"""What failures of gRPC itself mean here. Its own words are about addresses and sockets, and go to the debug log."""
 
 
 def address(socket_path: str) -> str:
@@ -54,10 +66,6 @@ def typed_error(error: grpc.RpcError, doing: str) -> CompanionError:
     for name, value in call.trailing_metadata() or ():
         if name == ERROR_METADATA:
             return from_code(value, call.details() or value)
-    kinds: dict[grpc.StatusCode, type[CompanionError]] = {
-        grpc.StatusCode.UNAVAILABLE: CompanionUnavailableError,
-        grpc.StatusCode.DEADLINE_EXCEEDED: WaitTimeoutError,
-        grpc.StatusCode.CANCELLED: LeaseLostError,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: LimitError,
-    }
-    return kinds.get(call.code(), CompanionError)(f"{doing} failed: {call.details() or call.code().name}.")
+    logger.debug("%s failed: %s: %s", doing, call.code(), call.details())
+    kind, words = _FAILURES.get(call.code(), (CompanionError, f"gRPC reported {call.code().name}"))
+    return kind(f"{doing} failed: {words}.")

@@ -12,11 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 
+from vllm_companion_plugin.cli.doctor import installation
 from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
+from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.core.text import printable
 from vllm_companion_plugin.errors import CompanionError, SettingsError
@@ -29,7 +31,7 @@ PROBE_TIMEOUT_S = 60.0
 
 
 def main(parsed: argparse.Namespace) -> int:
-    """Print all checks; return 1 if one of them failed."""
+    """Print all checks and a summary; the status is `FAILED` if one of them failed."""
     try:
         checks = run_checks(settings_of(parsed))
     except SettingsError as error:
@@ -42,7 +44,19 @@ def main(parsed: argparse.Namespace) -> int:
             print(printable(f"{check.level:4}  {check.name}: {check.text}"))
             if check.mend:
                 print(printable(f"      -> {check.mend}"))
-    return int(any(check.level == FAIL for check in checks))
+        print(summary(checks))
+    return Exit.FAILED if any(check.level == FAIL for check in checks) else Exit.DONE
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """Say in one line how it stands here."""
+    failed, warned = ([check.name for check in checks if check.level == level] for level in (FAIL, WARN))
+    if failed:
+        also = f"; {len(warned)} warned" if warned else ""
+        return printable(f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}){also}.")
+    if warned:
+        return printable(f"Nothing failed; {len(warned)} of {len(checks)} checks warned ({', '.join(warned)}).")
+    return f"All {len(checks)} checks are well."
 
 
 def run_checks(settings: Settings) -> list[Check]:
@@ -50,9 +64,12 @@ def run_checks(settings: Settings) -> list[Check]:
     sources: tuple[Callable[[], Iterator[Check]], ...] = (
         check_libraries,
         check_vllm,
+        lambda: installation.check_builds(has_gpu=has_gpu()),
         check_plugin,
+        installation.check_command,
         lambda: check_runtime_dir(settings),
         lambda: _states(settings),
+        _trial,
         check_cuda,
     )
     found: list[Check] = []
@@ -79,6 +96,7 @@ def check_libraries() -> Iterator[Check]:
 def check_protocol() -> Iterator[Check]:
     """Check that protobuf, which has several implementations, can make our messages here."""
     try:
+        importlib.import_module("vllm_companion_plugin.holder.process")  # with all that a companion imports
         schema = importlib.import_module("vllm_companion_plugin.wire.schema")
         messages = importlib.import_module("vllm_companion_plugin.wire.messages")
         implementation = importlib.import_module("google.protobuf.internal.api_implementation").Type()
@@ -196,6 +214,17 @@ def _states(settings: Settings) -> Iterator[Check]:
     yield from states.check_metrics(settings)
 
 
+def _trial() -> Iterator[Check]:
+    from vllm_companion_plugin.cli.doctor import trial
+
+    yield from trial.check_trial()
+
+
+def has_gpu() -> bool:
+    """Tell whether NVIDIA's driver shows a GPU to this process."""
+    return os.path.exists("/dev/nvidiactl")
+
+
 _CUDA_PROBE = """
 import json
 from vllm_companion_plugin.memory import KINDS, cuda_driver
@@ -213,7 +242,7 @@ print(json.dumps([[uuid, *answer(index)] for index, uuid in enumerate(cuda_drive
 
 def check_cuda() -> Iterator[Check]:
     """Ask in another process how GPUs share memory, because the answer needs a context on each GPU."""
-    if not os.path.exists("/dev/nvidiactl"):
+    if not has_gpu():
         yield Check("GPU", OK, "none here; companions of device cpu")
         return
     try:

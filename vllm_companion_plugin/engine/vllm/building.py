@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.drafts import has_draft_weights, is_draft
 from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.capture import named_modules
 
 
 class _Registered:
@@ -99,9 +100,9 @@ def noted_for_reloads(model: nn.Module) -> Iterator[torch.Tensor]:
     """What vLLM keeps of the parameters of `model`, without data, for a later reload."""
     from vllm.model_executor.model_loader.reload import layerwise
 
-    for module in model.modules():
-        if module in layerwise.LAYERWISE_INFO:
-            for noted in layerwise.LAYERWISE_INFO[module].restore_metadata:
+    for _, module in named_modules(model):
+        if (info := layerwise.LAYERWISE_INFO.get(module)) is not None:
+            for noted in info.restore_metadata:
                 yield from noted.values()
 
 

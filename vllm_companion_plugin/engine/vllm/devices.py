@@ -61,16 +61,27 @@ def requested_bytes(device: EngineDevice) -> int:
 
 
 @contextmanager
-def own_pool(device: EngineDevice, vllm_config: Any) -> Iterator[None]:
-    """While open, what is allocated is none of vLLM's memory that sleeps, which gives nothing back before all is free.
+def own_pool(device: EngineDevice) -> Iterator[None]:
+    """While open, what this thread allocates is none of vLLM's memory that sleeps.
 
-    A model that gives up its memory piece by piece while it is packed would need it twice there.
+    That gives nothing back before a whole pool is free, so a model that gives up its memory piece by piece while it is
+    packed would need it twice. Nothing can be done within a pool but to leave it for a while.
     """
-    if device.torch_device.type != "cuda" or not vllm_config.model_config.enable_sleep_mode:
+    allocator = getattr(sys.modules.get("vllm.device_allocator.cumem"), "CuMemAllocator", None)
+    instance = getattr(allocator, "instance", None)
+    tag = getattr(instance, "current_tag", None)
+    pools = getattr(instance, "allocator_and_pools", {}).get(tag)
+    if device.torch_device.type != "cuda" or tag != "weights" or not pools:  # no pool is open
         yield
         return
-    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device.torch_device):
+    pool = pools[-1][0] if isinstance(pools, list) else pools[0]
+    index, torch_c = device.torch_device.index, torch._C
+    torch_c._cuda_endAllocateToPool(index, pool.id)
+    try:
         yield
+    finally:
+        torch_c._cuda_beginAllocateCurrentThreadToPool(index, pool.id)
+        torch_c._cuda_releasePool(index, pool.id)  # to begin counts as one more user
 
 
 def memory(device: EngineDevice) -> tuple[int, int]:

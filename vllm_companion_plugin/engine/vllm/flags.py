@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_companion_plugin.engine.vllm.naming import LOAD_FORMAT
 from vllm_companion_plugin.errors import SettingsError
-from vllm_companion_plugin.settings import BY_NAME, resolve_extra_config
+from vllm_companion_plugin.settings import BY_NAME, TABLE, resolve_extra_config
 
 _MAX_NAMED = 3
 
@@ -70,7 +70,8 @@ class _Parser(FlexibleArgumentParser):
         raise SystemExit(2)
 
     def _with_nearest(self, name: str) -> str:
-        near = get_close_matches(name, self._option_string_actions, 1)
+        ours = [setting.option for setting in TABLE if setting.flag]
+        near = get_close_matches(name, [*self._option_string_actions, *ours], 1)
         return f"{name} ({near[0]} was meant?)" if near else name
 
 

@@ -233,6 +233,18 @@ WAKE = Patch(
     link="vllm/device_allocator/sleep_mode_backend.py: CuMemBackend.resume",
     undo=_ENDS,
 )
+SLEEP_OF_WORKER = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.sleep",
+    "engine.vllm.sleep",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason=(
+        "vLLM fails at the end of falling asleep if other processes have taken memory meanwhile, and takes the engine "
+        "for awake; it sleeps."
+    ),
+    link="vllm/v1/worker/gpu_worker.py: Worker.sleep",
+    undo=_ENDS,
+)
 SLEEP_OF_CPU_WORKER = Patch(
     "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
     "engine.vllm.sleep",

@@ -19,7 +19,7 @@ from vllm_companion_plugin.memory.arena import Arena
 from vllm_companion_plugin.memory.cuda_driver import call, copy_to_device, driver, primary_context, wait_for_copies
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kind import Keeper, Kind, required_index
-from vllm_companion_plugin.memory.kinds.memfd import Memfd, new_memfd
+from vllm_companion_plugin.memory.kinds.memfd import mapped_once, new_memfd
 from vllm_companion_plugin.memory.mapping import Blocks, Reservation
 
 
@@ -212,12 +212,12 @@ class CudaVmm(Kind):
             return memfd.seal()
 
     def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
-        with contextlib.closing(Memfd().open(host, fds, None)) as source:
+        with mapped_once(host, fds) as source:
             context = primary_context(required_index(self.name, device_index))
-            staging.to_device(context, source.address, arena.address, arena.info.size_bytes)
+            staging.to_device(context, source, arena.address, arena.info.size_bytes)
 
     def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
-        with contextlib.closing(Memfd().open(host, fds, None)) as source:
+        with mapped_once(host, fds) as source:
             if host.size_bytes != info.size_bytes:
                 raise ArenaError(f"A copy of {host.size_bytes} bytes is none of {info.size_bytes}.")
             writer = self.create(info.size_bytes, device_index, None)
@@ -225,7 +225,7 @@ class CudaVmm(Kind):
                 for size_bytes in info.block_sizes:
                     writer.add_block(size_bytes)
                 context = primary_context(required_index(self.name, device_index))
-                staging.to_device(context, source.address, writer.address, info.size_bytes)
+                staging.to_device(context, source, writer.address, info.size_bytes)
                 return writer.seal()
             except BaseException:
                 writer.abort()

@@ -261,6 +261,28 @@ def new_memfd(size_bytes: int) -> Iterator[SharedWriter]:
         writer.close()
 
 
+@contextlib.contextmanager
+def mapped_once(info: ArenaInfo, fds: Descriptors) -> Iterator[int]:
+    """Where a memfd of one block is mapped, to be read once, by threads that fault in what they read.
+
+    Args:
+        fds: owned from now on.
+
+    Raises:
+        ArenaError: it is no such memfd.
+    """
+    with fds:
+        Memfd().check(info, fds)
+        if len(fds) != 1:
+            raise ArenaError(f"A copy in host memory has one block, not {len(fds)}.")
+        mapped = _libc.mmap(None, info.size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fds[0], 0)
+    address = _address(f"Cannot map {info.size_bytes} bytes of host memory", mapped)
+    try:
+        yield address
+    finally:
+        _libc.munmap(address, info.size_bytes)
+
+
 class MemfdWriter:
     """Fills a memfd. The whole size is one block; memory is used as it is written."""
 

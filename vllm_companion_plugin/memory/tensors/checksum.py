@@ -29,22 +29,22 @@ ROW_WORDS = 512
 ROW_BYTES = ROW_WORDS * 8
 ROWS = PIECE_BYTES // ROW_BYTES
 BATCH = 16
-"""Pieces at once. More would need sums larger than the 1 MiB for which torch's allocator takes 2 MiB, not 20."""
+"""Pieces at once. Larger batches need more than 1 MiB of sums, for which torch reserves 20 MiB instead of 2."""
 SAMPLED_SHARE = 16
-"""One piece of so many is checked by `sample`, and never less than `SAMPLED_AT_LEAST`."""
+"""`sample` checks one of so many pieces, and never less than `SAMPLED_AT_LEAST`."""
 SAMPLED_AT_LEAST = 4
 _SIGN = 1 << 63
 
 
 @functools.cache
 def prepare(device: torch.device) -> None:
-    """Compile the kernel in a thread, once a process, so that the first arena need not wait for it."""
+    """Compile the kernel in a thread, once in a process, so that the first arena need not wait for the compiler."""
     if device.type == "cuda":
         threading.Thread(target=_has_kernel, args=(device,), name="companion-kernel", daemon=True).start()
 
 
 class Summing:
-    """Computes checksums of an arena. On a GPU in the order of the current stream, without waiting."""
+    """Computes checksums of an arena. A GPU computes in the order of the current stream, and nobody waits."""
 
     def __init__(self, views: ArenaViews, size_bytes: int, device: torch.device) -> None:
         self._views = views
@@ -61,7 +61,7 @@ class Summing:
     def _in_order(self) -> Iterator[None]:
         """While open, the device is current, and its current stream comes behind all that was summed so far.
 
-        Who attaches may work on another GPU, or change streams meanwhile. `torch.cuda.stream` would do, but after it
+        The caller may work on another GPU, or change streams meanwhile. `torch.cuda.stream` would do, but after it
         vLLM takes the default stream for one that was chosen, and captures CUDA graphs on it, which fails.
         """
         if self._device.type != "cuda":
@@ -82,7 +82,7 @@ class Summing:
             self._done = whole
 
     def add(self, pieces: Iterable[int]) -> None:
-        """Sum these pieces, each once; runs of them at once."""
+        """Sum these pieces, each once. Pieces that follow each other are summed together."""
         with self._in_order():
             for first, last in _runs(pieces):
                 start, stop = first * PIECE_BYTES, min(last * PIECE_BYTES, self._size_bytes)
@@ -102,12 +102,12 @@ class Summing:
                 cuda_sums.launch(index, ROWS, words.data_ptr(), rows, sums.data_ptr(), stream)
 
     def values(self) -> tuple[int, ...]:
-        """Of what was summed, in that order. Waits for the device."""
+        """The sums of the pieces that were added, in that order. Waits for the device."""
         with self._in_order():
             return tuple(value % (1 << 64) for value in self._sums[: self._count].tolist())
 
     def checksums(self) -> Checksums:
-        """Of the whole arena, after `extend` to its end. Waits for the device."""
+        """The checksums of the whole arena, after `extend` to its end. Waits for the device."""
         return Checksums(ARENA_CHECKSUM, self.values())
 
 
@@ -129,7 +129,7 @@ class Verification:
             self._summing.add(self.pieces)
 
     def check(self, manifest: Manifest, label: str) -> str:
-        """Raise `IntegrityError` unless all are equal; else what was done. Waits for the device."""
+        """Raise `IntegrityError` unless all sums are equal. Returns what was done. Waits for the device."""
         known = self._info.checksums.values
         if self._summing is None:
             return "not verified"
@@ -170,7 +170,7 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def _sum(words: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, sums: torch.Tensor) -> None:
-    """Sums of pieces, of which the last may be shorter, with torch."""
+    """Sum pieces with torch. The last piece may be shorter."""
     whole = words.numel() // (ROWS * ROW_WORDS)
     pieces = words[: whole * ROWS * ROW_WORDS].view(whole, ROWS, ROW_WORDS)
     batches = [pieces[at : at + BATCH] for at in range(0, whole, BATCH)]
@@ -184,7 +184,7 @@ def _sum(words: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, sums: t
 
 
 def _weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the rows, even, and of the columns, odd; int64."""
+    """The weights of the rows, which are even, and of the columns, which are odd; int64."""
     numbers = torch.arange(1, ROWS + ROW_WORDS + 1, dtype=torch.int64, device=device)
     for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # as SplitMix64 mixes a counter
         numbers = numbers * (factor - 2 * _SIGN if factor >= _SIGN else factor)
@@ -203,7 +203,7 @@ def _runs(pieces: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _names(manifest: Manifest, start: int, stop: int, limit: int = 3) -> list[str]:
-    """Of tensors with bytes in this part of the arena."""
+    """The names of tensors with bytes in this part of the arena."""
     inside = {
         index
         for index, storage in enumerate(manifest.storages)

@@ -83,7 +83,7 @@ def launch(device_index: int, piece_rows: int, address: int, rows: int, sums_add
 
 def compiled(device_index: int, piece_rows: int) -> Any:
     """The kernel, compiled at the first call (15 ms, and 50 to find and load NVRTC). Raises as `launch`."""
-    with _compiling:  # whoever comes while another thread compiles has it when that is done
+    with _compiling:  # a second thread waits here until the first has compiled
         return _compiled(device_index, piece_rows)
 
 

@@ -54,7 +54,7 @@ class ArenaViews:
 
     @functools.cached_property
     def _whole(self) -> torch.UntypedStorage:
-        """Of which all others are parts, since PyTorch loses 160 bytes with each array interface that it reads."""
+        """The storage that all others are parts of. PyTorch loses 160 bytes with each array interface it reads."""
         address, size_bytes = self._arena.address, self._size_bytes
         if self.device.type == "cpu":
             buffer: Any = (ctypes.c_ubyte * size_bytes).from_address(address)
@@ -65,7 +65,10 @@ class ArenaViews:
 
     def tensor(self, info: TensorInfo, storage: StorageInfo) -> torch.Tensor:
         """The tensor that `info` describes, viewing `storage` in the arena."""
-        return view(self._storage(info.storage, storage), info, self.device)
+        known = self._storages.get(info.storage)
+        if known is None:
+            known = self._storages[info.storage] = self._part(storage.offset_bytes, storage.size_bytes)
+        return view(known, info, self.device)
 
     def renew(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Give clones the arena's bytes again, as they are mapped now.
@@ -77,14 +80,8 @@ class ArenaViews:
             clone.copy_(self.bytes_at(start, clone.nbytes))
 
     def addresses(self) -> set[int]:
-        """Of the storages made so far."""
+        """The addresses of the storages made so far."""
         return {storage.data_ptr() for storage in self._storages.values()}
-
-    def _storage(self, index: int, storage: StorageInfo) -> torch.UntypedStorage:
-        known = self._storages.get(index)
-        if known is None:
-            known = self._storages[index] = self._part(storage.offset_bytes, storage.size_bytes)
-        return known
 
     def _part(self, offset_bytes: int, size_bytes: int) -> torch.UntypedStorage:
         if offset_bytes < 0 or offset_bytes + size_bytes > self._size_bytes:  # a slice would just be shorter
@@ -109,6 +106,7 @@ def without_storage(info: TensorInfo, device: torch.device) -> torch.Tensor:
     return flat.as_strided(info.shape, info.stride)
 
 
+@functools.cache
 def dtype_of(name: str) -> torch.dtype:
     """torch's dtype of that name. Raises `ManifestError` for a name that this torch does not know."""
     dtype = getattr(torch, name, None)

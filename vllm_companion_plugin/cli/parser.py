@@ -1,0 +1,211 @@
+"""The command line as a parser: commands, flags, their help, and what a user is told who mistypes one of them."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+from vllm_companion_plugin._version import __version__
+from vllm_companion_plugin.cli.settings_options import add_settings
+
+PROGRAM = "vllm-companion"
+_DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU (1 or cuda:1), cpu, or all (default)"
+TAKES_FLAGS_OF_VLLM = ("serve", "verify")
+
+EXAMPLES = {
+    "": (
+        ("vllm serve MODEL --load-format companion", "an engine that shares; the first one starts a companion"),
+        ("vllm-companion status", "what is held, by whom it is used, until when it stays"),
+        ("vllm-companion doctor", "what is wrong here, and what repairs it"),
+    ),
+    "serve": (
+        ("vllm-companion serve", "a companion for each GPU, which engines fill"),
+        ("vllm-companion serve Qwen/Qwen3-8B -tp 2 --dtype bfloat16", "load a model before any engine exists"),
+        ("vllm-companion serve --device 0 Qwen/Qwen3-8B --config serve.yaml", "with the config file of `vllm serve`"),
+    ),
+    "status": (
+        ("vllm-companion status", "a table that fits the terminal"),
+        ("vllm-companion status --wide", "all columns, full names"),
+        ("vllm-companion status -q | xargs -n1 vllm-companion unload", "unload all that nobody uses"),
+        ("vllm-companion status >/dev/null; echo $?", "0: companions answer, 4: none runs"),
+    ),
+    "watch": (("vllm-companion watch --device cpu", "follow one companion, over upgrades as well"),),
+    "unload": (
+        ("vllm-companion unload Qwen3-8B", "by the last parts of its name"),
+        ("vllm-companion unload 3f2a91c0", "by its id, or the first characters of it"),
+        ("vllm-companion unload --all --force", "everything, also while engines use it"),
+    ),
+    "stop": (("vllm-companion stop --device 0", "end the companion of the first GPU"),),
+    "upgrade": (("pip install -U vllm-companion-plugin && vllm-companion upgrade", "engines serve all the while"),),
+    "verify": (
+        ("vllm-companion verify Qwen/Qwen3-8B --max-model-len 4096", "with the flags that the engines will have"),
+    ),
+    "metrics": (("vllm-companion metrics --metrics-port 9464", "then: curl http://127.0.0.1:9464/metrics"),),
+    "doctor": (("vllm-companion doctor", "exit status 1 if a check failed"),),
+    "completion": (
+        ("source <(vllm-companion completion bash)", "in ~/.bashrc"),
+        ("vllm-companion completion zsh > ~/.zfunc/_vllm-companion", "with `fpath+=~/.zfunc` before compinit"),
+    ),
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word nearest to `word`; empty if none is near."""
+    near = get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps paragraphs, and leaves indented lines as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong command line with the usage of the command that was meant, the error and the nearest right word.
+
+    Attributes:
+        commands: the parser of each command, by name.
+    """
+
+    commands: dict[str, Parser]
+
+    def flags(self) -> list[str]:
+        """Return all flags of this command."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """Say that this command does not know these words."""
+        flags = [word.split("=")[0] for word in rest if word.startswith("-")]
+        if flags:
+            self.error(f"unknown flag {flags[0]}{did_you_mean(flags[0], self.flags())}")
+        self.error(f"unexpected argument {rest[0]}")
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command line; return what was parsed, and the words that are for vLLM.
+
+    Ends the process with status 0 after printing help, and with status 2 if the command line is wrong.
+    """
+    parser = make_parser()
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if not arguments:
+        parser.print_help()
+        parser.exit()
+    if first is not None and first not in parser.commands:
+        parser.error(f"unknown command {first}{did_you_mean(first, parser.commands)}")
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command is None:
+        parser.refuse(rest)
+    command = parser.commands[parsed.command]
+    if rest and parsed.command not in TAKES_FLAGS_OF_VLLM:
+        command.refuse(rest)
+    parsed.flags = command.flags()
+    return parsed, rest
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Model weights, held once for all engines.",
+        epilog=f"{_examples('')}\n\n{PROGRAM} COMMAND --help says more. "
+        "Exit status: 0 done, 1 failed, 2 wrong command line, 3 not shared (verify), 4 no companion runs.",
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.commands = commands.choices
+
+    def command(
+        name: str, short: str, *settings: str, description: str = "", usage: str | None = None, device: bool = True
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=short,
+            description=description or short,
+            usage=usage,
+            epilog=_examples(name),
+            formatter_class=_Help,
+            allow_abbrev=False,  # --li could be a flag of vLLM that must be passed on
+        )
+        if device:
+            made.add_argument("--device", help=_DEVICE_HELP)
+        if settings:
+            add_settings(made, *settings)
+        return made
+
+    command(
+        "serve",
+        "Run companions in the foreground, and load MODEL into them.",
+        *("runtime_dir", "linger_s", "log_level", "log_format", "metrics_port", "spawn_timeout_s", "wait_timeout_s"),
+        description="Run companions until stopped. With MODEL: also load that model, as an engine with these flags "
+        "would. Flags that only the server of `vllm serve` needs are ignored. Takes over a running companion, and "
+        "replaces one that dies without losing weights. Companions owned by another `serve` are only used.",
+        usage=f"{PROGRAM} serve [MODEL] [--device DEVICE] [settings] [vLLM flags]",
+    )
+    status = command("status", "Show which models companions hold, who uses them and until when.", "runtime_dir")
+    shapes = status.add_mutually_exclusive_group()
+    shapes.add_argument("--wide", action="store_true", help="all columns, and full names")
+    shapes.add_argument("--json", action="store_true", help="for programs; docs/guide/cli.md has the schema")
+    shapes.add_argument("-q", "--quiet", action="store_true", help="only ids, as `unload` takes them, one a line")
+    command("watch", "Show the status at every change, until Ctrl-C.", "runtime_dir")
+    unload = command("unload", "Drop a model; attached engines keep what they have mapped.", "runtime_dir")
+    unload.add_argument("model", nargs="?", metavar="MODEL", help="its name, the end of it, or an id of `status`")
+    unload.add_argument("--rank", help="only this rank, e.g. tp0/2")
+    unload.add_argument("--key", metavar="ID", help="only this load of the model, as MODEL can be an id, too")
+    unload.add_argument("--force", action="store_true", help="also while engines are attached")
+    unload.add_argument("--all", action="store_true", help="every model")
+    command("stop", "End companions; attached engines keep serving.", "runtime_dir")
+    command(
+        "upgrade",
+        "Replace companions by ones of this installation, while engines serve.",
+        *("runtime_dir", "spawn_timeout_s"),
+    )
+    verify = command(
+        "verify",
+        "Prove that MODEL is the same with and without a companion.",
+        description="Prove that MODEL with these flags is the same with and without a companion: every tensor byte for "
+        "byte, every Python value that the model leads to, and the answers to prompts. Prompts are short and long, "
+        "with pictures and sound if the model takes them, one at a time and several at once. Starts three engines, "
+        "one after the other, and its own companion. Exit status 0: equal, 1: different, 3: not shared, with the "
+        "reason.",
+        usage=f"{PROGRAM} verify MODEL [--json] [--adapter DIR]\n{' ' * 29}[--publisher FLAGS] [vLLM flags]",
+        device=False,
+    )
+    verify.add_argument("--json", action="store_true", help="for programs; docs/guide/cli.md has the schema")
+    verify.add_argument("--adapter", metavar="DIR", help="also ask with this LoRA adapter; needs --enable-lora")
+    verify.add_argument(
+        "--publisher",
+        metavar="FLAGS",
+        default="",
+        help="give these flags of vLLM to the publishing engine only: does an engine without them attach and equal it?",
+    )
+    command(
+        "metrics",
+        "Serve metrics of all companions to Prometheus, on loopback, until stopped.",
+        *("runtime_dir", "metrics_port"),
+        device=False,
+    )
+    doctor = command(
+        "doctor",
+        "Check this installation, and name the command that repairs each fault.",
+        *("runtime_dir", "metrics_port"),
+        device=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs; docs/guide/cli.md has the schema")
+    completion = command("completion", "Print a script that completes commands and flags in a shell.", device=False)
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    return parser
+
+
+def _examples(command: str) -> str:
+    lines = [f"  {line}\n      {meaning}" for line, meaning in EXAMPLES[command]]
+    return "\n".join(["examples:", *lines])
