@@ -91,7 +91,7 @@ def _sleep_of_worker(inner: Callable[..., None]) -> Callable[..., None]:
     return sleep
 
 
-def _wake_of_worker(inner: Callable[..., None]) -> Callable[..., None]:
+def _wake_of_worker(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = inner(self, *args, **kwargs)
