@@ -19,6 +19,7 @@ import torch
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Ready, Wanted, connect
+from vllm_companion_plugin.client.update import Update, updating
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -198,6 +199,44 @@ class CompanionClient:
             made.close_with_it(undo.pop_all())
         made.mirror(self.settings, name)
         return made
+
+    @contextlib.contextmanager
+    def update(
+        self,
+        model: str,
+        version: str,
+        rank: str | None = None,
+        *,
+        role: str = "target",
+        key_id: str = "",
+        name: str = "CompanionClient",
+    ) -> Iterator[Update]:
+        """Write the next generation of the weights of `model`, which is current after `with` unless that raises.
+
+        Engines go on with what they map, and advance when they are told. Arguments as of `attach`.
+
+        Args:
+            version: your name for these weights, e.g. "step-7".
+
+        Raises:
+            EntryInUseError: another client writes the next generation.
+            ArenaError: there is no memory for another generation.
+            CompanionError: as `attach`.
+        """
+        with (
+            self.attach(model, rank, role=role, key_id=key_id, name=name) as attachment,
+            updating(attachment, version) as update,
+        ):
+            yield update
+
+    def make_current(self, model: str, generation: int, *, rank: str = "", role: str = "") -> tuple[EntryStatus, ...]:
+        """Make another generation of `model` the one that clients get: the way back. Nobody is moved.
+
+        Raises:
+            EntryNotFoundError: it is not held.
+        """
+        with self._connect() as connection:
+            return connection.make_current(generation, model=model, rank=rank, role=role)
 
 
 def device_name(device: str | torch.device | None) -> str:

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,18 @@ logger = logging.getLogger("vllm.companion.client")
 
 KNOWN_TIMEOUT_S = 10.0
 """For the next companion, if this one has died, before who falls asleep fails."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A generation that an attachment can advance to. Owns the descriptors until then."""
+
+    ready: Ready
+    fds: arenas.Descriptors
+
+    def close(self) -> None:
+        """It will not be used. Idempotent."""
+        self.fds.close()
 
 
 class Attachment:
@@ -243,12 +255,17 @@ class Attachment:
             self._drop_kept()
         return where
 
-    def _leave_copy(self) -> tuple[ArenaInfo, arenas.Descriptors]:
+    def _leave_copy(self) -> tuple[int, ArenaInfo, arenas.Descriptors]:
+        """Of the current generation, which need not be the one that is mapped here."""
         kind = arenas.KINDS[self.held.arena.kind]
-        info, fds = kind.to_host(self.arena, self.device.index)
+        ready = self._current_lease.generation(0, self.held.manifest)
         self._drop_kept()
+        if ready.generation != self.generation:
+            with contextlib.closing(arenas.open_arena(ready.arena, ready.redeem(), self.device.index)) as arena:
+                return ready.generation, *kind.to_host(arena, self.device.index)
+        info, fds = kind.to_host(self.arena, self.device.index)
         self._kept = kind.keep(info, fds, self.device.index)
-        return info, fds
+        return ready.generation, info, fds
 
     def _drop_kept(self) -> None:
         if self._kept is not None:
@@ -366,6 +383,59 @@ class Attachment:
             views = self.views()
             Verification(views, held.arena, settings.verify, self.device).check(self.manifest, self.label)
             views.renew(self._clones)
+
+    # ---- generations
+
+    def prepare(self, number: int, settings: Settings) -> Prepared:
+        """Get hold of another generation of the entry, and prove it. Nothing changes here.
+
+        Args:
+            number: of the generation; 0: the current one.
+
+        Raises:
+            EntryNotFoundError: it is not held.
+            LayoutError: it is laid out differently.
+            IntegrityError: its bytes are not those that were written.
+            ArenaError: this sleeps, or has memory of its own.
+        """
+        if self._asleep or self._is_private:
+            raise ArenaError(f"{self.label} {'sleeps' if self._asleep else 'is private'}, so it cannot advance.")
+        ready = self._current_lease.generation(number, self.held.manifest)
+        if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
+            raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
+        fds = ready.redeem()
+        try:
+            if settings.verify != "off":
+                label = f"{self.label}, generation {ready.generation},"
+                with contextlib.closing(arenas.open_arena(ready.arena, fds.dup(), self.device.index)) as arena:
+                    views = ArenaViews(arena, ready.arena.size_bytes, self.device)
+                    Verification(views, ready.arena, settings.verify, self.device).check(self.manifest, label)
+        except BaseException:
+            fds.close()
+            raise
+        return Prepared(ready, fds)
+
+    def advance(self, prepared: Prepared) -> None:
+        """Map the prepared generation at the same addresses, and renew what is private. Nothing may use the memory.
+
+        Raises:
+            ArenaError: it cannot be mapped; what was mapped is.
+        """
+        ready = prepared.ready
+        self.arena.replace(ready.arena, prepared.fds)
+        self.renew()
+        fds = self.arena.fds
+        self.held = Held(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)
+        if self._mirror is not None:
+            self._mirror.hold_instead(self.held)
+        try:
+            self._current_lease.advanced(ready.generation)
+        except CompanionError as error:
+            logger.warning("The companion does not know which generation of %s is mapped: %s", self.label, error)
+
+    @property
+    def _current_lease(self) -> Lease:
+        return self._mirror.lease if self._mirror is not None else self.lease
 
     # ---- writing
 

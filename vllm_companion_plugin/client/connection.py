@@ -276,6 +276,18 @@ class CompanionConnection:
         response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
         return tuple(codec.entry_status_from_message(entry) for entry in response.unloaded)
 
+    def make_current(
+        self, generation: int, *, model: str = "", rank: str = "", role: str = "", key_id: str = ""
+    ) -> tuple[EntryStatus, ...]:
+        """Make this generation of what matches the current one; what it is then.
+
+        Raises:
+            EntryNotFoundError: nothing matches, or it is not held. Nothing has changed.
+        """
+        query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
+        response = self._call("MakeCurrent", messages.MakeCurrentRequest(query=query, generation=generation))
+        return tuple(codec.entry_status_from_message(entry) for entry in response.entries)
+
     def make_room(self, size_bytes: int) -> tuple[EntryStatus, ...]:
         """Drop entries that nobody uses and that would expire, until they make so many bytes; what they were.
 

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ class Lease:
         self._released = False
         self._publication: Publication | None = None
         self._known_manifest = known_manifest
-        self._token = b""
+        self._token = self._deposit_ticket = b""
         if known_manifest:
             request.known_manifest_sha256 = hashlib.sha256(known_manifest).digest()
         self._call = stub.Attach(request)
@@ -237,14 +237,14 @@ class Lease:
     # ---- sleeping
 
     def fall_asleep(
-        self, level: int, when_asleep: WhenAsleep, leave_copy: Callable[[], tuple[ArenaInfo, Descriptors]]
+        self, level: int, when_asleep: WhenAsleep, leave_copy: Callable[[], tuple[int, ArenaInfo, Descriptors]]
     ) -> str:
         """Tell the companion that this client is about to unmap the entry.
 
         Args:
             level: as vLLM counts.
             when_asleep: what becomes of the bytes if it is the last one.
-            leave_copy: makes a copy in host memory, if it has to leave one.
+            leave_copy: makes a copy of the current generation in host memory, if it has to leave one; with its number.
 
         Returns:
             Where the bytes are from now on: "device", "host" or "nowhere".
@@ -256,7 +256,7 @@ class Lease:
         request = messages.SleepRequest(lease_token=self._token, level=level, when_asleep=when_asleep.value)
         while ticket := (answer := self._ask_to_sleep(request)).deposit_ticket:
             try:
-                info, fds = leave_copy()
+                request.host_generation, info, fds = leave_copy()
             except BaseException:
                 with contextlib.suppress(CompanionError):  # it may be what failed
                     self._ask_to_sleep(messages.SleepRequest(lease_token=self._token, stays_awake=True))
@@ -271,6 +271,60 @@ class Lease:
             return self._stub.Sleep(request, timeout=SLEEP_TIMEOUT_S)
         except grpc.RpcError as error:
             raise typed_error(error, f"{self._label}: falling asleep") from error
+
+    # ---- generations
+
+    def stage(self) -> int:
+        """Become the one who writes the entry's next generation; the number that it will have.
+
+        Raises:
+            EntryInUseError: somebody else does that.
+            BadRequestError: this client does not map the entry.
+            CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
+        """
+        answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token))
+        self._deposit_ticket = answer.deposit_ticket
+        return int(answer.generation)
+
+    def abort_staged(self) -> None:
+        """Stop writing. Never fails: a lease that has ended writes nothing either."""
+        with contextlib.suppress(CompanionError):
+            self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, abort=True))
+
+    def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str) -> int:
+        """Hand over what was written, as the current generation; its number. Raises as `stage`, and `LayoutError`."""
+        fd_channel.deposit(self._paths.fd_socket, self._deposit_ticket, fds, FD_TIMEOUT_S)
+        request = messages.CommitStagedRequest(
+            lease_token=self._token, arena=codec.arena_to_message(arena), version=version
+        )
+        return int(self._call_with_token("CommitStaged", request).generation)
+
+    def generation(self, number: int, manifest: bytes) -> Ready:
+        """Another generation of the entry, to be mapped; 0: the current one.
+
+        Args:
+            manifest: the entry's, which this client has.
+
+        Raises:
+            EntryNotFoundError: it is not held.
+        """
+        request = messages.GetGenerationRequest(lease_token=self._token, generation=number)
+        ready, token = self._call_with_token("GetGeneration", request), self._token
+        self._known_manifest = manifest
+        try:
+            return self._receive_ready(ready, FD_TIMEOUT_S)
+        finally:
+            self._token = token
+
+    def advanced(self, number: int) -> None:
+        """This client maps another generation from now on. Raises as `stage`."""
+        self._call_with_token("Advance", messages.AdvanceRequest(lease_token=self._token, generation=number))
+
+    def _call_with_token(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._stub, method)(request, timeout=SLEEP_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise typed_error(error, f"{self._label}: {method}") from error
 
     # ---- the stream's thread
 

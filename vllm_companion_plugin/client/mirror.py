@@ -134,6 +134,20 @@ class Mirror:
             others.callback(self._connection.close)
         return self._lease, others
 
+    def hold_instead(self, held: Held) -> None:
+        """From now on another generation of the same entry is held, which this process maps instead."""
+        fds = Descriptors.duplicates(held.fds)
+        note = notes.hold(device_paths(self._device, self._settings), held.key, held.generation)
+        with self._mutex:
+            if self._closed.is_set():
+                os.close(note)
+                fds.close()
+                return
+            old_note, old_fds = self._note, self._fds
+            self._note, self._fds, self._held = note, fds, replace(held, fds=fds)
+        os.close(old_note)
+        old_fds.close()
+
     def know_again(self) -> None:
         """Be attached again, as after the death of a companion, and end the lease of before.
 

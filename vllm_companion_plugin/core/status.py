@@ -28,12 +28,14 @@ class EntryState(Enum):
 class LeaseState(Enum):
     """The states of a lease: WAITING for a loader, LOADING as the elected one, ATTACHED, or ASLEEP without memory.
 
+    WRITING is an attached client that writes the next generation.
     PARKING is an attached client that copies the entry to host memory, before it falls asleep.
     """
 
     WAITING = "waiting"
     LOADING = "loading"
     ATTACHED = "attached"
+    WRITING = "writing"
     PARKING = "parking"
     ASLEEP = "asleep"
 
@@ -81,6 +83,7 @@ class Published:
         ready_unix_s: when the loader published; 0 makes the companion fill in the time.
         load_s: seconds from the election to the publication.
         layout: `layout_digest` of what was published; empty if the publisher did not say.
+        version: the user's name for these weights; empty for those of a checkpoint.
     """
 
     tensor_count: int
@@ -88,6 +91,24 @@ class Published:
     ready_unix_s: float = 0.0
     load_s: float = 0.0
     layout: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationStatus:
+    """One generation of an entry that is held.
+
+    Attributes:
+        version: as of `Published`.
+        pids: of the clients that map it.
+    """
+
+    number: int
+    version: str
+    ready_unix_s: float
+    size_bytes: int
+    is_current: bool
+    pids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,8 @@ class EntryStatus:
             or if the entry stays.
         layout: as of `Published`; empty while the entry loads.
         host_bytes: of the copy in host memory; 0 if there is none.
+        version: as of `Published`, of the current generation.
+        generations: all that are on the device, oldest first.
     """
 
     key: EntryKey
@@ -119,6 +142,8 @@ class EntryStatus:
     expires_at_unix_s: float = 0.0
     layout: str = ""
     host_bytes: int = 0
+    version: str = ""
+    generations: tuple[GenerationStatus, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vllm_companion_plugin.core.status import (
     CompanionStatus,
     EntryState,
     EntryStatus,
+    GenerationStatus,
     LeaseState,
     LeaseStatus,
     LoaderInfo,
@@ -63,6 +64,7 @@ MAX_BLOCKS = 4096
 """Most allocations, so descriptors, of one arena."""
 MAX_ARENA_BYTES = 1 << 50
 MAX_WAYS = 100
+MAX_VERSION = 200
 MAX_SECONDS = 1e9
 _PAGE_BYTES = 4096
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -190,6 +192,7 @@ def published_to_message(published: Published) -> messages.Published:
         ready_unix_s=published.ready_unix_s,
         load_s=published.load_s,
         layout=published.layout,
+        version=published.version,
     )
 
 
@@ -200,7 +203,17 @@ def published_from_message(message: messages.Published) -> Published:
     if message.layout and not _DIGEST.fullmatch(message.layout):
         raise BadRequestError(f"A layout is no digest but {message.layout[:80]!r}.")
     ways = {printable(way[:100]): count for way, count in message.ways.items()}
-    return Published(message.tensor_count, ways, _time(message.ready_unix_s), _time(message.load_s), message.layout)
+    return Published(
+        *(message.tensor_count, ways, _time(message.ready_unix_s), _time(message.load_s), message.layout),
+        version_from_message(message.version),
+    )
+
+
+def version_from_message(version: str) -> str:
+    """The user's name for weights. Raises `BadRequestError` for one that cannot be shown."""
+    if len(version) > MAX_VERSION or printable(version) != version:
+        raise BadRequestError(f"A version has at most {MAX_VERSION} printable characters, unlike {version[:80]!r}.")
+    return version
 
 
 def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
@@ -224,6 +237,18 @@ def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
         expires_at_unix_s=entry.expires_at_unix_s,
         layout=entry.layout,
         host_bytes=entry.host_bytes,
+        version=entry.version,
+        generations=[
+            messages.GenerationStatus(
+                number=each.number,
+                version=each.version,
+                ready_unix_s=each.ready_unix_s,
+                size_bytes=each.size_bytes,
+                is_current=each.is_current,
+                pids=each.pids,
+            )
+            for each in entry.generations
+        ],
     )
 
 
@@ -248,6 +273,18 @@ def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
             expires_at_unix_s=_time(message.expires_at_unix_s),
             layout=message.layout,
             host_bytes=message.host_bytes,
+            version=message.version,
+            generations=tuple(
+                GenerationStatus(
+                    each.number,
+                    each.version,
+                    _time(each.ready_unix_s),
+                    each.size_bytes,
+                    each.is_current,
+                    tuple(each.pids),
+                )
+                for each in message.generations
+            ),
         )
     except ValueError as error:
         raise BadRequestError(f"Status of entry {message.key.model!r}: {error}.") from error

@@ -203,19 +203,87 @@ class Ready(_message.Message):
     manifest_known: bool
     def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., generation: _Optional[int] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., manifest_bytes: _Optional[int] = ..., manifest_sha256: _Optional[bytes] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., manifest_known: _Optional[bool] = ...) -> None: ...
 
+class StageRequest(_message.Message):
+    __slots__ = ("lease_token", "abort")
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    lease_token: bytes
+    abort: bool
+    def __init__(self, lease_token: _Optional[bytes] = ..., abort: _Optional[bool] = ...) -> None: ...
+
+class StageResponse(_message.Message):
+    __slots__ = ("generation", "deposit_ticket")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DEPOSIT_TICKET_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    deposit_ticket: bytes
+    def __init__(self, generation: _Optional[int] = ..., deposit_ticket: _Optional[bytes] = ...) -> None: ...
+
+class CommitStagedRequest(_message.Message):
+    __slots__ = ("lease_token", "arena", "version")
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    lease_token: bytes
+    arena: ArenaDescriptor
+    version: str
+    def __init__(self, lease_token: _Optional[bytes] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+
+class CommitStagedResponse(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class GetGenerationRequest(_message.Message):
+    __slots__ = ("lease_token", "generation")
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    lease_token: bytes
+    generation: int
+    def __init__(self, lease_token: _Optional[bytes] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class AdvanceRequest(_message.Message):
+    __slots__ = ("lease_token", "generation")
+    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    lease_token: bytes
+    generation: int
+    def __init__(self, lease_token: _Optional[bytes] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class AdvanceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MakeCurrentRequest(_message.Message):
+    __slots__ = ("query", "generation")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    query: EntryQuery
+    generation: int
+    def __init__(self, query: _Optional[_Union[EntryQuery, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class MakeCurrentResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[EntryStatus]
+    def __init__(self, entries: _Optional[_Iterable[_Union[EntryStatus, _Mapping]]] = ...) -> None: ...
+
 class SleepRequest(_message.Message):
-    __slots__ = ("lease_token", "level", "when_asleep", "host", "stays_awake")
+    __slots__ = ("lease_token", "level", "when_asleep", "host", "host_generation", "stays_awake")
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     WHEN_ASLEEP_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    HOST_GENERATION_FIELD_NUMBER: _ClassVar[int]
     STAYS_AWAKE_FIELD_NUMBER: _ClassVar[int]
     lease_token: bytes
     level: int
     when_asleep: str
     host: ArenaDescriptor
+    host_generation: int
     stays_awake: bool
-    def __init__(self, lease_token: _Optional[bytes] = ..., level: _Optional[int] = ..., when_asleep: _Optional[str] = ..., host: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., stays_awake: _Optional[bool] = ...) -> None: ...
+    def __init__(self, lease_token: _Optional[bytes] = ..., level: _Optional[int] = ..., when_asleep: _Optional[str] = ..., host: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., host_generation: _Optional[int] = ..., stays_awake: _Optional[bool] = ...) -> None: ...
 
 class SleepResponse(_message.Message):
     __slots__ = ("deposit_ticket", "residence")
@@ -226,7 +294,7 @@ class SleepResponse(_message.Message):
     def __init__(self, deposit_ticket: _Optional[bytes] = ..., residence: _Optional[str] = ...) -> None: ...
 
 class Published(_message.Message):
-    __slots__ = ("tensor_count", "ways", "ready_unix_s", "load_s", "layout")
+    __slots__ = ("tensor_count", "ways", "ready_unix_s", "load_s", "layout", "version")
     class WaysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -239,12 +307,14 @@ class Published(_message.Message):
     READY_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     tensor_count: int
     ways: _containers.ScalarMap[str, int]
     ready_unix_s: float
     load_s: float
     layout: str
-    def __init__(self, tensor_count: _Optional[int] = ..., ways: _Optional[_Mapping[str, int]] = ..., ready_unix_s: _Optional[float] = ..., load_s: _Optional[float] = ..., layout: _Optional[str] = ...) -> None: ...
+    version: str
+    def __init__(self, tensor_count: _Optional[int] = ..., ways: _Optional[_Mapping[str, int]] = ..., ready_unix_s: _Optional[float] = ..., load_s: _Optional[float] = ..., layout: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message")
@@ -319,8 +389,24 @@ class LeaseStatus(_message.Message):
     since_unix_s: float
     def __init__(self, pid: _Optional[int] = ..., client: _Optional[str] = ..., state: _Optional[str] = ..., since_unix_s: _Optional[float] = ...) -> None: ...
 
+class GenerationStatus(_message.Message):
+    __slots__ = ("number", "version", "ready_unix_s", "size_bytes", "is_current", "pids")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    READY_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    PIDS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    version: str
+    ready_unix_s: float
+    size_bytes: int
+    is_current: bool
+    pids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., version: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., is_current: _Optional[bool] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class EntryStatus(_message.Message):
-    __slots__ = ("key", "state", "generation", "size_bytes", "tensor_count", "arena_kind", "ready_unix_s", "load_s", "loader", "leases", "ways", "expires_at_unix_s", "layout", "host_bytes")
+    __slots__ = ("key", "state", "generation", "size_bytes", "tensor_count", "arena_kind", "ready_unix_s", "load_s", "loader", "leases", "ways", "expires_at_unix_s", "layout", "host_bytes", "version", "generations")
     class WaysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +428,8 @@ class EntryStatus(_message.Message):
     EXPIRES_AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     key: EntryKey
     state: str
     generation: int
@@ -356,7 +444,9 @@ class EntryStatus(_message.Message):
     expires_at_unix_s: float
     layout: str
     host_bytes: int
-    def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., state: _Optional[str] = ..., generation: _Optional[int] = ..., size_bytes: _Optional[int] = ..., tensor_count: _Optional[int] = ..., arena_kind: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., load_s: _Optional[float] = ..., loader: _Optional[_Union[LoaderInfo, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseStatus, _Mapping]]] = ..., ways: _Optional[_Mapping[str, int]] = ..., expires_at_unix_s: _Optional[float] = ..., layout: _Optional[str] = ..., host_bytes: _Optional[int] = ...) -> None: ...
+    version: str
+    generations: _containers.RepeatedCompositeFieldContainer[GenerationStatus]
+    def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., state: _Optional[str] = ..., generation: _Optional[int] = ..., size_bytes: _Optional[int] = ..., tensor_count: _Optional[int] = ..., arena_kind: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., load_s: _Optional[float] = ..., loader: _Optional[_Union[LoaderInfo, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseStatus, _Mapping]]] = ..., ways: _Optional[_Mapping[str, int]] = ..., expires_at_unix_s: _Optional[float] = ..., layout: _Optional[str] = ..., host_bytes: _Optional[int] = ..., version: _Optional[str] = ..., generations: _Optional[_Iterable[_Union[GenerationStatus, _Mapping]]] = ...) -> None: ...
 
 class CompanionStatus(_message.Message):
     __slots__ = ("device", "pid", "version", "protocol_version", "started_unix_s", "linger_s", "exits_at_unix_s", "entries", "owner_pid")

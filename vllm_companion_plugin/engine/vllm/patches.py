@@ -100,6 +100,10 @@ class Patch:
             _applied[self] = Applied(self.find_owner(), self.attribute, wrap)
         return _applied[self]
 
+    def add(self, value: Any) -> None:
+        """Set an attribute that the owner did not have, in this process. Idempotent."""
+        setattr(self.find_owner(), self.attribute, value)
+
     @contextmanager
     def on(self, owner: Any, wrap: Callable[[Any], Any]) -> Iterator[None]:
         """While open, the attribute of `owner` is `wrap(attribute)`. May be nested.
@@ -290,6 +294,15 @@ LIVE_WEIGHTS = Patch(
     link="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner.get_model",
     undo="with the model",
     each=True,
+)
+ADVANCE = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.companion_update",
+    "engine.vllm.writing",
+    How.SET,
+    Lifetime.MAPPED,
+    reason='`collective_rpc("companion_update")` has the workers map the next generation of their weights.',
+    link="vllm/v1/worker/worker_base.py: WorkerWrapperBase.execute_method",
+    undo=_ENDS,
 )
 SOURCE_FILES = Patch(
     "importlib.machinery:SourceFileLoader.exec_module",

@@ -26,6 +26,7 @@ def let_write(model: nn.Module) -> None:
     for name in ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"):
         if name in sys.modules:
             patches.RELOAD.apply(_reload)
+            patches.ADVANCE.add(companion_update)
             break
     if hasattr(model, "load_weights") and "load_weights" not in vars(model):
         inner: Callable[..., Any] = getattr(model, "load_weights")  # noqa: B009 - torch says it may be a tensor
@@ -36,6 +37,27 @@ def let_write(model: nn.Module) -> None:
             return inner(*args, **kwargs)
 
         object.__setattr__(model, "load_weights", load_weights)
+
+
+def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
+    """For `collective_rpc("companion_update")`: the worker maps the current generation of its weights, or another one.
+
+    Reset the prefix cache afterwards: what it has was computed with the weights of before.
+
+    Args:
+        generations: by model; without, the current ones.
+
+    Returns:
+        The generation of each, by model and role.
+
+    Raises:
+        CompanionError: as `live.advance`; nothing has changed.
+    """
+    found = live.advance(current().models(), generations or {})
+    for name in ("reset_encoder_cache", "reset_mm_cache"):
+        if (reset := getattr(self.model_runner, name, None)) is not None:
+            reset()
+    return found
 
 
 def about_to_write(by: str) -> None:

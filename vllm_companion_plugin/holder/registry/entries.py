@@ -11,6 +11,7 @@ from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import (
     EntryState,
     EntryStatus,
+    GenerationStatus,
     LeaseState,
     LeaseStatus,
     LoaderInfo,
@@ -84,6 +85,7 @@ class Lease:
         announced: number of descriptors that it is about to deposit, or has deposited.
         deposited: descriptors of the publication that it is making; the registry owns them.
         level: at which it sleeps, as vLLM counts.
+        maps: the generation that it maps; 0: none.
         events: what the client has not been told yet.
     """
 
@@ -100,6 +102,7 @@ class Lease:
     announced: int = 0
     deposited: tuple[int, ...] = ()
     level: int = 0
+    maps: int = 0
     events: deque[Event] = field(default_factory=deque)
 
     def __str__(self) -> str:
@@ -125,6 +128,7 @@ class Generation:
         load_since: monotonic time of the election; `load_since_unix_s` the same by the wall clock.
         arena, manifest: since it is READY, until it is dropped.
         fds: descriptors of the arena while it is READY; the registry owns them.
+        written: a client wrote it. No checkpoint has its bytes.
         host, host_fds: its copy in host memory, if there is one, and the copy's descriptors; the registry owns them.
     """
 
@@ -138,6 +142,7 @@ class Generation:
     arena: ArenaInfo | None = None
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
+    written: bool = False
     host: ArenaInfo | None = None
     host_fds: tuple[int, ...] = ()
 
@@ -172,6 +177,7 @@ class Entry:
         idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
         idle_since_unix_s: the same by the wall clock, to be shown.
         current: what clients that ask for the key get, or wait for.
+        others: READY ones besides it, of before or after it.
         wish: of the client that fell asleep last; AUTO until one has.
     """
 
@@ -180,6 +186,7 @@ class Entry:
     idle_since: float | None = None
     idle_since_unix_s: float = 0.0
     current: Generation = field(default_factory=Generation)
+    others: list[Generation] = field(default_factory=list)
     wish: WhenAsleep = WhenAsleep.AUTO
 
     def __str__(self) -> str:
@@ -197,6 +204,10 @@ class Entry:
     @property
     def users(self) -> list[Lease]:
         return [lease for lease in self.leases if not lease.passive]
+
+    @property
+    def writer(self) -> Lease | None:
+        return next((lease for lease in self.leases if lease.state is LeaseState.WRITING), None)
 
     @property
     def sleepers(self) -> list[Lease]:
@@ -244,4 +255,20 @@ class Entry:
             expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
             layout=self.current.published.layout,
             host_bytes=self.current.host.size_bytes if self.current.host else 0,
+            version=self.current.published.version,
+            generations=self._generations(),
+        )
+
+    def _generations(self) -> tuple[GenerationStatus, ...]:
+        there = [each for each in (*self.others, self.current) if each.fds]
+        return tuple(
+            GenerationStatus(
+                each.number,
+                each.published.version,
+                each.published.ready_unix_s,
+                each.size_bytes,
+                each is self.current,
+                tuple(lease.pid for lease in self.users if lease.maps == each.number),
+            )
+            for each in sorted(there, key=lambda each: each.number)
         )

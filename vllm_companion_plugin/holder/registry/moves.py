@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 from vllm_companion_plugin.core.status import LeaseState
 from vllm_companion_plugin.errors import CompanionError
-from vllm_companion_plugin.holder.registry.entries import Entry, Lease
+from vllm_companion_plugin.holder.registry.entries import Entry, Generation, Lease
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
 
 
 @dataclass(frozen=True)
 class GenerationMoved:
-    """The generation of `entry` has moved; `entry.current.state` is where to.
+    """A generation of `entry` has moved; `generation.state` is where to.
 
     Attributes:
         loaded_s: of a publication, seconds since the election.
     """
 
     entry: Entry
+    generation: Generation
     event: GenerationEvent
     before: GenerationState | None
     loaded_s: float | None = None

@@ -71,6 +71,7 @@ from vllm_companion_plugin.holder.registry.moves import (
 from vllm_companion_plugin.holder.registry.selection import Query, describe, no_match_text
 from vllm_companion_plugin.holder.registry.steps import Steps
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
+from vllm_companion_plugin.holder.registry.updates import Updates
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Registry:
         self._publications = limits.Places(
             limits.MAX_PUBLICATIONS, f"The companion receives {limits.MAX_PUBLICATIONS} publications already."
         )
+        self.updates = Updates(self._steps, self._generations, wall, on_change)
         self.lifetime = Lifetime(device, pid, linger_s, grace_s, monotonic())
 
     # ---- what there is
@@ -390,7 +392,8 @@ class Registry:
             LimitError: with what it has, they would be more than the companion keeps.
         """
         self._steps.check(lease, LeaseEvent.ANNOUNCE)
-        kept = [fds for entry in self.entries for fds in (entry.current.fds, entry.current.host_fds)]
+        generations = [each for entry in self.entries for each in (entry.current, *entry.others)]
+        kept = [fds for each in generations for fds in (each.fds, each.host_fds)]
         held = sum(map(len, kept)) + sum(other.announced for other in self.leases)
         if held + count > self._max_fds:
             raise LimitError(
@@ -454,6 +457,7 @@ class Registry:
         event = GenerationEvent.HAND_BACK if generation else GenerationEvent.PUBLISH
         self._steps.move_entry(entry, GenerationEvent.BRING_BACK if brings_back else event, loaded_s=loaded_s)
         self._steps.move_lease(lease, LeaseEvent.COMMIT)
+        lease.maps = entry.current.number
         for other in entry.leases:
             if other.state is LeaseState.WAITING:
                 self._steps.map_entry(other)
@@ -476,18 +480,37 @@ class Registry:
         self._steps.end_entry(lease.entry, GenerationEvent.DECLINE, NotShareableError(reason))
         self._changed()
 
+    # ---- updates
+
+    def make_current(self, query: Query, number: int) -> tuple[EntryStatus, ...]:
+        """Make this generation of every entry that matches the current one; their status after.
+
+        Raises:
+            EntryNotFoundError: nothing matches, or one of them does not have it. Nothing has changed.
+        """
+        found = [entry for entry in self._current() if query.matches(entry.key)]
+        if not found:
+            raise EntryNotFoundError(no_match_text(query, self._current()))
+        for entry in found:
+            self.updates.find(entry, number)
+        for entry in found:
+            self.updates.make_current(entry, number)
+        self._on_change()
+        return tuple(entry.status(FOR_EVER) for entry in found)
+
     # ---- sleeping
 
-    def sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None = None) -> bool:
+    def sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None = None, copied: int = 0) -> bool:
         """The client falls asleep: it maps nothing from now on. Where the bytes stay is decided here.
 
         Args:
             level: as vLLM counts.
             wish: where the bytes shall stay if it is the last one.
             host: the copy in host memory whose descriptors it has deposited, if it was asked for one.
+            copied: of which generation that is.
 
         Returns:
-            False: it has to leave a copy in host memory first, and then to ask again with that.
+            False: it has to leave a copy of the current generation in host memory first, and to ask again with that.
 
         Raises:
             BadRequestError: the client does not map the entry, or only holds it; a level that there is not; or what it
@@ -498,8 +521,10 @@ class Registry:
         _check_sleeper(level, lease.passive)
         if lease.state not in (LeaseState.ATTACHED, LeaseState.PARKING):
             raise BadRequestError("Only a client that maps the entry can fall asleep.")
-        if host is not None:
+        if host is not None and copied == entry.current.number:
             self._keep_copy(lease, host)
+        elif host is not None:  # another generation has become the current one meanwhile
+            self._steps.release(lease)
         last = all(other is lease or other.state is LeaseState.ASLEEP for other in entry.users)
         lacks_copy = entry.current.state is GenerationState.READY and entry.current.host is None
         if last and lacks_copy and self._residence(entry, wish, level) is Residence.HOST:
@@ -531,15 +556,17 @@ class Registry:
 
     def _residence(self, entry: Entry, wish: WhenAsleep, *levels: int) -> Residence:
         """`levels`: of those who are about to sleep, beside those who do."""
-        return residence(wish, (*levels, *(x.level for x in entry.sleepers)), is_owned=bool(self.lifetime.owner_pid))
+        lasting = bool(self.lifetime.owner_pid) or entry.current.written  # which no checkpoint brings back
+        return residence(wish, (*levels, *(x.level for x in entry.sleepers)), is_owned=lasting)
 
     def _fall_asleep(self, lease: Lease, level: int, wish: WhenAsleep = WhenAsleep.STAY) -> None:
         self._steps.move_lease(lease, LeaseEvent.SLEEP)
-        lease.level, lease.holds, lease.entry.wish = level, 0, wish
+        lease.level, lease.holds, lease.maps, lease.entry.wish = level, 0, 0, wish
         self._settle(lease.entry)
 
     def _settle(self, entry: Entry) -> None:
         """Nobody may be awake any more: put the bytes where they shall stay. What takes a copy stays without one."""
+        self.updates.prune(entry)
         if entry.current.state is not GenerationState.READY or entry.is_awake or not entry.sleepers:
             return
         where = self._residence(entry, entry.wish)

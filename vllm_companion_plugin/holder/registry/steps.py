@@ -15,6 +15,7 @@ from vllm_companion_plugin.holder.registry.entries import (
     Entry,
     Event,
     FailedEvent,
+    Generation,
     Lease,
     ReadyEvent,
     WaitingEvent,
@@ -68,12 +69,19 @@ class Steps:
 
     def move_entry(self, entry: Entry, event: GenerationEvent, *, loaded_s: float | None = None) -> None:
         """Move an entry's generation, and tell observers. Raises `IllegalTransitionError`; nothing has changed then."""
-        before, entry.current.state = entry.current.state, table.GENERATION.after(entry.current.state, event, entry)
-        self.emit(GenerationMoved(entry, event, before, loaded_s))
+        self.move_generation(entry, entry.current, event, loaded_s=loaded_s)
+
+    def move_generation(
+        self, entry: Entry, generation: Generation, event: GenerationEvent, *, loaded_s: float | None = None
+    ) -> None:
+        """As `move_entry`, of any of its generations."""
+        before, generation.state = generation.state, table.GENERATION.after(generation.state, event, entry)
+        self.emit(GenerationMoved(entry, generation, event, before, loaded_s))
 
     def map_entry(self, lease: Lease) -> None:
         """The client may map the entry, which another client has published."""
         self.move_lease(lease, LeaseEvent.MAP)
+        lease.maps = lease.entry.current.number
         self.tell(lease, ReadyEvent())
 
     def end_lease(self, lease: Lease, event: LeaseEvent, error: CompanionError | None = None, reason: str = "") -> None:
@@ -95,15 +103,26 @@ class Steps:
     def release(self, owner: Entry | Lease) -> None:
         """Have the descriptors of an entry or a lease closed: they leave the registry here, or below."""
         if isinstance(owner, Entry):
-            current = owner.current
-            fds, current.fds, current.host_fds, current.host = (*current.fds, *current.host_fds), (), (), None
-        else:
-            fds, owner.deposited, owner.announced = owner.deposited, (), 0
+            for generation in (owner.current, *owner.others):
+                self.release_generation(generation)
+            owner.others.clear()
+            return
+        fds, owner.deposited, owner.announced = owner.deposited, (), 0
+        if fds:
+            self._close_fds(fds)
+
+    def release_generation(self, generation: Generation) -> None:
+        """Have all descriptors of one generation closed."""
+        fds, generation.fds, generation.host_fds = (*generation.fds, *generation.host_fds), (), ()
+        generation.host = None
         if fds:
             self._close_fds(fds)
 
     def release_device(self, entry: Entry) -> None:
         """Have the descriptors of an entry's memory on the device closed; its copy in host memory stays."""
+        for generation in entry.others:
+            self.release_generation(generation)
+        entry.others.clear()
         fds, entry.current.fds = entry.current.fds, ()
         if fds:
             self._close_fds(fds)

@@ -70,6 +70,10 @@ class GenerationEvent(Enum):
     """The loader's lease has ended, and no other client may load."""
     DECLINE = "decline"
     """The loader keeps its model to itself."""
+    COMMIT = "commit"
+    """A client has written it, as the next one of its entry."""
+    FORGET = "forget"
+    """Another one is current, nobody maps it, and no rule keeps it."""
     PARK = "park"
     """Its last client has fallen asleep, or nobody brings it back: it stays in host memory alone."""
     DROP = "drop"
@@ -119,6 +123,10 @@ class LeaseEvent(Enum):
     """The client will fall asleep as the last one, and copies the entry to host memory before."""
     STAY_AWAKE = "stay awake"
     """The client could not leave a copy."""
+    STAGE = "stage"
+    """The client writes the next generation, and maps the one of before."""
+    COMMIT_STAGED = "commit staged"
+    ABORT = "abort"
     SLEEP = "sleep"
     """The client maps nothing until it wakes."""
     RETIRE = "retire"
@@ -179,7 +187,7 @@ def _generation() -> Table[GenerationState, GenerationEvent]:
     return Table(
         "generation",
         {
-            None: {e.EXPECT: s.EXPECTED, e.ASK: s.LOADING, e.REMEMBER: s.DROPPED},
+            None: {e.EXPECT: s.EXPECTED, e.ASK: s.LOADING, e.REMEMBER: s.DROPPED, e.COMMIT: s.READY},
             s.EXPECTED: {**publications, e.GIVE_UP: s.LOADING, e.DECLINE: None, e.UNLOAD: None, **ends},
             s.LOADING: {
                 **publications,
@@ -192,6 +200,7 @@ def _generation() -> Table[GenerationState, GenerationEvent]:
                 **ends,
             },
             s.READY: {
+                e.FORGET: None,
                 e.PARK: s.PARKED,
                 e.DROP: s.DROPPED,
                 e.UNLOAD: s.RETIRED,
@@ -226,6 +235,7 @@ def _lease() -> Table[LeaseState, LeaseEvent]:
             },
             s.ATTACHED: {
                 e.COPY: s.PARKING,
+                e.STAGE: s.WRITING,
                 e.SLEEP: s.ASLEEP,
                 e.RETIRE: s.ATTACHED,
                 e.RELEASE: None,
@@ -236,6 +246,14 @@ def _lease() -> Table[LeaseState, LeaseEvent]:
                 e.DEPOSIT: s.PARKING,
                 e.STAY_AWAKE: s.ATTACHED,
                 e.SLEEP: s.ASLEEP,
+                e.RETIRE: s.ATTACHED,
+                **ends,
+            },
+            s.WRITING: {
+                e.ANNOUNCE: s.WRITING,
+                e.DEPOSIT: s.WRITING,
+                e.COMMIT_STAGED: s.ATTACHED,
+                e.ABORT: s.ATTACHED,
                 e.RETIRE: s.ATTACHED,
                 **ends,
             },

@@ -38,6 +38,7 @@ from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
     Event,
     FailedEvent,
+    Generation,
     GrantedEvent,
     Lease,
     ReadyEvent,
@@ -127,10 +128,11 @@ class CompanionService:
 
     def redeem(self, ticket: bytes) -> Callable[[], Sequence[int]]:
         """The descriptors behind a ticket, to be asked for anew each time: they end with their entry."""
-        lease = self._spend(fd_channel.REDEEM, ticket)
+        lease, number = self._spend(fd_channel.REDEEM, ticket)
 
         def current() -> Sequence[int]:
-            current = lease.entry.current
+            entry = lease.entry
+            current = next((each for each in entry.others if each.number == number), entry.current)
             fds = current.host_fds if lease.state is LeaseState.LOADING else current.fds
             if not fds:
                 raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
@@ -139,11 +141,11 @@ class CompanionService:
         return current
 
     def check_deposit(self, ticket: bytes, count: int) -> Callable[[Sequence[int]], None]:
-        lease = self._spend(fd_channel.DEPOSIT, ticket)
+        lease, _ = self._spend(fd_channel.DEPOSIT, ticket)
         self.registry.announce(lease, count)
         return partial(self.registry.deposit, lease)
 
-    def _spend(self, verb: bytes, ticket: bytes) -> Lease:
+    def _spend(self, verb: bytes, ticket: bytes) -> tuple[Lease, int]:
         try:
             return self.tickets.spend(verb, ticket)
         except TicketError as error:
@@ -256,14 +258,14 @@ class CompanionService:
         self._tokens[token] = lease
         return token
 
-    def _ready(self, lease: Lease, known_manifest: bytes) -> messages.Ready:
-        current = lease.entry.current
+    def _ready(self, lease: Lease, known_manifest: bytes, generation: Generation | None = None) -> messages.Ready:
+        current = generation or lease.entry.current
         assert current.arena is not None
         assert current.manifest is not None
         return messages.Ready(
             key=codec.key_to_message(lease.entry.key),
             generation=current.number,
-            arena=codec.arena_to_message(current.arena, self.tickets.issue(fd_channel.REDEEM, lease)),
+            arena=codec.arena_to_message(current.arena, self.tickets.issue(fd_channel.REDEEM, lease, current.number)),
             manifest_bytes=current.manifest.size_bytes,
             manifest_sha256=current.manifest.sha256,
             published=codec.published_to_message(current.published),
@@ -277,11 +279,54 @@ class CompanionService:
             for chunk in manifest.chunks:
                 await context.write(messages.AttachEvent(manifest_chunk=chunk))
 
+    def _lease_of(self, request: Any) -> Lease:
+        lease = self._tokens.get(request.lease_token)
+        if lease is None:
+            raise BadRequestError("The lease token is unknown; the lease has ended.")
+        return lease
+
+    async def Stage(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            lease = self._lease_of(request)
+            if request.abort:
+                self.registry.updates.abort(lease)
+                return messages.StageResponse()
+            generation = self.registry.updates.stage(lease)
+            logger.info("%s writes generation %d of %s.", lease.who, generation, lease.entry.key.model)
+            return messages.StageResponse(
+                generation=generation, deposit_ticket=self.tickets.issue(fd_channel.DEPOSIT, lease)
+            )
+
+    async def CommitStaged(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            lease = self._lease_of(request)
+            arena, _ = codec.arena_from_message(request.arena)
+            check_descriptors(arena, lease.deposited)
+            version = codec.version_from_message(request.version)
+            generation = self.registry.updates.commit(lease, arena, version)
+            logger.info("%s committed generation %d of %s: %s.", lease.who, generation, lease.entry.key.model, version)
+            return messages.CommitStagedResponse(generation=generation)
+
+    async def GetGeneration(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            lease = self._lease_of(request)
+            generation = self.registry.updates.find(lease.entry, request.generation)
+            assert generation.manifest is not None
+            return self._ready(lease, generation.manifest.sha256, generation)
+
+    async def Advance(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            self.registry.updates.advance(self._lease_of(request), request.generation)
+            return messages.AdvanceResponse()
+
+    async def MakeCurrent(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            entries = self.registry.make_current(_query(request.query), request.generation)
+            return messages.MakeCurrentResponse(entries=[codec.entry_status_to_message(entry) for entry in entries])
+
     async def Sleep(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            lease = self._tokens.get(request.lease_token)
-            if lease is None:
-                raise BadRequestError("The lease token is unknown; the lease has ended.")
+            lease = self._lease_of(request)
             if request.stays_awake:
                 self.registry.stay_awake(lease)
                 return messages.SleepResponse()
@@ -295,7 +340,7 @@ class CompanionService:
                 wish = WhenAsleep(request.when_asleep)
             except ValueError as error:
                 raise BadRequestError(f"when_asleep: {error}") from error
-            asleep = self.registry.sleep(lease, request.level, wish, host)
+            asleep = self.registry.sleep(lease, request.level, wish, host, request.host_generation)
             if asleep:
                 logger.info("%s sleeps on %s: %s.", lease.who, lease.entry.key.model, lease.entry.current.shown.value)
                 return messages.SleepResponse(residence=lease.entry.current.residence.value)

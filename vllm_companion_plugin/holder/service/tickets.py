@@ -19,6 +19,7 @@ class _Ticket:
     verb: bytes
     lease: Lease
     expires: float | None
+    generation: int
 
 
 class Tickets:
@@ -28,17 +29,17 @@ class Tickets:
         self._monotonic = monotonic
         self._open: dict[bytes, _Ticket] = {}
 
-    def issue(self, verb: bytes, lease: Lease) -> bytes:
-        """A new ticket for `verb` (fd_channel.REDEEM or DEPOSIT)."""
+    def issue(self, verb: bytes, lease: Lease, generation: int = 0) -> bytes:
+        """A new ticket for `verb` (fd_channel.REDEEM or DEPOSIT), of a generation of the lease's entry."""
         assert verb in (REDEEM, DEPOSIT)
         now = self._monotonic()
         self._open = {t: x for t, x in self._open.items() if not x.lease.ended and (x.expires or now) >= now}
         ticket = os.urandom(TICKET_BYTES)
-        self._open[ticket] = _Ticket(verb, lease, now + EXPIRY_S if verb == REDEEM else None)
+        self._open[ticket] = _Ticket(verb, lease, now + EXPIRY_S if verb == REDEEM else None, generation)
         return ticket
 
-    def spend(self, verb: bytes, ticket: bytes) -> Lease:
-        """The lease behind `ticket`, which is void from now on. Raises `TicketError`."""
+    def spend(self, verb: bytes, ticket: bytes) -> tuple[Lease, int]:
+        """Lease and generation behind `ticket`, which is void from now on. Raises `TicketError`."""
         found = self._open.pop(ticket, None)
         if found is None or found.verb != verb:
             raise TicketError("The ticket for file descriptors is unknown or spent; attach again.")
@@ -46,4 +47,4 @@ class Tickets:
             raise TicketError("The lease of this ticket has ended; attach again.")
         if found.expires is not None and self._monotonic() > found.expires:
             raise TicketError(f"The ticket for file descriptors expired after {EXPIRY_S:g} s; attach again.")
-        return found.lease
+        return found.lease, found.generation

@@ -1,0 +1,129 @@
+"""New generations of an entry: one client stages, others advance when they like, and what nobody needs goes.
+
+A client that maps the entry may become its one writer. It stages a generation, fills memory of its own that is laid out
+like the current one, and commits: what clients that attach get is the new generation from then on, and nobody is moved.
+Each client that maps an older one says when it has advanced, or gone back. Besides the current generation, `keep` of
+those before it stay, newest first, and every one that a client maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.status import LeaseState
+from vllm_companion_plugin.errors import BadRequestError, EntryInUseError, EntryNotFoundError, LayoutError
+from vllm_companion_plugin.holder.registry.entries import Entry, Generation, Lease
+from vllm_companion_plugin.holder.registry.generations import Generations
+from vllm_companion_plugin.holder.registry.steps import Steps
+from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
+
+KEEP = 1
+"""Generations before the current one that stay, so that clients can go back."""
+
+
+class Updates:
+    """What may become of an entry's generations. Its methods raise and change nothing, or do all that they say."""
+
+    def __init__(
+        self, steps: Steps, numbers: Generations, wall: Callable[[], float], on_change: Callable[[], None]
+    ) -> None:
+        self._steps = steps
+        self._numbers = numbers
+        self._wall = wall
+        self._on_change = on_change
+
+    def stage(self, lease: Lease) -> int:
+        """The client is the entry's writer from now on; the number that its generation will have.
+
+        Raises:
+            BadRequestError: it does not map the entry.
+            EntryInUseError: another client is the writer.
+        """
+        entry = lease.entry
+        self._steps.check(lease, LeaseEvent.STAGE)
+        if entry.current.state is not GenerationState.READY:
+            raise BadRequestError(f"{entry} is {entry.current.shown.value}; nothing can take its place.")
+        if entry.writer is not None:
+            raise EntryInUseError(f"{entry.writer.who} writes the next generation of {entry.key.title} already.")
+        self._steps.move_lease(lease, LeaseEvent.STAGE)
+        self._on_change()
+        return self._numbers.latest(entry.key.id) + 1
+
+    def abort(self, lease: Lease) -> None:
+        """The client writes no more, and nothing of it stays. Raises `BadRequestError` unless it is the writer."""
+        self._steps.move_lease(lease, LeaseEvent.ABORT)
+        self._steps.release(lease)
+        self._on_change()
+
+    def commit(self, lease: Lease, arena: ArenaInfo, version: str) -> int:
+        """What the writer has deposited is the current generation; its number.
+
+        Args:
+            arena: with the checksums of its bytes, laid out like the current one.
+            version: the user's name for it.
+
+        Raises:
+            BadRequestError: not the writer, or not one descriptor for each block.
+            LayoutError: it is laid out differently.
+        """
+        entry = lease.entry
+        self._steps.check(lease, LeaseEvent.COMMIT_STAGED)
+        before = entry.current
+        if before.state is not GenerationState.READY or before.arena is None:
+            raise BadRequestError(f"{entry} was dropped meanwhile.")
+        if (arena.kind, arena.block_sizes) != (before.arena.kind, before.arena.block_sizes):
+            raise LayoutError(f"{entry} has {len(before.arena.block_sizes)} blocks of other sizes, or of another kind.")
+        if len(lease.deposited) != len(arena.block_sizes):
+            raise BadRequestError(f"{len(lease.deposited)} of {len(arena.block_sizes)} descriptors were deposited.")
+        number = self._numbers.latest(entry.key.id) + 1
+        self._numbers.note(entry.key.id, number)
+        published = replace(before.published, ready_unix_s=self._wall(), load_s=0.0, version=version)
+        new = Generation(number=number, arena=arena, manifest=before.manifest, published=published, written=True)
+        new.fds, lease.deposited, lease.announced = lease.deposited, (), 0
+        self._steps.move_lease(lease, LeaseEvent.COMMIT_STAGED)
+        entry.others.append(before)
+        entry.current = new
+        self._steps.move_generation(entry, new, GenerationEvent.COMMIT)
+        self.prune(entry)
+        self._on_change()
+        return number
+
+    def find(self, entry: Entry, number: int) -> Generation:
+        """The generation with this number that clients can map; 0: the current one. Raises `EntryNotFoundError`."""
+        for generation in (entry.current, *entry.others):
+            if generation.state is GenerationState.READY and number in (0, generation.number):
+                return generation
+        there = ", ".join(str(each.number) for each in (entry.current, *entry.others))
+        raise EntryNotFoundError(f"Generation {number} of {entry.key.title} is not held; there are: {there}.")
+
+    def advance(self, lease: Lease, number: int) -> None:
+        """The client maps this generation from now on.
+
+        Raises:
+            EntryNotFoundError: it is not held.
+            BadRequestError: the client maps nothing.
+        """
+        if lease.state not in (LeaseState.ATTACHED, LeaseState.WRITING):
+            raise BadRequestError("Only a client that maps the entry can advance.")
+        lease.maps = self.find(lease.entry, number).number
+        self.prune(lease.entry)
+        self._on_change()
+
+    def make_current(self, entry: Entry, number: int) -> None:
+        """What clients get from now on is this generation, older or newer. Raises `EntryNotFoundError`."""
+        wanted = self.find(entry, number)
+        if wanted is not entry.current:
+            entry.others = [each for each in (*entry.others, entry.current) if each is not wanted]
+            entry.current = wanted
+            self.prune(entry)
+
+    def prune(self, entry: Entry) -> None:
+        """Let go of every generation that nobody maps and that is not kept."""
+        older = sorted((each.number for each in entry.others if each.number < entry.current.number), reverse=True)
+        kept = {*older[:KEEP], *(lease.maps for lease in entry.leases)}
+        for generation in [each for each in entry.others if each.number not in kept]:
+            entry.others.remove(generation)
+            self._steps.move_generation(entry, generation, GenerationEvent.FORGET)
+            self._steps.release_generation(generation)
