@@ -273,6 +273,14 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "follow_updates",
+        bool,
+        False,
+        "Take weights that a trainer has written in place of the checkpoint's, at the start and after sleep. Otherwise "
+        "an engine that starts then loads its checkpoint alone, and one that wakes wants the weights that it had.",
+        engine=True,
+    ),
+    Setting(
         "arena",
         str,
         "auto",
@@ -334,6 +342,7 @@ class Settings:
     share: str
     when_asleep: str
     on_write: str
+    follow_updates: bool
     arena: str
     verify: str
     fallback: bool
@@ -356,6 +365,7 @@ class Given(TypedDict, total=False):
     share: str
     when_asleep: str
     on_write: str
+    follow_updates: bool
     arena: str
     verify: str
     fallback: bool

@@ -92,6 +92,7 @@ class Attachment:
         self._mirror: Mirror | None = None
         self._sleeper: Sleeper | None = None
         self._level = 0
+        self._follows = False
         self._kept: HostCopy | None = None
         self._backup: tuple[ArenaInfo, arenas.Descriptors] | None = None
         self._asleep = False
@@ -328,6 +329,7 @@ class Attachment:
                 outcome = lease.wait(settings.wait_timeout_s, on_waiting)
                 if isinstance(outcome, Granted) and outcome.parked is not None:
                     source = "host"
+                    self._generation_to_wake(lease, outcome.parked.entry, settings)
                     kept = self._kept if outcome.parked.entry.generation == self.generation else None
                     held, arena = bring_back(connection, outcome, outcome.parked, self.device, settings.verify, kept)
                     with contextlib.closing(arena):
@@ -337,10 +339,11 @@ class Attachment:
                     loaded.enter_context(load(lease, outcome))
                     continue
                 else:
-                    fds = outcome.redeem()
-                    held = Held(
-                        *(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
-                    )
+                    ready = self._generation_to_wake(lease, outcome, settings)
+                    fds = ready.redeem()
+                    held = Held(*(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published))
+                    if ready is not outcome:
+                        lease.advanced(ready.generation)
                 self._map(held, fds, settings)
                 mirror = Mirror(self.device_id, settings, replace(held, fds=self.arena.fds), lease, client_name)
             except BaseException:
@@ -369,6 +372,24 @@ class Attachment:
         if self._backup is not None:
             self._backup[1].close()
             self._backup = None
+
+    def _generation_to_wake(self, lease: Lease, current: Ready, settings: Settings) -> Ready:
+        """The current one, unless a trainer has written it and this process was never told to follow.
+
+        Raises:
+            LayoutError: what it had is not held any more.
+        """
+        written = current.published.version and current.generation != self.generation
+        if not written or self._follows or settings.follow_updates:
+            return current
+        try:
+            return lease.generation(self.generation, self.held.manifest)
+        except EntryNotFoundError as error:
+            raise LayoutError(
+                f"{self.label} is {current.published.version} by now, which a trainer has written while this engine "
+                f"slept, and generation {self.generation} is not held any more.",
+                remedy="Start the engine anew, or with the setting follow_updates.",
+            ) from error
 
     def _map(self, held: Held, fds: arenas.Descriptors, settings: Settings) -> None:
         """Map what may take the place of what was mapped, and prove it if it is not the same generation."""
@@ -423,6 +444,7 @@ class Attachment:
         """
         ready = prepared.ready
         self.arena.replace(ready.arena, prepared.fds)
+        self._follows = True
         self.renew()
         fds = self.arena.fds
         self.held = Held(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)

@@ -288,6 +288,11 @@ class _Question:
 
     def _attached(self, asked: EntryKey, lease: Lease, ready: Ready, waited_s: float) -> Attach:
         device = self.device
+        if ready.published.version and not self.settings.follow_updates:
+            raise NotShareableError(
+                f"what is held of {ready.key.short_title} is {ready.published.version}, which a trainer has written, "
+                """and not the checkpoint (--model-loader-extra-config '{"follow_updates": true}' takes it)"""
+            )
         attachment = Attachment.open(device.id, device.torch_device, lease, ready, stage=device.stage)
         seconds = time.perf_counter() - self.started
         found = self.found

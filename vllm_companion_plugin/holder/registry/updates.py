@@ -70,6 +70,8 @@ class Updates:
         """
         entry = lease.entry
         self._steps.check(lease, LeaseEvent.COMMIT_STAGED)
+        if not version:
+            raise BadRequestError("Weights that a client has written need a version, by which they are known.")
         before = entry.current
         if before.state is not GenerationState.READY or before.arena is None:
             raise BadRequestError(f"{entry} was dropped meanwhile.")
