@@ -14,6 +14,8 @@ import array
 import collections
 import functools
 import hashlib
+import itertools
+import random
 import sys
 import types
 import weakref
@@ -59,8 +61,12 @@ _OPAQUE = (
     "weakref",
 )
 _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
-MUTABLE = frozenset(
-    (list, dict, set, bytearray, array.array, collections.deque, collections.OrderedDict, np.ndarray, torch.Generator)
+MUTABLE: frozenset[type] = frozenset(
+    (
+        *(list, dict, set, bytearray, array.array, itertools.count, types.SimpleNamespace, random.Random),
+        *(collections.deque, collections.OrderedDict, collections.defaultdict, torch.Generator),
+        *(np.ndarray, np.random.RandomState, np.random.Generator),
+    )
 )
 """Plain values of these types can be changed in place."""
 _PLAIN_CONTAINERS = frozenset((dict, list, tuple, collections.deque, set, frozenset, collections.OrderedDict))
@@ -146,14 +152,18 @@ class Tree:
         opaque: objects that are noted by their class alone, by module and name: whether one was replaced by
             another can be known by nothing but the object.
         mutable: plain values that can be changed in place, by module and name.
+        orders: texts of the keys of dicts that hold more than plain values, in their order, by module and name.
         places: of what was asked for.
+        classes: classes of all objects that were met, besides modules.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
     """
 
     modules: list[LiveModule]
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
     mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
+    orders: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
+    classes: list[type] = field(default_factory=list)
     hung: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
@@ -187,6 +197,7 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
     walk = _Walk(tree, by_id, wanted)
     for index, live in enumerate(tree.modules):
         walk.named_module(live, index)
+    tree.classes = walk.classes()
     return tree
 
 
@@ -325,6 +336,9 @@ class _Walk:
         self._texts: dict[int, tuple[Any, str]] = {}
         self._steps: list[tuple[Any, Any]] = []
 
+    def classes(self) -> list[type]:
+        return [cls for cls, kind in self._kinds.items() if kind is _Kind.OBJECT]
+
     def named_module(self, live: LiveModule, index: int) -> None:
         self._module(live, index, "", live.module, 0)
 
@@ -439,6 +453,7 @@ class _Walk:
         cls: Any = type(value)
         if cls in _WEAK:  # what it leads to may be gone: it can be asked for nothing
             live.attributes[path] = class_name(cls)
+            self._tree.opaque[index, path] = value
             return
         kind = self._kinds.get(cls)
         if kind is None:
@@ -515,12 +530,10 @@ class _Walk:
 
     def _items(self, live: LiveModule, index: int, path: str, value: Any, depth: int) -> None:
         if isinstance(value, dict):
-            alike: collections.Counter[str] = collections.Counter()
-            for item_key, item in value.items():
-                text = _key_text(item_key)
-                alike[text] += 1
-                if alike[text] > 1:  # objects of one class as keys
-                    text = f"{text} {alike[text]}"
+            items = list(value.items())
+            texts = key_texts(key for key, _ in items)
+            self._tree.orders[index, path] = tuple(texts)
+            for text, (item_key, item) in zip(texts, items, strict=True):
                 self._value(live, index, f"{path}[{text}]", item, value, item_key, depth + 1)
         elif isinstance(value, (set, frozenset)):
             for position, item in enumerate(_in_order(value)):
@@ -581,8 +594,15 @@ class _Walk:
         return None if first is here else first
 
 
-def _key_text(key: Any) -> str:
-    return describe_value(key) or class_name(type(key))
+def key_texts(keys: Iterable[Any]) -> list[str]:
+    """Texts that tell the keys of one dict apart, in their order."""
+    found = []
+    alike: collections.Counter[str] = collections.Counter()
+    for key in keys:
+        text = describe_value(key) or class_name(type(key))
+        alike[text] += 1
+        found.append(text if alike[text] == 1 else f"{text} {alike[text]}")  # objects of one class as keys
+    return found
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import array
 import collections
+import random
 import re
 import sys
 import types
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,11 @@ from vllm_companion_plugin.tree.capture import (
     capture,
     describe_value,
     full_name,
+    key_texts,
     named_modules,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.values import loaded_class, value_of
+from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
@@ -46,7 +48,18 @@ _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """An object that was met before. No text of a value begins like one: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
 """A method of a module in the tree, and where that module is."""
-_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
+_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: in the order (?P<order>.*))?", re.DOTALL)
+"""A container of more than plain values; of a dict whose keys loading changed, with their texts in order."""
+
+
+def reference(kind: type, first: str) -> str:
+    """The text of an object that was met first at `first`, a path of a module, a colon and a name."""
+    return f"{class_name(kind)} @{first}"
+
+
+def in_order(text: str, keys: Sequence[str]) -> str:
+    """The text of a dict with its keys."""
+    return f"{text} in the order {list(keys)!r}"
 
 
 def is_restorable(text: str | None) -> bool:
@@ -97,6 +110,9 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     ]
     for live, name, tensor, kind in retied:
         values.put(live, name, tensor, kind)
+    for path, observed in changed.items():
+        for name, (_, text) in observed.values.items() if path in values.by_path else ():
+            values.arrange(values.by_path[path], name, text)
 
 
 def _has_changes(observed: Observed) -> bool:
@@ -226,6 +242,8 @@ class _Values:
         self.by_path = {live.path: live for live in tree.modules}
         self._index = {id(live): index for index, live in enumerate(tree.modules)}
         self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+        # By id: what replaced an object that cannot be changed in place, and that object, which keeps the id valid.
+        self._replaced: dict[int, tuple[Any, Any]] = {}
 
     def change(self, live: LiveModule, observed: Observed) -> None:
         added = tuple(f"{slot.name}." for slot in observed.added)
@@ -242,7 +260,8 @@ class _Values:
                 self._keep_free(live, name, text)
 
     def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
-        for name in sorted(names):  # what holds others comes first
+        # What holds others comes first; a reference, when what it leads to is there.
+        for name in sorted(names, key=lambda name: (_is_reference(observed.values[name][1]), name)):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, in_place=built is not None)
@@ -310,12 +329,38 @@ class _Values:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
         if place is not None:
-            if _CONTAINER.fullmatch(text) and type(place.value) is type(value):
+            if (container := _CONTAINER.fullmatch(text)) and type(place.value) is type(value):
+                if isinstance(value, (list, collections.deque)):
+                    while len(place.value) > int(container["size"]):
+                        place.value.pop()
                 return  # what is in it changes by itself
-            if not (in_place and _assign_in_place(place.value, value)):
-                _change(live, name, lambda: place.set(value))
+            if in_place and _assign_in_place(place.value, value):
+                return
+            if in_place:  # whoever else had the object has the other one, too
+                value = self._replaced.setdefault(id(place.value), (place.value, value))[1]
+            _change(live, name, lambda: place.set(value))
+            self._forget_parts(live, name)
+            place.value = value
         else:
             self._put(live, name, value)
+
+    def _forget_parts(self, live: LiveModule, name: str) -> None:
+        """What was in the value that was at `name` is no part of the one that is there now."""
+        index, parts = self._index[id(live)], (f"{name}.", f"{name}[", f"{name}{{")
+        for place in [place for place in self._tree.places if place[0] == index and place[1].startswith(parts)]:
+            del self._tree.places[place]
+
+    def arrange(self, live: LiveModule, name: str, text: str | None) -> None:
+        """Give the items of a dict their published order, if the text says one."""
+        container = _CONTAINER.fullmatch(text or "")
+        place = self._place(live, name)
+        if container is None or container["order"] is None or place is None or not isinstance(place.value, dict):
+            return
+        wanted, items = value_of(container["order"]), list(place.value.items())
+        here = dict(zip(key_texts(key for key, _ in items), items, strict=True))
+        if here.keys() == set(wanted):  # otherwise the comparison says what is missing
+            place.value.clear()
+            place.value.update(here[text] for text in wanted)
 
     def _keep_free(self, live: LiveModule, name: str, text: str) -> None:
         """Let a module have a parameter or a buffer that is None."""
@@ -370,6 +415,9 @@ class _Values:
             if tensor is not None and part is not None and part["name"] is not None:
                 tensor.__dict__.pop(part["name"], None)
             return  # with what held it
+        holder, key = place.steps[-1]
+        if isinstance(holder, (list, collections.deque)) and key >= len(holder):
+            return  # it was cut off
         _change(live, name, place.delete)
 
     def _method(self, text: str, owner: str) -> Any:
@@ -410,6 +458,10 @@ def _made(text: str) -> Any:
     return value_of(text)
 
 
+def _is_reference(text: str | None) -> bool:
+    return text is not None and _REFERENCE.fullmatch(text) is not None
+
+
 def _loaded_function(name: str) -> Any:
     """A function of a module that is loaded. Raises `ValueError` for all others."""
     module, _, last = name.rpartition(".")
@@ -426,9 +478,20 @@ def _assign_in_place(current: Any, value: Any) -> bool:
         return False
     if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
         current[:] = value
-    elif kind in (dict, set, collections.OrderedDict):
+    elif kind in (dict, set, collections.OrderedDict) or (
+        kind is collections.defaultdict and current.default_factory is value.default_factory
+    ):
         current.clear()
         current.update(value)
+    elif kind is types.SimpleNamespace:
+        vars(current).clear()
+        vars(current).update(vars(value))
+    elif kind is random.Random:
+        current.setstate(value.getstate())
+    elif kind is np.random.RandomState:
+        current.set_state(value.get_state(legacy=False))
+    elif kind is np.random.Generator and type(current.bit_generator) is type(value.bit_generator):
+        current.bit_generator.state = value.bit_generator.state
     elif kind is collections.deque and current.maxlen == value.maxlen:
         current.clear()
         current.extend(value)

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -336,6 +337,8 @@ class Restorer:
                 raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
             pairs.append((slot, want.tensor))
         self._check_missing(published.path, wanted.values())
+        for table in (live.module._parameters, live.module._buffers):
+            _arrange(table, [slot.name for slot in there])
         return pairs
 
     def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:
@@ -406,6 +409,12 @@ class Restorer:
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
+
+
+def _arrange(table: dict[str, Any], names: Iterable[str]) -> None:
+    """Give a module's parameters or buffers the published order: loading may have put some of them anew."""
+    order = [name for name in names if name in table]
+    table.update({name: table.pop(name) for name in order})
 
 
 @contextmanager
