@@ -708,6 +708,62 @@ class TestTensor:
         attached = attach(publish(build, flag=1.0), build, flag=0.25)
         assert torch.equal(attached.table, torch.arange(100_000) * 0.25)
 
+    @pytest.mark.parametrize(
+        "fill",
+        [
+            lambda held, flag: held.fill_(flag),
+            lambda held, flag: held.__setitem__(slice(None), flag),
+            lambda held, flag: (
+                held[: LARGE // 2].fill_(flag) is held[LARGE // 2 :].view(2, -1).copy_(torch.tensor(flag))
+            ),
+            lambda held, flag: held.data.fill_(flag),
+            lambda held, flag: torch.full((LARGE,), flag, out=held),
+            lambda held, flag: nn.init.constant_(held, flag),
+            lambda held, flag: held.numpy().fill(flag),
+            lambda held, flag: torch.ops.aten.fill_(held, flag),
+        ],
+        ids=["method", "item", "views", "data", "out", "init", "numpy", "operator"],
+    )
+    def test_what_the_constructor_fills_by_hand_is_the_engines(self, fill: Callable[[Any, float], object]) -> None:
+        """Memory of any size that a constructor asks for empty, and then writes to."""
+
+        def build(m: Model, flag: float) -> None:
+            m.register_buffer("table", torch.empty(LARGE), persistent=False)
+            m.view = m.table[5:7]
+            fill(m.table, flag)
+            m.largest = m.table.max().item()
+
+        attached = attach(publish(build), build, flag=0.25)
+        assert attached.table.unique().tolist() == attached.view.unique().tolist() == [attached.largest] == [0.25]
+        attached.table[5] = 9.0
+        assert attached.view[0] == 9.0
+
+    @pytest.mark.parametrize(
+        "draw",
+        [
+            lambda: nn.Linear(512, 512),
+            lambda: nn.init.xavier_uniform_(nn.Parameter(torch.empty(512, 512))),
+            lambda: nn.Parameter(torch.empty(512, 512).normal_()),
+            lambda: nn.Parameter(torch.randn(512, 512)),
+        ],
+        ids=["Linear", "xavier", "before", "randn"],
+    )
+    def test_numbers_are_drawn_as_in_a_normal_load(self, draw: Callable[[], Any]) -> None:
+        """Those for a weight are never used, but the next ones follow from them."""
+
+        def build(m: Model, flag: float) -> None:
+            torch.manual_seed(int(flag * 8))
+            m.weight = draw()
+            m.register_buffer("noise", torch.randn(4), persistent=False)
+
+        def load(m: Model) -> None:
+            for parameter in m.parameters():
+                parameter.data.fill_(3.0)
+
+        attached = attach(publish(build, load), build, flag=0.25)
+        assert attached.noise.tolist() == Model(build, 0.25).noise.tolist()
+        assert next(attached.parameters()).unique().tolist() == [3.0]
+
     def test_a_parameter_that_loading_does_not_touch(self) -> None:
         """A parameter that the checkpoint lacks has the value that its constructor gave it."""
 
