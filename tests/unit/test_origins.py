@@ -404,6 +404,9 @@ class TestLoading:
         "load",
         [
             lambda m: m.first.register_forward_hook(lambda module, args, output: output * 2),
+            lambda m: m.first.register_forward_hook(nothing),
+            lambda m: m.table.update({Box: 1}),
+            lambda m: setattr(m, "not a name", 1),
             lambda m: setattr(m, "function", lambda: 1),
             lambda m: setattr(m, "helper", Box(1)),
             lambda m: m.add_module("third", type("Local", (nn.Linear,), {})(2, 2)),
@@ -416,17 +419,8 @@ class TestLoading:
             lambda m: type(m.shared).objects.update(a=Box(1)),
         ],
         ids=[
-            "hook",
-            "function",
-            "object",
-            "module",
-            "opaque",
-            "weak",
-            "iterator",
-            "memory",
-            "matrix",
-            "class",
-            "dict_of_a_class",
+            *("hook", "known hook", "key", "name", "function", "object", "module", "opaque"),
+            *("weak", "iterator", "memory", "matrix", "class", "dict"),
         ],
     )
     def test_what_cannot_be_described_is_refused_by_name(self, load: Change) -> None:
@@ -434,12 +428,13 @@ class TestLoading:
         shared = type("Shared", (), {"common": 1, "objects": {}})
 
         def build(m: Model, flag: float) -> None:
-            m.opaque, m.shared = object(), shared()
+            m.opaque, m.shared, m.table = object(), shared(), {"a": Box(1)}
             m.weak, m.iterator, m.memory = weakref.ref(m.first), iter([1, 2]), memoryview(bytearray(2))
             m.matrix = np.zeros(2).view(np.recarray)
 
         publish(build)
-        named = r"_forward_hooks|function|helper|third|opaque|weak|iterator|memory|matrix|Shared\.(common|objects)"
+        named = r"_forward_hooks|table\[|not a name|function|helper|third|opaque|weak|iterator|memory|matrix"
+        named += r"|Shared\.(common|objects)"
         with pytest.raises(NotShareableError, match=named):
             publish(build, load)
 

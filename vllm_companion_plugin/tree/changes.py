@@ -73,6 +73,26 @@ def is_restorable(text: str | None) -> bool:
     return True
 
 
+def can_be_put(name: str) -> bool:
+    """Whether a value can be put where a module has nothing of this name."""
+    part = _PART.fullmatch(name)
+    if part is None:
+        return name.isidentifier() and name not in MODULE_INTERNALS and not _is_pythons(name)
+    if part["parent"] in MODULE_INTERNALS:  # a hook, whose key is a number of the process
+        return False
+    if part["name"] is not None:
+        return not part["name"].startswith("__")
+    try:
+        value_of(part["key"])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_pythons(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
 def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     """Change `model`, just built, as the publisher saw loading change its own.
 
@@ -376,7 +396,7 @@ class _Values:
         """Give `name` a value where nothing is yet."""
         part = _PART.fullmatch(name)
         if part is None:
-            if not name.isidentifier() or name in MODULE_INTERNALS or (name.startswith("__") and name.endswith("__")):
+            if not can_be_put(name):
                 raise ParityError(f"the published model has {full_name(live.path, name)}, which is no name here.")
             live.module.__dict__[name] = value
             self._note(live, name, live.module.__dict__, name, value)

@@ -43,7 +43,7 @@ from vllm_companion_plugin.tree.capture import (
     plain_tensors,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.changes import in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
 
 _SMALL_BYTES = 1 << 20
@@ -385,7 +385,7 @@ class Observation:
         for name, (_, text) in values.items():
             if now.mutable.get((path, name)) is not built.mutable.get((was, name)):
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
-            if not is_restorable(text):
+            if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
         opaque = {} if is_new else built.opaque.get(was, {})
         for name, value in now.opaque.get(path, {}).items():
