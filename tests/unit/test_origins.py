@@ -366,6 +366,42 @@ class TestLoading:
         assert attached.extra[0]._parameters["bias"] is None
         assert attached.extra[0].state_dict().keys() == {"weight"}
 
+    @pytest.mark.parametrize("kind", ["reversed", "cut", "head", "first", "collected", "swapped"])
+    def test_the_order_of_modules(self, kind: str) -> None:
+        """Layers run in the order that loading gave them."""
+
+        def build(m: Model, flag: float) -> None:
+            m.layers = nn.ModuleList([nn.Linear(number + 1, 1) for number in range(12)])
+
+        def load(m: Model) -> None:
+            for layer in m.layers:
+                for parameter in layer.parameters():
+                    parameter.data.fill_(layer.in_features)
+            layers = list(m.layers)
+            if kind == "reversed":
+                m.layers = nn.ModuleList(reversed(layers))
+            elif kind == "cut":
+                del m.layers[1]
+            elif kind == "head":
+                m.layers = m.layers[:3]
+            elif kind == "first":
+                m._modules["first"] = m._modules.pop("first")
+            elif kind == "collected":
+                m.some = nn.ModuleList(layers[number] for number in (7, 1, 11, 3))
+            else:
+                m.layers[2], m.layers[5] = m.layers[5], m.layers[2]
+
+        published = publish(build, load)
+        attached = attach(published, build)
+        for one, other in (
+            (published.model, attached),
+            *zip(published.model.children(), attached.children(), strict=True),
+        ):
+            assert [name for name, _ in one.named_children()] == [name for name, _ in other.named_children()]
+        for one, other in zip(published.model.modules(), attached.modules(), strict=True):
+            assert getattr(one, "in_features", None) == getattr(other, "in_features", None)
+            assert [p.tolist() for p in one.parameters()] == [p.tolist() for p in other.parameters()]
+
     def test_modules_that_it_removes(self) -> None:
         """A part that loading takes out is not there."""
 

@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ from vllm_companion_plugin.tree.capture import (
 )
 from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
+CHILDREN = "_modules"
+"""Among the values that loading changed: names of a module's children, in their order."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -132,7 +134,7 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
         values.put(live, name, tensor, kind)
     for path, observed in changed.items():
         for name, (_, text) in observed.values.items() if path in values.by_path else ():
-            values.arrange(values.by_path[path], name, text)
+            values.put_in_order(values.by_path[path], name, text)
 
 
 def _has_changes(observed: Observed) -> bool:
@@ -191,10 +193,21 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
         if manifest.added_modules or manifest.retied_modules:
             for _ in named_modules(model):
                 pass
+        for info in manifest.modules:
+            if (order := info.observed.values.get(CHILDREN)) is not None:
+                arrange(model.get_submodule(info.path)._modules, value_of(order[1] or ""))
+    except (ValueError, TypeError) as error:
+        raise ParityError(f"the published model has modules in no order: {error}.") from None
     except RecursionError:
         raise ParityError("the published model has a module inside of itself.") from None
     except AttributeError as error:
         raise ParityError(f"loading changed modules of the published model that do not exist here: {error}.") from None
+
+
+def arrange(table: dict[str, Any], names: Iterable[str]) -> None:
+    """Give what a module has under `names` their order."""
+    order = [name for name in names if name in table]
+    table.update({name: table.pop(name) for name in order})
 
 
 def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -281,7 +294,7 @@ class _Values:
 
     def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
         # What holds others comes first; a reference, when what it leads to is there.
-        for name in sorted(names, key=lambda name: (_is_reference(observed.values[name][1]), name)):
+        for name in sorted(names - {CHILDREN}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, in_place=built is not None)
@@ -370,7 +383,7 @@ class _Values:
         for place in [place for place in self._tree.places if place[0] == index and place[1].startswith(parts)]:
             del self._tree.places[place]
 
-    def arrange(self, live: LiveModule, name: str, text: str | None) -> None:
+    def put_in_order(self, live: LiveModule, name: str, text: str | None) -> None:
         """Give the items of a dict their published order, if the text says one."""
         container = _CONTAINER.fullmatch(text or "")
         place = self._place(live, name)

@@ -43,7 +43,7 @@ from vllm_companion_plugin.tree.capture import (
     plain_tensors,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.changes import can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
 
 _SMALL_BYTES = 1 << 20
@@ -63,6 +63,7 @@ class Snapshot:
     ties: dict[str, str]
     owners: dict[tuple[str, str], str]
     """Of values that are methods of a module in the tree: where that module is."""
+    children: dict[str, list[str]]
     orders: dict[tuple[str, str], tuple[str, ...]]
     aliases: dict[tuple[str, str], str]
     """Of values that can be changed in place and that were met before: where."""
@@ -107,6 +108,7 @@ class Snapshot:
             slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
             ties=ties,
             owners=owners,
+            children={live.path: list(live.module._modules) for live in tree.modules},
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): _state(value) for (index, name), value in tree.opaque.items()},
@@ -326,7 +328,8 @@ class Observation:
         loaded.removed_modules = tuple(path for path in removed if path.rpartition(".")[0] not in removed)
         for path, weak in now.modules.items():
             module = weak()
-            if path in paths and paths[path] is module:
+            is_in_new_one = path.rpartition(".")[0] in loaded.added_modules
+            if path in paths and paths[path] is module and not is_in_new_one:
                 continue
             first = next((known for known, there in paths.items() if there is module), None)
             if first is None and path in {live.path for live in tree.modules}:
@@ -387,6 +390,8 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        if now.children[path] != ([] if is_new else built.children.get(was, [])):
+            values[CHILDREN] = None, repr(now.children[path])
         opaque = {} if is_new else built.opaque.get(was, {})
         for name, value in now.opaque.get(path, {}).items():
             if name in values or name not in opaque:

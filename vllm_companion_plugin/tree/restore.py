@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +44,7 @@ from vllm_companion_plugin.tree.capture import (
     named_modules,
     plain_tensors,
 )
-from vllm_companion_plugin.tree.changes import apply_loading
+from vllm_companion_plugin.tree.changes import apply_loading, arrange
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.tree.pack import dtype_name
 from vllm_companion_plugin.tree.parity import (
@@ -338,7 +337,7 @@ class Restorer:
             pairs.append((slot, want.tensor))
         self._check_missing(published.path, wanted.values())
         for table in (live.module._parameters, live.module._buffers):
-            _arrange(table, [slot.name for slot in there])
+            arrange(table, [slot.name for slot in there])
         return pairs
 
     def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:
@@ -409,12 +408,6 @@ class Restorer:
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
-
-
-def _arrange(table: dict[str, Any], names: Iterable[str]) -> None:
-    """Give a module's parameters or buffers the published order: loading may have put some of them anew."""
-    order = [name for name in names if name in table]
-    table.update({name: table.pop(name) for name in order})
 
 
 @contextmanager
