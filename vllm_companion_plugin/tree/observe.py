@@ -319,7 +319,8 @@ class Observation:
     def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
         loaded = Loaded()
         built = self._built
-        for cls in built.classes.keys() & now.classes.keys():
+        # What processing sets there each engine sets for itself.
+        for cls in () if self._processed_early else built.classes.keys() & now.classes.keys():
             before, after = built.classes[cls], now.classes[cls]
             if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
                 raise NotShareableError(f"loading changed {class_name(cls)}.{min(changed)}, which its objects share")
