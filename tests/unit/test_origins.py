@@ -550,6 +550,19 @@ class TestLoading:
         assert same(attached.one, published.model.one)
         assert not same(attached.one, attached.kept) or isinstance(make(1.0), np.ndarray)
 
+    @pytest.mark.parametrize("value", [1, None, "a", (1,), Stage.PROCESSED], ids=repr)
+    def test_equal_values_that_it_sets_apart(self, value: object) -> None:
+        """Python has one object for equal constants. It ties nothing, because no constant changes."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x, m.y, m.box = value, value, Box(value)
+
+        def load(m: Model) -> None:
+            m.x, m.y, m.box.value = 2, 3, 4
+
+        attached = attach(publish(build, load), build)
+        assert (attached.x, attached.y, attached.box.value) == (2, 3, 4)
+
     @pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
     def test_the_order_of_objects(self, kind: Callable[..., Any]) -> None:
         """Items of a dict are in the order that loading gave them, whatever they are."""

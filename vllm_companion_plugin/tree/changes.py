@@ -23,6 +23,7 @@ from vllm_companion_plugin.core.module_tree import AddedSlot, Manifest, Observed
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import (
     MODULE_INTERNALS,
+    MUTABLE,
     NO_BUFFER,
     NO_PARAMETER,
     LiveModule,
@@ -371,7 +372,7 @@ class _Values:
                 return  # what is in it changes by itself
             if in_place and _assign_in_place(place.value, value):
                 return
-            if in_place:  # whoever else had the object has the other one, too
+            if in_place and type(place.value) in MUTABLE:  # whoever else had the object has the other one, too
                 value = self._replaced.setdefault(id(place.value), (place.value, value))[1]
             _change(live, name, lambda: place.set(value))
             self._forget_parts(live, name)
