@@ -1,14 +1,11 @@
-"""What the documentation shows runs: its programs, its Python, its command lines, beside one companion.
+"""What the documentation shows runs: its programs and its Python, beside one companion.
 
-The companion holds a small model under the name that the example says. Lines that start vLLM are run by tests/vllm.
+The companion holds a small model under the name that the example says. tests/docs runs command lines.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +17,12 @@ from torch import nn
 import vllm_companion_plugin.client.api
 from tests.support.place import KEY, Place
 from tests.support.publishing import load
-from vllm_companion_plugin.cli.main import main as command_line
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.identity import EntryKey
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = sorted((ROOT / "docs" / "examples").glob("*.py"))
-README_COMMANDS = re.findall(r"^ {4}(vllm-companion [^#\n]+)", PAGES[0].read_text(), re.MULTILINE)
-SERVES = ("serve", "verify")
-"""Commands that start vLLM."""
 
 
 def blocks(text: str) -> list[str]:
@@ -94,29 +87,3 @@ class TestPython:
         out, error = place.run("-c", imported + textwrap.dedent(snippet)).communicate(timeout=60)
         assert not error
         assert "[64, 16]" in out or "(64, 16)" in out
-
-
-class TestCommands:
-    """Lines of the README that begin with `vllm-companion`."""
-
-    def test_there_are_some(self) -> None:
-        """The page still has what the tests here run."""
-        assert any(shlex.split(line)[1] not in SERVES for line in README_COMMANDS)
-        assert SNIPPETS
-
-    @pytest.mark.parametrize("line", README_COMMANDS)
-    def test_line(self, line: str, place: Place, published: Callable[[str], None]) -> None:
-        """A command line of the README succeeds and names the model; one that starts vLLM is a command that we have."""
-        _, command, *options = shlex.split(line.replace("MODEL", "org/model"))
-        if command in SERVES:
-            with pytest.raises(SystemExit) as ended:
-                command_line([command, "--help"])
-            assert ended.value.code == 0
-            return
-        published("org/model")
-        process = subprocess.run(
-            [sys.executable, "-m", "vllm_companion_plugin.cli.main", command, *options],
-            **{"env": place.environment, "capture_output": True, "text": True, "timeout": 60},
-        )
-        assert process.returncode == 0, process.stderr
-        assert "model" in process.stdout

@@ -1,7 +1,7 @@
 """A restricted pod: a user id that no passwd file knows, no capability, nothing to write to but its volumes.
 
 What Kubernetes prepares (mounts, their owners and modes, the user) is made here by root in a mount namespace.
-docs/deploy/README.md has the manifest.
+docs/deploy/kubernetes/restricted/ has the manifest.
 """
 
 from __future__ import annotations

@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import pytest
-import yaml
 
 from vllm_companion_plugin import settings
-from vllm_companion_plugin.cli import exits, parser, table, verify
+from vllm_companion_plugin.cli import exits, table, verify
 from vllm_companion_plugin.cli.doctor.check import OK, Check
 from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.core.identity import EntryKey
@@ -29,7 +25,6 @@ from vllm_companion_plugin.errors import BY_CODE
 from vllm_companion_plugin.holder.registry import table as registry_table
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
-PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
 def test_the_settings_table_is_the_generated_one() -> None:
@@ -93,38 +88,3 @@ def test_json_has_the_fields_that_the_guide_lists() -> None:
     verdict = verify.Verdict("m", [], {}, [verify.Rank("single")], "equal", True, 1.0).to_json()
     assert fields_of("`verify --json`") == verdict.keys()
     assert fields_of("A rank of `verify --json`") == verdict["ranks"][0].keys()
-
-
-def test_probes_are_commands_whose_status_is_documented() -> None:
-    """What is held is asked by `status`, which tells "none runs" from "one does not answer"."""
-    found = []
-    for name in ("docker-compose.yml", "kubernetes.yaml", "kubernetes-restricted.yaml"):
-        for document in yaml.safe_load_all((DOCS / "deploy" / name).read_text()):
-            pod = document.get("spec", {}).get("template", document).get("spec", {})
-            for container in [*pod.get("containers", ()), *document.get("services", {}).values()]:
-                if "serve" in container.get("command", ()) or "serve" in container.get("entrypoint", ()):
-                    probes = [container[kind]["exec"]["command"] for kind in PROBES if kind in container]
-                    probes += [container["healthcheck"]["test"][1:]] if "healthcheck" in container else []
-                    assert probes, name
-                    found += probes
-    assert len(found) == 5
-    for command in found:
-        assert command[0] == "vllm-companion"
-        assert parser.parse(command[1:])[0].command == "status"
-
-
-@pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml", "kubernetes-restricted.yaml"])
-def test_manifests_share_the_runtime_directory_and_nothing_else(name: str) -> None:
-    (*documents,) = yaml.safe_load_all((DOCS / "deploy" / name).read_text())
-    pods = [x["spec"].get("template", x)["spec"] for x in documents if "spec" in x]
-    containers: list[dict[str, Any]] = [c for pod in pods for c in pod["containers"]]
-    containers += [c for x in documents for c in x.get("services", {}).values()]
-    assert len(containers) >= 2
-    assert not any(pod.get("hostIPC") or pod.get("hostPID") for pod in pods)
-    for container in containers:
-        assert container.get("ipc", "private") == "private"
-        assert "pid" not in container
-        assert not container.get("privileged")
-        environment = container.get("environment") or {e["name"]: e["value"] for e in container["env"]}
-        assert environment["COMPANION_RUNTIME_DIR"] == "/run/vllm-companion/r"
-        assert "/run/vllm-companion" in str(container.get("volumes") or container["volumeMounts"])

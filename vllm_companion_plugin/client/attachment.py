@@ -34,6 +34,7 @@ from vllm_companion_plugin.errors import (
     LayoutError,
     ManifestError,
 )
+from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
@@ -79,6 +80,7 @@ class Attachment:
         self._mirror: Mirror | None = None
         self._sleeper: Sleeper | None = None
         self._level = 0
+        self._kept: HostCopy | None = None
         self._backup: tuple[ArenaInfo, arenas.Descriptors] | None = None
         self._asleep = False
         self._is_private = False
@@ -236,8 +238,22 @@ class Attachment:
         return self._ask_to_sleep(mirror.lease, level, when_asleep)
 
     def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
+        where = lease.fall_asleep(level, when_asleep, self._leave_copy)
+        if where != Residence.HOST.value:
+            self._drop_kept()
+        return where
+
+    def _leave_copy(self) -> tuple[ArenaInfo, arenas.Descriptors]:
         kind = arenas.KINDS[self.held.arena.kind]
-        return lease.fall_asleep(level, when_asleep, lambda: kind.to_host(self.arena, self.device.index))
+        info, fds = kind.to_host(self.arena, self.device.index)
+        self._drop_kept()
+        self._kept = kind.keep(info, fds, self.device.index)
+        return info, fds
+
+    def _drop_kept(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     def let_go(self, settings: Settings, client_name: str) -> None:
         """Unmap the memory, whose addresses stay, and close all descriptors of it. Nothing may use it any more."""
@@ -245,6 +261,8 @@ class Attachment:
         self._asleep = True
         if self._is_private:
             return
+        if self._kept is not None:
+            self._kept.lock()
         lease, others = self.lease, ExitStack()
         if self._mirror is not None:
             lease, others = self._mirror.keep_lease()
@@ -293,7 +311,8 @@ class Attachment:
                 outcome = lease.wait(settings.wait_timeout_s, on_waiting)
                 if isinstance(outcome, Granted) and outcome.parked is not None:
                     source = "host"
-                    held, arena = bring_back(connection, outcome, outcome.parked, self.device, settings.verify)
+                    kept = self._kept if outcome.parked.entry.generation == self.generation else None
+                    held, arena = bring_back(connection, outcome, outcome.parked, self.device, settings.verify, kept)
                     with contextlib.closing(arena):
                         fds = arena.fds.dup()
                 elif isinstance(outcome, Granted):
@@ -376,6 +395,7 @@ class Attachment:
             with contextlib.suppress(EntryInUseError, EntryNotFoundError, CompanionUnavailableError):
                 if not connection.status().owner_pid:
                     connection.unload(key_id=self.held.key.id)
+        self._drop_kept()
         self.arena.privatize()
         self._is_private = True
 
@@ -402,6 +422,7 @@ class Attachment:
         if self._sleeper is not None:
             self._sleeper.close()
         self._drop_backup()
+        self._drop_kept()
         arena, self._arena = self._arena or self._weak_arena(), None
         if arena is not None:
             arena.close()

@@ -12,6 +12,7 @@ from vllm_companion_plugin.client.connection import CompanionConnection, Granted
 from vllm_companion_plugin.client.mirror import Held
 from vllm_companion_plugin.core.status import Progress
 from vllm_companion_plugin.errors import IntegrityError
+from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.wire.manifest import manifest_from_bytes
@@ -20,13 +21,19 @@ logger = logging.getLogger("vllm.companion.client")
 
 
 def bring_back(
-    connection: CompanionConnection, granted: Granted, parked: Parked, device: torch.device, verify: str
+    connection: CompanionConnection,
+    granted: Granted,
+    parked: Parked,
+    device: torch.device,
+    verify: str,
+    kept: HostCopy | None = None,
 ) -> tuple[Held, memory.Arena]:
     """Copy a parked entry to the device, and publish it as it was. The lease is attached from now on.
 
     Args:
         device: where the entry was.
         verify: as the setting.
+        kept: what this process has kept of a copy of the same generation.
 
     Returns:
         What it is, and the arena, mapped somewhere; the caller owns it.
@@ -40,7 +47,7 @@ def bring_back(
     granted.publication.report(Progress("copying from host memory", 0, entry.arena.size_bytes))
     kind = memory.KINDS[entry.arena.kind]
     started = time.perf_counter()
-    arena = kind.from_host(entry.arena, parked.host, parked.redeem(), device.index)
+    arena = kind.from_host(entry.arena, parked.host, parked.redeem(), device.index, kept)
     try:
         views = ArenaViews(arena, entry.arena.size_bytes, device)
         manifest = manifest_from_bytes(entry.manifest)

@@ -29,7 +29,7 @@ from vllm_companion_plugin.engine.identity.digest import Digests, same_content
 from vllm_companion_plugin.engine.progress import ProgressBar, Waiting, format_bytes
 from vllm_companion_plugin.engine.session import client_name, current
 from vllm_companion_plugin.engine.turns import Turn
-from vllm_companion_plugin.engine.vllm import building, devices, drafts, sharing, sources
+from vllm_companion_plugin.engine.vllm import building, devices, drafts, sharing, sources, warming
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -125,6 +125,7 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
         device = devices.engine_device(vllm_config, settings.arena)
         turn.announce(device.id)
         checksum.prepare(device.torch_device)
+        warming.load_kernels(device.torch_device)
         return _decide_target(device, vllm_config, model_config, settings, turn.wait)
 
 

@@ -10,6 +10,7 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.memory.arena import Arena, ArenaWriter
 from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.mapping import Blocks, Mapping, Reservation
 
 Keeper = Callable[[int], Descriptors]
@@ -84,11 +85,22 @@ class Kind(ABC):
         """
         raise ArenaError(f"Memory of kind {self.name} stays where it is.")
 
-    def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
+    def keep(self, host: ArenaInfo, fds: Sequence[int], device_index: int | None) -> HostCopy | None:
+        """What a process that made a copy, and will read it, keeps of it; None if there is nothing to be gained.
+
+        Raises:
+            ArenaError: the descriptors, which are borrowed, are of no such copy.
+        """
+        return None
+
+    def from_host(
+        self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
+    ) -> Arena:
         """A new arena like `info`, filled from its copy in host memory.
 
         Args:
             host, fds: what `to_host` gave; the descriptors are owned from now on.
+            kept: of a copy of the same bytes.
 
         Raises:
             ArenaError: there is not so much memory on the device, or the copy is none of such an arena.
@@ -96,7 +108,9 @@ class Kind(ABC):
         fds.close()
         raise ArenaError(f"Memory of kind {self.name} stays where it is.")
 
-    def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
+    def fill(
+        self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
+    ) -> None:
         """Copy what `to_host` gave into an arena whose memory is this process's own; it owns the descriptors.
 
         Raises:

@@ -51,6 +51,12 @@ def to_device(context: PrimaryContext, host_address: int, device_address: int, s
     _in_threads(context, size_bytes, work)
 
 
+def locked_to_device(context: PrimaryContext, host_address: int, device_address: int, size_bytes: int) -> None:
+    """Copy from page-locked host memory into the device. Returns when all has landed. Raises `ArenaError`."""
+    with context:
+        call("Copying weights", driver.cuMemcpyHtoD(device_address, host_address, size_bytes))
+
+
 def _in_threads(context: PrimaryContext, size_bytes: int, work: Any) -> None:
     pieces = [(start, min(PIECE_BYTES, size_bytes - start)) for start in range(0, size_bytes, PIECE_BYTES)]
 

@@ -245,6 +245,15 @@ SLEEP_OF_WORKER = Patch(
     link="vllm/v1/worker/gpu_worker.py: Worker.sleep",
     undo=_ENDS,
 )
+WAKE_OF_WORKER = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.wake_up",
+    "engine.vllm.sleep",
+    How.REPLACED,
+    Lifetime.MAPPED,
+    reason="vLLM sets the scales of an fp8 KV cache to 1 then; those of the checkpoint come back.",
+    link="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner.post_kv_cache_wake_up (0.26)",
+    undo=_ENDS,
+)
 SLEEP_OF_CPU_WORKER = Patch(
     "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
     "engine.vllm.sleep",

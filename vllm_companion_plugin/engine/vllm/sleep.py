@@ -31,6 +31,7 @@ def let_sleep(device: torch.device) -> None:
         patches.SLEEP.apply(_sleep)
         patches.WAKE.apply(_wake)
         patches.SLEEP_OF_WORKER.apply(_sleep_of_worker)
+        patches.WAKE_OF_WORKER.apply(_wake_of_worker)
     elif "vllm.v1.worker.cpu_worker" in sys.modules:
         patches.SLEEP_OF_CPU_WORKER.apply(_sleep_of_cpu_worker)
         patches.WAKE_OF_CPU_WORKER.apply(_wake_of_cpu_worker)
@@ -88,6 +89,17 @@ def _sleep_of_worker(inner: Callable[..., None]) -> Callable[..., None]:
             logger.debug("The engine sleeps, whatever others do on the device: %s", error)
 
     return sleep
+
+
+def _wake_of_worker(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = inner(self, *args, **kwargs)
+        if hasattr(self.model_runner, "post_kv_cache_wake_up"):
+            live.renew([model for model in current().models() if not model.attachment.is_private])
+        return result
+
+    return wake_up
 
 
 def _asleep_bytes(allocator: Any, tags: Sequence[str] | None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_companion_plugin.core.arena import ArenaInfo
@@ -18,8 +18,9 @@ from vllm_companion_plugin.memory import staging
 from vllm_companion_plugin.memory.arena import Arena
 from vllm_companion_plugin.memory.cuda_driver import call, copy_to_device, driver, primary_context, wait_for_copies
 from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.kind import Keeper, Kind, required_index
-from vllm_companion_plugin.memory.kinds.memfd import mapped_once, new_memfd
+from vllm_companion_plugin.memory.kinds.memfd import map_to_read, new_memfd
 from vllm_companion_plugin.memory.mapping import Blocks, Reservation
 
 
@@ -211,25 +212,42 @@ class CudaVmm(Kind):
             staging.to_host(context, arena.address, memfd.address, arena.info.size_bytes)
             return memfd.seal()
 
-    def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
-        with mapped_once(host, fds) as source:
-            context = primary_context(required_index(self.name, device_index))
-            staging.to_device(context, source, arena.address, arena.info.size_bytes)
+    def keep(self, host: ArenaInfo, fds: Sequence[int], device_index: int | None) -> HostCopy:
+        return HostCopy(map_to_read(host, fds), primary_context(required_index(self.name, device_index)))
 
-    def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
-        with mapped_once(host, fds) as source:
+    def fill(
+        self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
+    ) -> None:
+        with fds:
+            if host.size_bytes != arena.info.size_bytes:
+                raise ArenaError(f"A copy of {host.size_bytes} bytes is none of {arena.info.size_bytes}.")
+            self._copy_from(host, fds, arena.address, device_index, kept)
+
+    def from_host(
+        self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
+    ) -> Arena:
+        with fds:
             if host.size_bytes != info.size_bytes:
                 raise ArenaError(f"A copy of {host.size_bytes} bytes is none of {info.size_bytes}.")
             writer = self.create(info.size_bytes, device_index, None)
             try:
                 for size_bytes in info.block_sizes:
                     writer.add_block(size_bytes)
-                context = primary_context(required_index(self.name, device_index))
-                staging.to_device(context, source, writer.address, info.size_bytes)
+                self._copy_from(host, fds, writer.address, device_index, kept)
                 return writer.seal()
             except BaseException:
                 writer.abort()
                 raise
+
+    def _copy_from(
+        self, host: ArenaInfo, fds: Sequence[int], target: int, device_index: int | None, kept: HostCopy | None
+    ) -> None:
+        context = primary_context(required_index(self.name, device_index))
+        if kept is not None and (source := kept.address) is not None:
+            staging.locked_to_device(context, source, target, host.size_bytes)
+            return
+        with contextlib.closing(map_to_read(host, fds)) as mapping:
+            staging.to_device(context, mapping.address, target, host.size_bytes)
 
 
 class CudaVmmWriter:

@@ -20,6 +20,7 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.memory.arena import Arena
 from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.kind import Keeper, Kind
 from vllm_companion_plugin.memory.mapping import Blocks, Reservation
 
@@ -76,8 +77,9 @@ def _is_full(fd: int) -> bool:
 class MemfdMapping(Reservation):
     """Addresses of this process, with memfds mapped into them."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, *, populates: bool = True) -> None:
         super().__init__(_reserve(size_bytes), size_bytes)
+        self._populates = populates
 
     def populate(self) -> None:
         """Fault the pages in: vLLM's CPU budget counts them by RSS, and the first request should not wait for them."""
@@ -100,7 +102,7 @@ class MemfdMapping(Reservation):
         except BaseException:
             self._take_out()
             raise
-        if all(_is_full(fd) for fd in blocks.fds):
+        if self._populates and all(_is_full(fd) for fd in blocks.fds):
             self.populate()
 
     def _take_out(self) -> None:
@@ -185,11 +187,15 @@ class Memfd(Kind):
             ctypes.memmove(memfd.address, arena.address, arena.info.size_bytes)
             return memfd.seal()
 
-    def fill(self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> None:
+    def fill(
+        self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
+    ) -> None:
         with contextlib.closing(self.open(host, fds, None)) as source:
             ctypes.memmove(arena.address, source.address, arena.info.size_bytes)
 
-    def from_host(self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None) -> Arena:
+    def from_host(
+        self, info: ArenaInfo, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
+    ) -> Arena:
         return self.open(info, fds, device_index)
 
 
@@ -261,26 +267,20 @@ def new_memfd(size_bytes: int) -> Iterator[SharedWriter]:
         writer.close()
 
 
-@contextlib.contextmanager
-def mapped_once(info: ArenaInfo, fds: Descriptors) -> Iterator[int]:
-    """Where a memfd of one block is mapped, to be read once, by threads that fault in what they read.
-
-    Args:
-        fds: owned from now on.
+def map_to_read(info: ArenaInfo, fds: Sequence[int]) -> MemfdMapping:
+    """Sealed memfds, mapped to be read by several threads, each of which faults in the pages that it reads.
 
     Raises:
-        ArenaError: it is no such memfd.
+        ArenaError: they are none.
     """
-    with fds:
-        Memfd().check(info, fds)
-        if len(fds) != 1:
-            raise ArenaError(f"A copy in host memory has one block, not {len(fds)}.")
-        mapped = _libc.mmap(None, info.size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fds[0], 0)
-    address = _address(f"Cannot map {info.size_bytes} bytes of host memory", mapped)
+    Memfd().check(info, fds)
+    mapping = MemfdMapping(info.size_bytes, populates=False)
     try:
-        yield address
-    finally:
-        _libc.munmap(address, info.size_bytes)
+        mapping.map(Blocks(info.block_sizes, fds))
+    except BaseException:
+        mapping.close()
+        raise
+    return mapping
 
 
 class MemfdWriter:
