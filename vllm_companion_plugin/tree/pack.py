@@ -51,7 +51,8 @@ PRIVATE_ATTRIBUTE_BYTES = 1 << 20
 
 _LARGEST_TABLE = 1 << 20
 _ADDRESSES = (torch.int64, torch.uint64)
-_LONG_NUMBER = re.compile(r"(?<![\w.])\d{9,19}(?![\w.])")
+_SHORTEST = 9
+_LONG_NUMBER = re.compile(rf"(?<![\w.])\d{{{_SHORTEST},19}}(?![\w.])")
 
 
 @dataclass(slots=True)
@@ -182,7 +183,8 @@ def _check_addresses(tree: Tree, packing: Packing) -> None:
 
     for live in tree.modules:
         for name, text in live.attributes.items():
-            if (numbers := _LONG_NUMBER.findall(text)) and is_address([int(number) for number in numbers]):
+            numbers = _LONG_NUMBER.findall(text) if len(text) >= _SHORTEST else ()
+            if numbers and is_address([int(number) for number in numbers]):
                 raise NotShareableError(f"{full_name(live.path, name)} holds the address of a weight")
     tables = {
         id(slot.tensor): slot
