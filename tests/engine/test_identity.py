@@ -209,6 +209,17 @@ class TestConfiguration:
         scales.write_text("2")
         assert [line.split(" is ")[0] for line in key_of(tiny, **named).differences(plain)] == ["named.hf.scales"]
 
+    def test_large_files_that_flags_name_are_compared(self, tiny: Path, tmp_path: Path) -> None:
+        """A projector that a plugin loads from elsewhere is no part of the checkpoint."""
+        projector = tmp_path / "projector.safetensors"
+        with projector.open("wb") as file:
+            file.truncate(17 << 20)
+        named = {"hf_overrides": {"projector": str(projector)}}
+        plain = key_of(tiny, **named)
+        assert key_of(tiny, **named) == plain
+        flip(projector, [-1])
+        assert [line.split(" is ")[0] for line in key_of(tiny, **named).differences(plain)] == ["named.hf.projector"]
+
     @pytest.mark.parametrize(
         ("one", "same"),
         [
@@ -261,7 +272,9 @@ class TestCode:
         monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{inherited}")  # vLLM inspects it in a child
         from vllm import ModelRegistry
         from vllm.model_executor.model_loader import utils
+        from vllm.model_executor.models import registry
 
+        registry._try_load_model_cls.cache_clear()
         ModelRegistry.register_model("MyLlamaForCausalLM", "oot_model.model:MyLlamaForCausalLM")
         made = json.loads((first / "config.json").read_text())
         (first / "config.json").write_text(json.dumps(made | {"architectures": ["MyLlamaForCausalLM"]}))
@@ -279,6 +292,22 @@ class TestCode:
         (plugin.parent / "oot_helper.py").write_text("SIGN = -1\n")
         changed = [line.split(" is ")[0] for line in key_of(first).differences(plain)]
         assert changed == ["code.oot_helper.py", "code.oot_model/factors.py"]
+
+    def test_variables_that_a_plugin_names_are_compared(
+        self, plugin: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its code may read them while it loads; who the process is and its secrets are no part of a model."""
+        (plugin / "factors.py").write_text(
+            "import os\nFACTOR = os.environ.get('FACTOR', os.environ.get('LOCAL_RANK'))\n"
+        )
+        for name in ("FACTOR", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "1")
+        plain = key_of(first)
+        assert plain.fields["env.FACTOR"] == "1"
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        assert key_of(first) == plain
+        monkeypatch.delenv("FACTOR")
+        assert key_of(first).differences(plain) == ["env.FACTOR is '1' there and 'absent' here"]
 
     def test_vllm_as_released_is_said(self, tiny: Path) -> None:
         assert key_of(tiny).fields["code.vllm"] == "as released"
@@ -457,7 +486,7 @@ def test_a_copy_is_the_same_model_and_is_read_once(
     copied = copy_of(first)
     assert engines.attaches(copied)
     assert kept(engines) == 2, "one digest of each file"
-    monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(digest, "whole_digest_of", lambda path: pytest.fail(f"{path} is read again"))
     assert engines.attaches(copied)
     assert engines.attaches(first)
 
@@ -488,7 +517,7 @@ def test_two_fine_tunes_of_one_shape_are_told_apart_without_reading_them(
     engines.load(first)
     size = (first / WEIGHTS).stat().st_size
     tuned = fine_tune_of(first, range(size // 2, size))
-    monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(digest, "whole_digest_of", lambda path: pytest.fail(f"{path} is read"))
     assert not engines.attaches(tuned)
 
 
@@ -576,6 +605,16 @@ def test_whoever_was_elected_looks_again(engines: Engines, first: Path, monkeypa
     assert len(asked) == 2
 
 
+def test_a_variant_that_was_refused_at_the_same_place_is_the_last(tiny: Path) -> None:
+    """What loading made there cannot be restored, and no further copy would change that."""
+    first = key.variant(key_of(tiny), "model.table", "[1]; [2]")
+    other = key.variant(first, "model.kind", "absent")
+    assert other.variant == "model.table is [1], [2]; model.kind is absent"
+    for where, here in (("model.table", "[1]; [2]"), ("model.kind", "absent")):
+        with pytest.raises(NotShareableError, match=f"what loading makes of {where} cannot be restored"):
+            key.variant(other, where, here)
+
+
 def test_a_mismatch_names_the_fields_and_both_values(
     engines: Engines, first: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -603,7 +642,7 @@ def test_a_pipe_where_another_client_says_that_its_checkpoint_is_does_not_hang_a
     os.mkfifo(tmp_path / "pipe")
     assert digest._sample(tmp_path / "pipe") == (-1, b"")
     began = time.monotonic()
-    digest._read(tmp_path / "pipe")
+    digest.whole_digest_of(tmp_path / "pipe")
     assert time.monotonic() - began < 1
 
 
@@ -783,7 +822,7 @@ class TestLooks:
         with overlay(first, tmp_path) as place:
             read = checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1))
             assert read[WEIGHTS].startswith("blake3 ")
-            monkeypatch.setattr(digest, "_read", lambda path: pytest.fail(f"{path} is read again"))
+            monkeypatch.setattr(digest, "whole_digest_of", lambda path: pytest.fail(f"{path} is read again"))
             assert checkpoint.identity(place, digest.Digests(str(tmp_path / "digests"), 1)) == read
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -828,8 +867,8 @@ class TestLooks:
             monkeypatch.setattr(files, "_engine", lambda: None)
             load = decisions.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
             reads = []
-            read = digest._read
-            monkeypatch.setattr(digest, "_read", lambda path: reads.append(path.name) or read(path))
+            read = digest.whole_digest_of
+            monkeypatch.setattr(digest, "whole_digest_of", lambda path: reads.append(path.name) or read(path))
             load.check_unchanged()
             assert reads == []
             flip(place / WEIGHTS, [-1])

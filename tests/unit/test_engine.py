@@ -37,6 +37,7 @@ from vllm_companion_plugin.engine.vllm import budget, building, devices, flags, 
 from vllm_companion_plugin.errors import ManifestError, NotShareableError
 from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.host.runtime_dir import device_paths, ensure_private_directory
+from vllm_companion_plugin.memory.tensors.views import dtype_of
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import prepare
@@ -156,12 +157,13 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
     def open_(published: Manifest) -> None:
         # Asking for descriptors would fail otherwise: nobody listens there.
         data, arena = manifest_to_bytes(published), ArenaInfo("memfd", (384,))
-        ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16)
+        ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16, b"r" * 16)
         Attachment.open(device.id, device.torch_device, None, ready, stage=device.stage)  # type: ignore[arg-type]
 
     with pytest.raises(ManifestError, match="published unprocessed; cpu needs processed"):
         open_(replace(test_mapping.manifest(), stage=Stage.UNPROCESSED))
     monkeypatch.delattr(torch, "bfloat16")
+    dtype_of.cache_clear()  # of a torch that has it
     with pytest.raises(ManifestError, match="has no dtype 'bfloat16'"):
         open_(test_mapping.manifest())
 
@@ -281,7 +283,7 @@ def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
     thread = threading.Thread(target=work)
     thread.start()
     wanted = test_mapping.KEY
-    decide._elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
+    decide.elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
     thread.join()
     assert len(set(heard)) >= 3
     assert heard[0] == "waiting for its turn (0 s)"
@@ -292,7 +294,8 @@ def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monke
     monkeypatch.setattr(devices, "requested_bytes", lambda device: asked_for)  # as a GPU's allocator counts
     device = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
     decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
-    publisher = _Publisher(decision, resolve(), None, None)
+    kept: list[Attachment] = []
+    publisher = _Publisher(decision, resolve(), None, None, kept.append)
     module, old, model, secret = ModuleType("new"), torch.ones(1), nn.Linear(2, 2), torch.ones(1)
     with publisher.importing(module):
         module.USED, module.UNUSED = torch.ones(1), torch.ones(1)  # type: ignore[attr-defined]
@@ -312,10 +315,12 @@ def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:
     """The publisher notes why, and watches nothing."""
     device = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
     decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
-    publisher = _Publisher(decision, resolve(), None, None)
+    kept: list[Attachment] = []
+    publisher = _Publisher(decision, resolve(), None, None, kept.append)
     model = nn.Sequential(nn.LazyLinear(3))
     with ExitStack() as until:
         publisher.begin(model, until)
         publisher.loaded(model)
     publisher.publish(model)
     assert "cannot be watched" in str(publisher._reason)
+    assert not kept

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import dataclasses
 import decimal
 import fractions
 import functools
 import itertools
 import random
+import re
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +28,7 @@ from vllm_companion_plugin.errors import CompanionError, NotShareableError, Pari
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import pack
 from vllm_companion_plugin.tree.building import WithoutWeights
-from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.capture import MUTABLE, capture
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
 from vllm_companion_plugin.tree.values import text_of, value_of
@@ -184,10 +188,14 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "count": lambda x: itertools.count(int(x * 8)),
     "dtype": lambda x: torch.float16 if x == 1.0 else torch.int8,
     "Size": lambda x: torch.Size([int(x * 8)]),
+    "flags": lambda x: re.I if x == 1.0 else re.I | re.M,
     "enum": lambda x: Stage.PROCESSED if x == 1.0 else Stage.UNPROCESSED,
     "torch generator": lambda x: torch.Generator().manual_seed(int(x * 8)),
     "random generator": lambda x: random.Random(int(x * 8)),
     "numpy generator": lambda x: np.random.default_rng(int(x * 8)),
+    "numpy random state": lambda x: np.random.RandomState(int(x * 8)),
+    "defaultdict": lambda x: collections.defaultdict(int, a=x),
+    "namespace": lambda x: types.SimpleNamespace(a=x),
 }
 
 
@@ -264,7 +272,7 @@ class TestValue:
         """What the constructor made of a flag stays so, but for what says how bytes are understood: that is refused."""
         make, (put, get) = KINDS[kind], PLACES[place]
         published = publish(lambda m, flag: put(m, make(flag)), flag=1.0)
-        if kind in ("dtype", "enum"):
+        if kind in ("dtype", "enum", "flags"):
             with pytest.raises(ParityError, match="x is"):
                 attach(published, lambda m, flag: put(m, make(flag)), flag=0.25)
             return
@@ -358,6 +366,42 @@ class TestLoading:
         assert attached.extra[0]._parameters["bias"] is None
         assert attached.extra[0].state_dict().keys() == {"weight"}
 
+    @pytest.mark.parametrize("kind", ["reversed", "cut", "head", "first", "collected", "swapped"])
+    def test_the_order_of_modules(self, kind: str) -> None:
+        """Layers run in the order that loading gave them."""
+
+        def build(m: Model, flag: float) -> None:
+            m.layers = nn.ModuleList([nn.Linear(number + 1, 1) for number in range(12)])
+
+        def load(m: Model) -> None:
+            for layer in m.layers:
+                for parameter in layer.parameters():
+                    parameter.data.fill_(layer.in_features)
+            layers = list(m.layers)
+            if kind == "reversed":
+                m.layers = nn.ModuleList(reversed(layers))
+            elif kind == "cut":
+                del m.layers[1]
+            elif kind == "head":
+                m.layers = m.layers[:3]
+            elif kind == "first":
+                m._modules["first"] = m._modules.pop("first")
+            elif kind == "collected":
+                m.some = nn.ModuleList(layers[number] for number in (7, 1, 11, 3))
+            else:
+                m.layers[2], m.layers[5] = m.layers[5], m.layers[2]
+
+        published = publish(build, load)
+        attached = attach(published, build)
+        for one, other in (
+            (published.model, attached),
+            *zip(published.model.children(), attached.children(), strict=True),
+        ):
+            assert [name for name, _ in one.named_children()] == [name for name, _ in other.named_children()]
+        for one, other in zip(published.model.modules(), attached.modules(), strict=True):
+            assert getattr(one, "in_features", None) == getattr(other, "in_features", None)
+            assert [p.tolist() for p in one.parameters()] == [p.tolist() for p in other.parameters()]
+
     def test_modules_that_it_removes(self) -> None:
         """A part that loading takes out is not there."""
 
@@ -396,21 +440,56 @@ class TestLoading:
         "load",
         [
             lambda m: m.first.register_forward_hook(lambda module, args, output: output * 2),
+            lambda m: m.first.register_forward_hook(nothing),
+            lambda m: m.table.update({Box: 1}),
+            lambda m: setattr(m, "not a name", 1),
             lambda m: setattr(m, "function", lambda: 1),
             lambda m: setattr(m, "helper", Box(1)),
             lambda m: m.add_module("third", type("Local", (nn.Linear,), {})(2, 2)),
             lambda m: setattr(m, "opaque", object()),
+            lambda m: setattr(m, "weak", weakref.ref(m.second)),
+            lambda m: next(m.iterator),
+            lambda m: m.memory.__setitem__(0, 9),
+            lambda m: m.matrix.fill(9),
+            lambda m: setattr(type(m.shared), "common", 2),
+            lambda m: type(m.shared).objects.update(a=Box(1)),
         ],
-        ids=["hook", "function", "object", "module", "opaque"],
+        ids=[
+            *("hook", "known hook", "key", "name", "function", "object", "module", "opaque"),
+            *("weak", "iterator", "memory", "matrix", "class", "dict"),
+        ],
     )
     def test_what_cannot_be_described_is_refused_by_name(self, load: Change) -> None:
         """The publisher says what it is, and nobody gets a guess."""
+        shared = type("Shared", (), {"common": 1, "objects": {}})
 
         def build(m: Model, flag: float) -> None:
-            m.opaque = object()
+            m.opaque, m.shared, m.table = object(), shared(), {"a": Box(1)}
+            m.weak, m.iterator, m.memory = weakref.ref(m.first), iter([1, 2]), memoryview(bytearray(2))
+            m.matrix = np.zeros(2).view(np.recarray)
 
-        with pytest.raises(NotShareableError, match=r"_forward_hooks|function|helper|third|opaque"):
+        publish(build)
+        named = r"_forward_hooks|table\[|not a name|function|helper|third|opaque|weak|iterator|memory|matrix"
+        named += r"|Shared\.(common|objects)"
+        with pytest.raises(NotShareableError, match=named):
             publish(build, load)
+
+    @pytest.mark.parametrize("number", [False, True])
+    @pytest.mark.parametrize("when", ["build", "load", "process"])
+    def test_addresses_of_weights_are_refused_by_name(self, when: str, number: bool) -> None:
+        """A kernel that has a table of them would read what is elsewhere by then."""
+
+        def put(m: Model) -> None:
+            address = m.first.weight[2].data_ptr()
+            m.pointers = [address] if number else torch.tensor([3, address])
+
+        steps: dict[str, Change] = {when: put}
+        with pytest.raises(NotShareableError, match="pointers holds the address of a weight"):
+            publish(
+                lambda m, flag: steps.get("build", nothing)(m),
+                steps.get("load", nothing),
+                steps.get("process", nothing),
+            )
 
     @pytest.mark.parametrize("make", [lambda x: [x], lambda x: {"a": x}, lambda x: np.full(2, x)])
     def test_replaced_is_not_changed_in_place(self, make: Callable[[float], Any]) -> None:
@@ -430,6 +509,99 @@ class TestLoading:
         attached = attach(published, lambda m, flag: setattr(m, "x", constant))
         assert attached.x is constant
         assert constant == [1, 2]
+
+    @pytest.mark.parametrize("make", [make for name, make in KINDS.items() if isinstance(make(1.0), tuple(MUTABLE))])
+    def test_who_has_one_object_has_one(self, make: Callable[[float], Any]) -> None:
+        """A value that can be changed is one object for all who held it, or for whom loading tied it."""
+
+        def build(m: Model, flag: float) -> None:
+            m.one, m.same, m.tied, m.untied, m.kept = make(1.0), None, make(1.0), None, make(1.0)
+            m.same = m.one
+            m.untied = m.kept
+            m.boxes = [Box(m.one), make(1.0)]
+
+        def load(m: Model) -> None:
+            m.tied, m.untied, m.boxes[1] = m.kept, make(1.0), m.kept
+            with contextlib.suppress(StopIteration):
+                change(m.one)
+
+        def change(value: Any) -> None:
+            if isinstance(value, itertools.count):
+                next(value)
+            elif isinstance(value, torch.Generator):
+                value.manual_seed(99)
+            elif isinstance(value, (random.Random, np.random.RandomState, np.random.Generator)):
+                value.random()
+            elif isinstance(value, types.SimpleNamespace):
+                value.more = 1
+            elif isinstance(value, (dict, set)):
+                value.clear()
+            elif isinstance(value, np.ndarray):
+                value[...] = 0
+            else:
+                value.extend(type(value)(value) if not isinstance(value, array.array) else value)
+
+        published = publish(build, load)
+        attached = attach(published, build)
+        for m in (published.model, attached):
+            assert m.one is m.same is m.boxes[0].value
+            assert m.tied is m.kept is m.boxes[1]
+            assert m.untied is not m.kept
+        assert same(attached.one, published.model.one)
+        assert not same(attached.one, attached.kept) or isinstance(make(1.0), np.ndarray)
+
+    @pytest.mark.parametrize("value", [1, None, "a", (1,), Stage.PROCESSED], ids=repr)
+    def test_equal_values_that_it_sets_apart(self, value: object) -> None:
+        """Python has one object for equal constants. It ties nothing, because no constant changes."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x, m.y, m.box = value, value, Box(value)
+
+        def load(m: Model) -> None:
+            m.x, m.y, m.box.value = 2, 3, 4
+
+        attached = attach(publish(build, load), build)
+        assert (attached.x, attached.y, attached.box.value) == (2, 3, 4)
+
+    @pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+    def test_the_order_of_objects(self, kind: Callable[..., Any]) -> None:
+        """Items of a dict are in the order that loading gave them, whatever they are."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x = kind(a=Box(1), b=torch.ones(2), c=3)
+
+        def load(m: Model) -> None:
+            m.x["d"] = 4
+            m.x["a"] = m.x.pop("a")
+            del m.x["c"]
+
+        attached = attach(publish(build, load), build)
+        assert list(attached.x) == ["b", "d", "a"]
+        assert attached.x["a"].value == 1
+
+    def test_the_order_of_parameters(self) -> None:
+        """Loading may put one anew."""
+
+        def load(m: Model) -> None:
+            weight = m.first.weight
+            del m.first.weight
+            m.first.weight = weight
+
+        attached = attach(publish(lambda m, flag: None, load), lambda m, flag: None)
+        assert [name for name, _ in attached.first.named_parameters()] == ["bias", "weight"]
+
+    def test_what_it_takes_out_of_a_list(self) -> None:
+        """A list of objects is as short as loading left it."""
+
+        def build(m: Model, flag: float) -> None:
+            m.x = [Box(number) for number in range(12)]
+
+        def load(m: Model) -> None:
+            del m.x[2:]
+            m.x.append(5)
+
+        attached = attach(publish(build, load), build)
+        assert [getattr(held, "value", held) for held in attached.x] == [0, 1, 5]
 
     @pytest.mark.parametrize("kind", ["buffer", "parameter", "list", "module"])
     def test_what_it_swaps(self, kind: str) -> None:
@@ -579,6 +751,62 @@ class TestTensor:
 
         attached = attach(publish(build, flag=1.0), build, flag=0.25)
         assert torch.equal(attached.table, torch.arange(100_000) * 0.25)
+
+    @pytest.mark.parametrize(
+        "fill",
+        [
+            lambda held, flag: held.fill_(flag),
+            lambda held, flag: held.__setitem__(slice(None), flag),
+            lambda held, flag: (
+                held[: LARGE // 2].fill_(flag) is held[LARGE // 2 :].view(2, -1).copy_(torch.tensor(flag))
+            ),
+            lambda held, flag: held.data.fill_(flag),
+            lambda held, flag: torch.full((LARGE,), flag, out=held),
+            lambda held, flag: nn.init.constant_(held, flag),
+            lambda held, flag: held.numpy().fill(flag),
+            lambda held, flag: torch.ops.aten.fill_(held, flag),
+        ],
+        ids=["method", "item", "views", "data", "out", "init", "numpy", "operator"],
+    )
+    def test_what_the_constructor_fills_by_hand_is_the_engines(self, fill: Callable[[Any, float], object]) -> None:
+        """Memory of any size that a constructor asks for empty, and then writes to."""
+
+        def build(m: Model, flag: float) -> None:
+            m.register_buffer("table", torch.empty(LARGE), persistent=False)
+            m.view = m.table[5:7]
+            fill(m.table, flag)
+            m.largest = m.table.max().item()
+
+        attached = attach(publish(build), build, flag=0.25)
+        assert attached.table.unique().tolist() == attached.view.unique().tolist() == [attached.largest] == [0.25]
+        attached.table[5] = 9.0
+        assert attached.view[0] == 9.0
+
+    @pytest.mark.parametrize(
+        "draw",
+        [
+            lambda: nn.Linear(512, 512),
+            lambda: nn.init.xavier_uniform_(nn.Parameter(torch.empty(512, 512))),
+            lambda: nn.Parameter(torch.empty(512, 512).normal_()),
+            lambda: nn.Parameter(torch.randn(512, 512)),
+        ],
+        ids=["Linear", "xavier", "before", "randn"],
+    )
+    def test_numbers_are_drawn_as_in_a_normal_load(self, draw: Callable[[], Any]) -> None:
+        """Those for a weight are never used, but the next ones follow from them."""
+
+        def build(m: Model, flag: float) -> None:
+            torch.manual_seed(int(flag * 8))
+            m.weight = draw()
+            m.register_buffer("noise", torch.randn(4), persistent=False)
+
+        def load(m: Model) -> None:
+            for parameter in m.parameters():
+                parameter.data.fill_(3.0)
+
+        attached = attach(publish(build, load), build, flag=0.25)
+        assert attached.noise.tolist() == Model(build, 0.25).noise.tolist()
+        assert next(attached.parameters()).unique().tolist() == [3.0]
 
     def test_a_parameter_that_loading_does_not_touch(self) -> None:
         """A parameter that the checkpoint lacks has the value that its constructor gave it."""

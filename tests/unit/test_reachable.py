@@ -10,6 +10,7 @@ import operator
 import random
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,13 @@ def hung_on_a_parameter(part: Any) -> nn.Parameter:
     return parameter
 
 
+COMMON = (Box(1), Box(2))
+
+
+def weakly(first: bool) -> Any:
+    return weakref.ref(COMMON[0 if first else 1])
+
+
 HOLDERS: dict[str, Callable[[Any], Any]] = {
     "attribute": lambda part: part,
     "list": lambda part: [part],
@@ -175,6 +183,10 @@ PARTS: dict[str, Callable[[float], Any]] = {
     "frozenset": lambda x: frozenset((x, 0.0)),
     "bound of a deque": lambda x: collections.deque(maxlen=int(x * 8)),
     "factory of a dict": lambda x: collections.defaultdict(list if x < 1 else dict),
+    "memory": lambda x: memoryview(bytearray([int(x * 8)])),
+    "weak reference": lambda x: weakly(x < 1),
+    "weak dictionary": lambda x: weakref.WeakValueDictionary(a=weakly(x < 1)()),
+    "attribute of a class": lambda x: type("Local", (), {"part": [x]})(),
     "getter": lambda x: operator.itemgetter(int(x * 8)),
     "count": lambda x: itertools.count(int(x * 8)),
     "seed": lambda x: torch.Generator().manual_seed(int(x * 8)),
@@ -191,6 +203,7 @@ def model(part: Any) -> nn.Module:
         for parameter in made.parameters():
             parameter.fill_(0.5)
     made.x = part
+    made.common = COMMON
     return made
 
 
@@ -222,7 +235,7 @@ def test_every_kind(part: str) -> None:
     assert found(model(Box(make(1.0))), model(Box(make(1.0)))) == []
     differing = found(model(Box(make(1.0))), model(Box(make(0.25))))
     assert differing
-    assert all(line.path.startswith("x.part") for line in differing)
+    assert all(line.path.startswith(("x.part", "class tests.unit.test_reachable.Local.part")) for line in differing)
 
 
 class TestModules:

@@ -74,12 +74,25 @@ class TestReading:
             (model / "left").touch()
         assert reading.files() == {}
 
-    def test_large_files_are_left_to_others(self, model: Path) -> None:
+    def test_large_weights_are_left_to_others(self, model: Path) -> None:
         with (model / "model.bin").open("wb") as file:
             file.truncate(LARGEST_BYTES + 1)
         with observed_reading(model) as reading, (model / "model.bin").open("rb"):
             pass
         assert reading.files() == {}
+
+    @pytest.mark.parametrize("name", ["model/lookup.table", "projector.bin"])
+    def test_other_large_files_are_compared(self, model: Path, tmp_path: Path, name: str) -> None:
+        """Nobody else knows weights beside the checkpoint, or what has another suffix."""
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(LARGEST_BYTES + 1)
+        with observed_reading(model) as reading, (tmp_path / name).open("rb"):
+            pass
+        found = reading.files()
+        assert differences(found, model) == []
+        with (tmp_path / name).open("r+b") as file:
+            file.write(b"1")
+        assert len(found) == len(differences(found, model)) == 1
 
     def test_whoever_opens_is_seen(self, model: Path) -> None:
         """Other threads, NumPy, PyTorch and `os.open` go through the interpreter, too."""

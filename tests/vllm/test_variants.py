@@ -21,7 +21,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 class KindForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.kind = getattr(torch, os.environ["TEST_KIND"])
+        self.kind = getattr(torch, os.environ["_".join(("TEST", "KIND"))])
 """
 REGISTER = """
 def register():
@@ -32,7 +32,7 @@ def register():
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Path:
-    """A plugin whose model has a dtype that a variable of its own decides, which no key can know."""
+    """A plugin whose model has a dtype that a variable of its own decides, which its code does not name."""
     folder = tmp_path / "plugin"
     for name, text in {
         "kind_model/model.py": PLUGIN,

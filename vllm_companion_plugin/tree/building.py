@@ -2,12 +2,18 @@
 
 Memory that a constructor asks for without giving it values will be filled by loading: it becomes a meta
 tensor. Whatever a constructor computes (caches, work space, tables, small numbers) is made for real, on the real
-device: its values are this engine's own, and may follow from this engine's flags.
+device: its values are this engine's own, and may follow from this engine's flags. So memory that is no parameter's
+becomes real when a constructor writes to it by hand; a parameter's does not, but random numbers for it are drawn as in
+a normal load, because what is drawn later follows from them.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 DEFERRED_BYTES = 64 << 10
-"""Smaller memory is made for real. That costs nothing, and constructors that fill it by hand get what they expect."""
+"""Smaller memory is made for real, which costs nothing."""
 
 _UNINITIALIZED = frozenset(
     (
@@ -31,6 +37,17 @@ _UNINITIALIZED = frozenset(
         torch.Tensor.new_empty_strided,
     )
 )
+_WRITES = re.compile(
+    r"[a-z0-9_]*[a-z0-9]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__"
+    r"|numpy|__array__|data_ptr|__dlpack__"
+)
+"""Names of what writes to a tensor, or lets others do so."""
+_WRITES_NOT = re.compile(
+    r"(requires_grad|detach|share_memory|rename|t|transpose|swapaxes|swapdims|squeeze|unsqueeze|as_strided|resize)_"
+)
+_DRAWS = re.compile(r"(\w*normal|\w*uniform|random|bernoulli|exponential|cauchy|geometric)_")
+"""Names of what draws random numbers. PyTorch's `trunc_normal_` and `orthogonal_` see that there is no memory, and draw
+none."""
 _data_of: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -45,6 +62,8 @@ class WithoutWeights:
         self.device = device
         # By address of the C++ storage, with what keeps that address from being used again.
         self._deferred: dict[int, torch.UntypedStorage] = {}
+        # By the same address: tensors on it, besides parameters.
+        self._viewed_by: dict[int, list[weakref.ref[torch.Tensor]]] = {}
         self._touched: set[int] = set()
         self._computed: list[torch.UntypedStorage] = []
 
@@ -64,6 +83,7 @@ class WithoutWeights:
                 yield
         finally:
             hook.remove()
+            self._viewed_by.clear()
 
     def is_uninitialized(self, tensor: torch.Tensor) -> bool:
         """Whether a deferred tensor was never given a value, so that any memory will do for it."""
@@ -95,10 +115,28 @@ class WithoutWeights:
         """`tensor` was deferred."""
         storage = tensor.untyped_storage()
         self._deferred[storage._cdata] = storage
+        if not isinstance(tensor, nn.Parameter):
+            self._viewed_by[storage._cdata] = [weakref.ref(tensor)]
 
-    def note_computed(self, tensor: torch.Tensor) -> None:
-        """`tensor` is on meta because it was computed from what was deferred."""
-        self._computed.append(tensor.untyped_storage())
+    def make_real(self, tensor: torch.Tensor) -> None:
+        """Give the deferred memory under `tensor` to all that view it, unless it is a parameter's."""
+        storage = tensor.untyped_storage()
+        views = [view for weak in self._viewed_by.get(storage._cdata, ()) if (view := weak()) is not None]
+        if all(view is not tensor for view in views):
+            return
+        memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device).untyped_storage()
+        for view in views:
+            real = torch.empty(0, dtype=view.dtype, device=self.device)
+            real.set_(memory, view.storage_offset(), view.shape, view.stride())
+            torch._C._swap_tensor_impl(view, real)
+        del self._viewed_by[storage._cdata], self._deferred[storage._cdata]
+
+    def note_made(self, tensor: torch.Tensor) -> None:
+        """`tensor` is on meta because it is a view of what was deferred, or was computed from that."""
+        storage = tensor.untyped_storage()
+        self._computed.append(storage)
+        if (views := self._viewed_by.get(storage._cdata)) is not None:
+            views.append(weakref.ref(tensor))
 
     def touch(self, tensor: torch.Tensor) -> None:
         """`tensor` was given values, or may have been given some. They are lost."""
@@ -108,11 +146,11 @@ class WithoutWeights:
         """Let a large parameter give up its values: the checkpoint or the publisher has those that count."""
         if type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or nn.parameter.is_lazy(parameter):
             return
+        if parameter.is_meta:  # on memory that is the parameter's now
+            self._viewed_by.pop(parameter.untyped_storage()._cdata, None)
         if parameter.device.type != self.device.type or parameter.nbytes < DEFERRED_BYTES:
             return
-        if (
-            parameter.untyped_storage().nbytes() != parameter.nbytes
-        ):  # the parameter is a part of something that may stay
+        if parameter.untyped_storage().nbytes() != parameter.nbytes:  # it is a part of something that may stay
             return
         data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
         twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
@@ -125,21 +163,52 @@ class WithoutWeights:
         self.touch(parameter)
 
 
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+@functools.cache
+def _effects(name: str) -> tuple[bool, bool]:
+    """Whether a function of this name writes to its first argument, and whether it draws random numbers for it."""
+    return bool(_WRITES.fullmatch(name) and not _WRITES_NOT.fullmatch(name)), bool(_DRAWS.fullmatch(name))
+
+
 class _Deferring(TorchFunctionMode):
     def __init__(self, model: WithoutWeights) -> None:
         super().__init__()
         self._model = model
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, classes: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
+        if type(func) is not types.MethodWrapperType and self._is_drawn(func, args, kwargs):  # else a property is read
+            return args[0] if args else next(iter(kwargs.values()))
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and result.is_meta:
-            if func == _data_of:
-                self._model.touch(result)  # writes through it are not counted
-            self._model.note_computed(result)
+        for made in result if type(result) is tuple else (result,):
+            if isinstance(made, torch.Tensor) and made.is_meta:
+                if func == _data_of:
+                    self._model.touch(made)  # writes through it are not counted
+                self._model.note_made(made)
         return result
+
+    def _is_drawn(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Make real what `func` is about to write to, or draw the random numbers that it would write to a parameter."""
+        target = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(target, torch.Tensor) and target.is_meta:
+            writes, draws = _effects(func.__name__)
+            if writes:
+                self._model.make_real(target)
+            if draws and target.is_meta:
+                self._model.touch(target)
+                real = torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=self._model.device)
+                given = [real if value is target else value for value in args]
+                func(*given, **{name: real if value is target else value for name, value in kwargs.items()})
+                return True
+        if "out" in kwargs or isinstance(func, _OPERATORS):
+            for value in (*args, kwargs.get("out")):
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    self._model.make_real(value)
+        return False
 
     def _uninitialized(self, func: Any, args: Any, kwargs: Any) -> Any:
         wanted = kwargs.get("device")

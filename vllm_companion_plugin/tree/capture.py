@@ -14,6 +14,8 @@ import array
 import collections
 import functools
 import hashlib
+import itertools
+import random
 import sys
 import types
 import weakref
@@ -60,8 +62,12 @@ _OPAQUE = (
     "weakref",
 )
 _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
-MUTABLE = frozenset(
-    (list, dict, set, bytearray, array.array, collections.deque, collections.OrderedDict, np.ndarray, torch.Generator)
+MUTABLE: frozenset[type] = frozenset(
+    (
+        *(list, dict, set, bytearray, array.array, itertools.count, types.SimpleNamespace, random.Random),
+        *(collections.deque, collections.OrderedDict, collections.defaultdict, torch.Generator),
+        *(np.ndarray, np.random.RandomState, np.random.Generator),
+    )
 )
 """Plain values of these types can be changed in place."""
 _PLAIN_CONTAINERS = frozenset((dict, list, tuple, collections.deque, set, frozenset, collections.OrderedDict))
@@ -158,14 +164,18 @@ class Tree:
         opaque: objects that are noted by their class alone, by module and name. Only the object itself shows whether
             another one has replaced it.
         mutable: plain values that can be changed in place, by module and name.
+        orders: texts of the keys of dicts that hold more than plain values, in their order, by module and name.
         places: where the wanted values live, by module and name.
+        classes: the classes of all objects that the walk looked into, besides modules.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
     """
 
     modules: list[LiveModule]
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
     mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
+    orders: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
+    classes: list[type] = field(default_factory=list)
     hung: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
@@ -199,6 +209,7 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
     walk = _Walk(tree, by_id, wanted)
     for live in tree.modules:
         walk.named_module(live)
+    tree.classes = walk.classes()
     return tree
 
 
@@ -408,10 +419,15 @@ class _Walk:
         # Object id to where it was first met: path of the module, name. The model keeps objects alive.
         self._met: dict[int, tuple[str, str]] = {}
         self._noting: dict[type, _Noting] = {}
+        self._classes: dict[type, None] = {}
         self._layouts: dict[tuple[str, tuple[Any, ...], tuple[type, ...]], _Layout] = {}
         # By id, with what keeps the id valid.
         self._texts: dict[int, tuple[Any, str]] = {}
         self._steps: list[tuple[Any, Any]] = []
+
+    def classes(self) -> list[type]:
+        """The classes of all objects that this walk looked into, besides modules."""
+        return list(self._classes)
 
     def named_module(self, live: LiveModule) -> None:
         self._module(live, "", live.module, 0)
@@ -564,6 +580,7 @@ class _Walk:
 
     def _weak(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         live.attributes[path] = _name_of(type(value))
+        self._tree.opaque[live.index, path] = value
 
     def _callable(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if id(value) in self._met:
@@ -653,12 +670,10 @@ class _Walk:
 
     def _items(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
         if isinstance(value, dict):
-            alike: collections.Counter[str] = collections.Counter()
-            for item_key, item in value.items():
-                text = _key_text(item_key)
-                alike[text] += 1
-                if alike[text] > 1:  # objects of one class as keys
-                    text = f"{text} {alike[text]}"
+            items = list(value.items())
+            texts = key_texts(key for key, _ in items)
+            self._tree.orders[live.index, path] = tuple(texts)
+            for text, (item_key, item) in zip(texts, items, strict=True):
                 self._value(live, f"{path}[{text}]", item, value, item_key, depth + 1)
         elif isinstance(value, (set, frozenset)):
             for position, item in enumerate(_in_order(value)):
@@ -668,6 +683,7 @@ class _Walk:
                 self._value(live, f"{path}[{position}]", item, value, position, depth + 1)
 
     def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
+        self._classes[cls] = None
         own, prefix = _dictionary(value), path + "."
         if own:
             self._attributes(live, prefix, own, holder, depth + 1)
@@ -722,8 +738,15 @@ class _Walk:
         return ":".join(first)
 
 
-def _key_text(key: Any) -> str:
-    return describe_value(key) or class_name(type(key))
+def key_texts(keys: Iterable[Any]) -> list[str]:
+    """Texts that tell the keys of one dict apart, in their order."""
+    found = []
+    alike: collections.Counter[str] = collections.Counter()
+    for key in keys:
+        text = describe_value(key) or class_name(type(key))
+        alike[text] += 1
+        found.append(text if alike[text] == 1 else f"{text} {alike[text]}")  # objects of one class as keys
+    return found
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:

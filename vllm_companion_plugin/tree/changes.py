@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import array
 import collections
+import random
 import re
 import sys
 import types
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from vllm_companion_plugin.core.module_tree import AddedSlot, Manifest, Observed
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import (
     MODULE_INTERNALS,
+    MUTABLE,
     NO_BUFFER,
     NO_PARAMETER,
     LiveModule,
@@ -30,11 +32,14 @@ from vllm_companion_plugin.tree.capture import (
     capture,
     describe_value,
     full_name,
+    key_texts,
     named_modules,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.values import loaded_class, value_of
+from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
+CHILDREN = "_modules"
+"""Among the values that loading changed: names of a module's children, in their order."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -46,7 +51,18 @@ _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
 """The text of a method of a module in the tree, and where that module is."""
-_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of \d+")
+_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: in the order (?P<order>.*))?", re.DOTALL)
+"""The text of a container of more than plain values; that of a dict goes on with its keys if loading changed them."""
+
+
+def reference(kind: type, first: str) -> str:
+    """The text of an object that was met first at `first`, a path of a module, a colon and a name."""
+    return f"{class_name(kind)} @{first}"
+
+
+def in_order(text: str, keys: Sequence[str]) -> str:
+    """The text of a dict, followed by the texts of its keys."""
+    return f"{text} in the order {list(keys)!r}"
 
 
 def is_restorable(text: str | None) -> bool:
@@ -58,6 +74,26 @@ def is_restorable(text: str | None) -> bool:
     except ValueError:
         return False
     return True
+
+
+def can_be_put(name: str) -> bool:
+    """Whether a value can be put where a module has nothing of this name."""
+    part = _PART.fullmatch(name)
+    if part is None:
+        return name.isidentifier() and name not in MODULE_INTERNALS and not _is_pythons(name)
+    if part["parent"] in MODULE_INTERNALS:  # a hook, whose key is a number of the process
+        return False
+    if part["name"] is not None:
+        return not part["name"].startswith("__")
+    try:
+        value_of(part["key"])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_pythons(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def apply_loading(model: nn.Module, manifest: Manifest) -> None:
@@ -97,6 +133,9 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     ]
     for live, name, tensor, kind in retied:
         values.put(live, name, tensor, kind)
+    for path, observed in changed.items():
+        for name, (_, text) in observed.values.items() if path in values.by_path else ():
+            values.put_in_order(values.by_path[path], name, text)
 
 
 def _has_changes(observed: Observed) -> bool:
@@ -155,10 +194,21 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
         if manifest.added_modules or manifest.retied_modules:
             for _ in named_modules(model):
                 pass
+        for info in manifest.modules:
+            if (order := info.observed.values.get(CHILDREN)) is not None:
+                arrange(model.get_submodule(info.path)._modules, value_of(order[1] or ""))
+    except (ValueError, TypeError) as error:
+        raise ParityError(f"the published model has modules in no order: {error}.") from None
     except RecursionError:
         raise ParityError("the published model has a module inside of itself.") from None
     except AttributeError as error:
         raise ParityError(f"loading changed modules of the published model that do not exist here: {error}.") from None
+
+
+def arrange(table: dict[str, Any], names: Iterable[str]) -> None:
+    """Give what a module has under `names` their order."""
+    order = [name for name in names if name in table]
+    table.update({name: table.pop(name) for name in order})
 
 
 def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -222,10 +272,14 @@ class _Values:
     """Changes values of one captured tree."""
 
     def __init__(self, tree: Tree) -> None:
-        self._tree = tree
         self.by_path = {live.path: live for live in tree.modules}
-        self._index = {id(live): index for index, live in enumerate(tree.modules)}
+        # By index of the module, and name.
+        self._places: dict[int, dict[str, Place]] = collections.defaultdict(dict)
+        for (index, name), place in tree.places.items():
+            self._places[index][name] = place
         self._slots = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+        # By id: what replaced an object that cannot be changed in place, and that object, which keeps the id valid.
+        self._replaced: dict[int, tuple[Any, Any]] = {}
 
     def change(self, live: LiveModule, observed: Observed) -> None:
         added = tuple(f"{slot.name}." for slot in observed.added)
@@ -242,7 +296,8 @@ class _Values:
                 self._keep_free(live, name, text)
 
     def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
-        for name in sorted(names):  # what holds others comes first
+        # What holds others comes first; a reference, when what it leads to is there.
+        for name in sorted(names - {CHILDREN}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, in_place=built is not None)
@@ -298,7 +353,7 @@ class _Values:
         return made
 
     def _place(self, live: LiveModule, name: str) -> Place | None:
-        return self._tree.places.get((self._index[id(live)], name))
+        return self._places[live.index].get(name)
 
     def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
         try:
@@ -310,12 +365,38 @@ class _Values:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
         if place is not None:
-            if _CONTAINER.fullmatch(text) and type(place.value) is type(value):
+            if (container := _CONTAINER.fullmatch(text)) and type(place.value) is type(value):
+                if isinstance(value, (list, collections.deque)):
+                    while len(place.value) > int(container["size"]):
+                        place.value.pop()
                 return  # what is in it changes by itself
-            if not (in_place and _assign_in_place(place.value, value)):
-                _change(live, name, lambda: place.set(value))
+            if in_place and _assign_in_place(place.value, value):
+                return
+            if in_place and type(place.value) in MUTABLE:  # whoever else had the object has the other one, too
+                value = self._replaced.setdefault(id(place.value), (place.value, value))[1]
+            _change(live, name, lambda: place.set(value))
+            self._forget_parts(live, name)
+            place.value = value
         else:
             self._put(live, name, value)
+
+    def _forget_parts(self, live: LiveModule, name: str) -> None:
+        """What was in the value that was at `name` is no part of the one that is there now."""
+        places, parts = self._places[live.index], (f"{name}.", f"{name}[", f"{name}{{")
+        for part in [part for part in places if part.startswith(parts)]:
+            del places[part]
+
+    def put_in_order(self, live: LiveModule, name: str, text: str | None) -> None:
+        """Give the items of a dict their published order, if the text says one."""
+        container = _CONTAINER.fullmatch(text or "")
+        place = self._place(live, name)
+        if container is None or container["order"] is None or place is None or not isinstance(place.value, dict):
+            return
+        wanted, items = value_of(container["order"]), list(place.value.items())
+        here = dict(zip(key_texts(key for key, _ in items), items, strict=True))
+        if here.keys() == set(wanted):  # otherwise the comparison says what is missing
+            place.value.clear()
+            place.value.update(here[text] for text in wanted)
 
     def _keep_free(self, live: LiveModule, name: str, text: str) -> None:
         """Give a module a parameter or a buffer that is None."""
@@ -331,7 +412,7 @@ class _Values:
         """Give `name` a value, if nothing has that name yet."""
         part = _PART.fullmatch(name)
         if part is None:
-            if not name.isidentifier() or name in MODULE_INTERNALS or (name.startswith("__") and name.endswith("__")):
+            if not can_be_put(name):
                 raise ParityError(f"the published model has {full_name(live.path, name)}, which is no name here.")
             live.module.__dict__[name] = value
             self._note(live, name, live.module.__dict__, name, value)
@@ -356,7 +437,7 @@ class _Values:
         self._note(live, name, parent, key, value)
 
     def _note(self, live: LiveModule, name: str, holder: Any, key: Any, value: Any) -> None:
-        self._tree.places[self._index[id(live)], name] = Place(((holder, key),), value)
+        self._places[live.index][name] = Place(((holder, key),), value)
 
     def _holder(self, live: LiveModule, name: str) -> Any:
         place = self._place(live, name)
@@ -370,6 +451,9 @@ class _Values:
             if tensor is not None and part is not None and part["name"] is not None:
                 tensor.__dict__.pop(part["name"], None)
             return  # with what held it
+        holder, key = place.steps[-1]
+        if isinstance(holder, (list, collections.deque)) and key >= len(holder):
+            return  # it was cut off
         _change(live, name, place.delete)
 
     def _method(self, text: str, owner: str) -> Any:
@@ -410,6 +494,10 @@ def _made(text: str) -> Any:
     return value_of(text)
 
 
+def _is_reference(text: str | None) -> bool:
+    return text is not None and _REFERENCE.fullmatch(text) is not None
+
+
 def _loaded_function(name: str) -> Any:
     """A function by its name. Raises `ValueError` unless a loaded module has it."""
     module, _, last = name.rpartition(".")
@@ -426,9 +514,20 @@ def _assign_in_place(current: Any, value: Any) -> bool:
         return False
     if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
         current[:] = value
-    elif kind in (dict, set, collections.OrderedDict):
+    elif kind in (dict, set, collections.OrderedDict) or (
+        kind is collections.defaultdict and current.default_factory is value.default_factory
+    ):
         current.clear()
         current.update(value)
+    elif kind is types.SimpleNamespace:
+        vars(current).clear()
+        vars(current).update(vars(value))
+    elif kind is random.Random:
+        current.setstate(value.getstate())
+    elif kind is np.random.RandomState:
+        current.set_state(value.get_state(legacy=False))
+    elif kind is np.random.Generator and type(current.bit_generator) is type(value.bit_generator):
+        current.bit_generator.state = value.bit_generator.state
     elif kind is collections.deque and current.maxlen == value.maxlen:
         current.clear()
         current.extend(value)

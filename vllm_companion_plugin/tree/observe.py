@@ -16,12 +16,16 @@ parameter that nothing was seen to write is published without being shared: no e
 from __future__ import annotations
 
 import functools
+import random
+import types
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,9 +34,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_name, plain_tensors, tensor_attributes
-from vllm_companion_plugin.tree.changes import is_restorable
-from vllm_companion_plugin.tree.values import class_name, loaded_class
+from vllm_companion_plugin.tree.capture import (
+    LiveSlot,
+    Tree,
+    capture,
+    describe_value,
+    full_name,
+    plain_tensors,
+    tensor_attributes,
+)
+from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
 
@@ -53,6 +65,14 @@ class Snapshot:
     ties: dict[str, str]
     owners: dict[tuple[str, str], str]
     """Where the module is whose method a value is, for values that are methods of modules in the tree."""
+    children: dict[str, list[str]]
+    orders: dict[tuple[str, str], tuple[str, ...]]
+    aliases: dict[tuple[str, str], str]
+    """Where the walk met a value before, for values that can be changed in place and that it met before."""
+    states: dict[tuple[str, str], str | None]
+    """What only C code sees of the state of opaque objects."""
+    classes: dict[type, dict[str, Any]]
+    """What the classes of modules and objects hold beside code: the texts of plain values, and other objects."""
 
     @classmethod
     def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
@@ -76,6 +96,9 @@ class Snapshot:
                 owner = paths.get(id(getattr(slot.tensor.__dict__[name], "__self__", None)))
                 if owner is not None:
                     owners[path, f"{slot.name}.{name}"] = owner
+        places = {(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()}
+        met: dict[int, str] = {}
+        first_places = {place: met.setdefault(id(value), ":".join(place)) for place, value in places.items()}
         opaque: dict[str, dict[str, Any]] = {}
         for (index, name), value in tree.opaque.items():
             opaque.setdefault(tree.modules[index].path, {})[name] = value
@@ -83,11 +106,65 @@ class Snapshot:
             modules={path: weakref.ref(module) for path, module in named.items()},
             attributes=attributes,
             opaque=opaque,
-            mutable={(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()},
+            mutable=places,
             slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
             ties=ties,
             owners=owners,
+            children={live.path: list(live.module._modules) for live in tree.modules},
+            orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
+            aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
+            states={(tree.modules[index].path, name): _state(value) for (index, name), value in tree.opaque.items()},
+            classes=_held_by_classes({*tree.classes, *(type(live.module) for live in tree.modules)}),
         )
+
+
+def _held_by_classes(derived: Iterable[type]) -> dict[type, dict[str, Any]]:
+    classes = {base for cls in derived for base in cls.__mro__}
+    return {
+        cls: {
+            name: describe_value(value) or _Object(value)
+            for name, value in vars(cls).items()
+            if not (name.startswith("__") or isinstance(value, _CODE))
+        }
+        for cls in classes
+        if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing")
+    }
+
+
+_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, types.MemberDescriptorType)
+
+
+@dataclass(slots=True)
+class _Object:
+    """Equal to itself alone, whatever its class says."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+
+def _state(value: Any) -> str | None:
+    """State of an object that only C code sees, as far as that tells: positions of iterators, bytes of memory."""
+    if isinstance(value, (np.ndarray, memoryview)):
+        return text_of(np.asarray(value))
+    if isinstance(value, random.Random):
+        return text_of(value.getstate())
+    reduce = next(vars(cls)["__reduce__"] for cls in type(value).__mro__ if "__reduce__" in vars(cls))
+    if type(reduce) is not types.MethodDescriptorType or reduce is object.__reduce__:
+        return None  # Python code, or nothing
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return repr([_parts_text(part) for part in reduce(value)[1:]])
+    except Exception:  # it cannot be asked
+        return None
+
+
+def _parts_text(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_parts_text(part) for part in value]
+    return describe_value(value) or class_name(type(value))
 
 
 def _added(slot: LiveSlot) -> AddedSlot:
@@ -244,12 +321,18 @@ class Observation:
     def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
         loaded = Loaded()
         built = self._built
+        # What processing sets there each engine sets for itself.
+        for cls in () if self._processed_early else built.classes.keys() & now.classes.keys():
+            before, after = built.classes[cls], now.classes[cls]
+            if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
+                raise NotShareableError(f"loading changed {class_name(cls)}.{min(changed)}, which its objects share")
         paths = {path: reference() for path, reference in built.modules.items()}
         removed = [path for path in paths if path not in now.modules]
         loaded.removed_modules = tuple(path for path in removed if path.rpartition(".")[0] not in removed)
-        for path, reference in now.modules.items():
-            module = reference()
-            if path in paths and paths[path] is module:
+        for path, weak in now.modules.items():
+            module = weak()
+            is_in_new_one = path.rpartition(".")[0] in loaded.added_modules
+            if path in paths and paths[path] is module and not is_in_new_one:
                 continue
             first = next((known for known, there in paths.items() if there is module), None)
             if first is None and path in {live.path for live in tree.modules}:
@@ -296,16 +379,33 @@ class Observation:
             if (owner := now.owners.get((path, name))) is not None and text is not None:
                 values[name] = before, f"{text} of {owner}"
                 values.pop(f"{name}.__self__", None)
+        for name, text in texts.items():
+            keys, first = now.orders.get((path, name)), now.aliases.get((path, name))
+            was_first = None if is_new else built.aliases.get((was, name))
+            if keys is not None and not is_new and keys != built.orders.get((was, name), keys):
+                values[name] = then.get(name), in_order(text, keys)
+            elif first is not None and (name in values or was_first is None or _renamed(was_first, is_at) != first):
+                values[name] = None, reference(type(now.mutable[path, name]), first)
+            elif first is None and was_first is not None and (path, name) in now.mutable:
+                values[name] = None, text
         for name, (_, text) in values.items():
             if now.mutable.get((path, name)) is not built.mutable.get((was, name)):
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
-            if not is_restorable(text):
+            if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        if now.children[path] != ([] if is_new else built.children.get(was, [])):
+            values[CHILDREN] = None, repr(now.children[path])
         opaque = {} if is_new else built.opaque.get(was, {})
         for name, value in now.opaque.get(path, {}).items():
-            if name not in values and opaque.get(name, value) is not value:
+            if name in values or name not in opaque:
+                continue
+            if opaque[name] is not value:
                 raise NotShareableError(
                     f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
+                )
+            if built.states[was, name] != now.states[path, name]:
+                raise NotShareableError(
+                    f"loading changed {full_name(path, name)}, a {texts[name]}, which cannot be described"
                 )
         here, there = now.slots[path], {} if is_new else built.slots.get(was, {})
         # A slot that is tied to nothing any more has its own name here.

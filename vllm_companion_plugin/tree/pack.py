@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -32,7 +35,7 @@ from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
-from vllm_companion_plugin.tree.capture import LiveSlot, Tree, tensor_attributes
+from vllm_companion_plugin.tree.capture import LiveSlot, Tree, full_name, tensor_attributes
 from vllm_companion_plugin.tree.observe import Loaded, Observation
 from vllm_companion_plugin.tree.values import class_name
 
@@ -44,6 +47,12 @@ INLINE_BYTES = 64 << 10
 
 PRIVATE_ATTRIBUTE_BYTES = 1 << 20
 """Tensors in plain attributes are cloned by each engine up to this size, and shared above it."""
+
+
+_LARGEST_TABLE = 1 << 20
+_ADDRESSES = (torch.int64, torch.uint64)
+_SHORTEST = 9
+_LONG_NUMBER = re.compile(rf"(?<![\w.])\d{{{_SHORTEST},19}}(?![\w.])")
 
 
 @dataclass(slots=True)
@@ -158,6 +167,39 @@ def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
     return slot.kind is not _ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
 
 
+def _check_addresses(tree: Tree, packing: Packing) -> None:
+    """No value says where a weight is: it will be elsewhere, in each engine at another place.
+
+    Raises:
+        NotShareableError: naming a number, or a tensor of numbers, that is such an address.
+    """
+    spans = sorted((storage.start, storage.stop) for storage in packing.storages)
+    starts, stops = (np.array(side, dtype=np.uint64) for side in zip(*spans, strict=True))
+
+    def is_address(numbers: Any) -> bool:
+        numbers = np.asarray(numbers, dtype=np.uint64)
+        before = np.searchsorted(starts, numbers, side="right")
+        return bool(((before > 0) & (numbers < stops[before - 1])).any())
+
+    for live in tree.modules:
+        for name, text in live.attributes.items():
+            numbers = _LONG_NUMBER.findall(text) if len(text) >= _SHORTEST else ()
+            if numbers and is_address([int(number) for number in numbers]):
+                raise NotShareableError(f"{full_name(live.path, name)} holds the address of a weight")
+    tables = {
+        id(slot.tensor): slot
+        for slot in tree.slots()
+        if slot.tensor.dtype in _ADDRESSES and 0 < slot.tensor.nbytes <= _LARGEST_TABLE and not slot.tensor.is_meta
+    }
+    if not tables:
+        return
+    flat = [slot.tensor.detach().reshape(-1).view(torch.int64).cpu() for slot in tables.values()]
+    if is_address(torch.cat(flat).numpy().view(np.uint64)):
+        for slot, table in zip(tables.values(), flat, strict=True):
+            if is_address(table.numpy().view(np.uint64)):
+                raise NotShareableError(f"{tree.describe(slot)} holds the address of a weight")
+
+
 @functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's name without the prefix."""
@@ -241,6 +283,7 @@ def prepare(
     packing = survey(tree, device, observation)
     if not packing.storages:
         raise NotShareableError("the model has no tensors.")
+    _check_addresses(tree, packing)
     placement = plan(
         [s.stop - s.start for s in packing.storages],
         [s.start % (ALIGNMENT if device.type == "cuda" else HOST_ALIGNMENT) for s in packing.storages],

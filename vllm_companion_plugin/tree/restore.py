@@ -44,7 +44,7 @@ from vllm_companion_plugin.tree.capture import (
     named_modules,
     plain_tensors,
 )
-from vllm_companion_plugin.tree.changes import apply_loading
+from vllm_companion_plugin.tree.changes import apply_loading, arrange
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
 from vllm_companion_plugin.tree.parity import (
     compare_modules,
@@ -334,6 +334,8 @@ class Restorer:
                 raise ParityError(f"{name} ({slot.kind.value}) exists here but was not published.", name)
             pairs.append((slot, wanted.pop((slot.kind, slot.name))))
         self._check_missing(published.path, wanted.values())
+        for table in (live.module._parameters, live.module._buffers):
+            arrange(table, [slot.name for slot in there])
         return pairs
 
     def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:

@@ -44,6 +44,8 @@ def text_of(value: Any, depth: int = 0) -> str | None:
         return repr(value)
     if kind in _WRITERS:
         return None if depth > _MAX_DEPTH else _WRITERS[kind](value, depth + 1)
+    if isinstance(value, enum.Flag) and value not in kind.__members__.values():  # several flags at once
+        return f"{class_name(kind)}({value.value!r})"
     if isinstance(value, enum.Enum):
         return f"{class_name(kind)}.{value.name}"
     if isinstance(value, _TORCH_NAMES):
@@ -347,12 +349,14 @@ def _named(name: str) -> Any:
 
 
 def _made_by_class(name: str, parts: list[Any]) -> Any:
-    """A named tuple, a numpy scalar, or a number or string of a class of its own."""
+    """A named tuple, a numpy scalar, or several flags of an enum."""
     if name.startswith("numpy.") and len(parts) == 1:
         kind = np.dtype(name.removeprefix("numpy.")).type
         if type(parts[0]) in (bool, int, float):
             return kind(parts[0])
     cls = loaded_class(name)
+    if cls is not None and issubclass(cls, enum.Flag) and len(parts) == 1:
+        return cls(_checked(parts[0], int))
     if cls is not None and issubclass(cls, tuple) and len(getattr(cls, "_fields", ())) == len(parts) > 0:
         return tuple.__new__(cls, parts)
     raise ValueError(f"{name} is unknown")

@@ -144,12 +144,22 @@ def identity(checkpoint: Path, digests: Digests | None = None, folders: Iterable
     base = checkpoint if checkpoint.is_dir() else checkpoint.parent
     names = {path: str(path.relative_to(base)) for path in paths}
     found = {names[path]: SMALL + digest_of(path) for path in paths if _is_small(path)}
-    looks = {path: look(path) for path in paths if not _is_small(path)}
-    found |= {names[path]: seen.text for path, seen in looks.items() if seen.lasts is Lasts.EVER}
+    large = identities_of([path for path in paths if not _is_small(path)], digests or Digests())
+    return dict(sorted((found | {names[path]: identity for path, identity in large.items()}).items()))
+
+
+def identities_of(paths: Iterable[Path], digests: Digests) -> dict[Path, str]:
+    """Return the identity of each large file: by a look where that proves the content for ever, else by the content.
+
+    Raises:
+        NotShareableError: a file changed meanwhile.
+    """
+    looks = {path: look(path) for path in paths}
+    found = {path: seen.text for path, seen in looks.items() if seen.lasts is Lasts.EVER}
     unsure = [File(path, seen.text, seen.lasts) for path, seen in looks.items() if seen.lasts is not Lasts.EVER]
     if unsure:
-        found |= {names[path]: CONTENT + digest for path, digest in _contents(unsure, digests or Digests()).items()}
-    return dict(sorted(found.items()))
+        found |= {path: CONTENT + digest for path, digest in _contents(unsure, digests).items()}
+    return found
 
 
 def _contents(files: list[File], digests: Digests) -> dict[Path, str]:

@@ -56,6 +56,13 @@ _SHORT = 16
 _MOST_SHOWN = 3
 _RECORD_LINE = re.compile(r"^(?:(vllm/[^,]+\.py),sha256=([^,]+),|(vllm/[^/,]+\.so),sha256=[^,]+,(\d+))", re.MULTILINE)
 _INSTALLED = ("site-packages", "dist-packages")
+_VARIABLE = re.compile(rb"""["']([A-Z][A-Z0-9_]+)["']""")
+# Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
+_OF_THE_PROCESS = re.compile(
+    r".*(RANK|WORLD_SIZE|VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
+    r"|.*(TOKEN|KEY|SECRET|PASSW|CREDENTIAL).*|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
+    r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS"
+)
 
 
 def versions() -> dict[str, str]:
@@ -82,7 +89,7 @@ def fields(model_class: type, *involved: type) -> dict[str, str]:
     own = (one for kind in involved for one in _own_classes(kind)[1:] if _top(kind.__module__) not in _KNOWN)
     names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins()}
     for files in map(_files_of, sorted(_outside(names))):
-        found |= _digests(files)
+        found |= _digests(files) | _variables(files.values())
     return found
 
 
@@ -204,6 +211,19 @@ def _digests(files: Mapping[str, str]) -> dict[str, str]:
     return {package: f"{len(found)} files {hashlib.sha256(repr(found).encode()).hexdigest()[:_SHORT]}"}
 
 
+def _variables(paths: Iterable[str]) -> dict[str, str]:
+    """Return the variables of the environment that source files name in quotation marks, except those of the process.
+
+    Those that begin with VLLM_ are compared anyway (`configuration`).
+    """
+    named = {name.decode() for path in paths for name in _VARIABLE.findall(_bytes(path))}
+    return {
+        f"env.{name}": os.environ[name]
+        for name in sorted(named & os.environ.keys())
+        if not name.startswith("VLLM_") and not _OF_THE_PROCESS.fullmatch(name)
+    }
+
+
 _read: dict[str, tuple[tuple[int, ...], bytes]] = {}
 
 
@@ -213,8 +233,15 @@ def _sha256(path: str) -> bytes:
         status = os.stat(path)
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if _read.get(path, ((),))[0] != version:
-            _read[path] = version, hashlib.sha256(Path(path).read_bytes()).digest()
+            _read[path] = version, hashlib.sha256(_bytes(path)).digest()
         return _read[path][1]
+    except OSError:
+        return b""
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
     except OSError:
         return b""
 

@@ -96,7 +96,7 @@ class Digests:
             return known
         try:
             status = file.path.stat()
-            digest = _read(file.path)
+            digest = whole_digest_of(file.path)
         except OSError:
             return None
         if not file.is_there():
@@ -206,8 +206,8 @@ def digest_of(path: Path) -> str:
     return blake3(path.read_bytes()).hexdigest()
 
 
-def _read(path: Path) -> str:
-    """Return the digest of a whole file, computed on all cores."""
+def whole_digest_of(path: Path) -> str:
+    """Return the digest of a large file's content, computed on all cores."""
     hasher = blake3(max_threads=blake3.AUTO)
     buffer = memoryview(bytearray(_READ_BYTES))
     with _open(path) as file:

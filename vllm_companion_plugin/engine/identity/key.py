@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_companion_plugin.core.identity import CHECKPOINT, VARIANT, EntryKey
 from vllm_companion_plugin.engine.identity import checkpoint, code, configuration
-from vllm_companion_plugin.engine.identity.digest import digest_of
+from vllm_companion_plugin.engine.identity.digest import Digests, digest_of
 from vllm_companion_plugin.engine.vllm import building, deployment, devices
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.models import model_name
@@ -25,13 +25,15 @@ from vllm_companion_plugin.host.models import model_name
 MAX_VARIANTS = 4
 """Limit of differences in one key. An engine that is refused once more loads alone."""
 
-MANIFEST_VERSION = 5
+MANIFEST_VERSION = 6
 """Version of capture and packing. A change that makes older manifests fail raises it."""
 
 _SHORT = 16
-_LARGEST_NAMED_FILE = 16 << 20
+_LARGEST_SMALL_FILE = 16 << 20
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "tekken", "spiece", "sentencepiece")
 _LONGEST_DIFFERENCE = 400
+_APART = "; "
+"""Between the differences of a variant."""
 
 
 def compute(
@@ -75,13 +77,17 @@ def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
     """Return the key of the variant that a refused model is: its value at one place sets this model apart.
 
     Raises:
-        NotShareableError: the model was refused more than `MAX_VARIANTS` times.
+        NotShareableError: the model was refused more than `MAX_VARIANTS` times; or by the variant of this very
+            difference, so that one more variant would be refused, too.
     """
     before = refused.fields.get(VARIANT, "")
-    if before.count("; ") + 1 >= MAX_VARIANTS:
+    difference = f"{where} is {here or 'different'}".replace(_APART, ", ")[:_LONGEST_DIFFERENCE]
+    known = before.split(_APART) if before else []
+    if difference in known:
+        raise NotShareableError(f"what loading makes of {where} cannot be restored: a model like it was refused there")
+    if len(known) >= MAX_VARIANTS:
         raise NotShareableError(f"it differs from {MAX_VARIANTS} published ones: {before}")
-    difference = f"{where} is {here or 'different'}"[:_LONGEST_DIFFERENCE]
-    fields = {**refused.fields, VARIANT: f"{before}; {difference}" if before else difference}
+    fields = {**refused.fields, VARIANT: _APART.join([*known, difference])}
     return replace(refused, id=_digest(fields), fields=fields)
 
 
@@ -116,7 +122,7 @@ def _key(
     weights = {name: identity for name, identity in content.items() if name not in small}
     small = {name if name.isprintable() else ascii(name): text for name, text in small.items()}
     fields = fields | {f"file.{name}": text.removeprefix(checkpoint.SMALL)[:_SHORT] for name, text in small.items()}
-    fields |= _named_files(fields, place) | {CHECKPOINT: _digest(weights)}
+    fields |= _named_files(fields, place, content) | {CHECKPOINT: _digest(weights)}
     return EntryKey(_digest(fields), model_name(model_config.model), role, rank, fields, place, content)
 
 
@@ -158,8 +164,12 @@ def _tokenizer(model_config: Any) -> dict[str, str]:
     return {"tokenizer": mode} | {f"tokenizer.{name}": digest_of(place / name)[:_SHORT] for name in names}
 
 
-def _named_files(fields: Mapping[str, str], place: str) -> dict[str, str]:
-    """Return digests of the files that values of fields name, by full path or by a path below the checkpoint."""
+def _named_files(fields: Mapping[str, str], place: str, known: Mapping[str, str]) -> dict[str, str]:
+    """Return identities of the files that values of fields name, by full path or by a path below the checkpoint.
+
+    Args:
+        known: files of the checkpoint, by relative name, that the key holds anyway.
+    """
     found = {}
     for field, value in fields.items():
         if "/" not in value and "." not in value:
@@ -167,11 +177,17 @@ def _named_files(fields: Mapping[str, str], place: str) -> dict[str, str]:
         for number, name in enumerate(_strings(value)):
             path = os.path.join(place, name)
             try:
-                if os.path.isfile(path) and os.path.getsize(path) <= _LARGEST_NAMED_FILE:
-                    found[f"named.{field}" + (f".{number}" if number else "")] = digest_of(Path(path))[:_SHORT]
+                if os.path.isfile(path) and os.path.relpath(path, place or "/") not in known:
+                    found[f"named.{field}" + (f".{number}" if number else "")] = _identity(Path(path))
             except (OSError, ValueError):  # the text names no file
                 continue
     return found
+
+
+def _identity(path: Path) -> str:
+    if path.stat().st_size <= _LARGEST_SMALL_FILE:
+        return digest_of(path)[:_SHORT]
+    return checkpoint.identities_of([path], Digests())[path]
 
 
 def _strings(value: str) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Observing which files a process opens in Python while it builds and loads a model.
 
 Decisions before loading use the file names that are known at that time (`checkpoint`). Model code may read more files.
-So the loader notes each small file that was opened, with its content, and an attaching engine compares them
-(`differences`). The interpreter does not see files that Rust or C++ open (safetensors, tokenizers, sentencepiece).
-`checkpoint` knows the weights, and tokenizers count with the files beside them that Python opens.
+So the loader notes each file that was opened and is none of these weights, with its content, and an attaching engine
+compares them (`differences`). The interpreter does not see files that Rust or C++ open (safetensors, tokenizers,
+sentencepiece). `checkpoint` knows the weights, and tokenizers count with the files beside them that Python opens.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_companion_plugin.engine.identity.digest import digest_of
+from vllm_companion_plugin.engine.identity.checkpoint import WEIGHT_SUFFIXES
+from vllm_companion_plugin.engine.identity.digest import digest_of, whole_digest_of
+from vllm_companion_plugin.engine.identity.files import Lasts, look
 
 LARGEST_BYTES = 16 << 20
-"""Limit of a small file, in bytes. If a larger file holds weights, `checkpoint` knows that file."""
+"""Limit of a small file, in bytes. If a larger one below the checkpoint holds weights, `checkpoint` knows that file."""
 
 _HUB = "hub:"
 """Prefix of the name of a file in the hub's cache, wherever that cache is."""
@@ -52,7 +54,7 @@ class Reading:
         (self._read if flags & os.O_ACCMODE == os.O_RDONLY else self._written).add(path)
 
     def files(self) -> dict[str, str]:
-        """Return the digests of the small files that were read and not written, by name.
+        """Return the identities of the files that were read and not written, by name.
 
         A name is a path below the checkpoint, `hub:` and a path below the hub's cache, or an absolute path.
         """
@@ -64,8 +66,8 @@ class Reading:
         written = {os.path.abspath(path) for path in list(self._written)}
         for path in sorted(opened - written):
             name = _name(path, self._checkpoint)
-            if name is not None and (digest := _digest(path)) is not None:
-                found[name] = digest
+            if name is not None and (identity := _identity(name, path)) is not None:
+                found[name] = identity
         return found
 
 
@@ -91,11 +93,11 @@ def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | No
     """Return the files of `recorded` (from `Reading.files`) whose content differs in `checkpoint` or on this machine.
 
     Returns:
-        The digest of the content here, by name; None for an absent file.
+        The identity of the file here, by name; None for an absent file.
     """
     base = _directory_of(checkpoint)
-    here = {name: _digest(_path(name, base)) for name in sorted(recorded)}
-    return {name: digest for name, digest in here.items() if digest != recorded[name]}
+    here = {name: _identity(name, _path(name, base)) for name in sorted(recorded)}
+    return {name: identity for name, identity in here.items() if identity != recorded[name]}
 
 
 def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
@@ -104,9 +106,13 @@ def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
     Returns one text for each file, with both values; no text if all files are the same.
     """
     return [
-        f"{name} has content {recorded[name][:_SHORT]} there and {digest[:_SHORT] if digest else 'is absent'} here"
-        for name, digest in changed(recorded, checkpoint).items()
+        f"{name} has content {_shown(recorded[name])} there and {_shown(identity) if identity else 'is absent'} here"
+        for name, identity in changed(recorded, checkpoint).items()
     ]
+
+
+def _shown(identity: str) -> str:
+    return identity if " " in identity else identity[:_SHORT]  # a look, or a digest
 
 
 def _install() -> None:
@@ -171,12 +177,20 @@ def _not_models() -> tuple[str, ...]:
     return tuple({os.path.abspath(place) for place in found} - {"/"})
 
 
-def _digest(path: str) -> str | None:
-    """Return the digest of a small regular file; None for anything else."""
+def _identity(name: str, path: str) -> str | None:
+    """Return the identity of a regular file; None for anything else, and for weights that `checkpoint` knows.
+
+    It is the digest of the content. For a large file elsewhere it is a look, where that proves the content.
+    """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BYTES:
+        if not stat.S_ISREG(status.st_mode):
             return None
-        return digest_of(Path(path))
+        if status.st_size <= LARGEST_BYTES:
+            return digest_of(Path(path))
+        if os.path.isabs(name) or name.startswith(_HUB):
+            seen = look(path)
+            return seen.text if seen.lasts is Lasts.EVER else whole_digest_of(Path(path))
+        return None if name.endswith(WEIGHT_SUFFIXES) else whole_digest_of(Path(path))
     except (OSError, ValueError):  # ValueError: the text names no file
         return None

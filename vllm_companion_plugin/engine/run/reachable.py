@@ -67,6 +67,7 @@ LEFT_OUT: Mapping[str, str] = {
     r"quant_config\.online_quantization_time$": "a measured time",
     r"quant_config\.(modules_in_block_to_quantize|modules_to_not_convert)\[": "a set's names in any order",
     r"\.handler_tensor$": "an address, of what a library packed for this process",
+    r"^load_weights$": "the plugin's own, so that who writes to shared weights later gets private ones first",
 }
 """Paths that the walk leaves out, with the reason."""
 
@@ -81,6 +82,8 @@ _TEXTS: tuple[type, ...] = (
 )
 # Python makes such objects anew at each access, or interns them. So identity of two such objects means nothing.
 _WITHOUT_IDENTITY = (tuple, frozenset, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
+# Their classes are the program.
+_LIBRARIES = frozenset(("torch", "numpy", *sys.stdlib_module_names))
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 # Attributes of torch.compile: https://github.com/pytorch/pytorch/blob/main/torch/_dynamo/decorators.py has dozens.
@@ -117,6 +120,8 @@ class _Walk:
         self._others: collections.deque[tuple[str, Any]] = collections.deque()
         # Paths by id. The walk keeps the objects, so that no new object gets the id of a freed one.
         self._met: dict[int, tuple[str, Any]] = {}
+        self._classes: set[type] = set()
+        self._weak: list[tuple[str, Any]] = []
 
     def run(self, model: nn.Module) -> Reached:
         self._tree.append(("", model))
@@ -124,10 +129,14 @@ class _Walk:
             path, value = (self._tree or self._others).popleft()
             if not self._left_out.search(path):
                 self._visit(path, value)
+        self._note_weak_references()
         self._note_common_memory()
         return self._reached
 
     def _visit(self, path: str, value: Any) -> None:
+        if issubclass(type(value), weakref.ReferenceType):
+            self._weak.append((path, value))
+            return
         if (text := _text(value)) is not None:
             self._reached.values[path] = text
             return
@@ -140,12 +149,24 @@ class _Walk:
             self._reached.tensors[path] = _describe(value)
         else:
             self._reached.values[path] = _shortened(_form(value))
+        for cls in type(value).__mro__:
+            if cls not in self._classes:
+                self._classes.add(cls)
+                self._others.extend((f"class {name_of(cls)}.{name}", part) for name, part in _held_by(cls))
         parts = list(_parts(value))
         for way, part, in_tree in parts:
             (self._tree if in_tree else self._others).append(((path + way).removeprefix("."), part))
         self._others.extend(
             (f"{path}<{number}>", part) for number, part in enumerate(_unnamed(value, [part for _, part, _ in parts]))
         )
+
+    def _note_weak_references(self) -> None:
+        """Note what weak references lead to, by the path on which the walk reached that through its owner."""
+        for path, reference in self._weak:
+            value = reference()
+            met = self._met.get(id(value))
+            to = (met[0] or "the model") if met is not None else f"a {name_of(type(value))}"
+            self._reached.values[path] = f"weak reference to {to}"
 
     def _note_common_memory(self) -> None:
         """Note for each tensor which earlier tensor shares its memory: a write to one of them changes both."""
@@ -184,7 +205,7 @@ def _text(value: Any) -> str | None:
     elif issubclass(cls, _PROGRAM) or _reason(cls):
         return f"a {name_of(cls)}"
     elif issubclass(cls, weakref.ReferenceType):
-        return f"weak reference to a {name_of(type(value()))}"  # the walk reaches it through its owner
+        return f"weak reference to a {name_of(type(value()))}"  # as a key
     else:
         return None
     return _shortened(text)
@@ -226,6 +247,8 @@ def _form(value: Any) -> str:
         return f"{name} of {len(value)}, at most {value.maxlen}"
     if issubclass(cls, (list, tuple)):
         return f"{name} of {len(value)}"
+    if issubclass(cls, memoryview):
+        return f"{name} {value.format} {value.shape}, sha256 {hashlib.sha256(value.tobytes()).hexdigest()}"
     if issubclass(cls, np.ndarray):
         data = (
             ""
@@ -307,6 +330,17 @@ def _attributes(value: Any, besides: frozenset[str] = frozenset()) -> Iterator[t
     for name in sorted(found, key=str):
         if not _is_compilers(value, str(name)):
             yield f".{name}", found[name], False
+
+
+def _held_by(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield what all objects of a class share, besides code, which is what binds to an object."""
+    if cls.__module__.partition(".")[0] in _LIBRARIES or _reason(cls):
+        return
+    for name, part in sorted(vars(cls).items()):
+        if not (
+            name.startswith("__") or name == "_abc_impl" or isinstance(part, type) or hasattr(type(part), "__get__")
+        ):
+            yield name, part
 
 
 def _unnamed(value: Any, named: list[Any]) -> Iterator[Any]:
