@@ -106,7 +106,7 @@ def publish(path: Path, clock: Clock, repeat: int) -> tuple[Any, Any, int]:
         take: Callable[..., object] = model.load_weights
 
         def noting(weights: Iterable[tuple[str, torch.Tensor]]) -> object:
-            return take((name, observation.note_read(tensor) or tensor) for name, tensor in weights)
+            return take((name, observation.note_read(name, tensor) or tensor) for name, tensor in weights)
 
         vars(model)["load_weights"] = noting
         with observation.watching():

@@ -13,9 +13,11 @@ from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.lease import Lease
 from vllm_companion_plugin.core.module_tree import TensorInfo
+from vllm_companion_plugin.core.placements import Placed, Source
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
+from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 Weights = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 _SHOWN = 8
@@ -40,6 +42,7 @@ class Update:
         self._lease = lease
         held = attachment.held.arena
         self._infos = _by_name(attachment)
+        self._sources = sources_from_bytes(attachment.manifest.sources)
         self._writer = memory.create(held.kind, held.size_bytes, attachment.device.index)
         try:
             offset = 0
@@ -53,27 +56,37 @@ class Update:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors that can be written, as `CompanionClient.attach` has them."""
+        """Of all tensors that can be written as `CompanionClient.attach` has them."""
         return list(self._infos)
 
-    def load(self, weights: Weights) -> int:
-        """Write tensors by name; how many.
+    @property
+    def checkpoint_names(self) -> list[str]:
+        """Of all tensors that can be written as a checkpoint has them: by a copy, without processing."""
+        return list(self._sources)
 
-        Of a module, parameters and buffers are written, and of a mapping all items; both are looked at before anything
-        is written. Of an iterator each item is looked at when it comes.
+    def load(self, weights: Weights) -> int:
+        """Write tensors by name, a checkpoint's or the model's; how many.
+
+        Of a module, parameters are written, and buffers that the checkpoint has; of a mapping, all items. Both are
+        looked at before anything is written. Of an iterator each item is looked at when it comes.
 
         Raises:
             BadRequestError: names, shapes or dtypes that do not fit, all of them.
         """
         if isinstance(weights, nn.Module):
-            weights = {**dict(weights.named_parameters()), **dict(weights.named_buffers())}
+            known = {*self._infos, *self._sources}
+            buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
+            weights = {**dict(weights.named_parameters()), **buffers}
         if isinstance(weights, Mapping):
             self._check(weights.items())
             weights = weights.items()
         count = 0
         for name, tensor in weights:
             self._check([(name, tensor)])
-            self._write(self._infos[name], tensor)
+            if (source := self._sources.get(name)) is not None and source.shape == tuple(tensor.shape):
+                self._place(source, tensor)
+            else:
+                self._write(self._infos[name], tensor)
             count += 1
         return count
 
@@ -84,14 +97,37 @@ class Update:
             raise BadRequestError(f"{self._attachment.label} cannot take {'; '.join(problems[:_SHOWN])}{rest}.")
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
-        info = self._infos.get(name)
-        if info is None:
-            return f"{name}, which it does not have"
-        if tuple(tensor.shape) != info.shape:
-            return f"{name} of shape {tuple(tensor.shape)} instead of {info.shape}"
-        if tensor.dtype != dtype_of(info.dtype):
-            return f"{name} of {tensor.dtype} instead of torch.{info.dtype}"
+        known = [each for each in (self._sources.get(name), self._infos.get(name)) if each is not None]
+        if not known:
+            return f"{name}, which it does not have, or not by a copy"
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if shape not in [each.shape for each in known]:
+            return f"{name} of shape {shape} instead of {known[0].shape}"
+        if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
+            return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
         return ""
+
+    def _place(self, source: Source, tensor: torch.Tensor) -> None:
+        """Copy a checkpoint's tensor as it was copied when the checkpoint was loaded."""
+        device = self._attachment.device
+        for placed in source.copies:
+            part = tensor.detach()
+            for step in placed.steps:
+                part = part.contiguous()
+                part = part.as_strided(step.shape, step.stride, int(part.storage_offset()) + step.offset)
+            self._put(part.to(device), placed)
+
+    def _put(self, part: torch.Tensor, placed: Placed) -> None:
+        dtype = dtype_of(placed.dtype)
+        if _is_dense(placed.shape, placed.stride):
+            laid_out = torch.empty_strided(placed.shape, placed.stride, dtype=dtype, device=part.device).copy_(part)
+            self._writer.write(placed.offset_bytes, laid_out.data_ptr(), laid_out.nbytes)
+            self._writer.flush()
+            return
+        rows = part.to(dtype)  # of a target with gaps: what is dense in it, one by one
+        for index in range(placed.shape[0]):
+            offset = placed.offset_bytes + index * placed.stride[0] * dtype.itemsize
+            self._put(rows[index], Placed((), offset, placed.shape[1:], placed.stride[1:], placed.dtype))
 
     def _write(self, info: TensorInfo, tensor: torch.Tensor) -> None:
         source = tensor.detach()
@@ -152,15 +188,16 @@ def _by_name(attachment: Attachment) -> dict[str, TensorInfo]:
         for path in (module.path, *module.aliases):
             for slot in module.slots:
                 info = attachment.manifest.tensors[slot.tensor]
-                if info.storage >= 0 and _is_dense(info):
+                if info.storage >= 0 and _is_dense(info.shape, info.stride):
                     infos[f"{path}.{slot.name}" if path else slot.name] = info
     return infos
 
 
-def _is_dense(info: TensorInfo) -> bool:
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements fill what they span."""
     last = 1
-    for size, stride in sorted(zip(info.shape, info.stride, strict=True), key=lambda pair: pair[1]):
-        if size != 1 and stride != last:
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
+        if size != 1 and step != last:
             return False
         last *= size
     return True

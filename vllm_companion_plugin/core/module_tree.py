@@ -159,6 +159,8 @@ class Manifest:
         removed_modules: paths of modules that loading took out of the model.
         retied_modules: paths that loading gave to another module of the model, with that module's first path.
         files: digests by name of the small files that the publisher read to build and load the model.
+        sources: where tensors of the checkpoint went, as `wire.manifest.sources_from_bytes` reads it; empty if it was
+            not observed.
         is_observed: the publisher observed building and loading. Otherwise the whole model counts as made by loading.
     """
 
@@ -171,6 +173,7 @@ class Manifest:
     retied_modules: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     is_observed: bool = False
+    sources: bytes = b""
 
     @property
     def tensor_bytes(self) -> int:

@@ -38,8 +38,8 @@ from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.capture import Tree, capture, plain_tensors
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.tree.observe import Observation
-from vllm_companion_plugin.tree.pack import copy, prepare
-from vllm_companion_plugin.wire.manifest import manifest_to_bytes
+from vllm_companion_plugin.tree.pack import copy, prepare, sources_of
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_to_bytes
 
 logger = init_logger("vllm.companion")
 
@@ -133,10 +133,10 @@ class _Publisher:
         until.enter_context(processing.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
 
-    def read(self, tensor: torch.Tensor) -> None:
+    def read(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the checkpoint comes."""
         if self._observation is not None:
-            self._observation.note_read(tensor)
+            self._observation.note_read(name, tensor)
 
     def loaded(self, model: nn.Module) -> None:
         """The model was loaded, and will be post-processed."""
@@ -202,6 +202,7 @@ class _Publisher:
         ):
             tree = capture(model)
             packed = prepare(tree, device.stage, device.arena_kind, device.torch_device, observation)
+            packed.manifest = replace(packed.manifest, sources=sources_to_bytes(sources_of(packed, observation)))
             if self.reading is not None:
                 packed.manifest = replace(packed.manifest, files=self.reading.files())
             # While the device copies and the driver frees.
@@ -356,7 +357,7 @@ def _counted(model: nn.Module, publisher: _Publisher) -> AbstractContextManager[
 def _count(weights: Iterable[tuple[str, torch.Tensor]], publisher: _Publisher) -> Iterator[tuple[str, torch.Tensor]]:
     done = 0
     for name, tensor in weights:
-        publisher.read(tensor)
+        publisher.read(name, tensor)
         yield name, tensor
         done += tensor.nbytes
         publisher.report("loading", done, publisher.checkpoint_bytes)

@@ -20,7 +20,7 @@ import random
 import types
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
+from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.capture import (
     LiveSlot,
@@ -44,6 +45,7 @@ from vllm_companion_plugin.tree.capture import (
     tensor_attributes,
 )
 from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
@@ -234,11 +236,16 @@ class Observation:
         with self._watch:
             yield
 
-    def note_read(self, tensor: torch.Tensor) -> None:
+    def note_read(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` was read from the checkpoint. No operator shows who fills empty memory."""
         storage = _storage_of(tensor)
         if storage is not None:
             self._watch.clean.discard(storage)
+            self._watch.placing.read(name, tensor)
+
+    def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
+        """As of `Placing.sources`."""
+        return self._watch.placing.sources(storages)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -466,6 +473,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.clean: set[int] = set()
         self.measured: set[int | None] = set()
         self.module: nn.Module | None = None
+        self.placing = Placing()
         self._paused = False
 
     @contextmanager
@@ -492,15 +500,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in (*args, *kwargs.values()):
             read.update(_storages(value))
         derived = not read <= self.clean
+        targets: list[torch.Tensor] = []
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
+            targets.extend(
+                each for each in (target if isinstance(target, (list, tuple)) else [target]) if _is_plain(each)
+            )
             for storage in _storages(target):
                 self.written.add(storage)
                 if derived:
                     self.clean.discard(storage)
-        for storage in _storages(result):
-            if storage in read:  # a view
-                continue
+        made = [storage for storage in _storages(result) if storage not in read]  # else it is a view
+        for storage in made:
+            self.placing.made(storage)
+        if targets or made:
+            self.placing.note(func, args, targets, result)
+        for storage in made:
             self.built.discard(storage)
             self.written.discard(storage)
             (self.clean.discard if derived else self.clean.add)(storage)
@@ -547,6 +562,10 @@ def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A value that is equal for the same elements of the same storage, as long as that storage lives."""
     storage = _storage_of(tensor)
     return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and _storage_of(value) is not None and not value.is_meta
 
 
 def _storage_of(tensor: torch.Tensor) -> int | None:

@@ -31,6 +31,7 @@ from vllm_companion_plugin.core.module_tree import (
     TensorKind,
 )
 from vllm_companion_plugin.core.placement import ALIGNMENT, HOST_ALIGNMENT, Chunk, Placement, plan
+from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
@@ -304,6 +305,16 @@ def prepare(
         is_observed=observation is not None,
     )
     return Packed(packing, placement, manifest)
+
+
+def sources_of(packed: Packed, observation: Observation) -> dict[str, Source]:
+    """Where tensors of the checkpoint are in the arena that `packed` will be copied to, by their names."""
+    places: dict[int, Callable[[int], int]] = {}
+    for storage, offset in zip(packed.packing.storages, packed.placement.offsets, strict=True):
+        start = storage.start
+        number = packed.packing.tensors[storage.tensors[0]].untyped_storage()._cdata
+        places[number] = lambda address, start=start, offset=offset: offset + address - start  # type: ignore[misc]
+    return observation.sources(places)
 
 
 def copy(

@@ -9,7 +9,7 @@ again and again, pauses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
@@ -29,6 +29,7 @@ from vllm_companion_plugin.core.module_tree import (
     TensorInfo,
     TensorKind,
 )
+from vllm_companion_plugin.core.placements import Placed, Source, View
 from vllm_companion_plugin.core.process import collector_paused
 from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.wire import messages
@@ -85,7 +86,47 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         message.removed_modules.extend(manifest.removed_modules)
         message.retied_modules.update(manifest.retied_modules)
         message.files.update(manifest.files)
+        message.sources = manifest.sources
         return bytes(message.SerializeToString(deterministic=True))
+
+
+def sources_to_bytes(sources: Mapping[str, Source]) -> bytes:
+    """What `Manifest.sources` holds."""
+    message = messages.Sources()
+    for name, source in sources.items():
+        of = message.sources.add(name=name, shape=source.shape, dtype=source.dtype)
+        for placed in source.copies:
+            target = of.copies.add(
+                offset_bytes=placed.offset_bytes, shape=placed.shape, stride=placed.stride, dtype=placed.dtype
+            )
+            for view in placed.steps:
+                target.steps.add(shape=view.shape, stride=view.stride, offset=view.offset)
+    return bytes(message.SerializeToString(deterministic=True))
+
+
+def sources_from_bytes(data: bytes) -> dict[str, Source]:
+    """The sources of a manifest, by name. Raises `ManifestError` for bytes that are none."""
+    try:
+        message = messages.Sources.FromString(data)
+    except DecodeError as error:
+        raise ManifestError(f"The sources of a manifest are damaged: {error}.") from error
+    return {
+        source.name: Source(
+            tuple(source.shape),
+            source.dtype,
+            tuple(
+                Placed(
+                    tuple(View(tuple(step.shape), tuple(step.stride), step.offset) for step in placed.steps),
+                    placed.offset_bytes,
+                    tuple(placed.shape),
+                    tuple(placed.stride),
+                    placed.dtype,
+                )
+                for placed in source.copies
+            ),
+        )
+        for source in message.sources
+    }
 
 
 def _write_modules(message: messages.Manifest, modules: Iterable[ModuleInfo]) -> None:
@@ -158,7 +199,11 @@ def manifest_from_bytes(data: bytes) -> Manifest:
         removed, retied = tuple(message.removed_modules), dict(message.retied_modules)
         added = {module.path: module.class_name for module in message.added_modules}
         files, observed = dict(message.files), message.is_observed
-        return Manifest(stage, storages, tensors, modules, added, removed, retied, files, is_observed=observed)
+        return Manifest(
+            *(stage, storages, tensors, modules, added, removed, retied, files),
+            is_observed=observed,
+            sources=message.sources,
+        )
 
 
 def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:

@@ -726,7 +726,7 @@ class Module(_message.Message):
     def __init__(self, path: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., observed: _Optional[_Union[Observed, _Mapping]] = ..., type: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types")
+    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources")
     class RetiedModulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -752,6 +752,7 @@ class Manifest(_message.Message):
     IS_OBSERVED_FIELD_NUMBER: _ClassVar[int]
     ADDED_MODULES_FIELD_NUMBER: _ClassVar[int]
     MODULE_TYPES_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     stage: str
     storages: _containers.RepeatedCompositeFieldContainer[Storage]
     types: _containers.RepeatedCompositeFieldContainer[TensorType]
@@ -763,4 +764,47 @@ class Manifest(_message.Message):
     is_observed: bool
     added_modules: _containers.RepeatedCompositeFieldContainer[AddedModule]
     module_types: _containers.RepeatedCompositeFieldContainer[ModuleType]
-    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ...) -> None: ...
+    sources: bytes
+    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ...) -> None: ...
+
+class View(_message.Message):
+    __slots__ = ("shape", "stride", "offset")
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    stride: _containers.RepeatedScalarFieldContainer[int]
+    offset: int
+    def __init__(self, shape: _Optional[_Iterable[int]] = ..., stride: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Placed(_message.Message):
+    __slots__ = ("steps", "offset_bytes", "shape", "stride", "dtype")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[View]
+    offset_bytes: int
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    stride: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    def __init__(self, steps: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., offset_bytes: _Optional[int] = ..., shape: _Optional[_Iterable[int]] = ..., stride: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class Source(_message.Message):
+    __slots__ = ("name", "shape", "dtype", "copies")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    copies: _containers.RepeatedCompositeFieldContainer[Placed]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[Placed, _Mapping]]] = ...) -> None: ...
+
+class Sources(_message.Message):
+    __slots__ = ("sources",)
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedCompositeFieldContainer[Source]
+    def __init__(self, sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,155 @@
+"""Follows tensors of a checkpoint while vLLM loads them, to know where in the model each one went.
+
+vLLM's models copy slices of checkpoint tensors into slices of parameters. Where only such copies were seen, new weights
+can be written in the same way without vLLM. A parameter that anything else wrote to afterwards has no known sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from vllm_companion_plugin.core.placements import Placed, Source, View
+
+_COPY = torch.ops.aten.copy_.default
+_WHOLE = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default)
+
+
+@dataclass(slots=True)
+class _Read:
+    name: str
+    steps: tuple[View, ...]
+
+
+@dataclass(slots=True)
+class _Write:
+    name: str
+    steps: tuple[View, ...]
+    address: int
+    end: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+
+class Placing:
+    """What was read, and where it was copied. Storages are told apart by the address of their C++ object."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, _Read] = {}
+        self._sources: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._writes: dict[int, list[_Write]] = {}
+        self._lost: set[str] = set()
+        # No other storage gets the address of one that is freed meanwhile.
+        self._addresses: list[StorageWeakRef] = []
+
+    def read(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor` comes from the checkpoint."""
+        if name in self._sources or tensor.layout is not torch.strided or not tensor.is_contiguous():
+            self._lost.add(name)
+            return
+        storage = tensor.untyped_storage()
+        self._addresses.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        self._sources[name] = tuple(tensor.shape), _dtype(tensor)
+        self._read[storage._cdata] = _Read(name, ())
+        if tensor.storage_offset():
+            self._lost.add(name)
+
+    def note(self, func: Any, args: Any, written: Iterable[torch.Tensor], result: Any) -> None:
+        """An operation wrote to tensors, or made some."""
+        for target in written:
+            self._overwritten(target)
+        if func is _COPY and self._copied(args[0], args[1]):
+            return
+        if func in _WHOLE:
+            self._cloned(args[0], result)
+
+    def _overwritten(self, target: torch.Tensor) -> None:
+        """What was copied to the same place is there no more."""
+        writes = self._writes.get(_storage(target))
+        if writes:
+            start, end = _span(target)
+            gone = [write for write in writes if write.address < end and start < write.end]
+            self._lost.update(write.name for write in gone)
+            self._writes[_storage(target)] = [write for write in writes if write not in gone]
+
+    def made(self, storage: int) -> None:
+        """An operation made a storage, which holds nothing that is followed."""
+        self._read.pop(storage, None)
+        self._writes.pop(storage, None)
+
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """Whether that was a part of a checkpoint's tensor, whole."""
+        known = self._read.get(_storage(source))
+        if known is None:
+            return False
+        storage = _storage(target)
+        if target.shape != source.shape or target.is_meta or storage in self._read:
+            self._lost.add(known.name)
+            return False
+        write = _Write(
+            known.name,
+            (*known.steps, _view(source)),
+            *_span(target),
+            tuple(target.shape),
+            tuple(target.stride()),
+            _dtype(target),
+        )
+        self._writes.setdefault(storage, []).append(write)
+        return True
+
+    def _cloned(self, source: torch.Tensor, result: Any) -> None:
+        known = self._read.get(_storage(source))
+        if known is None or not isinstance(result, torch.Tensor) or _storage(result) == _storage(source):
+            return
+        if result.is_contiguous() and result.shape == source.shape and result.dtype == source.dtype:
+            self._addresses.append(StorageWeakRef(result.untyped_storage()))  # type: ignore[no-untyped-call]
+            self._read[_storage(result)] = _Read(known.name, (*known.steps, _view(source)))
+
+    def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
+        """The tensors of the checkpoint whose every copy is in a model that is about to be published, by name.
+
+        Args:
+            storages: of the model, by the address of the C++ object: the place in the arena of an address in it.
+        """
+        copies: dict[str, list[Placed]] = {name: [] for name in sorted(self._sources)}
+        lost = set(self._lost)
+        for storage, writes in self._writes.items():
+            place = storages.get(storage)
+            for write in writes:
+                if place is None:
+                    lost.add(write.name)
+                else:
+                    copies[write.name].append(
+                        Placed(write.steps, place(write.address), write.shape, write.stride, write.dtype)
+                    )
+        return {
+            name: Source(*self._sources[name], tuple(sorted(found, key=lambda placed: placed.offset_bytes)))
+            for name, found in copies.items()
+            if found and name not in lost
+        }
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last address (exclusive) of its elements."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (int(last) + 1) * tensor.element_size()
+
+
+def _view(tensor: torch.Tensor) -> View:
+    return View(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
