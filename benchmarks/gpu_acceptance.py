@@ -429,11 +429,13 @@ def main() -> None:
         )
         print(f"model made in {time.perf_counter() - started:.0f} s", flush=True)
     run = Run(args.model, args.out)
-    if "costs" in args.only:
+    if {"costs", "costs-8b"} & set(args.only):
         matrix.ready(on_gpu=True)
     try:
         if "eager" in args.only:
             compare(run, "eager", "--eager")
+        if "costs-8b" in args.only:
+            costs(run, args.model)
         if "costs" in args.only:
             from benchmarks.attach_cost import write_model
 

@@ -453,24 +453,26 @@ class TestLoading:
             lambda m: m.matrix.fill(9),
             lambda m: setattr(type(m.shared), "common", 2),
             lambda m: type(m.shared).objects.update(a=Box(1)),
+            lambda m: setattr(type(m.mapping), "common", 2),
         ],
         ids=[
             *("hook", "known hook", "key", "name", "function", "object", "module", "opaque"),
-            *("weak", "iterator", "memory", "matrix", "class", "dict"),
+            *("weak", "iterator", "memory", "matrix", "class", "dict", "class of a dict"),
         ],
     )
     def test_what_cannot_be_described_is_refused_by_name(self, load: Change) -> None:
         """The publisher says what it is, and nobody gets a guess."""
         shared = type("Shared", (), {"common": 1, "objects": {}})
+        mapping = type("Mapping", (dict,), {"common": 1})
 
         def build(m: Model, flag: float) -> None:
-            m.opaque, m.shared, m.table = object(), shared(), {"a": Box(1)}
+            m.opaque, m.shared, m.mapping, m.table = object(), shared(), mapping(a=1), {"a": Box(1)}
             m.weak, m.iterator, m.memory = weakref.ref(m.first), iter([1, 2]), memoryview(bytearray(2))
             m.matrix = np.zeros(2).view(np.recarray)
 
         publish(build)
         named = r"_forward_hooks|table\[|not a name|function|helper|third|opaque|weak|iterator|memory|matrix"
-        named += r"|Shared\.(common|objects)"
+        named += r"|Shared\.(common|objects)|Mapping\.common"
         with pytest.raises(NotShareableError, match=named):
             publish(build, load)
 
