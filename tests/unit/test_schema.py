@@ -67,6 +67,7 @@ def test_every_method_of_the_service_has_a_callable_of_its_kind() -> None:
     assert made == {
         "/vllm_companion.v1.Companion/Attach": "unary_stream",
         "/vllm_companion.v1.Companion/Publish": "stream_unary",
+        "/vllm_companion.v1.Companion/Sleep": "unary_unary",
         "/vllm_companion.v1.Companion/Status": "unary_unary",
         "/vllm_companion.v1.Companion/Watch": "unary_stream",
         "/vllm_companion.v1.Companion/Unload": "unary_unary",

@@ -28,14 +28,16 @@ def let_write(model: nn.Module) -> None:
             patches.RELOAD.apply(_reload)
             break
     if hasattr(model, "load_weights") and "load_weights" not in vars(model):
-        inner: Callable[..., Any] = getattr(model, "load_weights")  # noqa: B009 - torch says it may be a tensor
+        patches.LIVE_WEIGHTS.on_for_good(model, _load_weights)
 
-        @functools.wraps(inner)
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            about_to_write("load_weights")
-            return inner(*args, **kwargs)
 
-        object.__setattr__(model, "load_weights", load_weights)
+def _load_weights(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        about_to_write("load_weights")
+        return inner(*args, **kwargs)
+
+    return load_weights
 
 
 def about_to_write(by: str) -> None:
