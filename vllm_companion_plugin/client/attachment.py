@@ -183,7 +183,8 @@ class Attachment:
         self._clones += clones
 
     def renew(self) -> None:
-        """Give what was cloned the arena's bytes again, as they are mapped now."""
+        """Give what was cloned the arena's bytes again, as they are mapped now. Raises `ArenaError` if it is asleep."""
+        self._check_awake()
         self.views().renew(self._clones)
 
     # ---- sleeping
@@ -221,9 +222,11 @@ class Attachment:
             Where the bytes are from now on: "device", "host" or "nowhere".
 
         Raises:
-            ArenaError: this kind of memory cannot leave its addresses, or there is no host memory for the copy.
+            ArenaError: it is asleep, this kind of memory cannot leave its addresses, or there is no host memory for
+                the copy.
             CompanionError: the companion does not answer, or refuses.
         """
+        self._check_awake()
         kind = arenas.KINDS[self.held.arena.kind]
         if not kind.can_remap:
             raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
@@ -295,10 +298,13 @@ class Attachment:
             slept at level 2, as vLLM has it: what is in it is anything.
 
         Raises:
+            ArenaError: it is awake.
             LayoutError: what was loaded meanwhile under this key is laid out differently.
             IntegrityError: the bytes are not what was published.
             CompanionError: as `Lease.wait`, `bring_back` and `load`. This stays asleep, and can be woken again.
         """
+        if not self.asleep:
+            raise ArenaError(f"{self.label} is awake.")
         if self._is_private:
             return self._wake_private()
         source = "device"
@@ -348,6 +354,10 @@ class Attachment:
         self._asleep = False
         return source
 
+    def _check_awake(self) -> None:
+        if self.asleep:
+            raise ArenaError(f"{self.label} sleeps: there is no memory at its addresses.")
+
     def _drop_backup(self) -> None:
         if self._backup is not None:
             self._backup[1].close()
@@ -381,8 +391,7 @@ class Attachment:
         Raises:
             ArenaError: it is asleep, or there is no memory for a copy; nothing has changed, or it may be tried again.
         """
-        if self.asleep:
-            raise ArenaError(f"{self.label} sleeps, so nothing can be written to it.")
+        self._check_awake()
         if self._is_private:
             return
         lease = self.lease
