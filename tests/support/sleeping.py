@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.support.place import Place
-from tests.support.publishing import CPU
+from tests.support.publishing import CPU, Small
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
@@ -105,6 +105,13 @@ class Sleeping:
             self.unload()
         if self._connection is not None:
             self._connection.close()
+
+
+def seeded() -> Small:
+    """The same weights in each process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Small()
 
 
 def content(attachment: Attachment) -> bytes:

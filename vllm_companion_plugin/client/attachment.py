@@ -238,7 +238,14 @@ class Attachment:
         if mirror is None or mirror.ended:  # it was unloaded: there is nobody to be told
             return Residence.NOWHERE.value
         mirror.wait_known(KNOWN_TIMEOUT_S)
-        return self._ask_to_sleep(mirror.lease, level, when_asleep)
+        lease = mirror.lease
+        try:
+            return self._ask_to_sleep(lease, level, when_asleep)
+        except CompanionUnavailableError:
+            if not lease.lost.wait(KNOWN_TIMEOUT_S):
+                raise  # it lives, and does not answer
+            mirror.wait_known(KNOWN_TIMEOUT_S)
+            return self._ask_to_sleep(mirror.lease, level, when_asleep)
 
     def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
         where = lease.fall_asleep(level, when_asleep, self._leave_copy)
