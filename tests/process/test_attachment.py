@@ -16,6 +16,7 @@ import torch
 from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small
 from tests.support.sleeping import Sleeping, clone, content, write
+from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Granted, Lease
 from vllm_companion_plugin.core.identity import EntryKey
@@ -444,7 +445,10 @@ class TestLoadAgain:
         assert sleeping.wake(one) == "checkpoint"
         assert one.generation == 2
         assert content(one) != before
+        assert one.is_stale
+        one.renew()
         assert bytes(copied.numpy()) == content(one)[: copied.numel()]
+        assert not one.is_stale
 
     def test_waits_for_another_that_loads(self, alone: Sleeping, place: Place) -> None:
         """With progress, and no longer than it shall; when the loader dies, it loads."""
@@ -473,6 +477,20 @@ class TestLoadAgain:
 
 
 class TestBringBack:
+    def test_newcomer(self, sleeping: Sleeping) -> None:
+        """Somebody who attaches while the entry is parked brings it back; whoever only reads does so, too."""
+        one = sleeping.attach()
+        expected, generation = content(one), one.generation
+        assert sleeping.sleep(one, 1) == "host"
+        newcomer = sleeping.attach()
+        assert (content(newcomer), newcomer.generation, sleeping.loads) == (expected, generation, 1)
+        assert sleeping.sleep(newcomer, 1) == "host"
+        client = CompanionClient("cpu", runtime_dir=sleeping.settings.runtime_dir)
+        with client.attach(sleeping.key.model) as reader:
+            assert content(reader) == expected
+            assert sleeping.wake(one) == "device"
+            assert sleeping.wake(newcomer) == "device"
+
     def test_waker_dies(self, alone: Sleeping, place: Place) -> None:
         """In the middle, before it has published: the copy is still there, and another wakes from it."""
         one = alone.attach()

@@ -59,7 +59,12 @@ class Sleeping:
         """One more attachment, which loads if nobody has."""
         lease = self.connection().attach(self.key, may_load=True, client_name=NAME)
         outcome = lease.wait(self.settings.wait_timeout_s)
-        made = Attachment.open("cpu", CPU, lease, outcome) if isinstance(outcome, Ready) else self.load(lease, outcome)
+        if isinstance(outcome, Ready):
+            made = Attachment.open("cpu", CPU, lease, outcome)
+        elif outcome.parked is not None:
+            made = Attachment.bring_back("cpu", CPU, lease, outcome, self.connection(), verify="full")
+        else:
+            made = self.load(lease, outcome)
         made.mirror(self.settings, NAME)
         self.attachments.append(made)
         return made

@@ -59,6 +59,9 @@ class Attachment:
         held: what the next companion is told if this one dies; an attribute, too.
         arena: mapped; owned from now on.
         manifest: the module tree that is in it; an attribute, too.
+
+    Attributes:
+        is_stale: whether what is mapped is another generation than what was cloned, since it woke.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Attachment:
         self._backup: tuple[ArenaInfo, arenas.Descriptors] | None = None
         self._asleep = False
         self._is_private = False
+        self.is_stale = False
         self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
@@ -103,15 +107,33 @@ class Attachment:
             TicketError, CompanionUnavailableError: the companion did not give the descriptors.
             ArenaError: the memory cannot be mapped.
         """
-        manifest = manifest_from_bytes(ready.manifest)
-        check_manifest_fits(manifest, ready.arena)
-        check_dtypes(manifest)
-        if stage is not None and manifest.stage is not stage:
-            raise ManifestError(
-                f"{ready.key.title} was published {manifest.stage.value}; {device_id} needs {stage.value}."
-            )
+        manifest = _checked_manifest(ready, device_id, stage)
         arena = arenas.open_arena(ready.arena, ready.redeem(), device.index)
         held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
+        return cls(device_id, device, lease, held, arena, manifest)
+
+    @classmethod
+    def bring_back(
+        cls,
+        device_id: str,
+        device: torch.device,
+        lease: Lease,
+        granted: Granted,
+        connection: CompanionConnection,
+        *,
+        verify: str,
+        stage: Stage | None = None,
+    ) -> Attachment:
+        """As `open`, of an entry that is in host memory alone: copy it to the device for all who ask for it.
+
+        Raises:
+            ManifestError, TicketError, CompanionUnavailableError: as `open`.
+            ArenaError: there is not so much memory on the device; the entry stays in host memory.
+            IntegrityError: the copy is damaged, and was dropped.
+        """
+        assert granted.parked is not None
+        manifest = _checked_manifest(granted.parked.entry, device_id, stage)
+        held, arena = bring_back(connection, granted, granted.parked, device, verify)
         return cls(device_id, device, lease, held, arena, manifest)
 
     @property
@@ -186,6 +208,7 @@ class Attachment:
         """Give what was cloned the arena's bytes again, as they are mapped now. Raises `ArenaError` if it is asleep."""
         self._check_awake()
         self.views().renew(self._clones)
+        self.is_stale = False
 
     # ---- sleeping
 
@@ -295,6 +318,8 @@ class Attachment:
     ) -> str:
         """Map the memory at its addresses again, wherever its bytes are by now.
 
+        What was cloned has the bytes of before, as its own memory may not be there yet. If `is_stale`, `renew` it then.
+
         Args:
             load: loads and publishes the entry; called if nobody has it any more. It owns the lease, and what it
                 returns is closed when this process maps the entry.
@@ -314,7 +339,7 @@ class Attachment:
             raise ArenaError(f"{self.label} is awake.")
         if self._is_private:
             return self._wake_private()
-        source = "device"
+        source, generation = "device", self.generation
         loaded = ExitStack()
         while True:
             lease = connection.attach(
@@ -346,6 +371,7 @@ class Attachment:
                 raise
             self.held, self.lease, self._mirror = replace(held, fds=self.arena.fds), lease, mirror
             self._asleep = False
+            self.is_stale |= held.generation != generation
             if self._sleeper is not None:
                 self._sleeper.close()
                 self._sleeper = None
@@ -380,9 +406,7 @@ class Attachment:
             )
         self.arena.map_again(held.arena, fds)
         if held.generation != self.held.generation:
-            views = self.views()
-            Verification(views, held.arena, settings.verify, self.device).check(self.manifest, self.label)
-            views.renew(self._clones)
+            Verification(self.views(), held.arena, settings.verify, self.device).check(self.manifest, self.label)
 
     # ---- writing
 
@@ -450,6 +474,16 @@ class Attachment:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checked_manifest(ready: Ready, device_id: str, stage: Stage | None) -> Manifest:
+    """The manifest of an entry that is about to be mapped. Raises `ManifestError` as `Attachment.open`."""
+    manifest = manifest_from_bytes(ready.manifest)
+    check_manifest_fits(manifest, ready.arena)
+    check_dtypes(manifest)
+    if stage is not None and manifest.stage is not stage:
+        raise ManifestError(f"{ready.key.title} was published {manifest.stage.value}; {device_id} needs {stage.value}.")
+    return manifest
 
 
 def tensors_by_name(manifest: Manifest, views: ArenaViews) -> dict[str, torch.Tensor]:

@@ -72,6 +72,7 @@ def _wake(inner: Callable[..., None]) -> Callable[..., None]:
         except BaseException:
             live.sleep_again(awake, client_name())
             raise
+        live.renew_stale(awake)
 
     return wake_up
 
@@ -138,7 +139,9 @@ def _wake_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def wake_up(self: Any, tags: Sequence[str] | None = None) -> None:
         wanted = current().models() if tags is None or WEIGHTS in tags else []
-        if not live.wake(wanted, _connect, client_name()):
+        awake = live.wake(wanted, _connect, client_name())
+        if not awake:
             inner(self, tags)
+        live.renew_stale(awake)
 
     return wake_up
