@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -83,11 +84,11 @@ class Walk:
         elif what == "kill companion":
             pid = self.place.companion_pid()
             if pid and alive(pid):
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
         elif what == "start client" and len(self.clients) < 3:
             what = f"start client {self.start_client()}"
         elif what == "kill client" and self.clients:
-            os.kill(self.clients.pop(self.random.randrange(len(self.clients))), signal.SIGKILL)
+            kill(self.clients.pop(self.random.randrange(len(self.clients))))
         elif what == "unload":
             self.insist(self.sleeping.unload)
         else:
@@ -163,9 +164,14 @@ class Walk:
 
     def close(self) -> None:
         for pid in self.clients:
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
         self.nursery.kill()
         self.sleeping.close()
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # one that wakes kills itself
+        os.kill(pid, signal.SIGKILL)
 
 
 def descriptors() -> list[str]:
