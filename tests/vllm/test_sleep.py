@@ -134,12 +134,21 @@ def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
     writer.do("sleep", 1)
     writer.do("wake")
     assert writer.do("tokens") == theirs
-    writer.do("load", own)
+    writer.do("reload")  # by vLLM, as it has been written to
+    assert writer.do("tokens") == expected
+    writer.do("sleep", 2)
+    writer.do("wake", ["weights"])
+    writer.do("reload")
+    writer.do("wake", ["kv_cache"])
     assert writer.do("tokens") == expected
     writer.do("sleep", 2)
     writer.do("wake")
     writer.do("load", others)
     assert writer.do("tokens") == theirs
+    for path, tokens in ((own, expected), (others, theirs)):
+        writer.do("reload_from", path)
+        assert writer.do("tokens") == tokens
+    assert writer.do("state")[1::2] == [True, address]
     reader.do("sleep", 2)
     reader.do("wake")
     assert reader.do("tokens") == expected

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.logger import init_logger
 
+from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import live
+from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import patches
 
@@ -52,17 +55,24 @@ def _free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def _processed_as_before(model: nn.Module, models: list[live.LiveModel]) -> AbstractContextManager[None]:
+    """While open, vLLM processes what it reloads as it was processed when it was shared, so that it has that form."""
+    if any(each.attachment.manifest.stage is Stage.UNPROCESSED for each in models):
+        return process_privately(model, models[0].settings)
+    return nullcontext()
+
+
 def _reload(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         models = current().models()
         # What an engine has written to memory of its own, only vLLM knows how to undo.
-        if not models or any(model.attachment.is_private for model in models):
-            inner(self, *args, **kwargs)
-            return
-        if args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None:
+        is_private = any(model.attachment.is_private for model in models)
+        others = args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None
+        if others or is_private or not models:
             about_to_write("reload_weights")
-            inner(self, *args, **kwargs)
+            with _processed_as_before(self.model_runner.model, models):
+                inner(self, *args, **kwargs)
             return
         live.renew(models)
         for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
