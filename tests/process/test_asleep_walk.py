@@ -19,7 +19,7 @@ from tests.support.place import KEY, Place, alive, until
 from tests.support.sleeping import Sleeping, content, seeded, write
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.core.residency import WhenAsleep
-from vllm_companion_plugin.errors import CompanionUnavailableError, LeaseLostError
+from vllm_companion_plugin.errors import CompanionUnavailableError, LeaseLostError, TicketError
 
 T = TypeVar("T")
 
@@ -80,7 +80,8 @@ class Walk:
             self.begin_anew(number)
         elif what == "stay awake" and not attachment.asleep and not attachment.is_private:
             attachment.fall_asleep(self.random.choice((1, 2)), self.random.choice(list(WhenAsleep)))
-            attachment.stay_awake()
+            with contextlib.suppress(LeaseLostError):  # it was unloaded a moment ago
+                attachment.stay_awake()
         elif what == "kill companion":
             pid = self.place.companion_pid()
             if pid and alive(pid):
@@ -104,7 +105,7 @@ class Walk:
         while True:
             try:
                 return act()
-            except (CompanionUnavailableError, LeaseLostError):
+            except (CompanionUnavailableError, LeaseLostError, TicketError):
                 assert asleep is None or asleep.asleep
                 assert time.monotonic() < late
                 time.sleep(0.02)
@@ -211,19 +212,19 @@ def go(walk: Walk, steps: int) -> None:
         walk.step()
     until(lambda: count_others() <= others + SOCKETS, 10, "connections are given back")
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= lines + STACKS
-    assert {"device", "host", "checkpoint", "kill companion", "privatize", "stay awake", "unload"} <= walk.counts.keys()
-    assert {f"start client {what}" for what in CLIENTS} <= walk.counts.keys()
 
 
 @pytest.mark.parametrize("walk", [1], indirect=True)
 def test_walk(walk: Walk) -> None:
     """After each step every byte is right, and there are as many descriptors and mappings as who is awake needs."""
-    go(walk, 1000)
+    go(walk, 300)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("walk", range(2, 12), indirect=True)
 def test_more_walks(walk: Walk) -> None:
-    """The same from other seeds."""
+    """The same, for longer and from other seeds; every kind of step is among them."""
     go(walk, 1000)
+    assert {"device", "host", "checkpoint", "kill companion", "privatize", "stay awake", "unload"} <= walk.counts.keys()
+    assert {f"start client {what}" for what in CLIENTS} <= walk.counts.keys()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.place import Place
+from tests.support.place import Place, alive, until
 from tests.vllm.conftest import entries
 from tests.vllm.test_replace import pair
 from tests.vllm.test_turns import Process, start
 from vllm_companion_plugin.core.status import EntryState, LeaseState
+from vllm_companion_plugin.errors import CompanionError
 
 __all__ = ["start"]
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -152,3 +156,35 @@ def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
     reader.do("sleep", 2)
     reader.do("wake")
     assert reader.do("tokens") == expected
+
+
+def test_companion_dies(place: Place, start: Start, tiny_llama: Path) -> None:
+    """While one sleeps and one is awake, and while both sleep: tokens are right, and what is lost is loaded again."""
+    engines = [Engine(start, str(tiny_llama)) for _ in range(2)]
+    expected = engines[0].do("tokens")
+    assert engines[1].do("tokens") == expected
+    engines[0].do("sleep", 1)
+    kill_companion(place)
+    until(lambda: is_shown(place, EntryState.READY, LeaseState.ASLEEP, LeaseState.ATTACHED), 20, "all are told")
+    engines[0].do("wake")
+    assert [engine.do("tokens") for engine in engines] == [expected] * 2
+    for engine in engines:
+        engine.do("sleep", 1)
+    kill_companion(place)
+    assert sum(engine.log().count("loading them again") for engine in engines) == 0
+    for engine in engines:
+        engine.do("wake")
+        assert engine.do("tokens") == expected
+    assert [engine.log().count("loading them again") for engine in engines] == [1, 0]
+
+
+def kill_companion(place: Place) -> None:
+    pid = place.companion_pid()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid), 5, "it is dead")
+
+
+def is_shown(place: Place, state: EntryState, *leases: LeaseState) -> bool:
+    with contextlib.suppress(CompanionError, ValueError):
+        return shown(place) == (state, [*leases])
+    return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo
 from vllm_companion_plugin.errors import (
     ArenaError,
+    BadRequestError,
     CompanionError,
     CompanionUnavailableError,
     EntryInUseError,
@@ -258,17 +260,17 @@ class Attachment:
         if self.is_private:  # as vLLM does with memory of its own
             self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
             return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
-        if mirror is None or mirror.ended:  # it was unloaded: there is nobody to be told
-            return Residence.NOWHERE.value
-        mirror.wait_known(KNOWN_TIMEOUT_S)
-        lease = mirror.lease
-        try:
-            return self._ask_to_sleep(lease, level, when_asleep)
-        except CompanionUnavailableError:
-            if not lease.lost.wait(KNOWN_TIMEOUT_S):
-                raise  # it lives, and does not answer
-            mirror.wait_known(KNOWN_TIMEOUT_S)
-            return self._ask_to_sleep(mirror.lease, level, when_asleep)
+        late = time.monotonic() + KNOWN_TIMEOUT_S
+        while mirror is not None and not mirror.ended:
+            mirror.wait_known(late - time.monotonic())
+            lease = mirror.lease
+            try:
+                return self._ask_to_sleep(lease, level, when_asleep)
+            except (CompanionUnavailableError, BadRequestError):
+                # It has died, and the next one, that may answer there already, does not know the lease.
+                if not lease.lost.wait(max(0.0, late - time.monotonic())) or time.monotonic() > late:
+                    raise
+        return Residence.NOWHERE.value  # it was unloaded: there is nobody to be told
 
     def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
         where = lease.fall_asleep(level, when_asleep, self._leave_copy)

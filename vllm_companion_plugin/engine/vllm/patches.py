@@ -262,6 +262,7 @@ WAKE_OF_WORKER = Patch(
     reason="vLLM sets the scales of an fp8 KV cache to 1 then; those of the checkpoint come back.",
     link="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner.post_kv_cache_wake_up (0.26)",
     undo=_ENDS,
+    device_type="cuda",
 )
 SLEEP_OF_CPU_WORKER = Patch(
     "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
