@@ -194,6 +194,7 @@ OF_OUR_PROCESSES = {("core.logs", "excepthook"), ("core.process", "setrlimit")}
 OF_OURS = {
     ("engine.attach", "data"),  # of a parameter that is made private
     ("engine.live", "unsleepable"),  # of our own `LiveModel`
+    ("engine.live", "is_stale"),  # of our own `Attachment`
     ("engine.publish", "manifest"),
     ("engine.publish", "reading"),
     ("engine.session", "atexit"),  # of a finalizer that was just made
@@ -204,7 +205,8 @@ OF_OURS = {
     ("engine.vllm.flags", "load_format"),
     ("engine.vllm.flags", "model"),
     ("engine.vllm.flags", "model_loader_extra_config"),
-    ("engine.progress", "n"),  # of a bar
+    ("engine.progress", "bar_format"),  # of a bar
+    ("engine.progress", "n"),
     ("engine.progress", "total"),
     ("engine.vllm.imports", "__loader__"),  # of a module that its own loader is about to execute
     ("engine.vllm.imports", "loader"),  # of the spec that the module's own finder just made
