@@ -88,9 +88,12 @@ def _is_visible(patch: Patch) -> bool:
 
 
 def applies(patch: Patch) -> bool:
-    """Whether this version of vLLM is one of the row's."""
+    """Whether this version of vLLM, and this device, are the row's."""
     import vllm
 
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if patch.device_type not in ("", device_type):
+        return False
     return not patch.before or Version(vllm.__version__).release < Version(patch.before).release
 
 

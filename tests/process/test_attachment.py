@@ -1,68 +1,558 @@
-"""A live attachment: its memory leaves its addresses and comes back, and what is private is renewed."""
+"""A live attachment: it falls asleep, wakes at its addresses wherever its bytes are, and becomes private."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from tests.support.place import Place, until
-from tests.support.publishing import Small, load
+from tests.support.place import KEY, Place, until
+from tests.support.publishing import Small
+from tests.support.sleeping import Sleeping, clone, content, write
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.connection import connect
-from vllm_companion_plugin.errors import ArenaError
+from vllm_companion_plugin.client.connection import Granted, Lease
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import WhenAsleep
+from vllm_companion_plugin.core.status import EntryState, LeaseState, LoaderInfo
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionUnavailableError,
+    LayoutError,
+    WaitTimeoutError,
+)
+from vllm_companion_plugin.memory.kinds import KINDS
+
+AUTO, STAY, PARK, DROP = WhenAsleep
+READY, PARKED, DROPPED = EntryState.READY, EntryState.PARKED, EntryState.DROPPED
+WHERE = {READY: "device", PARKED: "host", DROPPED: "nowhere"}
+SOURCE = {READY: "device", PARKED: "host", DROPPED: "checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def common() -> Iterator[Place]:
+    """A companion for many entries, each of its own test."""
+    root = tempfile.mkdtemp(prefix="vc", dir="/tmp")
+    made = Place(root)
+    try:
+        made.companion()
+        yield made
+    finally:
+        made.clean()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+_numbers = itertools.count(1)
 
 
 @pytest.fixture
-def attached(place: Place) -> Iterator[Attachment]:
-    """One entry of `Small`, attached as a program does; its loader stays."""
+def sleeping(common: Place) -> Iterator[Sleeping]:
+    made = Sleeping.of(common, new_key(), Small())
+    yield made
+    made.close()
+
+
+def new_key() -> EntryKey:
+    number = next(_numbers)
+    return EntryKey(f"{number:064x}", f"test/model-{number}")
+
+
+def states(sleeping: Sleeping) -> tuple[EntryState, list[LeaseState]] | None:
+    entry = sleeping.entry()
+    return (entry.state, sorted((x.state for x in entry.leases), key=lambda x: x.value)) if entry else None
+
+
+# ---- all transitions
+
+OTHERS = ("nobody", "awake", "asleep 1", "asleep 2")
+STARTS = ("shared", "asleep 1", "asleep 2", "private", "private asleep 1", "private asleep 2")
+ACTIONS = (
+    *(f"sleep {level} {wish.value}" for level in (1, 2) for wish in WhenAsleep),
+    *("wake", "renew", "privatize", "close"),
+)
+
+LEFT_BEHIND = {
+    # How the other sleeps, how the last one falls asleep, and what becomes of the entry.
+    ("nobody", "1 auto"): PARKED,
+    ("nobody", "2 auto"): DROPPED,
+    ("asleep 1", "1 auto"): PARKED,
+    ("asleep 1", "2 auto"): PARKED,
+    ("asleep 2", "1 auto"): PARKED,
+    ("asleep 2", "2 auto"): DROPPED,
+} | {
+    (other, f"{level} {wish}"): state
+    for other in ("nobody", "asleep 1", "asleep 2")
+    for level in (1, 2)
+    for wish, state in (("stay", READY), ("park", PARKED), ("drop", DROPPED))
+}
+"""While another one is awake nothing moves."""
+
+GIVEN_UP = {"nobody": None, "awake": READY, "asleep 1": READY, "asleep 2": DROPPED}
+"""What becomes of the entry once one that was awake uses it no more, and it is not kept for others to come.
+
+Nobody is there to make the copy that a sleeper at level 1 wishes for.
+"""
+
+REFUSED = {
+    "asleep": {"sleep": "sleeps", "renew": "sleeps", "privatize": "sleeps"},
+    "awake": {"wake": "is awake"},
+}
+PRIVATE_BYTE = 7
+
+
+class Case:
+    """One attachment in a state, and perhaps another one of the same entry."""
+
+    def __init__(self, sleeping: Sleeping, start: str, other: str) -> None:
+        self.sleeping, self.start, self.other_state = sleeping, start, other
+        self.other: Attachment | None = None
+        self.subject = sleeping.attach()
+        self.expected, self.address = content(self.subject), self.subject.arena.address
+        self.original = self.expected
+        self.clone = clone(self.subject)
+        if other != "nobody":
+            self.other = sleeping.attach()
+        if other.startswith("asleep"):
+            assert sleeping.sleep(self.other, int(other[-1])) == "device"  # type: ignore[arg-type]
+        self.entry: EntryState | None = READY
+        if start.startswith("private"):
+            self.privatize()
+            write(self.subject, PRIVATE_BYTE)
+            self.expected = bytes([PRIVATE_BYTE]) * len(self.original)
+        if start.endswith(("1", "2")):
+            self.sleep(int(start[-1]), AUTO)
+
+    @property
+    def is_asleep(self) -> bool:
+        return "asleep" in self.start
+
+    def sleep(self, level: int, wish: WhenAsleep) -> None:
+        """Fall asleep, and know what comes of it."""
+        where = self.sleeping.sleep(self.subject, level, wish)
+        if self.subject.is_private:
+            assert where == ("host" if level == 1 else "nowhere")
+            self.level = level
+            return
+        self.entry = LEFT_BEHIND.get((self.other_state, f"{level} {wish.value}"), READY)
+        assert where == WHERE[self.entry]
+
+    def privatize(self) -> None:
+        self.subject.privatize(self.sleeping.connection())
+        self.entry = GIVEN_UP[self.other_state]
+
+    def check_status(self) -> None:
+        """The companion shows the entry where its bytes are, and who sleeps."""
+        leases = [] if self.other is None else [self.lease_state(self.other)]
+        if not self.subject.is_private and self.subject.in_use:
+            leases.append(self.lease_state(self.subject))
+        expected = (self.entry, sorted(leases, key=lambda x: x.value)) if self.entry is not None else None
+        until(lambda: states(self.sleeping) == expected, 5, f"{expected}, not {states(self.sleeping)}")
+
+    @staticmethod
+    def lease_state(attachment: Attachment) -> LeaseState:
+        return LeaseState.ASLEEP if attachment.asleep else LeaseState.ATTACHED
+
+    def check_bytes(self, attachment: Attachment, expected: bytes) -> None:
+        assert not attachment.asleep
+        assert content(attachment) == expected
+
+    def wake_subject(self) -> None:
+        loads = self.sleeping.loads
+        source = self.sleeping.wake(self.subject)
+        if self.subject.is_private:
+            assert source == ("host" if self.level == 1 else "nowhere")
+            if self.level == 1:
+                self.check_bytes(self.subject, self.expected)
+            write(self.subject, PRIVATE_BYTE)  # after level 2 it holds anything, and can be written to
+        else:
+            assert self.entry is not None
+            assert source == SOURCE[self.entry]
+            assert self.sleeping.loads - loads == (source == "checkpoint")
+            self.entry = READY
+        self.check_bytes(self.subject, self.expected)
+        assert self.subject.arena.address == self.address
+
+    def finish(self) -> None:
+        """Whatever happened, who sleeps can wake, with its bytes."""
+        if self.subject.in_use and self.subject.asleep:
+            self.wake_subject()
+            self.check_status()
+        elif self.subject.in_use:
+            self.check_bytes(self.subject, self.expected)
+        if self.other is not None:
+            if self.other.asleep:
+                self.sleeping.wake(self.other)
+            self.check_bytes(self.other, self.original)
+
+
+def expected_error(start: str, action: str) -> str | None:
+    return REFUSED["asleep" if "asleep" in start else "awake"].get(action.split()[0])
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("start", STARTS)
+class TestTransitions:
+    """From each state, each thing that can be asked for, beside each kind of another attachment."""
+
+    def test_all(self, common: Place, start: str, other: str) -> None:
+        """State, bytes, addresses and status are those of the tables above, or there is the typed error."""
+        for action in ACTIONS:
+            sleeping = Sleeping.of(common, new_key(), Small())
+            try:
+                self.check(Case(sleeping, start, other), action)
+            finally:
+                sleeping.close()
+
+    @staticmethod
+    def check(case: Case, action: str) -> None:
+        case.check_status()
+        subject, before = case.subject, case.subject.is_private
+        match = expected_error(case.start, action)
+        if match is not None:
+            with pytest.raises(ArenaError, match=match):
+                ask(case, action)
+            assert (subject.asleep, subject.is_private) == (case.is_asleep, before)
+        else:
+            ask(case, action)
+            if subject.in_use:
+                assert subject.asleep == action.startswith("sleep")
+            assert subject.is_private == (before or action == "privatize")
+        case.check_status()
+        case.finish()
+
+
+def ask(case: Case, action: str) -> None:
+    name, *rest = action.split()
+    if name == "sleep":
+        case.sleep(int(rest[0]), WhenAsleep(rest[1]))
+    elif name == "wake":
+        case.wake_subject()
+    elif name == "renew":
+        case.clone.fill_(3)
+        case.subject.renew()
+        assert bytes(case.clone.numpy()) in case.expected
+    elif name == "privatize":
+        case.privatize()
+        write(case.subject, PRIVATE_BYTE)
+        case.expected = bytes([PRIVATE_BYTE]) * len(case.original)
+    else:
+        case.subject.close()
+        assert not case.subject.in_use
+        if case.start == "shared" and case.other is not None:
+            case.entry = GIVEN_UP[case.other_state]
+        elif case.entry is DROPPED and case.other is None:
+            case.entry = None
+
+
+# ---- what happens to companions, loaders and other clients meanwhile
+
+
+@pytest.fixture
+def alone(place: Place) -> Iterator[Sleeping]:
+    """With a companion that may be killed."""
     place.companion()
-    with connect("cpu", place.settings, spawn=False) as connection:
-        load(connection, Small())
-        with CompanionClient("cpu", runtime_dir=place.settings.runtime_dir).attach("test/model") as made:
-            yield made
+    made = Sleeping.of(place, KEY, Small())
+    yield made
+    made.close()
 
 
-class TestMemory:
-    def test_leaves_and_comes_back(self, attached: Attachment) -> None:
-        """Tensors view the same addresses, with the same bytes, as often as one likes."""
-        tensor = attached.tensors["embed.weight"]
-        before, address = tensor.clone(), tensor.data_ptr()
-        for _ in range(20):
-            attached.unmap()
-            attached.map_again()
-        assert tensor.data_ptr() == address
-        assert torch.equal(tensor, before)
+def kill_companion(place: Place, sleeping: Sleeping) -> None:
+    """And wait until everybody knows."""
+    place.processes[0].kill()
+    place.processes[0].wait(5)
+    leases = [attachment.lease for attachment in sleeping.attachments]
+    until(lambda: all(lease.lost.is_set() for lease in leases), 5, "all know")
 
-    def test_stays_held_meanwhile(self, attached: Attachment, place: Place) -> None:
-        """The companion dies while nothing is mapped: the entry is handed back, and comes back."""
-        before = attached.tensors["embed.weight"].clone()
-        attached.unmap()
-        place.processes[0].kill()
-        assert attached.lease.lost.wait(5)
-        until(lambda: not attached.lost, 20, "it is handed back")
-        attached.map_again()
-        assert torch.equal(attached.tensors["embed.weight"], before)
 
-    def test_is_gone_once_it_was_unloaded(self, attached: Attachment, place: Place) -> None:
-        """Nobody could map it again, and the error says so."""
-        attached.unmap()
-        with connect("cpu", place.settings, spawn=False) as connection:
-            connection.unload(model="test/model", force=True)
-        until(lambda: attached._mirror is not None and attached._mirror.ended, 10, "the client is told")
-        with pytest.raises(ArenaError, match=r"test/model .* was unloaded"):
-            attached.map_again()
+class TestCompanionDies:
+    def test_all_asleep(self, alone: Sleeping, place: Place) -> None:
+        """What only it held is lost: who wakes loads again, and says so; the other one maps that."""
+        first, second = alone.attach(), alone.attach()
+        expected = content(first)
+        for attachment in (first, second):
+            alone.sleep(attachment, 1)
+        kill_companion(place, alone)
+        assert alone.wake(first) == "checkpoint"
+        assert alone.loads == 2
+        assert alone.wake(second) == "device"
+        assert content(first) == content(second) == expected
+
+    def test_sleepers_are_told_to_the_next(self, alone: Sleeping, place: Place) -> None:
+        """It shows them, and knows that the entry is nowhere; nobody starts it for their sake."""
+        attachments = [alone.attach(), alone.attach()]
+        alone.sleep(attachments[0], 2)
+        alone.sleep(attachments[1], 1)
+        kill_companion(place, alone)
+        with pytest.raises(AssertionError, match="not within"):
+            until(lambda: place.companion_pid() != place.processes[0].pid, 1.5, "nobody starts one")
+        place.companion()
+        told = (DROPPED, [LeaseState.ASLEEP] * 2)
+        until(lambda: states(alone) == told, 10, "the next companion is told")
+        assert alone.wake(attachments[1]) == "checkpoint"
+        assert states(alone) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
+        alone.sleep(attachments[1], 2)
+        assert states(alone) == told
+
+    def test_another_is_awake(self, alone: Sleeping, place: Place) -> None:
+        """It hands the entry back, and who sleeps wakes from there, in the same generation."""
+        sleeper, awake = alone.attach(), alone.attach()
+        expected, generation = content(awake), awake.generation
+        alone.sleep(sleeper, 2)
+        kill_companion(place, alone)
+        until(lambda: not awake.lost, 20, "it is handed back")
+        until(lambda: states(alone) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED]), 10, "the sleeper is told")
+        assert alone.wake(sleeper) == "device"
+        assert (alone.loads, sleeper.generation) == (1, generation)
+        assert content(sleeper) == content(awake) == expected
+
+    def test_while_one_falls_asleep(self, alone: Sleeping, place: Place) -> None:
+        """Who was told to sleep and is not asked any more is awake; it falls asleep beside the next companion."""
+        one = alone.attach()
+        expected = content(one)
+        assert one.fall_asleep(1, AUTO) == "host"
+        kill_companion(place, alone)
+        one.stay_awake()
+        assert not one.asleep
+        until(lambda: states(alone) == (READY, [LeaseState.ATTACHED]), 10, "the next companion has it")
+        assert alone.sleep(one, 1) == "host"
+        assert alone.wake(one) == "host"
+        assert content(one) == expected
+
+
+class TestUnloaded:
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_asleep(self, sleeping: Sleeping, level: int) -> None:
+        """Forced while all sleep: whoever wakes loads."""
+        one = sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, level)
+        sleeping.unload()
+        assert sleeping.wake(one) == "checkpoint"
+        assert content(one) == expected
+
+    def test_awake(self, sleeping: Sleeping) -> None:
+        """It can sleep all the same; nobody else has the bytes."""
+        one = sleeping.attach()
+        expected = content(one)
+        sleeping.unload()
+        until(lambda: one._mirror is not None and one._mirror.ended, 5, "the client is told")
+        assert sleeping.sleep(one, 1) == "nowhere"
+        assert sleeping.wake(one) == "checkpoint"
+        assert content(one) == expected
+
+
+class TestStayAwake:
+    @pytest.mark.parametrize(("level", "where"), [(1, "host"), (2, "nowhere")])
+    @pytest.mark.parametrize("other", [False, True])
+    def test_takes_it_back(self, sleeping: Sleeping, level: int, where: str, other: bool) -> None:
+        """The bytes were never unmapped, and the companion has them again."""
+        one = sleeping.attach()
+        expected = content(one)
+        if other:
+            sleeping.attach()
+        assert one.fall_asleep(level, AUTO) == ("device" if other else where)
+        one.stay_awake()
+        known = (READY, [LeaseState.ATTACHED] * (1 + other))
+        until(lambda: states(sleeping) == known, 5, f"{known}, not {states(sleeping)}")
+        assert content(one) == expected
+        entry = sleeping.entry()
+        assert entry is not None
+        copies = one.size_bytes if (level, other) == (1, False) else 0  # it stays as long as the generation
+        assert (sleeping.loads, entry.generation, entry.host_bytes) == (1, one.generation, copies)
+        other_one = sleeping.attach()
+        assert content(other_one) == expected
+
+    def test_no_copy(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without memory for the copy nothing has changed, and it can be tried again."""
+        one = sleeping.attach()
+
+        def fails(*_: object) -> Any:
+            raise ArenaError("No host memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(KINDS["memfd"]), "to_host", fails)
+            with pytest.raises(ArenaError, match="No host memory"):
+                one.fall_asleep(1, AUTO)
+        assert states(sleeping) == (READY, [LeaseState.ATTACHED])
+        assert content(one)
+        assert sleeping.sleep(one, 1) == "host"
+
+
+class Loads:
+    """A `load` that does what a test says."""
+
+    def __init__(self, sleeping: Sleeping, *errors: BaseException) -> None:
+        self.sleeping, self.errors, self.calls = sleeping, list(errors), 0
+
+    def __call__(self, lease: Lease, granted: Granted) -> Attachment:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return self.sleeping.load(lease, granted)
+
+
+class TestLoadAgain:
+    def wake(self, sleeping: Sleeping, attachment: Attachment, load: Callable[..., Attachment]) -> str:
+        return attachment.wake(sleeping.connection(), sleeping.settings, "sleeper", load)
+
+    def test_fails(self, sleeping: Sleeping) -> None:
+        """It stays asleep, others may try, and so may it."""
+        one, two = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        for attachment in (one, two):
+            sleeping.sleep(attachment, 2)
+        load = Loads(sleeping, ArenaError("no room: 3 of 5 GiB"))
+        with pytest.raises(ArenaError, match="no room: 3 of 5 GiB"):
+            self.wake(sleeping, one, load)
+        assert one.asleep
+        until(lambda: states(sleeping) == (DROPPED, [LeaseState.ASLEEP] * 2), 5, "both sleep")
+        assert self.wake(sleeping, two, load) == "checkpoint"
+        assert self.wake(sleeping, one, load) == "device"
+        assert load.calls == 2
+        assert content(one) == content(two) == expected
+
+    def test_another_layout(self, sleeping: Sleeping) -> None:
+        """What was loaded cannot take the place: it sleeps, and wakes once the entry is what it was."""
+        one = sleeping.attach()
+        expected, model = content(one), sleeping.model
+        sleeping.sleep(one, 2)
+        sleeping.model = torch.nn.Linear(5, 5)
+        for _ in range(2):
+            with pytest.raises(LayoutError, match=r"test/model-\d+ .* generation \d, and is laid out differently"):
+                sleeping.wake(one)
+            assert one.asleep
+        sleeping.model = model
+        sleeping.unload()
+        assert sleeping.wake(one) == "checkpoint"
+        assert content(one) == expected
+
+    def test_other_bytes(self, sleeping: Sleeping) -> None:
+        """Of the same layout: they come to the same addresses, are proved, and what is private is renewed."""
+        one = sleeping.attach()
+        copied, before = clone(one), content(one)
+        sleeping.sleep(one, 2)
+        with torch.no_grad():
+            sleeping.model.turned.add_(1)
+            sleeping.model.embed.weight.add_(1)
+        assert sleeping.wake(one) == "checkpoint"
+        assert one.generation == 2
+        assert content(one) != before
+        assert one.is_stale
+        one.renew()
+        assert bytes(copied.numpy()) == content(one)[: copied.numel()]
+        assert not one.is_stale
+
+    def test_waits_for_another_that_loads(self, alone: Sleeping, place: Place) -> None:
+        """With progress, and no longer than it shall; when the loader dies, it loads."""
+        one = alone.attach()
+        expected = content(one)
+        alone.sleep(one, 2)
+        loader = place.client("another", "attach")
+        assert loader.stdout is not None
+        assert [loader.stdout.readline() for _ in range(2)] == ["connected\n", "granted\n"]
+        waited: list[LoaderInfo] = []
+        hurried = replace(alone.settings, wait_timeout_s=0.3)
+        with pytest.raises(WaitTimeoutError, match=rf"another \(pid {loader.pid}\)"):
+            one.wake(alone.connection(), hurried, "sleeper", alone.load, waited.append)
+        assert one.asleep
+        assert {info.pid for info in waited} == {loader.pid}
+        sources: list[str] = []
+        thread = threading.Thread(target=lambda: sources.append(alone.wake(one, waited.append)))
+        del waited[:]
+        thread.start()
+        until(lambda: waited, 5, "it waits")
+        assert thread.is_alive()
+        loader.kill()
+        thread.join(10)
+        assert sources == ["checkpoint"]
+        assert content(one) == expected
+
+
+class TestBringBack:
+    def test_newcomer(self, sleeping: Sleeping) -> None:
+        """Somebody who attaches while the entry is parked brings it back; whoever only reads does so, too."""
+        one = sleeping.attach()
+        expected, generation = content(one), one.generation
+        assert sleeping.sleep(one, 1) == "host"
+        newcomer = sleeping.attach()
+        assert (content(newcomer), newcomer.generation, sleeping.loads) == (expected, generation, 1)
+        assert sleeping.sleep(newcomer, 1) == "host"
+        client = CompanionClient("cpu", runtime_dir=sleeping.settings.runtime_dir)
+        with client.attach(sleeping.key.model) as reader:
+            assert content(reader) == expected
+            assert sleeping.wake(one) == "device"
+            assert sleeping.wake(newcomer) == "device"
+
+    def test_waker_dies(self, alone: Sleeping, place: Place) -> None:
+        """In the middle, before it has published: the copy is still there, and another wakes from it."""
+        one = alone.attach()
+        expected = content(one)
+        assert alone.sleep(one, 1) == "host"
+        waker = place.client("another", "attach")
+        assert waker.stdout is not None
+        assert [waker.stdout.readline() for _ in range(2)] == ["connected\n", "granted\n"]
+        assert states(alone) == (EntryState.LOADING, [LeaseState.ASLEEP, LeaseState.LOADING])
+        waker.kill()
+        until(lambda: states(alone) == (PARKED, [LeaseState.ASLEEP]), 5, "it is parked again")
+        assert alone.wake(one) == "host"
+        assert (alone.loads, content(one)) == (1, expected)
+
+    def test_publishing_fails(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It stays asleep, and can be woken again."""
+        from vllm_companion_plugin.client.publication import Publication
+
+        one = sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, 1)
+
+        def fails(*_: object) -> Any:
+            raise CompanionUnavailableError("gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Publication, "hand_back", fails)
+            with pytest.raises(CompanionError, match="gone"):
+                sleeping.wake(one)
+        assert one.asleep
+        until(lambda: states(sleeping) == (PARKED, [LeaseState.ASLEEP]), 5, "it is parked again")
+        assert sleeping.wake(one) == "host"
+        assert content(one) == expected
 
 
 class TestPrivate:
-    def test_is_renewed(self, attached: Attachment) -> None:
+    def test_is_renewed(self, sleeping: Sleeping) -> None:
         """A clone gets the arena's bytes again, whatever was written to it."""
-        views, first = attached.views(), attached.manifest.storages[0]
-        clone = views.bytes_at(first.offset_bytes, first.size_bytes).clone()
-        attached.keep_private([(first.offset_bytes, clone)])
-        clone.zero_()
-        attached.renew()
-        assert torch.equal(clone, views.bytes_at(first.offset_bytes, first.size_bytes))
-        assert clone.count_nonzero()
+        one = sleeping.attach()
+        made = clone(one)
+        expected = bytes(made.numpy())
+        made.zero_()
+        one.renew()
+        assert bytes(made.numpy()) == expected
+        assert any(expected)
+
+    def test_tensors_stay(self, sleeping: Sleeping) -> None:
+        """What viewed the shared memory views the private one, and can be written to."""
+        one, other = sleeping.attach(), sleeping.attach()
+        tensor, expected = one.tensors["embed.weight"], other.tensors["embed.weight"].clone()
+        one.privatize(None)
+        assert torch.equal(tensor, expected)
+        tensor.zero_()
+        assert torch.equal(other.tensors["embed.weight"], expected)
+        assert one.arena.fds.closed
+
+    def test_others_asleep(self, sleeping: Sleeping) -> None:
+        """Whoever sleeps meanwhile wakes with what was published."""
+        one, other = sleeping.attach(), sleeping.attach()
+        expected = content(other)
+        sleeping.sleep(other, 1)
+        one.privatize(sleeping.connection())
+        write(one, 1)
+        assert sleeping.wake(other) in ("device", "host")
+        assert content(other) == expected

@@ -120,7 +120,8 @@ class TestTable:
         assert patched.applies(patches.REQUEST_MEMORY_OF_WORKER) is looked
 
     def test_all_rows(self) -> None:
-        assert len(PATCHES) == len({patch.where for patch in PATCHES}) > 20
+        """One row for each place; of single objects, one for each time."""
+        assert len(PATCHES) == len({(patch.where, patch.each and patch.lifetime) for patch in PATCHES}) > 20
 
 
 REGISTERED = """
@@ -192,15 +193,20 @@ OF_OUR_PROCESSES = {("core.logs", "excepthook"), ("core.process", "setrlimit")}
 """Of the companion, the keeper and the command line: no engine calls these."""
 OF_OURS = {
     ("engine.attach", "data"),  # of a parameter that is made private
+    ("engine.live", "unsleepable"),  # of our own `LiveModel`
+    ("engine.live", "is_stale"),  # of our own `Attachment`
     ("engine.publish", "manifest"),
     ("engine.publish", "reading"),
     ("engine.session", "atexit"),  # of a finalizer that was just made
     ("engine.run.verify", "worker_extension_cls"),  # of arguments that were just parsed
+    ("engine.vllm.building", "compilation_config"),  # of a copy, with which a model is built once more
+    ("engine.vllm.building", "load_config"),
     ("engine.vllm.flags", "default"),
     ("engine.vllm.flags", "load_format"),
     ("engine.vllm.flags", "model"),
     ("engine.vllm.flags", "model_loader_extra_config"),
-    ("engine.progress", "n"),  # of a bar
+    ("engine.progress", "bar_format"),  # of a bar
+    ("engine.progress", "n"),
     ("engine.progress", "total"),
     ("engine.vllm.imports", "__loader__"),  # of a module that its own loader is about to execute
     ("engine.vllm.imports", "loader"),  # of the spec that the module's own finder just made

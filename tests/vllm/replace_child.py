@@ -64,13 +64,13 @@ def main() -> None:
         found.append(tokens())
         arena.unmap()
         arena.map_again(alike.info, alike.fds.dup())
-    found.append(tokens())
-    (model,) = current().models()
-    with live.falling_asleep([model], 1, "test"):
-        pass
-    assert attachment.asleep
-    live.wake([model], current().connection, "test")
-    found.append(tokens())
+        found.append(tokens())
+        (model,) = current().models()
+        with live.falling_asleep([model], 1, "test"):  # `ours` is awake: what is mapped here becomes nobody's copy
+            pass
+        assert attachment.asleep
+        live.wake([model], current().connection, "test")
+        found.append(tokens())
     assert arena.address == address
     print("RESULT " + json.dumps(found) + "\n", end="", flush=True)  # one write, into which no log line falls
     sys.stdin.read()

@@ -188,9 +188,13 @@ class CompanionClient:
                 model=model, rank=rank or "", role=role, key_id=key_id, may_load=False, client_name=name
             )
             outcome = lease.wait(self.settings.wait_timeout_s)
-            if not isinstance(outcome, Ready):
+            if isinstance(outcome, Ready):
+                made = Attachment.open(self.device, device, lease, outcome)
+            elif outcome.parked is not None:
+                verify = self.settings.verify
+                made = Attachment.bring_back(self.device, device, lease, outcome, connection, verify=verify)
+            else:
                 raise BadRequestError(f"The companion of {self.device} asked a reader to load {model}.")
-            made = Attachment.open(self.device, device, lease, outcome)
             try:
                 made.verify(self.settings.verify)
             except BaseException:

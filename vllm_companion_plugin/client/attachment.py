@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo
 from vllm_companion_plugin.errors import (
     ArenaError,
+    BadRequestError,
     CompanionError,
     CompanionUnavailableError,
     EntryInUseError,
@@ -71,6 +73,9 @@ class Attachment:
         held: what the next companion is told if this one dies; an attribute, too.
         arena: mapped; owned from now on.
         manifest: the module tree that is in it; an attribute, too.
+
+    Attributes:
+        is_stale: whether what is mapped is another generation than what was cloned, since it woke.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Attachment:
         self._backup: tuple[ArenaInfo, arenas.Descriptors] | None = None
         self._asleep = False
         self._is_private = False
+        self.is_stale = False
         self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
@@ -116,15 +122,33 @@ class Attachment:
             TicketError, CompanionUnavailableError: the companion did not give the descriptors.
             ArenaError: the memory cannot be mapped.
         """
-        manifest = manifest_from_bytes(ready.manifest)
-        check_manifest_fits(manifest, ready.arena)
-        check_dtypes(manifest)
-        if stage is not None and manifest.stage is not stage:
-            raise ManifestError(
-                f"{ready.key.title} was published {manifest.stage.value}; {device_id} needs {stage.value}."
-            )
+        manifest = _checked_manifest(ready, device_id, stage)
         arena = arenas.open_arena(ready.arena, ready.redeem(), device.index)
         held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
+        return cls(device_id, device, lease, held, arena, manifest)
+
+    @classmethod
+    def bring_back(
+        cls,
+        device_id: str,
+        device: torch.device,
+        lease: Lease,
+        granted: Granted,
+        connection: CompanionConnection,
+        *,
+        verify: str,
+        stage: Stage | None = None,
+    ) -> Attachment:
+        """As `open`, of an entry that is in host memory alone: copy it to the device for all who ask for it.
+
+        Raises:
+            ManifestError, TicketError, CompanionUnavailableError: as `open`.
+            ArenaError: there is not so much memory on the device; the entry stays in host memory.
+            IntegrityError: the copy is damaged, and was dropped.
+        """
+        assert granted.parked is not None
+        manifest = _checked_manifest(granted.parked.entry, device_id, stage)
+        held, arena = bring_back(connection, granted, granted.parked, device, verify)
         return cls(device_id, device, lease, held, arena, manifest)
 
     @property
@@ -196,8 +220,10 @@ class Attachment:
         self._clones += clones
 
     def renew(self) -> None:
-        """Give what was cloned the arena's bytes again, as they are mapped now."""
+        """Give what was cloned the arena's bytes again, as they are mapped now. Raises `ArenaError` if it is asleep."""
+        self._check_awake()
         self.views().renew(self._clones)
+        self.is_stale = False
 
     # ---- sleeping
 
@@ -234,9 +260,11 @@ class Attachment:
             Where the bytes are from now on: "device", "host" or "nowhere".
 
         Raises:
-            ArenaError: this kind of memory cannot leave its addresses, or there is no host memory for the copy.
+            ArenaError: it is asleep, this kind of memory cannot leave its addresses, or there is no host memory for
+                the copy.
             CompanionError: the companion does not answer, or refuses.
         """
+        self._check_awake()
         kind = arenas.KINDS[self.held.arena.kind]
         if not kind.can_remap:
             raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
@@ -245,10 +273,17 @@ class Attachment:
         if self.is_private:  # as vLLM does with memory of its own
             self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
             return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
-        if mirror is None or mirror.ended:  # it was unloaded: there is nobody to be told
-            return Residence.NOWHERE.value
-        mirror.wait_known(KNOWN_TIMEOUT_S)
-        return self._ask_to_sleep(mirror.lease, level, when_asleep)
+        late = time.monotonic() + KNOWN_TIMEOUT_S
+        while mirror is not None and not mirror.ended:
+            mirror.wait_known(late - time.monotonic())
+            lease = mirror.lease
+            try:
+                return self._ask_to_sleep(lease, level, when_asleep)
+            except (CompanionUnavailableError, BadRequestError):
+                # It has died, and the next one, that may answer there already, does not know the lease.
+                if not lease.lost.wait(max(0.0, late - time.monotonic())) or time.monotonic() > late:
+                    raise
+        return Residence.NOWHERE.value  # it was unloaded: there is nobody to be told
 
     def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
         where = lease.fall_asleep(level, when_asleep, self._leave_copy)
@@ -303,6 +338,8 @@ class Attachment:
     ) -> str:
         """Map the memory at its addresses again, wherever its bytes are by now.
 
+        What was cloned has the bytes of before, as its own memory may not be there yet. If `is_stale`, `renew` it then.
+
         Args:
             load: loads and publishes the entry; called if nobody has it any more. It owns the lease, and what it
                 returns is closed when this process maps the entry.
@@ -313,13 +350,16 @@ class Attachment:
             slept at level 2, as vLLM has it: what is in it is anything.
 
         Raises:
+            ArenaError: it is awake.
             LayoutError: what was loaded meanwhile under this key is laid out differently.
             IntegrityError: the bytes are not what was published.
             CompanionError: as `Lease.wait`, `bring_back` and `load`. This stays asleep, and can be woken again.
         """
+        if not self.asleep:
+            raise ArenaError(f"{self.label} is awake.")
         if self._is_private:
             return self._wake_private()
-        source = "device"
+        source, generation = "device", self.generation
         loaded = ExitStack()
         while True:
             lease = connection.attach(
@@ -353,6 +393,7 @@ class Attachment:
                 raise
             self.held, self.lease, self._mirror = replace(held, fds=self.arena.fds), lease, mirror
             self._asleep = False
+            self.is_stale |= held.generation != generation
             if self._sleeper is not None:
                 self._sleeper.close()
                 self._sleeper = None
@@ -367,6 +408,10 @@ class Attachment:
             arenas.KINDS[self.held.arena.kind].fill(self.arena, info, fds, self.device.index)
         self._asleep = False
         return source
+
+    def _check_awake(self) -> None:
+        if self.asleep:
+            raise ArenaError(f"{self.label} sleeps: there is no memory at its addresses.")
 
     def _drop_backup(self) -> None:
         if self._backup is not None:
@@ -401,9 +446,7 @@ class Attachment:
             )
         self.arena.map_again(held.arena, fds)
         if held.generation != self.held.generation:
-            views = self.views()
-            Verification(views, held.arena, settings.verify, self.device).check(self.manifest, self.label)
-            views.renew(self._clones)
+            Verification(self.views(), held.arena, settings.verify, self.device).check(self.manifest, self.label)
 
     # ---- generations
 
@@ -473,8 +516,7 @@ class Attachment:
         Raises:
             ArenaError: it is asleep, or there is no memory for a copy; nothing has changed, or it may be tried again.
         """
-        if self.asleep:
-            raise ArenaError(f"{self.label} sleeps, so nothing can be written to it.")
+        self._check_awake()
         if self._is_private:
             return
         lease = self.lease
@@ -526,6 +568,16 @@ class Attachment:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checked_manifest(ready: Ready, device_id: str, stage: Stage | None) -> Manifest:
+    """The manifest of an entry that is about to be mapped. Raises `ManifestError` as `Attachment.open`."""
+    manifest = manifest_from_bytes(ready.manifest)
+    check_manifest_fits(manifest, ready.arena)
+    check_dtypes(manifest)
+    if stage is not None and manifest.stage is not stage:
+        raise ManifestError(f"{ready.key.title} was published {manifest.stage.value}; {device_id} needs {stage.value}.")
+    return manifest
 
 
 def tensors_by_name(manifest: Manifest, views: ArenaViews) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.connection import CompanionConnection, Lease, Ready
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import CHECKPOINT, EntryKey
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LoaderInfo, Progress
@@ -263,7 +263,7 @@ class _Question:
             waiting = time.perf_counter()
             with _Watcher(asked, self.connection.paths, settings) as watcher:
                 outcome = lease.wait(settings.wait_timeout_s, watcher.changed, watcher.silent)
-            if isinstance(outcome, Ready):
+            if isinstance(outcome, Ready) or outcome.parked is not None:
                 return self._attached(asked, lease, outcome, time.perf_counter() - waiting)
             election = elect(self.device.id, asked, settings, outcome.publication)
             # Whoever loaded before us may have published the same content from another directory.
@@ -286,14 +286,20 @@ class _Question:
     def _names(self) -> tuple[str, str, str]:
         return self.wanted.short_title, self.wanted.rank, self.device.id
 
-    def _attached(self, asked: EntryKey, lease: Lease, ready: Ready, waited_s: float) -> Attach:
+    def _attached(self, asked: EntryKey, lease: Lease, outcome: Ready | Granted, waited_s: float) -> Attach:
         device = self.device
-        if ready.published.version and not self.settings.follow_updates:
+        entry = outcome if isinstance(outcome, Ready) else outcome.parked.entry if outcome.parked else None
+        if entry is not None and entry.published.version and not self.settings.follow_updates:
             raise NotShareableError(
-                f"what is held of {ready.key.short_title} is {ready.published.version}, which a trainer has written, "
+                f"what is held of {entry.key.short_title} is {entry.published.version}, which a trainer has written, "
                 """and not the checkpoint (--model-loader-extra-config '{"follow_updates": true}' takes it)"""
             )
-        attachment = Attachment.open(device.id, device.torch_device, lease, ready, stage=device.stage)
+        where = device.id, device.torch_device, lease
+        if isinstance(outcome, Ready):
+            attachment = Attachment.open(*where, outcome, stage=device.stage)
+        else:
+            verify = self.settings.verify
+            attachment = Attachment.bring_back(*where, outcome, self.connection, verify=verify, stage=device.stage)
         seconds = time.perf_counter() - self.started
         found = self.found
         return Attach(device, self.wanted, asked, attachment, seconds, waited_s, False, found.path, found.content)

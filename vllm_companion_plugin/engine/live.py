@@ -181,7 +181,9 @@ def privatize(
 def renew(models: list[LiveModel]) -> None:
     """Give models the bytes that were published. One that sleeps gets them when it wakes."""
     for model in models:
-        if not model.attachment.asleep:
+        if model.attachment.asleep:
+            model.attachment.is_stale = True
+        else:
             model.attachment.renew()
 
 
@@ -224,6 +226,11 @@ def advance(models: list[LiveModel], generations: Mapping[str, int]) -> dict[str
             )
         found[f"{attachment.model} ({attachment.held.key.role})"] = attachment.generation
     return found
+
+
+def renew_stale(models: list[LiveModel]) -> None:
+    """The same, of those that have woken with other bytes than they fell asleep with. Their own memory is there."""
+    renew([model for model in models if model.attachment.is_stale])
 
 
 def check_room(needed_bytes: int, free_bytes: int, what: str) -> None:

@@ -63,6 +63,7 @@ class Patch:
         undo: how it is undone.
         each: it is changed on single objects of the class, not on the class.
         before: the first version of vLLM that does not need it; empty if all do.
+        device_type: of the engines that have it; empty: all.
     """
 
     where: str
@@ -74,6 +75,7 @@ class Patch:
     undo: str
     each: bool = False
     before: str = ""
+    device_type: str = ""
 
     @property
     def target(self) -> str:
@@ -111,14 +113,18 @@ class Patch:
         Raises:
             TypeError: this is not the row of such an owner.
         """
-        expected = self.find_owner()
-        if not (isinstance(owner, expected) if self.each else owner is expected):
-            raise TypeError(f"{owner!r} has another {self.attribute} than {self.target}.")
-        applied = Applied(owner, self.attribute, wrap)
+        applied = self.on_for_good(owner, wrap)
         try:
             yield
         finally:
             applied.undo()
+
+    def on_for_good(self, owner: Any, wrap: Callable[[Any], Any]) -> Applied:
+        """From now on the attribute of `owner` is `wrap(attribute)`. Raises as `on`."""
+        expected = self.find_owner()
+        if not (isinstance(owner, expected) if self.each else owner is expected):
+            raise TypeError(f"{owner!r} has another {self.attribute} than {self.target}.")
+        return Applied(owner, self.attribute, wrap)
 
 
 class Applied:
@@ -227,6 +233,7 @@ SLEEP = Patch(
     reason="Mapped weights leave the device when the engine sleeps; nothing happens where none are mapped (adr/0014).",
     link="vllm/device_allocator/sleep_mode_backend.py: CuMemBackend.suspend",
     undo=_ENDS,
+    device_type="cuda",
 )
 WAKE = Patch(
     "vllm.device_allocator.cumem:CuMemAllocator.wake_up",
@@ -236,6 +243,7 @@ WAKE = Patch(
     reason="As above, on the way back.",
     link="vllm/device_allocator/sleep_mode_backend.py: CuMemBackend.resume",
     undo=_ENDS,
+    device_type="cuda",
 )
 SLEEP_OF_WORKER = Patch(
     "vllm.v1.worker.gpu_worker:Worker.sleep",
@@ -248,6 +256,7 @@ SLEEP_OF_WORKER = Patch(
     ),
     link="vllm/v1/worker/gpu_worker.py: Worker.sleep",
     undo=_ENDS,
+    device_type="cuda",
 )
 WAKE_OF_WORKER = Patch(
     "vllm.v1.worker.gpu_worker:Worker.wake_up",
@@ -257,6 +266,7 @@ WAKE_OF_WORKER = Patch(
     reason="vLLM sets the scales of an fp8 KV cache to 1 then; those of the checkpoint come back.",
     link="vllm/v1/worker/gpu_model_runner.py: GPUModelRunner.post_kv_cache_wake_up (0.26)",
     undo=_ENDS,
+    device_type="cuda",
 )
 SLEEP_OF_CPU_WORKER = Patch(
     "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
@@ -266,6 +276,7 @@ SLEEP_OF_CPU_WORKER = Patch(
     reason="Mapped weights are unmapped when the engine sleeps; vLLM has no sleep mode of its own on a CPU.",
     link="vllm/v1/worker/cpu_worker.py: CPUWorker.sleep",
     undo=_ENDS,
+    device_type="cpu",
 )
 WAKE_OF_CPU_WORKER = Patch(
     "vllm.v1.worker.cpu_worker:CPUWorker.wake_up",
@@ -275,6 +286,7 @@ WAKE_OF_CPU_WORKER = Patch(
     reason="As above, on the way back.",
     link="vllm/v1/worker/cpu_worker.py: CPUWorker.wake_up",
     undo=_ENDS,
+    device_type="cpu",
 )
 RELOAD = Patch(
     "vllm.v1.worker.gpu_worker:Worker.reload_weights",
@@ -591,12 +603,15 @@ def to_markdown() -> str:
     return f"## Until the process ends\n\n{permanent}\n## For a while\n\n{temporary}"
 
 
+_DEVICES = {"": "", "cuda": ", on a GPU", "cpu": ", on a CPU"}
+
+
 def _table(patches: Iterator[Patch]) -> str:
     lines = ["| what | vLLM | when | why | because of | undone |", "| --- " * 6 + "|"]
     for patch in patches:
         cells = (
             f"`{patch.target}` {patch.how.value}" + (", on single objects" if patch.each else ""),
-            f"before {patch.before}" if patch.before else "all",
+            (f"before {patch.before}" if patch.before else "all") + _DEVICES[patch.device_type],
             patch.lifetime.text,
             patch.reason,
             patch.link,

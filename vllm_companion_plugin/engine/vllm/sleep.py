@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm_companion_plugin.engine import live
 from vllm_companion_plugin.engine.session import client_name, current
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.errors import CompanionUnavailableError, LeaseLostError, TicketError
 
 logger = init_logger("vllm.companion")
 
@@ -65,13 +66,14 @@ def _wake(inner: Callable[..., None]) -> Callable[..., None]:
         device = models[0].attachment.device
         own = _asleep_bytes(self, tags)
         live.check_room(own, _free_bytes(device), "vLLM's own memory")
-        awake = live.wake(models, _connect, client_name())
+        awake = _wake_models(models)
         try:
             live.check_room(own, _free_bytes(device), f"vLLM's own memory, beside {awake[0].attachment.label},")
             inner(self, tags)
         except BaseException:
             live.sleep_again(awake, client_name())
             raise
+        live.renew_stale(awake)
 
     return wake_up
 
@@ -120,8 +122,17 @@ def _free_bytes(device: torch.device) -> int:
     return free + kept
 
 
-def _connect(device_id: str, settings: Any) -> Any:
-    return current().connection(device_id, settings)
+def _wake_models(models: list[live.LiveModel]) -> list[live.LiveModel]:
+    """As `live.wake`; what ends with a companion is asked for once more."""
+    session = current()
+    try:
+        return live.wake(models, session.connection, client_name())
+    except (CompanionUnavailableError, LeaseLostError, TicketError) as error:
+        logger.info("The companion went away (%s); asking again.", error)
+        for device_id, settings in {model.attachment.device_id: model.settings for model in models}.items():
+            session.drop_connection(device_id)
+            session.connection(device_id, settings, ask=True)
+        return live.wake(models, session.connection, client_name())
 
 
 def _sleep_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
@@ -138,7 +149,9 @@ def _wake_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def wake_up(self: Any, tags: Sequence[str] | None = None) -> None:
         wanted = current().models() if tags is None or WEIGHTS in tags else []
-        if not live.wake(wanted, _connect, client_name()):
+        awake = _wake_models(wanted)
+        if not awake:
             inner(self, tags)
+        live.renew_stale(awake)
 
     return wake_up

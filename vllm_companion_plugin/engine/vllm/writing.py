@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.logger import init_logger
 
+from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import live
+from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import patches
 
@@ -29,14 +32,16 @@ def let_write(model: nn.Module) -> None:
             patches.ADVANCE.add(companion_update)
             break
     if hasattr(model, "load_weights") and "load_weights" not in vars(model):
-        inner: Callable[..., Any] = getattr(model, "load_weights")  # noqa: B009 - torch says it may be a tensor
+        patches.LIVE_WEIGHTS.on_for_good(model, _load_weights)
 
-        @functools.wraps(inner)
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            about_to_write("load_weights")
-            return inner(*args, **kwargs)
 
-        object.__setattr__(model, "load_weights", load_weights)
+def _load_weights(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        about_to_write("load_weights")
+        return inner(*args, **kwargs)
+
+    return load_weights
 
 
 def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
@@ -72,17 +77,24 @@ def _free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def _processed_as_before(model: nn.Module, models: list[live.LiveModel]) -> AbstractContextManager[None]:
+    """While open, vLLM processes what it reloads as it was processed when it was shared, so that it has that form."""
+    if any(each.attachment.manifest.stage is Stage.UNPROCESSED for each in models):
+        return process_privately(model, models[0].settings)
+    return nullcontext()
+
+
 def _reload(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         models = current().models()
         # What an engine has written to memory of its own, only vLLM knows how to undo.
-        if not models or any(model.attachment.is_private for model in models):
-            inner(self, *args, **kwargs)
-            return
-        if args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None:
+        is_private = any(model.attachment.is_private for model in models)
+        others = args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None
+        if others or is_private or not models:
             about_to_write("reload_weights")
-            inner(self, *args, **kwargs)
+            with _processed_as_before(self.model_runner.model, models):
+                inner(self, *args, **kwargs)
             return
         live.renew(models)
         for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):

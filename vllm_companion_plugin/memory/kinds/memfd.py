@@ -191,6 +191,8 @@ class Memfd(Kind):
         self, arena: Arena, host: ArenaInfo, fds: Descriptors, device_index: int | None, kept: HostCopy | None = None
     ) -> None:
         with contextlib.closing(self.open(host, fds, None)) as source:
+            if host.size_bytes != arena.info.size_bytes:
+                raise ArenaError(f"A copy of {host.size_bytes} bytes is none of {arena.info.size_bytes}.")
             ctypes.memmove(arena.address, source.address, arena.info.size_bytes)
 
     def from_host(

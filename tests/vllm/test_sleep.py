@@ -1,0 +1,190 @@
+"""Real engines of one entry sleep, wake, reload and get other weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.place import Place, alive, until
+from tests.vllm.conftest import entries
+from tests.vllm.test_replace import pair
+from tests.vllm.test_turns import Process, start
+from vllm_companion_plugin.core.status import EntryState, LeaseState
+from vllm_companion_plugin.errors import CompanionError
+
+__all__ = ["start"]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+CHILD = "tests.vllm.sleep_child"
+ASLEEP = {(1, 1): EntryState.PARKED, (1, 2): EntryState.PARKED, (2, 1): EntryState.PARKED, (2, 2): EntryState.DROPPED}
+"""What two levels of sleep leave of the entry."""
+Start = Callable[..., Process]
+
+
+class Engine:
+    """One engine, and what it says."""
+
+    def __init__(self, start: Start, model: str, **options: Any) -> None:
+        self.process = start(CHILD, model=model, **options)
+
+    def try_to(self, *what: Any) -> dict[str, Any]:
+        stdin = self.process.process.stdin
+        stdin.write(json.dumps(what) + "\n")
+        stdin.flush()
+        return self.process.result()  # type: ignore[return-value]
+
+    def do(self, *what: Any) -> Any:
+        answer = self.try_to(*what)
+        assert "error" not in answer, (what, answer)
+        return answer["value"]
+
+    def log(self) -> str:
+        return self.process.log.read_text()
+
+
+def shown(place: Place) -> tuple[EntryState, list[LeaseState]]:
+    (entry,) = entries(place)
+    return entry.state, sorted((lease.state for lease in entry.leases), key=lambda state: state.value)
+
+
+def test_sleep(place: Place, start: Start, tiny_llama: Path) -> None:
+    """At each level, by tags, beside another that is awake or asleep, in either order: a normal load's tokens."""
+    normal = Engine(start, str(tiny_llama), load_format="auto")
+    expected = normal.do("tokens")
+    normal.process.end()
+    engines = [Engine(start, str(tiny_llama)) for _ in range(2)]
+    for engine in engines:
+        assert engine.do("tokens") == expected
+    places = [engine.do("state")[3] for engine in engines]
+
+    for engine, other in (engines, reversed(engines)):
+        for level in (1, 2):
+            engine.do("sleep", level)
+            assert shown(place) == (EntryState.READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
+            assert engine.do("state")[0]
+            assert other.do("tokens") == expected
+            if level == 1:
+                engine.do("wake")
+            else:
+                engine.do("wake", ["kv_cache"])
+                assert engine.do("state")[0]
+                engine.do("wake", ["weights"])
+            assert engine.do("tokens") == expected
+
+    for levels, after in ASLEEP.items():
+        for order in (engines, engines[::-1]):
+            loads = [engine.log().count("loading them again") for engine in order]
+            for engine, level in zip(order, levels, strict=True):
+                engine.do("sleep", level)
+            assert shown(place) == (after, [LeaseState.ASLEEP] * 2)
+            for engine in order:
+                engine.do("wake")
+                assert engine.do("tokens") == expected
+            loaded = after is EntryState.DROPPED
+            assert [engine.log().count("loading them again") for engine in order] == [loads[0] + loaded, loads[1]]
+    assert [engine.do("state")[3] for engine in engines] == places
+
+
+def test_newcomer(place: Place, start: Start, tiny_llama: Path) -> None:
+    """An engine that starts while the entry is parked brings it back, and loads nothing."""
+    sleeper = Engine(start, str(tiny_llama))
+    expected = sleeper.do("tokens")
+    sleeper.do("sleep", 1)
+    assert shown(place) == (EntryState.PARKED, [LeaseState.ASLEEP])
+    newcomer = Engine(start, str(tiny_llama))
+    assert newcomer.do("tokens") == expected
+    assert shown(place) == (EntryState.READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
+    sleeper.do("wake")
+    assert sleeper.do("tokens") == expected
+    assert sleeper.do("state")[2] == newcomer.do("state")[2] == 1
+
+
+def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
+    """They become one engine's own, and give the tokens of an engine that loaded them; the other keeps what it has."""
+    own, others = pair(tmp_path, tiny=True)
+    normal = Engine(start, others)
+    theirs = normal.do("tokens")
+    normal.process.end()
+    writer = Engine(start, own)
+    expected = writer.do("tokens")
+    reader = Engine(start, own, config={"on_write": "refuse"})
+    address = writer.do("state")[3]
+    assert reader.do("tokens") == expected != theirs
+
+    for engine in (writer, reader):  # nothing else is to be written: they are renewed
+        engine.do("reload")
+        assert engine.do("state")[1] is False
+        assert engine.do("tokens") == expected
+
+    for what in ("load", "reload_from"):
+        name, text = reader.try_to(what, others)["error"]
+        assert name == "SharedWeightsError"
+        assert "which other processes use too" in text
+        assert reader.do("state")[1] is False
+        assert reader.do("tokens") == expected
+
+    writer.do("load", others)
+    assert writer.do("state")[1::2] == [True, address]
+    assert "load_weights writes to" in writer.log()
+    assert writer.do("tokens") == theirs
+    assert reader.do("tokens") == expected
+    writer.do("sleep", 1)
+    writer.do("wake")
+    assert writer.do("tokens") == theirs
+    writer.do("reload")  # by vLLM, as it has been written to
+    assert writer.do("tokens") == expected
+    writer.do("sleep", 2)
+    writer.do("wake", ["weights"])
+    writer.do("reload")
+    writer.do("wake", ["kv_cache"])
+    assert writer.do("tokens") == expected
+    writer.do("sleep", 2)
+    writer.do("wake")
+    writer.do("load", others)
+    assert writer.do("tokens") == theirs
+    for path, tokens in ((own, expected), (others, theirs)):
+        writer.do("reload_from", path)
+        assert writer.do("tokens") == tokens
+    assert writer.do("state")[1::2] == [True, address]
+    reader.do("sleep", 2)
+    reader.do("wake")
+    assert reader.do("tokens") == expected
+
+
+def test_companion_dies(place: Place, start: Start, tiny_llama: Path) -> None:
+    """While one sleeps and one is awake, and while both sleep: tokens are right, and what is lost is loaded again."""
+    engines = [Engine(start, str(tiny_llama)) for _ in range(2)]
+    expected = engines[0].do("tokens")
+    assert engines[1].do("tokens") == expected
+    engines[0].do("sleep", 1)
+    kill_companion(place)
+    until(lambda: is_shown(place, EntryState.READY, LeaseState.ASLEEP, LeaseState.ATTACHED), 20, "all are told")
+    engines[0].do("wake")
+    assert [engine.do("tokens") for engine in engines] == [expected] * 2
+    for engine in engines:
+        engine.do("sleep", 1)
+    kill_companion(place)
+    assert sum(engine.log().count("loading them again") for engine in engines) == 0
+    for engine in engines:
+        engine.do("wake")
+        assert engine.do("tokens") == expected
+    assert [engine.log().count("loading them again") for engine in engines] == [1, 0]
+
+
+def kill_companion(place: Place) -> None:
+    pid = place.companion_pid()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid), 5, "it is dead")
+
+
+def is_shown(place: Place, state: EntryState, *leases: LeaseState) -> bool:
+    with contextlib.suppress(CompanionError, ValueError):
+        return shown(place) == (state, [*leases])
+    return False
