@@ -56,7 +56,11 @@ def loader_of(
         decision = Load(device, key, lease, granted, election, *vars(found).values())
         kept: list[Attachment] = []
         try:
-            with building.beside(ours) as config, named_as_source(config.load_config), set_current_vllm_config(config):
+            with (
+                building.beside(ours, is_draft=key.role == "draft") as config,
+                named_as_source(config.load_config),
+                set_current_vllm_config(config),
+            ):
                 source = sources.source_loader(config.load_config, sources.source_format(alone.source_format, config))
                 publish.load_and_publish(decision, source, config, model, prefix, alone, kept.append)
         except BaseException:

@@ -64,8 +64,11 @@ def model_without_weights(
 
 
 @contextmanager
-def beside(vllm_config: Any) -> Iterator[Any]:
-    """A configuration with which a model can be built once more while the first one lives; it knows nothing of that."""
+def beside(vllm_config: Any, *, is_draft: bool) -> Iterator[Any]:
+    """A configuration with which a model can be built once more while the first one lives; it knows nothing of that.
+
+    A draft shares rope modules with its target, as it did when it was built first.
+    """
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
@@ -73,7 +76,8 @@ def beside(vllm_config: Any) -> Iterator[Any]:
         config.compilation_config.static_all_moe_layers = []
     config.load_config = copy.copy(vllm_config.load_config)
     ropes, known = _rope_cache(), dict(_rope_cache())
-    ropes.clear()
+    if not is_draft:
+        ropes.clear()
     try:
         yield config
     finally:
