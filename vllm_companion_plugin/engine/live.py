@@ -25,6 +25,12 @@ from vllm_companion_plugin.settings import Settings
 
 logger = init_logger("vllm.companion")
 
+_FROM = {
+    "device": "from the device",
+    "host": "from host memory",
+    "checkpoint": "loaded again",
+    "nowhere": "with memory of its own that holds anything",
+}
 Connect = Callable[[str, Settings], CompanionConnection]
 """To the companion of a device, which is started if there is none."""
 _WHERE = {
@@ -126,8 +132,8 @@ def wake(
             source = attachment.wake(connection, model.settings, client_name, model.load, on_waiting)
             awake.append(model)
             logger.info(
-                "%s is awake after %.3f s, from the %s: %.2f GiB, generation %d.",
-                *(attachment.label, time.perf_counter() - started, source),
+                "%s is awake after %.3f s, %s: %.2f GiB, generation %d.",
+                *(attachment.label, time.perf_counter() - started, _FROM[source]),
                 *(attachment.size_bytes / 2**30, attachment.generation),
             )
     except BaseException:
