@@ -2,7 +2,8 @@
 
 `Clients` is a state machine whose rules are what clients, time and people do to a companion. It keeps its own simple
 account: of each descriptor, of what each client was told, of who sleeps and what was wished, of since when each entry
-is idle, of each generation and who maps it. After each step the account and the registry must agree; what the registry refuses must leave it as it was.
+is idle, of each generation and who maps it. After each step the account and the registry must agree; what the registry
+refuses must leave it as it was.
 """
 
 from __future__ import annotations
@@ -869,9 +870,9 @@ class Clients(RuleBasedStateMachine):
             mapped = [self.mapped[lease.id] for lease in entry.leases if lease.id in self.mapped]
             assert len(there) <= 1 + KEEP + len(set(mapped) - {there[0]})
             if entry.current.state is GenerationState.READY:
-                assert {lease.id: lease.maps for lease in entry.leases if lease.state not in (None, LeaseState.ASLEEP)} == {
-                    lease.id: self.mapped[lease.id] for lease in entry.leases if lease.id in self.mapped
-                }
+                assert {
+                    lease.id: lease.maps for lease in entry.leases if lease.state not in (None, LeaseState.ASLEEP)
+                } == {lease.id: self.mapped[lease.id] for lease in entry.leases if lease.id in self.mapped}
                 shown = entry.status(self.linger_s).generations
                 assert sorted(there) == [each.number for each in shown]
                 assert [each.number for each in shown if each.is_current] == there[:1]

@@ -386,9 +386,7 @@ class TestSleep:
         assert engine.entry.current.state is GenerationState.DROPPED
         check_open(world, [], 2)
 
-    def test_asks_for_the_copy_again_if_another_one_became_current_meanwhile(
-        self, world: World, engine: Lease
-    ) -> None:
+    def test_asks_for_the_copy_again_if_another_one_became_current_meanwhile(self, world: World, engine: Lease) -> None:
         """The copy of the one before is closed, and the current one is what is parked."""
         assert not world.registry.sleep(engine, 1, AUTO)
         trainer = world.attach(KEY, may_load=False, pid=2)
