@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, Ready, connect
 from vllm_companion_plugin.core.status import EntryState, EntryStatus
-from vllm_companion_plugin.errors import BadRequestError, EntryInUseError, TicketError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryInUseError, TicketError
+from vllm_companion_plugin.host import notes
 
 LOADED = 0
 """The step that stands for the checkpoint's weights."""
@@ -410,3 +412,45 @@ class TestSleeper:
         refused = engine.tell("wake")
         assert refused["error"] == "layout"
         assert "was step-1, which a trainer had written, and nobody has it any more" in refused["text"]
+
+
+class TestHolder:
+    """Who only holds weights for the next companion."""
+
+    def test_follows(self, place: Place, companion: subprocess.Popen[str], here: Here) -> None:
+        """A `serve` holds what is current, and hands it back with its version. No older one stays because of it."""
+        serve = place.run("-m", "vllm_companion_plugin.cli.main", "serve", "--device", "cpu")
+        until(lambda: memfds(serve.pid), 20, "the weights are held")
+        before = memfds(serve.pid)
+        trainer = here()
+        for step in range(1, 6):
+            assert trainer.tell("write", step=step) == {}
+        until(lambda: held(place) == [(5, "step-4"), (6, "step-5")], 10, "the older ones are let go")
+        until(lambda: memfds(serve.pid) == before, 10, "nothing else is held")
+        companion.kill()
+        companion.wait(5)
+
+        def is_back() -> bool:
+            with contextlib.suppress(CompanionError):
+                return held(place) == [(6, "step-5")]
+            return False
+
+        until(is_back, 30, "it is handed back")
+        assert has(here().tell("attach"), 5, 6)
+        serve.terminate()
+        serve.wait(10)
+
+    def test_hands_back_no_generation_of_what_was_unloaded(
+        self, place: Place, companion: subprocess.Popen[str], start: Start, here: Here
+    ) -> None:
+        """A client that hangs is not told, and its note says nothing any more."""
+        engine = start()
+        engine.tell("attach")
+        assert here().tell("write", step=1) == {}
+        assert [number for _, number in notes.held(place.paths)] == [1]
+        engine.process.send_signal(signal.SIGSTOP)
+        with connect("cpu", place.settings, spawn=False) as connection:
+            connection.unload(model=MODEL, force=True)
+        assert list(notes.held(place.paths)) == []
+        engine.process.send_signal(signal.SIGCONT)
+        assert has(engine.tell("look"), LOADED, 1)

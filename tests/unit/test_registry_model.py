@@ -231,6 +231,9 @@ class Clients(RuleBasedStateMachine):
             self.mapped.pop(lease.id, None)
         if lease.ended or move.event is LeaseEvent.RETIRE:
             self.copying.discard(lease.id)
+        if move.event is LeaseEvent.STAGE:
+            self.writing.add(lease.id)
+        elif lease.ended or move.event in (LeaseEvent.RETIRE, LeaseEvent.ABORT, LeaseEvent.COMMIT_STAGED):
             self.writing.discard(lease.id)
 
     def attempt(self, call: Callable[[], Any], *, legal: bool | None = None) -> Any:
@@ -257,8 +260,9 @@ class Clients(RuleBasedStateMachine):
         self.idle = {entry: self.idle.get(entry, self.now) for entry in now_idle}
         for entry in self.registry.entries:
             used = {self.mapped.get(lease.id) for lease in entry.leases}
-            others = self.others[id(entry)]
-            self.others[id(entry)] = [x for i, x in enumerate(others) if x in used or i >= len(others) - KEEP]
+            others, is_written = self.others[id(entry)], any(lease.id in self.writing for lease in entry.leases)
+            kept = [] if is_written else others[-KEEP:]
+            self.others[id(entry)] = [number for number in others if number in used or number in kept]
         if any(entry.users for entry in self.registry.entries):
             self.idle_since, self.grace_s = None, 0.0
         elif self.idle_since is None:
@@ -633,13 +637,13 @@ class Clients(RuleBasedStateMachine):
         number = self.attempt(lambda: self.registry.updates.stage(lease), legal=legal)
         if legal:
             assert number == self.published[entry.key.id] + 1
-            self.writing.add(lease.id)
+            assert lease.id in self.writing
 
     @attached
     @rule(lease=st.one_of(writers, leases))
     def abort(self, lease: Lease) -> None:
         self.attempt(lambda: self.registry.updates.abort(lease), legal=lease.id in self.writing)
-        self.writing.discard(lease.id)
+        assert lease.id not in self.writing
         assert lease.deposited == () or lease.id in self.copying or self.may_publish(lease)
 
     @attached
@@ -673,7 +677,7 @@ class Clients(RuleBasedStateMachine):
         assert [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases if x is not lease] == before
         if legal:
             assert number == self.current[id(entry)]
-            self.writing.discard(lease.id)
+            assert lease.id not in self.writing
 
     @rule(
         key=keys,
@@ -858,7 +862,7 @@ class Clients(RuleBasedStateMachine):
 
     @invariant()
     def the_right_generations_are_held(self) -> None:
-        """The current one, those that clients map, and `KEEP` of those that were current before; nothing else."""
+        """The current one, those that clients map, and `KEEP` of those that were current before or what is written."""
         for entry in self.registry.entries:
             there = [entry.current.number, *(each.number for each in entry.others)]
             assert there == self.held_generations(entry)

@@ -206,6 +206,7 @@ class TestCommit:
         world = World(max_fds=6)
         engine = world.publish(KEY)
         write(world, engine)
+        world.attach(KEY, may_load=False, pid=2)
         write(world, engine)
         assert held(engine.entry) == [1, 2, 3]
         world.registry.updates.stage(engine)
@@ -265,6 +266,23 @@ class TestAdvance:
         assert (trainer.state, trainer.maps) == (LeaseState.WRITING, 2)
 
 
+class TestRoom:
+    """A device without laggards has two generations at most."""
+
+    def test_is_made_for_the_one_that_is_written(self, world: World, engine: Lease) -> None:
+        """It takes the place of the one before. One that somebody maps stays."""
+        world.registry.updates.advance(engine, write(world, engine))
+        assert held(engine.entry) == [1, 2]
+        world.registry.updates.stage(engine)
+        assert held(engine.entry) == [2]
+        check_open(world, [2], 2)
+        world.registry.updates.abort(engine)
+        write(world, engine)
+        trainer = world.attach(KEY, may_load=False, pid=2)
+        world.registry.updates.stage(trainer)
+        assert held(engine.entry) == [2, 3]
+
+
 class TestRollback:
     """Another generation is made the current one."""
 
@@ -292,7 +310,7 @@ class TestRollback:
 
     def test_to_what_is_not_held_is_refused(self, world: World, engine: Lease) -> None:
         """Of several entries all are rolled back, or none."""
-        world.publish(make_key("k2", rank="tp1/2"), pid=5, fds=(57, 58))
+        other = world.publish(make_key("k2", rank="tp1/2"), pid=5, fds=(57, 58))
         write(world, engine)
         before = world.snapshot()
         with pytest.raises(EntryNotFoundError, match="Generation 2 of m"):
@@ -302,6 +320,25 @@ class TestRollback:
         assert world.snapshot() == before
         self.make(world, 1)
         assert [entry.generation for entry in world.registry.status()] == [1, 1]
+        write(world, engine)
+        for _ in range(2):
+            world.registry.updates.advance(other, write(world, other))
+        assert (held(engine.entry), held(other.entry)) == ([1, 3], [2, 3])
+        before = world.snapshot()
+        with pytest.raises(EntryNotFoundError, match="Generation 1 of m"):
+            self.make(world, 1)
+        assert world.snapshot() == before
+
+    def test_keeps_what_was_current_last(self, world: World, engine: Lease) -> None:
+        """Not the oldest one, nor the one with the highest number."""
+        reader = world.attach(KEY, pid=3)
+        write(world, engine)
+        world.registry.updates.advance(reader, 2)
+        write(world, engine)
+        assert held(engine.entry) == [1, 2, 3]
+        self.make(world, 1)
+        world.registry.updates.advance(reader, 0)
+        assert held(engine.entry) == [1, 3]
 
     def test_never_gives_a_number_twice(self, world: World, engine: Lease) -> None:
         """Though the latest one is not the current one, or has gone."""

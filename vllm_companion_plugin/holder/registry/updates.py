@@ -3,7 +3,8 @@
 A client that maps the entry may become its one writer. It stages a generation, fills memory of its own that is laid out
 like the current one, and commits: what clients that attach get is the new generation from then on, and nobody is moved.
 Each client that maps another one says when it has advanced, or gone back. Besides the current generation there stay
-those that were current last, `KEEP` of them, and every one that a client maps.
+those that were current last, `KEEP` of them, and every one that a client maps. The one that is being written takes the
+place of what is kept: a device without laggards has two at most.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Updates:
         if entry.writer is not None:
             raise EntryInUseError(f"{entry.writer.who} writes the next generation of {entry.key.title} already.")
         self._steps.move_lease(lease, LeaseEvent.STAGE)
+        self.prune(entry)
         self._on_change()
         return self._numbers.latest(entry.key.id) + 1
 
@@ -126,7 +128,8 @@ class Updates:
     def prune(self, entry: Entry) -> None:
         """Let go of every generation that nobody maps and that is not kept."""
         mapped = {lease.maps for lease in entry.leases}
-        for generation in [each for each in entry.others[:-KEEP] if each.number not in mapped]:
+        kept = entry.others[-KEEP:] if entry.writer is None else []
+        for generation in [each for each in entry.others if each not in kept and each.number not in mapped]:
             entry.others.remove(generation)
             self._steps.move_generation(entry, generation, GenerationEvent.FORGET)
             self._steps.release_generation(generation)
