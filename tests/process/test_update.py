@@ -19,8 +19,10 @@ from tests.process.update_child import MODEL, Child, digests, values
 from tests.support.place import Place, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client.connection import Granted, Ready, connect
-from vllm_companion_plugin.core.status import EntryState, EntryStatus
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.connection import Ready, connect
+from vllm_companion_plugin.client.update import updating
+from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryInUseError, TicketError
 from vllm_companion_plugin.host import notes
 
@@ -203,16 +205,19 @@ class TestTrainer:
             assert digests(found.tensors) == digests({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
     def test_that_raises_commits_nothing(self, place: Place, companion: Any) -> None:
-        """The error is its own."""
+        """The error is its own, and it may try again."""
 
-        def fail() -> None:
-            with client(place).update(MODEL, version="one") as new:
+        def fail(attachment: Attachment) -> None:
+            with updating(attachment, "one", place.settings) as new:
                 new.load(values(1))
                 raise ZeroDivisionError
 
-        with pytest.raises(ZeroDivisionError):
-            fail()
-        assert held(place) == [(1, "")]
+        with client(place).attach(MODEL) as attachment:
+            for _ in range(2):
+                with pytest.raises(ZeroDivisionError):
+                    fail(attachment)
+            assert held(place) == [(1, "")]
+            assert entry_of(place).leases[0].state is LeaseState.ATTACHED
 
     @pytest.mark.parametrize("version", ["", "x" * 5000])
     def test_needs_a_version(self, place: Place, companion: Any, version: str) -> None:
@@ -241,8 +246,6 @@ class TestTrainer:
 
     def test_advances_to_what_was_committed_before_it_began(self, place: Place, companion: Any, here: Here) -> None:
         """What it does not send comes from the generation that is current, not from one that it happened to map."""
-        from vllm_companion_plugin.client.update import updating
-
         with client(place).attach(MODEL) as attachment:
             here().tell("write", step=1)
             with updating(attachment, "step-2", place.settings) as new:
@@ -379,23 +382,23 @@ class TestSleeper:
         assert has(engine.tell("wake"), latest - 1, latest)
 
     @pytest.mark.parametrize("level", [1, 2])
-    def test_leaves_what_was_written_in_host_memory(self, place: Place, companion: Any, here: Here, level: int) -> None:
+    @pytest.mark.parametrize("follows", [False, True])
+    def test_leaves_what_was_written_in_host_memory(
+        self, place: Place, companion: Any, here: Here, level: int, follows: bool
+    ) -> None:
         """As the last one, though it maps an older generation: no checkpoint has the current one."""
-        engine = here()
+        engine = here(follow_updates=follows)
         engine.tell("attach")
-        here().tell("write", step=1)
+        assert here().tell("write", step=1) == {}
         until(lambda: len(entry_of(place).leases) == 1, 5, "the trainer has left")
         assert engine.tell("sleep", level=level) == {"where": "host"}
         entry = entry_of(place)
         assert (entry.state, entry.generation, entry.version) == (EntryState.PARKED, 2, "step-1")
-        assert engine.tell("wake")["error"] == "layout"
-        with connect("cpu", place.settings, spawn=False) as connection:
-            lease = connection.attach(model=MODEL, may_load=False, client_name="reader")
-            outcome = lease.wait(5)
-            assert isinstance(outcome, Granted)
-            assert outcome.parked is not None
-            assert outcome.parked.entry.published.version == "step-1"
-            lease.release()
+        woken = engine.tell("wake")
+        if follows:
+            assert has(woken, 1, 2)
+        else:
+            assert (woken["error"], entry_of(place).state) == ("layout", EntryState.PARKED)
 
     def test_gets_no_checkpoint_for_what_a_trainer_wrote(
         self, place: Place, companion: subprocess.Popen[str], here: Here
