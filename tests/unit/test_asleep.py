@@ -46,7 +46,7 @@ def fall_asleep(world: World, lease: Lease, level: int = 1, wish: WhenAsleep = A
     assert lease.state is LeaseState.PARKING
     world.registry.announce(lease, 1)
     world.registry.deposit(lease, (HOST_FD,))
-    assert world.registry.sleep(lease, level, wish, HOST)
+    assert world.registry.sleep(lease, level, wish, HOST, lease.entry.current.number)
     return True
 
 
@@ -190,7 +190,7 @@ class TestResidence:
         assert not world.registry.sleep(first, 1, AUTO)
         second = world.attach(KEY, pid=2)  # wakes while the first one copies
         world.registry.deposit(first, (HOST_FD,))
-        assert world.registry.sleep(first, 1, AUTO, HOST)
+        assert world.registry.sleep(first, 1, AUTO, HOST, 1)
         assert where(world, first.entry) == DEVICE
         world.registry.end_lease(second)
         assert where(world, first.entry) == HOST_MEMORY
@@ -234,7 +234,7 @@ class TestCopy:
             world.registry.deposit(copying, fds)
         before = world.snapshot()
         with pytest.raises(BadRequestError):
-            world.registry.sleep(copying, 1, AUTO, host)
+            world.registry.sleep(copying, 1, AUTO, host, 1)
         assert world.snapshot() == before
         world.registry.stay_awake(copying)
         assert (world.closed, copying.state) == ([*fds], LeaseState.ATTACHED)
@@ -289,7 +289,7 @@ class TestIllegal:
             pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(holder, 1, AUTO), id="holder"),
             pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(asleep, 1, AUTO), id="twice"),
             pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(waiter, 1, AUTO), id="waiting"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(awake, 1, AUTO, HOST), id="copy-unasked"),
+            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(awake, 1, AUTO, HOST, 1), id="copy-unasked"),
             pytest.param(lambda r, awake, holder, asleep, waiter: r.deposit(awake, (1,)), id="deposit-unasked"),
             pytest.param(lambda r, awake, holder, asleep, waiter: r.stay_awake(awake), id="stays-awake-unasked"),
             pytest.param(lambda r, awake, holder, asleep, waiter: r.stay_awake(asleep), id="stays-awake-asleep"),

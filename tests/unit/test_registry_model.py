@@ -2,7 +2,8 @@
 
 `Clients` is a state machine whose rules are what clients, time and people do to a companion. It keeps its own simple
 account: of each descriptor, of what each client was told, of who sleeps and what was wished, of since when each entry
-is idle. After each step the account and the registry must agree; what the registry refuses must leave it as it was.
+is idle, of each generation and who maps it. After each step the account and the registry must agree; what the registry
+refuses must leave it as it was.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ from vllm_companion_plugin.holder.registry.table import (
     GenerationState,
     LeaseEvent,
 )
+from vllm_companion_plugin.holder.registry.updates import KEEP
 
 KEYS = [EntryKey("a", "m", rank="tp0/2"), EntryKey("b", "m", rank="tp1/2")]
 ARENA = ArenaInfo("memfd", (4096, 8192))
 OTHER_ARENA = ArenaInfo("memfd", (8192, 4096))
 HOST = ArenaInfo("memfd", (12288,))
 NO_COPY = ArenaInfo("memfd", (4096,))
+OTHER_KIND = ArenaInfo("cuda_vmm", (4096, 8192))
 MANIFEST = StoredManifest((b"manifest",), 8, b"\0" * 32)
 LINGER_S, GRACE_S = 8.0, 16.0
 ENDS_SLEEPERS = (LeaseLostError, NotShareableError, CompanionReplacedError)
@@ -69,6 +72,8 @@ BY_LINGER = (GenerationEvent.EXPIRE, GenerationEvent.MAKE_ROOM)
 levels = st.sampled_from([0, 1, 1, 1, 2, 2])
 wishes = st.sampled_from([WhenAsleep.AUTO] * 3 + list(WhenAsleep))
 copies = st.sampled_from(["right"] * 3 + ["wrong", "none", "half", "stays awake", "later", "dies", "is unloaded"])
+writings = st.sampled_from(["right"] * 7 + ["other blocks", "other kind", "too few", "no version", "abort", "dies"])
+numbers = st.sampled_from([0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 9])
 keys = st.sampled_from([KEYS[0]] * 3 + KEYS)
 queries = st.sampled_from([Query(), Query(model="m"), Query(rank="tp0/2"), Query(key_id="b"), Query(model="nobody's")])
 
@@ -94,6 +99,7 @@ held = precondition(lambda self: self.registry.entries)
 loading = precondition(lambda self: self.elected_leases())
 awake = one_of(lambda self: self.awake_leases() or self.all_leases)
 asleep = one_of(lambda self: self.asleep_leases())
+writers = one_of(lambda self: self.writing_leases() or self.all_leases)
 some_sleep = precondition(lambda self: self.asleep_leases())
 
 
@@ -129,7 +135,15 @@ class Clients(RuleBasedStateMachine):
         self.falling = 0  # the level at which a client is about to sleep
         self.copying: set[int] = set()  # leases that were asked for a copy
         self.wishes: dict[int, WhenAsleep] = {}
-        self.copies: dict[int, int] = {}  # entries to the descriptors of their copies
+        self.copies: dict[tuple[int, int], int] = {}  # entries and generations to the descriptors of their copies
+        self.writing: set[int] = set()  # leases
+        self.written: set[tuple[str, int]] = set()  # generations that a client wrote
+        self.loaded: dict[str, set[int]] = {key.id: set() for key in KEYS}  # generations that a client loaded
+        self.current: dict[int, int] = {}  # entries to their current generations
+        self.others: dict[int, list[int]] = {}  # to those that were current before, the latest one last
+        self.mapped: dict[int, int] = {}  # leases to the generations that they map
+        self.asked: dict[int, int] = {}  # pids to the generations that they mapped before they came
+        self.strays: set[int] = set()  # leases that map what this companion does not hold
         self.declines = 0
         self.owner = 0
         self.idle: dict[int, float] = {}
@@ -166,11 +180,13 @@ class Clients(RuleBasedStateMachine):
             self.observe_lease(move)
         if not isinstance(move, GenerationMoved):
             return
-        key_id, generation = move.entry.key.id, move.entry.current.number
+        key_id, generation, entry = move.entry.key.id, move.generation.number, id(move.entry)
+        assert (move.generation is move.entry.current) is (move.event is not GenerationEvent.FORGET)
         if move.before is GenerationState.READY and move.event in GOES_TO:
             assert not any(self.maps(lease) and not lease.passive for lease in move.entry.leases), "somebody is awake"
             assert self.belongs(move.entry) == GOES_TO[move.event]
-        if move.event is GenerationEvent.PUBLISH:
+            assert move.event is GenerationEvent.PARK or (key_id, generation) not in self.written
+        if move.event in (GenerationEvent.PUBLISH, GenerationEvent.COMMIT):
             assert generation > self.published.get(key_id, 0), "a number was given twice"
         if move.event is GenerationEvent.HAND_BACK:
             assert generation > self.dismissed.get(key_id, 0), "what was dropped on purpose came back"
@@ -180,7 +196,17 @@ class Clients(RuleBasedStateMachine):
             assert not move.entry.leases
         if move.event is GenerationEvent.EXPIRE:
             assert self.now - self.idle[id(move.entry)] >= self.linger_s, "an entry expired too early"
-        if move.event in (GenerationEvent.PUBLISH, GenerationEvent.HAND_BACK):
+        if move.event is GenerationEvent.PUBLISH:
+            self.loaded[key_id].add(generation)
+        if move.event is GenerationEvent.COMMIT:
+            self.others[entry].append(self.current[entry])
+        if move.event is not GenerationEvent.FORGET:
+            self.current[entry] = generation
+        if move.event in (GenerationEvent.DROP, GenerationEvent.GIVE_UP):
+            self.current[entry] = 0
+        if move.generation.state is not GenerationState.READY and move.event is not GenerationEvent.FORGET:
+            self.others[entry] = []
+        if move.event in (GenerationEvent.PUBLISH, GenerationEvent.HAND_BACK, GenerationEvent.COMMIT):
             self.published[key_id] = max(generation, self.published.get(key_id, 0))
         elif move.event in DISMISSING:
             self.dismissed[key_id] = max(generation, self.published.get(key_id, 0))
@@ -196,8 +222,19 @@ class Clients(RuleBasedStateMachine):
             self.yielded_loads += not self.grant(lease).brings_back
         elif lease.ended and move.before is LeaseState.ASLEEP:
             assert move.event is LeaseEvent.END or isinstance(move.error, ENDS_SLEEPERS)
+        if move.event in (LeaseEvent.MAP, LeaseEvent.COMMIT):
+            asked = self.asked[lease.pid] if move.event is LeaseEvent.MAP else 0
+            self.mapped[lease.id] = asked or self.current[id(lease.entry)]
+            if self.mapped[lease.id] not in self.held_generations(lease.entry):
+                self.strays.add(lease.id)
+        if lease.ended or move.event in (LeaseEvent.RETIRE, LeaseEvent.SLEEP):
+            self.mapped.pop(lease.id, None)
         if lease.ended or move.event is LeaseEvent.RETIRE:
             self.copying.discard(lease.id)
+        if move.event is LeaseEvent.STAGE:
+            self.writing.add(lease.id)
+        elif lease.ended or move.event in (LeaseEvent.RETIRE, LeaseEvent.ABORT, LeaseEvent.COMMIT_STAGED):
+            self.writing.discard(lease.id)
 
     def attempt(self, call: Callable[[], Any], *, legal: bool | None = None) -> Any:
         """The answer of `call`, or None if it is refused: then nothing may have changed. `legal`: what is expected."""
@@ -221,6 +258,11 @@ class Clients(RuleBasedStateMachine):
         kept = (GenerationState.READY, GenerationState.PARKED)
         now_idle = {id(e): e for e in self.registry.entries if e.current.state in kept and not e.users}
         self.idle = {entry: self.idle.get(entry, self.now) for entry in now_idle}
+        for entry in self.registry.entries:
+            used = {self.mapped.get(lease.id) for lease in entry.leases}
+            others, is_written = self.others[id(entry)], any(lease.id in self.writing for lease in entry.leases)
+            kept = [] if is_written else others[-KEEP:]
+            self.others[id(entry)] = [number for number in others if number in used or number in kept]
         if any(entry.users for entry in self.registry.entries):
             self.idle_since, self.grace_s = None, 0.0
         elif self.idle_since is None:
@@ -229,7 +271,11 @@ class Clients(RuleBasedStateMachine):
     def snapshot(self) -> object:
         """All that the registry knows, and all that others have seen of it."""
         fields = [
-            ({**vars(e), "leases": [x.id for x in e.leases]}, [{**vars(x), "events": list(x.events)} for x in e.leases])
+            (
+                {**vars(e), "leases": [x.id for x in e.leases], "others": list(e.others)},
+                [dict(vars(generation)) for generation in (e.current, *e.others)],
+                [{**vars(x), "events": list(x.events)} for x in e.leases],
+            )
             for e in self.registry.entries
         ]
         counts = [(series.name, series.value, list(series.counts)) for series in self.counting.counters.all()]
@@ -268,13 +314,28 @@ class Clients(RuleBasedStateMachine):
     def asleep_leases(self) -> list[Lease]:
         return [lease for lease in self.registry.leases if lease.id in self.levels]
 
+    def writing_leases(self) -> list[Lease]:
+        return [lease for lease in self.registry.leases if lease.id in self.writing]
+
+    def copy_of(self, entry: Entry) -> int | None:
+        """The descriptor of the copy of its current generation."""
+        fd = self.copies.get((id(entry), self.current.get(id(entry), 0)))
+        return None if fd is None or self.closed[fd] else fd
+
     def has_copy(self, entry: Entry) -> bool:
-        return id(entry) in self.copies and not self.closed[self.copies[id(entry)]]
+        return self.copy_of(entry) is not None
+
+    def lasts(self, entry: Entry) -> bool:
+        """Whether no checkpoint brings it back, or a companion's owner wants it kept."""
+        return self.owner > 0 or (entry.key.id, self.current[id(entry)]) in self.written
+
+    def held_generations(self, entry: Entry) -> list[int]:
+        return [self.current[id(entry)], *self.others[id(entry)]]
 
     def belongs(self, entry: Entry) -> str:
         """Where the entry's bytes should be, if nobody is awake."""
         levels = [self.levels[lease.id] for lease in entry.leases if lease.id in self.levels]
-        return should_stay(self.wishes.get(id(entry), WhenAsleep.STAY), levels, is_owned=self.owner > 0)
+        return should_stay(self.wishes.get(id(entry), WhenAsleep.STAY), levels, is_owned=self.lasts(entry))
 
     def elected_leases(self) -> list[Lease]:
         return [lease for lease in self.registry.leases if lease.state is LeaseState.LOADING]
@@ -294,6 +355,7 @@ class Clients(RuleBasedStateMachine):
         pid, self.falling = next(self.pids), level or 0
         if holds is None:
             holds = self.published.get(select.id, 0) if isinstance(select, EntryKey) else 0
+        self.asked[pid] = holds
 
         def call() -> Lease:
             return self.registry.attach(
@@ -375,23 +437,29 @@ class Clients(RuleBasedStateMachine):
         level=st.sampled_from([0, 1, 2, 3]),
         wish=wishes,
         host=st.sampled_from([None, None, HOST, NO_COPY]),
+        stale=st.booleans(),
     )
-    def asks_to_sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None) -> None:
+    def asks_to_sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None, stale: bool) -> None:
         """Anybody, at any time."""
-        self.sleep(lease, level, wish, host)
+        self.sleep(lease, level, wish, host, stale)
 
-    def sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None) -> bool | None:
-        """Whether the client has fallen asleep; None: it was refused."""
+    def sleep(
+        self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None, stale: bool = False
+    ) -> bool | None:
+        """Whether the client has fallen asleep; None: it was refused. `stale`: its copy is of another generation."""
         entry = lease.entry
-        leaves_copy = lease.id in self.copying and len(lease.deposited) == 1 and host is HOST
-        legal = self.maps(lease) and not lease.passive and level in range(3) and (host is None or leaves_copy)
+        stale = stale and host is not None
+        copied = self.current[id(entry)] + stale
+        leaves_copy = lease.id in self.copying and len(lease.deposited) == 1 and host is HOST and not stale
+        can_sleep = self.maps(lease) and not lease.passive and lease.id not in self.writing
+        legal = can_sleep and level in range(3) and (host is None or leaves_copy or stale)
         alone = all(other is lease or other.id in self.levels for other in entry.users)
         lacks = entry.current.state is GenerationState.READY and not (self.has_copy(entry) or leaves_copy)
         slept = [self.levels[other.id] for other in entry.leases if other.id in self.levels]
-        where = should_stay(wish, [level, *slept], is_owned=self.owner > 0)
+        where = should_stay(wish, [level, *slept], is_owned=self.lasts(entry))
         deposited, wished, self.falling = lease.deposited, self.wishes.get(id(entry), WhenAsleep.STAY), level
         self.wishes[id(entry)] = wish
-        answer = self.attempt(lambda: self.registry.sleep(lease, level, wish, host), legal=legal)
+        answer = self.attempt(lambda: self.registry.sleep(lease, level, wish, host, copied), legal=legal)
         if not answer:
             self.wishes[id(entry)] = wished
         if answer is None:
@@ -400,8 +468,8 @@ class Clients(RuleBasedStateMachine):
         if not answer:
             self.copying.add(lease.id)
             return False
-        if host is not None:
-            (self.copies[id(entry)],) = deposited
+        if host is not None and not stale:
+            (self.copies[id(entry), copied],) = deposited
         self.copying.discard(lease.id)
         return True
 
@@ -486,7 +554,7 @@ class Clients(RuleBasedStateMachine):
         getattr(self, call)(lease, number)
 
     def may_deposit(self, lease: Lease) -> bool:
-        return self.may_publish(lease) or lease.id in self.copying
+        return self.may_publish(lease) or lease.id in self.copying or lease.id in self.writing
 
     def announce(self, lease: Lease, number: int) -> None:
         legal = None if self.may_deposit(lease) else False  # the limit may refuse it
@@ -509,13 +577,17 @@ class Clients(RuleBasedStateMachine):
     def commit(self, lease: Lease, number: int, arena: ArenaInfo = ARENA) -> None:
         legal = self.may_publish(lease) and len(lease.deposited) == 2
         brings_back = legal and self.grant(lease).brings_back
+        handed = (lease.entry.key.id, number)
+        if legal and not brings_back and number not in self.loaded[lease.entry.key.id] and number % 2:
+            self.written.add(handed)  # by a client of the companion before
+        version = "step" if handed in self.written else ""
         if brings_back:
             legal = (number, arena) == (self.grant(lease).generation, lease.entry.current.arena)
         elif legal:
             legal = number in (0, lease.holds)
 
         def call() -> int:
-            return self.registry.commit(lease, arena, MANIFEST, Published(3), number)
+            return self.registry.commit(lease, arena, MANIFEST, Published(3, version=version), number)
 
         committed = self.attempt(call, legal=legal)
         if committed is not None:
@@ -554,6 +626,108 @@ class Clients(RuleBasedStateMachine):
         for lease in [lease for lease in self.registry.leases if lease.entry.key is key]:
             self.leave(lease)
 
+    # ---- updates
+
+    @attached
+    @rule(lease=st.one_of(awake, leases))
+    def stage(self, lease: Lease) -> None:
+        entry = lease.entry
+        free = lease.id not in self.copying and not any(other.id in self.writing for other in entry.leases)
+        legal = self.maps(lease) and not self.is_retired(lease) and not lease.passive and free
+        number = self.attempt(lambda: self.registry.updates.stage(lease), legal=legal)
+        if legal:
+            assert number == self.published[entry.key.id] + 1
+            assert lease.id in self.writing
+
+    @attached
+    @rule(lease=st.one_of(writers, leases))
+    def abort(self, lease: Lease) -> None:
+        self.attempt(lambda: self.registry.updates.abort(lease), legal=lease.id in self.writing)
+        assert lease.id not in self.writing
+        assert lease.deposited == () or lease.id in self.copying or self.may_publish(lease)
+
+    @attached
+    @rule(lease=writers, how=writings)
+    def write(self, lease: Lease, how: str) -> None:
+        """What a writer does at the end: it commits something right or wrong, stops, or dies."""
+        if how == "abort":
+            self.abort(lease)
+        elif how == "dies":
+            self.leave(lease)
+        else:
+            count = 1 if how == "too few" else 2
+            if not lease.deposited:
+                self.announce(lease, count)
+                self.deposit(lease, count)
+            self.commit_staged(lease, how)
+
+    @attached
+    @rule(lease=st.one_of(writers, leases), how=writings)
+    def commit_staged(self, lease: Lease, how: str) -> None:
+        """Nobody is moved, and nobody but the writer notices."""
+        entry, right = lease.entry, lease.entry.current.arena or ARENA
+        other = OTHER_ARENA if right == ARENA else ARENA
+        arena = {"other blocks": other, "other kind": OTHER_KIND}.get(how, right)
+        version = "" if how == "no version" else "step"
+        legal = lease.id in self.writing and len(lease.deposited) == 2 and arena is right and version != ""
+        before = [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases if x is not lease]
+        if legal:
+            self.written.add((entry.key.id, self.published[entry.key.id] + 1))
+        number = self.attempt(lambda: self.registry.updates.commit(lease, arena, version), legal=legal)
+        assert [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases if x is not lease] == before
+        if legal:
+            assert number == self.current[id(entry)]
+            assert lease.id not in self.writing
+
+    @rule(
+        key=keys,
+        steps=st.lists(writings, min_size=1, max_size=3),
+        then=st.sampled_from(["stays", "leaves", "leaves", "advances"]),
+    )
+    def trainer(self, key: EntryKey, steps: list[str], then: str) -> None:
+        """A client that writes the next generations of what is there, or is brought there first."""
+        self.publisher(key, "stays")
+        self.attach(key, False, 0, False)
+        lease = self.all_leases[-1] if self.all_leases else None
+        if lease is None or not self.maps(lease) or lease.entry.key is not key:
+            return
+        for how in steps:
+            self.stage(lease)
+            if lease.id in self.writing:
+                self.write(lease, how)
+        if then == "leaves" and not lease.ended:
+            self.leave(lease)
+        elif then == "advances" and not lease.ended:
+            self.advance(lease, 0)
+
+    @attached
+    @rule(lease=st.one_of(awake, awake, leases), number=numbers)
+    def advance(self, lease: Lease, number: int) -> None:
+        """To a generation that is held, or to one that is not."""
+        entry = lease.entry
+        there = self.held_generations(entry)
+        can = self.maps(lease) and not self.is_retired(lease) and lease.id not in self.copying
+        legal = can and number in (0, *there)
+        if legal:
+            self.mapped[lease.id] = number or there[0]
+            self.strays.discard(lease.id)
+        self.attempt(lambda: self.registry.updates.advance(lease, number), legal=legal)
+
+    @held
+    @rule(query=st.one_of(st.just(Query(key_id="a")), queries), number=numbers)
+    def make_current(self, query: Query, number: int) -> None:
+        found = [e for e in self.registry.entries if e.can_be_asked_for and query.matches(e.key)]
+        ready = all(e.current.state is GenerationState.READY for e in found)
+        legal = bool(found) and ready and all(number in (0, *self.held_generations(e)) for e in found)
+        for entry in found if legal and number else ():
+            before = self.current[id(entry)]
+            self.others[id(entry)] = [x for x in self.others[id(entry)] if x != number]
+            self.others[id(entry)] += [before] if before != number else []
+            self.current[id(entry)] = number
+        before_s = [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases]
+        self.attempt(lambda: self.registry.make_current(query, number), legal=legal)
+        assert [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases] == before_s
+
     # ---- people and memory
 
     @held
@@ -589,8 +763,8 @@ class Clients(RuleBasedStateMachine):
     @precondition(lambda self: self.owner)
     @rule()
     def disown(self) -> None:
-        self.registry.disown()
         self.owner, self.linger_s = 0, self.without_owner_s
+        self.registry.disown()
         self.idle = dict.fromkeys(self.idle, self.now)
         self.idle_since = self.idle_since if self.idle_since is None else self.now
         self.settle()
@@ -648,7 +822,8 @@ class Clients(RuleBasedStateMachine):
 
     @invariant()
     def every_descriptor_has_one_owner_or_is_closed_once(self) -> None:
-        kept = [fd for e in self.registry.entries for fd in (*e.current.fds, *e.current.host_fds)]
+        generations = [each for e in self.registry.entries for each in (e.current, *e.others)]
+        kept = [fd for each in generations for fd in (*each.fds, *each.host_fds)]
         kept += [fd for lease in self.all_leases for fd in lease.deposited]
         assert Counter(kept) + self.closed == Counter(dict.fromkeys(self.deposited, 1))
 
@@ -665,12 +840,13 @@ class Clients(RuleBasedStateMachine):
                 assert not entry.current.fds
             else:
                 using = {
-                    GenerationState.READY: {LeaseState.ATTACHED, LeaseState.PARKING},
+                    GenerationState.READY: {LeaseState.ATTACHED, LeaseState.PARKING, LeaseState.WRITING},
                     GenerationState.RETIRED: {LeaseState.ATTACHED},
                 }
                 assert states.keys() <= using.get(entry.current.state, set()) | {LeaseState.ASLEEP}
                 assert len(entry.current.fds) == (2 if entry.current.state is GenerationState.READY else 0)
             assert states[LeaseState.PARKING] <= 1
+            assert states[LeaseState.WRITING] <= 1
             assert entry.current.state is not GenerationState.DROPPED or states[LeaseState.ASLEEP]
             assert entry.current.state is not GenerationState.RETIRED or entry.users
             assert (entry.idle_since is not None) == (id(entry) in self.idle)
@@ -678,10 +854,38 @@ class Clients(RuleBasedStateMachine):
         there = {lease.id for lease in self.registry.leases}
         for lease in self.all_leases:
             assert lease.ended != (lease.id in there)
-            may_deposit = lease.state in (LeaseState.LOADING, LeaseState.PARKING)
+            may_deposit = lease.state in (LeaseState.LOADING, LeaseState.PARKING, LeaseState.WRITING)
             assert may_deposit or not (lease.deposited or lease.announced)
             assert (lease.state is LeaseState.ASLEEP) == (lease.id in self.levels and not lease.ended)
             assert (lease.state is LeaseState.PARKING) == (lease.id in self.copying)
+            assert (lease.state is LeaseState.WRITING) == (lease.id in self.writing)
+
+    @invariant()
+    def the_right_generations_are_held(self) -> None:
+        """The current one, those that clients map, and `KEEP` of those that were current before or what is written."""
+        for entry in self.registry.entries:
+            there = [entry.current.number, *(each.number for each in entry.others)]
+            assert there == self.held_generations(entry)
+            assert len(there) == len(set(there))
+            assert not entry.others or entry.current.state is GenerationState.READY
+            assert all(each.state is GenerationState.READY and len(each.fds) == 2 for each in entry.others)
+            for generation in (entry.current, *entry.others):
+                assert generation.written == ((entry.key.id, generation.number) in self.written)
+            mapped = [self.mapped[lease.id] for lease in entry.leases if lease.id in self.mapped]
+            assert len(there) <= 1 + KEEP + len(set(mapped) - {there[0]})
+            if entry.current.state is GenerationState.READY:
+                assert {
+                    lease.id: lease.maps for lease in entry.leases if lease.state not in (None, LeaseState.ASLEEP)
+                } == {lease.id: self.mapped[lease.id] for lease in entry.leases if lease.id in self.mapped}
+                shown = entry.status(self.linger_s).generations
+                assert sorted(there) == [each.number for each in shown]
+                assert [each.number for each in shown if each.is_current] == there[:1]
+                for each in shown:
+                    users = [lease.pid for lease in entry.users if self.mapped.get(lease.id) == each.number]
+                    assert list(each.pids) == users
+        for lease in self.registry.leases:
+            if lease.id in self.mapped and lease.id not in self.strays:
+                assert self.mapped[lease.id] in self.held_generations(lease.entry)
 
     @invariant()
     def bytes_are_where_they_belong(self) -> None:
@@ -690,7 +894,7 @@ class Clients(RuleBasedStateMachine):
             current, awake = entry.current, [x for x in entry.leases if self.maps(x) and not self.is_retired(x)]
             assert not awake or current.state is GenerationState.READY
             assert (current.host is not None) == self.has_copy(entry)
-            assert current.host_fds == ((self.copies[id(entry)],) if self.has_copy(entry) else ())
+            assert current.host_fds == ((self.copy_of(entry),) if self.has_copy(entry) else ())
             if current.state is GenerationState.PARKED:
                 assert current.host_fds
             elif current.state in (GenerationState.DROPPED, GenerationState.RETIRED, GenerationState.EXPECTED):

@@ -59,13 +59,20 @@ class Engine:
 
     def tokens_now(self) -> list[list[int]]:
         """What it answers to its prompts at this moment."""
+        tokens: list[list[int]] = self._ask("")["tokens"]
+        return tokens
+
+    def update(self, generations: dict[str, int] | None = None) -> dict[str, Any]:
+        """Have it advance to the current generations, or to these; what it says, and answers from then on."""
+        return self._ask(json.dumps(generations or {}))
+
+    def _ask(self, line: str) -> dict[str, Any]:
         self.result()
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         self._result = None
-        tokens: list[list[int]] = self.result()["tokens"]
-        return tokens
+        return self.result()
 
     def result(self) -> dict[str, Any]:
         if self._result is None:

@@ -1,7 +1,8 @@
 """One real vLLM engine on CPU, as a child process of the tests.
 
 Reads a JSON object of options from argv, prints "RESULT {...}", and the tokens once more for each line of standard
-input, until that closes: the parent can look at a living engine. The model runs in worker
+input, until that closes: the parent can look at a living engine. A line that is not empty is a JSON object of
+generations by model, to which the engine advances before. The model runs in worker
 processes of vLLM's own; `describe` and `reference` are sent there.
 """
 
@@ -109,8 +110,12 @@ def main() -> None:
     if texts:
         result["vectors"] = [output.outputs.embedding for output in llm.embed(texts)]
     print("RESULT " + json.dumps(result), flush=True)
-    for _ in sys.stdin:
-        print("RESULT " + json.dumps({"tokens": tokens()}), flush=True)
+    for line in sys.stdin:
+        answer = {}
+        if line.strip():
+            answer["updated"] = llm.collective_rpc("companion_update", kwargs={"generations": json.loads(line)})
+            assert llm.reset_prefix_cache()
+        print("RESULT " + json.dumps(answer | {"tokens": tokens()}), flush=True)
 
 
 if __name__ == "__main__":

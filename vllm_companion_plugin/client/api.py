@@ -229,7 +229,7 @@ class CompanionClient:
         """
         with (
             self.attach(model, rank, role=role, key_id=key_id, name=name) as attachment,
-            updating(attachment, version) as update,
+            updating(attachment, version, self.settings) as update,
         ):
             yield update
 

@@ -376,6 +376,7 @@ class Attachment:
                         fds = arena.fds.dup()
                 elif isinstance(outcome, Granted):
                     source = "checkpoint"
+                    self._check_not_lost(settings)
                     loaded.enter_context(load(lease, outcome))
                     continue
                 else:
@@ -424,6 +425,8 @@ class Attachment:
         Raises:
             LayoutError: what it had is not held any more.
         """
+        if not current.published.version and current.generation > self.generation:  # it was loaded anew
+            self._check_not_lost(settings)
         written = current.published.version and current.generation != self.generation
         if not written or self._follows or settings.follow_updates:
             return current
@@ -435,6 +438,15 @@ class Attachment:
                 f"slept, and generation {self.generation} is not held any more.",
                 remedy="Start the engine anew, or with the setting follow_updates.",
             ) from error
+
+    def _check_not_lost(self, settings: Settings) -> None:
+        """Raise `LayoutError` if this process had what a trainer wrote: the checkpoint does not take its place."""
+        if self.held.published.version and not settings.follow_updates:
+            raise LayoutError(
+                f"{self.label} was {self.held.published.version}, which a trainer had written, and nobody has it any "
+                "more.",
+                remedy="Start the engine anew, or with the setting follow_updates, to take the checkpoint's weights.",
+            )
 
     def _map(self, held: Held, fds: arenas.Descriptors, settings: Settings) -> None:
         """Map what may take the place of what was mapped, and prove it if it is not the same generation."""

@@ -273,7 +273,9 @@ class Mirror:
             self._check_wanted()
             if isinstance(outcome, Granted):
                 outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
-            elif (outcome.generation, outcome.published) != (held.generation, held.published):
+            elif (outcome.generation, outcome.published) != (held.generation, held.published) and not (
+                outcome.manifest == held.manifest and (outcome.published.version or held.published.version)
+            ):
                 connection.close()
                 logger.warning("%s was loaded anew; this process keeps its own copy until it ends.", held.key.title)
                 self._let_go()

@@ -17,6 +17,7 @@ from vllm_companion_plugin.core.placements import Placed, Source
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
+from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 Weights = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -159,8 +160,10 @@ class Update:
 
 
 @contextlib.contextmanager
-def updating(attachment: Attachment, version: str) -> Iterator[Update]:
+def updating(attachment: Attachment, version: str, settings: Settings) -> Iterator[Update]:
     """The next generation of what `attachment` maps; committed at the end of `with`, unless that raises.
+
+    The attachment advances to the current generation first, if another client has committed one meanwhile.
 
     Raises:
         EntryInUseError: another client writes the next generation already.
@@ -170,6 +173,9 @@ def updating(attachment: Attachment, version: str) -> Iterator[Update]:
     lease = attachment.lease
     lease.stage()
     try:
+        with contextlib.closing(attachment.prepare(0, settings)) as current:
+            if current.ready.generation != attachment.generation:
+                attachment.advance(current)
         update = Update(attachment, lease)
         try:
             yield update

@@ -127,7 +127,7 @@ class Ward:
             signals.wake()
 
     def _keep(self, connection: CompanionConnection, status: CompanionStatus) -> None:
-        """Hold the new entries, and let go of the unloaded ones."""
+        """Hold the new entries and generations, and let go of the unloaded ones and of those that are not current."""
         for number in [number for number, holder in self._holders.items() if holder.ended]:
             self._holders.pop(number).close()
         for entry in status.entries:
@@ -144,6 +144,10 @@ class Ward:
                 self._refused_until[number] = time.monotonic() + RETRY_S
                 text = f"vllm-companion: {entry.key.title} would be lost with its companion: {error}"
                 say(text, error=True)
+        current = {entry.key.id: entry.generation for entry in status.entries if entry.state is EntryState.READY}
+        for key_id, generation in list(self._holders):
+            if current.get(key_id, generation) != generation:
+                self._holders.pop((key_id, generation)).close()
 
     def let_go(self) -> None:
         """Give up the companion and all that this ward holds. The companion's linger time begins to count."""

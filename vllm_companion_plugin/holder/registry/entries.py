@@ -85,7 +85,7 @@ class Lease:
         announced: number of descriptors that it is about to deposit, or has deposited.
         deposited: descriptors of the publication that it is making; the registry owns them.
         level: at which it sleeps, as vLLM counts.
-        maps: the generation that it maps; 0: none.
+        maps: the generation that it maps, which may be one that this companion never had; 0: none.
         events: what the client has not been told yet.
     """
 
@@ -128,7 +128,6 @@ class Generation:
         load_since: monotonic time of the election; `load_since_unix_s` the same by the wall clock.
         arena, manifest: since it is READY, until it is dropped.
         fds: descriptors of the arena while it is READY; the registry owns them.
-        written: a client wrote it. No checkpoint has its bytes.
         host, host_fds: its copy in host memory, if there is one, and the copy's descriptors; the registry owns them.
     """
 
@@ -142,7 +141,6 @@ class Generation:
     arena: ArenaInfo | None = None
     manifest: StoredManifest | None = None
     fds: tuple[int, ...] = ()
-    written: bool = False
     host: ArenaInfo | None = None
     host_fds: tuple[int, ...] = ()
 
@@ -151,6 +149,11 @@ class Generation:
         """The state as clients see it: an expected generation is loading, by whoever will hand it back."""
         assert self.state is not None
         return EntryState.LOADING if self.state is GenerationState.EXPECTED else EntryState(self.state.value)
+
+    @property
+    def written(self) -> bool:
+        """Whether a client wrote it: no checkpoint has its bytes."""
+        return bool(self.published.version)
 
     @property
     def residence(self) -> Residence:
@@ -177,7 +180,7 @@ class Entry:
         idle_since: monotonic time since which nobody uses it; None while somebody does, and until it is READY.
         idle_since_unix_s: the same by the wall clock, to be shown.
         current: what clients that ask for the key get, or wait for.
-        others: READY ones besides it, of before or after it.
+        others: READY ones besides it, in the order in which they were current.
         wish: of the client that fell asleep last; AUTO until one has.
     """
 

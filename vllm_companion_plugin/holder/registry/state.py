@@ -306,7 +306,7 @@ class Registry:
         Args:
             asleep: the client sleeps, at this level, on an entry that a companion which has died knew by its key.
                 It does not say what it wishes: what is on the device stays there until a client falls asleep.
-            holds: the generation that the client maps and can publish again; heeded if it is the latest. 0: none.
+            holds: the generation that the client maps, and can publish again if it is the latest. 0: none.
             passive: as of `Lease`.
 
         Raises:
@@ -322,6 +322,7 @@ class Registry:
         if len(self.leases) >= limits.MAX_LEASES:
             raise LimitError(f"The companion has {limits.MAX_LEASES} clients already.")
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
+        maps = holds
         if isinstance(select, EntryKey) and not self._generations.may_return(select.id, holds):
             holds = 0
         held = self._held(passive)
@@ -336,7 +337,7 @@ class Registry:
                 )
             first = GenerationEvent.ASK if asleep is None else GenerationEvent.REMEMBER
             entry = self._steps.add(Entry(select), first)
-        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive)
+        lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive, maps=maps)
         entry.leases.append(lease)
         self._steps.move_lease(lease, LeaseEvent.ATTACH)
         if not passive:
@@ -562,11 +563,11 @@ class Registry:
     def _fall_asleep(self, lease: Lease, level: int, wish: WhenAsleep = WhenAsleep.STAY) -> None:
         self._steps.move_lease(lease, LeaseEvent.SLEEP)
         lease.level, lease.holds, lease.maps, lease.entry.wish = level, 0, 0, wish
+        self.updates.prune(lease.entry)
         self._settle(lease.entry)
 
     def _settle(self, entry: Entry) -> None:
         """Nobody may be awake any more: put the bytes where they shall stay. What takes a copy stays without one."""
-        self.updates.prune(entry)
         if entry.current.state is not GenerationState.READY or entry.is_awake or not entry.sleepers:
             return
         where = self._residence(entry, entry.wish)
@@ -690,6 +691,7 @@ class Registry:
         entry = lease.entry
         stopped = f"{lease.who} stopped loading {describe([entry])}; nobody else may load it."
         self._steps.end_lease(lease, event, error)
+        self.updates.prune(entry)
         if entry.current.shown is EntryState.LOADING:
             self._elect_or_abandon(entry, stopped)
         elif entry.current.state in (GenerationState.RETIRED, GenerationState.DROPPED) and not entry.users:

@@ -81,7 +81,7 @@ class Steps:
     def map_entry(self, lease: Lease) -> None:
         """The client may map the entry, which another client has published."""
         self.move_lease(lease, LeaseEvent.MAP)
-        lease.maps = lease.entry.current.number
+        lease.maps = lease.maps or lease.entry.current.number
         self.tell(lease, ReadyEvent())
 
     def end_lease(self, lease: Lease, event: LeaseEvent, error: CompanionError | None = None, reason: str = "") -> None:

@@ -15,8 +15,9 @@ The tables say what may follow what. Who is elected, what expires and who owns t
 (`state.py`, `room.py`, `lifetime.py`); the outcome of every decision is an event here. Observers are told each step
 (`moves.py`), so counting and logging need no place of their own in the rules.
 
-An entry has exactly one generation, whose state is the entry's. The table knows neither keys nor leases nor arenas:
-a generation may become an object of its own, several in one entry, without a change here.
+An entry has one current generation, whose state is the entry's. While that is ready an entry may have others, which are
+ready, too: a client wrote the next one, or went back to one of before. The table knows neither keys nor leases nor
+arenas.
 
 `python -m vllm_companion_plugin.holder.registry.table` prints the diagrams of docs/architecture.md.
 """

@@ -2,8 +2,9 @@
 
 A client that maps the entry may become its one writer. It stages a generation, fills memory of its own that is laid out
 like the current one, and commits: what clients that attach get is the new generation from then on, and nobody is moved.
-Each client that maps an older one says when it has advanced, or gone back. Besides the current generation, `keep` of
-those before it stay, newest first, and every one that a client maps.
+Each client that maps another one says when it has advanced, or gone back. Besides the current generation there stay
+those that were current last, `KEEP` of them, and every one that a client maps. The one that is being written takes the
+place of what is kept: a device without laggards has two at most.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vllm_companion_plugin.holder.registry.steps import Steps
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
 
 KEEP = 1
-"""Generations before the current one that stay, so that clients can go back."""
+"""Generations that were current before and stay, so that clients can go back."""
 
 
 class Updates:
@@ -38,16 +39,19 @@ class Updates:
         """The client is the entry's writer from now on; the number that its generation will have.
 
         Raises:
-            BadRequestError: it does not map the entry.
+            BadRequestError: it does not map the entry, or only holds it.
             EntryInUseError: another client is the writer.
         """
         entry = lease.entry
         self._steps.check(lease, LeaseEvent.STAGE)
+        if lease.passive:
+            raise BadRequestError("A client that only holds the entry writes nothing.")
         if entry.current.state is not GenerationState.READY:
             raise BadRequestError(f"{entry} is {entry.current.shown.value}; nothing can take its place.")
         if entry.writer is not None:
             raise EntryInUseError(f"{entry.writer.who} writes the next generation of {entry.key.title} already.")
         self._steps.move_lease(lease, LeaseEvent.STAGE)
+        self.prune(entry)
         self._on_change()
         return self._numbers.latest(entry.key.id) + 1
 
@@ -73,8 +77,7 @@ class Updates:
         if not version:
             raise BadRequestError("Weights that a client has written need a version, by which they are known.")
         before = entry.current
-        if before.state is not GenerationState.READY or before.arena is None:
-            raise BadRequestError(f"{entry} was dropped meanwhile.")
+        assert before.arena is not None  # a client that writes keeps it on the device
         if (arena.kind, arena.block_sizes) != (before.arena.kind, before.arena.block_sizes):
             raise LayoutError(f"{entry} has {len(before.arena.block_sizes)} blocks of other sizes, or of another kind.")
         if len(lease.deposited) != len(arena.block_sizes):
@@ -82,7 +85,7 @@ class Updates:
         number = self._numbers.latest(entry.key.id) + 1
         self._numbers.note(entry.key.id, number)
         published = replace(before.published, ready_unix_s=self._wall(), load_s=0.0, version=version)
-        new = Generation(number=number, arena=arena, manifest=before.manifest, published=published, written=True)
+        new = Generation(number=number, arena=arena, manifest=before.manifest, published=published)
         new.fds, lease.deposited, lease.announced = lease.deposited, (), 0
         self._steps.move_lease(lease, LeaseEvent.COMMIT_STAGED)
         entry.others.append(before)
@@ -117,15 +120,16 @@ class Updates:
         """What clients get from now on is this generation, older or newer. Raises `EntryNotFoundError`."""
         wanted = self.find(entry, number)
         if wanted is not entry.current:
-            entry.others = [each for each in (*entry.others, entry.current) if each is not wanted]
+            entry.others.remove(wanted)
+            entry.others.append(entry.current)
             entry.current = wanted
             self.prune(entry)
 
     def prune(self, entry: Entry) -> None:
         """Let go of every generation that nobody maps and that is not kept."""
-        older = sorted((each.number for each in entry.others if each.number < entry.current.number), reverse=True)
-        kept = {*older[:KEEP], *(lease.maps for lease in entry.leases)}
-        for generation in [each for each in entry.others if each.number not in kept]:
+        mapped = {lease.maps for lease in entry.leases}
+        kept = entry.others[-KEEP:] if entry.writer is None else []
+        for generation in [each for each in entry.others if each not in kept and each.number not in mapped]:
             entry.others.remove(generation)
             self._steps.move_generation(entry, generation, GenerationEvent.FORGET)
             self._steps.release_generation(generation)

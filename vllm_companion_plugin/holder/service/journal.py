@@ -57,7 +57,8 @@ class Journal:
 
     def _note(self, entry: Entry) -> None:
         try:
-            self._dismiss(entry.key, entry.current.number)
+            for number in {entry.current.number, *(lease.maps for lease in entry.leases)}:
+                self._dismiss(entry.key, number)
         except OSError as error:
             logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
 

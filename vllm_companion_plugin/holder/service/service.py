@@ -132,10 +132,12 @@ class CompanionService:
 
         def current() -> Sequence[int]:
             entry = lease.entry
-            current = next((each for each in entry.others if each.number == number), entry.current)
-            fds = current.host_fds if lease.state is LeaseState.LOADING else current.fds
+            there = next((each for each in (entry.current, *entry.others) if each.number == number), Generation())
+            fds = there.host_fds if lease.state is LeaseState.LOADING else there.fds
             if not fds:
-                raise TicketError(f"{lease.entry.key.model} was unloaded before its descriptors were fetched.")
+                raise TicketError(
+                    f"Generation {number} of {entry.key.model} was dropped before its descriptors were fetched."
+                )
             return fds
 
         return current
