@@ -236,7 +236,7 @@ def test_a_port_that_is_taken_keeps_no_weights_from_being_served(
 def test_without_a_port_there_are_no_metrics(place: Place) -> None:
     assert place.settings.metrics_port == 0
     code, _, error = cli(place, "metrics")
-    assert (code, "--metrics-port 9464" in error) == (1, True)
+    assert (code, "--metrics-port 9464" in error) == (2, True)
 
 
 def test_the_exporter_runs_without_companions_and_ends_by_signal(place: Place, port: int) -> None:

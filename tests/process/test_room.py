@@ -115,7 +115,7 @@ class TestRoom:
         room.make_room(connection, GPU, config(), [WANTED])
         assert held(connection) == "ac"
         assert device.memory(GPU)[0] >= 2 * SIZE
-        assert log.messages == ["Dropped test/b (single), which nobody used, from cpu: 0.00 GiB for test/wanted."]
+        assert log.messages == ["Dropped b (single), which nobody used, from cpu: 0.00 GiB for wanted."]
 
     def test_is_there_already(self, place: Place, connection: CompanionConnection, device: Device) -> None:
         """Where vLLM finds enough nothing is dropped; weights that are mapped count as this engine's."""

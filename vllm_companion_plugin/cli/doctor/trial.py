@@ -31,8 +31,12 @@ NAME = "trial"
 def check_trial() -> Iterator[Check]:
     """Do what engines do with a companion of device cpu, which needs neither a GPU nor vLLM."""
     # A long TMPDIR is no fault: the runtime directory has its own check.
-    place = None if len(tempfile.gettempdir()) < MAX_SOCKET_PATH - 50 else "/tmp"
-    directory = tempfile.mkdtemp(prefix="vcd-", dir=place)
+    try:
+        place = None if len(tempfile.gettempdir()) < MAX_SOCKET_PATH - 50 else "/tmp"
+        directory = tempfile.mkdtemp(prefix="vcd-", dir=place)
+    except OSError as error:  # a full disk, or no file may be written
+        yield Check(NAME, FAIL, f"no temporary directory: {error}", "make room, or set TMPDIR to where there is some")
+        return
     settings = resolve({"runtime_dir": f"{directory}/r", "linger_s": LINGER_S, "log_format": "text"})
     started = time.monotonic()
     try:
