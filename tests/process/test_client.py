@@ -207,7 +207,7 @@ def test_an_unload_in_use_is_refused_and_a_forced_one_gives_a_new_generation(con
         connection.unload(model=KEY.model)
     _, ready = attached(connection)
     assert connection.unload(model=KEY.model, force=True)[0].generation == 1
-    with pytest.raises(TicketError, match="unloaded"):
+    with pytest.raises(TicketError, match="dropped"):
         ready.redeem()
     publish(connection)
     assert attached(connection)[1].generation == 2

@@ -99,7 +99,8 @@ class TestTable:
         owner = patch.find_owner()
         named = patch.attribute in {*dir(owner), *getattr(owner, "__annotations__", {})}
         set_by_constructors = ("load_weights", "requested_memory", "weight_loader")  # of single objects
-        assert named or (patch.each and patch.attribute in set_by_constructors), module
+        ours = patch.how is How.ADDED and patch.attribute.startswith("companion_")
+        assert named or ours or (patch.each and patch.attribute in set_by_constructors), module
         importlib.import_module(f"vllm_companion_plugin.{patch.by}")
 
     @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)

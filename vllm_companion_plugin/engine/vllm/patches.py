@@ -24,6 +24,8 @@ class How(Enum):
     """The attribute is another object, by `Patch.apply` or `Patch.on`."""
     SET = "set"
     """A value is changed, or an item of a table."""
+    ADDED = "added"
+    """The attribute is new there."""
     HOOKED = "hooked"
     """Its owner has an interface for this, which is used."""
 
@@ -310,10 +312,10 @@ LIVE_WEIGHTS = Patch(
 ADVANCE = Patch(
     "vllm.v1.worker.gpu_worker:Worker.companion_update",
     "engine.vllm.writing",
-    How.SET,
+    How.ADDED,
     Lifetime.MAPPED,
     reason='`collective_rpc("companion_update")` has the workers map the next generation of their weights.',
-    link="vllm/v1/worker/worker_base.py: WorkerWrapperBase.execute_method",
+    link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
     undo=_ENDS,
 )
 SOURCE_FILES = Patch(
@@ -555,6 +557,15 @@ WEIGHT_LOADERS = Patch(
     link="vllm/model_executor/model_loader/reload/layerwise.py: initialize_online_processing",
     undo="as loading itself would have done",
     each=True,
+)
+WARNINGS = Patch(
+    "warnings:simplefilter",
+    "tree.observe",
+    How.HOOKED,
+    Lifetime.LOADING,
+    reason="Python warns that it will not tell the state of its iterators any more, which is asked for here.",
+    link="Python's warnings.catch_warnings",
+    undo="at once",
 )
 COLLECTOR = Patch(
     "gc:disable",
