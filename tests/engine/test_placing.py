@@ -1,0 +1,135 @@
+"""Where tensors of a checkpoint go: observed while vLLM loads them, and proved by writing them once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.checkpoints import models
+from tests.support.configs import config
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.client.filling import Filling
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.tree import pack
+from vllm_companion_plugin.tree.capture import capture, plain_tensors
+from vllm_companion_plugin.tree.observe import Observation
+from vllm_companion_plugin.wire.manifest import sources_to_bytes
+
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "llama-tied", "qwen3", "phi3", "gemma3", "qwen3-moe", "mixtral", "deepseek-v3", "mamba", "hybrid")
+
+
+def published(path: Path) -> tuple[Manifest, memory.Arena]:
+    """The model at `path`, loaded by vLLM and packed as its publisher would."""
+    from dataclasses import replace
+
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    made = config(path, load_format="auto")
+    with set_current_vllm_config(made), set_default_torch_dtype(made.model_config.dtype):
+        model = initialize_model(vllm_config=made, model_config=made.model_config)
+        observation = Observation(model)
+        take: Callable[..., object] = model.load_weights
+
+        def noting(weights: Iterable[tuple[str, torch.Tensor]]) -> object:
+            return take((name, observation.note_read(name, tensor) or tensor) for name, tensor in weights)
+
+        vars(model)["load_weights"] = noting
+        with observation.watching():
+            DefaultModelLoader(made.load_config).load_weights(model, made.model_config)
+        del vars(model)["load_weights"]
+        observation.end_loading(model)
+    with plain_tensors():
+        packed = pack.prepare(capture(model), Stage.UNPROCESSED, memory.MEMFD, CPU, observation)
+        sources = sources_to_bytes(pack.sources_of(packed, observation))
+        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+    return replace(packed.manifest, sources=sources), arena
+
+
+def checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def filled(manifest: Manifest, like: memory.Arena, weights: dict[str, torch.Tensor]) -> tuple[Filling, torch.Tensor]:
+    """Weights in an arena that is empty but for them, byte by byte."""
+    size_bytes = like.info.size_bytes
+    writer = memory.create(memory.MEMFD, size_bytes)
+    writer.add_block(size_bytes)
+    filling = Filling(writer, size_bytes, manifest, CPU, "it")
+    filling.load({name: tensor for name, tensor in weights.items() if name in filling.sources})
+    return filling, bytes_of(writer.seal())
+
+
+def bytes_of(arena: memory.Arena) -> torch.Tensor:
+    from vllm_companion_plugin.memory.tensors.views import ArenaViews
+
+    return ArenaViews(arena, arena.info.size_bytes, CPU).bytes_at(0, arena.info.size_bytes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_written_by_its_names_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
+    """In an arena that had none of them: of every shared tensor, all that vLLM made of the checkpoint."""
+    models.make(family, tmp_path, tiny=True)
+    manifest, arena = published(tmp_path)
+    weights = checkpoint(tmp_path)
+    filling, found = filled(manifest, arena, weights)
+    # What loading computes from a tensor it does not copy: Mamba's A is -exp(A_log).
+    missing = {name for name in weights if name not in filling.sources}
+    assert all(name.endswith("A_log") for name in missing)
+    if family in ("llama-tied", "gemma3"):
+        assert "lm_head.weight" not in filling.sources
+    wanted = bytes_of(arena)
+    for tensor in manifest.tensors:
+        if tensor.storage < 0 or tensor.private:
+            continue
+        storage = manifest.storages[tensor.storage]
+        part = slice(storage.offset_bytes, storage.offset_bytes + storage.size_bytes)
+        same = torch.equal(found[part], wanted[part])
+        assert same or (missing and not found[part].any()), (family, tensor)
+
+
+def test_other_shapes_and_names_are_refused_together(tmp_path: Path) -> None:
+    models.make("llama", tmp_path, tiny=True)
+    manifest, arena = published(tmp_path)
+    weights = checkpoint(tmp_path)
+    first, second = sorted(weights)[:2]
+    bad = {first: weights[first][:-1], second: weights[second].double(), "nobody's": weights[first]}
+    writer = memory.create(memory.MEMFD, arena.info.size_bytes)
+    writer.add_block(arena.info.size_bytes)
+    filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+    with pytest.raises(BadRequestError) as raised:
+        filling.load(bad)
+    assert all(name in str(raised.value) for name in bad)
+    assert not bytes_of(writer.seal()).any()
+
+
+def test_what_is_written_over_has_no_source(tmp_path: Path) -> None:
+    """Another operation on the same memory, after the copy, is not repeated by a copy."""
+    models.make("llama", tmp_path, tiny=True)
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    inner: Any = LlamaForCausalLM.load_weights
+
+    def load_weights(self: Any, weights: Any) -> Any:
+        loaded = inner(self, weights)
+        with torch.no_grad():
+            self.model.norm.weight.mul_(2)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LlamaForCausalLM, "load_weights", load_weights)
+        manifest, arena = published(tmp_path)
+    filling, _ = filled(manifest, arena, {})
+    assert "model.norm.weight" not in filling.sources
+    assert "model.layers.0.input_layernorm.weight" in filling.sources
