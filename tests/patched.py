@@ -84,7 +84,7 @@ def differences(lifetimes: Iterable[Lifetime]) -> dict[str, list[str]]:
 def _is_visible(patch: Patch) -> bool:
     if patch.how is How.HOOKED:
         return not callable(getattr(patch.find_owner(), patch.attribute))
-    return patch.how is How.REPLACED and not patch.each
+    return patch.how in (How.REPLACED, How.ADDED) and not patch.each
 
 
 def applies(patch: Patch) -> bool:

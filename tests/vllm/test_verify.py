@@ -77,7 +77,7 @@ def judged(code: int, out: str, said: str, temporary: Path) -> tuple[int, dict[s
 @pytest.mark.parametrize(
     ("case", "flags", "ranks"),
     [
-        ("gemma3", (), ["single"]),
+        pytest.param("gemma3", (), ["single"], marks=pytest.mark.slow),
         ("hybrid", (), ["single"]),
         ("idefics3", ("--no-skip-tokenizer-init",), ["single"]),
         ("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
