@@ -27,6 +27,7 @@ PROGRAMS = sorted((ROOT / "docs" / "examples").glob("*.py"))
 
 def blocks(text: str) -> list[str]:
     """The Python in a page: fenced, or indented in a docstring."""
+    text = re.sub(r"^<!-- try: no,[^\n]*-->\n```python\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     fenced = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return fenced or re.findall(r"^with .*\n(?: {4}.*\n)+", text, re.MULTILINE)
 

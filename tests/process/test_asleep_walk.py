@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -43,6 +44,8 @@ class Walk:
     """Attachments of one entry, in this process, and other clients of it to be killed."""
 
     def __init__(self, place: Place, seed: int) -> None:
+        gc.collect()  # of tests before this one
+        self.before = counted()
         self.place = place
         self.random = random.Random(seed)
         self.sleeping = Sleeping.of(place, KEY, seeded())
@@ -153,12 +156,7 @@ class Walk:
         }
 
     def held(self) -> dict[str, int]:
-        kinds = Counter(map(kind_of, descriptors()))
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        return {
-            **{"memfds": kinds["memfd"], "notes": kinds["note"]},
-            "maps": sum("memfd:vllm-companion" in line for line in lines),
-        }
+        return {what: count - self.before[what] for what, count in counted().items()}
 
     def story(self, number: int) -> str:
         return f"attachment {number} after {len(self.log)} steps: {self.log[-30:]}"
@@ -173,6 +171,15 @@ class Walk:
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # one that wakes kills itself
         os.kill(pid, signal.SIGKILL)
+
+
+def counted() -> dict[str, int]:
+    kinds = Counter(map(kind_of, descriptors()))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {
+        **{"memfds": kinds["memfd"], "notes": kinds["note"]},
+        "maps": sum("memfd:vllm-companion" in line for line in lines),
+    }
 
 
 def descriptors() -> list[str]:

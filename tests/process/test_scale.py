@@ -60,6 +60,7 @@ def publish(place: Place, tensors: int, undo: ExitStack) -> None:
     outcome.publication.publish(arena.info, arena.fds, manifest, tensors)
 
 
+@pytest.mark.alone
 def test_a_thousand_attachments_leave_nothing_behind_in_client_or_companion(place: Place) -> None:
     with ExitStack() as undo:
         publish(place, 400, undo)
