@@ -80,7 +80,7 @@ def judged(code: int, out: str, said: str, temporary: Path) -> tuple[int, dict[s
         pytest.param("gemma3", (), ["single"], marks=pytest.mark.slow),
         ("hybrid", (), ["single"]),
         ("idefics3", ("--no-skip-tokenizer-init",), ["single"]),
-        ("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"]),
+        pytest.param("qwen3-moe", ("--tensor-parallel-size", "2"), ["tp0/2", "tp1/2"], marks=pytest.mark.slow),
     ],
 )
 def test_a_model_is_equal_through_the_companion(
