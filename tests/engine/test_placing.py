@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,22 +114,60 @@ def test_other_shapes_and_names_are_refused_together(tmp_path: Path) -> None:
     assert not bytes_of(writer.seal()).any()
 
 
-def test_what_is_written_over_has_no_source(tmp_path: Path) -> None:
-    """Another operation on the same memory, after the copy, is not repeated by a copy."""
+def changes_what_it_reads(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """A tensor is changed before it is copied: the copy alone would lose that."""
+
+    def changed() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            yield name, tensor.add_(1) if name == NORM else tensor
+
+    return load(model, changed())
+
+
+def computes_beside(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """A tensor is copied to its place, and something else is computed from it."""
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name == NORM:
+                model.register_buffer("doubled", tensor * 2)
+            yield name, tensor
+
+    return load(model, watched())
+
+
+def computes_afterwards(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """Something is computed from what was loaded, and stays beside it."""
+    loaded = load(model, weights)
+    model.register_buffer("absorbed", model.model.norm.weight.detach() * 2)
+    return loaded
+
+
+def changes_what_it_loaded(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """Another operation writes to the same memory, after the copy."""
+    loaded = load(model, weights)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    return loaded
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [changes_what_it_reads, computes_beside, computes_afterwards, changes_what_it_loaded],
+    ids=lambda how: how.__name__,
+)
+def test_what_is_more_than_a_copy_has_no_source(how: Callable[..., Any], tmp_path: Path) -> None:
+    """Copying a new tensor to the same place would leave a part of the model as it was, or another value."""
     models.make("llama", tmp_path, tiny=True)
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
     inner: Any = LlamaForCausalLM.load_weights
-
-    def load_weights(self: Any, weights: Any) -> Any:
-        loaded = inner(self, weights)
-        with torch.no_grad():
-            self.model.norm.weight.mul_(2)
-        return loaded
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(LlamaForCausalLM, "load_weights", load_weights)
+        patched.setattr(LlamaForCausalLM, "load_weights", lambda self, weights: how(self, weights, inner))
         manifest, arena = published(tmp_path)
     filling, _ = filled(manifest, arena, {})
-    assert "model.norm.weight" not in filling.sources
+    assert NORM not in filling.sources
     assert "model.layers.0.input_layernorm.weight" in filling.sources

@@ -514,7 +514,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in made:
             self.placing.made(storage)
         if targets or made:
-            self.placing.note(func, args, targets, result)
+            unwritten = read - {storage for target in targets for storage in _storages(target)}
+            self.placing.note(func, args, unwritten, targets, result)
         for storage in made:
             self.built.discard(storage)
             self.written.discard(storage)

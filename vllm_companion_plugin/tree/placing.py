@@ -1,7 +1,8 @@
 """Follows tensors of a checkpoint while vLLM loads them, to know where in the model each one went.
 
 vLLM's models copy slices of checkpoint tensors into slices of parameters. Where only such copies were seen, new weights
-can be written in the same way without vLLM. A parameter that anything else wrote to afterwards has no known sources.
+can be written in the same way without vLLM. A tensor has no known place if it was changed before it was copied, if
+anything else wrote to that place afterwards, or if anything was computed from the tensor or from its place.
 """
 
 from __future__ import annotations
@@ -59,23 +60,38 @@ class Placing:
         if tensor.storage_offset():
             self._lost.add(name)
 
-    def note(self, func: Any, args: Any, written: Iterable[torch.Tensor], result: Any) -> None:
-        """An operation wrote to tensors, or made some."""
-        for target in written:
+    def note(self, func: Any, args: Any, read: Iterable[int], written: Iterable[torch.Tensor], result: Any) -> None:
+        """An operation wrote to tensors, or made some.
+
+        Args:
+            read: storages of all that it was given and did not write to.
+        """
+        targets = list(written)
+        for target in targets:
             self._overwritten(target)
-        if func is _COPY and self._copied(args[0], args[1]):
+        source: Any = args[1] if func is _COPY else args[0] if func in _WHOLE else None
+        followed = source is not None and _storage(source) in self._read
+        if followed and (self._copied(targets[0], source) if func is _COPY else self._cloned(source, result)):
             return
-        if func in _WHOLE:
-            self._cloned(args[0], result)
+        for storage in read:
+            self._computed_from(storage)
 
     def _overwritten(self, target: torch.Tensor) -> None:
-        """What was copied to the same place is there no more."""
-        writes = self._writes.get(_storage(target))
-        if writes:
+        """What was copied to the same place is there no more; a tensor of the checkpoint is not what was read."""
+        storage = _storage(target)
+        if (known := self._read.get(storage)) is not None:
+            self._lost.add(known.name)
+        if writes := self._writes.get(storage):
             start, end = _span(target)
             gone = [write for write in writes if write.address < end and start < write.end]
             self._lost.update(write.name for write in gone)
-            self._writes[_storage(target)] = [write for write in writes if write not in gone]
+            self._writes[storage] = [write for write in writes if write not in gone]
+
+    def _computed_from(self, storage: int) -> None:
+        """Something else depends on what is there: a copy to the same place would leave that as it was."""
+        if (known := self._read.get(storage)) is not None:
+            self._lost.add(known.name)
+        self._lost.update(write.name for write in self._writes.get(storage, ()))
 
     def made(self, storage: int) -> None:
         """An operation made a storage, which holds nothing that is followed."""
@@ -83,32 +99,24 @@ class Placing:
         self._writes.pop(storage, None)
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> bool:
-        """Whether that was a part of a checkpoint's tensor, whole."""
-        known = self._read.get(_storage(source))
-        if known is None:
-            return False
+        """Whether a part of a checkpoint's tensor was copied as it is."""
         storage = _storage(target)
         if target.shape != source.shape or target.is_meta or storage in self._read:
-            self._lost.add(known.name)
             return False
-        write = _Write(
-            known.name,
-            (*known.steps, _view(source)),
-            *_span(target),
-            tuple(target.shape),
-            tuple(target.stride()),
-            _dtype(target),
-        )
-        self._writes.setdefault(storage, []).append(write)
+        known = self._read[_storage(source)]
+        steps = (*known.steps, _view(source))
+        place = (*_span(target), tuple(target.shape), tuple(target.stride()), _dtype(target))
+        self._writes.setdefault(storage, []).append(_Write(known.name, steps, *place))
         return True
 
-    def _cloned(self, source: torch.Tensor, result: Any) -> None:
-        known = self._read.get(_storage(source))
-        if known is None or not isinstance(result, torch.Tensor) or _storage(result) == _storage(source):
-            return
-        if result.is_contiguous() and result.shape == source.shape and result.dtype == source.dtype:
-            self._addresses.append(StorageWeakRef(result.untyped_storage()))  # type: ignore[no-untyped-call]
-            self._read[_storage(result)] = _Read(known.name, (*known.steps, _view(source)))
+    def _cloned(self, source: torch.Tensor, result: torch.Tensor) -> bool:
+        """Whether `result` is a contiguous copy of a part of a checkpoint's tensor."""
+        if not result.is_contiguous() or result.shape != source.shape or result.dtype != source.dtype:
+            return False
+        known = self._read[_storage(source)]
+        self._addresses.append(StorageWeakRef(result.untyped_storage()))  # type: ignore[no-untyped-call]
+        self._read[_storage(result)] = _Read(known.name, (*known.steps, _view(source)))
+        return True
 
     def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
         """The tensors of the checkpoint whose every copy is in a model that is about to be published, by name.
