@@ -75,6 +75,7 @@ class Attachment:
         manifest: the module tree that is in it; an attribute, too.
 
     Attributes:
+        fixed: why this process cannot use other bytes at the same addresses; empty if it can.
         is_stale: whether what is mapped is another generation than what was cloned, since it woke.
     """
 
@@ -103,6 +104,7 @@ class Attachment:
         self._asleep = False
         self._is_private = False
         self.is_stale = False
+        self.fixed = ""
         self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
@@ -428,7 +430,7 @@ class Attachment:
         if not current.published.version and current.generation > self.generation:  # it was loaded anew
             self._check_not_lost(settings)
         written = current.published.version and current.generation != self.generation
-        if not written or self._follows or settings.follow_updates:
+        if not written or ((self._follows or settings.follow_updates) and not self.fixed):
             return current
         try:
             return lease.generation(self.generation, self.held.manifest)
@@ -479,6 +481,8 @@ class Attachment:
         ready = self._current_lease.generation(number, self.held.manifest)
         if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
             raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
+        if self.fixed and ready.generation != self.generation:
+            raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self.fixed}.")
         fds = ready.redeem()
         try:
             if settings.verify != "off":

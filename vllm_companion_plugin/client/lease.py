@@ -37,7 +37,7 @@ from vllm_companion_plugin.wire.schema import Stub
 logger = logging.getLogger("vllm.companion.lease")
 
 FD_TIMEOUT_S = 30.0
-SLEEP_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 TICK_S = 1.0
 
 
@@ -254,23 +254,18 @@ class Lease:
             ArenaError: from `leave_copy`.
         """
         request = messages.SleepRequest(lease_token=self._token, level=level, when_asleep=when_asleep.value)
-        while ticket := (answer := self._ask_to_sleep(request)).deposit_ticket:
+        while ticket := (answer := self._call_with_token("Sleep", request)).deposit_ticket:
             try:
                 request.host_generation, info, fds = leave_copy()
             except BaseException:
                 with contextlib.suppress(CompanionError):  # it may be what failed
-                    self._ask_to_sleep(messages.SleepRequest(lease_token=self._token, stays_awake=True))
+                    awake = messages.SleepRequest(lease_token=self._token, stays_awake=True)
+                    self._call_with_token("Sleep", awake)
                 raise
             with fds:
                 fd_channel.deposit(self._paths.fd_socket, ticket, fds, FD_TIMEOUT_S)
             request.host.CopyFrom(codec.arena_to_message(info))
         return str(answer.residence)
-
-    def _ask_to_sleep(self, request: Any) -> Any:
-        try:
-            return self._stub.Sleep(request, timeout=SLEEP_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise typed_error(error, f"{self._label}: falling asleep") from error
 
     # ---- generations
 
@@ -322,7 +317,7 @@ class Lease:
 
     def _call_with_token(self, method: str, request: Any) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=SLEEP_TIMEOUT_S)
+            return getattr(self._stub, method)(request, timeout=ANSWER_TIMEOUT_S)
         except grpc.RpcError as error:
             raise typed_error(error, f"{self._label}: {method}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     device, attachment = decision.device.torch_device, decision.attachment
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
+    copied: list[int] = []
     _check_files(decision)
     try:
         views = attachment.views()
@@ -63,7 +64,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()
-                with process_privately(model, settings):
+                with process_privately(model, settings) as copied:
                     processing.post_process(model, model_config, device)
             else:
                 restorer.bind_early(processing.strategy)
@@ -82,6 +83,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         ) from error
     if not copy:
         attachment.keep_private(source.clones)
+        attachment.fixed = fixed_reason(decision.device.stage, copied, settings)
     draft.put_in(model, targets)
     if restorer.own:
         logger.debug("Values of this engine that differ from the publisher's: %s", restorer.own)
@@ -173,12 +175,15 @@ def around_restore(restorer: Restorer) -> Callable[[nn.Module], AbstractContextM
 
 
 @contextmanager
-def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
+def process_privately(model: nn.Module, settings: Settings) -> Iterator[list[int]]:
     """Keep post-processing away from shared memory that holds unprocessed weights.
 
     Methods that would only pack a private copy see meta tensors and leave the shared weights
     in use, unless `cpu_prepack` asks for the packed kernel. All others get a copy of the
     module's weights first, because nothing says that they do not write to them.
+
+    Yields:
+        Bytes of each copy, complete at the end of `with`.
     """
     copied: list[int] = []
     views: dict[int, list[torch.Tensor]] = {}
@@ -210,6 +215,18 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(processing.around_post_processing(model, around))
-        yield
+        yield copied
     if copied:
         logger.info("%d tensors (%.2f GiB) are private: their kernels process them.", len(copied), sum(copied) / 2**30)
+
+
+def fixed_reason(stage: Stage, copied: Sequence[int], settings: Settings) -> str:
+    """Why an engine cannot take other weights at the same addresses; empty if it can.
+
+    Args:
+        stage: in which weights are shared.
+        copied: as `process_privately` yields it; nothing if what is shared was processed before.
+    """
+    if stage is Stage.UNPROCESSED and settings.cpu_prepack:
+        return "it has packed its weights (cpu_prepack)"
+    return f"its kernels use {len(copied)} tensors that it has processed for itself" if copied else ""

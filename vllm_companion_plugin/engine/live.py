@@ -175,7 +175,10 @@ def privatize(
     free = free_bytes(attachment.device)
     largest = max(attachment.held.arena.block_sizes)
     if free is not None and free < largest:
-        check_room(largest, free, f"{attachment.label}, to be written to by {by},")
+        raise ArenaError(
+            f"{attachment.label} needs {largest / 2**30:.2f} GiB for the first block of its own, and "
+            f"{free / 2**30:.2f} GiB of the device are free, so {by} cannot write to it."
+        )
     started = time.perf_counter()
     attachment.privatize(connection)
     logger.info(

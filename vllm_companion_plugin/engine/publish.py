@@ -24,7 +24,7 @@ from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.process import collector_paused, quick_switches
 from vllm_companion_plugin.core.status import Progress
 from vllm_companion_plugin.engine import draft
-from vllm_companion_plugin.engine.attach import process_privately
+from vllm_companion_plugin.engine.attach import fixed_reason, process_privately
 from vllm_companion_plugin.engine.decisions import Load, Outcome
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.identity.reading import Reading, observed_reading
@@ -110,6 +110,7 @@ class _Publisher:
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
         self.reading: Reading | None = None
+        self.copied: list[int] = []
         self._bytes_before = devices.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -287,6 +288,7 @@ class _Publisher:
             if self.is_bound and self._arena is not None and self._manifest is not None:
                 device, lease = self._decision.device, self._decision.lease
                 attachment = Attachment(device.id, device.torch_device, lease, self._held, self._arena, self._manifest)
+                attachment.fixed = fixed_reason(device.stage, self.copied, self._settings)
                 self._keep(attachment)
                 self._decision.election.release()
             else:
@@ -335,7 +337,8 @@ def _watched(
             if publisher._decision.device.stage is Stage.UNPROCESSED:
                 publisher.publish(model)
                 if publisher.is_bound:
-                    after_processing.enter_context(process_privately(model, publisher._settings))
+                    privately = process_privately(model, publisher._settings)
+                    publisher.copied = after_processing.enter_context(privately)
 
         return load_weights
 

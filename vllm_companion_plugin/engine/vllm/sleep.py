@@ -106,7 +106,7 @@ def _wake_of_worker(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 def _asleep_bytes(allocator: Any, tags: Sequence[str] | None) -> int:
     """What the allocator will map for `tags`."""
-    deferrable = getattr(type(allocator), "DEFERRABLE_TAGS", None)
+    deferrable = getattr(sys.modules[type(allocator).__module__], "DEFERRABLE_TAGS", None)
     sizes = 0
     for data in allocator.pointer_to_data.values():
         wanted = tags is None or data.tag in tags or (deferrable is not None and data.tag not in deferrable)

@@ -77,7 +77,7 @@ def _free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def _processed_as_before(model: nn.Module, models: list[live.LiveModel]) -> AbstractContextManager[None]:
+def _processed_as_before(model: nn.Module, models: list[live.LiveModel]) -> AbstractContextManager[object]:
     """While open, vLLM processes what it reloads as it was processed when it was shared, so that it has that form."""
     if any(each.attachment.manifest.stage is Stage.UNPROCESSED for each in models):
         return process_privately(model, models[0].settings)
