@@ -306,6 +306,21 @@ class TestClient:
             with pytest.raises(TicketError, match="Generation 3 of test/model was dropped"):
                 other.redeem()
 
+    def test_with_processed_copies_keeps_what_they_were_made_of(self, place: Place, companion: Any, here: Here) -> None:
+        """It advances to nothing else, and does not follow when it wakes: its copies would be of other weights."""
+        engine, other = here(follow_updates=True), here()
+        engine.tell("attach"), other.tell("attach")
+        engine.attachment.fixed = "its kernels use copies"
+        here().tell("write", step=1)
+        refused = engine.tell("advance")
+        assert refused["error"] == "layout"
+        assert "cannot advance to generation 2: its kernels use copies" in refused["text"]
+        assert has(engine.tell("look"), LOADED, 1)
+        other.tell("advance")
+        engine.tell("sleep")
+        assert has(engine.tell("wake"), LOADED, 1)
+        assert has(engine.tell("advance", to=1), LOADED, 1)
+
     def test_hands_back_what_a_trainer_wrote(
         self, place: Place, companion: subprocess.Popen[str], start: Start, here: Here
     ) -> None:
