@@ -310,7 +310,7 @@ class TestClient:
         """It advances to nothing else, and does not follow when it wakes: its copies would be of other weights."""
         engine, other = here(follow_updates=True), here()
         engine.tell("attach"), other.tell("attach")
-        engine.attachment.fixed = "its kernels use copies"
+        engine.attachment.fix("its kernels use copies")
         here().tell("write", step=1)
         refused = engine.tell("advance")
         assert refused["error"] == "layout"

@@ -196,6 +196,7 @@ OF_OURS = {
     ("engine.attach", "data"),  # of a parameter that is made private
     ("engine.live", "unsleepable"),  # of our own `LiveModel`
     ("engine.live", "is_stale"),  # of our own `Attachment`
+    ("engine.publish", "copied"),
     ("engine.publish", "manifest"),
     ("engine.publish", "reading"),
     ("engine.session", "atexit"),  # of a finalizer that was just made

@@ -75,7 +75,6 @@ class Attachment:
         manifest: the module tree that is in it; an attribute, too.
 
     Attributes:
-        fixed: why this process cannot use other bytes at the same addresses; empty if it can.
         is_stale: whether what is mapped is another generation than what was cloned, since it woke.
     """
 
@@ -104,7 +103,7 @@ class Attachment:
         self._asleep = False
         self._is_private = False
         self.is_stale = False
-        self.fixed = ""
+        self._fixed = ""
         self._clones: list[tuple[int, torch.Tensor]] = []
         self._with_it = ExitStack()
 
@@ -220,6 +219,10 @@ class Attachment:
     def keep_private(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Remember what was cloned from the arena, for `renew`: the first byte there, and the clone, of dtype uint8."""
         self._clones += clones
+
+    def fix(self, why: str) -> None:
+        """Have `prepare` refuse other generations, and waking not follow. `why` ends the error; empty: it may."""
+        self._fixed = why
 
     def renew(self) -> None:
         """Give what was cloned the arena's bytes again, as they are mapped now. Raises `ArenaError` if it is asleep."""
@@ -430,7 +433,7 @@ class Attachment:
         if not current.published.version and current.generation > self.generation:  # it was loaded anew
             self._check_not_lost(settings)
         written = current.published.version and current.generation != self.generation
-        if not written or ((self._follows or settings.follow_updates) and not self.fixed):
+        if not written or ((self._follows or settings.follow_updates) and not self._fixed):
             return current
         try:
             return lease.generation(self.generation, self.held.manifest)
@@ -481,8 +484,8 @@ class Attachment:
         ready = self._current_lease.generation(number, self.held.manifest)
         if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
             raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
-        if self.fixed and ready.generation != self.generation:
-            raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self.fixed}.")
+        if self._fixed and ready.generation != self.generation:
+            raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
         fds = ready.redeem()
         try:
             if settings.verify != "off":

@@ -83,7 +83,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         ) from error
     if not copy:
         attachment.keep_private(source.clones)
-        attachment.fixed = fixed_reason(decision.device.stage, copied, settings)
+        attachment.fix(fixed_reason(decision.device.stage, copied, settings))
     draft.put_in(model, targets)
     if restorer.own:
         logger.debug("Values of this engine that differ from the publisher's: %s", restorer.own)

@@ -288,7 +288,7 @@ class _Publisher:
             if self.is_bound and self._arena is not None and self._manifest is not None:
                 device, lease = self._decision.device, self._decision.lease
                 attachment = Attachment(device.id, device.torch_device, lease, self._held, self._arena, self._manifest)
-                attachment.fixed = fixed_reason(device.stage, self.copied, self._settings)
+                attachment.fix(fixed_reason(device.stage, self.copied, self._settings))
                 self._keep(attachment)
                 self._decision.election.release()
             else:
