@@ -113,7 +113,10 @@ def main() -> None:
     for line in sys.stdin:
         answer = {}
         if line.strip():
-            answer["updated"] = llm.collective_rpc("companion_update", kwargs={"generations": json.loads(line)})
+            try:
+                answer["updated"] = llm.collective_rpc("companion_update", kwargs={"generations": json.loads(line)})
+            except Exception as error:  # of the worker, by whatever way vLLM hands it on
+                answer["refused"] = str(error)
             assert llm.reset_prefix_cache()
         print("RESULT " + json.dumps(answer | {"tokens": tokens()}), flush=True)
 

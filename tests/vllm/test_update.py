@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.checkpoints import models
 from tests.support.place import Place
 from tests.vllm.conftest import StartEngine, entries
+from vllm_companion_plugin import CompanionClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -76,3 +78,21 @@ def test_each_engine_has_the_tokens_of_the_weights_that_it_was_told_to_take(
         model=model, load_format="companion", **OPTIONS, model_loader_extra_config={"follow_updates": True}
     )
     assert follows.result()["tokens"] == two
+
+
+def test_an_engine_that_has_processed_its_experts_keeps_what_they_were_made_of(
+    place: Place, start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """On CPU kernels use copies of experts: with new weights around them it would answer for neither model."""
+    path = tmp_path / "moe"
+    models.make("qwen3-moe", path, tiny=True)
+    publisher, attached = (start_engine(model=str(path), load_format="companion", **OPTIONS) for _ in range(2))
+    loaded = publisher.result()["tokens"]
+    assert attached.result()["tokens"] == loaded
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    with CompanionClient("cpu", runtime_dir=place.settings.runtime_dir).update(str(path), version="step-1") as new:
+        new.load({"model.embed_tokens.weight": -embedding})
+    for engine in (publisher, attached):
+        answer = engine.update()
+        assert "cannot advance to generation 2: its kernels use" in answer["refused"]
+        assert answer["tokens"] == loaded
