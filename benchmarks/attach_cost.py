@@ -18,7 +18,7 @@ import os
 import pstats
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 
 from tests.support.checkpoints.architectures import llama_config, llama_stack
 from tests.support.checkpoints.formats import Weights
+from tests.support.loading import load_observed
 
 STEPS = ("watch", "loaded", "prepare", "copy", "write", "read", "build", "early", "process", "finish")
 
@@ -86,7 +87,6 @@ def publish(path: Path, clock: Clock, repeat: int) -> tuple[Any, Any, int]:
     The third is the size of the manifest in bytes.
     """
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -103,15 +103,7 @@ def publish(path: Path, clock: Clock, repeat: int) -> tuple[Any, Any, int]:
         model = initialize_model(vllm_config=config, model_config=config.model_config)
         with clock.timed("watch"), collector_paused():
             observation = Observation(model)
-        take: Callable[..., object] = model.load_weights
-
-        def noting(weights: Iterable[tuple[str, torch.Tensor]]) -> object:
-            return take((name, observation.note_read(name, tensor) or tensor) for name, tensor in weights)
-
-        vars(model)["load_weights"] = noting
-        with observation.watching():
-            get_model_loader(config.load_config).load_weights(model, config.model_config)
-        del vars(model)["load_weights"]
+        load_observed(model, config, observation)
         with clock.timed("loaded"), collector_paused():
             observation.end_loading(model)
     with plain_tensors(), collector_paused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.support.checkpoints import models
 from tests.support.configs import config
+from tests.support.loading import load_observed
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.filling import Filling
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
@@ -32,7 +33,6 @@ def published(path: Path) -> tuple[Manifest, memory.Arena]:
     from dataclasses import replace
 
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -40,15 +40,7 @@ def published(path: Path) -> tuple[Manifest, memory.Arena]:
     with set_current_vllm_config(made), set_default_torch_dtype(made.model_config.dtype):
         model = initialize_model(vllm_config=made, model_config=made.model_config)
         observation = Observation(model)
-        take: Callable[..., object] = model.load_weights
-
-        def noting(weights: Iterable[tuple[str, torch.Tensor]]) -> object:
-            return take((name, observation.note_read(name, tensor) or tensor) for name, tensor in weights)
-
-        vars(model)["load_weights"] = noting
-        with observation.watching():
-            DefaultModelLoader(made.load_config).load_weights(model, made.model_config)
-        del vars(model)["load_weights"]
+        load_observed(model, made, observation)
         observation.end_loading(model)
     with plain_tensors():
         packed = pack.prepare(capture(model), Stage.UNPROCESSED, memory.MEMFD, CPU, observation)
