@@ -250,6 +250,7 @@ class TestTrainer:
             here().tell("write", step=1)
             with updating(attachment, "step-2", place.settings) as new:
                 new.load({"steps": values(2)["steps"]})
+            assert not attachment.arena.fds.closed  # it can still hand back what it maps
         with client(place).attach(MODEL) as found:
             assert digests(found.tensors) == digests({**values(1), "steps": values(2)["steps"]})
 

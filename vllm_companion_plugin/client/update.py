@@ -94,7 +94,7 @@ def updating(attachment: Attachment, version: str, settings: Settings) -> Iterat
     lease.stage()
     try:
         with contextlib.closing(attachment.prepare(0, settings)) as current:
-            if current.ready.generation != attachment.generation:
+            if current.generation != attachment.generation:
                 attachment.advance(current)
         update = Update(attachment, lease)
         try:
