@@ -2,8 +2,9 @@
 
     python -m benchmarks.sleeping_together --out DIR [--layers N] [--turns N]
 
-Each engine is a fork of this process, which has imported vLLM, with CUDA graphs and sleep mode. It does what it is told.
-Memory is what `nvidia-smi` shows of the device, or the least that was free as an engine saw it every two milliseconds.
+Each engine is a fork of this process, which has imported vLLM, with CUDA graphs and sleep mode, and does what it is
+told. Memory is what `nvidia-smi` shows of the device, beyond what was in use before the first engine, or the least that
+was free as an engine saw it every two milliseconds.
 Makes its checkpoints itself. Writes DIR/together-<vllm version>.json.
 """
 
