@@ -119,10 +119,10 @@ class Lease:
         self._error: CompanionError | None = None
         self._released = False
         self._publication: Publication | None = None
-        self._known_manifest = known_manifest
+        self._know(known_manifest)
         self._token = self._deposit_ticket = b""
         if known_manifest:
-            request.known_manifest_sha256 = hashlib.sha256(known_manifest).digest()
+            request.known_manifest_sha256 = self._known_sha256
         self._call = stub.Attach(request)
         self._thread = threading.Thread(target=self._read, name="companion-lease", daemon=True)
         self._thread.start()
@@ -206,6 +206,9 @@ class Lease:
             raise self._error or LeaseLostError(f"{self._label}: the lease was released.")
         return event
 
+    def _know(self, manifest: bytes) -> None:
+        self._known_manifest, self._known_sha256 = manifest, hashlib.sha256(manifest).digest()
+
     def _receive_ready(self, ready: Any, timeout_s: float) -> Ready:
         chunks: list[bytes] = []
         missing = 0 if ready.manifest_known else ready.manifest_bytes
@@ -220,8 +223,11 @@ class Lease:
             if not chunks[-1]:
                 break
             missing -= len(chunks[-1])
-        manifest = self._known_manifest if ready.manifest_known else b"".join(chunks)
-        if missing != 0 or hashlib.sha256(manifest).digest() != ready.manifest_sha256:
+        manifest, digest = self._known_manifest, self._known_sha256
+        if not ready.manifest_known:
+            manifest = b"".join(chunks)
+            digest = hashlib.sha256(manifest).digest()
+        if missing != 0 or digest != ready.manifest_sha256:
             raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
         arena, ticket = codec.arena_from_message(ready.arena)
         key = codec.key_from_message(ready.key)
@@ -305,7 +311,7 @@ class Lease:
         """
         request = messages.GetGenerationRequest(lease_token=self._token, generation=number)
         ready, token = self._call_with_token("GetGeneration", request), self._token
-        self._known_manifest = manifest
+        self._know(manifest)
         try:
             return self._receive_ready(ready, FD_TIMEOUT_S)
         finally:
@@ -373,14 +379,19 @@ class Lease:
 
     # ---- the end
 
-    def release(self) -> None:
-        """End the lease. Idempotent; what is mapped stays mapped."""
+    def release(self, *, wait: bool = True) -> None:
+        """End the lease. Idempotent; what is mapped stays mapped.
+
+        Args:
+            wait: return when its thread has ended; without, that happens some milliseconds later.
+        """
         with self._mutex:
             self._released = True
         self._call.cancel()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=2)
-        _open_leases.discard(self)
+        if wait:
+            if self._thread is not threading.current_thread():
+                self._thread.join(timeout=2)
+            _open_leases.discard(self)
 
     @property
     def error(self) -> CompanionError | None:
