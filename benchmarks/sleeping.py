@@ -10,6 +10,7 @@ either way; tokens and the fingerprint of every live tensor are compared with th
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
@@ -266,6 +267,56 @@ class Engine:
         self.step("reload to what was", self.reloaded)
 
 
+async def modes(path: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Eight requests run, and an engine in a process of its own is put to sleep in each mode.
+
+    Those of `wait` and of `keep` have to end whole; tokens of one request at a time are those of before.
+    """
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(str(path), load_format="companion", compilation_config=GRAPHS, **flags)
+    )
+    found: dict[str, Any] = {}
+
+    async def tokens(name: str, prompt: list[int], count: int) -> list[int]:
+        sampling = SamplingParams(max_tokens=count, temperature=0, detokenize=False, ignore_eos=True)
+        last: list[int] = []
+        async for output in engine.generate({"prompt_token_ids": prompt}, sampling, name):
+            last = list(output.outputs[0].token_ids)
+        return last
+
+    prompts = [list(range(10 * number + 3, 10 * number + 15)) for number in range(8)]
+    before = [await tokens(f"before-{number}", prompt, 24) for number, prompt in enumerate(prompts)]
+    for level in (1, 2):
+        for mode in ("abort", "wait", "keep"):
+            name = f"{mode}, level {level}"
+            running = [
+                asyncio.create_task(tokens(f"{name}-{number}", prompt, 200)) for number, prompt in enumerate(prompts)
+            ]
+            await asyncio.sleep(0.1)
+            await engine.sleep(level, mode)
+            whole_asleep = sum(each.done() for each in running)
+            await engine.wake_up()
+            lengths = [len(each) for each in await asyncio.wait_for(asyncio.gather(*running), 60)]
+            after = [await tokens(f"{name}-after-{number}", prompt, 24) for number, prompt in enumerate(prompts)]
+            found[name] = {
+                "tokens": "equal" if after == before else "other",
+                "ended_before_sleep": whole_asleep,
+                "whole": lengths.count(200),
+            }
+            print("STEP companion in flight,", name, json.dumps(found[name]), flush=True)
+    engine.shutdown()
+    return found
+
+
+def in_each_mode(path: Path, flags: dict[str, Any], out: Path) -> None:
+    """`modes`, for a fork."""
+    out.write_text(json.dumps(asyncio.run(modes(path, flags))))
+
+
 def engine(path: Path, way: str, flags: dict[str, Any], out: Path, big: bool) -> None:
     """One engine, in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -295,6 +346,9 @@ def case(name: str, path: Path, flags: dict[str, Any], out: Path, big: bool, tin
 
     with ThreadPoolExecutor(1 if big else len(WAYS)) as executor:
         list(executor.map(run, reversed(WAYS)))
+    if name == "llama" and not tiny:
+        matrix.fork(partial(in_each_mode, path, flags, directory / "modes"), out / "llama-modes.log", environment)
+        found["modes"] = json.loads((directory / "modes").read_text())
     settings = resolve({"runtime_dir": str(directory / "r")})
     matrix.fork(lambda: matrix.look.stop_all(settings), out / f"{name}-stop.log")
     return found
@@ -306,6 +360,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for way in WAYS:
         if f"{way} error" in found:
             yield f"{way}: {found[f'{way} error']}"
+    for name, step in found.get("modes", {}).items():
+        yield f"eight in flight, {name}: {json.dumps(step)}"
     for name, step in ours.get("steps", {}).items():
         theirs = auto.get("steps", {}).get(name, {})
         same = ours["tokens"].get(name) == auto.get("tokens", {}).get(name, ours["tokens"]["before"])
@@ -336,6 +392,8 @@ def main() -> None:
     for name in args.only:
         flags = {key: value for key, value in models.CASES[name].flags.items() if key != "enforce_eager"}
         flags = json.loads(json.dumps(flags).replace("{path}", str(root / name)))
+        if "moe" in name:
+            flags["kv_cache_dtype"] = "fp8"
         work.append((name, root / name, {"gpu_memory_utilization": 0.12} | common | flags, args.out, False, args.tiny))
     rows = []
     if args.big:

@@ -68,16 +68,19 @@ class Worker(sleeping.Engine):
 
     def write(self, checkpoint: str) -> dict[str, Any]:
         """As TRL does it: parameter by parameter, on the living model."""
+        import torch
         from safetensors import safe_open
 
-        model = self.models()[0]
+        model, first = self.models()[0], torch.zeros(self.models()[0].model.norm.weight.shape, dtype=torch.bfloat16)
+        with lowest_free() as own:  # what it takes to get memory of its own
+            model.load_weights([("model.norm.weight", first)])
         with lowest_free() as seen:
             for file in sorted(Path(checkpoint).glob("*.safetensors")):
                 with safe_open(file, "pt", device="cuda") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a dict
                         model.load_weights([(name, opened.get_tensor(name))])
         self.llm.reset_prefix_cache()
-        return {"tokens": self.tokens(), **seen}
+        return {"tokens": self.tokens(), "becoming_private_mib": own["peak_mib"], **seen}
 
     def turn(self) -> bool:
         """Awake, an answer, asleep; whether the answer is that of before."""
@@ -207,6 +210,7 @@ class Report:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.rows: dict[str, Any] = {}
+        self.empty_mib = settled()
 
     def add(self, name: str, **found: Any) -> None:
         self.rows[name] = found
@@ -233,7 +237,6 @@ def host_mib(client: CompanionClient) -> int:
 def pair(report: Report, model: Path, other: Path, way: str) -> dict[str, Any]:
     """Two engines of one model; what the other way's are compared with."""
     client = CompanionClient(gpu_acceptance.smi("gpu", "uuid")[0][0])  # without a context here
-    empty = settled()
     first = Remote(f"{way}-first", report.out, model, way)
     engines = [first]
     try:
@@ -242,14 +245,14 @@ def pair(report: Report, model: Path, other: Path, way: str) -> dict[str, Any]:
         engines.append(Remote(f"{way}-second", report.out, model, way))
         second = engines[1]
         same = second.answer()["tokens"] == started["tokens"]
-        report.add(f"{way}, two awake", used_mib=settled() - empty, tokens_equal=same)
+        report.add(f"{way}, two awake", used_mib=settled() - report.empty_mib, tokens_equal=same)
         for level in (1, 2) if way == "companion" else (1,):
             naps = [{"sleep_s": first.do("sleep", level), **first.do("wake")} for _ in range(3)]
             same = first.do("tokens") == started["tokens"]
             report.add(f"{way}, one sleeps at level {level}, the other is awake", naps=naps, tokens_equal=same)
         for level in (1, 1, 2):
             found: dict[str, Any] = {"sleep_s": [each.do("sleep", level) for each in engines]}
-            found["used_mib"] = settled() - empty
+            found["used_mib"] = settled() - report.empty_mib
             if way == "companion":
                 found["host_mib"] = host_mib(client)
             found["wake"] = [each.do("wake") for each in engines]
@@ -259,18 +262,28 @@ def pair(report: Report, model: Path, other: Path, way: str) -> dict[str, Any]:
         if way == "auto":
             for each in engines:
                 each.do("write", str(model))
+        found = {} if way == "auto" else {"awake_after_s": first.told(r"is awake after ([\d.]+) s")}
         written = first.do("write", str(other))
         report.add(
             f"{way}, written to",
             other_engine_equal=second.do("tokens") == started["tokens"],
-            used_mib=settled() - empty,
+            used_mib=settled() - report.empty_mib,
             **{key: value for key, value in written.items() if key != "tokens"},
+            **found,
             said=first.told(r"load_weights writes to .*"),
         )
         return {"before": started["tokens"], "written": written["tokens"]}
     finally:
         for each in engines:
             each.end()
+        until_empty(report)
+
+
+def until_empty(report: Report) -> None:
+    """The companion gives back what nobody uses, some seconds later."""
+    deadline = time.monotonic() + 20
+    while gpu_acceptance.used_mib() > report.empty_mib + 50 and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def found_before(report: Report, way: str, level: int) -> bool:
