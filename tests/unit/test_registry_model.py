@@ -96,6 +96,8 @@ leases = one_of(lambda self: self.all_leases + self.registry.leases)
 loaders = one_of(lambda self: self.elected_leases() or self.all_leases)
 attached = precondition(lambda self: self.all_leases)
 held = precondition(lambda self: self.registry.entries)
+expected = precondition(lambda self: self.expected_entries())
+one_of_expected = st.runner().flatmap(lambda self: st.sampled_from(self.expected_entries()))
 loading = precondition(lambda self: self.elected_leases())
 awake = one_of(lambda self: self.awake_leases() or self.all_leases)
 asleep = one_of(lambda self: self.asleep_leases())
@@ -337,6 +339,9 @@ class Clients(RuleBasedStateMachine):
         levels = [self.levels[lease.id] for lease in entry.leases if lease.id in self.levels]
         return should_stay(self.wishes.get(id(entry), WhenAsleep.STAY), levels, is_owned=self.lasts(entry))
 
+    def expected_entries(self) -> list[Entry]:
+        return [entry for entry in self.registry.entries if entry.current.state is GenerationState.EXPECTED]
+
     def elected_leases(self) -> list[Lease]:
         return [lease for lease in self.registry.leases if lease.state is LeaseState.LOADING]
 
@@ -380,6 +385,14 @@ class Clients(RuleBasedStateMachine):
         """A client that maps the latest generation already."""
         self.attach(key, False, None, passive)
         if how != "not yet" and self.last_is_elected():
+            self.publish(self.all_leases[-1], how)
+
+    @expected
+    @rule(entry=one_of_expected, how=st.sampled_from(["as it was", "as it was", "anew", "not at all"]))
+    def come_back(self, entry: Entry, how: str) -> None:
+        """A client that maps what the companion before held, as soon as it can."""
+        self.attach(entry.key, False, None, False)
+        if self.last_is_elected():
             self.publish(self.all_leases[-1], how)
 
     @held
@@ -459,7 +472,7 @@ class Clients(RuleBasedStateMachine):
         where = should_stay(wish, [level, *slept], is_owned=self.lasts(entry))
         deposited, wished, self.falling = lease.deposited, self.wishes.get(id(entry), WhenAsleep.STAY), level
         self.wishes[id(entry)] = wish
-        answer = self.attempt(lambda: self.registry.sleep(lease, level, wish, host, copied), legal=legal)
+        answer = self.attempt(lambda: self.registry.sleeping.sleep(lease, level, wish, host, copied), legal=legal)
         if not answer:
             self.wishes[id(entry)] = wished
         if answer is None:
@@ -496,7 +509,7 @@ class Clients(RuleBasedStateMachine):
     @attached
     @rule(lease=leases)
     def stay_awake(self, lease: Lease) -> None:
-        self.attempt(lambda: self.registry.stay_awake(lease), legal=lease.id in self.copying)
+        self.attempt(lambda: self.registry.sleeping.stay_awake(lease), legal=lease.id in self.copying)
         self.copying.discard(lease.id)
 
     @some_sleep

@@ -136,7 +136,7 @@ class TestWriter:
     def test_keeps_the_entry_on_the_device(self, world: World, engine: Lease, trainer: Lease) -> None:
         """It is awake, whatever the others do."""
         world.registry.updates.stage(trainer)
-        assert world.registry.sleep(engine, 2, AUTO)
+        assert world.registry.sleeping.sleep(engine, 2, AUTO)
         assert held(trainer.entry) == [1]
 
     def test_cannot_fall_asleep(self, world: World, trainer: Lease) -> None:
@@ -144,7 +144,7 @@ class TestWriter:
         world.registry.updates.stage(trainer)
         before = world.snapshot()
         with pytest.raises(BadRequestError):
-            world.registry.sleep(trainer, 1, AUTO)
+            world.registry.sleeping.sleep(trainer, 1, AUTO)
         assert world.snapshot() == before
 
 
@@ -393,10 +393,10 @@ class TestSleep:
     def test_never_loses_what_was_written(self, world: World, engine: Lease, wish: WhenAsleep, level: int) -> None:
         """The last client sleeps while it maps an older generation: the current one is what stays, and alone."""
         write(world, engine, "step-7")
-        if not world.registry.sleep(engine, level, wish):
+        if not world.registry.sleeping.sleep(engine, level, wish):
             world.registry.announce(engine, 1)
             world.registry.deposit(engine, (HOST_FD,))
-            assert world.registry.sleep(engine, level, wish, HOST, 2)
+            assert world.registry.sleeping.sleep(engine, level, wish, HOST, 2)
         entry = engine.entry
         stays = wish is STAY or (wish is AUTO and level == 0)
         assert entry.current.state is (GenerationState.READY if stays else GenerationState.PARKED)
@@ -412,40 +412,40 @@ class TestSleep:
         world.registry.deposit(lease, FIRST_FDS)
         published = type(SHOWN)(3, version="step-7")
         assert world.registry.commit(lease, ARENA, MANIFEST, published, 4) == 4
-        assert not world.registry.sleep(lease, 2, AUTO)
+        assert not world.registry.sleeping.sleep(lease, 2, AUTO)
         assert lease.state is LeaseState.PARKING
 
     def test_drops_what_a_checkpoint_has(self, world: World, engine: Lease) -> None:
         """After a rollback to it."""
         write(world, engine)
         world.registry.make_current(Query(), 1)
-        assert world.registry.sleep(engine, 2, AUTO)
+        assert world.registry.sleeping.sleep(engine, 2, AUTO)
         assert engine.entry.current.state is GenerationState.DROPPED
         check_open(world, [], 2)
 
     def test_asks_for_the_copy_again_if_another_one_became_current_meanwhile(self, world: World, engine: Lease) -> None:
         """The copy of the one before is closed, and the current one is what is parked."""
-        assert not world.registry.sleep(engine, 1, AUTO)
+        assert not world.registry.sleeping.sleep(engine, 1, AUTO)
         trainer = world.attach(KEY, may_load=False, pid=2)
         write(world, trainer)
         world.registry.end_lease(trainer)
         world.registry.announce(engine, 1)
         world.registry.deposit(engine, (51,))
-        assert not world.registry.sleep(engine, 1, AUTO, HOST, 1)
+        assert not world.registry.sleeping.sleep(engine, 1, AUTO, HOST, 1)
         assert (engine.state, world.closed, engine.entry.current.host) == (LeaseState.PARKING, [51], None)
         world.registry.announce(engine, 1)
         world.registry.deposit(engine, (52,))
-        assert world.registry.sleep(engine, 1, AUTO, HOST, 2)
+        assert world.registry.sleeping.sleep(engine, 1, AUTO, HOST, 2)
         assert (engine.entry.current.number, engine.entry.current.host_fds) == (2, (52,))
         assert sorted(world.closed) == [7, 8, 27, 28, 51]
 
     def test_needs_no_copy_if_somebody_else_is_awake_by_then(self, world: World, engine: Lease) -> None:
         """The stale copy goes, and its client sleeps."""
-        assert not world.registry.sleep(engine, 1, AUTO)
+        assert not world.registry.sleeping.sleep(engine, 1, AUTO)
         trainer = world.attach(KEY, may_load=False, pid=2)
         write(world, trainer)
         world.registry.deposit(engine, (51,))
-        assert world.registry.sleep(engine, 1, AUTO, HOST, 1)
+        assert world.registry.sleeping.sleep(engine, 1, AUTO, HOST, 1)
         assert (world.closed, engine.state) == ([51], LeaseState.ASLEEP)
 
 

@@ -330,7 +330,7 @@ class CompanionService:
         async with self._errors(context):
             lease = self._lease_of(request)
             if request.stays_awake:
-                self.registry.stay_awake(lease)
+                self.registry.sleeping.stay_awake(lease)
                 return messages.SleepResponse()
             host = None
             if request.HasField("host"):
@@ -342,7 +342,7 @@ class CompanionService:
                 wish = WhenAsleep(request.when_asleep)
             except ValueError as error:
                 raise BadRequestError(f"when_asleep: {error}") from error
-            asleep = self.registry.sleep(lease, request.level, wish, host, request.host_generation)
+            asleep = self.registry.sleeping.sleep(lease, request.level, wish, host, request.host_generation)
             if asleep:
                 logger.info("%s sleeps on %s: %s.", lease.who, lease.entry.key.model, lease.entry.current.shown.value)
                 return messages.SleepResponse(residence=lease.entry.current.residence.value)
