@@ -16,32 +16,31 @@ from vllm_companion_plugin.settings import Settings
 
 
 class Update:
-    """The next generation of an entry: a copy of the current one, of which tensors are overwritten by name.
+    """The next generation of an entry: tensors that are written by name, and all others as the current one has them.
 
-    Only the changed ones need to be written. Nothing is seen of it before `commit`.
+    Nothing is seen of it before `commit`. Each byte is moved once: what nobody has written is copied at the end.
 
     Args:
         attachment: of the writer, to the current generation; borrowed.
         lease: of that attachment, which is the entry's writer.
+        check_finite: as of `Filling`.
 
     Raises:
         ArenaError: there is no memory for a second generation.
     """
 
-    def __init__(self, attachment: Attachment, lease: Lease) -> None:
+    def __init__(self, attachment: Attachment, lease: Lease, *, check_finite: bool = False) -> None:
         self._attachment = attachment
         self._lease = lease
         held = attachment.held.arena
         self._writer = memory.create(held.kind, held.size_bytes, attachment.device.index)
         try:
             self._filling = Filling(
-                self._writer, held.size_bytes, attachment.manifest, attachment.device, attachment.label
+                *(self._writer, held.size_bytes, attachment.manifest, attachment.device, attachment.label),
+                check_finite=check_finite,
             )
-            offset = 0
             for size_bytes in held.block_sizes:
                 self._writer.add_block(size_bytes)
-                self._writer.write(offset, attachment.arena.address + offset, size_bytes)
-                offset += size_bytes
         except BaseException:
             self._writer.abort()
             raise
@@ -67,7 +66,7 @@ class Update:
             CompanionError: the companion does not take it. Nothing of it stays.
         """
         held, device = self._attachment.held.arena, self._attachment.device
-        self._writer.flush()
+        self._filling.complete(self._attachment.arena.address)
         summing = Summing(ArenaViews(self._writer, held.size_bytes, device), held.size_bytes, device)
         summing.extend(held.size_bytes)
         checksums = summing.checksums()
