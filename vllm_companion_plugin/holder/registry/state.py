@@ -14,7 +14,8 @@ load; but a client that holds the entry already goes before those who would load
 descriptors. If the LOADING lease ends before its commit the next client is elected; if none may load the others fail.
 
 An entry that the companion before held begins as EXPECTED. Only a client that holds it is elected, to hand it back,
-until `limits.HAND_BACK_S` after `open`; then whoever may load is. A client that has been elected to hand back and hangs
+until `limits.HAND_BACK_S` after `open`; then whoever may load is. That is the latest generation, or an older one that
+was current there. A client that has been elected to hand back and hangs
 for as long loses its turn.
 
 While nobody uses a READY entry its idle time runs. An entry that has been idle for the linger time expires, whatever
@@ -62,6 +63,7 @@ from vllm_companion_plugin.holder.registry.entries import (
 from vllm_companion_plugin.holder.registry.generations import Generations
 from vllm_companion_plugin.holder.registry.lifetime import FOR_EVER, Lifetime
 from vllm_companion_plugin.holder.registry.moves import (
+    CurrentChanged,
     Lingering,
     LingerOver,
     Observer,
@@ -96,6 +98,7 @@ class Registry:
         device, pid: of the companion, for the texts of errors.
         linger_s, grace_s: as of `Lifetime`.
         max_fds: most descriptors of all entries and deposits.
+        keep_previous: how many generations of an entry that were current before stay, besides those that clients map.
         on_event: a lease has something new in `events`.
         on_change: the status has changed.
         observers: are told every move, as `moves.py` says.
@@ -112,6 +115,7 @@ class Registry:
         linger_s: float = FOR_EVER,
         grace_s: float = 0.0,
         max_fds: int = 1 << 20,
+        keep_previous: int = 1,
         on_event: Callable[[Lease], None] = lambda lease: None,
         on_change: Callable[[], None] = lambda: None,
         observers: Iterable[Observer] = (),
@@ -129,7 +133,7 @@ class Registry:
             limits.MAX_PUBLICATIONS, f"The companion receives {limits.MAX_PUBLICATIONS} publications already."
         )
         self.lifetime = Lifetime(device, pid, linger_s, grace_s, monotonic())
-        self.updates = Updates(self._steps, self._generations, wall, on_change)
+        self.updates = Updates(self._steps, self._generations, wall, on_change, keep_previous)
         self.sleeping = Sleeping(self._steps, self.updates, self.lifetime, self._changed)
 
     # ---- what there is
@@ -281,15 +285,22 @@ class Registry:
 
     # ---- leases
 
-    def expect(self, key: EntryKey, generation: int) -> None:
-        """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
+    def expect(self, key: EntryKey, generation: int, *, rolled_back: bool = False) -> None:
+        """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back.
+
+        Args:
+            rolled_back: it was current there, though others that are newer may be mapped, too. It comes before them.
+        """
         self._generations.note(key.id, generation)
-        if self._by_key(key) is None and len(self.entries) < limits.MAX_ENTRIES:
-            self._steps.add(
-                Entry(key, current=Generation(number=generation, load_since_unix_s=self._wall())),
-                GenerationEvent.EXPECT,
-            )
+        if rolled_back:
+            self._generations.roll_back(key.id, generation)
+        entry = self._by_key(key)
+        if entry is None and len(self.entries) < limits.MAX_ENTRIES:
+            current = Generation(number=generation, load_since_unix_s=self._wall())
+            self._steps.add(Entry(key, current=current), GenerationEvent.EXPECT)
             self._on_change()
+        elif entry is not None:
+            entry.current.number = self._generations.rolled_back_to(key.id) or self._generations.latest(key.id)
 
     def attach(
         self,
@@ -458,6 +469,10 @@ class Registry:
         self._generations.note(entry.key.id, entry.current.number)
         event = GenerationEvent.HAND_BACK if generation else GenerationEvent.PUBLISH
         self._steps.move_entry(entry, GenerationEvent.BRING_BACK if brings_back else event, loaded_s=loaded_s)
+        if not brings_back:
+            self._generations.roll_back(entry.key.id, 0)
+            is_latest = entry.current.number == self._generations.latest(entry.key.id)
+            self._steps.emit(CurrentChanged(entry, entry.current, 0, is_latest))
         self._steps.move_lease(lease, LeaseEvent.COMMIT)
         lease.maps = entry.current.number
         for other in entry.leases:
@@ -484,17 +499,19 @@ class Registry:
 
     # ---- updates
 
-    def make_current(self, query: Query, number: int) -> tuple[EntryStatus, ...]:
+    def make_current(self, query: Query, number: int, base: int = 0) -> tuple[EntryStatus, ...]:
         """Make this generation of every entry that matches the current one; their status after.
 
         Raises:
             EntryNotFoundError: nothing matches, or one of them does not have it. Nothing has changed.
+            StaleError: as `Updates.check_base`, of one of them. Nothing has changed.
         """
         found = [entry for entry in self._current() if query.matches(entry.key)]
         if not found:
             raise EntryNotFoundError(no_match_text(query, self._current()))
         for entry in found:
             self.updates.find(entry, number)
+            self.updates.check_base(entry, base)
         for entry in found:
             self.updates.make_current(entry, number)
         self._on_change()
@@ -524,11 +541,12 @@ class Registry:
         return self._drop(chosen, GenerationEvent.MAKE_ROOM)
 
     def lose(self, is_lost: Callable[[ArenaInfo, Sequence[int]], bool]) -> None:
-        """Drop the entries whose memory nobody can map any more. Attached clients keep mapping it."""
+        """Drop the entries and generations whose memory nobody can map any more. Attached clients keep mapping it."""
         ready = [entry for entry in self.entries if entry.current.state is GenerationState.READY]
         lost = [entry for entry in ready if entry.current.arena and is_lost(entry.current.arena, entry.current.fds)]
         for entry in lost:
             self._retire(entry, GenerationEvent.LOSE)
+        lost += [entry for entry in ready if self.updates.lose(entry, is_lost)]
         if lost:
             self._changed()
 
@@ -562,13 +580,15 @@ class Registry:
     def _elect(self, entry: Entry) -> None:
         """Let the first client that may load do so, unless one does that already and goes before it."""
         loader = entry.loading_lease
+        expected = entry.current.state is GenerationState.EXPECTED
         holders = [lease for lease in entry.leases if lease.holds]
+        if expected and (wanted := self._generations.rolled_back_to(entry.key.id)):
+            holders = [lease for lease in holders if lease.holds == wanted]
         if loader is not None:
             if loader.holds or loader.deposited or not holders:
                 return
             self._steps.move_lease(loader, LeaseEvent.YIELD)
             loader.announced = 0
-        expected = entry.current.state is GenerationState.EXPECTED
         brings_back = entry.current.host is not None
         waiting = [lease for lease in entry.leases if lease.state is LeaseState.WAITING and not expected]
         others = [lease for lease in waiting if lease.may_load or (brings_back and not lease.passive)]
