@@ -281,6 +281,17 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "keep_previous",
+        int,
+        1,
+        "How many generations of an entry that were current before a companion keeps on the device, as the way back, "
+        "besides those that engines map. The one that is being written takes the place of one of them.",
+        minimum=0,
+        maximum=64,
+        engine=True,
+        flag=True,
+    ),
+    Setting(
         "arena",
         str,
         "auto",
@@ -343,6 +354,7 @@ class Settings:
     when_asleep: str
     on_write: str
     follow_updates: bool
+    keep_previous: int
     arena: str
     verify: str
     fallback: bool
@@ -366,6 +378,7 @@ class Given(TypedDict, total=False):
     when_asleep: str
     on_write: str
     follow_updates: bool
+    keep_previous: int
     arena: str
     verify: str
     fallback: bool

@@ -19,7 +19,7 @@ import torch
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Ready, Wanted, connect
-from vllm_companion_plugin.client.update import Update, updating
+from vllm_companion_plugin.client.update import Update, check_version, updating
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -213,6 +213,8 @@ class CompanionClient:
         *,
         role: str = "target",
         key_id: str = "",
+        base: int = 0,
+        check_finite: bool = False,
         name: str = "CompanionClient",
     ) -> Iterator[Update]:
         """Write the next generation of the weights of `model`, which is current after `with` unless that raises.
@@ -221,26 +223,38 @@ class CompanionClient:
 
         Args:
             version: your name for these weights, e.g. "step-7".
+            base: the generation that must be current, at the beginning and at the end, so that you overwrite no other
+                writer's weights; 0: whichever is.
+            check_finite: refuse tensors with NaN or infinity. It takes a reading of each.
 
         Raises:
+            BadRequestError: no version, or one that cannot be shown; from `load`, what does not fit.
+            StaleError: another generation than `base` is current.
             EntryInUseError: another client writes the next generation.
             ArenaError: there is no memory for another generation.
             CompanionError: as `attach`.
         """
+        check_version(version)
         with (
             self.attach(model, rank, role=role, key_id=key_id, name=name) as attachment,
-            updating(attachment, version, self.settings) as update,
+            updating(attachment, version, self.settings, base=base, check_finite=check_finite) as update,
         ):
             yield update
 
-    def make_current(self, model: str, generation: int, *, rank: str = "", role: str = "") -> tuple[EntryStatus, ...]:
+    def make_current(
+        self, model: str, generation: int, *, rank: str = "", role: str = "", base: int = 0
+    ) -> tuple[EntryStatus, ...]:
         """Make another generation of `model` the one that clients get: the way back. Nobody is moved.
+
+        Args:
+            base: the generation that must be current now; 0: whichever.
 
         Raises:
             EntryNotFoundError: it is not held.
+            StaleError: another generation than `base` is current.
         """
         with self._connect() as connection:
-            return connection.make_current(generation, model=model, rank=rank, role=role)
+            return connection.make_current(generation, model=model, rank=rank, role=role, base=base)
 
 
 def device_name(device: str | torch.device | None) -> str:

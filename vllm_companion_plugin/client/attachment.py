@@ -170,6 +170,11 @@ class Attachment:
         """Counts the publications under this key."""
         return self.held.generation
 
+    @property
+    def current(self) -> int:
+        """The generation that clients get, as far as the companion has told; this process may map another one."""
+        return self._current_lease.current
+
     @functools.cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """By full name, as `named_parameters` would give it; tied tensors under each name.

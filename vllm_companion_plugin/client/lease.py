@@ -98,6 +98,7 @@ class Lease:
 
     Attributes:
         lost: set when the companion ended the lease or died. Memory that is mapped stays valid.
+        current: the generation that clients get, as far as the companion has told; 0: it has told none yet.
 
     Args:
         known_manifest: one that the client has, and that is not sent again.
@@ -107,6 +108,7 @@ class Lease:
         self, stub: Stub, paths: DevicePaths, request: Any, label: str, *, known_manifest: bytes = b""
     ) -> None:
         self.lost = threading.Event()
+        self.current = 0
         self._stub = stub
         self._paths = paths
         self._label = label
@@ -275,15 +277,19 @@ class Lease:
 
     # ---- generations
 
-    def stage(self) -> int:
+    def stage(self, base: int = 0) -> int:
         """Become the one who writes the entry's next generation; the number that it will have.
 
+        Args:
+            base: the generation that must be current; 0: whichever.
+
         Raises:
+            StaleError: another one is.
             EntryInUseError: somebody else does that.
             BadRequestError: this client does not map the entry.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
-        answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token))
+        answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, base=base))
         self._deposit_ticket = answer.deposit_ticket
         return int(answer.generation)
 
@@ -292,11 +298,11 @@ class Lease:
         with contextlib.suppress(CompanionError):
             self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, abort=True))
 
-    def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str) -> int:
+    def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str, base: int = 0) -> int:
         """Hand over what was written, as the current generation; its number. Raises as `stage`, and `LayoutError`."""
         fd_channel.deposit(self._paths.fd_socket, self._deposit_ticket, fds, FD_TIMEOUT_S)
         request = messages.CommitStagedRequest(
-            lease_token=self._token, arena=codec.arena_to_message(arena), version=version
+            lease_token=self._token, arena=codec.arena_to_message(arena), version=version, base=base
         )
         return int(self._call_with_token("CommitStaged", request).generation)
 
@@ -333,11 +339,16 @@ class Lease:
         error: CompanionError = LeaseLostError(f"{self._label}: the companion ended the lease.")
         try:
             for event in self._call:
-                if event.WhichOneof("event") == "failed":
+                kind = event.WhichOneof("event")
+                if kind == "failed":
                     error = from_code(event.failed.code, event.failed.message)
-                elif event.WhichOneof("event") == "retired":
+                elif kind == "retired":
                     self._retire()
+                elif kind == "current":
+                    self.current = event.current.generation
                 else:
+                    if kind in ("ready", "granted"):  # what is granted is current when it is published
+                        self.current = getattr(event, kind).generation
                     self._events.put(event)
         except grpc.RpcError as rpc_error:
             error = typed_error(rpc_error, f"{self._label}: the companion's stream")
