@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.process.test_metrics import collect, value
 from tests.process.update_child import MODEL, Child, digests, values
 from tests.support.place import Place, until
 from tests.support.publishing import Small, load
@@ -155,6 +156,24 @@ def memfds(pid: int) -> int:
         with contextlib.suppress(FileNotFoundError):
             targets.append(str(link.readlink()))
     return sum(target.startswith("/memfd:vllm-companion") for target in targets)
+
+
+def test_generations_are_counted(place: Place, companion: Any, start: Start, here: Here) -> None:
+    """What is on the device, which one is current, and what became of updates, as Prometheus reads it."""
+    engine, trainer = start(), start()
+    engine.tell("attach")
+    for step in (1, 2):
+        here().tell("write", step=step)
+    trainer.tell("begin", step=3)
+    trainer.kill()
+    until(lambda: len(entry_of(place).leases) == 1, 5, "the companion knows that the trainer is gone")
+    client(place).make_current(MODEL, 1)
+    found = collect(place)
+    assert value(found, "generations") == 2
+    assert value(found, "current_generation") == 1
+    assert value(found, "updates_total", result="committed") == 2
+    assert value(found, "updates_total", result="aborted") == 1
+    assert value(found, "rollbacks_total") == 1
 
 
 class TestTrainer:

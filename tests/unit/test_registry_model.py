@@ -159,6 +159,7 @@ class Clients(RuleBasedStateMachine):
         self.wishes: dict[int, WhenAsleep] = {}
         self.copies: dict[tuple[int, int], int] = {}  # entries and generations to the descriptors of their copies
         self.writing: set[int] = set()  # leases
+        self.staged = self.rollbacks = 0
         self.written: set[tuple[str, int]] = set()  # generations that a client wrote
         self.loaded: dict[str, set[int]] = {key.id: set() for key in KEYS}  # generations that a client loaded
         self.current: dict[int, int] = {}  # entries to their current generations
@@ -693,6 +694,7 @@ class Clients(RuleBasedStateMachine):
         if legal:
             assert number == self.published[entry.key.id] + 1
             assert lease.id in self.writing
+            self.staged += 1
 
     @attached
     @rule(lease=st.one_of(writers, leases))
@@ -786,6 +788,7 @@ class Clients(RuleBasedStateMachine):
             self.others[id(entry)] += [before] if before != number else []
             self.current[id(entry)] = number
             changed += [entry] if before != number else []
+            self.rollbacks += number < before
         seen = [self.seen(x) for x in self.registry.leases]
         self.attempt(lambda: self.registry.make_current(query, number, base), legal=legal)
         assert [self.seen(x) for x in self.registry.leases] == seen
@@ -1044,6 +1047,9 @@ class Clients(RuleBasedStateMachine):
             "readoptions handed_back": self.commits["handed_back"],
             "readoptions renewed": sum(self.holds[lease.id] > 0 for lease in ready),
             "readoptions given_up": self.happened(GenerationEvent.GIVE_UP),
+            "updates committed": self.happened(GenerationEvent.COMMIT),
+            "updates aborted": self.staged - self.happened(GenerationEvent.COMMIT) - len(self.writing),
+            "rollbacks": self.rollbacks,
             "failures": sum(isinstance(event, FailedEvent) for _, event in heard),
             "wait_seconds": sum(move.waited_s is not None for move in moved),
         }
