@@ -38,6 +38,55 @@ STEPS = 100
 """More than requests that go on after waking need."""
 
 
+def models_of(worker: Any) -> list[Any]:
+    """A worker's target, and its draft."""
+    runner = worker.model_runner
+    found = [runner.get_model()]
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    if (draft := getattr(drafter, "model", None)) is not None:
+        found.append(draft)
+    return found
+
+
+def fingerprints(worker: Any) -> dict[str, str]:
+    """In a worker: of every tensor that its models lead to."""
+    import torch
+
+    from vllm_companion_plugin.tree.capture import capture, plain_tensors
+
+    found = {}
+    with plain_tensors(), torch.inference_mode():
+        for number, model in enumerate(models_of(worker)):
+            for module in capture(model).modules:
+                for slot in module.slots:
+                    tensor = slot.tensor
+                    if tensor.is_meta or not tensor.numel() or "kv_cache" in slot.name or "lora" in slot.name:
+                        continue
+                    data = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+                    weights = torch.arange(1, data.numel() + 1, device=data.device) % 65521
+                    found[f"{number}.{module.path}.{slot.name}"] = str(int((data * weights).sum()))
+                    del data, weights
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def sleeps_among_others() -> None:
+    """vLLM takes an engine for awake if other processes have taken memory while it fell asleep; it sleeps."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    inner = Worker.sleep
+
+    def sleep(self: Any, level: int = 1) -> None:
+        try:
+            inner(self, level)
+        except AssertionError as error:
+            if "Memory usage increased" not in str(error):
+                raise
+
+    Worker.sleep = sleep  # type: ignore[method-assign]
+
+
 class Engine:
     """An engine in this process, and what is known of it."""
 
@@ -52,6 +101,9 @@ class Engine:
         started = time.perf_counter()
         self.on_gpu = torch.cuda.is_available()
         flags = flags | ({"compilation_config": GRAPHS} if self.on_gpu else {"enforce_eager": True})
+        self.ranks = flags.get("tensor_parallel_size", 1)
+        if way == "auto" and self.on_gpu:
+            sleeps_among_others()
         self.llm = LLM(str(path), load_format=way, **flags)
         self.found["start_s"] = time.perf_counter() - started
         generator = torch.Generator().manual_seed(3)
@@ -81,35 +133,15 @@ class Engine:
             found.append(list(outputs[0].outputs[0].token_ids))
         return found
 
-    def workers_model(self) -> Any:
-        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
     def models(self) -> list[Any]:
-        runner = self.workers_model()
-        found = [runner.get_model()]
-        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        if (draft := getattr(drafter, "model", None)) is not None:
-            found.append(draft)
-        return found
+        """Of a worker in this process."""
+        return models_of(self.llm.llm_engine.model_executor.driver_worker.worker)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of every tensor that the models lead to."""
-        from vllm_companion_plugin.tree.capture import capture, plain_tensors
-
-        torch, found = self.torch, {}
-        with plain_tensors(), torch.inference_mode():
-            for number, model in enumerate(self.models()):
-                for module in capture(model).modules:
-                    for slot in module.slots:
-                        tensor = slot.tensor
-                        if tensor.is_meta or not tensor.numel() or "kv_cache" in slot.name or "lora" in slot.name:
-                            continue
-                        data = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
-                        weights = torch.arange(1, data.numel() + 1, device=data.device) % 65521
-                        found[f"{number}.{module.path}.{slot.name}"] = str(int((data * weights).sum()))
-                        del data, weights
-        if self.on_gpu:
-            torch.cuda.empty_cache()
+        """Of every tensor that the models of all ranks lead to."""
+        found = {}
+        for rank, marks in enumerate(self.llm.collective_rpc(fingerprints)):
+            found.update({f"{rank}.{name}": mark for name, mark in marks.items()})
         return found
 
     def used_mib(self) -> int:
@@ -258,7 +290,7 @@ class Engine:
             self.step(f"in flight, {mode}", partial(self.in_flight, mode))
         self.step("cycles", self.cycles)
         quantized = self.llm.llm_engine.vllm_config.model_config.quantization is not None
-        if not quantized and not self.lora:
+        if not quantized and not self.lora and self.ranks == 1:
             if self.on_gpu:  # on a CPU processing once more packs what was packed
                 self.step("verl", self.verl)
             self.step("trl", self.trl)
@@ -320,6 +352,7 @@ def in_each_mode(path: Path, flags: dict[str, Any], out: Path) -> None:
 def engine(path: Path, way: str, flags: dict[str, Any], out: Path, big: bool) -> None:
     """One engine, in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `fingerprints` is sent to workers
     made = Engine(path, way, flags)
     try:
         made.run(big=big)

@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -149,26 +150,26 @@ def until_loaded(found: dict[str, Any]) -> Iterator[None]:
 
 
 class Remote:
-    """A `Worker` in a fork of this process."""
+    """Something in a fork of this process that does what it is told, after `look`."""
 
-    def __init__(self, name: str, out: Path, path: Path, way: str, **extra: Any) -> None:
+    def __init__(self, name: str, out: Path, make: Callable[[], Any]) -> None:
         self.name = name
         self.log = out / f"{name}.log"
         self._here, there = Pipe()
         self.pid = os.fork()
         if not self.pid:
-            self._serve(there, path, way, extra)
+            self._serve(there, make)
         there.close()
         self._asked = "starting"
 
-    def _serve(self, there: Connection, path: Path, way: str, extra: dict[str, Any]) -> None:
+    def _serve(self, there: Connection, make: Callable[[], Any]) -> None:
         try:
             os.setsid()
             with self.log.open("ab", buffering=0) as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            worker = Worker(path, way, extra)
+            worker = make()
             there.send(worker.look())
             while True:
                 name, args = there.recv()
@@ -205,10 +206,11 @@ class Remote:
 
 
 class Report:
-    """Lines that are printed when they are known, and kept."""
+    """Lines that are printed when they are known, and kept in OUT/NAME-VERSION.json."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, name: str) -> None:
         self.out = out
+        self.name = name
         self.rows: dict[str, Any] = {}
         self.empty_mib = settled()
 
@@ -217,7 +219,7 @@ class Report:
         print("==", name, json.dumps(found), flush=True)
         version = metadata.version(metadata.packages_distributions()["vllm"][0])
         report = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "vllm": version, "rows": self.rows}
-        (self.out / f"together-{version}.json").write_text(json.dumps(report, indent=1))
+        (self.out / f"{self.name}-{version}.json").write_text(json.dumps(report, indent=1))
 
 
 def settled() -> int:
@@ -237,12 +239,12 @@ def host_mib(client: CompanionClient) -> int:
 def pair(report: Report, model: Path, other: Path, way: str) -> dict[str, Any]:
     """Two engines of one model; what the other way's are compared with."""
     client = CompanionClient(gpu_acceptance.smi("gpu", "uuid")[0][0])  # without a context here
-    first = Remote(f"{way}-first", report.out, model, way)
+    first = Remote(f"{way}-first", report.out, partial(Worker, model, way, {}))
     engines = [first]
     try:
         started = first.answer()
         report.add(f"{way}, start", **{key: value for key, value in started.items() if key != "tokens"})
-        engines.append(Remote(f"{way}-second", report.out, model, way))
+        engines.append(Remote(f"{way}-second", report.out, partial(Worker, model, way, {})))
         second = engines[1]
         same = second.answer()["tokens"] == started["tokens"]
         report.add(f"{way}, two awake", used_mib=settled() - report.empty_mib, tokens_equal=same)
@@ -292,7 +294,7 @@ def found_before(report: Report, way: str, level: int) -> bool:
 
 def staying(report: Report, model: Path) -> None:
     """One engine alone, whose weights stay on the device."""
-    engine = Remote("stay", report.out, model, "companion", when_asleep="stay")
+    engine = Remote("stay", report.out, partial(Worker, model, "companion", {"when_asleep": "stay"}))
     try:
         tokens = engine.answer()["tokens"]
         naps = [{"sleep_s": engine.do("sleep", 1), **engine.do("wake")} for _ in range(5)]
@@ -311,7 +313,7 @@ def in_turns(report: Report, paths: list[Path], turns: int) -> None:
     engines = []
     try:
         for number, path in enumerate(paths):
-            engines.append(Remote(f"turns-{number}", report.out, path, "companion"))
+            engines.append(Remote(f"turns-{number}", report.out, partial(Worker, path, "companion", {})))
             engines[-1].answer()
             engines[-1].do("sleep", 1)
         used, right, started = [settled()], 0, time.perf_counter()
@@ -336,7 +338,7 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="vcs-"))
     os.environ.update(matrix.ENVIRONMENT | {"COMPANION_RUNTIME_DIR": str(directory / "r"), "COMPANION_LINGER_S": "2"})
     matrix.ready(on_gpu=True)
-    report = Report(args.out)
+    report = Report(args.out, "together")
     root = Path(tempfile.gettempdir())
     model, other = root / "m8b", root / "m8b-other"
     paths = [root / f"m4b-{number}" for number in range(3)]
