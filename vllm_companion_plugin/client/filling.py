@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class Filling:
         writer: of the arena, whose blocks are all there; borrowed.
         size_bytes: of the arena.
         label: what it is, for errors.
+        check_finite: refuse tensors with values that are infinite or no numbers.
 
     Attributes:
         infos: what can be written as it is in the arena, by name.
@@ -36,15 +37,23 @@ class Filling:
     """
 
     def __init__(
-        self, writer: ArenaWriter, size_bytes: int, manifest: Manifest, device: torch.device, label: str
+        self,
+        writer: ArenaWriter,
+        size_bytes: int,
+        manifest: Manifest,
+        device: torch.device,
+        label: str,
+        *,
+        check_finite: bool = False,
     ) -> None:
         self._writer = writer
         self._size_bytes = size_bytes
         self._manifest = manifest
         self._device = device
         self._label = label
+        self._check_finite = check_finite
         self.infos = _by_name(manifest)
-        self.sources = sources_from_bytes(manifest.sources)
+        self.sources = {name: each for name, each in sources_from_bytes(manifest.sources).items() if each.copies}
 
     def load(self, weights: Weights) -> int:
         """Write tensors by name, a checkpoint's or the model's; how many.
@@ -55,17 +64,8 @@ class Filling:
         Raises:
             BadRequestError: names, shapes or dtypes that do not fit, all of them.
         """
-        if isinstance(weights, nn.Module):
-            known = {*self.infos, *self.sources}
-            buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
-            weights = {**dict(weights.named_parameters()), **buffers}
-        if isinstance(weights, Mapping):
-            self._check(weights.items())
-            weights = weights.items()
         count = 0
-        for name, shard in weights:
-            tensor = shard.full_tensor() if hasattr(shard, "full_tensor") else shard  # of FSDP: all ranks take part
-            self._check([(name, tensor)])
+        for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
             if (source := self.sources.get(name)) is not None and source.shape == tuple(tensor.shape):
                 self._place(source, tensor)
             else:
@@ -73,22 +73,11 @@ class Filling:
             count += 1
         return count
 
-    def _check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        problems = [text for name, tensor in weights if (text := self._problem(name, tensor))]
-        if problems:
-            rest = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise BadRequestError(f"{self._label} cannot take {'; '.join(problems[:_SHOWN])}{rest}.")
-
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
         known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
         if not known:
             return f"{name}, which it does not have, or not by a copy"
-        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        if shape not in [each.shape for each in known]:
-            return f"{name} of shape {shape} instead of {known[0].shape}"
-        if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
-            return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
-        return ""
+        return misfit(name, tensor, known) or (not_finite(name, tensor) if self._check_finite else "")
 
     def _place(self, source: Source, tensor: torch.Tensor) -> None:
         """Copy a checkpoint's tensor as it was copied when the checkpoint was loaded."""
@@ -124,6 +113,67 @@ class Filling:
             raise ManifestError(f"{self._label} places {source.nbytes} bytes at {offset_bytes} of {self._size_bytes}.")
         self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
         self._writer.flush()  # the source may go
+
+
+def is_placed(manifest: Manifest) -> bool:
+    """Whether vLLM only copied when it loaded a model, as far as was observed: then copies are all that it takes.
+
+    Raises:
+        ManifestError: the manifest is damaged.
+    """
+    return all(source.copies for source in sources_from_bytes(manifest.sources).values())
+
+
+def checked(
+    weights: Weights, known: Collection[str], problem: Callable[[str, torch.Tensor], str], label: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `weights`, each whole, by name. Of a module, buffers are taken whose names are `known`.
+
+    Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
+
+    Args:
+        problem: what is wrong with a tensor; empty if nothing is.
+        label: what does not take it, for the error.
+
+    Raises:
+        BadRequestError: with all problems.
+    """
+    if isinstance(weights, nn.Module):
+        buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
+        weights = {**dict(weights.named_parameters()), **buffers}
+    if isinstance(weights, Mapping):
+        refuse([problem(name, tensor) for name, tensor in weights.items()], label)
+        weights = weights.items()
+    for name, shard in weights:
+        tensor = shard.full_tensor() if hasattr(shard, "full_tensor") else shard  # of FSDP: all ranks take part
+        refuse([problem(name, tensor)], label)
+        yield name, tensor
+
+
+def refuse(problems: Iterable[str], label: str) -> None:
+    """Raise `BadRequestError` with those that are not empty, if there are any."""
+    found = [text for text in problems if text]
+    if found:
+        rest = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise BadRequestError(f"{label} cannot take {'; '.join(found[:_SHOWN])}{rest}.")
+
+
+def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source]) -> str:
+    """How `tensor` differs in shape or dtype from all that it may be like; empty if it is like one of them."""
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    if shape not in [each.shape for each in known]:
+        return f"{name} of shape {shape} instead of {known[0].shape}"
+    if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
+        return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
+    return ""
+
+
+def not_finite(name: str, tensor: torch.Tensor) -> str:
+    """Say so if values of `tensor` are infinite or no numbers. One that is sharded is looked at when it is whole."""
+    if hasattr(tensor, "full_tensor") or not tensor.is_floating_point():
+        return ""
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor
+    return "" if bool(torch.isfinite(numbers).all()) else f"{name}, whose values are not all finite"
 
 
 def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:

@@ -23,19 +23,21 @@ class Update:
     Args:
         attachment: of the writer, to the current generation; borrowed.
         lease: of that attachment, which is the entry's writer.
+        check_finite: refuse tensors with values that are infinite or no numbers.
 
     Raises:
         ArenaError: there is no memory for a second generation.
     """
 
-    def __init__(self, attachment: Attachment, lease: Lease) -> None:
+    def __init__(self, attachment: Attachment, lease: Lease, *, check_finite: bool = False) -> None:
         self._attachment = attachment
         self._lease = lease
         held = attachment.held.arena
         self._writer = memory.create(held.kind, held.size_bytes, attachment.device.index)
         try:
             self._filling = Filling(
-                self._writer, held.size_bytes, attachment.manifest, attachment.device, attachment.label
+                *(self._writer, held.size_bytes, attachment.manifest, attachment.device, attachment.label),
+                check_finite=check_finite,
             )
             offset = 0
             for size_bytes in held.block_sizes:
@@ -55,6 +57,11 @@ class Update:
     def checkpoint_names(self) -> list[str]:
         """Of all tensors that can be written as a checkpoint has them: by a copy, without processing."""
         return list(self._filling.sources)
+
+    @property
+    def writer(self) -> memory.ArenaWriter:
+        """Of its memory; borrowed."""
+        return self._writer
 
     def load(self, weights: Weights) -> int:
         """As `Filling.load`."""
@@ -80,7 +87,9 @@ class Update:
 
 
 @contextlib.contextmanager
-def updating(attachment: Attachment, version: str, settings: Settings) -> Iterator[Update]:
+def updating(
+    attachment: Attachment, version: str, settings: Settings, *, check_finite: bool = False
+) -> Iterator[Update]:
     """The next generation of what `attachment` maps; committed at the end of `with`, unless that raises.
 
     The attachment advances to the current generation first, if another client has committed one meanwhile.
@@ -90,13 +99,13 @@ def updating(attachment: Attachment, version: str, settings: Settings) -> Iterat
         ArenaError: there is no memory for it.
         CompanionError: as `Update.commit`.
     """
-    lease = attachment.lease
+    lease = attachment.current_lease
     lease.stage()
     try:
         with contextlib.closing(attachment.prepare(0, settings)) as current:
             if current.ready.generation != attachment.generation:
                 attachment.advance(current)
-        update = Update(attachment, lease)
+        update = Update(attachment, lease, check_finite=check_finite)
         try:
             yield update
             update.commit(version)

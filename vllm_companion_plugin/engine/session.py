@@ -35,10 +35,12 @@ class EngineSession:
 
     Attributes:
         outcomes: of every model that was loaded in this process, in order.
+        written: the entry that this process is there to write, if it is headless: it runs no model, and uses no other.
     """
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
+        self.written: EntryKey | None = None
         # By id of the model config, until that is gone.
         self._decisions: dict[int, Decision] = {}
         # By id of a draft's model config: fields of its key, noted before its target was built, and the target's key.

@@ -1,0 +1,185 @@
+"""Writing the next generation of an entry by way of vLLM's own loading, for what cannot be written by copies alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.filling import Weights, checked, misfit, not_finite, refuse
+from vllm_companion_plugin.client.headless import Headless
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire.handover import MOST_NAME_BYTES, MOST_PIECES, Piece
+from vllm_companion_plugin.wire.manifest import sources_from_bytes
+
+_ALIGNMENT = 256
+"""Of each piece in a chunk, so that a device copies it at full speed."""
+
+
+class ProcessedUpdate:
+    """The next generation of an entry: vLLM makes it of a whole checkpoint's tensors. Nothing is seen before the end.
+
+    Args:
+        attachment: of this process, to the current generation; borrowed.
+        headless: has begun; borrowed.
+        check_finite: refuse tensors with values that are infinite or no numbers.
+
+    Raises:
+        ManifestError: the entry's manifest is damaged.
+    """
+
+    def __init__(
+        self, attachment: Attachment, headless: Headless, settings: Settings, *, check_finite: bool = False
+    ) -> None:
+        self._attachment = attachment
+        self._check_finite = check_finite
+        self._sources = sources_from_bytes(attachment.manifest.sources)
+        self._handed: set[str] = set()
+        self._chunks = _Chunks(attachment, headless, settings.update_chunk_mib << 20)
+
+    @property
+    def names(self) -> list[str]:
+        """Nothing: vLLM's own tensors follow from the checkpoint's."""
+        return []
+
+    @property
+    def checkpoint_names(self) -> list[str]:
+        """Of all tensors that must be loaded, in the order in which the checkpoint was read."""
+        return list(self._sources)
+
+    @property
+    def began(self) -> bool:
+        """Whether anything was handed over."""
+        return self._chunks.sent
+
+    def load(self, weights: Weights) -> int:
+        """Hand over tensors by the checkpoint's names, in its shapes and dtypes; how many. May be called again.
+
+        Of a module, parameters are taken, and buffers that the checkpoint has; of a mapping, all items. Both are looked
+        at before anything is handed over. Of an iterator each item is looked at when it comes. All tensors are copied
+        by the time that this returns.
+
+        Raises:
+            BadRequestError: names, shapes or dtypes that do not fit, all of them, and those that came before.
+            UpdateError: vLLM could not load them, or its process ended.
+        """
+        count = 0
+        for name, tensor in checked(weights, self._sources.keys(), self._problem, self._attachment.label):
+            self._handed.add(name)
+            self._chunks.add(name, tensor.detach())
+            count += 1
+        self._chunks.flush()
+        return count
+
+    def check_complete(self) -> None:
+        """Raise `BadRequestError` unless every tensor came that loading needs: vLLM fills layers as a whole."""
+        refuse(
+            (f"weights without {name}" for name in self._sources if name not in self._handed), self._attachment.label
+        )
+
+    def close(self) -> None:
+        """Forget what was not handed over. Idempotent."""
+        self._chunks.close()
+
+    def _problem(self, name: str, tensor: torch.Tensor) -> str:
+        source = self._sources.get(name)
+        if source is None:
+            return f"{name}, which is no tensor that loading its checkpoint uses"
+        if name in self._handed:
+            return f"{name} again"
+        return misfit(name, tensor, [source]) or (not_finite(name, tensor) if self._check_finite else "")
+
+
+class _Chunks:
+    """Arenas of this process, one after the other, that hand tensors over. A tensor may take several."""
+
+    def __init__(self, attachment: Attachment, headless: Headless, size_bytes: int) -> None:
+        self._headless = headless
+        self._device = attachment.device
+        self._kind = attachment.held.arena.kind
+        granularity = memory.granularity(self._kind, attachment.device.index)
+        self._size_bytes = -(-size_bytes // granularity) * granularity
+        self._writer: memory.ArenaWriter | None = None
+        self._pieces: list[Piece] = []
+        self._used = 0
+        self._name_bytes = 0
+        self.sent = False
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        source = tensor.to(self._device).contiguous()
+        dtype, shape = str(source.dtype).removeprefix("torch."), tuple(source.shape)
+        start = 0
+        while start < source.nbytes or not start:
+            self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+            full = self._used >= self._size_bytes or len(self._pieces) == MOST_PIECES
+            if full or self._name_bytes + len(name.encode()) > MOST_NAME_BYTES:
+                self.flush()
+            size_bytes = min(source.nbytes - start, self._size_bytes - self._used)
+            if size_bytes:
+                self._begun().write(self._used, source.data_ptr() + start, size_bytes)
+            self._pieces.append(Piece(name, dtype, shape, start, self._used, size_bytes))
+            self._name_bytes += len(name.encode())
+            self._used += size_bytes
+            start += size_bytes
+            if not source.nbytes:
+                break
+        if self._writer is not None:
+            self._writer.flush()  # the source may go
+
+    def _begun(self) -> memory.ArenaWriter:
+        if self._writer is None:
+            self._writer = memory.create(self._kind, self._size_bytes, self._device.index)
+            self._writer.add_block(self._size_bytes)
+        return self._writer
+
+    def flush(self) -> None:
+        """Hand over what has come, and wait until it was copied."""
+        if not self._pieces:
+            return
+        with contextlib.closing(self._begun().seal()) as arena:
+            self.sent = True
+            self._headless.hand_over(self._pieces, arena)
+        self.close()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+        self._writer = None
+        self._pieces = []
+        self._used = self._name_bytes = 0
+
+
+@contextlib.contextmanager
+def processing(
+    attachment: Attachment, headless: Headless, version: str, settings: Settings, *, check_finite: bool = False
+) -> Iterator[ProcessedUpdate]:
+    """The next generation of what `attachment` maps, committed at the end of `with`, unless that raises.
+
+    A headless process that was given something and did not finish has a model that is of no use: it is closed.
+
+    Raises:
+        EntryInUseError: another client writes the next generation already.
+        ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
+        BadRequestError: nobody has observed how its checkpoint is loaded; or, at the end, tensors are missing.
+        UpdateError: vLLM could not load them, or its process ended.
+    """
+    if not attachment.manifest.sources:
+        raise BadRequestError(f"Which tensors vLLM loads into {attachment.label} was not observed by its publisher.")
+    headless.begin(version)
+    update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
+    try:
+        yield update
+        update.check_complete()
+        headless.commit()
+    except BaseException:
+        if update.began:
+            headless.close()
+        elif not headless.ended:
+            headless.abort()
+        raise
+    finally:
+        update.close()

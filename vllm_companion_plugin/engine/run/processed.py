@@ -1,0 +1,212 @@
+"""`python -m vllm_companion_plugin.engine.run.processed FD PID`: vLLM's headless process, which a trainer starts.
+
+It builds the model of an entry as an engine would, with a worker and without a KV cache, and loads new weights into
+the entry's next generation whenever the trainer says so. FD is its socket to the trainer (`wire/handover.py`), PID the
+trainer's process. It ends with either, or after an update that did not finish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.plugins import load_general_plugins
+from vllm.v1.executor.abstract import Executor
+
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.engine.reloading import write_generation
+from vllm_companion_plugin.engine.session import current
+from vllm_companion_plugin.engine.vllm import flags
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    EntryNotFoundError,
+    NotShareableError,
+    UpdateError,
+)
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
+from vllm_companion_plugin.wire.handover import Channel, Piece
+
+logger = init_logger("vllm.companion")
+
+# Fields of a key from which flags of vLLM follow. What other flags change, the trainer has to say.
+_FLAGS = {
+    "model.dtype": "--dtype",
+    "model.quantization": "--quantization",
+    "model.model_impl": "--model-impl",
+    "cache.cache_dtype": "--kv-cache-dtype",
+    "cache.mamba_cache_dtype": "--mamba-cache-dtype",
+    "cache.mamba_ssm_cache_dtype": "--mamba-ssm-cache-dtype",
+    "kernel.moe_backend": "--moe-backend",
+    "kernel.linear_backend": "--linear-backend",
+}
+_OF_VLLM = "env."
+"""Fields of a key that begin so are variables of vLLM's environment."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve one trainer until it closes the socket or ends."""
+    fd, pid = map(int, sys.argv[1:] if arguments is None else arguments)
+    channel = Channel(socket.socket(fileno=fd), f"The trainer (pid {pid})", pid)
+    try:
+        _serve(channel)
+    except CompanionError as error:
+        _say_error(channel, error)
+        return 1
+    except Exception as error:
+        logger.exception("The headless process ends")
+        _say_error(channel, UpdateError(f"vLLM raised {type(error).__name__}: {error}"))
+        return 1
+    finally:
+        channel.close()
+    return 0
+
+
+def _say_error(channel: Channel, error: CompanionError, *, ends: bool = True) -> None:
+    with contextlib.suppress(UpdateError):  # the trainer has gone, and nobody asks
+        channel.send({"error": error.code, "text": str(error)[:60_000], "ends": ends})
+
+
+def _serve(channel: Channel) -> None:
+    hello, _ = channel.receive()
+    executor = _executor(hello["device"], hello["key_id"], hello["flags"])
+    channel.send({"pid": os.getpid()})
+    while (version := _next_version(channel)) is not None:
+        executor.collective_rpc(_update, args=(channel, version))
+
+
+def _next_version(channel: Channel) -> str | None:
+    try:
+        return str(channel.receive()[0]["version"])
+    except UpdateError:  # it has gone
+        return None
+
+
+def _update(worker: Any, channel: Channel, version: str) -> None:
+    """In the worker: one update, from the question for it to its answer."""
+    model = current().target()
+    lives = [each for each in current().models() if each.attachment.held.key.role == "target"]
+    if model is None or len(lives) != 1:
+        raise UpdateError("The headless process has no model any more.")
+    weights = _Weights(channel, lives[0].attachment.device)
+    try:
+        generation = write_generation(worker, lives[0], model, version, iter(weights))
+    except _NotWanted:
+        channel.send({})
+    except CompanionError as error:
+        if weights.came:
+            raise
+        _say_error(channel, error, ends=False)
+    else:
+        channel.send({"generation": generation})
+
+
+class _NotWanted(Exception):
+    """The trainer stops before it has handed anything over."""
+
+
+class _Weights:
+    """The tensors of an update, each in memory of its own, as they come.
+
+    Attributes:
+        came: whether the trainer has handed over anything.
+    """
+
+    def __init__(self, channel: Channel, device: torch.device) -> None:
+        self._channel = channel
+        self._device = device
+        self._partial: dict[str, torch.Tensor] = {}
+        self.came = False
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._channel.send({})  # this process is the entry's writer
+        while True:
+            message, fds = self._channel.receive()
+            with fds:
+                if "end" in message:
+                    if not message["end"]:
+                        raise _NotWanted
+                    if self._partial:
+                        raise BadRequestError(f"Of {', '.join(self._partial)} not all bytes came.")
+                    return
+                self.came = True
+                complete = self._take(message, fds)
+            self._channel.send({})
+            yield from complete
+
+    def _take(self, message: dict[str, Any], fds: Descriptors) -> list[tuple[str, torch.Tensor]]:
+        info = ArenaInfo(str(message["kind"]), tuple(map(int, message["block_sizes"])))
+        complete = []
+        with contextlib.closing(memory.open_arena(info, Descriptors(fds.take()), self._device.index)) as arena:
+            views = ArenaViews(arena, info.size_bytes, self._device)
+            for piece in map(Piece.from_json, message["pieces"]):
+                tensor = self._partial.pop(piece.name, None)
+                if tensor is None:
+                    tensor = torch.empty(piece.shape, dtype=dtype_of(piece.dtype), device=self._device)
+                end = piece.start + piece.size_bytes
+                if piece.size_bytes:
+                    target = tensor.reshape(-1).view(torch.uint8)[piece.start : end]
+                    target.copy_(views.bytes_at(piece.offset, piece.size_bytes))
+                if end < tensor.nbytes:
+                    self._partial[piece.name] = tensor
+                else:
+                    complete.append((piece.name, tensor))
+        return complete
+
+
+def _executor(device: str, key_id: str, more_flags: Sequence[str]) -> Executor:
+    """What runs a worker that is attached to the entry, and does nothing else.
+
+    Raises:
+        EntryNotFoundError: it is not held.
+        NotShareableError: it is of one rank of several, a draft, or what these flags make is loaded differently.
+    """
+    status = CompanionClient(device).status()
+    key = next((entry.key for entry in status.entries if entry.key.id == key_id), None)
+    if key is None:
+        raise EntryNotFoundError(f"The companion of {device} does not hold {key_id[:12]} any more.")
+    if key.rank != "single" or key.role != "target":
+        raise NotShareableError(
+            f"{key.title} ({key.rank}) cannot be processed: a headless process has one rank, and no draft.",
+            remedy='Write it with mode="direct", in its final form.',
+        )
+    os.environ.update(
+        {name.removeprefix(_OF_VLLM): value for name, value in key.fields.items() if name.startswith(_OF_VLLM)}
+    )
+    load_general_plugins()
+    current().written = key
+    args = flags.parse("update", [key.source or key.model, *_flags_of(key), *more_flags])
+    ours = {"fallback": False, "follow_updates": True, "share": "readonly"}
+    args = flags.through_companion(args, **ours)
+    # No limit is in the key. What this process takes beside the weights, it takes from engines.
+    args.gpu_memory_utilization = 0.01
+    args.max_num_seqs = 1
+    args.enforce_eager = args.skip_tokenizer_init = True
+    args.distributed_executor_backend = "uni"
+    config = args.create_engine_config()
+    return Executor.get_class(config)(config)
+
+
+def _flags_of(key: EntryKey) -> list[str]:
+    found = []
+    for field, flag in _FLAGS.items():
+        value = json.loads(key.fields.get(field, "null"))
+        if isinstance(value, str):
+            found += [flag, value.removeprefix("torch.")]
+    source_format = key.fields.get("source_format", "auto")
+    return found if source_format == "auto" else [*found, "--load-format", source_format]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
