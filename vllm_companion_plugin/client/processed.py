@@ -7,17 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.filling import Weights, checked, misfit, not_finite, refuse
+from vllm_companion_plugin.client.handing import Giving
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.wire.handover import MOST_NAME_BYTES, MOST_PIECES, Piece
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
-
-_ALIGNMENT = 256
-"""Of each piece in a chunk, so that a device copies it at full speed."""
 
 
 class ProcessedUpdate:
@@ -39,7 +35,8 @@ class ProcessedUpdate:
         self._check_finite = check_finite
         self._sources = sources_from_bytes(attachment.manifest.sources)
         self._handed: set[str] = set()
-        self._chunks = _Chunks(attachment, headless, settings.update_chunk_mib << 20)
+        kind, size_bytes = attachment.held.arena.kind, settings.update_chunk_mib << 20
+        self._giving = Giving(kind, size_bytes, attachment.device, headless.hand_over)
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +51,7 @@ class ProcessedUpdate:
     @property
     def began(self) -> bool:
         """Whether anything was handed over."""
-        return self._chunks.sent
+        return self._giving.began
 
     def load(self, weights: Weights) -> int:
         """Hand over tensors by the checkpoint's names, in its shapes and dtypes; how many. May be called again.
@@ -70,9 +67,9 @@ class ProcessedUpdate:
         count = 0
         for name, tensor in checked(weights, self._sources.keys(), self._problem, self._attachment.label):
             self._handed.add(name)
-            self._chunks.add(name, tensor.detach())
+            self._giving.add(name, tensor)
             count += 1
-        self._chunks.flush()
+        self._giving.flush()
         return count
 
     def check_complete(self) -> None:
@@ -83,7 +80,7 @@ class ProcessedUpdate:
 
     def close(self) -> None:
         """Forget what was not handed over. Idempotent."""
-        self._chunks.close()
+        self._giving.close()
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
         source = self._sources.get(name)
@@ -92,65 +89,6 @@ class ProcessedUpdate:
         if name in self._handed:
             return f"{name} again"
         return misfit(name, tensor, [source]) or (not_finite(name, tensor) if self._check_finite else "")
-
-
-class _Chunks:
-    """Arenas of this process, one after the other, that hand tensors over. A tensor may take several."""
-
-    def __init__(self, attachment: Attachment, headless: Headless, size_bytes: int) -> None:
-        self._headless = headless
-        self._device = attachment.device
-        self._kind = attachment.held.arena.kind
-        granularity = memory.granularity(self._kind, attachment.device.index)
-        self._size_bytes = -(-size_bytes // granularity) * granularity
-        self._writer: memory.ArenaWriter | None = None
-        self._pieces: list[Piece] = []
-        self._used = 0
-        self._name_bytes = 0
-        self.sent = False
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        source = tensor.to(self._device).contiguous()
-        dtype, shape = str(source.dtype).removeprefix("torch."), tuple(source.shape)
-        start = 0
-        while start < source.nbytes or not start:
-            self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-            full = self._used >= self._size_bytes or len(self._pieces) == MOST_PIECES
-            if full or self._name_bytes + len(name.encode()) > MOST_NAME_BYTES:
-                self.flush()
-            size_bytes = min(source.nbytes - start, self._size_bytes - self._used)
-            if size_bytes:
-                self._begun().write(self._used, source.data_ptr() + start, size_bytes)
-            self._pieces.append(Piece(name, dtype, shape, start, self._used, size_bytes))
-            self._name_bytes += len(name.encode())
-            self._used += size_bytes
-            start += size_bytes
-            if not source.nbytes:
-                break
-        if self._writer is not None:
-            self._writer.flush()  # the source may go
-
-    def _begun(self) -> memory.ArenaWriter:
-        if self._writer is None:
-            self._writer = memory.create(self._kind, self._size_bytes, self._device.index)
-            self._writer.add_block(self._size_bytes)
-        return self._writer
-
-    def flush(self) -> None:
-        """Hand over what has come, and wait until it was copied."""
-        if not self._pieces:
-            return
-        with contextlib.closing(self._begun().seal()) as arena:
-            self.sent = True
-            self._headless.hand_over(self._pieces, arena)
-        self.close()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.abort()
-        self._writer = None
-        self._pieces = []
-        self._used = self._name_bytes = 0
 
 
 @contextlib.contextmanager

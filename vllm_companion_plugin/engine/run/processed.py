@@ -20,23 +20,14 @@ from vllm.logger import init_logger
 from vllm.plugins import load_general_plugins
 from vllm.v1.executor.abstract import Executor
 
-from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.client.handing import Taking
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.engine.reloading import write_generation
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import flags
-from vllm_companion_plugin.errors import (
-    BadRequestError,
-    CompanionError,
-    EntryNotFoundError,
-    NotShareableError,
-    UpdateError,
-)
-from vllm_companion_plugin.memory.descriptors import Descriptors
-from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
-from vllm_companion_plugin.wire.handover import Channel, Piece
+from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError, NotShareableError, UpdateError
+from vllm_companion_plugin.wire.handover import Channel
 
 logger = init_logger("vllm.companion")
 
@@ -117,52 +108,32 @@ class _NotWanted(Exception):
 
 
 class _Weights:
-    """The tensors of an update, each in memory of its own, as they come.
+    """The tensors of an update, as the trainer hands them over.
 
     Attributes:
-        came: whether the trainer has handed over anything.
+        came: whether it has handed over anything.
     """
 
     def __init__(self, channel: Channel, device: torch.device) -> None:
         self._channel = channel
-        self._device = device
-        self._partial: dict[str, torch.Tensor] = {}
+        self._taking = Taking(device)
         self.came = False
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         self._channel.send({})  # this process is the entry's writer
         while True:
             message, fds = self._channel.receive()
-            with fds:
-                if "end" in message:
-                    if not message["end"]:
-                        raise _NotWanted
-                    if self._partial:
-                        raise BadRequestError(f"Of {', '.join(self._partial)} not all bytes came.")
-                    return
-                self.came = True
-                complete = self._take(message, fds)
+            if "end" in message:
+                fds.close()
+                if not message["end"]:
+                    raise _NotWanted
+                self._taking.end()
+                return
+            self.came = True
+            complete = self._taking.take(message, fds)
             self._channel.send({})
-            yield from complete
-
-    def _take(self, message: dict[str, Any], fds: Descriptors) -> list[tuple[str, torch.Tensor]]:
-        info = ArenaInfo(str(message["kind"]), tuple(map(int, message["block_sizes"])))
-        complete = []
-        with contextlib.closing(memory.open_arena(info, Descriptors(fds.take()), self._device.index)) as arena:
-            views = ArenaViews(arena, info.size_bytes, self._device)
-            for piece in map(Piece.from_json, message["pieces"]):
-                tensor = self._partial.pop(piece.name, None)
-                if tensor is None:
-                    tensor = torch.empty(piece.shape, dtype=dtype_of(piece.dtype), device=self._device)
-                end = piece.start + piece.size_bytes
-                if piece.size_bytes:
-                    target = tensor.reshape(-1).view(torch.uint8)[piece.start : end]
-                    target.copy_(views.bytes_at(piece.offset, piece.size_bytes))
-                if end < tensor.nbytes:
-                    self._partial[piece.name] = tensor
-                else:
-                    complete.append((piece.name, tensor))
-        return complete
+            while complete:  # vLLM alone keeps what it was given
+                yield complete.pop(0)
 
 
 def _executor(device: str, key_id: str, more_flags: Sequence[str]) -> Executor:
