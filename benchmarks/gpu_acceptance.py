@@ -27,7 +27,7 @@ ENGINE = Path(__file__).with_name("gpu_engine.py")
 GIB = 2**30
 
 
-def make_model(path: Path, layers: int) -> None:
+def make_model(path: Path, layers: int, seed: int = 0) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def make_model(path: Path, layers: int) -> None:
         rope_theta=500000.0,
         dtype="bfloat16",
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)

@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -84,6 +85,10 @@ ENGINES = {
 TIMEOUT_S = 240.0
 
 
+_FORKING = threading.Lock()
+"""One fork at a time: filelock refuses another one while its own handlers of a fork run."""
+
+
 class Ended(Exception):
     """A fork ended otherwise than by returning."""
 
@@ -94,7 +99,8 @@ def fork(work: Callable[[], object], log: Path, environment: dict[str, str] | No
     Raises:
         Ended: it raised, was killed by a signal, or took too long; with its last line.
     """
-    pid = os.fork()
+    with _FORKING:
+        pid = os.fork()
     if not pid:
         code = 1
         try:

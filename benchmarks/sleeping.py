@@ -10,6 +10,7 @@ either way; tokens and the fingerprint of every live tensor are compared with th
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
@@ -37,6 +38,55 @@ STEPS = 100
 """More than requests that go on after waking need."""
 
 
+def models_of(worker: Any) -> list[Any]:
+    """A worker's target, and its draft."""
+    runner = worker.model_runner
+    found = [runner.get_model()]
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    if (draft := getattr(drafter, "model", None)) is not None:
+        found.append(draft)
+    return found
+
+
+def fingerprints(worker: Any) -> dict[str, str]:
+    """In a worker: of every tensor that its models lead to."""
+    import torch
+
+    from vllm_companion_plugin.tree.capture import capture, plain_tensors
+
+    found = {}
+    with plain_tensors(), torch.inference_mode():
+        for number, model in enumerate(models_of(worker)):
+            for module in capture(model).modules:
+                for slot in module.slots:
+                    tensor = slot.tensor
+                    if tensor.is_meta or not tensor.numel() or "kv_cache" in slot.name or "lora" in slot.name:
+                        continue
+                    data = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+                    weights = torch.arange(1, data.numel() + 1, device=data.device) % 65521
+                    found[f"{number}.{module.path}.{slot.name}"] = str(int((data * weights).sum()))
+                    del data, weights
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def sleeps_among_others() -> None:
+    """vLLM takes an engine for awake if other processes have taken memory while it fell asleep; it sleeps."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    inner = Worker.sleep
+
+    def sleep(self: Any, level: int = 1) -> None:
+        try:
+            inner(self, level)
+        except AssertionError as error:
+            if "Memory usage increased" not in str(error):
+                raise
+
+    Worker.sleep = sleep  # type: ignore[method-assign]
+
+
 class Engine:
     """An engine in this process, and what is known of it."""
 
@@ -51,6 +101,9 @@ class Engine:
         started = time.perf_counter()
         self.on_gpu = torch.cuda.is_available()
         flags = flags | ({"compilation_config": GRAPHS} if self.on_gpu else {"enforce_eager": True})
+        self.ranks = flags.get("tensor_parallel_size", 1)
+        if way == "auto" and self.on_gpu:
+            sleeps_among_others()
         self.llm = LLM(str(path), load_format=way, **flags)
         self.found["start_s"] = time.perf_counter() - started
         generator = torch.Generator().manual_seed(3)
@@ -80,35 +133,15 @@ class Engine:
             found.append(list(outputs[0].outputs[0].token_ids))
         return found
 
-    def workers_model(self) -> Any:
-        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
     def models(self) -> list[Any]:
-        runner = self.workers_model()
-        found = [runner.get_model()]
-        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        if (draft := getattr(drafter, "model", None)) is not None:
-            found.append(draft)
-        return found
+        """Of a worker in this process."""
+        return models_of(self.llm.llm_engine.model_executor.driver_worker.worker)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of every tensor that the models lead to."""
-        from vllm_companion_plugin.tree.capture import capture, plain_tensors
-
-        torch, found = self.torch, {}
-        with plain_tensors(), torch.inference_mode():
-            for number, model in enumerate(self.models()):
-                for module in capture(model).modules:
-                    for slot in module.slots:
-                        tensor = slot.tensor
-                        if tensor.is_meta or not tensor.numel() or "kv_cache" in slot.name or "lora" in slot.name:
-                            continue
-                        data = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
-                        weights = torch.arange(1, data.numel() + 1, device=data.device) % 65521
-                        found[f"{number}.{module.path}.{slot.name}"] = str(int((data * weights).sum()))
-                        del data, weights
-        if self.on_gpu:
-            torch.cuda.empty_cache()
+        """Of every tensor that the models of all ranks lead to."""
+        found = {}
+        for rank, marks in enumerate(self.llm.collective_rpc(fingerprints)):
+            found.update({f"{rank}.{name}": mark for name, mark in marks.items()})
         return found
 
     def used_mib(self) -> int:
@@ -257,7 +290,7 @@ class Engine:
             self.step(f"in flight, {mode}", partial(self.in_flight, mode))
         self.step("cycles", self.cycles)
         quantized = self.llm.llm_engine.vllm_config.model_config.quantization is not None
-        if not quantized and not self.lora:
+        if not quantized and not self.lora and self.ranks == 1:
             if self.on_gpu:  # on a CPU processing once more packs what was packed
                 self.step("verl", self.verl)
             self.step("trl", self.trl)
@@ -266,9 +299,60 @@ class Engine:
         self.step("reload to what was", self.reloaded)
 
 
+async def modes(path: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Eight requests run, and an engine in a process of its own is put to sleep in each mode.
+
+    Those of `wait` and of `keep` have to end whole; tokens of one request at a time are those of before.
+    """
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(str(path), load_format="companion", compilation_config=GRAPHS, **flags)
+    )
+    found: dict[str, Any] = {}
+
+    async def tokens(name: str, prompt: list[int], count: int) -> list[int]:
+        sampling = SamplingParams(max_tokens=count, temperature=0, detokenize=False, ignore_eos=True)
+        last: list[int] = []
+        async for output in engine.generate({"prompt_token_ids": prompt}, sampling, name):
+            last = list(output.outputs[0].token_ids)
+        return last
+
+    prompts = [list(range(10 * number + 3, 10 * number + 15)) for number in range(8)]
+    before = [await tokens(f"before-{number}", prompt, 24) for number, prompt in enumerate(prompts)]
+    for level in (1, 2):
+        for mode in ("abort", "wait", "keep"):
+            name = f"{mode}, level {level}"
+            running = [
+                asyncio.create_task(tokens(f"{name}-{number}", prompt, 200)) for number, prompt in enumerate(prompts)
+            ]
+            await asyncio.sleep(0.1)
+            await engine.sleep(level, mode)
+            whole_asleep = sum(each.done() for each in running)
+            await engine.wake_up()
+            lengths = [len(each) for each in await asyncio.wait_for(asyncio.gather(*running), 60)]
+            after = [await tokens(f"{name}-after-{number}", prompt, 24) for number, prompt in enumerate(prompts)]
+            found[name] = {
+                "tokens": "equal" if after == before else "other",
+                "ended_before_sleep": whole_asleep,
+                "whole": lengths.count(200),
+            }
+            print("STEP companion in flight,", name, json.dumps(found[name]), flush=True)
+    engine.shutdown()
+    return found
+
+
+def in_each_mode(path: Path, flags: dict[str, Any], out: Path) -> None:
+    """`modes`, for a fork."""
+    out.write_text(json.dumps(asyncio.run(modes(path, flags))))
+
+
 def engine(path: Path, way: str, flags: dict[str, Any], out: Path, big: bool) -> None:
     """One engine, in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `fingerprints` is sent to workers
     made = Engine(path, way, flags)
     try:
         made.run(big=big)
@@ -295,6 +379,9 @@ def case(name: str, path: Path, flags: dict[str, Any], out: Path, big: bool, tin
 
     with ThreadPoolExecutor(1 if big else len(WAYS)) as executor:
         list(executor.map(run, reversed(WAYS)))
+    if name == "llama" and not tiny:
+        matrix.fork(partial(in_each_mode, path, flags, directory / "modes"), out / "llama-modes.log", environment)
+        found["modes"] = json.loads((directory / "modes").read_text())
     settings = resolve({"runtime_dir": str(directory / "r")})
     matrix.fork(lambda: matrix.look.stop_all(settings), out / f"{name}-stop.log")
     return found
@@ -306,6 +393,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for way in WAYS:
         if f"{way} error" in found:
             yield f"{way}: {found[f'{way} error']}"
+    for name, step in found.get("modes", {}).items():
+        yield f"eight in flight, {name}: {json.dumps(step)}"
     for name, step in ours.get("steps", {}).items():
         theirs = auto.get("steps", {}).get(name, {})
         same = ours["tokens"].get(name) == auto.get("tokens", {}).get(name, ours["tokens"]["before"])
@@ -336,6 +425,8 @@ def main() -> None:
     for name in args.only:
         flags = {key: value for key, value in models.CASES[name].flags.items() if key != "enforce_eager"}
         flags = json.loads(json.dumps(flags).replace("{path}", str(root / name)))
+        if "moe" in name:
+            flags["kv_cache_dtype"] = "fp8"
         work.append((name, root / name, {"gpu_memory_utilization": 0.12} | common | flags, args.out, False, args.tiny))
     rows = []
     if args.big:

@@ -120,6 +120,14 @@ class EntryInUseError(CompanionError):
     expected = True
 
 
+class StaleError(CompanionError):
+    """Another generation is current than the one that a client goes by; nothing was written or changed."""
+
+    code = "stale"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
 class LeaseLostError(CompanionError):
     """The companion ended the lease or went away while it was needed."""
 

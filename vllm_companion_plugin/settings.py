@@ -289,6 +289,17 @@ TABLE: tuple[Setting, ...] = (
         minimum=1,
     ),
     Setting(
+        "keep_previous",
+        int,
+        1,
+        "How many generations of an entry that were current before a companion keeps on the device, as the way back, "
+        "besides those that engines map. The one that is being written takes the place of one of them.",
+        minimum=0,
+        maximum=64,
+        engine=True,
+        flag=True,
+    ),
+    Setting(
         "arena",
         str,
         "auto",
@@ -352,6 +363,7 @@ class Settings:
     on_write: str
     follow_updates: bool
     update_chunk_mib: int
+    keep_previous: int
     arena: str
     verify: str
     fallback: bool
@@ -376,6 +388,7 @@ class Given(TypedDict, total=False):
     on_write: str
     follow_updates: bool
     update_chunk_mib: int
+    keep_previous: int
     arena: str
     verify: str
     fallback: bool

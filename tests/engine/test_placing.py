@@ -143,12 +143,20 @@ def changes_what_it_loaded(model: Any, weights: Any, load: Callable[..., Any]) -
     return loaded
 
 
+def copies_a_number_over_it(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """As loaders of scales do: what is copied is no tensor."""
+    loaded = load(model, weights)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(2.0)
+    return loaded
+
+
 NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
     "how",
-    [changes_what_it_reads, computes_beside, computes_afterwards, changes_what_it_loaded],
+    [changes_what_it_reads, computes_beside, computes_afterwards, changes_what_it_loaded, copies_a_number_over_it],
     ids=lambda how: how.__name__,
 )
 def test_what_is_more_than_a_copy_has_no_source(how: Callable[..., Any], tmp_path: Path) -> None:

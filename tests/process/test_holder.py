@@ -327,6 +327,28 @@ def test_what_was_dismissed_is_told_from_what_was_cleaned_away(place: Place) -> 
     os.close(second)
 
 
+def test_a_note_says_what_was_current_as_long_as_somebody_holds_the_entry(place: Place) -> None:
+    """What nobody holds has no current generation, and a file that says something else says nothing."""
+    note = notes.hold(place.paths, KEY, 3)
+    assert notes.rolled_back_to(place.paths, KEY) == 0
+    for generation in (3, 12, 2):
+        notes.roll_back(place.paths, KEY, generation)
+        assert notes.rolled_back_to(place.paths, KEY) == generation
+    assert list(notes.held(place.paths)) == [(KEY, 3)]
+    assert notes.rolled_back_to(place.paths, KEY) == 2
+    for text in ("", "-1", "0", "one", "9" * 40, "\u0663"):
+        Path(notes._rolled_back_path(place.paths, KEY)).write_text(text)
+        assert notes.rolled_back_to(place.paths, KEY) == 0
+    notes.roll_back(place.paths, KEY, 0)
+    notes.roll_back(place.paths, KEY, 0)
+    assert notes.rolled_back_to(place.paths, KEY) == 0
+    notes.roll_back(place.paths, KEY, 3)
+    os.close(note)
+    assert list(notes.held(place.paths)) == []
+    assert notes.rolled_back_to(place.paths, KEY) == 0
+    assert os.listdir(place.paths.holders) == []
+
+
 def test_a_hold_that_is_not_written_yet_is_no_hold(place: Place) -> None:
     os.close(notes.hold(place.paths, KEY, 3))
     path = os.path.join(place.paths.holders, f"{KEY.id}.3")

@@ -120,6 +120,9 @@ def test_every_metric_is_served_on_loopback_with_real_values(place: Place, port:
     assert value(found, "arenas", **of, state="ready") == 1
     assert value(found, "arena_bytes", **of, state="ready") == 4096
     assert value(found, "leases", **of, state="attached") == 2
+    assert value(found, "generations", **of) == 1
+    assert value(found, "current_generation", **of) == 1
+    assert value(found, "updates_total", **of, result="committed") == 0
     assert value(found, "loads_total", **of, result="published") == 1
     assert value(found, "loads_total", **of, result="declined") == 1
     assert value(found, "attaches_total", **of) == 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.process.test_metrics import collect, value
 from tests.process.update_child import MODEL, Child, digests, values
 from tests.support.place import Place, until
 from tests.support.publishing import Small, load
@@ -23,7 +24,7 @@ from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Ready, connect
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryInUseError, TicketError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryInUseError, StaleError, TicketError
 from vllm_companion_plugin.host import notes
 
 LOADED = 0
@@ -157,6 +158,24 @@ def memfds(pid: int) -> int:
     return sum(target.startswith("/memfd:vllm-companion") for target in targets)
 
 
+def test_generations_are_counted(place: Place, companion: Any, start: Start, here: Here) -> None:
+    """What is on the device, which one is current, and what became of updates, as Prometheus reads it."""
+    engine, trainer = start(), start()
+    engine.tell("attach")
+    for step in (1, 2):
+        here().tell("write", step=step)
+    trainer.tell("begin", step=3)
+    trainer.kill()
+    until(lambda: len(entry_of(place).leases) == 1, 5, "the companion knows that the trainer is gone")
+    client(place).make_current(MODEL, 1)
+    found = collect(place)
+    assert value(found, "generations") == 2
+    assert value(found, "current_generation") == 1
+    assert value(found, "updates_total", result="committed") == 2
+    assert value(found, "updates_total", result="aborted") == 1
+    assert value(found, "rollbacks_total") == 1
+
+
 class TestTrainer:
     """One writes at a time, and leaves a whole generation or nothing."""
 
@@ -244,12 +263,49 @@ class TestTrainer:
         with client(place).attach(MODEL) as found:
             assert digests(found.tensors) == digests(values(LOADED))
 
+    def test_that_is_refused_writes_nothing(self, place: Place, companion: Any) -> None:
+        """A version that cannot be shown, before anybody attaches; what is not finite, before it is written."""
+        with pytest.raises(BadRequestError, match="version"), client(place).update("nobody's", version="a\nb"):
+            raise AssertionError("nothing to write")
+        bad = values(1)
+        bad["turned"][1, 2] = float("nan")
+        with (
+            pytest.raises(BadRequestError, match=r"test/model \(single\) on cpu cannot take turned, which has values"),
+            client(place).update(MODEL, version="one", check_finite=True) as new,
+        ):
+            new.load(bad)
+        assert held(place) == [(1, "")]
+        assert entry_of(place).leases == ()
+
+    @pytest.mark.parametrize("when", ["before it began", "while it wrote"])
+    def test_overwrites_no_other(self, place: Place, companion: Any, start: Start, here: Here, when: str) -> None:
+        """If it says by which generation it goes, and another one has become current."""
+        engine = start()
+        engine.tell("attach")
+        here().tell("write", step=1)
+        base = 2 if when == "while it wrote" else 1
+
+        def write() -> None:
+            with client(place).update(MODEL, version="mine", base=base) as new:
+                assert when == "while it wrote"
+                new.load(values(2))
+                client(place).make_current(MODEL, 1, base=2)
+
+        with pytest.raises(StaleError, match=rf"Generation {base} of test/model \(single\) is not current"):
+            write()
+        assert [version for _, version in held(place)] == ["", "step-1"]
+        current = entry_of(place).generation
+        with client(place).update(MODEL, version="mine", base=current) as new:
+            new.load(values(2))
+        assert (entry_of(place).generation, entry_of(place).version) == (3, "mine")
+
     def test_advances_to_what_was_committed_before_it_began(self, place: Place, companion: Any, here: Here) -> None:
         """What it does not send comes from the generation that is current, not from one that it happened to map."""
         with client(place).attach(MODEL) as attachment:
             here().tell("write", step=1)
             with updating(attachment, "step-2", place.settings) as new:
                 new.load({"steps": values(2)["steps"]})
+            assert not attachment.arena.fds.closed  # it can still hand back what it maps
         with client(place).attach(MODEL) as found:
             assert digests(found.tensors) == digests({**values(1), "steps": values(2)["steps"]})
 
@@ -273,6 +329,17 @@ class TestClient:
         refused = engine.tell("advance", to=9)
         assert refused["error"] == "not_found"
         assert has(engine.tell("look"), 1, 2)
+
+    def test_is_told_what_is_current(self, place: Place, companion: Any, here: Here) -> None:
+        """A commit and a rollback, and again by the next companion. Nothing is mapped by that."""
+        engine = here()
+        engine.tell("attach")
+        assert engine.attachment.current == 1
+        here().tell("write", step=1)
+        until(lambda: engine.attachment.current == 2, 5, "it is told of the commit")
+        assert has(engine.tell("look"), LOADED, 1)
+        client(place).make_current(MODEL, 1)
+        until(lambda: engine.attachment.current == 1, 5, "it is told of the rollback")
 
     def test_that_is_killed_between_prepare_and_advance_changes_nothing(
         self, place: Place, companion: Any, start: Start, here: Here
@@ -344,6 +411,31 @@ class TestClient:
         assert has(behind.tell("advance"), 1, 2)
         assert "error" not in here().tell("write", step=2)
         assert has(behind.tell("advance"), 2, 3)
+
+    @pytest.mark.parametrize("forward", [False, True])
+    def test_hands_back_what_was_current_after_a_rollback(
+        self, place: Place, companion: subprocess.Popen[str], start: Start, here: Here, forward: bool
+    ) -> None:
+        """Not the newest one, though that is mapped, too; unless that was made current again."""
+        back, newest = start(), here()
+        back.tell("attach"), newest.tell("attach")
+        here().tell("write", step=1)
+        newest.tell("advance")
+        client(place).make_current(MODEL, 1)
+        if forward:
+            client(place).make_current(MODEL, 2)
+        companion.kill()
+        companion.wait(5)
+        for engine in (newest, back):
+            assert not engine.tell("wait_known")["lost"]
+        entry = entry_of(place)
+        assert (entry.generation, entry.version) == ((2, "step-1") if forward else (1, ""))
+        assert has(newest.tell("look"), 1, 2)
+        assert newest.attachment.current == entry.generation
+        assert has(back.tell("advance"), 1, 2) if forward else has(newest.tell("advance"), LOADED, 1)
+        assert "error" not in here().tell("write", step=2)
+        assert held(place)[-1] == (3, "step-2")
+        assert has(newest.tell("advance"), 2, 3)
 
 
 class TestSleeper:

@@ -94,7 +94,7 @@ class Child:
 
     def prepare(self, to: int = 0) -> dict[str, Any]:
         self.prepared = self.attachment.prepare(to, self.client.settings)
-        return {"prepared": self.prepared.ready.generation}
+        return {"prepared": self.prepared.generation}
 
     def advance(self, to: int = 0) -> dict[str, Any]:
         self.prepare(to)

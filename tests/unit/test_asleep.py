@@ -41,12 +41,12 @@ OWNED = 4711
 
 def fall_asleep(world: World, lease: Lease, level: int = 1, wish: WhenAsleep = AUTO) -> bool:
     """Whether a copy was asked for; the client left one then."""
-    if world.registry.sleep(lease, level, wish):
+    if world.registry.sleeping.sleep(lease, level, wish):
         return False
     assert lease.state is LeaseState.PARKING
     world.registry.announce(lease, 1)
     world.registry.deposit(lease, (HOST_FD,))
-    assert world.registry.sleep(lease, level, wish, HOST, lease.entry.current.number)
+    assert world.registry.sleeping.sleep(lease, level, wish, HOST, lease.entry.current.number)
     return True
 
 
@@ -124,7 +124,7 @@ class TestResidence:
         elif awake == "a holder":
             holder = world.registry.attach(KEY, may_load=False, pid=2, client="serve", passive=True)
         elif awake == "one that leaves a copy":
-            assert not world.registry.sleep(lease, 1, PARK)
+            assert not world.registry.sleeping.sleep(lease, 1, PARK)
             lease = world.attach(KEY, pid=2)
         alone = awake in ("nobody", "a holder")
         stays = expected[level] if alone else DEVICE
@@ -187,10 +187,10 @@ class TestResidence:
     def test_is_host_memory_where_the_client_that_dies_has_left_a_copy_before(self, world: World) -> None:
         """A copy is made once, and stays while somebody is awake."""
         first = world.publish(KEY)
-        assert not world.registry.sleep(first, 1, AUTO)
+        assert not world.registry.sleeping.sleep(first, 1, AUTO)
         second = world.attach(KEY, pid=2)  # wakes while the first one copies
         world.registry.deposit(first, (HOST_FD,))
-        assert world.registry.sleep(first, 1, AUTO, HOST, 1)
+        assert world.registry.sleeping.sleep(first, 1, AUTO, HOST, 1)
         assert where(world, first.entry) == DEVICE
         world.registry.end_lease(second)
         assert where(world, first.entry) == HOST_MEMORY
@@ -214,7 +214,7 @@ class TestCopy:
     @pytest.fixture
     def copying(self, world: World) -> Lease:
         lease = world.publish(KEY)
-        assert not world.registry.sleep(lease, 1, AUTO)
+        assert not world.registry.sleeping.sleep(lease, 1, AUTO)
         return lease
 
     @pytest.mark.parametrize(
@@ -234,22 +234,22 @@ class TestCopy:
             world.registry.deposit(copying, fds)
         before = world.snapshot()
         with pytest.raises(BadRequestError):
-            world.registry.sleep(copying, 1, AUTO, host, 1)
+            world.registry.sleeping.sleep(copying, 1, AUTO, host, 1)
         assert world.snapshot() == before
-        world.registry.stay_awake(copying)
+        world.registry.sleeping.stay_awake(copying)
         assert (world.closed, copying.state) == ([*fds], LeaseState.ATTACHED)
 
     def test_is_asked_for_again_until_it_is_there(self, world: World, copying: Lease) -> None:
         """Saying that one sleeps is not enough."""
         before = world.snapshot()
-        assert not world.registry.sleep(copying, 1, AUTO)
+        assert not world.registry.sleeping.sleep(copying, 1, AUTO)
         assert world.snapshot() == before
 
     def test_is_not_needed_if_another_client_wakes_meanwhile(self, world: World, copying: Lease) -> None:
         """What was deposited is closed, unless the client says that it is the copy."""
         wake(world)
         world.registry.deposit(copying, (HOST_FD,))
-        assert world.registry.sleep(copying, 1, AUTO)
+        assert world.registry.sleeping.sleep(copying, 1, AUTO)
         assert (world.closed, where(world, copying.entry)) == ([HOST_FD], DEVICE)
 
     def test_goes_with_a_client_that_dies_over_it(self, world: World, copying: Lease) -> None:
@@ -272,10 +272,10 @@ class TestCopy:
         """The client stays awake then."""
         world = World(max_fds=2)
         lease = world.publish(KEY)
-        assert not world.registry.sleep(lease, 1, AUTO)
+        assert not world.registry.sleeping.sleep(lease, 1, AUTO)
         with pytest.raises(LimitError):
             world.registry.announce(lease, 1)
-        world.registry.stay_awake(lease)
+        world.registry.sleeping.stay_awake(lease)
         assert where(world, lease.entry) == DEVICE
 
 
@@ -285,14 +285,20 @@ class TestIllegal:
     @pytest.mark.parametrize(
         "step",
         [
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(awake, 3, AUTO), id="level"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(holder, 1, AUTO), id="holder"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(asleep, 1, AUTO), id="twice"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(waiter, 1, AUTO), id="waiting"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleep(awake, 1, AUTO, HOST, 1), id="copy-unasked"),
+            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleeping.sleep(awake, 3, AUTO), id="level"),
+            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleeping.sleep(holder, 1, AUTO), id="holder"),
+            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleeping.sleep(asleep, 1, AUTO), id="twice"),
+            pytest.param(lambda r, awake, holder, asleep, waiter: r.sleeping.sleep(waiter, 1, AUTO), id="waiting"),
+            pytest.param(
+                lambda r, awake, holder, asleep, waiter: r.sleeping.sleep(awake, 1, AUTO, HOST, 1), id="copy-unasked"
+            ),
             pytest.param(lambda r, awake, holder, asleep, waiter: r.deposit(awake, (1,)), id="deposit-unasked"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.stay_awake(awake), id="stays-awake-unasked"),
-            pytest.param(lambda r, awake, holder, asleep, waiter: r.stay_awake(asleep), id="stays-awake-asleep"),
+            pytest.param(
+                lambda r, awake, holder, asleep, waiter: r.sleeping.stay_awake(awake), id="stays-awake-unasked"
+            ),
+            pytest.param(
+                lambda r, awake, holder, asleep, waiter: r.sleeping.stay_awake(asleep), id="stays-awake-asleep"
+            ),
             pytest.param(
                 lambda r, *_: r.attach(KEY, may_load=True, pid=9, client="x", asleep=3), id="attach-at-no-level"
             ),
@@ -339,7 +345,7 @@ class TestWaking:
         assert world.closed == [*DEVICE_FDS]
         for lease in (sleeper, second):
             world.registry.end_lease(lease)
-        assert world.registry.sleep(first, 1, AUTO)
+        assert world.registry.sleeping.sleep(first, 1, AUTO)
         assert (entry.current.shown, world.closed) == (EntryState.PARKED, [*DEVICE_FDS, 17, 18])
 
     @pytest.mark.parametrize(
@@ -433,7 +439,7 @@ class TestEnds:
         """A client that sleeps, or is about to, and the descriptors that are open."""
         lease = world.publish(KEY)
         if name == "copying":
-            assert not world.registry.sleep(lease, 1, AUTO)
+            assert not world.registry.sleeping.sleep(lease, 1, AUTO)
             world.registry.deposit(lease, (HOST_FD,))
             return lease, (*DEVICE_FDS, HOST_FD)
         fall_asleep(world, lease, *{"stays": (1, STAY), "dropped": (2, AUTO)}.get(name, (1, AUTO)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World
+from tests.unit.test_updates import write
 from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S
@@ -90,6 +91,30 @@ def test_who_hands_back_too_late_has_failed() -> None:
     world.registry.attach(KEY, may_load=False, pid=1, client="slow", holds=3)
     world.wait(HAND_BACK_S)
     assert counted(world) == {"failures companion wait_timeout": (1, 0)}
+
+
+def test_updates_that_were_committed_or_not_and_the_way_back() -> None:
+    """Whoever stops to write without a commit has aborted; forward again is no rollback."""
+    world = World()
+    writer = world.publish(KEY)
+    write(world, writer)
+    for end in (
+        lambda: world.registry.updates.abort(writer),
+        lambda: world.registry.end_lease(writer),
+    ):
+        world.registry.updates.stage(writer)
+        end()
+    for number in (1, 2, 2, 1):
+        world.registry.make_current(Query(), number)
+    write(world, world.attach(KEY, may_load=False, pid=2))
+    world.registry.updates.stage(world.registry.leases[0])
+    world.registry.unload(Query(), force=True)
+    counts = counted(world)
+    assert {name: counts[name][0] for name in ("updates committed", "updates aborted", "rollbacks")} == {
+        "updates committed": 2,
+        "updates aborted": 3,
+        "rollbacks": 2,
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, hold, key
+from tests.unit.test_updates import write
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.selection import Query
@@ -31,6 +32,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.left: list[tuple[str, int]] = []
+        self.rolled_back: list[tuple[str, int]] = []
         self.world = World(linger_s=10)
         self.error: OSError | None = None
 
@@ -39,9 +41,14 @@ class Notes:
             raise self.error
         self.left.append((noted.id, generation))
 
+    def roll_back(self, noted: EntryKey, generation: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.rolled_back.append((noted.id, generation))
+
     def write(self) -> list[tuple[str, int]]:
         """Have all moves written down; the notes."""
-        journal = Journal(self.dismiss)
+        journal = Journal(self.dismiss, self.roll_back)
         for move in self.world.moves:
             journal.observe(move)
         return self.left
@@ -93,6 +100,43 @@ class TestNotes:
         notes.write()
         assert "Those who map m may hand it back: Read-only file system" in log.messages
         assert "Unloaded m, generation 1." in log.messages
+
+
+class TestRollback:
+    """What is current is noted if it is not the latest, so that the next companion goes on with it."""
+
+    def rolled_back(self, notes: Notes) -> World:
+        world = notes.world
+        write(world, world.publish(key()), "step-7")
+        world.registry.make_current(Query(), 1)
+        return world
+
+    def test_is_noted_until_something_newer_is_current(self, notes: Notes) -> None:
+        """By a commit, or by the reverse."""
+        world = self.rolled_back(notes)
+        world.registry.make_current(Query(), 2)
+        world.registry.make_current(Query(), 1)
+        write(world, world.registry.leases[0])
+        notes.write()
+        assert [number for _, number in notes.rolled_back] == [0, 0, 1, 0, 1, 0]
+
+    @pytest.mark.parametrize("replaced", [True, False])
+    def test_is_noted_for_a_companion_that_follows(self, notes: Notes, replaced: bool) -> None:
+        """Not after an end that drops everything."""
+        world = self.rolled_back(notes)
+        world.registry.end(replaced=replaced)
+        world.registry.close()
+        notes.write()
+        assert notes.rolled_back[-1] == ("k1", 1 if replaced else 0)
+
+    def test_is_logged(self, notes: Notes, log: pytest.LogCaptureFixture) -> None:
+        """What is current, and in place of what; and if it cannot be noted."""
+        self.rolled_back(notes)
+        notes.error = OSError("Read-only file system")
+        notes.write()
+        assert "Generation 2 (step-7) of m (single) is current, in place of 1." in log.messages
+        assert "Generation 1 of m (single) is current, in place of 2." in log.messages
+        assert "The next companion may take another generation of m: Read-only file system" in log.messages
 
 
 def test_the_log_names_who_did_what(notes: Notes, log: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,7 @@ from vllm_companion_plugin.core.status import LeaseState, Progress, Published
 from vllm_companion_plugin.errors import CompanionError, CompanionReplacedError, LeaseLostError, NotShareableError
 from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
+    CurrentEvent,
     Entry,
     Event,
     FailedEvent,
@@ -55,7 +56,6 @@ from vllm_companion_plugin.holder.registry.table import (
     GenerationState,
     LeaseEvent,
 )
-from vllm_companion_plugin.holder.registry.updates import KEEP
 
 KEYS = [EntryKey("a", "m", rank="tp0/2"), EntryKey("b", "m", rank="tp1/2")]
 ARENA = ArenaInfo("memfd", (4096, 8192))
@@ -96,6 +96,8 @@ leases = one_of(lambda self: self.all_leases + self.registry.leases)
 loaders = one_of(lambda self: self.elected_leases() or self.all_leases)
 attached = precondition(lambda self: self.all_leases)
 held = precondition(lambda self: self.registry.entries)
+expected = precondition(lambda self: self.expected_entries())
+one_of_expected = st.runner().flatmap(lambda self: st.sampled_from(self.expected_entries()))
 loading = precondition(lambda self: self.elected_leases())
 awake = one_of(lambda self: self.awake_leases() or self.all_leases)
 asleep = one_of(lambda self: self.asleep_leases())
@@ -113,12 +115,32 @@ class Clients(RuleBasedStateMachine):
 
     @initialize(
         linger_s=st.sampled_from([LINGER_S, LINGER_S, -1.0]),
-        expected=st.sampled_from([[], [(KEYS[0], 3)], [(KEYS[0], 1), (KEYS[1], 2)]]),
+        expected=st.sampled_from(
+            [
+                [],
+                [(KEYS[0], 3)],
+                [(KEYS[0], 1), (KEYS[1], 2)],
+                [(KEYS[0], 1), (KEYS[0], 4)],
+                [(KEYS[0], 4), (KEYS[0], 1)],
+            ]
+        ),
+        rolled_back=st.sampled_from([0, 1]),
         given_up=st.booleans(),
         replaced=st.booleans(),
+        keep=st.sampled_from([1, 1, 0, 2]),
     )
-    def start(self, linger_s: float, expected: list[tuple[EntryKey, int]], given_up: bool, replaced: bool) -> None:
-        self.replaced = replaced
+    def start(
+        self,
+        linger_s: float,
+        expected: list[tuple[EntryKey, int]],
+        rolled_back: int,
+        given_up: bool,
+        replaced: bool,
+        keep: int,
+    ) -> None:
+        """`rolled_back`: the generation that was current in the companion before; 0: the latest one."""
+        self.replaced, self.keep = replaced, keep
+        self.wanted = {key.id: number for key, number in expected if number == rolled_back}
         self.now = 1000.0
         self.linger_s, self.grace_s = linger_s, GRACE_S
         self.numbers, self.pids = count(100), count(1)
@@ -137,6 +159,7 @@ class Clients(RuleBasedStateMachine):
         self.wishes: dict[int, WhenAsleep] = {}
         self.copies: dict[tuple[int, int], int] = {}  # entries and generations to the descriptors of their copies
         self.writing: set[int] = set()  # leases
+        self.staged = self.rollbacks = 0
         self.written: set[tuple[str, int]] = set()  # generations that a client wrote
         self.loaded: dict[str, set[int]] = {key.id: set() for key in KEYS}  # generations that a client loaded
         self.current: dict[int, int] = {}  # entries to their current generations
@@ -160,11 +183,14 @@ class Clients(RuleBasedStateMachine):
             linger_s=linger_s,
             grace_s=GRACE_S,
             max_fds=12,
+            keep_previous=keep,
             observers=(self.counting.observe, self.observe),
         )
         for key, generation in expected:
-            self.registry.expect(key, generation)
+            self.registry.expect(key, generation, rolled_back=generation == rolled_back)
             self.published[key.id] = max(generation, self.published.get(key.id, 0))
+        for entry in self.registry.entries:
+            self.current[id(entry)] = self.wanted.get(entry.key.id, self.published[entry.key.id])
         self.registry.open()
         self.settle()
         if given_up:
@@ -181,7 +207,11 @@ class Clients(RuleBasedStateMachine):
         if not isinstance(move, GenerationMoved):
             return
         key_id, generation, entry = move.entry.key.id, move.generation.number, id(move.entry)
-        assert (move.generation is move.entry.current) is (move.event is not GenerationEvent.FORGET)
+        is_other = move.generation in move.entry.others or move.event is GenerationEvent.FORGET
+        assert (move.generation is move.entry.current) is not is_other
+        if is_other:
+            self.observe_other(move)
+            return
         if move.before is GenerationState.READY and move.event in GOES_TO:
             assert not any(self.maps(lease) and not lease.passive for lease in move.entry.leases), "somebody is awake"
             assert self.belongs(move.entry) == GOES_TO[move.event]
@@ -200,16 +230,25 @@ class Clients(RuleBasedStateMachine):
             self.loaded[key_id].add(generation)
         if move.event is GenerationEvent.COMMIT:
             self.others[entry].append(self.current[entry])
-        if move.event is not GenerationEvent.FORGET:
-            self.current[entry] = generation
+        self.current[entry] = generation
         if move.event in (GenerationEvent.DROP, GenerationEvent.GIVE_UP):
             self.current[entry] = 0
-        if move.generation.state is not GenerationState.READY and move.event is not GenerationEvent.FORGET:
+        if move.generation.state is not GenerationState.READY:
             self.others[entry] = []
+        if move.event in (GenerationEvent.PUBLISH, GenerationEvent.HAND_BACK):
+            self.wanted.pop(key_id, None)
         if move.event in (GenerationEvent.PUBLISH, GenerationEvent.HAND_BACK, GenerationEvent.COMMIT):
             self.published[key_id] = max(generation, self.published.get(key_id, 0))
         elif move.event in DISMISSING:
             self.dismissed[key_id] = max(generation, self.published.get(key_id, 0))
+
+    def observe_other(self, move: GenerationMoved) -> None:
+        """A generation that is not current is let go, because nobody maps it, or its memory is lost."""
+        number, entry = move.generation.number, move.entry
+        assert move.event in (GenerationEvent.LOSE, GenerationEvent.FORGET)
+        if move.event is GenerationEvent.LOSE:
+            self.others[id(entry)].remove(number)
+            self.strays |= {lease.id for lease in entry.leases if self.mapped.get(lease.id) == number}
 
     def observe_lease(self, move: LeaseMoved) -> None:
         lease = move.lease
@@ -261,7 +300,8 @@ class Clients(RuleBasedStateMachine):
         for entry in self.registry.entries:
             used = {self.mapped.get(lease.id) for lease in entry.leases}
             others, is_written = self.others[id(entry)], any(lease.id in self.writing for lease in entry.leases)
-            kept = [] if is_written else others[-KEEP:]
+            keep = self.keep - is_written
+            kept = others[-keep:] if keep > 0 else []
             self.others[id(entry)] = [number for number in others if number in used or number in kept]
         if any(entry.users for entry in self.registry.entries):
             self.idle_since, self.grace_s = None, 0.0
@@ -337,6 +377,9 @@ class Clients(RuleBasedStateMachine):
         levels = [self.levels[lease.id] for lease in entry.leases if lease.id in self.levels]
         return should_stay(self.wishes.get(id(entry), WhenAsleep.STAY), levels, is_owned=self.lasts(entry))
 
+    def expected_entries(self) -> list[Entry]:
+        return [entry for entry in self.registry.entries if entry.current.state is GenerationState.EXPECTED]
+
     def elected_leases(self) -> list[Lease]:
         return [lease for lease in self.registry.leases if lease.state is LeaseState.LOADING]
 
@@ -345,7 +388,7 @@ class Clients(RuleBasedStateMachine):
     @rule(
         select=st.one_of(keys, keys, queries),
         may_load=st.sampled_from([True, True, False]),
-        holds=st.sampled_from([0, 0, 0, 0, 1, 4, None, None]),
+        holds=st.sampled_from([0, 0, 0, 0, 1, 1, 4, None, None]),
         passive=st.sampled_from([False, False, True]),
     )
     def attach(
@@ -380,6 +423,18 @@ class Clients(RuleBasedStateMachine):
         """A client that maps the latest generation already."""
         self.attach(key, False, None, passive)
         if how != "not yet" and self.last_is_elected():
+            self.publish(self.all_leases[-1], how)
+
+    @expected
+    @rule(
+        entry=one_of_expected,
+        number=st.sampled_from([None, 1]),
+        how=st.sampled_from(["as it was", "as it was", "anew", "not at all"]),
+    )
+    def come_back(self, entry: Entry, number: int | None, how: str) -> None:
+        """A client that maps what the companion before held, as soon as it can."""
+        self.attach(entry.key, False, number, False)
+        if self.last_is_elected():
             self.publish(self.all_leases[-1], how)
 
     @held
@@ -459,7 +514,7 @@ class Clients(RuleBasedStateMachine):
         where = should_stay(wish, [level, *slept], is_owned=self.lasts(entry))
         deposited, wished, self.falling = lease.deposited, self.wishes.get(id(entry), WhenAsleep.STAY), level
         self.wishes[id(entry)] = wish
-        answer = self.attempt(lambda: self.registry.sleep(lease, level, wish, host, copied), legal=legal)
+        answer = self.attempt(lambda: self.registry.sleeping.sleep(lease, level, wish, host, copied), legal=legal)
         if not answer:
             self.wishes[id(entry)] = wished
         if answer is None:
@@ -496,7 +551,7 @@ class Clients(RuleBasedStateMachine):
     @attached
     @rule(lease=leases)
     def stay_awake(self, lease: Lease) -> None:
-        self.attempt(lambda: self.registry.stay_awake(lease), legal=lease.id in self.copying)
+        self.attempt(lambda: self.registry.sleeping.stay_awake(lease), legal=lease.id in self.copying)
         self.copying.discard(lease.id)
 
     @some_sleep
@@ -629,15 +684,17 @@ class Clients(RuleBasedStateMachine):
     # ---- updates
 
     @attached
-    @rule(lease=st.one_of(awake, leases))
-    def stage(self, lease: Lease) -> None:
+    @rule(lease=st.one_of(awake, leases), base=st.sampled_from([0, 0, 0, 0, 1, 2]))
+    def stage(self, lease: Lease, base: int = 0) -> None:
         entry = lease.entry
         free = lease.id not in self.copying and not any(other.id in self.writing for other in entry.leases)
         legal = self.maps(lease) and not self.is_retired(lease) and not lease.passive and free
-        number = self.attempt(lambda: self.registry.updates.stage(lease), legal=legal)
+        legal = legal and base in (0, self.current[id(entry)])
+        number = self.attempt(lambda: self.registry.updates.stage(lease, base), legal=legal)
         if legal:
             assert number == self.published[entry.key.id] + 1
             assert lease.id in self.writing
+            self.staged += 1
 
     @attached
     @rule(lease=st.one_of(writers, leases))
@@ -662,21 +719,23 @@ class Clients(RuleBasedStateMachine):
             self.commit_staged(lease, how)
 
     @attached
-    @rule(lease=st.one_of(writers, leases), how=writings)
-    def commit_staged(self, lease: Lease, how: str) -> None:
-        """Nobody is moved, and nobody but the writer notices."""
+    @rule(lease=st.one_of(writers, leases), how=writings, base=st.sampled_from([0, 0, 0, 1, 2]))
+    def commit_staged(self, lease: Lease, how: str, base: int = 0) -> None:
+        """Nobody is moved, and all who map the entry are told."""
         entry, right = lease.entry, lease.entry.current.arena or ARENA
         other = OTHER_ARENA if right == ARENA else ARENA
         arena = {"other blocks": other, "other kind": OTHER_KIND}.get(how, right)
         version = "" if how == "no version" else "step"
         legal = lease.id in self.writing and len(lease.deposited) == 2 and arena is right and version != ""
-        before = [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases if x is not lease]
+        legal = legal and base in (0, self.current[id(entry)])
+        before = [self.seen(x) for x in self.registry.leases if x is not lease]
         if legal:
             self.written.add((entry.key.id, self.published[entry.key.id] + 1))
-        number = self.attempt(lambda: self.registry.updates.commit(lease, arena, version), legal=legal)
-        assert [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases if x is not lease] == before
+        number = self.attempt(lambda: self.registry.updates.commit(lease, arena, version, base), legal=legal)
+        assert [self.seen(x) for x in self.registry.leases if x is not lease] == before
         if legal:
             assert number == self.current[id(entry)]
+            self.all_are_told(entry)
             assert lease.id not in self.writing
 
     @rule(
@@ -714,19 +773,40 @@ class Clients(RuleBasedStateMachine):
         self.attempt(lambda: self.registry.updates.advance(lease, number), legal=legal)
 
     @held
-    @rule(query=st.one_of(st.just(Query(key_id="a")), queries), number=numbers)
-    def make_current(self, query: Query, number: int) -> None:
+    @rule(
+        query=st.one_of(st.just(Query(key_id="a")), queries), number=numbers, base=st.sampled_from([0, 0, 0, 1, 2, 3])
+    )
+    def make_current(self, query: Query, number: int, base: int = 0) -> None:
         found = [e for e in self.registry.entries if e.can_be_asked_for and query.matches(e.key)]
         ready = all(e.current.state is GenerationState.READY for e in found)
         legal = bool(found) and ready and all(number in (0, *self.held_generations(e)) for e in found)
+        legal = legal and all(base in (0, self.current[id(e)]) for e in found)
+        changed: list[Entry] = []
         for entry in found if legal and number else ():
             before = self.current[id(entry)]
             self.others[id(entry)] = [x for x in self.others[id(entry)] if x != number]
             self.others[id(entry)] += [before] if before != number else []
             self.current[id(entry)] = number
-        before_s = [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases]
-        self.attempt(lambda: self.registry.make_current(query, number), legal=legal)
-        assert [(x.id, x.maps, x.state, len(x.events)) for x in self.registry.leases] == before_s
+            changed += [entry] if before != number else []
+            self.rollbacks += number < before
+        seen = [self.seen(x) for x in self.registry.leases]
+        self.attempt(lambda: self.registry.make_current(query, number, base), legal=legal)
+        assert [self.seen(x) for x in self.registry.leases] == seen
+        for entry in changed:
+            self.all_are_told(entry)
+
+    def all_are_told(self, entry: Entry) -> None:
+        """That another generation is current, unless they sleep."""
+        for lease in entry.leases:
+            assert lease.id in self.levels or self.events(lease)[-1] == self.current_event(entry)
+
+    def seen(self, lease: Lease) -> object:
+        """What a client notices, but for the news that all who map the entry get."""
+        return lease.id, lease.maps, lease.state, lease.id in self.levels and len(lease.events)
+
+    def current_event(self, entry: Entry) -> CurrentEvent:
+        number = self.current[id(entry)]
+        return CurrentEvent(number, "step" if (entry.key.id, number) in self.written else "")
 
     # ---- people and memory
 
@@ -746,10 +826,16 @@ class Clients(RuleBasedStateMachine):
         assert not sizes or sum(sizes[:-1]) < size_bytes <= sum(sizes)
 
     @held
-    @rule(key=keys)
-    def lose(self, key: EntryKey) -> None:
-        """The process that the memory of an entry depends on ends."""
-        lost = {fd for e in self.registry.entries if e.key is key for fd in e.current.fds}
+    @rule(key=keys, which=st.sampled_from(["the current one", "the others", "the last one"]))
+    def lose(self, key: EntryKey, which: str) -> None:
+        """The process that the memory of some generations depends on ends."""
+        entries = [e for e in self.registry.entries if e.key is key]
+        of = {
+            "the current one": [e.current for e in entries],
+            "the others": [each for e in entries for each in e.others],
+            "the last one": [each for e in entries for each in e.others[-1:]],
+        }
+        lost = {fd for each in of[which] for fd in each.fds}
         self.attempt(lambda: self.registry.lose(lambda arena, fds: not lost.isdisjoint(fds)), legal=True)
 
     @rule(pid=st.sampled_from([0, 0, 1, 2]), linger_s=st.sampled_from([-1.0, 4.0, float("inf")]))
@@ -862,7 +948,7 @@ class Clients(RuleBasedStateMachine):
 
     @invariant()
     def the_right_generations_are_held(self) -> None:
-        """The current one, those that clients map, and `KEEP` of those that were current before or what is written."""
+        """The current one, those that clients map, and some of those that were current before, or what is written."""
         for entry in self.registry.entries:
             there = [entry.current.number, *(each.number for each in entry.others)]
             assert there == self.held_generations(entry)
@@ -872,7 +958,7 @@ class Clients(RuleBasedStateMachine):
             for generation in (entry.current, *entry.others):
                 assert generation.written == ((entry.key.id, generation.number) in self.written)
             mapped = [self.mapped[lease.id] for lease in entry.leases if lease.id in self.mapped]
-            assert len(there) <= 1 + KEEP + len(set(mapped) - {there[0]})
+            assert len(there) <= 1 + self.keep + len(set(mapped) - {there[0]})
             if entry.current.state is GenerationState.READY:
                 assert {
                     lease.id: lease.maps for lease in entry.leases if lease.state not in (None, LeaseState.ASLEEP)
@@ -912,10 +998,12 @@ class Clients(RuleBasedStateMachine):
         for entry in self.registry.entries:
             loader = entry.loading_lease
             holders = [lease for lease in entry.leases if lease.holds]
+            wanted = self.wanted.get(entry.key.id)
+            first = [lease for lease in holders if wanted in (None, lease.holds)]
             able = [x for x in entry.leases if x.id not in self.levels]
             able = [x for x in able if x.may_load or (self.has_copy(entry) and not x.passive)]
             if entry.current.state is GenerationState.EXPECTED:
-                assert loader is (holders[0] if holders else None)
+                assert loader is (first[0] if first else None)
             elif entry.current.state is GenerationState.LOADING:
                 assert loader is not None
                 assert loader is (holders or able)[0] or (loader is able[0] and loader.deposited)
@@ -938,6 +1026,7 @@ class Clients(RuleBasedStateMachine):
                 assert lease.ended
             unread = [type(event) for event in lease.events]
             assert unread.count(WaitingEvent) <= unread.count(GrantedEvent) + 1
+            assert unread.count(CurrentEvent) <= 1
 
     @invariant()
     def counters_equal_a_recount(self) -> None:
@@ -958,6 +1047,9 @@ class Clients(RuleBasedStateMachine):
             "readoptions handed_back": self.commits["handed_back"],
             "readoptions renewed": sum(self.holds[lease.id] > 0 for lease in ready),
             "readoptions given_up": self.happened(GenerationEvent.GIVE_UP),
+            "updates committed": self.happened(GenerationEvent.COMMIT),
+            "updates aborted": self.staged - self.happened(GenerationEvent.COMMIT) - len(self.writing),
+            "rollbacks": self.rollbacks,
             "failures": sum(isinstance(event, FailedEvent) for _, event in heard),
             "wait_seconds": sum(move.waited_s is not None for move in moved),
         }

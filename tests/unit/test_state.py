@@ -47,7 +47,9 @@ SHOWN = Published(3)
 class World:
     """A registry with a clock of its own and a record of what it asked for."""
 
-    def __init__(self, linger_s: float = FOR_EVER, grace_s: float = 0.0, max_fds: int = 1000) -> None:
+    def __init__(
+        self, linger_s: float = FOR_EVER, grace_s: float = 0.0, max_fds: int = 1000, keep_previous: int = 1
+    ) -> None:
         self.now = 1000.0
         self.closed: list[int] = []
         self.changes = 0
@@ -62,6 +64,7 @@ class World:
             linger_s=linger_s,
             grace_s=grace_s,
             max_fds=max_fds,
+            keep_previous=keep_previous,
             on_change=self._changed,
             observers=(self.counting.observe, self.moves.append),
         )

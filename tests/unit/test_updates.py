@@ -18,8 +18,11 @@ from vllm_companion_plugin.errors import (
     EntryNotFoundError,
     LayoutError,
     LimitError,
+    StaleError,
 )
+from vllm_companion_plugin.holder.registry import limits
 from vllm_companion_plugin.holder.registry.entries import (
+    CurrentEvent,
     Entry,
     FailedEvent,
     GrantedEvent,
@@ -27,6 +30,7 @@ from vllm_companion_plugin.holder.registry.entries import (
     ReadyEvent,
     RetiredEvent,
 )
+from vllm_companion_plugin.holder.registry.moves import CurrentChanged
 from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState
 
@@ -136,7 +140,7 @@ class TestWriter:
     def test_keeps_the_entry_on_the_device(self, world: World, engine: Lease, trainer: Lease) -> None:
         """It is awake, whatever the others do."""
         world.registry.updates.stage(trainer)
-        assert world.registry.sleep(engine, 2, AUTO)
+        assert world.registry.sleeping.sleep(engine, 2, AUTO)
         assert held(trainer.entry) == [1]
 
     def test_cannot_fall_asleep(self, world: World, trainer: Lease) -> None:
@@ -144,7 +148,7 @@ class TestWriter:
         world.registry.updates.stage(trainer)
         before = world.snapshot()
         with pytest.raises(BadRequestError):
-            world.registry.sleep(trainer, 1, AUTO)
+            world.registry.sleeping.sleep(trainer, 1, AUTO)
         assert world.snapshot() == before
 
 
@@ -152,17 +156,16 @@ class TestCommit:
     """What the writer has deposited becomes current, or nothing happens."""
 
     def test_moves_nobody(self, world: World, engine: Lease, trainer: Lease) -> None:
-        """Who attaches from now on gets the new one; the others go on, and are told nothing."""
-        told = len(engine.events)
+        """Who attaches from now on gets the new one; the others go on."""
         world.now += 5
         assert write(world, trainer, "step-7") == 2
-        assert (engine.maps, engine.state, len(engine.events)) == (1, LeaseState.ATTACHED, told)
+        assert (engine.maps, engine.state) == (1, LeaseState.ATTACHED)
         assert (trainer.maps, trainer.state) == (1, LeaseState.ATTACHED)
         (entry,) = world.registry.status()
         assert (entry.generation, entry.version, entry.ready_unix_s, entry.tensor_count) == (2, "step-7", 1005, 3)
-        assert [(x.number, x.version, x.is_current, x.pids) for x in entry.generations] == [
-            (1, "", False, (1, 2)),
-            (2, "step-7", True, ()),
+        assert [(x.number, x.version, x.is_current, x.pids, x.follows) for x in entry.generations] == [
+            (1, "", False, (1, 2), 0),
+            (2, "step-7", True, (), 1),
         ]
         newcomer = world.attach(KEY, pid=3)
         assert (kinds(newcomer), newcomer.maps) == ([ReadyEvent], 2)
@@ -217,6 +220,83 @@ class TestCommit:
         world.registry.updates.abort(engine)
         world.registry.updates.advance(engine, 3)
         assert write(world, engine) == 4
+
+
+class TestNews:
+    """Who maps the entry is told which generation is current."""
+
+    def news(self, lease: Lease) -> list[CurrentEvent]:
+        return [event for event in lease.events if isinstance(event, CurrentEvent)]
+
+    def test_of_a_commit_and_a_rollback(self, world: World, engine: Lease, trainer: Lease) -> None:
+        """Also the writer, and one who only holds it. Nobody else is told."""
+        holder = world.registry.attach(KEY, may_load=False, pid=3, client="serve", passive=True)
+        sleeper = world.attach(KEY, pid=4)
+        fall_asleep(world, sleeper, 1, STAY)
+        write(world, trainer, "step-7")
+        for lease in (engine, trainer, holder):
+            assert self.news(lease) == [CurrentEvent(2, "step-7")]
+            lease.events.clear()
+        world.registry.make_current(Query(), 1)
+        for lease in (engine, trainer, holder):
+            assert list(lease.events) == [CurrentEvent(1, "")]
+        assert self.news(sleeper) == []
+
+    def test_is_not_told_of_the_same(self, world: World, engine: Lease) -> None:
+        """What is current already is made current again."""
+        world.registry.make_current(Query(), 1)
+        assert self.news(engine) == []
+
+    def test_costs_nothing_unread(self, world: World, engine: Lease, trainer: Lease) -> None:
+        """A client that hangs finds the latest news alone."""
+        before = len(engine.events)
+        for _ in range(5):
+            write(world, trainer)
+        assert len(engine.events) == before + 1
+        assert self.news(engine) == [CurrentEvent(6, "step-6")]
+
+    def test_names_what_was_before(self, world: World, engine: Lease) -> None:
+        """To observers: which one was current, and whether another one is newer."""
+        write(world, engine)
+        world.registry.make_current(Query(), 1)
+        write(world, engine)
+        changes = [(move.before, move.is_latest) for move in world.moves if isinstance(move, CurrentChanged)]
+        assert changes == [(0, True), (1, True), (2, False), (1, True)]
+
+
+class TestBase:
+    """A client that goes by a generation is refused if another one is current by now."""
+
+    def test_of_one_who_begins_to_write(self, world: World, engine: Lease) -> None:
+        """It may begin anew."""
+        write(world, engine, "step-7")
+        before = world.snapshot()
+        with pytest.raises(StaleError, match=r"Generation 1 of m \(single\) is not current: generation 2 \(step-7\)"):
+            world.registry.updates.stage(engine, 1)
+        assert world.snapshot() == before
+        assert world.registry.updates.stage(engine, 2) == 3
+
+    def test_of_one_who_commits(self, world: World, engine: Lease) -> None:
+        """Another one was made current while it wrote. It is the writer still."""
+        write(world, engine)
+        world.registry.updates.stage(engine, 2)
+        world.registry.deposit(engine, fds_of(3))
+        world.registry.make_current(Query(), 1)
+        before = world.snapshot()
+        with pytest.raises(StaleError):
+            world.registry.updates.commit(engine, ARENA, "v", 2)
+        assert world.snapshot() == before
+        assert world.registry.updates.commit(engine, ARENA, "v", 1) == 3
+
+    def test_of_a_rollback(self, world: World, engine: Lease) -> None:
+        """Somebody has committed meanwhile."""
+        write(world, engine)
+        before = world.snapshot()
+        with pytest.raises(StaleError):
+            world.registry.make_current(Query(), 1, 1)
+        assert world.snapshot() == before
+        world.registry.make_current(Query(), 1, 2)
+        assert engine.entry.current.number == 1
 
 
 class TestAdvance:
@@ -281,6 +361,23 @@ class TestRoom:
         trainer = world.attach(KEY, may_load=False, pid=2)
         world.registry.updates.stage(trainer)
         assert held(engine.entry) == [2, 3]
+
+    @pytest.mark.parametrize(
+        ("keep", "idle", "writing"),
+        [(0, [6], [6]), (1, [5, 6], [6]), (2, [4, 5, 6], [5, 6]), (9, [1, 2, 3, 4, 5, 6], None)],
+    )
+    def test_is_kept_for_as_many_as_the_setting_says(
+        self, keep: int, idle: list[int], writing: list[int] | None
+    ) -> None:
+        """Of those that were current before; one of them makes room for what is written."""
+        world = World(keep_previous=keep)
+        engine = world.publish(KEY)
+        for _ in range(5):
+            world.registry.updates.advance(engine, write(world, engine))
+        assert held(engine.entry) == idle
+        world.registry.updates.stage(engine)
+        assert held(engine.entry) == (idle if writing is None else writing)
+        check_open(world, held(engine.entry), 6)
 
 
 class TestRollback:
@@ -393,10 +490,10 @@ class TestSleep:
     def test_never_loses_what_was_written(self, world: World, engine: Lease, wish: WhenAsleep, level: int) -> None:
         """The last client sleeps while it maps an older generation: the current one is what stays, and alone."""
         write(world, engine, "step-7")
-        if not world.registry.sleep(engine, level, wish):
+        if not world.registry.sleeping.sleep(engine, level, wish):
             world.registry.announce(engine, 1)
             world.registry.deposit(engine, (HOST_FD,))
-            assert world.registry.sleep(engine, level, wish, HOST, 2)
+            assert world.registry.sleeping.sleep(engine, level, wish, HOST, 2)
         entry = engine.entry
         stays = wish is STAY or (wish is AUTO and level == 0)
         assert entry.current.state is (GenerationState.READY if stays else GenerationState.PARKED)
@@ -412,40 +509,40 @@ class TestSleep:
         world.registry.deposit(lease, FIRST_FDS)
         published = type(SHOWN)(3, version="step-7")
         assert world.registry.commit(lease, ARENA, MANIFEST, published, 4) == 4
-        assert not world.registry.sleep(lease, 2, AUTO)
+        assert not world.registry.sleeping.sleep(lease, 2, AUTO)
         assert lease.state is LeaseState.PARKING
 
     def test_drops_what_a_checkpoint_has(self, world: World, engine: Lease) -> None:
         """After a rollback to it."""
         write(world, engine)
         world.registry.make_current(Query(), 1)
-        assert world.registry.sleep(engine, 2, AUTO)
+        assert world.registry.sleeping.sleep(engine, 2, AUTO)
         assert engine.entry.current.state is GenerationState.DROPPED
         check_open(world, [], 2)
 
     def test_asks_for_the_copy_again_if_another_one_became_current_meanwhile(self, world: World, engine: Lease) -> None:
         """The copy of the one before is closed, and the current one is what is parked."""
-        assert not world.registry.sleep(engine, 1, AUTO)
+        assert not world.registry.sleeping.sleep(engine, 1, AUTO)
         trainer = world.attach(KEY, may_load=False, pid=2)
         write(world, trainer)
         world.registry.end_lease(trainer)
         world.registry.announce(engine, 1)
         world.registry.deposit(engine, (51,))
-        assert not world.registry.sleep(engine, 1, AUTO, HOST, 1)
+        assert not world.registry.sleeping.sleep(engine, 1, AUTO, HOST, 1)
         assert (engine.state, world.closed, engine.entry.current.host) == (LeaseState.PARKING, [51], None)
         world.registry.announce(engine, 1)
         world.registry.deposit(engine, (52,))
-        assert world.registry.sleep(engine, 1, AUTO, HOST, 2)
+        assert world.registry.sleeping.sleep(engine, 1, AUTO, HOST, 2)
         assert (engine.entry.current.number, engine.entry.current.host_fds) == (2, (52,))
         assert sorted(world.closed) == [7, 8, 27, 28, 51]
 
     def test_needs_no_copy_if_somebody_else_is_awake_by_then(self, world: World, engine: Lease) -> None:
         """The stale copy goes, and its client sleeps."""
-        assert not world.registry.sleep(engine, 1, AUTO)
+        assert not world.registry.sleeping.sleep(engine, 1, AUTO)
         trainer = world.attach(KEY, may_load=False, pid=2)
         write(world, trainer)
         world.registry.deposit(engine, (51,))
-        assert world.registry.sleep(engine, 1, AUTO, HOST, 1)
+        assert world.registry.sleeping.sleep(engine, 1, AUTO, HOST, 1)
         assert (world.closed, engine.state) == ([51], LeaseState.ASLEEP)
 
 
@@ -492,8 +589,83 @@ class TestEnds:
         assert sorted(world.closed) == sorted([*FIRST_FDS, *fds_of(2)])
 
 
+class TestLost:
+    """The process that the memory of a generation depends on has ended."""
+
+    def test_lets_one_go_that_is_not_current(self, world: World, engine: Lease, trainer: Lease) -> None:
+        """Who maps it goes on, and can advance; nobody can go back to it."""
+        write(world, trainer)
+        world.registry.lose(lambda arena, fds: tuple(fds) == FIRST_FDS)
+        assert (held(engine.entry), engine.maps, engine.state) == ([2], 1, LeaseState.ATTACHED)
+        check_open(world, [2], 2)
+        assert RetiredEvent not in kinds(engine)
+        with pytest.raises(EntryNotFoundError):
+            world.registry.make_current(Query(), 1)
+        world.registry.updates.advance(engine, 0)
+        assert (engine.maps, world.happened(GenerationEvent.LOSE)) == (2, ["k1"])
+
+
 class TestNextCompanion:
     """A client that maps an older generation than the one that was handed back."""
+
+    def expect(self, world: World, *, order: Sequence[int] = (1, 2)) -> None:
+        """Generation 1 was current there, after a rollback from 2."""
+        for number in order:
+            world.registry.expect(KEY, number, rolled_back=number == 1)
+        world.registry.open()
+
+    def hand_back(self, world: World, lease: Lease, number: int) -> None:
+        world.registry.deposit(lease, fds_of(number))
+        world.registry.commit(lease, ARENA, MANIFEST, type(SHOWN)(3, version=f"step-{number}"), number)
+
+    @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+    @pytest.mark.parametrize("first", [1, 2])
+    def test_gets_what_was_current_after_a_rollback(self, world: World, first: int, order: tuple[int, int]) -> None:
+        """Whoever comes first; and no number is given twice."""
+        self.expect(world, order=order)
+        assert world.registry.status()[0].generation == 1
+        leases = {number: self.attach(world, number) for number in ((1, 2) if first == 1 else (2, 1))}
+        assert kinds(leases[1]) == [GrantedEvent]
+        assert list(leases[1].events) == [GrantedEvent(1)]
+        self.hand_back(world, leases[1], 1)
+        assert (kinds(leases[2])[-1], leases[2].maps) == (ReadyEvent, 2)
+        assert world.registry.status()[0].generation == 1
+        world.registry.updates.advance(leases[2], 0)
+        assert write(world, leases[2]) == 3
+
+    @pytest.mark.parametrize("how", ["never comes", "dies", "hangs"])
+    def test_gets_the_newest_if_nobody_hands_that_back(self, world: World, how: str) -> None:
+        """It is waited for as long as for any."""
+        self.expect(world)
+        newer = self.attach(world, 2)
+        older = self.attach(world, 1) if how != "never comes" else None
+        if how == "dies":
+            assert older is not None
+            world.registry.end_lease(older)
+        world.wait(limits.HAND_BACK_S / 2)
+        assert GrantedEvent not in kinds(newer)
+        world.wait(limits.HAND_BACK_S / 2)
+        assert list(newer.events)[-1] == GrantedEvent(2)
+        self.hand_back(world, newer, 2)
+        assert world.registry.status()[0].generation == 2
+
+    def test_takes_nothing_back_that_was_dropped(self, world: World) -> None:
+        """Neither what was current nor what was the newest."""
+        self.expect(world)
+        world.registry.unload(Query(), force=True)
+        for number in (1, 2):
+            with pytest.raises(EntryNotFoundError):
+                self.attach(world, number)
+
+    def test_forgets_the_rollback(self, world: World) -> None:
+        """Once something is current again: what was rolled back to is an older generation like any other."""
+        self.expect(world)
+        newer = self.attach(world, 2)
+        world.wait(limits.HAND_BACK_S)
+        self.hand_back(world, newer, 2)
+        world.registry.lose(lambda arena, fds: True)
+        with pytest.raises(EntryNotFoundError):
+            self.attach(world, 1)
 
     def attach(self, world: World, number: int) -> Lease:
         return world.registry.attach(KEY, may_load=False, pid=number, client="engine", holds=number)

@@ -181,6 +181,8 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
     arenas: Counter[tuple[str, ...]] = Counter()
     arena_bytes: Counter[tuple[str, ...]] = Counter()
     leases: Counter[tuple[str, ...]] = Counter()
+    generations: Counter[tuple[str, ...]] = Counter()
+    current: dict[tuple[str, ...], float] = {}
     silence: dict[tuple[str, ...], float] = {}
     for entry in status.entries:
         of = subject(entry.key)
@@ -189,8 +191,13 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
         arena_bytes.update({(*of, state.value): entry.size_bytes * (entry.state is state) for state in EntryState})
         leases.update({(*of, state.value): 0 for state in LeaseState})
         leases.update((*of, lease.state.value) for lease in entry.leases)
+        generations[of] += len(entry.generations)
+        if entry.state in (EntryState.READY, EntryState.PARKED):
+            current[of] = max(current.get(of, 0.0), float(entry.generation))
         if entry.loader is not None and entry.loader.changed_unix_s:
             silence[of] = max(silence.get(of, 0.0), now - entry.loader.changed_unix_s)
-    for name, counted in (("arenas", arenas), ("arena_bytes", arena_bytes), ("leases", leases)):
+    counts = {"arenas": arenas, "arena_bytes": arena_bytes, "leases": leases, "generations": generations}
+    for name, counted in counts.items():
         yield from ((name, labels, float(value)) for labels, value in counted.items())
+    yield from (("current_generation", labels, value) for labels, value in current.items())
     yield from (("load_silence_seconds", labels, value) for labels, value in silence.items())

@@ -145,7 +145,8 @@ def make_parser() -> Parser:
     command(
         "serve",
         "Run companions in the foreground, and load MODEL into them.",
-        *("runtime_dir", "linger_s", "log_level", "log_format", "metrics_port", "spawn_timeout_s", "wait_timeout_s"),
+        *("runtime_dir", "linger_s", "keep_previous", "log_level", "log_format", "metrics_port", "spawn_timeout_s"),
+        "wait_timeout_s",
         description="Run companions until stopped. With MODEL: also load that model, as an engine with these flags "
         "would. Flags that only the server of `vllm serve` needs are ignored. Takes over a running companion, and "
         "replaces one that dies without losing weights. Companions owned by another `serve` are only used.",

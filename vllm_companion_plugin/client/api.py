@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -22,7 +22,7 @@ from vllm_companion_plugin.client.connection import CompanionConnection, Ready, 
 from vllm_companion_plugin.client.filling import is_placed
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.client.processed import ProcessedUpdate, processing
-from vllm_companion_plugin.client.update import Update, updating
+from vllm_companion_plugin.client.update import Update, check_version, updating
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -44,6 +44,8 @@ __all__ = ["Attachment", "CompanionClient", "CompanionStatus", "EntryStatus"]
 logger = logging.getLogger("vllm.companion.api")
 
 POLL_S = 0.1
+Mode = Literal["auto", "direct", "processed"]
+MODES = get_args(Mode)
 
 
 class CompanionClient:
@@ -219,9 +221,10 @@ class CompanionClient:
         *,
         role: str = "target",
         key_id: str = "",
-        name: str = "CompanionClient",
-        mode: Literal["auto", "direct", "processed"] = "auto",
+        base: int = 0,
         check_finite: bool = False,
+        name: str = "CompanionClient",
+        mode: Mode = "auto",
         flags: Sequence[str] = (),
     ) -> Iterator[Update | ProcessedUpdate]:
         """Write the next generation of the weights of `model`, which is current after `with` unless that raises.
@@ -233,25 +236,33 @@ class CompanionClient:
             mode: "direct": this process copies tensors to their places. "processed": vLLM loads them in a headless
                 process, which is kept for the next update. "auto": direct if vLLM only copied when it loaded the
                 entry.
-            check_finite: refuse tensors with values that are infinite or no numbers.
+            base: the generation that must be current, at the beginning and at the end, so that you overwrite no other
+                writer's weights; 0: whichever is.
+            check_finite: refuse tensors with NaN or infinity. It takes a reading of each.
             flags: of vLLM, as `vllm-companion serve MODEL` takes them. A headless process needs those that decide how
                 the model is loaded and that its key does not tell; an error says which.
 
         Raises:
+            BadRequestError: no version, or one that cannot be shown; from `load`, what does not fit, or is missing.
+            StaleError: another generation than `base` is current.
             EntryInUseError: another client writes the next generation.
             ArenaError: there is no memory for another generation.
-            BadRequestError: tensors do not fit, or are missing.
             NotShareableError: a headless process would load the model differently.
             UpdateError: vLLM could not process the weights, or its process ended.
             CompanionError: as `attach`.
         """
+        check_version(version)
+        if mode not in MODES:
+            raise SettingsError(f"update: mode is {mode!r}; it is one of {', '.join(MODES)}.")
         with self.attach(model, rank, role=role, key_id=key_id, name=name) as attachment:
             if mode == "direct" or (mode == "auto" and is_placed(attachment.manifest)):
-                with updating(attachment, version, self.settings, check_finite=check_finite) as update:
+                with updating(attachment, version, self.settings, base=base, check_finite=check_finite) as update:
                     yield update
                 return
             headless = self._headless_of(attachment, tuple(flags))
-            with processing(attachment, headless, version, self.settings, check_finite=check_finite) as processed:
+            with processing(
+                attachment, headless, version, self.settings, base=base, check_finite=check_finite
+            ) as processed:
                 yield processed
 
     def _headless_of(self, attachment: Attachment, flags: tuple[str, ...]) -> Headless:
@@ -274,14 +285,20 @@ class CompanionClient:
             _, (_, headless) = self._headless.popitem()
             headless.close()
 
-    def make_current(self, model: str, generation: int, *, rank: str = "", role: str = "") -> tuple[EntryStatus, ...]:
+    def make_current(
+        self, model: str, generation: int, *, rank: str = "", role: str = "", base: int = 0
+    ) -> tuple[EntryStatus, ...]:
         """Make another generation of `model` the one that clients get: the way back. Nobody is moved.
+
+        Args:
+            base: the generation that must be current now; 0: whichever.
 
         Raises:
             EntryNotFoundError: it is not held.
+            StaleError: another generation than `base` is current.
         """
         with self._connect() as connection:
-            return connection.make_current(generation, model=model, rank=rank, role=role)
+            return connection.make_current(generation, model=model, rank=rank, role=role, base=base)
 
 
 def device_name(device: str | torch.device | None) -> str:

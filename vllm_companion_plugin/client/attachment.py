@@ -52,8 +52,13 @@ KNOWN_TIMEOUT_S = 10.0
 class Prepared:
     """A generation that an attachment can advance to. Owns the descriptors until then."""
 
-    ready: Ready
+    held: Held
     fds: arenas.Descriptors
+
+    @property
+    def generation(self) -> int:
+        """Its number."""
+        return self.held.generation
 
     def close(self) -> None:
         """It will not be used. Idempotent."""
@@ -164,6 +169,11 @@ class Attachment:
     def generation(self) -> int:
         """Counts the publications under this key."""
         return self.held.generation
+
+    @property
+    def current(self) -> int:
+        """The generation that clients get, as far as the companion has told; this process may map another one."""
+        return self.current_lease.current
 
     @functools.cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -477,10 +487,9 @@ class Attachment:
             EntryNotFoundError: it is not held.
             LayoutError: it is laid out differently.
             IntegrityError: its bytes are not those that were written.
-            ArenaError: this sleeps, or has memory of its own.
+            ArenaError: as `check_can_advance`.
         """
-        if self._asleep or self._is_private:
-            raise ArenaError(f"{self.label} {'sleeps' if self._asleep else 'is private'}, so it cannot advance.")
+        self.check_can_advance()
         ready = self.current_lease.generation(number, self.held.manifest)
         if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
             raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
@@ -496,24 +505,38 @@ class Attachment:
         except BaseException:
             fds.close()
             raise
-        return Prepared(ready, fds)
+        return Prepared(Held(*(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)), fds)
+
+    def check_can_advance(self) -> None:
+        """Raise `ArenaError` if this sleeps, or has memory of its own."""
+        if self._asleep or self._is_private:
+            raise ArenaError(f"{self.label} {'sleeps' if self._asleep else 'is private'}, so it cannot advance.")
+
+    def way_back(self) -> Prepared:
+        """What is mapped now, to advance to after something else. Raises `ArenaError` as `check_can_advance`."""
+        self.check_can_advance()
+        fds = self.arena.fds.dup()
+        return Prepared(replace(self.held, fds=fds), fds)
 
     def advance(self, prepared: Prepared) -> None:
         """Map the prepared generation at the same addresses, and renew what is private. Nothing may use the memory.
 
+        Args:
+            prepared: used up, also by an error.
+
         Raises:
-            ArenaError: it cannot be mapped; what was mapped is.
+            ArenaError: it cannot be mapped; what was mapped is. After an error from what is private it is mapped, and
+                this has to go back: `way_back`, taken before.
         """
-        ready = prepared.ready
-        self.arena.replace(ready.arena, prepared.fds)
+        held = prepared.held
+        self.arena.replace(held.arena, arenas.Descriptors(prepared.fds.take()))
         self._follows = True
         self.renew()
-        fds = self.arena.fds
-        self.held = Held(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)
+        self.held = replace(held, fds=self.arena.fds)
         if self._mirror is not None:
             self._mirror.hold_instead(self.held)
         try:
-            self.current_lease.advanced(ready.generation)
+            self.current_lease.advanced(held.generation)
         except CompanionError as error:
             logger.warning("The companion does not know which generation of %s is mapped: %s", self.label, error)
 

@@ -277,15 +277,19 @@ class CompanionConnection:
         return tuple(codec.entry_status_from_message(entry) for entry in response.unloaded)
 
     def make_current(
-        self, generation: int, *, model: str = "", rank: str = "", role: str = "", key_id: str = ""
+        self, generation: int, *, model: str = "", rank: str = "", role: str = "", key_id: str = "", base: int = 0
     ) -> tuple[EntryStatus, ...]:
         """Make this generation of what matches the current one; what it is then.
 
+        Args:
+            base: the generation that must be current now; 0: whichever.
+
         Raises:
             EntryNotFoundError: nothing matches, or it is not held. Nothing has changed.
+            StaleError: another generation than `base` is current. Nothing has changed.
         """
         query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
-        response = self._call("MakeCurrent", messages.MakeCurrentRequest(query=query, generation=generation))
+        response = self._call("MakeCurrent", messages.MakeCurrentRequest(query=query, generation=generation, base=base))
         return tuple(codec.entry_status_from_message(entry) for entry in response.entries)
 
     def make_room(self, size_bytes: int) -> tuple[EntryStatus, ...]:

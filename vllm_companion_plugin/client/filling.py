@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from vllm_companion_plugin.core.intervals import Intervals
 from vllm_companion_plugin.core.module_tree import Manifest, TensorInfo
 from vllm_companion_plugin.core.placements import Placed, Source
 from vllm_companion_plugin.errors import BadRequestError, ManifestError
@@ -17,6 +19,11 @@ from vllm_companion_plugin.wire.manifest import sources_from_bytes
 Weights = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 _SHOWN = 8
 """Most names in an error."""
+_ALWAYS_FINITE = ("torch.float4_e2m1fn_x2",)
+"""Types of which no value is NaN or infinite."""
+BATCH_BYTES = 256 << 20
+"""Sources that are kept alive until their copies have landed: waiting for each of them would take longer than to copy
+it, and waiting for none of them would keep all that an iterator gathers."""
 
 
 class Filling:
@@ -26,7 +33,7 @@ class Filling:
         writer: of the arena, whose blocks are all there; borrowed.
         size_bytes: of the arena.
         label: what it is, for errors.
-        check_finite: refuse tensors with values that are infinite or no numbers.
+        check_finite: refuse tensors with NaN or infinity.
 
     Attributes:
         infos: what can be written as it is in the arena, by name.
@@ -52,67 +59,124 @@ class Filling:
         self._device = device
         self._label = label
         self._check_finite = check_finite
+        self._written = Intervals()
+        self._sources: list[torch.Tensor] = []  # of copies that may be on their way
+        self._sources_bytes = 0
         self.infos = _by_name(manifest)
         self.sources = {name: each for name, each in sources_from_bytes(manifest.sources).items() if each.copies}
 
     def load(self, weights: Weights) -> int:
-        """Write tensors by name, a checkpoint's or the model's; how many.
+        """Write tensors by name, a checkpoint's or the model's; how many. They may be changed afterwards.
 
         Of a module, parameters are written, and buffers that the checkpoint has; of a mapping, all items. Both are
         looked at before anything is written. Of an iterator each item is looked at when it comes.
 
         Raises:
-            BadRequestError: names, shapes or dtypes that do not fit, all of them.
+            BadRequestError: names, shapes or dtypes that do not fit, or values that are not finite, all of them; a name
+                that an iterator gives twice.
         """
         count = 0
-        for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
-            if (source := self.sources.get(name)) is not None and source.shape == tuple(tensor.shape):
-                self._place(source, tensor)
-            else:
-                self._write(self.infos[name], tensor)
-            count += 1
+        try:
+            for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
+                self._load(name, tensor)
+                count += 1
+        finally:
+            self._flush()
         return count
+
+    def complete(self, source_address: int) -> None:
+        """Write all that nothing has written yet, padding included, from an arena that is laid out alike.
+
+        Args:
+            source_address: where that is mapped in this process, on the same device.
+        """
+        for start, stop in self._written.gaps(self._size_bytes):
+            self._writer.write(start, source_address + start, stop - start)
+        self._writer.flush()
+        self._written.add(0, self._size_bytes)
+
+    def _load(self, name: str, tensor: torch.Tensor) -> None:
+        if (source := self.sources.get(name)) is not None and source.shape == tuple(tensor.shape):
+            self._place(source, tensor)
+        else:
+            self._write(self.infos[name], tensor)
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
         known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
         if not known:
             return f"{name}, which it does not have, or not by a copy"
-        return misfit(name, tensor, known) or (not_finite(name, tensor) if self._check_finite else "")
+        return misfit(name, tensor, known, check_finite=self._check_finite)
 
     def _place(self, source: Source, tensor: torch.Tensor) -> None:
         """Copy a checkpoint's tensor as it was copied when the checkpoint was loaded."""
         for placed in source.copies:
-            part = tensor.detach()
+            part = tensor
             for step in placed.steps:
                 part = part.contiguous()
                 part = part.as_strided(step.shape, step.stride, int(part.storage_offset()) + step.offset)
-            self._put(part.to(self._device), placed)
+            self._put(part, placed)
 
     def _put(self, part: torch.Tensor, placed: Placed) -> None:
         dtype = dtype_of(placed.dtype)
         if _is_dense(placed.shape, placed.stride):
-            laid_out = torch.empty_strided(placed.shape, placed.stride, dtype=dtype, device=part.device).copy_(part)
-            self._copy(placed.offset_bytes, laid_out)
+            self._copy(placed.offset_bytes, self._laid_out(part, placed.shape, placed.stride, dtype))
             return
-        rows = part.to(dtype)  # of a target with gaps: what is dense in it, one by one
+        rows = part.to(self._device, dtype)  # of a target with gaps: what is dense in it, one by one
         for index in range(placed.shape[0]):
             offset = placed.offset_bytes + index * placed.stride[0] * dtype.itemsize
             self._put(rows[index], Placed((), offset, placed.shape[1:], placed.stride[1:], placed.dtype))
 
     def _write(self, info: TensorInfo, tensor: torch.Tensor) -> None:
-        source = tensor.detach()
-        if source.device != self._device or source.stride() != info.stride:
-            laid_out = torch.empty_strided(info.shape, info.stride, dtype=source.dtype, device=self._device)
-            source = laid_out.copy_(source)
         storage = self._manifest.storages[info.storage]
-        offset = storage.offset_bytes + info.storage_offset * source.element_size()
-        self._copy(offset, source)
+        offset = storage.offset_bytes + info.storage_offset * tensor.element_size()
+        self._copy(offset, self._laid_out(tensor, info.shape, info.stride, tensor.dtype))
+
+    def _laid_out(
+        self, tensor: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The tensor itself if its bytes are on the device as they shall be, else a copy that is."""
+        if (tensor.device, tensor.dtype, tuple(tensor.shape)) == (self._device, dtype, shape):
+            steps = zip(shape, tensor.stride(), stride, strict=True)
+            if all(size == 1 or here == there for size, here, there in steps):
+                return tensor
+        return torch.empty_strided(shape, stride, dtype=dtype, device=self._device).copy_(tensor)
 
     def _copy(self, offset_bytes: int, source: torch.Tensor) -> None:
-        if offset_bytes + source.nbytes > self._size_bytes:
+        """Start to copy a dense tensor, and keep it until that has landed."""
+        stop = offset_bytes + source.nbytes
+        if stop > self._size_bytes:
             raise ManifestError(f"{self._label} places {source.nbytes} bytes at {offset_bytes} of {self._size_bytes}.")
-        self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
-        self._writer.flush()  # the source may go
+        if not source.nbytes:
+            return
+        with in_order(self._device):
+            self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
+        self._written.add(offset_bytes, stop)
+        self._sources.append(source)
+        self._sources_bytes += source.nbytes
+        if self._sources_bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.flush()
+        self._sources.clear()
+        self._sources_bytes = 0
+
+
+@contextlib.contextmanager
+def in_order(device: torch.device) -> Iterator[None]:
+    """Copies run on the default stream: have it wait for what the caller's stream has computed, and the other way.
+
+    So whoever uses another stream may change a tensor as soon as `load` has asked for the next one.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if current != default:
+        default.wait_stream(current)
+    yield
+    if current != default:
+        current.wait_stream(default)
 
 
 def is_placed(manifest: Manifest) -> bool:
@@ -127,27 +191,34 @@ def is_placed(manifest: Manifest) -> bool:
 def checked(
     weights: Weights, known: Collection[str], problem: Callable[[str, torch.Tensor], str], label: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of `weights`, each whole, by name. Of a module, buffers are taken whose names are `known`.
+    """The tensors of `weights`, each whole and detached, by name. Of a module, buffers are taken that are `known`.
 
     Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
 
     Args:
         problem: what is wrong with a tensor; empty if nothing is.
-        label: what does not take it, for the error.
+        label: what does not take it, for errors.
 
     Raises:
-        BadRequestError: with all problems.
+        BadRequestError: with all problems; or a name that an iterator gives twice.
     """
     if isinstance(weights, nn.Module):
         buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
         weights = {**dict(weights.named_parameters()), **buffers}
+    looked_at = isinstance(weights, Mapping)
     if isinstance(weights, Mapping):
-        refuse([problem(name, tensor) for name, tensor in weights.items()], label)
+        refuse((problem(name, tensor) for name, tensor in weights.items()), label)
         weights = weights.items()
+    names: set[str] = set()
     for name, shard in weights:
-        tensor = shard.full_tensor() if hasattr(shard, "full_tensor") else shard  # of FSDP: all ranks take part
-        refuse([problem(name, tensor)], label)
-        yield name, tensor
+        if name in names:
+            raise BadRequestError(f"{label} was given {name} twice.")
+        names.add(name)
+        gather = getattr(shard, "full_tensor", None)
+        tensor = shard if gather is None else gather()  # of FSDP: all ranks take part
+        if not looked_at or tensor is not shard:
+            refuse([problem(name, tensor)], label)
+        yield name, tensor.detach()
 
 
 def refuse(problems: Iterable[str], label: str) -> None:
@@ -158,22 +229,21 @@ def refuse(problems: Iterable[str], label: str) -> None:
         raise BadRequestError(f"{label} cannot take {'; '.join(found[:_SHOWN])}{rest}.")
 
 
-def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source]) -> str:
-    """How `tensor` differs in shape or dtype from all that it may be like; empty if it is like one of them."""
+def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source], *, check_finite: bool) -> str:
+    """How `tensor` differs in shape or dtype from each that it may be like; empty if it is like one of them.
+
+    Args:
+        check_finite: a value that is not finite is a difference, too.
+    """
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     if shape not in [each.shape for each in known]:
         return f"{name} of shape {shape} instead of {known[0].shape}"
     if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
         return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
+    # What is spread over ranks is looked at when they have gathered it, so that all of them find the same.
+    if check_finite and not hasattr(tensor, "full_tensor") and not _is_finite(tensor.detach()):
+        return f"{name}, which has values that are not finite"
     return ""
-
-
-def not_finite(name: str, tensor: torch.Tensor) -> str:
-    """Say so if values of `tensor` are infinite or no numbers. One that is sharded is looked at when it is whole."""
-    if hasattr(tensor, "full_tensor") or not tensor.is_floating_point():
-        return ""
-    numbers = tensor.float() if tensor.element_size() == 1 else tensor
-    return "" if bool(torch.isfinite(numbers).all()) else f"{name}, whose values are not all finite"
 
 
 def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:
@@ -186,6 +256,17 @@ def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:
                 if info.storage >= 0 and _is_dense(info.shape, info.stride):
                     infos[f"{path}.{slot.name}" if path else slot.name] = info
     return infos
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite. Waits for the device."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_floating_point() or not tensor.numel() or str(tensor.dtype) in _ALWAYS_FINITE:
+        return True
+    if tensor.itemsize == 1:  # torch knows no order of fp8, of which bfloat16 has every value
+        tensor = tensor.to(torch.bfloat16)
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # both are NaN if one element is
 
 
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin import memory
+from vllm_companion_plugin.client.filling import in_order
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.descriptors import Descriptors
@@ -66,7 +67,8 @@ class Giving:
                 self.flush()
             size_bytes = min(source.nbytes - start, self._size_bytes - self._used)
             if size_bytes:
-                self._open().write(self._used, source.data_ptr() + start, size_bytes)
+                with in_order(self._device):
+                    self._open().write(self._used, source.data_ptr() + start, size_bytes)
             self._pieces.append(Piece(name, dtype, shape, start, self._used, size_bytes))
             self._name_bytes += len(name.encode())
             self._used += size_bytes

@@ -78,9 +78,9 @@ class Headless:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def begin(self, version: str) -> None:
-        """Have it become the entry's writer. Raises as `updating`."""
-        self._ask({"version": version})
+    def begin(self, version: str, base: int) -> None:
+        """Have it become the entry's writer. Arguments and errors are those of `updating`."""
+        self._ask({"version": version, "base": base})
 
     def hand_over(self, pieces: Sequence[Piece], arena: memory.Arena) -> None:
         """Give it pieces of tensors in `arena`, which it has copied then. Raises what vLLM's loading raises."""

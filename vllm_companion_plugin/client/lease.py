@@ -98,6 +98,7 @@ class Lease:
 
     Attributes:
         lost: set when the companion ended the lease or died. Memory that is mapped stays valid.
+        current: the generation that clients get, as far as the companion has told; 0: it has told none yet.
 
     Args:
         known_manifest: one that the client has, and that is not sent again.
@@ -107,6 +108,7 @@ class Lease:
         self, stub: Stub, paths: DevicePaths, request: Any, label: str, *, known_manifest: bytes = b""
     ) -> None:
         self.lost = threading.Event()
+        self.current = 0
         self._stub = stub
         self._paths = paths
         self._label = label
@@ -119,10 +121,10 @@ class Lease:
         self._error: CompanionError | None = None
         self._released = False
         self._publication: Publication | None = None
-        self._known_manifest = known_manifest
+        self._know(known_manifest)
         self._token = self._deposit_ticket = b""
         if known_manifest:
-            request.known_manifest_sha256 = hashlib.sha256(known_manifest).digest()
+            request.known_manifest_sha256 = self._known_sha256
         self._call = stub.Attach(request)
         self._thread = threading.Thread(target=self._read, name="companion-lease", daemon=True)
         self._thread.start()
@@ -206,6 +208,9 @@ class Lease:
             raise self._error or LeaseLostError(f"{self._label}: the lease was released.")
         return event
 
+    def _know(self, manifest: bytes) -> None:
+        self._known_manifest, self._known_sha256 = manifest, hashlib.sha256(manifest).digest()
+
     def _receive_ready(self, ready: Any, timeout_s: float) -> Ready:
         chunks: list[bytes] = []
         missing = 0 if ready.manifest_known else ready.manifest_bytes
@@ -220,8 +225,11 @@ class Lease:
             if not chunks[-1]:
                 break
             missing -= len(chunks[-1])
-        manifest = self._known_manifest if ready.manifest_known else b"".join(chunks)
-        if missing != 0 or hashlib.sha256(manifest).digest() != ready.manifest_sha256:
+        manifest, digest = self._known_manifest, self._known_sha256
+        if not ready.manifest_known:
+            manifest = b"".join(chunks)
+            digest = hashlib.sha256(manifest).digest()
+        if missing != 0 or digest != ready.manifest_sha256:
             raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
         arena, ticket = codec.arena_from_message(ready.arena)
         key = codec.key_from_message(ready.key)
@@ -269,15 +277,19 @@ class Lease:
 
     # ---- generations
 
-    def stage(self) -> int:
+    def stage(self, base: int = 0) -> int:
         """Become the one who writes the entry's next generation; the number that it will have.
 
+        Args:
+            base: the generation that must be current; 0: whichever.
+
         Raises:
+            StaleError: another one is.
             EntryInUseError: somebody else does that.
             BadRequestError: this client does not map the entry.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
-        answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token))
+        answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, base=base))
         self._deposit_ticket = answer.deposit_ticket
         return int(answer.generation)
 
@@ -286,11 +298,11 @@ class Lease:
         with contextlib.suppress(CompanionError):
             self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, abort=True))
 
-    def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str) -> int:
+    def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str, base: int = 0) -> int:
         """Hand over what was written, as the current generation; its number. Raises as `stage`, and `LayoutError`."""
         fd_channel.deposit(self._paths.fd_socket, self._deposit_ticket, fds, FD_TIMEOUT_S)
         request = messages.CommitStagedRequest(
-            lease_token=self._token, arena=codec.arena_to_message(arena), version=version
+            lease_token=self._token, arena=codec.arena_to_message(arena), version=version, base=base
         )
         return int(self._call_with_token("CommitStaged", request).generation)
 
@@ -305,7 +317,7 @@ class Lease:
         """
         request = messages.GetGenerationRequest(lease_token=self._token, generation=number)
         ready, token = self._call_with_token("GetGeneration", request), self._token
-        self._known_manifest = manifest
+        self._know(manifest)
         try:
             return self._receive_ready(ready, FD_TIMEOUT_S)
         finally:
@@ -327,11 +339,16 @@ class Lease:
         error: CompanionError = LeaseLostError(f"{self._label}: the companion ended the lease.")
         try:
             for event in self._call:
-                if event.WhichOneof("event") == "failed":
+                kind = event.WhichOneof("event")
+                if kind == "failed":
                     error = from_code(event.failed.code, event.failed.message)
-                elif event.WhichOneof("event") == "retired":
+                elif kind == "retired":
                     self._retire()
+                elif kind == "current":
+                    self.current = event.current.generation
                 else:
+                    if kind in ("ready", "granted"):  # what is granted is current when it is published
+                        self.current = getattr(event, kind).generation
                     self._events.put(event)
         except grpc.RpcError as rpc_error:
             error = typed_error(rpc_error, f"{self._label}: the companion's stream")
@@ -373,14 +390,19 @@ class Lease:
 
     # ---- the end
 
-    def release(self) -> None:
-        """End the lease. Idempotent; what is mapped stays mapped."""
+    def release(self, *, wait: bool = True) -> None:
+        """End the lease. Idempotent; what is mapped stays mapped.
+
+        Args:
+            wait: return when its thread has ended; without, that happens some milliseconds later.
+        """
         with self._mutex:
             self._released = True
         self._call.cancel()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=2)
-        _open_leases.discard(self)
+        if wait:
+            if self._thread is not threading.current_thread():
+                self._thread.join(timeout=2)
+            _open_leases.discard(self)
 
     @property
     def error(self) -> CompanionError | None:

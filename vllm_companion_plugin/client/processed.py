@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.filling import Weights, checked, misfit, not_finite, refuse
+from vllm_companion_plugin.client.filling import Weights, checked, misfit, refuse
 from vllm_companion_plugin.client.handing import Giving
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.errors import BadRequestError
@@ -22,7 +22,7 @@ class ProcessedUpdate:
     Args:
         attachment: of this process, to the current generation; borrowed.
         headless: has begun; borrowed.
-        check_finite: refuse tensors with values that are infinite or no numbers.
+        check_finite: as of `Filling`.
 
     Raises:
         ManifestError: the entry's manifest is damaged.
@@ -88,18 +88,28 @@ class ProcessedUpdate:
             return f"{name}, which is no tensor that loading its checkpoint uses"
         if name in self._handed:
             return f"{name} again"
-        return misfit(name, tensor, [source]) or (not_finite(name, tensor) if self._check_finite else "")
+        return misfit(name, tensor, [source], check_finite=self._check_finite)
 
 
 @contextlib.contextmanager
 def processing(
-    attachment: Attachment, headless: Headless, version: str, settings: Settings, *, check_finite: bool = False
+    attachment: Attachment,
+    headless: Headless,
+    version: str,
+    settings: Settings,
+    *,
+    base: int = 0,
+    check_finite: bool = False,
 ) -> Iterator[ProcessedUpdate]:
     """The next generation of what `attachment` maps, committed at the end of `with`, unless that raises.
 
     A headless process that was given something and did not finish has a model that is of no use: it is closed.
 
+    Args:
+        base, check_finite: as of `updating`.
+
     Raises:
+        StaleError: another generation than `base` is current.
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         BadRequestError: nobody has observed how its checkpoint is loaded; or, at the end, tensors are missing.
@@ -107,7 +117,7 @@ def processing(
     """
     if not attachment.manifest.sources:
         raise BadRequestError(f"Which tensors vLLM loads into {attachment.label} was not observed by its publisher.")
-    headless.begin(version)
+    headless.begin(version, base)
     update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
     try:
         yield update

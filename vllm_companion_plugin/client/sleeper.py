@@ -48,11 +48,11 @@ class Sleeper:
         self._mutex = threading.Lock()
         self._open = ExitStack()
         self._open.push(with_it)
-        self._open.callback(lease.release)
+        self._open.callback(lease.release, wait=False)
         lease.on_lost(self._on_lost)
 
     def close(self) -> None:
-        """End the lease. Idempotent."""
+        """End the lease; its thread ends some milliseconds later, as somebody wakes just now. Idempotent."""
         with self._mutex:
             self._closed.set()
             ending = self._open.pop_all()
@@ -73,7 +73,7 @@ class Sleeper:
                     lease = connection.attach(
                         self._key, may_load=False, client_name=self._client_name, asleep=self._level
                     )
-                    undo.callback(lease.release)
+                    undo.callback(lease.release, wait=False)
                 except CompanionError as error:
                     logger.debug("The next companion of %s was not told who sleeps: %s", self._device, error)
                     continue

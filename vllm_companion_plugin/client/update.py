@@ -10,28 +10,32 @@ from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.filling import Filling, Weights
 from vllm_companion_plugin.client.lease import Lease
+from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire import codec
 
 
 class Update:
-    """The next generation of an entry: a copy of the current one, of which tensors are overwritten by name.
+    """The next generation of an entry: tensors that are written by name, and all others as the current one has them.
 
-    Only the changed ones need to be written. Nothing is seen of it before `commit`.
+    Nothing is seen of it before `commit`. Each byte is moved once: what nobody has written is copied at the end.
 
     Args:
         attachment: of the writer, to the current generation; borrowed.
         lease: of that attachment, which is the entry's writer.
-        check_finite: refuse tensors with values that are infinite or no numbers.
+        check_finite: as of `Filling`.
+        base: as of `updating`.
 
     Raises:
         ArenaError: there is no memory for a second generation.
     """
 
-    def __init__(self, attachment: Attachment, lease: Lease, *, check_finite: bool = False) -> None:
+    def __init__(self, attachment: Attachment, lease: Lease, *, check_finite: bool = False, base: int = 0) -> None:
         self._attachment = attachment
         self._lease = lease
+        self._base = base
         held = attachment.held.arena
         self._writer = memory.create(held.kind, held.size_bytes, attachment.device.index)
         try:
@@ -39,11 +43,8 @@ class Update:
                 *(self._writer, held.size_bytes, attachment.manifest, attachment.device, attachment.label),
                 check_finite=check_finite,
             )
-            offset = 0
             for size_bytes in held.block_sizes:
                 self._writer.add_block(size_bytes)
-                self._writer.write(offset, attachment.arena.address + offset, size_bytes)
-                offset += size_bytes
         except BaseException:
             self._writer.abort()
             raise
@@ -63,6 +64,10 @@ class Update:
         """Of its memory; borrowed."""
         return self._writer
 
+    def complete(self) -> None:
+        """Copy all that nobody has written yet from the current generation; of that, nothing is copied at the end."""
+        self._filling.complete(self._attachment.arena.address)
+
     def load(self, weights: Weights) -> int:
         """As `Filling.load`."""
         return self._filling.load(weights)
@@ -71,41 +76,56 @@ class Update:
         """Publish it as the current generation; its number.
 
         Raises:
+            StaleError: another generation than `base` has become current.
             CompanionError: the companion does not take it. Nothing of it stays.
         """
         held, device = self._attachment.held.arena, self._attachment.device
-        self._writer.flush()
+        self.complete()
         summing = Summing(ArenaViews(self._writer, held.size_bytes, device), held.size_bytes, device)
         summing.extend(held.size_bytes)
         checksums = summing.checksums()
         with contextlib.closing(self._writer.seal()) as arena:
-            return self._lease.commit_staged(replace(arena.info, checksums=checksums), arena.fds, version)
+            return self._lease.commit_staged(replace(arena.info, checksums=checksums), arena.fds, version, self._base)
 
     def abort(self) -> None:
         """Forget what was written. Idempotent."""
         self._writer.abort()
 
 
+def check_version(version: str) -> None:
+    """Raise `BadRequestError` unless weights can be known by it."""
+    if not version:
+        raise BadRequestError("New weights need a version, by which they are known.")
+    codec.version_from_message(version)
+
+
 @contextlib.contextmanager
 def updating(
-    attachment: Attachment, version: str, settings: Settings, *, check_finite: bool = False
+    attachment: Attachment, version: str, settings: Settings, *, base: int = 0, check_finite: bool = False
 ) -> Iterator[Update]:
     """The next generation of what `attachment` maps; committed at the end of `with`, unless that raises.
 
     The attachment advances to the current generation first, if another client has committed one meanwhile.
 
+    Args:
+        base: the generation that must be current, now and at the end; 0: whichever.
+        check_finite: as of `Filling`.
+
     Raises:
+        BadRequestError: no version, or one that cannot be shown.
+        StaleError: another generation than `base` is current.
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it.
         CompanionError: as `Update.commit`.
     """
+    check_version(version)
     lease = attachment.current_lease
-    lease.stage()
+    lease.stage(base)
     try:
         with contextlib.closing(attachment.prepare(0, settings)) as current:
-            if current.ready.generation != attachment.generation:
+            if current.generation != attachment.generation:
                 attachment.advance(current)
-        update = Update(attachment, lease, check_finite=check_finite)
+        update = Update(attachment, lease, check_finite=check_finite, base=base)
         try:
             yield update
             update.commit(version)

@@ -54,6 +54,8 @@ TABLE = (
     Metric("arenas", "gauge", (*SUBJECT, "state"), "Entries, by state: loading, ready or retired."),
     Metric("arena_bytes", "gauge", (*SUBJECT, "state"), "Bytes of the entries' arenas; 0 while loading."),
     Metric("leases", "gauge", (*SUBJECT, "state"), "Clients, by state: attached, waiting or loading."),
+    Metric("generations", "gauge", SUBJECT, "Generations on the device: the current one, those kept, those mapped."),
+    Metric("current_generation", "gauge", SUBJECT, "Number of the generation that clients get; absent while loading."),
     Metric("load_silence_seconds", "gauge", SUBJECT, "Seconds since the loading process last reported progress."),
     Metric(
         "loads",
@@ -72,6 +74,14 @@ TABLE = (
         "Entries of the previous companion: handed_back, renewed (one more client of such an entry) or given_up.",
         (("handed_back",), ("renewed",), ("given_up",)),
     ),
+    Metric(
+        "updates",
+        "counter",
+        (*SUBJECT, "result"),
+        "Generations that clients began to write, by result: committed or aborted.",
+        (("committed",), ("aborted",)),
+    ),
+    Metric("rollbacks", "counter", SUBJECT, "Times that an older generation was made the current one."),
     Metric(
         "failures",
         "counter",

@@ -101,6 +101,7 @@ class GenerationStatus:
     Attributes:
         version: as of `Published`.
         pids: of the clients that map it.
+        follows: the number of the one that was current when it was written; 0: none, or none that is known.
     """
 
     number: int
@@ -109,6 +110,7 @@ class GenerationStatus:
     size_bytes: int
     is_current: bool
     pids: tuple[int, ...]
+    follows: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.client.attachment import Attachment, Prepared
+from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease
 from vllm_companion_plugin.core.residency import Residence, WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo
@@ -194,47 +194,6 @@ def renew(models: list[LiveModel]) -> None:
             model.attachment.is_stale = True
         else:
             model.attachment.renew()
-
-
-def advance(models: list[LiveModel], generations: Mapping[str, int]) -> dict[str, int]:
-    """Map the current generation of each model, or the one that is asked for, at the same addresses.
-
-    All are prepared before one is switched. What was computed with the weights of before (prefix cache) is the
-    caller's to reset.
-
-    Args:
-        generations: by model; 0: the current one.
-
-    Returns:
-        The generation of each, by model and role.
-
-    Raises:
-        CompanionError: one of them cannot advance. None has.
-    """
-    prepared: list[tuple[LiveModel, Prepared]] = []
-    try:
-        for model in models:
-            number = generations.get(model.attachment.model, 0)
-            prepared.append((model, model.attachment.prepare(number, model.settings)))
-    except BaseException:
-        for _, each in prepared:
-            each.close()
-        raise
-    found = {}
-    for model, each in prepared:
-        started = time.perf_counter()
-        attachment, before = model.attachment, model.attachment.generation
-        if each.ready.generation == before:
-            each.close()
-        else:
-            attachment.advance(each)
-            logger.info(
-                "%s: generation %d (%s) in place of %d, in %.4f s.",
-                *(attachment.label, attachment.generation, attachment.held.published.version or "as loaded"),
-                *(before, time.perf_counter() - started),
-            )
-        found[f"{attachment.model} ({attachment.held.key.role})"] = attachment.generation
-    return found
 
 
 def renew_stale(models: list[LiveModel]) -> None:

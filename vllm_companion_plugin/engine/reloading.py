@@ -22,7 +22,12 @@ from vllm_companion_plugin.tree.parity import compare_modules, compare_values, t
 
 
 def write_generation(
-    worker: Any, live: LiveModel, model: nn.Module, version: str, weights: Iterator[tuple[str, torch.Tensor]]
+    worker: Any,
+    live: LiveModel,
+    model: nn.Module,
+    version: str,
+    base: int,
+    weights: Iterator[tuple[str, torch.Tensor]],
 ) -> int:
     """Have `worker` load `weights` as the next generation of what `model` is bound to; its number.
 
@@ -30,17 +35,20 @@ def write_generation(
     is of no use unless nothing came of `weights`.
 
     Args:
+        version, base: as of `updating`.
         weights: all tensors of a checkpoint that loading uses, as the checkpoint has them. The first one is asked for
             once this process is the entry's writer; after the last one nothing else is.
 
     Raises:
+        StaleError: another generation than `base` is current.
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         LayoutError: what vLLM made of the weights is laid out differently.
         Exception: of vLLM, which cannot load them.
     """
     attachment = live.attachment
-    with updating(attachment, version, live.settings) as update:
+    with updating(attachment, version, live.settings, base=base) as update:
+        update.complete()  # what loading leaves alone is what it was
         first = next(weights, None)
         with attachment.written_through(update.writer):
             _reload(worker, attachment.manifest, model, _chained(first, weights))

@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from vllm_companion_plugin.core.status import Report
 from vllm_companion_plugin.core.text import short_name
 from vllm_companion_plugin.engine.decisions import Attach, Decision, Load, Outcome
 from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.engine.vllm import deployment
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
@@ -41,6 +43,8 @@ class EngineSession:
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
         self.written: EntryKey | None = None
+        # Other generations of its models, prepared and not mapped yet.
+        self._switch: Switch | None = None
         # By id of the model config, until that is gone.
         self._decisions: dict[int, Decision] = {}
         # By id of a draft's model config: fields of its key, noted before its target was built, and the target's key.
@@ -53,6 +57,10 @@ class EngineSession:
         self._numbers = itertools.count()
         # Numbers of what no tensor views any more. Put there by whatever thread collects garbage, wherever it stands.
         self._unused: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def write_only(self, key: EntryKey) -> None:
+        """This process is headless: it is there to write this entry."""
+        self.written = key
 
     # ---- decisions
 
@@ -120,6 +128,24 @@ class EngineSession:
             attachment = self._models.pop(self._unused.get()).attachment
             attachment.close()
             logger.info("%s is not in use here any more, and given back.", attachment.held.key.short_title)
+
+    # ---- new weights
+
+    def prepare_switch(self, generations: Mapping[str, int]) -> Switch:
+        """Other generations of all its models, in place of what was prepared before. Raises as `Switch`."""
+        self.forget_switch()
+        self._switch = Switch(self.models(), generations)
+        return self._switch
+
+    def take_switch(self) -> Switch | None:
+        """What was prepared, for the caller to carry out or close."""
+        switch, self._switch = self._switch, None
+        return switch
+
+    def forget_switch(self) -> None:
+        """What was prepared is not wanted. Idempotent."""
+        if (switch := self.take_switch()) is not None:
+            switch.close()
 
     # ---- companions
 

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         given = {name: getattr(parsed, name) for name in ("runtime_dir", "log_level", "log_format")}
-        settings = resolve(given, reads={*given, "linger_s"})
+        settings = resolve(given, reads={*given, "linger_s", "keep_previous"})
         paths = device_paths(parsed.device, settings)
         if parsed.detach:
             detach(paths.log)
@@ -50,7 +50,7 @@ def _run(paths: DevicePaths, parsed: argparse.Namespace, settings: Settings) -> 
 
     async def run() -> None:
         ready = asyncio.Event()
-        serving = asyncio.ensure_future(serve(paths, lock, linger_s, grace_s, ready))
+        serving = asyncio.ensure_future(serve(paths, lock, linger_s, grace_s, ready, settings.keep_previous))
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()

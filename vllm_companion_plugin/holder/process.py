@@ -98,6 +98,7 @@ async def serve(
     linger_s: float,
     grace_s: float = 0.0,
     on_ready: asyncio.Event | None = None,
+    keep_previous: int = 1,
 ) -> None:
     """Run the companion until a signal, a Shutdown call or the end of its linger time.
 
@@ -109,6 +110,7 @@ async def serve(
         linger_s: seconds to stay while nobody uses anything; negative or infinite: until stopped.
         grace_s: seconds to stay at least, until the first user has come.
         on_ready: set once both sockets answer.
+        keep_previous: as of `Registry`.
 
     Raises:
         CompanionUnavailableError: a socket cannot be made.
@@ -118,9 +120,13 @@ async def serve(
         if lock.is_reachable():  # else the socket there is another companion's
             _remove(paths.grpc_socket)
 
-    service = CompanionService(paths.device, linger_s, partial(notes.dismiss, paths), hide, grace_s=grace_s)
+    service = CompanionService(
+        *(paths.device, linger_s, partial(notes.dismiss, paths), partial(notes.roll_back, paths), hide),
+        grace_s=grace_s,
+        keep_previous=keep_previous,
+    )
     for key, generation in notes.held(paths):
-        service.registry.expect(key, generation)
+        service.registry.expect(key, generation, rolled_back=notes.rolled_back_to(paths, key) == generation)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, _on_signal, number, service)

@@ -25,6 +25,7 @@ from vllm_companion_plugin.host.runtime_dir import DevicePaths, ensure_private_d
 LOCK_TIMEOUT_S = 10.0
 _MAX_BYTES = 4 << 20
 _DIGITS = len(str(GENERATIONS.stop))
+_ROLLED_BACK = ".current"
 _DISMISSED = b"-"
 """The first byte of a dismissed file, instead of JSON. An unlinked file may merely mean a cleaned directory."""
 
@@ -70,6 +71,39 @@ def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
             os.unlink(path)
 
 
+def roll_back(paths: DevicePaths, key: EntryKey, generation: int) -> None:
+    """Tell the next companion that this generation is current, though processes may hold newer ones.
+
+    Args:
+        generation: 0: the newest one is.
+    """
+    path = _rolled_back_path(paths, key)
+    if not generation:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    ensure_private_directory(paths.holders)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.pwrite(fd, str(generation).encode(), 0)
+    finally:
+        os.close(fd)
+
+
+def rolled_back_to(paths: DevicePaths, key: EntryKey) -> int:
+    """Return what `roll_back` said of an entry; 0 if it said nothing, or another program wrote the file."""
+    try:
+        fd = os.open(_rolled_back_path(paths, key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return 0
+    try:
+        return _number(os.pread(fd, _DIGITS, 0).decode("ascii", "replace"))
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+
+
 def is_dismissed(fd: int) -> bool:
     """Tell whether `dismiss` cancelled the note behind a descriptor of `hold`."""
     return os.pread(fd, 1, 0) == _DISMISSED
@@ -82,22 +116,36 @@ def is_removed(fd: int) -> bool:
 
 def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
     """Yield the keys and generations that processes hold now. Removes the files of all others."""
+    found: set[str] = set()
+    rolled_back: list[str] = []
     with contextlib.suppress(FileNotFoundError):
         for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
             if not entry.is_file(follow_symlinks=False):
+                continue
+            if entry.name.endswith(_ROLLED_BACK):
+                rolled_back.append(entry.name)
                 continue
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                key, number = _key(fd), entry.name.rpartition(".")[2]
-                generation = int(number) if number.isdecimal() and len(number) <= _DIGITS else 0
-                if key is not None and generation in GENERATIONS and entry.path == _path(paths, key, generation):
+                key, generation = _key(fd), _number(entry.name.rpartition(".")[2])
+                if key is not None and generation and entry.path == _path(paths, key, generation):
+                    found.add(key.id)
                     yield key, generation
             else:
                 os.unlink(entry.path)
             finally:
                 os.close(fd)
+        for name in rolled_back:
+            if name.removesuffix(_ROLLED_BACK) not in found:
+                os.unlink(os.path.join(paths.holders, name))
+
+
+def _number(text: str) -> int:
+    """Return the generation that a text names; 0 if it names none."""
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= _DIGITS else 0
+    return number if number in GENERATIONS else 0
 
 
 def _key(fd: int) -> EntryKey | None:
@@ -125,3 +173,7 @@ def _lock(path: str, lock: Callable[[int, int], object], fd: int, kind: int) -> 
 
 def _path(paths: DevicePaths, key: EntryKey, generation: int) -> str:
     return os.path.join(paths.holders, f"{key.id}.{generation}")
+
+
+def _rolled_back_path(paths: DevicePaths, key: EntryKey) -> str:
+    return os.path.join(paths.holders, f"{key.id}{_ROLLED_BACK}")

@@ -72,7 +72,8 @@ class Placing:
         for target in targets:
             self._overwritten(target)
         source: Any = args[1] if func is _COPY else args[0] if func in _WHOLE else None
-        followed = source is not None and _storage(source) in self._read
+        # A number may be copied, too.
+        followed = isinstance(source, torch.Tensor) and _storage(source) in self._read
         if followed and (self._copied(targets[0], source) if func is _COPY else self._cloned(source, result)):
             return
         for storage in read:

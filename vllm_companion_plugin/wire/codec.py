@@ -246,6 +246,7 @@ def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
                 size_bytes=each.size_bytes,
                 is_current=each.is_current,
                 pids=each.pids,
+                follows=each.follows,
             )
             for each in entry.generations
         ],
@@ -282,6 +283,7 @@ def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
                     each.size_bytes,
                     each.is_current,
                     tuple(each.pids),
+                    each.follows,
                 )
                 for each in message.generations
             ),

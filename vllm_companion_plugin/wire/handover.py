@@ -4,7 +4,7 @@ One packet is one JSON object, with the descriptors of an arena if it hands over
 
     trainer                                  headless process
     {"device", "key_id", "flags"}        ->  {"pid"}             it has built the model
-    {"version"}                          ->  {}                  it is the entry's writer
+    {"version", "base"}                  ->  {}                  it is the entry's writer
     {"pieces", "kind", "block_sizes"}    ->  {}                  it has copied what is in the arena
     {"end": true}                        ->  {"generation"}      it has committed
     {"end": false}                       ->  {}                  it has stopped writing; only before the first pieces

@@ -120,20 +120,30 @@ class AttachRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., key: _Optional[_Union[EntryKey, _Mapping]] = ..., query: _Optional[_Union[EntryQuery, _Mapping]] = ..., may_load: _Optional[bool] = ..., pid: _Optional[int] = ..., client: _Optional[str] = ..., held_generation: _Optional[int] = ..., passive: _Optional[bool] = ..., known_manifest_sha256: _Optional[bytes] = ..., asleep: _Optional[int] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
-    __slots__ = ("waiting", "granted", "ready", "manifest_chunk", "failed", "retired")
+    __slots__ = ("waiting", "granted", "ready", "manifest_chunk", "failed", "retired", "current")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     GRANTED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     RETIRED_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
     waiting: Waiting
     granted: Granted
     ready: Ready
     manifest_chunk: bytes
     failed: Failed
     retired: Retired
-    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., manifest_chunk: _Optional[bytes] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ...) -> None: ...
+    current: Current
+    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., manifest_chunk: _Optional[bytes] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., retired: _Optional[_Union[Retired, _Mapping]] = ..., current: _Optional[_Union[Current, _Mapping]] = ...) -> None: ...
+
+class Current(_message.Message):
+    __slots__ = ("generation", "version")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    version: str
+    def __init__(self, generation: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Retired(_message.Message):
     __slots__ = ()
@@ -204,12 +214,14 @@ class Ready(_message.Message):
     def __init__(self, key: _Optional[_Union[EntryKey, _Mapping]] = ..., generation: _Optional[int] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., manifest_bytes: _Optional[int] = ..., manifest_sha256: _Optional[bytes] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., lease_token: _Optional[bytes] = ..., manifest_known: _Optional[bool] = ...) -> None: ...
 
 class StageRequest(_message.Message):
-    __slots__ = ("lease_token", "abort")
+    __slots__ = ("lease_token", "abort", "base")
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     lease_token: bytes
     abort: bool
-    def __init__(self, lease_token: _Optional[bytes] = ..., abort: _Optional[bool] = ...) -> None: ...
+    base: int
+    def __init__(self, lease_token: _Optional[bytes] = ..., abort: _Optional[bool] = ..., base: _Optional[int] = ...) -> None: ...
 
 class StageResponse(_message.Message):
     __slots__ = ("generation", "deposit_ticket")
@@ -220,14 +232,16 @@ class StageResponse(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., deposit_ticket: _Optional[bytes] = ...) -> None: ...
 
 class CommitStagedRequest(_message.Message):
-    __slots__ = ("lease_token", "arena", "version")
+    __slots__ = ("lease_token", "arena", "version", "base")
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     lease_token: bytes
     arena: ArenaDescriptor
     version: str
-    def __init__(self, lease_token: _Optional[bytes] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+    base: int
+    def __init__(self, lease_token: _Optional[bytes] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., version: _Optional[str] = ..., base: _Optional[int] = ...) -> None: ...
 
 class CommitStagedResponse(_message.Message):
     __slots__ = ("generation",)
@@ -256,12 +270,14 @@ class AdvanceResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class MakeCurrentRequest(_message.Message):
-    __slots__ = ("query", "generation")
+    __slots__ = ("query", "generation", "base")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     query: EntryQuery
     generation: int
-    def __init__(self, query: _Optional[_Union[EntryQuery, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
+    base: int
+    def __init__(self, query: _Optional[_Union[EntryQuery, _Mapping]] = ..., generation: _Optional[int] = ..., base: _Optional[int] = ...) -> None: ...
 
 class MakeCurrentResponse(_message.Message):
     __slots__ = ("entries",)
@@ -390,20 +406,22 @@ class LeaseStatus(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., client: _Optional[str] = ..., state: _Optional[str] = ..., since_unix_s: _Optional[float] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
-    __slots__ = ("number", "version", "ready_unix_s", "size_bytes", "is_current", "pids")
+    __slots__ = ("number", "version", "ready_unix_s", "size_bytes", "is_current", "pids", "follows")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     READY_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     number: int
     version: str
     ready_unix_s: float
     size_bytes: int
     is_current: bool
     pids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, number: _Optional[int] = ..., version: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., is_current: _Optional[bool] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+    follows: int
+    def __init__(self, number: _Optional[int] = ..., version: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., is_current: _Optional[bool] = ..., pids: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ...) -> None: ...
 
 class EntryStatus(_message.Message):
     __slots__ = ("key", "state", "generation", "size_bytes", "tensor_count", "arena_kind", "ready_unix_s", "load_s", "loader", "leases", "ways", "expires_at_unix_s", "layout", "host_bytes", "version", "generations")

@@ -42,6 +42,8 @@ _FLAGS = {
     "kernel.moe_backend": "--moe-backend",
     "kernel.linear_backend": "--linear-backend",
 }
+_SMALL = ("--gpu-memory-utilization", "0.01", "--max-num-seqs", "1", "--enforce-eager", "--skip-tokenizer-init")
+"""No limit is in a key. What this process takes beside the weights, it takes from engines."""
 _OF_VLLM = "env."
 """Fields of a key that begin so are variables of vLLM's environment."""
 
@@ -73,18 +75,18 @@ def _serve(channel: Channel) -> None:
     hello, _ = channel.receive()
     executor = _executor(hello["device"], hello["key_id"], hello["flags"])
     channel.send({"pid": os.getpid()})
-    while (version := _next_version(channel)) is not None:
-        executor.collective_rpc(_update, args=(channel, version))
+    while (wanted := _next(channel)) is not None:
+        executor.collective_rpc(_update, args=(channel, wanted["version"], wanted["base"]))
 
 
-def _next_version(channel: Channel) -> str | None:
+def _next(channel: Channel) -> dict[str, Any] | None:
     try:
-        return str(channel.receive()[0]["version"])
-    except UpdateError:  # it has gone
+        return channel.receive()[0]
+    except UpdateError:  # the trainer has gone
         return None
 
 
-def _update(worker: Any, channel: Channel, version: str) -> None:
+def _update(worker: Any, channel: Channel, version: str, base: int) -> None:
     """In the worker: one update, from the question for it to its answer."""
     model = current().target()
     lives = [each for each in current().models() if each.attachment.held.key.role == "target"]
@@ -92,7 +94,7 @@ def _update(worker: Any, channel: Channel, version: str) -> None:
         raise UpdateError("The headless process has no model any more.")
     weights = _Weights(channel, lives[0].attachment.device)
     try:
-        generation = write_generation(worker, lives[0], model, version, iter(weights))
+        generation = write_generation(worker, lives[0], model, version, base, iter(weights))
     except _NotWanted:
         channel.send({})
     except CompanionError as error:
@@ -156,15 +158,9 @@ def _executor(device: str, key_id: str, more_flags: Sequence[str]) -> Executor:
         {name.removeprefix(_OF_VLLM): value for name, value in key.fields.items() if name.startswith(_OF_VLLM)}
     )
     load_general_plugins()
-    current().written = key
-    args = flags.parse("update", [key.source or key.model, *_flags_of(key), *more_flags])
-    ours = {"fallback": False, "follow_updates": True, "share": "readonly"}
-    args = flags.through_companion(args, **ours)
-    # No limit is in the key. What this process takes beside the weights, it takes from engines.
-    args.gpu_memory_utilization = 0.01
-    args.max_num_seqs = 1
-    args.enforce_eager = args.skip_tokenizer_init = True
-    args.distributed_executor_backend = "uni"
+    current().write_only(key)
+    args = flags.parse("update", [key.source or key.model, *_flags_of(key), *more_flags, *_SMALL])
+    args = flags.through_companion(args, fallback=False, follow_updates=True, share="readonly")
     config = args.create_engine_config()
     return Executor.get_class(config)(config)
 

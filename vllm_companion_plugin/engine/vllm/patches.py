@@ -309,12 +309,39 @@ LIVE_WEIGHTS = Patch(
     undo="with the model",
     each=True,
 )
-ADVANCE = Patch(
+UPDATE = Patch(
     "vllm.v1.worker.gpu_worker:Worker.companion_update",
-    "engine.vllm.writing",
+    "engine.vllm.updating",
     How.ADDED,
     Lifetime.MAPPED,
     reason='`collective_rpc("companion_update")` has the workers map the next generation of their weights.',
+    link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
+    undo=_ENDS,
+)
+PREPARE = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.companion_prepare",
+    "engine.vllm.updating",
+    How.ADDED,
+    Lifetime.MAPPED,
+    reason="The first phase of `companion_update`, for several engines that switch together.",
+    link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
+    undo=_ENDS,
+)
+SWITCH = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.companion_switch",
+    "engine.vllm.updating",
+    How.ADDED,
+    Lifetime.MAPPED,
+    reason="The second phase.",
+    link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
+    undo=_ENDS,
+)
+FORGET = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.companion_forget",
+    "engine.vllm.updating",
+    How.ADDED,
+    Lifetime.MAPPED,
+    reason="Instead of the second phase.",
     link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
     undo=_ENDS,
 )

@@ -17,6 +17,7 @@ from vllm_companion_plugin.engine import live
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm.updating import let_update
 
 logger = init_logger("vllm.companion")
 
@@ -29,7 +30,7 @@ def let_write(model: nn.Module) -> None:
     for name in ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"):
         if name in sys.modules:
             patches.RELOAD.apply(_reload)
-            patches.ADVANCE.add(companion_update)
+            let_update()
             break
     if hasattr(model, "load_weights") and "load_weights" not in vars(model):
         patches.LIVE_WEIGHTS.on_for_good(model, _load_weights)
@@ -42,27 +43,6 @@ def _load_weights(inner: Callable[..., Any]) -> Callable[..., Any]:
         return inner(*args, **kwargs)
 
     return load_weights
-
-
-def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
-    """For `collective_rpc("companion_update")`: the worker maps the current generation of its weights, or another one.
-
-    Reset the prefix cache afterwards: what it has was computed with the weights of before.
-
-    Args:
-        generations: by model; without, the current ones.
-
-    Returns:
-        The generation of each, by model and role.
-
-    Raises:
-        CompanionError: as `live.advance`; nothing has changed.
-    """
-    found = live.advance(current().models(), generations or {})
-    for name in ("reset_encoder_cache", "reset_mm_cache"):
-        if (reset := getattr(self.model_runner, name, None)) is not None:
-            reset()
-    return found
 
 
 def about_to_write(by: str) -> None:

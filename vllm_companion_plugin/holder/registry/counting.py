@@ -7,7 +7,7 @@ from vllm_companion_plugin.core.metrics import OUTCOMES, VERIFY_MODES, VERIFY_RE
 from vllm_companion_plugin.core.status import LeaseState, Report
 from vllm_companion_plugin.errors import BY_CODE, CompanionError
 from vllm_companion_plugin.holder.registry.counters import Counters
-from vllm_companion_plugin.holder.registry.moves import GenerationMoved, LeaseMoved, Move
+from vllm_companion_plugin.holder.registry.moves import CurrentChanged, GenerationMoved, LeaseMoved, Move
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, LeaseEvent
 
 
@@ -23,6 +23,8 @@ class Counting:
             self._generation(move)
         elif isinstance(move, LeaseMoved):
             self._lease(move)
+        elif isinstance(move, CurrentChanged) and move.generation.number < move.before:
+            self.counters.count("rollbacks", *subject(move.entry.key))
 
     def refused(self, error: CompanionError) -> None:
         """A client was told `error` in answer to a call."""
@@ -64,5 +66,8 @@ class Counting:
         loads = not lease.holds and lease.entry.current.host is None
         if move.before is LeaseState.LOADING and lease.ended and loads:
             self.counters.count("loads", *of, "declined" if move.event is LeaseEvent.DECLINE else "abandoned")
+        if move.before is LeaseState.WRITING and lease.state is not LeaseState.WRITING:
+            is_committed = move.event is LeaseEvent.COMMIT_STAGED
+            self.counters.count("updates", *of, "committed" if is_committed else "aborted")
         if move.error is not None:
             self.counters.count("failures", "companion", move.error.code)

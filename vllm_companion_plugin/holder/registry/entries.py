@@ -70,7 +70,15 @@ class FailedEvent:
     error: CompanionError
 
 
-Event = WaitingEvent | GrantedEvent | ReadyEvent | RetiredEvent | FailedEvent
+@dataclass(frozen=True)
+class CurrentEvent:
+    """Clients that attach get this generation from now on. What this client maps stays."""
+
+    generation: int
+    version: str
+
+
+Event = WaitingEvent | GrantedEvent | ReadyEvent | CurrentEvent | RetiredEvent | FailedEvent
 
 
 @dataclass(eq=False)
@@ -125,6 +133,7 @@ class Generation:
     Attributes:
         state: None before it is there, and after it has gone.
         number: 0 until a loader has published it.
+        follows: the number of the one that was current when it was written; 0: none, or none that is known.
         load_since: monotonic time of the election; `load_since_unix_s` the same by the wall clock.
         arena, manifest: since it is READY, until it is dropped.
         fds: descriptors of the arena while it is READY; the registry owns them.
@@ -133,6 +142,7 @@ class Generation:
 
     state: GenerationState | None = None
     number: int = 0
+    follows: int = 0
     progress: Progress = STARTING
     progress_unix_s: float = 0.0
     load_since_unix_s: float = 0.0
@@ -272,6 +282,7 @@ class Entry:
                 each.size_bytes,
                 each is self.current,
                 tuple(lease.pid for lease in self.users if lease.maps == each.number),
+                each.follows,
             )
             for each in sorted(there, key=lambda each: each.number)
         )

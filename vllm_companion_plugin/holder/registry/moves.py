@@ -49,6 +49,22 @@ class LeaseMoved:
 
 
 @dataclass(frozen=True)
+class CurrentChanged:
+    """Clients get another generation from now on.
+
+    Attributes:
+        generation: what they get.
+        before: the number of the one that they got until now; 0: none.
+        is_latest: whether no generation of this key has a higher number, also of those that have gone.
+    """
+
+    entry: Entry
+    generation: Generation
+    before: int
+    is_latest: bool
+
+
+@dataclass(frozen=True)
 class Lingering:
     """Nobody uses anything: in `left_s` seconds the companion will end, and `held_bytes` be free."""
 
@@ -70,5 +86,5 @@ class OwnerGone:
     pid: int
 
 
-Move = GenerationMoved | LeaseMoved | Lingering | LingerOver | OwnerGone
+Move = GenerationMoved | LeaseMoved | CurrentChanged | Lingering | LingerOver | OwnerGone
 Observer = Callable[[Move], None]

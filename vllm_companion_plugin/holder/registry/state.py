@@ -14,7 +14,8 @@ load; but a client that holds the entry already goes before those who would load
 descriptors. If the LOADING lease ends before its commit the next client is elected; if none may load the others fail.
 
 An entry that the companion before held begins as EXPECTED. Only a client that holds it is elected, to hand it back,
-until `limits.HAND_BACK_S` after `open`; then whoever may load is. A client that has been elected to hand back and hangs
+until `limits.HAND_BACK_S` after `open`; then whoever may load is. That is the latest generation, or an older one that
+was current there. A client that has been elected to hand back and hangs
 for as long loses its turn.
 
 While nobody uses a READY entry its idle time runs. An entry that has been idle for the linger time expires, whatever
@@ -38,7 +39,6 @@ from itertools import count
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.residency import LEVELS, Residence, WhenAsleep, residence
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -63,12 +63,14 @@ from vllm_companion_plugin.holder.registry.entries import (
 from vllm_companion_plugin.holder.registry.generations import Generations
 from vllm_companion_plugin.holder.registry.lifetime import FOR_EVER, Lifetime
 from vllm_companion_plugin.holder.registry.moves import (
+    CurrentChanged,
     Lingering,
     LingerOver,
     Observer,
     OwnerGone,
 )
 from vllm_companion_plugin.holder.registry.selection import Query, describe, no_match_text
+from vllm_companion_plugin.holder.registry.sleeping import Sleeping, check_sleeper
 from vllm_companion_plugin.holder.registry.steps import Steps
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
 from vllm_companion_plugin.holder.registry.updates import Updates
@@ -96,6 +98,7 @@ class Registry:
         device, pid: of the companion, for the texts of errors.
         linger_s, grace_s: as of `Lifetime`.
         max_fds: most descriptors of all entries and deposits.
+        keep_previous: how many generations of an entry that were current before stay, besides those that clients map.
         on_event: a lease has something new in `events`.
         on_change: the status has changed.
         observers: are told every move, as `moves.py` says.
@@ -112,6 +115,7 @@ class Registry:
         linger_s: float = FOR_EVER,
         grace_s: float = 0.0,
         max_fds: int = 1 << 20,
+        keep_previous: int = 1,
         on_event: Callable[[Lease], None] = lambda lease: None,
         on_change: Callable[[], None] = lambda: None,
         observers: Iterable[Observer] = (),
@@ -128,8 +132,9 @@ class Registry:
         self._publications = limits.Places(
             limits.MAX_PUBLICATIONS, f"The companion receives {limits.MAX_PUBLICATIONS} publications already."
         )
-        self.updates = Updates(self._steps, self._generations, wall, on_change)
         self.lifetime = Lifetime(device, pid, linger_s, grace_s, monotonic())
+        self.updates = Updates(self._steps, self._generations, wall, on_change, keep_previous)
+        self.sleeping = Sleeping(self._steps, self.updates, self.lifetime, self._changed)
 
     # ---- what there is
 
@@ -224,7 +229,7 @@ class Registry:
         for entry in self.entries:
             if entry.idle_since is not None:
                 self._note_idle(entry)
-            self._settle(entry)
+            self.sleeping.settle(entry)
         if not self.lifetime.ending:
             self._steps.emit(OwnerGone(pid))
         self._on_change()
@@ -280,15 +285,22 @@ class Registry:
 
     # ---- leases
 
-    def expect(self, key: EntryKey, generation: int) -> None:
-        """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back."""
+    def expect(self, key: EntryKey, generation: int, *, rolled_back: bool = False) -> None:
+        """Processes map `generation` of this entry, of a companion that has died: wait for one to hand it back.
+
+        Args:
+            rolled_back: it was current there, though others that are newer may be mapped, too. It comes before them.
+        """
         self._generations.note(key.id, generation)
-        if self._by_key(key) is None and len(self.entries) < limits.MAX_ENTRIES:
-            self._steps.add(
-                Entry(key, current=Generation(number=generation, load_since_unix_s=self._wall())),
-                GenerationEvent.EXPECT,
-            )
+        if rolled_back:
+            self._generations.roll_back(key.id, generation)
+        entry = self._by_key(key)
+        if entry is None and len(self.entries) < limits.MAX_ENTRIES:
+            current = Generation(number=generation, load_since_unix_s=self._wall())
+            self._steps.add(Entry(key, current=current), GenerationEvent.EXPECT)
             self._on_change()
+        elif entry is not None:
+            entry.current.number = self._generations.rolled_back_to(key.id) or self._generations.latest(key.id)
 
     def attach(
         self,
@@ -318,7 +330,7 @@ class Registry:
         """
         self.lifetime.check_open()
         if asleep is not None:
-            _check_sleeper(asleep, passive)
+            check_sleeper(asleep, passive)
         if len(self.leases) >= limits.MAX_LEASES:
             raise LimitError(f"The companion has {limits.MAX_LEASES} clients already.")
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
@@ -344,7 +356,7 @@ class Registry:
             entry.idle_since = None
             self.lifetime.use()
         if asleep is not None:
-            self._fall_asleep(lease, asleep)
+            self.sleeping.fall_asleep(lease, asleep)
         elif entry.current.state is GenerationState.READY:
             self._steps.map_entry(lease)
         else:
@@ -457,12 +469,16 @@ class Registry:
         self._generations.note(entry.key.id, entry.current.number)
         event = GenerationEvent.HAND_BACK if generation else GenerationEvent.PUBLISH
         self._steps.move_entry(entry, GenerationEvent.BRING_BACK if brings_back else event, loaded_s=loaded_s)
+        if not brings_back:
+            self._generations.roll_back(entry.key.id, 0)
+            is_latest = entry.current.number == self._generations.latest(entry.key.id)
+            self._steps.emit(CurrentChanged(entry, entry.current, 0, is_latest))
         self._steps.move_lease(lease, LeaseEvent.COMMIT)
         lease.maps = entry.current.number
         for other in entry.leases:
             if other.state is LeaseState.WAITING:
                 self._steps.map_entry(other)
-        self._settle(entry)  # a `serve` or an `upgrade` may have handed it back, for nobody or for sleepers
+        self.sleeping.settle(entry)  # a `serve` or an `upgrade` may have handed it back, for nobody or for sleepers
         self._note_idle(entry)
         self._on_change()
         return entry.current.number
@@ -483,111 +499,23 @@ class Registry:
 
     # ---- updates
 
-    def make_current(self, query: Query, number: int) -> tuple[EntryStatus, ...]:
+    def make_current(self, query: Query, number: int, base: int = 0) -> tuple[EntryStatus, ...]:
         """Make this generation of every entry that matches the current one; their status after.
 
         Raises:
             EntryNotFoundError: nothing matches, or one of them does not have it. Nothing has changed.
+            StaleError: as `Updates.check_base`, of one of them. Nothing has changed.
         """
         found = [entry for entry in self._current() if query.matches(entry.key)]
         if not found:
             raise EntryNotFoundError(no_match_text(query, self._current()))
         for entry in found:
             self.updates.find(entry, number)
+            self.updates.check_base(entry, base)
         for entry in found:
             self.updates.make_current(entry, number)
         self._on_change()
         return tuple(entry.status(FOR_EVER) for entry in found)
-
-    # ---- sleeping
-
-    def sleep(self, lease: Lease, level: int, wish: WhenAsleep, host: ArenaInfo | None = None, copied: int = 0) -> bool:
-        """The client falls asleep: it maps nothing from now on. Where the bytes stay is decided here.
-
-        Args:
-            level: as vLLM counts.
-            wish: where the bytes shall stay if it is the last one.
-            host: the copy in host memory whose descriptors it has deposited, if it was asked for one.
-            copied: of which generation that is.
-
-        Returns:
-            False: it has to leave a copy of the current generation in host memory first, and to ask again with that.
-
-        Raises:
-            BadRequestError: the client does not map the entry, or only holds it; a level that there is not; or what it
-                deposited is no copy of the entry.
-        """
-        self._steps.check(lease, LeaseEvent.SLEEP)
-        entry = lease.entry
-        _check_sleeper(level, lease.passive)
-        if lease.state not in (LeaseState.ATTACHED, LeaseState.PARKING):
-            raise BadRequestError("Only a client that maps the entry can fall asleep.")
-        if host is not None and copied == entry.current.number:
-            self._keep_copy(lease, host)
-        elif host is not None:  # another generation has become the current one meanwhile
-            self._steps.release(lease)
-        last = all(other is lease or other.state is LeaseState.ASLEEP for other in entry.users)
-        lacks_copy = entry.current.state is GenerationState.READY and entry.current.host is None
-        if last and lacks_copy and self._residence(entry, wish, level) is Residence.HOST:
-            if lease.state is LeaseState.ATTACHED:
-                self._steps.move_lease(lease, LeaseEvent.COPY)
-                self._on_change()
-            return False
-        self._steps.release(lease)  # of a copy that it had begun
-        self._fall_asleep(lease, level, wish)
-        self._changed()
-        return True
-
-    def stay_awake(self, lease: Lease) -> None:
-        """The client could not leave a copy, and goes on. Raises `BadRequestError` unless it was asked for one."""
-        self._steps.move_lease(lease, LeaseEvent.STAY_AWAKE)
-        self._steps.release(lease)
-        self._on_change()
-
-    def _keep_copy(self, lease: Lease, host: ArenaInfo) -> None:
-        entry = lease.entry
-        if not lease.deposited:
-            raise BadRequestError("No copy was deposited.")
-        if len(lease.deposited) != len(host.block_sizes) or host.size_bytes != entry.size_bytes:
-            raise BadRequestError(
-                f"A copy of {host.size_bytes} bytes in {len(lease.deposited)} descriptors, of {entry.size_bytes} bytes."
-            )
-        entry.current.host, entry.current.host_fds = host, lease.deposited
-        lease.deposited, lease.announced = (), 0
-
-    def _residence(self, entry: Entry, wish: WhenAsleep, *levels: int) -> Residence:
-        """`levels`: of those who are about to sleep, beside those who do."""
-        lasting = bool(self.lifetime.owner_pid) or entry.current.written  # which no checkpoint brings back
-        return residence(wish, (*levels, *(x.level for x in entry.sleepers)), is_owned=lasting)
-
-    def _fall_asleep(self, lease: Lease, level: int, wish: WhenAsleep = WhenAsleep.STAY) -> None:
-        self._steps.move_lease(lease, LeaseEvent.SLEEP)
-        lease.level, lease.holds, lease.maps, lease.entry.wish = level, 0, 0, wish
-        self.updates.prune(lease.entry)
-        self._settle(lease.entry)
-
-    def _settle(self, entry: Entry) -> None:
-        """Nobody may be awake any more: put the bytes where they shall stay. What takes a copy stays without one."""
-        if entry.current.state is not GenerationState.READY or entry.is_awake or not entry.sleepers:
-            return
-        where = self._residence(entry, entry.wish)
-        if where is Residence.HOST and entry.current.host is not None:
-            self._steps.move_entry(entry, GenerationEvent.PARK)
-            self._steps.release_device(entry)
-        elif where is Residence.NOWHERE:
-            self._steps.move_entry(entry, GenerationEvent.DROP)
-            self._steps.release(entry)
-            self._forget(entry)
-        else:
-            return
-        for lease in [lease for lease in entry.leases if lease.passive]:  # what they hold would not be free
-            self._steps.tell(lease, RetiredEvent())
-            self._steps.end_lease(lease, LeaseEvent.RELEASE)
-
-    @staticmethod
-    def _forget(entry: Entry) -> None:
-        entry.current.number, entry.current.arena, entry.current.manifest = 0, None, None
-        entry.current.published = Published(0)
 
     # ---- dropping
 
@@ -613,11 +541,12 @@ class Registry:
         return self._drop(chosen, GenerationEvent.MAKE_ROOM)
 
     def lose(self, is_lost: Callable[[ArenaInfo, Sequence[int]], bool]) -> None:
-        """Drop the entries whose memory nobody can map any more. Attached clients keep mapping it."""
+        """Drop the entries and generations whose memory nobody can map any more. Attached clients keep mapping it."""
         ready = [entry for entry in self.entries if entry.current.state is GenerationState.READY]
         lost = [entry for entry in ready if entry.current.arena and is_lost(entry.current.arena, entry.current.fds)]
         for entry in lost:
             self._retire(entry, GenerationEvent.LOSE)
+        lost += [entry for entry in ready if self.updates.lose(entry, is_lost)]
         if lost:
             self._changed()
 
@@ -651,13 +580,15 @@ class Registry:
     def _elect(self, entry: Entry) -> None:
         """Let the first client that may load do so, unless one does that already and goes before it."""
         loader = entry.loading_lease
+        expected = entry.current.state is GenerationState.EXPECTED
         holders = [lease for lease in entry.leases if lease.holds]
+        if expected and (wanted := self._generations.rolled_back_to(entry.key.id)):
+            holders = [lease for lease in holders if lease.holds == wanted]
         if loader is not None:
             if loader.holds or loader.deposited or not holders:
                 return
             self._steps.move_lease(loader, LeaseEvent.YIELD)
             loader.announced = 0
-        expected = entry.current.state is GenerationState.EXPECTED
         brings_back = entry.current.host is not None
         waiting = [lease for lease in entry.leases if lease.state is LeaseState.WAITING and not expected]
         others = [lease for lease in waiting if lease.may_load or (brings_back and not lease.passive)]
@@ -697,7 +628,7 @@ class Registry:
         elif entry.current.state in (GenerationState.RETIRED, GenerationState.DROPPED) and not entry.users:
             self._steps.end_entry(entry, GenerationEvent.LEAVE)
         elif not lease.passive:
-            self._settle(entry)
+            self.sleeping.settle(entry)
             self._note_idle(entry)
         self._changed()
 
@@ -710,8 +641,3 @@ class Registry:
         if not any(entry.users for entry in self.entries):
             self.lifetime.idle(self._monotonic())
         self._on_change()
-
-
-def _check_sleeper(level: int, passive: bool) -> None:
-    if level not in LEVELS or passive:
-        raise BadRequestError(f"A sleep of level {level}{', by a client that only holds the entry' * passive}.")

@@ -12,6 +12,7 @@ from vllm_companion_plugin.core.status import LeaseState
 from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.holder.registry import table
 from vllm_companion_plugin.holder.registry.entries import (
+    CurrentEvent,
     Entry,
     Event,
     FailedEvent,
@@ -135,8 +136,9 @@ class Steps:
                 self.tell(lease, WaitingEvent(loader))
 
     def tell(self, lease: Lease, event: Event) -> None:
-        """The client has to be told `event`, which replaces an unread Waiting: so a slow reader costs nothing."""
-        if lease.events and isinstance(lease.events[-1], WaitingEvent):
+        """The client has to be told `event`. What that makes old news is not told: so a slow reader costs nothing."""
+        unread = lease.events[-1] if lease.events else None
+        if isinstance(unread, WaitingEvent) or (isinstance(unread, CurrentEvent) and isinstance(event, CurrentEvent)):
             lease.events.pop()
         lease.events.append(event)
         self._on_event(lease)

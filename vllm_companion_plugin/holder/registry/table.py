@@ -74,7 +74,7 @@ class GenerationEvent(Enum):
     COMMIT = "commit"
     """A client has written it, as the next one of its entry."""
     FORGET = "forget"
-    """Another one is current, nobody maps it, and no rule keeps it."""
+    """Another one is current, and nobody maps this one and no rule keeps it, or its memory is lost."""
     PARK = "park"
     """Its last client has fallen asleep, or nobody brings it back: it stays in host memory alone."""
     DROP = "drop"
@@ -212,7 +212,7 @@ def _generation() -> Table[GenerationState, GenerationEvent]:
             },
             s.PARKED: {e.ASK: s.LOADING, e.UNLOAD: s.RETIRED, e.EXPIRE: s.RETIRED, **ends},
             s.DROPPED: {e.ASK: s.LOADING, e.UNLOAD: None, e.LEAVE: None, **ends},
-            s.RETIRED: {e.LEAVE: None, **ends},
+            s.RETIRED: {e.FORGET: None, e.LEAVE: None, **ends},
         },
     )
 

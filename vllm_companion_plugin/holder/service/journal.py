@@ -1,7 +1,7 @@
 """What is written down of the registry's moves: the log of the companion, and notes for the next one.
 
-A note tells those who map a generation not to hand it back to the companion that follows. The log says what happened to
-which entry, and by whom.
+A note tells those who map a generation not to hand it back to the companion that follows, or tells that companion which
+one was current. The log says what happened to which entry, and by whom.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.holder.registry import limits
 from vllm_companion_plugin.holder.registry.entries import Entry
 from vllm_companion_plugin.holder.registry.moves import (
+    CurrentChanged,
     GenerationMoved,
     LeaseMoved,
     Lingering,
@@ -31,10 +32,13 @@ class Journal:
 
     Args:
         dismiss: notes that no client shall hand back this generation of the entry. May raise `OSError`.
+        roll_back: notes that this generation is current, though it is not the latest; 0: the latest is. May raise
+            `OSError`.
     """
 
-    def __init__(self, dismiss: Callable[[EntryKey, int], None]) -> None:
+    def __init__(self, dismiss: Callable[[EntryKey, int], None], roll_back: Callable[[EntryKey, int], None]) -> None:
         self._dismiss = dismiss
+        self._roll_back = roll_back
 
     def observe(self, move: Move) -> None:
         """Write down one move."""
@@ -44,6 +48,9 @@ class Journal:
             _log_generation(move)
         elif isinstance(move, LeaseMoved):
             _log_lease(move)
+        elif isinstance(move, CurrentChanged):
+            self._note_current(move)
+            _log_current(move)
         elif isinstance(move, Lingering):
             until = time.strftime("%m-%d %H:%M:%S", time.localtime(time.time() + move.left_s))
             held_gib = move.held_bytes / (1 << 30)
@@ -59,8 +66,26 @@ class Journal:
         try:
             for number in {entry.current.number, *(lease.maps for lease in entry.leases)}:
                 self._dismiss(entry.key, number)
+            self._roll_back(entry.key, 0)
         except OSError as error:
             logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
+
+    def _note_current(self, move: CurrentChanged) -> None:
+        key = move.entry.key
+        try:
+            self._roll_back(key, 0 if move.is_latest else move.generation.number)
+        except OSError as error:
+            logger.warning("The next companion may take another generation of %s: %s", key.title, error)
+
+
+def _log_current(move: CurrentChanged) -> None:
+    current, key = move.generation, move.entry.key
+    if move.before:
+        version = f" ({current.published.version})" if current.published.version else ""
+        logger.info(
+            "Generation %d%s of %s (%s) is current, in place of %d.",
+            *(current.number, version, key.title, key.rank, move.before),
+        )
 
 
 def _log_generation(move: GenerationMoved) -> None:
@@ -79,7 +104,10 @@ def _log_generation(move: GenerationMoved) -> None:
     elif event is GenerationEvent.UNLOAD:
         logger.info("Unloaded %s, generation %d.", entry.key.model, entry.current.number)
     elif event is GenerationEvent.LOSE:
-        logger.warning("Nobody can map %s any more, because its keeper has ended.", entry.key.model)
+        logger.warning(
+            "Nobody can map generation %d of %s any more, because its keeper has ended.",
+            *(move.generation.number, entry.key.model),
+        )
 
 
 def _log_lease(move: LeaseMoved) -> None:

@@ -36,6 +36,7 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
+    CurrentEvent,
     Event,
     FailedEvent,
     Generation,
@@ -68,7 +69,8 @@ class CompanionService:
 
     Args:
         linger_s, grace_s: as of `Lifetime`.
-        dismiss: notes that no client shall hand back this generation of the entry.
+        keep_previous: as of `Registry`.
+        dismiss, roll_back: as of `Journal`.
         hide: removes us from where new clients look.
     """
 
@@ -77,9 +79,11 @@ class CompanionService:
         device: str,
         linger_s: float,
         dismiss: Callable[[EntryKey, int], None] = lambda key, generation: None,
+        roll_back: Callable[[EntryKey, int], None] = lambda key, generation: None,
         hide: Callable[[], None] = lambda: None,
         *,
         grace_s: float = 0.0,
+        keep_previous: int = 1,
     ) -> None:
         self.device = device
         self._hide = hide
@@ -94,10 +98,11 @@ class CompanionService:
             linger_s=linger_s,
             grace_s=grace_s,
             # Half of them are left for connections.
+            keep_previous=keep_previous,
             max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
             on_event=self._on_event,
             on_change=self._on_change,
-            observers=(self._counting.observe, Journal(dismiss).observe),
+            observers=(self._counting.observe, Journal(dismiss, roll_back).observe),
         )
         self.tickets = Tickets()
         self._started_unix_s = time.time()
@@ -248,6 +253,9 @@ class CompanionService:
             ready = self._ready(lease, known_manifest)
             await context.write(messages.AttachEvent(ready=ready))
             await self._send_manifest(lease, ready, context)
+        elif isinstance(event, CurrentEvent):
+            current = messages.Current(generation=event.generation, version=event.version)
+            await context.write(messages.AttachEvent(current=current))
         elif isinstance(event, RetiredEvent):
             await context.write(messages.AttachEvent(retired=messages.Retired()))
         elif isinstance(event, FailedEvent):
@@ -293,7 +301,8 @@ class CompanionService:
             if request.abort:
                 self.registry.updates.abort(lease)
                 return messages.StageResponse()
-            generation = self.registry.updates.stage(lease)
+            base = codec.generation_from_message(request.base)
+            generation = self.registry.updates.stage(lease, base)
             logger.info("%s writes generation %d of %s.", lease.who, generation, lease.entry.key.model)
             return messages.StageResponse(
                 generation=generation, deposit_ticket=self.tickets.issue(fd_channel.DEPOSIT, lease)
@@ -305,7 +314,8 @@ class CompanionService:
             arena, _ = codec.arena_from_message(request.arena)
             check_descriptors(arena, lease.deposited)
             version = codec.version_from_message(request.version)
-            generation = self.registry.updates.commit(lease, arena, version)
+            base = codec.generation_from_message(request.base)
+            generation = self.registry.updates.commit(lease, arena, version, base)
             logger.info("%s committed generation %d of %s: %s.", lease.who, generation, lease.entry.key.model, version)
             return messages.CommitStagedResponse(generation=generation)
 
@@ -323,14 +333,15 @@ class CompanionService:
 
     async def MakeCurrent(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            entries = self.registry.make_current(_query(request.query), request.generation)
+            base = codec.generation_from_message(request.base)
+            entries = self.registry.make_current(_query(request.query), request.generation, base)
             return messages.MakeCurrentResponse(entries=[codec.entry_status_to_message(entry) for entry in entries])
 
     async def Sleep(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
             lease = self._lease_of(request)
             if request.stays_awake:
-                self.registry.stay_awake(lease)
+                self.registry.sleeping.stay_awake(lease)
                 return messages.SleepResponse()
             host = None
             if request.HasField("host"):
@@ -342,7 +353,7 @@ class CompanionService:
                 wish = WhenAsleep(request.when_asleep)
             except ValueError as error:
                 raise BadRequestError(f"when_asleep: {error}") from error
-            asleep = self.registry.sleep(lease, request.level, wish, host, request.host_generation)
+            asleep = self.registry.sleeping.sleep(lease, request.level, wish, host, request.host_generation)
             if asleep:
                 logger.info("%s sleeps on %s: %s.", lease.who, lease.entry.key.model, lease.entry.current.shown.value)
                 return messages.SleepResponse(residence=lease.entry.current.residence.value)

@@ -1,0 +1,109 @@
+"""Models of one engine get new weights together, or none of them does: real attachments to a real companion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.place import Place, until
+from tests.support.publishing import Small, load
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.engine.switching import Switch
+from vllm_companion_plugin.errors import ArenaError, EntryNotFoundError
+
+MODEL = "test/model"
+FIRST, SECOND = 1, 2
+
+
+@pytest.fixture
+def client(place: Place) -> Iterator[CompanionClient]:
+    """Of a companion that holds two generations of `Small`: of zeros, and of ones."""
+    companion = place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        model = Small()
+        torch.nn.init.zeros_(model.embed.weight)
+        load(connection, model)
+    client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+    until(lambda: not client.status().entries[0].leases, 5, "the loader has left")
+    with client.update(MODEL, version="ones") as new:
+        new.load({"embed.weight": torch.ones(64, 16, dtype=torch.bfloat16)})
+    yield client
+    assert companion.poll() is None
+
+
+@pytest.fixture
+def models(client: CompanionClient) -> Iterator[list[LiveModel]]:
+    """A target and its draft, both on the first generation."""
+    made = [LiveModel(client.attach(MODEL), client.settings, load=never) for _ in range(2)]
+    Switch(made, {MODEL: FIRST}).carry_out()
+    assert values(made) == [0, 0]
+    yield made
+    for model in made:
+        model.attachment.close()
+
+
+def never(*_: object) -> Attachment:
+    raise AssertionError("somebody has it")
+
+
+def values(models: list[LiveModel]) -> list[float]:
+    return [model.attachment.tensors["embed.weight"].float().mean().item() for model in models]
+
+
+def numbers(models: list[LiveModel]) -> list[int]:
+    return [model.attachment.generation for model in models]
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_nothing_changes_until_it_is_carried_out(models: list[LiveModel]) -> None:
+    switch = Switch(models, {})
+    assert (switch.targets, switch.versions) == ({f"{MODEL} (target)": SECOND}, {f"{MODEL} (target)": "ones"})
+    assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
+    assert switch.carry_out() == {f"{MODEL} (target)": SECOND}
+    assert (values(models), numbers(models)) == ([1, 1], [SECOND, SECOND])
+
+
+def test_if_one_cannot_be_prepared_nothing_stays_open(models: list[LiveModel]) -> None:
+    models[1].attachment.privatize(None)
+    before = descriptors()
+    with pytest.raises(ArenaError, match="is private, so it cannot advance"):
+        Switch(models, {})
+    with pytest.raises(EntryNotFoundError):
+        Switch(models[:1], {MODEL: 7})
+    assert descriptors() == before
+    assert values(models) == [0, 0]
+
+
+@pytest.mark.parametrize("fault", ["private", "closed"])
+def test_if_one_cannot_be_mapped_those_before_it_go_back(models: list[LiveModel], fault: str) -> None:
+    before = descriptors()
+    switch = Switch(models, {})
+    if fault == "private":
+        models[1].attachment.privatize(None)
+        before = min(before, descriptors())
+    else:
+        switch._steps[1][1].close()
+    with pytest.raises(ArenaError):
+        switch.carry_out()
+    assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
+    assert descriptors() <= before
+    if fault == "closed":
+        Switch(models, {}).carry_out()
+        assert (values(models), numbers(models)) == ([1, 1], [SECOND, SECOND])
+
+
+def test_what_is_not_carried_out_is_let_go(models: list[LiveModel]) -> None:
+    before = descriptors()
+    switch = Switch(models, {})
+    assert descriptors() > before
+    switch.close()
+    assert descriptors() == before
