@@ -164,6 +164,13 @@ class LayoutError(CompanionError):
     grpc_status = "FAILED_PRECONDITION"
 
 
+class UpdateError(CompanionError):
+    """vLLM could not process new weights, or its headless process ended. Nothing of them stays."""
+
+    code = "update"
+    grpc_status = "ABORTED"
+
+
 class SharedWeightsError(CompanionError):
     """Something would write to weights that other processes use, and the setting `on_write` refuses that."""
 

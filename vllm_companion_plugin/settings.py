@@ -281,6 +281,14 @@ TABLE: tuple[Setting, ...] = (
         engine=True,
     ),
     Setting(
+        "update_chunk_mib",
+        int,
+        256,
+        "Most MiB of new weights that a trainer hands to vLLM's headless process at once, in memory of its own beside "
+        "the current generation and the next one.",
+        minimum=1,
+    ),
+    Setting(
         "keep_previous",
         int,
         1,
@@ -354,6 +362,7 @@ class Settings:
     when_asleep: str
     on_write: str
     follow_updates: bool
+    update_chunk_mib: int
     keep_previous: int
     arena: str
     verify: str
@@ -378,6 +387,7 @@ class Given(TypedDict, total=False):
     when_asleep: str
     on_write: str
     follow_updates: bool
+    update_chunk_mib: int
     keep_previous: int
     arena: str
     verify: str

@@ -11,14 +11,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Ready, Wanted, connect
+from vllm_companion_plugin.client.filling import is_placed
+from vllm_companion_plugin.client.headless import Headless
+from vllm_companion_plugin.client.processed import ProcessedUpdate, processing
 from vllm_companion_plugin.client.update import Update, check_version, updating
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
@@ -41,10 +44,14 @@ __all__ = ["Attachment", "CompanionClient", "CompanionStatus", "EntryStatus"]
 logger = logging.getLogger("vllm.companion.api")
 
 POLL_S = 0.1
+Mode = Literal["auto", "direct", "processed"]
+MODES = get_args(Mode)
 
 
 class CompanionClient:
-    """Finds the companion of a device by the device's name. Holds nothing open by itself.
+    """Finds the companion of a device by the device's name.
+
+    It holds nothing open, but for the headless processes of processed updates: until `close`, or its own end.
 
     Args:
         device: as torch names it ("cuda", "cuda:1", "cpu", a `torch.device`), or a GPU or MIG UUID. None: torch's
@@ -61,6 +68,7 @@ class CompanionClient:
     def __init__(self, device: str | torch.device | None = None, **settings: Unpack[Given]) -> None:
         self.settings = resolve(settings, origin="CompanionClient")
         self.device = device_name(device)
+        self._headless: dict[str, tuple[tuple[str, ...], Headless]] = {}  # by the key's id; with its flags
 
     def _connect(self) -> CompanionConnection:
         if not is_listening(device_paths(self.device, self.settings)):
@@ -216,30 +224,66 @@ class CompanionClient:
         base: int = 0,
         check_finite: bool = False,
         name: str = "CompanionClient",
-    ) -> Iterator[Update]:
+        mode: Mode = "auto",
+        flags: Sequence[str] = (),
+    ) -> Iterator[Update | ProcessedUpdate]:
         """Write the next generation of the weights of `model`, which is current after `with` unless that raises.
 
-        Engines go on with what they map, and advance when they are told. Arguments as of `attach`.
+        Engines go on with what they map, and advance when they are told. Other arguments as of `attach`.
 
         Args:
             version: your name for these weights, e.g. "step-7".
+            mode: "direct": this process copies tensors to their places. "processed": vLLM loads them in a headless
+                process, which is kept for the next update. "auto": direct if vLLM only copied when it loaded the
+                entry.
             base: the generation that must be current, at the beginning and at the end, so that you overwrite no other
                 writer's weights; 0: whichever is.
             check_finite: refuse tensors with NaN or infinity. It takes a reading of each.
+            flags: of vLLM, as `vllm-companion serve MODEL` takes them. A headless process needs those that decide how
+                the model is loaded and that its key does not tell; an error says which.
 
         Raises:
-            BadRequestError: no version, or one that cannot be shown; from `load`, what does not fit.
+            BadRequestError: no version, or one that cannot be shown; from `load`, what does not fit, or is missing.
             StaleError: another generation than `base` is current.
             EntryInUseError: another client writes the next generation.
             ArenaError: there is no memory for another generation.
+            NotShareableError: a headless process would load the model differently.
+            UpdateError: vLLM could not process the weights, or its process ended.
             CompanionError: as `attach`.
         """
         check_version(version)
-        with (
-            self.attach(model, rank, role=role, key_id=key_id, name=name) as attachment,
-            updating(attachment, version, self.settings, base=base, check_finite=check_finite) as update,
-        ):
-            yield update
+        if mode not in MODES:
+            raise SettingsError(f"update: mode is {mode!r}; it is one of {', '.join(MODES)}.")
+        with self.attach(model, rank, role=role, key_id=key_id, name=name) as attachment:
+            if mode == "direct" or (mode == "auto" and is_placed(attachment.manifest)):
+                with updating(attachment, version, self.settings, base=base, check_finite=check_finite) as update:
+                    yield update
+                return
+            headless = self._headless_of(attachment, tuple(flags))
+            with processing(
+                attachment, headless, version, self.settings, base=base, check_finite=check_finite
+            ) as processed:
+                yield processed
+
+    def _headless_of(self, attachment: Attachment, flags: tuple[str, ...]) -> Headless:
+        """The headless process of an entry; started unless one with these flags runs."""
+        key_id = attachment.held.key.id
+        known, headless = self._headless.pop(key_id, (flags, None))
+        if headless is not None and (known != flags or headless.ended):
+            headless.close()
+            headless = None
+        if headless is None:
+            headless = Headless(
+                *(self.device, attachment.device, key_id, attachment.label, flags), settings=self.settings
+            )
+        self._headless[key_id] = flags, headless
+        return headless
+
+    def close(self) -> None:
+        """End the headless processes, which another update would start again. Idempotent."""
+        while self._headless:
+            _, (_, headless) = self._headless.popitem()
+            headless.close()
 
     def make_current(
         self, model: str, generation: int, *, rank: str = "", role: str = "", base: int = 0

@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -175,7 +175,7 @@ class Attachment:
     @property
     def current(self) -> int:
         """The generation that clients get, as far as the companion has told; this process may map another one."""
-        return self._current_lease.current
+        return self.current_lease.current
 
     @functools.cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -311,7 +311,7 @@ class Attachment:
     def _leave_copy(self) -> tuple[int, ArenaInfo, arenas.Descriptors]:
         """Of the current generation, which need not be the one that is mapped here."""
         kind = arenas.KINDS[self.held.arena.kind]
-        ready = self._current_lease.generation(0, self.held.manifest)
+        ready = self.current_lease.generation(0, self.held.manifest)
         self._drop_kept()
         if ready.generation != self.generation:
             with contextlib.closing(arenas.open_arena(ready.arena, ready.redeem(), self.device.index)) as arena:
@@ -495,7 +495,7 @@ class Attachment:
             ArenaError: as `check_can_advance`.
         """
         self.check_can_advance()
-        ready = self._current_lease.generation(number, self.held.manifest)
+        ready = self.current_lease.generation(number, self.held.manifest)
         if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
             raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
         if self._fixed and ready.generation != self.generation:
@@ -541,15 +541,23 @@ class Attachment:
         if self._mirror is not None:
             self._mirror.hold_instead(self.held)
         try:
-            self._current_lease.advanced(held.generation)
+            self.current_lease.advanced(held.generation)
         except CompanionError as error:
             logger.warning("The companion does not know which generation of %s is mapped: %s", self.label, error)
 
     @property
-    def _current_lease(self) -> Lease:
+    def current_lease(self) -> Lease:
+        """The lease on the companion that holds the entry now, which may have followed another one."""
         return self._mirror.lease if self._mirror is not None else self.lease
 
     # ---- writing
+
+    @contextlib.contextmanager
+    def written_through(self, writer: arenas.ArenaWriter) -> Iterator[None]:
+        """While open, what views the memory writes to the generation that `writer` fills. Raises as `Arena`'s."""
+        self._check_awake()
+        with self.arena.written_through(writer):
+            yield
 
     def privatize(self, connection: CompanionConnection | None) -> None:
         """Make the memory this process's own, at the same addresses and with the same bytes, so that it may write.

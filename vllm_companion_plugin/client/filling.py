@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ class Filling:
         self._sources: list[torch.Tensor] = []  # of copies that may be on their way
         self._sources_bytes = 0
         self.infos = _by_name(manifest)
-        self.sources = sources_from_bytes(manifest.sources)
+        self.sources = {name: each for name, each in sources_from_bytes(manifest.sources).items() if each.copies}
 
     def load(self, weights: Weights) -> int:
         """Write tensors by name, a checkpoint's or the model's; how many. They may be changed afterwards.
@@ -75,28 +75,14 @@ class Filling:
             BadRequestError: names, shapes or dtypes that do not fit, or values that are not finite, all of them; a name
                 that an iterator gives twice.
         """
-        if isinstance(weights, nn.Module):
-            known = {*self.infos, *self.sources}
-            buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
-            weights = {**dict(weights.named_parameters()), **buffers}
-        checked = isinstance(weights, Mapping)
-        if isinstance(weights, Mapping):
-            self._check(weights.items())
-            weights = weights.items()
-        names: set[str] = set()
+        count = 0
         try:
-            for name, shard in weights:
-                if name in names:
-                    raise BadRequestError(f"{self._label} was given {name} twice.")
-                names.add(name)
-                gather = getattr(shard, "full_tensor", None)
-                tensor = shard if gather is None else gather()  # of FSDP: all ranks take part
-                if not checked or tensor is not shard:
-                    self._check([(name, tensor)])
-                self._load(name, tensor.detach())
+            for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
+                self._load(name, tensor)
+                count += 1
         finally:
             self._flush()
-        return len(names)
+        return count
 
     def complete(self, source_address: int) -> None:
         """Write all that nothing has written yet, padding included, from an arena that is laid out alike.
@@ -107,6 +93,7 @@ class Filling:
         for start, stop in self._written.gaps(self._size_bytes):
             self._writer.write(start, source_address + start, stop - start)
         self._writer.flush()
+        self._written.add(0, self._size_bytes)
 
     def _load(self, name: str, tensor: torch.Tensor) -> None:
         if (source := self.sources.get(name)) is not None and source.shape == tuple(tensor.shape):
@@ -114,25 +101,11 @@ class Filling:
         else:
             self._write(self.infos[name], tensor)
 
-    def _check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        problems = [text for name, tensor in weights if (text := self._problem(name, tensor))]
-        if problems:
-            rest = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise BadRequestError(f"{self._label} cannot take {'; '.join(problems[:_SHOWN])}{rest}.")
-
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
         known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
         if not known:
             return f"{name}, which it does not have, or not by a copy"
-        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        if shape not in [each.shape for each in known]:
-            return f"{name} of shape {shape} instead of {known[0].shape}"
-        if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
-            return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
-        # What is spread over ranks is looked at when they have gathered it, so that all of them find the same.
-        if self._check_finite and not hasattr(tensor, "full_tensor") and not _is_finite(tensor.detach()):
-            return f"{name}, which has values that are not finite"
-        return ""
+        return misfit(name, tensor, known, check_finite=self._check_finite)
 
     def _place(self, source: Source, tensor: torch.Tensor) -> None:
         """Copy a checkpoint's tensor as it was copied when the checkpoint was loaded."""
@@ -175,7 +148,7 @@ class Filling:
             raise ManifestError(f"{self._label} places {source.nbytes} bytes at {offset_bytes} of {self._size_bytes}.")
         if not source.nbytes:
             return
-        with self._in_order():
+        with in_order(self._device):
             self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
         self._written.add(offset_bytes, stop)
         self._sources.append(source)
@@ -188,21 +161,89 @@ class Filling:
         self._sources.clear()
         self._sources_bytes = 0
 
-    @contextlib.contextmanager
-    def _in_order(self) -> Iterator[None]:
-        """Copies run on the default stream: have it wait for what the caller's stream has computed, and the other way.
 
-        So whoever uses another stream may change a tensor as soon as `load` has asked for the next one.
-        """
-        if self._device.type != "cuda":
-            yield
-            return
-        current, default = torch.cuda.current_stream(self._device), torch.cuda.default_stream(self._device)
-        if current != default:
-            default.wait_stream(current)
+@contextlib.contextmanager
+def in_order(device: torch.device) -> Iterator[None]:
+    """Copies run on the default stream: have it wait for what the caller's stream has computed, and the other way.
+
+    So whoever uses another stream may change a tensor as soon as `load` has asked for the next one.
+    """
+    if device.type != "cuda":
         yield
-        if current != default:
-            current.wait_stream(default)
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if current != default:
+        default.wait_stream(current)
+    yield
+    if current != default:
+        current.wait_stream(default)
+
+
+def is_placed(manifest: Manifest) -> bool:
+    """Whether vLLM only copied when it loaded a model, as far as was observed: then copies are all that it takes.
+
+    Raises:
+        ManifestError: the manifest is damaged.
+    """
+    return all(source.copies for source in sources_from_bytes(manifest.sources).values())
+
+
+def checked(
+    weights: Weights, known: Collection[str], problem: Callable[[str, torch.Tensor], str], label: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `weights`, each whole and detached, by name. Of a module, buffers are taken that are `known`.
+
+    Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
+
+    Args:
+        problem: what is wrong with a tensor; empty if nothing is.
+        label: what does not take it, for errors.
+
+    Raises:
+        BadRequestError: with all problems; or a name that an iterator gives twice.
+    """
+    if isinstance(weights, nn.Module):
+        buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
+        weights = {**dict(weights.named_parameters()), **buffers}
+    looked_at = isinstance(weights, Mapping)
+    if isinstance(weights, Mapping):
+        refuse((problem(name, tensor) for name, tensor in weights.items()), label)
+        weights = weights.items()
+    names: set[str] = set()
+    for name, shard in weights:
+        if name in names:
+            raise BadRequestError(f"{label} was given {name} twice.")
+        names.add(name)
+        gather = getattr(shard, "full_tensor", None)
+        tensor = shard if gather is None else gather()  # of FSDP: all ranks take part
+        if not looked_at or tensor is not shard:
+            refuse([problem(name, tensor)], label)
+        yield name, tensor.detach()
+
+
+def refuse(problems: Iterable[str], label: str) -> None:
+    """Raise `BadRequestError` with those that are not empty, if there are any."""
+    found = [text for text in problems if text]
+    if found:
+        rest = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise BadRequestError(f"{label} cannot take {'; '.join(found[:_SHOWN])}{rest}.")
+
+
+def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source], *, check_finite: bool) -> str:
+    """How `tensor` differs in shape or dtype from each that it may be like; empty if it is like one of them.
+
+    Args:
+        check_finite: a value that is not finite is a difference, too.
+    """
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    if shape not in [each.shape for each in known]:
+        return f"{name} of shape {shape} instead of {known[0].shape}"
+    if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
+        return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
+    # What is spread over ranks is looked at when they have gathered it, so that all of them find the same.
+    if check_finite and not hasattr(tensor, "full_tensor") and not _is_finite(tensor.detach()):
+        return f"{name}, which has values that are not finite"
+    return ""
 
 
 def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:

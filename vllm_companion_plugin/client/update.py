@@ -59,6 +59,15 @@ class Update:
         """Of all tensors that can be written as a checkpoint has them: by a copy, without processing."""
         return list(self._filling.sources)
 
+    @property
+    def writer(self) -> memory.ArenaWriter:
+        """Of its memory; borrowed."""
+        return self._writer
+
+    def complete(self) -> None:
+        """Copy all that nobody has written yet from the current generation; of that, nothing is copied at the end."""
+        self._filling.complete(self._attachment.arena.address)
+
     def load(self, weights: Weights) -> int:
         """As `Filling.load`."""
         return self._filling.load(weights)
@@ -71,7 +80,7 @@ class Update:
             CompanionError: the companion does not take it. Nothing of it stays.
         """
         held, device = self._attachment.held.arena, self._attachment.device
-        self._filling.complete(self._attachment.arena.address)
+        self.complete()
         summing = Summing(ArenaViews(self._writer, held.size_bytes, device), held.size_bytes, device)
         summing.extend(held.size_bytes)
         checksums = summing.checksums()
@@ -110,7 +119,7 @@ def updating(
         CompanionError: as `Update.commit`.
     """
     check_version(version)
-    lease = attachment.lease
+    lease = attachment.current_lease
     lease.stage(base)
     try:
         with contextlib.closing(attachment.prepare(0, settings)) as current:

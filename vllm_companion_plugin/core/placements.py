@@ -34,7 +34,11 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor of a checkpoint, and all that it was copied to. What this rank has no part of is copied nowhere."""
+    """A tensor of a checkpoint that loading used, and all that it was copied to.
+
+    Attributes:
+        copies: empty if loading did not only copy it, so that it cannot be written without vLLM.
+    """
 
     shape: tuple[int, ...]
     dtype: str

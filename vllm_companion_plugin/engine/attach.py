@@ -64,8 +64,9 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()
-                with process_privately(model, settings) as copied:
-                    processing.post_process(model, model_config, device)
+                if current().written is None:  # which is to load weights once more, and never to run
+                    with process_privately(model, settings) as copied:
+                        processing.post_process(model, model_config, device)
             else:
                 restorer.bind_early(processing.strategy)
                 with processing.around_post_processing(model, around_restore(restorer)):

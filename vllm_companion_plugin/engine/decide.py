@@ -87,8 +87,8 @@ def external_bytes(vllm_config: Any, settings: Settings) -> int:
     vLLM subtracts them from the engine's memory budget, so that an attached engine gets the
     KV cache it would have got had it loaded the weights itself.
     """
-    if settings_for(vllm_config, settings).share == "copy":
-        return 0
+    if settings_for(vllm_config, settings).share == "copy" or current().written is not None:
+        return 0  # a headless process has no share of the device that weights could be a part of
     decision = decide(vllm_config, vllm_config.model_config, settings)
     if not isinstance(decision, Attach):
         return 0
@@ -138,6 +138,7 @@ def _decide_target(
 ) -> Decision:
     found = find(vllm_config, model_config, settings)
     wanted = key.compute(vllm_config, model_config, device, sources.source_text(settings), found.path, found.content)
+    _check_written(wanted)
     if settings.gc_freeze:  # by now the model's modules are imported, and nothing of its weights is here
         current().begin_load()
     draft = drafts.draft_config(vllm_config)
@@ -149,6 +150,17 @@ def _decide_target(
     together = [decision] if isinstance(decision, Load) else [decision, _draft_if_held(vllm_config, settings)]
     _make_room(decision, [each for each in together if isinstance(each, Attach)], vllm_config, settings)
     return decision
+
+
+def _check_written(wanted: EntryKey) -> None:
+    """Raise `NotShareableError` if this process is there to write another entry than that of its model."""
+    written = current().written
+    if written is not None and wanted.id != written.id:
+        raise NotShareableError(
+            f"What is held of {written.title} was loaded differently from what a headless process would load: "
+            f"{wanted.nearest_text([written])}.",
+            remedy="Give it the flags of the engine that loaded it: update(..., flags=[...]).",
+        )
 
 
 def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load: bool = True) -> Decision:
@@ -190,7 +202,9 @@ def _obtain(
 ) -> Attach | Load:
     own = sharing.must_own_reason(vllm_config)
     # Not by itself: publishing leaves a copy on the device that this engine has no use for.
-    may_load = may_load and (own is None or settings.share == "copy" or not settings.fallback)
+    may_load = (
+        may_load and current().written is None and (own is None or settings.share == "copy" or not settings.fallback)
+    )
     try:
         decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except (CompanionUnavailableError, LeaseLostError, TicketError) as error:

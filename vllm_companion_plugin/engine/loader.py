@@ -73,7 +73,7 @@ class CompanionModelLoader(DefaultModelLoader):
         with named_as_source(vllm_config.load_config):
             model = self._load_model(vllm_config, model_config, prefix)
         for attachment in current().attachments():
-            if attachment not in before:
+            if attachment not in before and current().written is None:
                 let_sleep(attachment.device)
                 let_write(model)
         if not drafts.is_draft(vllm_config, model_config):

@@ -37,10 +37,12 @@ class EngineSession:
 
     Attributes:
         outcomes: of every model that was loaded in this process, in order.
+        written: the entry that this process is there to write, if it is headless: it runs no model, and uses no other.
     """
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
+        self.written: EntryKey | None = None
         # Other generations of its models, prepared and not mapped yet.
         self._switch: Switch | None = None
         # By id of the model config, until that is gone.
@@ -55,6 +57,10 @@ class EngineSession:
         self._numbers = itertools.count()
         # Numbers of what no tensor views any more. Put there by whatever thread collects garbage, wherever it stands.
         self._unused: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def write_only(self, key: EntryKey) -> None:
+        """This process is headless: it is there to write this entry."""
+        self.written = key
 
     # ---- decisions
 

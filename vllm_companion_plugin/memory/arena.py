@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from vllm_companion_plugin.core.arena import ArenaInfo
@@ -99,6 +100,25 @@ class Arena(Closing):
         self.fds.close()
         self.info, self.fds = info, fds
 
+    @contextlib.contextmanager
+    def written_through(self, writer: ArenaWriter) -> Iterator[None]:
+        """While open, an arena that is being filled is mapped here, writable, in place of this one.
+
+        Whatever views this arena reads and writes what `writer` fills. Nothing may use the memory at both ends.
+
+        Args:
+            writer: of the same kind, with blocks of the same sizes; borrowed.
+
+        Raises:
+            ArenaError: nothing is mapped, or memory of this kind cannot be replaced. Nothing has changed then; at the
+                end it means that nothing is mapped any more.
+        """
+        self.mapping.replace(writer.fds, writable=True)
+        try:
+            yield
+        finally:
+            self.mapping.replace(self.fds)
+
     @property
     def is_private(self) -> bool:
         """Whether the memory is this process's own, and may be written to."""
@@ -132,6 +152,10 @@ class ArenaWriter(Protocol):
     @property
     def address(self) -> int:
         """Where offset 0 is, or will be, mapped."""
+
+    @property
+    def fds(self) -> Sequence[int]:
+        """A descriptor of each block so far, borrowed, by which another mapping of this process can write, too."""
 
     def add_block(self, size_bytes: int) -> None:
         """Allocate the next `size_bytes` and map them behind the blocks so far.

@@ -73,13 +73,14 @@ class Mapping(Closing, ABC):
         """
 
     @abstractmethod
-    def replace(self, fds: Sequence[int]) -> None:
-        """Map other memory of the same block sizes, with the same access, in place of what is mapped.
+    def replace(self, fds: Sequence[int], *, writable: bool = False) -> None:
+        """Map other memory of the same block sizes in place of what is mapped.
 
         Nothing may use the range meanwhile; on a GPU this waits until the device is idle.
 
         Args:
             fds: one a block; borrowed as those of `map`.
+            writable: whether this process may write to it.
 
         Raises:
             ArenaError: nothing is mapped, or the other memory cannot be. What was mapped still is, unless the error
@@ -187,12 +188,12 @@ class Reservation(Mapping):
         self._mapped = Blocks(sizes, (), writable=True)
         self._private.update(range(len(sizes)))
 
-    def replace(self, fds: Sequence[int]) -> None:
+    def replace(self, fds: Sequence[int], *, writable: bool = False) -> None:
         self._require_open()
         before = self._mapped
         if before is None or self.is_private:
             raise ArenaError("No memory is mapped at these addresses that other memory could replace.")
-        blocks = Blocks(before.sizes, fds, before.writable)
+        blocks = Blocks(before.sizes, fds, writable)
         with contextlib.ExitStack() as undo:
             new = self._prepare(undo, blocks)
             way_back = self._prepare(undo, before)

@@ -520,6 +520,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read: set[int] = set()
         for value in (*args, *kwargs.values()):
             read.update(_storages(value))
+        if reads:
+            self.placing.looked_at(read)
         derived = not read <= self.clean
         targets: list[torch.Tensor] = []
         for position, name in writes:

@@ -2,7 +2,8 @@
 
 vLLM's models copy slices of checkpoint tensors into slices of parameters. Where only such copies were seen, new weights
 can be written in the same way without vLLM. A tensor has no known place if it was changed before it was copied, if
-anything else wrote to that place afterwards, or if anything was computed from the tensor or from its place.
+anything else wrote to that place afterwards, or if anything was computed from the tensor or from its place. It is
+known all the same, because only vLLM can load such tensors, and has to be given all of them.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ class Placing:
         self._sources: dict[str, tuple[tuple[int, ...], str]] = {}
         self._writes: dict[int, list[_Write]] = {}
         self._lost: set[str] = set()
+        self._used: set[str] = set()
         # No other storage gets the address of one that is freed meanwhile.
         self._addresses: list[StorageWeakRef] = []
 
     def read(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` comes from the checkpoint."""
-        if name in self._sources or tensor.layout is not torch.strided or not tensor.is_contiguous():
+        if name in self._sources or tensor.layout is not torch.strided:
             self._lost.add(name)
             return
         storage = tensor.untyped_storage()
         self._addresses.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         self._sources[name] = tuple(tensor.shape), _dtype(tensor)
         self._read[storage._cdata] = _Read(name, ())
-        if tensor.storage_offset():
+        if tensor.storage_offset() or not tensor.is_contiguous():
             self._lost.add(name)
 
     def note(self, func: Any, args: Any, read: Iterable[int], written: Iterable[torch.Tensor], result: Any) -> None:
@@ -77,6 +79,11 @@ class Placing:
         for storage in read:
             self._computed_from(storage)
 
+    def looked_at(self, storages: Iterable[int]) -> None:
+        """Python has read data of these storages, so that anything may depend on it."""
+        for storage in storages:
+            self._computed_from(storage)
+
     def _overwritten(self, target: torch.Tensor) -> None:
         """What was copied to the same place is there no more; a tensor of the checkpoint is not what was read."""
         storage = _storage(target)
@@ -92,6 +99,7 @@ class Placing:
         """Something else depends on what is there: a copy to the same place would leave that as it was."""
         if (known := self._read.get(storage)) is not None:
             self._lost.add(known.name)
+            self._used.add(known.name)
         self._lost.update(write.name for write in self._writes.get(storage, ()))
 
     def made(self, storage: int) -> None:
@@ -105,6 +113,7 @@ class Placing:
         if target.shape != source.shape or target.is_meta or storage in self._read:
             return False
         known = self._read[_storage(source)]
+        self._used.add(known.name)
         steps = (*known.steps, _view(source))
         place = (*_span(target), tuple(target.shape), tuple(target.stride()), _dtype(target))
         self._writes.setdefault(storage, []).append(_Write(known.name, steps, *place))
@@ -120,12 +129,14 @@ class Placing:
         return True
 
     def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
-        """The tensors of the checkpoint whose every copy is in a model that is about to be published, by name.
+        """The tensors of the checkpoint that loading used, by name, in the order in which they were read.
+
+        Those have copies whose every copy is in a model that is about to be published.
 
         Args:
             storages: of the model, by the address of the C++ object: the place in the arena of an address in it.
         """
-        copies: dict[str, list[Placed]] = {name: [] for name in sorted(self._sources)}
+        copies: dict[str, list[Placed]] = {name: [] for name in self._sources}
         lost = set(self._lost)
         for storage, writes in self._writes.items():
             place = storages.get(storage)
@@ -137,9 +148,12 @@ class Placing:
                         Placed(write.steps, place(write.address), write.shape, write.stride, write.dtype)
                     )
         return {
-            name: Source(*self._sources[name], tuple(sorted(found, key=lambda placed: placed.offset_bytes)))
+            name: Source(
+                *self._sources[name],
+                () if name in lost else tuple(sorted(found, key=lambda placed: placed.offset_bytes)),
+            )
             for name, found in copies.items()
-            if found and name not in lost
+            if name in self._used
         }
 
 

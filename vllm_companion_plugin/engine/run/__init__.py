@@ -1,1 +1,3 @@
-"""Engines that commands start to examine a model or to fill a companion, for `verify` and `serve MODEL`."""
+"""Engines that others start: to examine a model (`verify`), to fill a companion (`serve MODEL`), to process new weights
+(`CompanionClient.update`).
+"""

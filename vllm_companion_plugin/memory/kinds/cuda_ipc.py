@@ -85,7 +85,7 @@ class CudaIpcMapping(Mapping):
     def unmap(self) -> None:
         self._refuse()
 
-    def replace(self, fds: Sequence[int]) -> None:
+    def replace(self, fds: Sequence[int], *, writable: bool = False) -> None:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
@@ -167,6 +167,10 @@ class CudaIpcWriter:
     def address(self) -> int:
         assert self._mapping is not None
         return self._mapping.address
+
+    @property
+    def fds(self) -> Sequence[int]:
+        return self._fds
 
     def add_block(self, size_bytes: int) -> None:
         if size_bytes > self._free_bytes:

@@ -264,6 +264,10 @@ class CudaVmmWriter:
         assert self._mapping is not None
         return self._mapping.address
 
+    @property
+    def fds(self) -> Sequence[int]:
+        return [each[0] for each in self._fds]
+
     def add_block(self, size_bytes: int) -> None:
         assert self._mapping is not None
         device_index = self._mapping.device_index

@@ -312,6 +312,10 @@ class MemfdWriter:
         assert self._mapping is not None
         return self._mapping.address
 
+    @property
+    def fds(self) -> Sequence[int]:
+        return self._fd
+
     def add_block(self, size_bytes: int) -> None:
         self._added += size_bytes
         if self._added > self._size_bytes:

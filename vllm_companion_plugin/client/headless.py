@@ -1,0 +1,142 @@
+"""vLLM's headless process: it builds an entry's model and processes new weights for it, as their writer (adr/0016).
+
+It is a child of the trainer's process, which needs no vLLM itself, and ends with it. One serves all updates of an
+entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.errors import UpdateError, WaitTimeoutError, from_code
+from vllm_companion_plugin.settings import Settings, to_environment
+from vllm_companion_plugin.wire.handover import Channel, Piece
+
+MODULE = "vllm_companion_plugin.engine.run.processed"
+END_TIMEOUT_S = 10.0
+"""For a process that was told to end, before it is killed."""
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which torchrun tells a trainer its place among others. They say nothing about vLLM's process."""
+
+
+class Headless:
+    """A running headless process. Its output goes to this process's standard error.
+
+    Args:
+        device_id: whose companion holds the entry: a GPU's UUID, or "cpu".
+        device: the same device, as PyTorch names it in this process.
+        key_id: of the entry.
+        label: which entry it is, for errors.
+        flags: of vLLM, as `vllm-companion serve MODEL` takes them, beside those that follow from the entry's key.
+
+    Raises:
+        NotShareableError: with these flags vLLM would load the model differently; the error says how.
+        UpdateError, WaitTimeoutError: it ended, or has not built the model.
+        CompanionError: what kept it from building the model.
+    """
+
+    def __init__(
+        self,
+        device_id: str,
+        device: torch.device,
+        key_id: str,
+        label: str,
+        flags: Sequence[str],
+        settings: Settings,
+    ) -> None:
+        self._label = label
+        self._timeout_s = settings.wait_timeout_s
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,
+                    env=_environment(device, settings),
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C reaches it through us only
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._channel = Channel(ours, f"vLLM's headless process (pid {self.process.pid}) of {label}", self.process.pid)
+        self._end = weakref.finalize(self, _end, self._channel, self.process)
+        self._ask({"device": device_id, "key_id": key_id, "flags": list(flags)})
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def begin(self, version: str, base: int) -> None:
+        """Have it become the entry's writer. Arguments and errors are those of `updating`."""
+        self._ask({"version": version, "base": base})
+
+    def hand_over(self, pieces: Sequence[Piece], arena: memory.Arena) -> None:
+        """Give it pieces of tensors in `arena`, which it has copied then. Raises what vLLM's loading raises."""
+        message = {
+            "pieces": [piece.to_json() for piece in pieces],
+            "kind": arena.info.kind,
+            "block_sizes": arena.info.block_sizes,
+        }
+        self._ask(message, arena.fds)
+
+    def commit(self) -> int:
+        """Have it finish and commit; the number of the generation, which is current. Raises what vLLM raises."""
+        return int(self._ask({"end": True})["generation"])
+
+    def abort(self) -> None:
+        """Have it stop writing, before it was given anything."""
+        self._ask({"end": False})
+
+    def _ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        with contextlib.suppress(UpdateError):  # if it has ended it may have said why
+            self._channel.send(message, fds)
+        try:
+            answer, none = self._channel.receive(self._timeout_s)
+            none.close()
+        except (UpdateError, WaitTimeoutError):
+            self.close()
+            raise
+        if "error" in answer:
+            if answer.get("ends", True):
+                self.close()
+            raise from_code(str(answer["error"]), str(answer["text"]))
+        return answer
+
+    def close(self) -> None:
+        """End it. What it was writing is forgotten. Idempotent."""
+        self._end()
+
+
+def _end(channel: Channel, process: subprocess.Popen[bytes]) -> None:
+    channel.close()
+    try:
+        process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _environment(device: torch.device, settings: Settings) -> dict[str, str]:
+    """Of this process, but for what launchers say; the child sees one GPU, the one that is meant."""
+    environment = {**os.environ, **to_environment(settings)}
+    for name in list(environment):
+        if name in _OF_LAUNCHERS or name.startswith("TORCHELASTIC_"):
+            del environment[name]
+    if device.type == "cuda":
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+        index = device.index or 0
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its worker is the process itself
+    return environment

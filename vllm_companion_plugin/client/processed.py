@@ -1,0 +1,133 @@
+"""Writing the next generation of an entry by way of vLLM's own loading, for what cannot be written by copies alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.filling import Weights, checked, misfit, refuse
+from vllm_companion_plugin.client.handing import Giving
+from vllm_companion_plugin.client.headless import Headless
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire.manifest import sources_from_bytes
+
+
+class ProcessedUpdate:
+    """The next generation of an entry: vLLM makes it of a whole checkpoint's tensors. Nothing is seen before the end.
+
+    Args:
+        attachment: of this process, to the current generation; borrowed.
+        headless: has begun; borrowed.
+        check_finite: as of `Filling`.
+
+    Raises:
+        ManifestError: the entry's manifest is damaged.
+    """
+
+    def __init__(
+        self, attachment: Attachment, headless: Headless, settings: Settings, *, check_finite: bool = False
+    ) -> None:
+        self._attachment = attachment
+        self._check_finite = check_finite
+        self._sources = sources_from_bytes(attachment.manifest.sources)
+        self._handed: set[str] = set()
+        kind, size_bytes = attachment.held.arena.kind, settings.update_chunk_mib << 20
+        self._giving = Giving(kind, size_bytes, attachment.device, headless.hand_over)
+
+    @property
+    def names(self) -> list[str]:
+        """Nothing: vLLM's own tensors follow from the checkpoint's."""
+        return []
+
+    @property
+    def checkpoint_names(self) -> list[str]:
+        """Of all tensors that must be loaded, in the order in which the checkpoint was read."""
+        return list(self._sources)
+
+    @property
+    def began(self) -> bool:
+        """Whether anything was handed over."""
+        return self._giving.began
+
+    def load(self, weights: Weights) -> int:
+        """Hand over tensors by the checkpoint's names, in its shapes and dtypes; how many. May be called again.
+
+        Of a module, parameters are taken, and buffers that the checkpoint has; of a mapping, all items. Both are looked
+        at before anything is handed over. Of an iterator each item is looked at when it comes. All tensors are copied
+        by the time that this returns.
+
+        Raises:
+            BadRequestError: names, shapes or dtypes that do not fit, all of them, and those that came before.
+            UpdateError: vLLM could not load them, or its process ended.
+        """
+        count = 0
+        for name, tensor in checked(weights, self._sources.keys(), self._problem, self._attachment.label):
+            self._handed.add(name)
+            self._giving.add(name, tensor)
+            count += 1
+        self._giving.flush()
+        return count
+
+    def check_complete(self) -> None:
+        """Raise `BadRequestError` unless every tensor came that loading needs: vLLM fills layers as a whole."""
+        refuse(
+            (f"weights without {name}" for name in self._sources if name not in self._handed), self._attachment.label
+        )
+
+    def close(self) -> None:
+        """Forget what was not handed over. Idempotent."""
+        self._giving.close()
+
+    def _problem(self, name: str, tensor: torch.Tensor) -> str:
+        source = self._sources.get(name)
+        if source is None:
+            return f"{name}, which is no tensor that loading its checkpoint uses"
+        if name in self._handed:
+            return f"{name} again"
+        return misfit(name, tensor, [source], check_finite=self._check_finite)
+
+
+@contextlib.contextmanager
+def processing(
+    attachment: Attachment,
+    headless: Headless,
+    version: str,
+    settings: Settings,
+    *,
+    base: int = 0,
+    check_finite: bool = False,
+) -> Iterator[ProcessedUpdate]:
+    """The next generation of what `attachment` maps, committed at the end of `with`, unless that raises.
+
+    A headless process that was given something and did not finish has a model that is of no use: it is closed.
+
+    Args:
+        base, check_finite: as of `updating`.
+
+    Raises:
+        StaleError: another generation than `base` is current.
+        EntryInUseError: another client writes the next generation already.
+        ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
+        BadRequestError: nobody has observed how its checkpoint is loaded; or, at the end, tensors are missing.
+        UpdateError: vLLM could not load them, or its process ended.
+    """
+    if not attachment.manifest.sources:
+        raise BadRequestError(f"Which tensors vLLM loads into {attachment.label} was not observed by its publisher.")
+    headless.begin(version, base)
+    update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
+    try:
+        yield update
+        update.check_complete()
+        headless.commit()
+    except BaseException:
+        if update.began:
+            headless.close()
+        elif not headless.ended:
+            headless.abort()
+        raise
+    finally:
+        update.close()

@@ -1,0 +1,135 @@
+"""Having vLLM load new weights into the generation that this process writes: the headless process's part (adr/0016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.update import updating
+from vllm_companion_plugin.core.module_tree import Manifest, Stage, TensorKind
+from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.errors import LayoutError, ParityError
+from vllm_companion_plugin.memory.tensors.views import without_storage
+from vllm_companion_plugin.tree.capture import Tree, capture, full_name, plain_tensors
+from vllm_companion_plugin.tree.parity import compare_modules, compare_values, tensor_difference
+
+
+def write_generation(
+    worker: Any,
+    live: LiveModel,
+    model: nn.Module,
+    version: str,
+    base: int,
+    weights: Iterator[tuple[str, torch.Tensor]],
+) -> int:
+    """Have `worker` load `weights` as the next generation of what `model` is bound to; its number.
+
+    The model is bound to that generation afterwards. If this raises, nothing of the generation stays, and the model
+    is of no use unless nothing came of `weights`.
+
+    Args:
+        version, base: as of `updating`.
+        weights: all tensors of a checkpoint that loading uses, as the checkpoint has them. The first one is asked for
+            once this process is the entry's writer; after the last one nothing else is.
+
+    Raises:
+        StaleError: another generation than `base` is current.
+        EntryInUseError: another client writes the next generation already.
+        ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
+        LayoutError: what vLLM made of the weights is laid out differently.
+        Exception: of vLLM, which cannot load them.
+    """
+    attachment = live.attachment
+    with updating(attachment, version, live.settings, base=base) as update:
+        update.complete()  # what loading leaves alone is what it was
+        first = next(weights, None)
+        with attachment.written_through(update.writer):
+            _reload(worker, attachment.manifest, model, _chained(first, weights))
+            for _ in weights:
+                pass  # vLLM may leave the last ones
+            _collect(model, attachment)
+    known = replace(live.settings, verify="off")  # the sums that came with it are those of what was just written
+    attachment.advance(attachment.prepare(0, known))
+    return attachment.generation
+
+
+def _chained(
+    first: tuple[str, torch.Tensor] | None, rest: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if first is not None:
+        yield first
+    yield from rest
+
+
+def _reload(worker: Any, manifest: Manifest, model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """As vLLM does it: layer by layer into memory of its own, processed, and copied to where the tensors were.
+
+    Weights that are shared unprocessed are just loaded once more.
+    """
+    if manifest.stage is Stage.PROCESSED:
+        worker.reload_weights(weights_iterator=weights)
+        return
+    config = worker.vllm_config
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype), torch.no_grad():
+        load: Callable[[Iterator[tuple[str, torch.Tensor]]], object] = model.load_weights  # type: ignore[assignment]
+        load(weights)
+
+
+def _collect(model: nn.Module, attachment: Attachment) -> None:
+    """Copy to the arena what vLLM has put elsewhere: in what is private to an engine, or in tensors that it made anew.
+
+    Raises:
+        LayoutError: the model is not what was published, its tensors' bytes aside.
+    """
+    manifest = attachment.manifest
+    with plain_tensors(), torch.no_grad():
+        tree = capture(model)
+        try:
+            compare_modules(tree, manifest)
+            compare_values(tree, manifest)
+        except ParityError as error:
+            raise LayoutError(
+                f"With these weights, {attachment.label} is laid out differently: {error.what}"
+            ) from error
+        views = attachment.views()
+        for index, (name, tensor) in _carriers(tree, manifest).items():
+            info = manifest.tensors[index]
+            if difference := tensor_difference(tensor, info):
+                raise LayoutError(f"With these weights, {name} of {attachment.label} is other: {difference}.")
+            if info.storage >= 0:
+                place = views.tensor(info, manifest.storages[info.storage])
+                if place.data_ptr() != tensor.data_ptr():
+                    place.copy_(tensor)
+            elif info.inline and not torch.equal(tensor.detach().cpu(), without_storage(info, attachment.device)):
+                raise LayoutError(f"With these weights, {name} of {attachment.label} has another value.")
+
+
+def _carriers(tree: Tree, manifest: Manifest) -> dict[int, tuple[str, torch.Tensor]]:
+    """The live tensor of each published one, by index, with its name; its parameter or buffer if it has one.
+
+    What else refers to a tensor (helpers of kernels) may still refer to one of before.
+    """
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    registered: set[int] = set()
+    for live, published in zip(tree.modules, manifest.modules, strict=True):
+        slots = {(slot.kind, slot.name): slot.tensor for slot in live.slots}
+        for want in published.slots:
+            info, tensor = manifest.tensors[want.tensor], slots.get((want.kind, want.name))
+            if info.own or info.meta:
+                continue
+            name = full_name(live.path, want.name)
+            if tensor is None:
+                raise LayoutError(f"With these weights, {name} does not exist.")
+            is_registered = want.kind is not TensorKind.ATTRIBUTE
+            if want.tensor not in found or (is_registered and want.tensor not in registered):
+                found[want.tensor] = name, tensor
+            if is_registered:
+                registered.add(want.tensor)
+    return found
