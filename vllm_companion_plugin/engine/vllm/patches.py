@@ -336,12 +336,21 @@ SWITCH = Patch(
     link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
     undo=_ENDS,
 )
+BACK = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.companion_back",
+    "engine.vllm.updating",
+    How.ADDED,
+    Lifetime.MAPPED,
+    reason="After the second phase, if another engine could not take its part in it.",
+    link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
+    undo=_ENDS,
+)
 FORGET = Patch(
     "vllm.v1.worker.gpu_worker:Worker.companion_forget",
     "engine.vllm.updating",
     How.ADDED,
     Lifetime.MAPPED,
-    reason="Instead of the second phase.",
+    reason="The end of both phases, and of either.",
     link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
     undo=_ENDS,
 )
