@@ -19,6 +19,7 @@ import traceback
 
 from vllm_companion_plugin.cli import (  # noqa: F401 - imported once, for all forks
     completion,
+    generations,
     look,
     main,
     metrics,
