@@ -18,6 +18,7 @@ import termios
 import traceback
 
 from vllm_companion_plugin.cli import (  # noqa: F401 - imported once, for all forks
+    advance,
     completion,
     generations,
     look,

@@ -50,8 +50,8 @@ LOCALES: dict[str, dict[str, str]] = {
 LONG = "/mnt/models/" + "a-long-directory-name/" * 4 + "Llama-3.1-8B-Instruct-with-a-long-ending-FP8"
 assert len(LONG) > 100
 COMMANDS = (
-    *("serve", "status", "watch", "unload", "generations", "rollback", "stop", "upgrade", "verify", "metrics"),
-    *("doctor", "completion"),
+    *("serve", "status", "watch", "unload", "generations", "rollback", "advance", "stop", "upgrade", "verify"),
+    *("metrics", "doctor", "completion"),
 )
 WITHIN_S = 90
 
@@ -181,6 +181,9 @@ CASES = [
     Case("rollback-missing", ("rollback", "3f2a91c0", "--to", "4"), "full", fits=False),
     Case("rollback-none", ("rollback", "9b1c22d0"), "full", fits=False),
     Case("rollback-parked", ("rollback", "org/parked"), "full", fits=False),
+    Case("advance-gone", ("advance", "m", "--engine", "http://127.0.0.1:1"), fits=False),
+    Case("advance-url", ("advance", "m", "--engine", "127.0.0.1:1"), fits=False),
+    Case("advance-which", ("advance", "m"), fits=False),
     Case("unload-which", ("unload",), "full", fits=False),
     *(
         Case(f"{name}-nothing", (name, *more), fits=False)

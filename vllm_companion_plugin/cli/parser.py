@@ -46,6 +46,10 @@ EXAMPLES = {
         ("vllm-companion rollback Qwen3-8B", "to the one that was current before it was written"),
         ("vllm-companion rollback Qwen3-8B --to 4", "to that generation, older or newer"),
     ),
+    "advance": (
+        ("vllm-companion advance Qwen3-8B --engine http://a:8000 --engine http://b:8000", "to what is current"),
+        ("vllm-companion advance Qwen3-8B --to 4 --engine http://a:8000", "to that generation, older or newer"),
+    ),
     "stop": (("vllm-companion stop --device 0", "end the companion of the first GPU"),),
     "upgrade": (("pip install -U vllm-companion-plugin && vllm-companion upgrade", "engines serve all the while"),),
     "verify": (
@@ -193,6 +197,23 @@ def make_parser() -> Parser:
     )
     selection(rollback, required=True)
     rollback.add_argument("--to", type=int, metavar="GEN", help="its number, as `generations` shows it")
+    advance = command(
+        "advance",
+        "Have running engines take the current weights of MODEL, all of them or none.",
+        description="Have running engines take the current generation of the weights of MODEL, or another one. All of "
+        "them prepare while they serve; then they pause, switch and go on with their requests. If one cannot, all keep "
+        "what they have. Engines need VLLM_SERVER_DEV_MODE=1. Prints what each engine has. Exit status 0: all have "
+        "these weights.",
+        device=False,
+    )
+    advance.add_argument("model", metavar="MODEL", help="its name, or the last parts of it")
+    advance.add_argument(
+        "--engine", metavar="URL", action="append", required=True, help="base URL of a `vllm serve`; may be repeated"
+    )
+    advance.add_argument("--to", type=int, metavar="GEN", default=0, help="its number, as `generations` shows it")
+    advance.add_argument(
+        "--keep-caches", action="store_true", help="let what older weights computed answer for the new ones"
+    )
     command("stop", "End companions; attached engines keep serving.", "runtime_dir")
     command(
         "upgrade",
