@@ -221,6 +221,8 @@ class ObjectEngine(Engine):
 
 def engine_of(named: Any, loop: asyncio.AbstractEventLoop | None) -> Engine:
     """An engine by its URL, or by an object. Raises `SettingsError` if it is neither."""
+    if isinstance(named, Engine):
+        return named
     return HttpEngine(named) if isinstance(named, str) else ObjectEngine(named, loop)
 
 
