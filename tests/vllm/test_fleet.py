@@ -31,7 +31,7 @@ BLOCK = 32
 PROMPT = [1 + number % 97 for number in range(2 * BLOCK + 5)]
 LENGTH = 1024
 RUNNING = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-STARTED = 600
+STARTED = 900
 """Tokens of a request that is in flight while engines switch."""
 
 
@@ -146,11 +146,11 @@ def test_servers_switch_together_with_requests_in_flight_and_back(
     assert loaded != one
 
     client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
-    started = first.stream(PROMPT[:4], STARTED)
-    answer = next(started)
     with client.update(model, version="step-1") as new:
         new.load(load_file(checkpoint / "model.safetensors"))
     assert second.tokens() == loaded
+    started = first.stream(PROMPT[:4], STARTED)
+    answer = next(started)
     report = client.advance(model, [first.url, second.url])
     assert first.running() == 1
     assert [(each.state, each.version) for each in report.engines] == [("new", "step-1")] * 2

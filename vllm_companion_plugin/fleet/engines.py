@@ -216,7 +216,8 @@ class ObjectEngine(Engine):
             raise NotDone(Answer.SILENT, f"no answer to {name} within {timeout_s:g} s") from error
         except Exception as error:
             is_dead = any(base.__name__ in DEAD for base in type(error).__mro__)
-            raise NotDone(Answer.GONE if is_dead else Answer.REFUSED, f"{name}: {error}") from error
+            why = f"{name}: {_text(str(error) or type(error).__name__)}"
+            raise NotDone(Answer.GONE if is_dead else Answer.REFUSED, why) from error
 
 
 def engine_of(named: Any, loop: asyncio.AbstractEventLoop | None) -> Engine:
