@@ -65,6 +65,10 @@ class Filling:
         self.infos = _by_name(manifest)
         self.sources = sources_from_bytes(manifest.sources)
 
+    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raise as `load` for what does not fit, all of it. Nothing is read: tensors on the meta device will do."""
+        self._check(weights)
+
     def load(self, weights: Weights) -> int:
         """Write tensors by name, a checkpoint's or the model's; how many. They may be changed afterwards.
 

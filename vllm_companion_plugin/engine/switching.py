@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from vllm.logger import init_logger
@@ -21,7 +21,7 @@ class Switch:
 
     Args:
         models: of one engine.
-        generations: by model, as its users name it; 0, or a model that is left out: the current one.
+        generations: by model, as its users name it, or by id of its key; the current one if it is 0, or left out.
 
     Raises:
         CompanionError: one of them cannot advance, as of `Attachment.prepare`.
@@ -31,7 +31,8 @@ class Switch:
         self._steps: list[tuple[LiveModel, Prepared]] = []
         with ExitStack() as undo:
             for model in models:
-                number = generations.get(model.attachment.model, 0)
+                attachment = model.attachment
+                number = generations.get(attachment.held.key.id, generations.get(attachment.model, 0))
                 prepared = model.attachment.prepare(number, model.settings)
                 undo.callback(prepared.close)
                 self._steps.append((model, prepared))
@@ -47,10 +48,13 @@ class Switch:
         """How whoever wrote them calls these generations, by model and role; empty: a checkpoint."""
         return {_title(model): prepared.held.published.version for model, prepared in self._steps}
 
-    def carry_out(self) -> dict[str, int]:
+    def carry_out(self, confirm: Callable[[], None] | None = None) -> dict[str, int]:
         """Map all of them. Nothing may use the models meanwhile.
 
         What was computed with the weights of before (prefix cache) is the caller's to reset.
+
+        Args:
+            confirm: called when all are mapped; if it raises, all are as they were.
 
         Returns:
             The generation of each, by model and role.
@@ -66,6 +70,8 @@ class Switch:
                 unused.callback(back.close)
                 undo.callback(_go_back, model, back)
                 _advance(model, prepared)
+            if confirm is not None:
+                confirm()
             undo.pop_all()
         return {_title(model): model.attachment.generation for model, _ in self._steps}
 

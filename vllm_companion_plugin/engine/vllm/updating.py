@@ -53,9 +53,7 @@ def companion_switch(self: Any) -> dict[str, int]:
     if (switch := current().take_switch()) is None:
         raise BadRequestError("Nothing is prepared here to switch to.", remedy="Call companion_prepare first.")
     found = switch.carry_out()
-    for name in ("reset_encoder_cache", "reset_mm_cache"):
-        if (reset := getattr(self.model_runner, name, None)) is not None:
-            reset()
+    reset_caches(self.model_runner)
     return found
 
 
@@ -68,3 +66,10 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
     """`companion_prepare` and `companion_switch`, with what they take, return and raise."""
     companion_prepare(self, generations)
     return companion_switch(self)
+
+
+def reset_caches(model_runner: Any) -> None:
+    """Forget what a worker itself has computed with the weights of before."""
+    for name in ("reset_encoder_cache", "reset_mm_cache"):
+        if (reset := getattr(model_runner, name, None)) is not None:
+            reset()
