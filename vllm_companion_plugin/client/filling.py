@@ -65,10 +65,6 @@ class Filling:
         self.infos = _by_name(manifest)
         self.sources = sources_from_bytes(manifest.sources)
 
-    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Raise as `load` for what does not fit, all of it. Nothing is read: tensors on the meta device will do."""
-        self._check(weights)
-
     def load(self, weights: Weights) -> int:
         """Write tensors by name, a checkpoint's or the model's; how many. They may be changed afterwards.
 
@@ -85,7 +81,7 @@ class Filling:
             weights = {**dict(weights.named_parameters()), **buffers}
         checked = isinstance(weights, Mapping)
         if isinstance(weights, Mapping):
-            self._check(weights.items())
+            self.check(weights.items())
             weights = weights.items()
         names: set[str] = set()
         try:
@@ -96,7 +92,7 @@ class Filling:
                 gather = getattr(shard, "full_tensor", None)
                 tensor = shard if gather is None else gather()  # of FSDP: all ranks take part
                 if not checked or tensor is not shard:
-                    self._check([(name, tensor)])
+                    self.check([(name, tensor)])
                 self._load(name, tensor.detach())
         finally:
             self._flush()
@@ -118,7 +114,8 @@ class Filling:
         else:
             self._write(self.infos[name], tensor)
 
-    def _check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raise `BadRequestError` for what does not fit, all of it. Tensors on the meta device will do."""
         problems = [text for name, tensor in weights if (text := self._problem(name, tensor))]
         if problems:
             rest = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.client.update import Update
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.status import EntryState
+from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.engine.register import register
 from vllm_companion_plugin.engine.vllm.sharing import TRANSFER_BACKEND
 from vllm_companion_plugin.engine.vllm.transfer.engines import Engines
@@ -55,6 +55,22 @@ class CompanionTrainerInitInfo(TrainerInitInfo):
     settings: Given = field(default_factory=lambda: Given())
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What this process has written of one entry: its generation, and the one that was current before."""
+
+    companion: CompanionClient
+    key: EntryKey
+    before: int
+    generation: int
+
+    def make_current(self) -> None:
+        self.companion.make_current(self.key.model, self.generation, key_id=self.key.id, base=self.before)
+
+    def take_back(self) -> None:
+        self.companion.make_current(self.key.model, self.before, key_id=self.key.id, base=self.generation)
+
+
 class CompanionTrainer(TrainerWeightTransferEngine):
     """One process of a trainer; made by `WeightTransferTrainerFactory.trainer_init`.
 
@@ -83,6 +99,8 @@ class CompanionTrainer(TrainerWeightTransferEngine):
         self._companions = [CompanionClient(device, **init_info.settings) for device in devices]
         self._key_ids = init_info.key_ids
         self._count = 0
+        self._own: list[_Written] = []
+        self._is_taken_back = False
         self.written: dict[str, dict[str, int]] = {}
         self.version = ""
 
@@ -129,24 +147,30 @@ class CompanionTrainer(TrainerWeightTransferEngine):
         """
         self._count += 1
         version = version or f"update-{self._count}"
-        updates: dict[tuple[str, str], Update] = {}
+        begun: list[tuple[CompanionClient, EntryStatus, Update]] = []
         with ExitStack() as open_updates:
             with _on_all_ranks():
                 for companion in self._companions:
-                    for key in self._entries_of(companion):
-                        updates[companion.device, key.id] = open_updates.enter_context(
-                            companion.update(self._model, version, role=key.role, key_id=key.id, name="trainer")
+                    for entry in self._entries_of(companion):
+                        key = entry.key
+                        writing = companion.update(
+                            *(self._model, version), role=key.role, key_id=key.id, base=entry.generation, name="trainer"
                         )
-                for update in updates.values():
+                        begun.append((companion, entry, open_updates.enter_context(writing)))
+                for _, _, update in begun:
                     update.check(_described(self.source))
             with _on_all_ranks():
-                _fill(list(updates.values()), _checked(self.source))
+                _fill([update for _, _, update in begun], _checked(self.source))
             with _on_all_ranks():
                 open_updates.close()  # which commits
+        self._own = [
+            _Written(companion, entry.key, entry.generation, update.generation) for companion, entry, update in begun
+        ]
+        self._is_taken_back = False
         written: dict[str, dict[str, int]] = {}
-        for generations in _of_all_ranks({place: update.generation for place, update in updates.items()}):
-            for (device, key_id), number in generations.items():
-                written.setdefault(device, {})[key_id] = number
+        for own in _of_all_ranks([(each.companion.device, each.key.id, each.generation) for each in self._own]):
+            for device, key_id, generation in own:
+                written.setdefault(device, {})[key_id] = generation
         self.written, self.version = written, version
 
     def switch_engines(self) -> None:
@@ -157,33 +181,47 @@ class CompanionTrainer(TrainerWeightTransferEngine):
 
         Raises:
             BadRequestError: nothing has been written.
-            UpdateRefusedError: an engine cannot prepare, and none has changed; or cannot switch, and the message says
-                which. What was written stays current, and this may be called again.
+            UpdateRefusedError: an engine cannot prepare: none has changed, and what was current before is so again. Or
+                one cannot switch; the message says which. This may be called again, as long as companions hold what
+                was written.
         """
         with _on_all_ranks():
             if not self.written:
                 raise BadRequestError(f"No weights of {self._model} have been written.")
+            for own in self._own if self._is_taken_back else ():
+                own.make_current()
+        self._is_taken_back = False
+        try:
+            with _on_all_ranks():
+                if self.is_sender:
+                    self._engines.start_weight_update()
+                    self._engines.update_weights({"generations": self.written, "version": self.version})
+        except UpdateRefusedError:
+            # An engine that starts or wakes would have other weights than those that serve.
+            self._is_taken_back = True
+            for own in self._own:
+                own.take_back()
+            raise
+        with _on_all_ranks():
             if self.is_sender:
-                self._engines.start_weight_update()
-                self._engines.update_weights({"generations": self.written, "version": self.version})
                 self._engines.finish_weight_update(self.version)
 
-    def _entries_of(self, companion: CompanionClient) -> list[EntryKey]:
+    def _entries_of(self, companion: CompanionClient) -> list[EntryStatus]:
         status = companion.status()
-        keys = [
-            entry.key
+        found = [
+            entry
             for entry in status.entries
             if (entry.key.model, entry.key.role) == (self._model, "target")
             and entry.state in (EntryState.READY, EntryState.PARKED)
             and (not self._key_ids or entry.key.id in self._key_ids)
         ]
-        if not keys:
+        if not found:
             held = ", ".join(f"{entry.key.title} ({entry.state.value})" for entry in status.entries) or "nothing"
             raise EntryNotFoundError(
                 f"The companion of {companion.device} has no weights of {self._model}; it has {held}.",
                 remedy="Start an engine with --load-format companion first.",
             )
-        return keys
+        return found
 
 
 def _described(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
