@@ -171,6 +171,14 @@ class UpdateError(CompanionError):
     grpc_status = "ABORTED"
 
 
+class UpdateRefusedError(CompanionError):
+    """Engines did not take new weights. They go on with those that they have."""
+
+    code = "update_refused"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
 class SharedWeightsError(CompanionError):
     """Something would write to weights that other processes use, and the setting `on_write` refuses that."""
 

@@ -171,8 +171,10 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
 def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> None:
     plain = SimpleNamespace(parallel_config=SimpleNamespace(), speculative_config=None)
     assert sharing.must_own_reason(plain) is None
-    plain.weight_transfer_config = object()
+    plain.weight_transfer_config = SimpleNamespace(backend="nccl")
     assert decide.settings_for(plain, resolve()).share == "copy"
+    plain.weight_transfer_config.backend = "companion"  # which maps new weights
+    assert decide.settings_for(plain, resolve()).share != "copy"
 
 
 def test_formats_that_all_ranks_read_together_are_not_used_by_several() -> None:

@@ -310,11 +310,12 @@ class CompanionClient:
         return await fleet.advance_async(engines, {model: generation}, clear_caches=clear_caches)
 
     def make_current(
-        self, model: str, generation: int, *, rank: str = "", role: str = "", base: int = 0
+        self, model: str, generation: int, *, rank: str = "", role: str = "", key_id: str = "", base: int = 0
     ) -> tuple[EntryStatus, ...]:
         """Make another generation of `model` the one that clients get: the way back. Nobody is moved.
 
         Args:
+            key_id: of one of several loads of the model, from `status`.
             base: the generation that must be current now; 0: whichever.
 
         Raises:
@@ -322,7 +323,7 @@ class CompanionClient:
             StaleError: another generation than `base` is current.
         """
         with self._connect() as connection:
-            return connection.make_current(generation, model=model, rank=rank, role=role, base=base)
+            return connection.make_current(generation, model=model, rank=rank, role=role, key_id=key_id, base=base)
 
 
 def device_name(device: str | torch.device | None) -> str:

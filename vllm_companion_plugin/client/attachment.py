@@ -514,8 +514,10 @@ class Attachment:
 
     def check_can_advance(self) -> None:
         """Raise `ArenaError` if this sleeps, or has memory of its own."""
-        if self._asleep or self._is_private:
-            raise ArenaError(f"{self.label} {'sleeps' if self._asleep else 'is private'}, so it cannot advance.")
+        if self._asleep:
+            raise ArenaError(f"{self.label} sleeps, so it cannot advance.", remedy="Wake the engine first.")
+        if self._is_private:
+            raise ArenaError(f"{self.label} is private, so it cannot advance.", remedy="Start the engine anew.")
 
     def way_back(self) -> Prepared:
         """What is mapped now, to advance to after something else. Raises `ArenaError` as `check_can_advance`."""

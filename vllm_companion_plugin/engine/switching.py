@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from vllm.logger import init_logger
@@ -23,7 +23,8 @@ class Switch:
 
     Args:
         models: of one engine.
-        generations: by the name of the model, or the last parts of it; 0, or a model that is left out: the current one.
+        generations: by id of the model's key, or by its name, or the last parts of that; the current one if it is 0, or
+            left out.
 
     Raises:
         EntryNotFoundError: `generations` names a model that is none of these.
@@ -58,12 +59,13 @@ class Switch:
         """What each maps now, by model and role."""
         return {_title(model): model.attachment.held for model, _ in self._steps}
 
-    def carry_out(self, *, keep_ways_back: bool = False) -> dict[str, int]:
+    def carry_out(self, confirm: Callable[[], None] | None = None, *, keep_ways_back: bool = False) -> dict[str, int]:
         """Map all of them. Nothing may use the models meanwhile.
 
         What was computed with the weights of before (prefix cache) is the caller's to reset.
 
         Args:
+            confirm: called when all are mapped; if it raises, all are as they were.
             keep_ways_back: keep the memory of before until `close`, for `go_back`.
 
         Returns:
@@ -80,6 +82,8 @@ class Switch:
                 self._ways_back.append((model, back))
                 undo.callback(_go_back, model, back)
                 _advance(model, prepared)
+            if confirm is not None:
+                confirm()
             undo.pop_all()
             if keep_ways_back:
                 unused.pop_all()
@@ -104,7 +108,8 @@ class Switch:
 
 
 def _is_called(model: LiveModel, name: str) -> bool:
-    return f"/{model.attachment.model}".endswith(f"/{name.lstrip('/')}")
+    attachment = model.attachment
+    return name == attachment.held.key.id or f"/{attachment.model}".endswith(f"/{name.lstrip('/')}")
 
 
 def _check_names(models: list[LiveModel], generations: Mapping[str, int]) -> None:

@@ -168,6 +168,24 @@ LOADER = Patch(
     link="vllm/model_executor/model_loader/__init__.py: register_model_loader",
     undo=_ENDS,
 )
+TRANSFER = Patch(
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine",
+    "engine.register",
+    How.HOOKED,
+    Lifetime.IMPORT,
+    reason='`--weight-transfer-config \'{"backend": "companion"}\'` is known.',
+    link="vllm/distributed/weight_transfer/factory.py: WeightTransferEngineFactory",
+    undo=_ENDS,
+)
+TRANSFER_OF_TRAINER = Patch(
+    "vllm.distributed.weight_transfer.factory:WeightTransferTrainerFactory.register_engine",
+    "engine.register",
+    How.HOOKED,
+    Lifetime.IMPORT,
+    reason="The same, of a trainer.",
+    link="vllm/distributed/weight_transfer/factory.py: WeightTransferTrainerFactory",
+    undo=_ENDS,
+)
 ENGINE_CONFIG = Patch(
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     "engine.vllm.naming",

@@ -43,9 +43,7 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
     session = current()
     session.prepare_switch(generations or {})
     found = _taken().carry_out()
-    for name in ("reset_encoder_cache", "reset_mm_cache"):
-        if (reset := getattr(self.model_runner, name, None)) is not None:
-            reset()
+    reset_caches(self.model_runner)
     return found
 
 
@@ -78,6 +76,13 @@ def companion_forget(self: Any) -> dict[str, Any]:
     """What was prepared is not wanted, and neither is the way back. Idempotent."""
     current().forget_switch()
     return done_answer()
+
+
+def reset_caches(model_runner: Any) -> None:
+    """Forget what a worker itself has computed with the weights of before."""
+    for name in ("reset_encoder_cache", "reset_mm_cache"):
+        if (reset := getattr(model_runner, name, None)) is not None:
+            reset()
 
 
 def _answered(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
