@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from multiprocessing import Pipe
@@ -327,6 +328,17 @@ def in_turns(report: Report, paths: list[Path], turns: int) -> None:
             each.end()
 
 
+def make(out: Path, models: dict[Path, tuple[int, int]]) -> None:
+    """Checkpoints of so many layers, from a seed, where there are none yet."""
+
+    def one(path: Path) -> None:
+        if not (path / "config.json").exists():
+            matrix.fork(lambda: gpu_acceptance.make_model(path, *models[path]), out / "make.log")
+
+    with ThreadPoolExecutor() as executor:
+        list(executor.map(one, models))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -342,15 +354,7 @@ def main() -> None:
     root = Path(tempfile.gettempdir())
     model, other = root / "m8b", root / "m8b-other"
     paths = [root / f"m4b-{number}" for number in range(3)]
-    made = [
-        (model, args.layers, 0),
-        (other, args.layers, 1),
-        *((path, args.layers // 2, 2 + n) for n, path in enumerate(paths)),
-    ]
-    for path, layers, seed in made:
-        if not (path / "config.json").exists():
-            shutil.rmtree(path, ignore_errors=True)
-            matrix.fork(lambda p=path, n=layers, s=seed: gpu_acceptance.make_model(p, n, s), args.out / "make.log")
+    make(args.out, {model: (args.layers, 0), other: (args.layers, 1)})
     found = {way: pair(report, model, other, way) for way in ("companion", "auto") if way in args.only}
     if len(found) == 2:
         ours, theirs = found["companion"], found["auto"]
@@ -358,6 +362,9 @@ def main() -> None:
     if "stay" in args.only:
         staying(report, model)
     if "turns" in args.only:
+        for path in (model, other):  # the disk is small
+            shutil.rmtree(path)
+        make(args.out, {path: (args.layers // 2, 2 + number) for number, path in enumerate(paths)})
         in_turns(report, paths, args.turns)
     matrix.fork(lambda: matrix.look.stop_all(resolve({})), args.out / "stop.log")
 

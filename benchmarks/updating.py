@@ -46,9 +46,12 @@ class Rollout(sleeping.Engine):
         """Milliseconds of a call to the worker."""
         self.synchronize()
         started = time.perf_counter()
-        self.llm.collective_rpc(name, args=args)
+        answers = self.llm.collective_rpc(name, args=args)
         self.synchronize()
-        return round((time.perf_counter() - started) * 1000, 2)
+        took = round((time.perf_counter() - started) * 1000, 2)
+        if any("error" in (answer or {}) for answer in answers):
+            raise RuntimeError(f"{name}: {answers}")
+        return took
 
     def switch(self, generations: dict[str, int] | None = None) -> dict[str, Any]:
         """With eight requests in flight, which end afterwards."""
@@ -60,6 +63,7 @@ class Rollout(sleeping.Engine):
         found = {
             "prepare_ms": self.rpc("companion_prepare", generations or {}),
             "switch_ms": self.rpc("companion_switch"),
+            "forget_ms": self.rpc("companion_forget"),
             "ended": 0,
         }
         while engine.has_unfinished_requests():
