@@ -18,7 +18,7 @@ from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.handing import Giving, Taking
 from vllm_companion_plugin.errors import ArenaError, BadRequestError, ManifestError, UpdateError, WaitTimeoutError
 from vllm_companion_plugin.memory.descriptors import Descriptors
-from vllm_companion_plugin.wire.handover import MOST_PIECES, Channel, Piece
+from vllm_companion_plugin.wire.handover import Channel, Piece
 
 CPU = torch.device("cpu")
 PAGE = memory.granularity(memory.MEMFD, None)
@@ -94,13 +94,14 @@ class TestTensors:
         assert hands.arenas > large.nbytes // PAGE
         assert open_fds() == before
 
-    def test_many_small_ones_take_several_packets(self, pair: Pair) -> None:
-        hands = Hands(pair, 1 << 20)
-        for number in range(2 * MOST_PIECES + 1):
-            hands.giving.add(f"{'layer.' * 100}{number}", torch.tensor(number))
+    @pytest.mark.parametrize("name", ["", "layer." * 100, "\u00fc" * 50])
+    def test_many_small_ones_take_several_packets(self, pair: Pair, name: str) -> None:
+        hands, count = Hands(pair, 4 << 20), 1200
+        for number in range(count):
+            hands.giving.add(f"{name}{number}", torch.full((1, 1, 1, 1), number))
         hands.giving.flush()
-        assert [int(tensor) for _, tensor in hands.taken] == list(range(2 * MOST_PIECES + 1))
-        assert hands.arenas > 2
+        assert [(found, int(tensor)) for found, tensor in hands.taken] == [(f"{name}{n}", n) for n in range(count)]
+        assert hands.arenas > 1
 
     def test_forgotten_ones_leave_nothing(self, pair: Pair) -> None:
         before = open_fds()
