@@ -94,7 +94,7 @@ class TestTensors:
         assert hands.arenas > large.nbytes // PAGE
         assert open_fds() == before
 
-    @pytest.mark.parametrize("name", ["", "layer." * 100, "\u00fc" * 50])
+    @pytest.mark.parametrize("name", ["", "layer." * 100, "\u00fc" * 50], ids=["short", "long", "escaped"])
     def test_many_small_ones_take_several_packets(self, pair: Pair, name: str) -> None:
         hands, count = Hands(pair, 4 << 20), 1200
         for number in range(count):
@@ -122,6 +122,7 @@ class TestBadPieces:
             (Piece("a", "float32", (PAGE,), 0, 256, PAGE), ManifestError),  # more than the arena has
             (Piece("a", "nothing", (4,), 0, 0, 16), ManifestError),
         ],
+        ids=["gap", "beyond the tensor", "negative", "beyond the arena", "dtype"],
     )
     def test_are_refused(self, pair: Pair, piece: Piece, error: type[Exception]) -> None:
         before = open_fds()
