@@ -114,6 +114,7 @@ def test_only_settings_reads_the_environment_of_the_project() -> None:
     [
         f"import {PACKAGE}",
         f"import {PACKAGE}.client.connection",
+        f"import {PACKAGE}.fleet",
         f"import {PACKAGE}.holder.process",
         f"import {PACKAGE}.cli.main",
         f"from {PACKAGE}.engine.register import register; register(); register()",

@@ -7,7 +7,7 @@ and `grpc_status`, the gRPC status it travels under. This table is the only mapp
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class CompanionError(Exception):
@@ -171,6 +171,14 @@ class UpdateError(CompanionError):
     grpc_status = "ABORTED"
 
 
+class UpdateRefusedError(CompanionError):
+    """Engines did not take new weights. They go on with those that they have."""
+
+    code = "update_refused"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
 class SharedWeightsError(CompanionError):
     """Something would write to weights that other processes use, and the setting `on_write` refuses that."""
 
@@ -212,6 +220,21 @@ class ParityError(CompanionError):
         super().__init__(what)
         self.where = where
         self.here = here
+
+
+class FleetError(CompanionError):
+    """Engines that were to switch together did not all do so. The report says what each of them has.
+
+    Attributes:
+        report: a `fleet.FleetReport`.
+    """
+
+    code = "fleet"
+    grpc_status = "ABORTED"
+
+    def __init__(self, what: str = "", *, remedy: str = "", report: Any = None) -> None:
+        super().__init__(what, remedy=remedy)
+        self.report = report
 
 
 class EngineVersionError(CompanionError):

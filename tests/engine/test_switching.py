@@ -107,3 +107,36 @@ def test_what_is_not_carried_out_is_let_go(models: list[LiveModel]) -> None:
     assert descriptors() > before
     switch.close()
     assert descriptors() == before
+
+
+def test_all_go_back_to_what_is_mapped_no_more(models: list[LiveModel], client: CompanionClient) -> None:
+    """The memory of before is kept for that, even if the companion has let it go, and no longer than that."""
+    before = descriptors()
+    switch = Switch(models, {})
+    switch.carry_out(keep_ways_back=True)
+    with client.update(MODEL, version="twos") as new:
+        new.load({"embed.weight": torch.full((64, 16), 2, dtype=torch.bfloat16)})
+    assert values(models) == [1, 1]
+    switch.go_back()
+    assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
+    switch.go_back()
+    assert values(models) == [0, 0]
+    until(lambda: descriptors() == before, 5, "nothing stays open")
+
+
+def test_nothing_goes_back_that_was_not_switched(models: list[LiveModel]) -> None:
+    before = descriptors()
+    switch = Switch(models, {})
+    switch.go_back()
+    assert (values(models), descriptors()) == ([0, 0], before)
+
+
+@pytest.mark.parametrize("name", [MODEL, "model", "/model"])
+def test_a_model_is_found_by_its_name_or_the_end_of_it(models: list[LiveModel], name: str) -> None:
+    assert set(Switch(models, {name: SECOND}).targets.values()) == {SECOND}
+
+
+@pytest.mark.parametrize("name", ["odel", "other/model", ""])
+def test_a_name_that_no_model_has_is_refused(models: list[LiveModel], name: str) -> None:
+    with pytest.raises(EntryNotFoundError, match="Its models of a companion: test/model"):
+        Switch(models, {name: SECOND})

@@ -18,7 +18,9 @@ import termios
 import traceback
 
 from vllm_companion_plugin.cli import (  # noqa: F401 - imported once, for all forks
+    advance,
     completion,
+    generations,
     look,
     main,
     metrics,

@@ -31,6 +31,7 @@ from vllm_companion_plugin.core.status import (
     CompanionStatus,
     EntryState,
     EntryStatus,
+    GenerationStatus,
     LeaseState,
     LeaseStatus,
     LoaderInfo,
@@ -48,7 +49,10 @@ LOCALES: dict[str, dict[str, str]] = {
 }
 LONG = "/mnt/models/" + "a-long-directory-name/" * 4 + "Llama-3.1-8B-Instruct-with-a-long-ending-FP8"
 assert len(LONG) > 100
-COMMANDS = ("serve", "status", "watch", "unload", "stop", "upgrade", "verify", "metrics", "doctor", "completion")
+COMMANDS = (
+    *("serve", "status", "watch", "unload", "generations", "rollback", "advance", "stop", "upgrade", "verify"),
+    *("metrics", "doctor", "completion"),
+)
 WITHIN_S = 90
 
 
@@ -60,22 +64,51 @@ def entry(id: str, model: str, *pids: int, **changes: Any) -> EntryStatus:
         *(EntryState.READY, 1, 16_395_304_960, 291, "memfd", 1_760_000_000.0, 3.4, None, leases),
     )
     key = replace(made.key, **{name: changes.pop(name) for name in ("rank", "role", "fields") if name in changes})
+    if made.state is changes.get("state", EntryState.READY):
+        changes.setdefault("generations", (GenerationStatus(1, "", now - 4000, made.size_bytes, True, pids),))
     return replace(made, key=key, **changes)
 
 
-def statuses() -> CompanionStatus:
-    """Two loads of one model, equal ends, a rank, a draft, a variant, Unicode, a long path, a load, one unloaded."""
+def generations(*numbers: int, pids: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
+    """What an entry has of these, of which the last one is current; the second one has a version that is long."""
     now = time.time()
+    some = [
+        GenerationStatus(
+            *(
+                number,
+                f"step-{number - 1}" + "-of-a-long-experiment" * (index == 1),
+                now - 12 * 60 ** (len(numbers) - index),
+            ),
+            *(16_395_304_960, number == numbers[-1], pids.get(number, ()), numbers[index - 1] if index else 0),
+        )
+        for index, number in enumerate(numbers)
+    ]
+    return {"generation": some[-1].number, "version": some[-1].version, "generations": tuple(some)}
+
+
+def statuses() -> CompanionStatus:
+    """Two loads of one model, equal ends, a rank, a draft, a variant, Unicode, a long path, a load, one unloaded.
+
+    One has what a trainer wrote, and one that sleeps, too.
+    """
+    now = time.time()
+    written = generations(1, 5, 6, pids={1: (4712,), 6: (4711,)})
+    sleeps = LeaseStatus(4716, "vLLM 0.33.0", LeaseState.ASLEEP, now - 60)
     loader = LoaderInfo(5120, "vLLM 0.33.0", now - 754, Progress("loading", 6 << 30, 15 << 30), now)
     waiting = LeaseStatus(5121, "vLLM 0.33.0", LeaseState.WAITING, now - 600)
     return CompanionStatus(
         *("cpu", 4102, "0.1.0", PROTOCOL_VERSION, 1_760_000_000.0, 600.0, 0.0),
         (
-            entry("3f2a91c0", "Qwen/Qwen3-8B", 4711, 4712),
+            entry("3f2a91c0", "Qwen/Qwen3-8B", 4711, 4712, **written),
             entry("9b1c22d0", "Qwen/Qwen3-8B", 4713, fields={"dtype": "float16"}),
             entry("3f2a91c1", "Qwen/Qwen3-8B", fields={"dtype": "bfloat16", "variant": "scale is 5"}),
             entry("b81e07aa", LONG, *range(6000, 6009), rank="tp0/2"),
             entry("c0ffee00", "/models/a/llama", expires_at_unix_s=now + 11_250),
+            entry(
+                *("faded000", "org/parked"),
+                **{"state": EntryState.PARKED, "leases": (sleeps,), "version": "step-1", "host_bytes": 16_395_304_960},
+                ready_unix_s=now - 7200,
+            ),
             entry("c0ffee01", "/models/b/llama", 4714, state=EntryState.RETIRED, size_bytes=310 << 20),
             entry("d00dfeed", "org/模型-8B", 4715, role="draft", size_bytes=5 << 10),
             entry(
@@ -102,6 +135,9 @@ class Companion:
         chosen = [e for e in self._status().entries if e.key.id.startswith(request.query.key_id)]
         chosen = [e for e in chosen if request.query.model in ("", e.key.model)]
         return messages.UnloadResponse(unloaded=[codec.entry_status_to_message(e) for e in chosen])
+
+    def MakeCurrent(self, request: Any, context: Any) -> Any:
+        return messages.MakeCurrentResponse()
 
     def __getattr__(self, name: str) -> Any:
         def unexpected(request: Any, context: Any) -> Any:
@@ -136,10 +172,30 @@ CASES = [
     Case("unload", ("unload", "Qwen3-8B"), "full", fits=False),
     Case("unload-id", ("unload", "b81e07aa"), "full", fits=False),
     Case("unload-ambiguous", ("unload", "llama"), "full", fits=False),
+    Case("generations", ("generations",), "full"),
+    Case("generations-json", ("generations", "Qwen3-8B", "--json"), "full", fits=False),
+    Case("generations-missing", ("generations", "nobodys"), "full", fits=False),
+    Case("generations-empty", ("generations",), "empty"),
+    Case("rollback", ("rollback", "3f2a91c0"), "full", fits=False),
+    Case("rollback-to", ("rollback", "3f2a91c0", "--to", "1"), "full", fits=False),
+    Case("rollback-missing", ("rollback", "3f2a91c0", "--to", "4"), "full", fits=False),
+    Case("rollback-none", ("rollback", "9b1c22d0"), "full", fits=False),
+    Case("rollback-parked", ("rollback", "org/parked"), "full", fits=False),
+    Case("advance-gone", ("advance", "m", "--engine", "http://127.0.0.1:1"), fits=False),
+    Case("advance-url", ("advance", "m", "--engine", "127.0.0.1:1"), fits=False),
+    Case("advance-which", ("advance", "m"), fits=False),
     Case("unload-which", ("unload",), "full", fits=False),
     *(
         Case(f"{name}-nothing", (name, *more), fits=False)
-        for name, *more in (["status"], ["watch"], ["unload", "m"], ["stop"], ["upgrade"])
+        for name, *more in (
+            ["status"],
+            ["watch"],
+            ["unload", "m"],
+            ["generations"],
+            ["rollback", "m"],
+            ["stop"],
+            ["upgrade"],
+        )
     ),
     Case("serve-refused", ("serve", "--dtype", "float16"), fits=False),
     Case("serve-setting", ("serve", "--linger-s", "soon", "--device", "cpu"), fits=False),
@@ -208,7 +264,7 @@ def without_chance(text: str, place: Place) -> str:
     text = text.replace(place.settings.runtime_dir, "RUNTIME_DIR").replace(os.path.dirname(sys.executable), "BIN")
     text = re.sub(r"(\d\d:){2}\d\d", "HH:MM:SS", text)
     text = re.sub(rf"(?m)^{re.escape(__version__)}$", "VERSION", text)
-    text = re.sub(r'("since_unix_s": |"expires_at_unix_s": )[\d.]+', r"\1SECONDS", text)
+    text = re.sub(r'("since_unix_s": |"expires_at_unix_s": |"ready_unix_s": )[\d.]+', r"\1SECONDS", text)
     text = re.sub(
         r"(grpcio|protobuf|filelock|vLLM|PyTorch)(: | *\", *\"level\": \"ok\",\n *\"text\": \")[\w.+]+", r"\1\2X", text
     )

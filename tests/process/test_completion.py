@@ -59,12 +59,13 @@ def test_bash_completes(place: Place, words: list[str], found: list[str]) -> Non
 
 
 @pytest.mark.usefixtures("path")
-def test_bash_completes_what_can_be_unloaded(place: Place) -> None:
+def test_bash_completes_ids(place: Place) -> None:
     assert complete(place, "unload", "") == []
     serve(place)
     with connect("cpu", place.settings, spawn=False) as connection:
         publish(connection)
-        assert complete(place, "unload", KEY.id[:2]) == [KEY.id[:8]]
+        for command in ("unload", "generations", "rollback"):
+            assert complete(place, command, KEY.id[:2]) == [KEY.id[:8]]
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh is here")

@@ -85,8 +85,12 @@ def here(place: Place) -> Iterator[Here]:
 
 
 @pytest.fixture
-def companion(place: Place) -> Iterator[subprocess.Popen[str]]:
-    """It holds `Small` with the weights of step 0, which its loader has left."""
+def companion(place: Place) -> subprocess.Popen[str]:
+    return loaded(place)
+
+
+def loaded(place: Place) -> subprocess.Popen[str]:
+    """A companion that holds `Small` with the weights of step 0, which its loader has left."""
     process = place.companion()
     model = Small()
     with torch.no_grad():

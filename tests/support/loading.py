@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.tree.observe import Observation
 
 
@@ -21,5 +22,6 @@ def load_observed(model: nn.Module, config: Any, observation: Observation) -> No
             observation.note_read(name, tensor)
             yield name, tensor
 
-    with patches.MODELS_WEIGHTS.on(model, lambda inner: lambda weights: inner(noting(weights))), observation.watching():
+    noted = patches.MODELS_WEIGHTS.on(model, lambda inner: lambda weights: inner(noting(weights)))
+    with noted, observation.watching(), marked_times():
         get_model_loader(config.load_config).load_weights(model, config.model_config)

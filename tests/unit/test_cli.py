@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from vllm_companion_plugin.cli import look, main, parser, serve, table
+from vllm_companion_plugin.cli import look, main, parser, selecting, serve, table
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.doctor import command as doctor
 from vllm_companion_plugin.cli.doctor import installation, trial
@@ -170,13 +170,13 @@ KEYS = [EntryKey(f"{n}bc" + "0" * 61, name) for n, name in enumerate(["org/m", "
     ],
 )
 def test_unload_takes_the_end_of_a_name_or_the_beginning_of_an_id(word: str, found: tuple[str, str]) -> None:
-    assert look.find(word, KEYS) == found
+    assert selecting.find("unload", word, KEYS) == found
 
 
 @pytest.mark.parametrize(("word", "text"), [("n", "org2/n or org3/n"), ("0bc00", "2 ids begin with 0bc00")])
 def test_unload_asks_which_one(word: str, text: str) -> None:
     with pytest.raises(SettingsError, match=text):
-        look.find(word, [*KEYS, replace(KEYS[0], id="0bc00" + "1" * 59)])
+        selecting.find("unload", word, [*KEYS, replace(KEYS[0], id="0bc00" + "1" * 59)])
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,8 @@ def test_the_json_schema_is_this_one() -> None:
             "checkpoint": "/models/m",
             "state": "ready",
             "generation": 3,
+            "version": None,
+            "generations": [],
             "layout": None,
             "size_bytes": 3 << 29,
             "host_bytes": 0,

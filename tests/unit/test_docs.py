@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vllm_companion_plugin import settings
-from vllm_companion_plugin.cli import exits, table, verify
+from vllm_companion_plugin.cli import exits, generation_table, table, verify
 from vllm_companion_plugin.cli.doctor.check import OK, Check
 from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.core.identity import EntryKey
@@ -15,6 +15,7 @@ from vllm_companion_plugin.core.status import (
     CompanionStatus,
     EntryState,
     EntryStatus,
+    GenerationStatus,
     LeaseState,
     LeaseStatus,
     LoaderInfo,
@@ -73,13 +74,18 @@ def test_json_has_the_fields_that_the_guide_lists() -> None:
     """In `status`, `doctor` and `verify`."""
     loader = LoaderInfo(1, "c", 1.0, Progress("loading"))
     lease = LeaseStatus(1, "c", LeaseState.ATTACHED, 1.0)
-    entry = EntryStatus(EntryKey("ab", "m"), EntryState.LOADING, 1, 0, 0, "", 0.0, 0.0, loader, (lease,))
+    generation = GenerationStatus(1, "v", 1.0, 1, True, ())
+    entry = EntryStatus(
+        EntryKey("ab", "m"), EntryState.LOADING, 1, 0, 0, "", 0.0, 0.0, loader, (lease,), generations=(generation,)
+    )
     [companion] = table.to_json([CompanionStatus("cpu", 1, "v", 1, 1.0, 1.0, 0.0, (entry,))])
     [shown] = companion["entries"]
     assert fields_of("`status --json`") == companion.keys()
     assert fields_of("An entry:") == shown.keys()
     text = (DOCS / "guide" / "cli.md").read_text()
-    for name in ("loader", "leases"):
+    [written] = generation_table.to_json([("cpu", entry)])
+    assert fields_of("`generations --json`") == written.keys()
+    for name in ("loader", "leases", "generations"):
         row = re.search(rf"^\| `{name}` \| (.*) \|$", text, re.MULTILINE)
         inner = shown[name] if name == "loader" else shown[name][0]
         assert row is not None

@@ -173,8 +173,10 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
 def test_an_engine_whose_weights_are_replaced_while_it_serves_owns_them() -> None:
     plain = SimpleNamespace(parallel_config=SimpleNamespace(), speculative_config=None)
     assert sharing.must_own_reason(plain) is None
-    plain.weight_transfer_config = object()
+    plain.weight_transfer_config = SimpleNamespace(backend="nccl")
     assert decide.settings_for(plain, resolve()).share == "copy"
+    plain.weight_transfer_config.backend = "companion"  # which maps new weights
+    assert decide.settings_for(plain, resolve()).share != "copy"
 
 
 def test_formats_that_all_ranks_read_together_are_not_used_by_several() -> None:
@@ -337,8 +339,8 @@ class TestHeadless:
         fields={"model.dtype": '"torch.bfloat16"', "model.quantization": '"fp8"', "cache.cache_dtype": "null"},
     )
 
-    def test_has_the_flags_that_follow_from_the_key(self) -> None:
-        args = flags.parse("update", ["my/model", *processed._flags_of(self.KEY), *processed._SMALL])
+    def test_has_the_flags_that_follow_from_the_key(self, tmp_path: Path) -> None:
+        args = flags.parse("update", [str(tmp_path), *processed._flags_of(self.KEY), *processed._SMALL])
         assert (args.dtype, args.quantization, args.kv_cache_dtype) == ("bfloat16", "fp8", "auto")
 
     def test_loads_no_other_entry(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,5 +348,5 @@ class TestHeadless:
         monkeypatch.setattr(session.current(), "written", self.KEY)
         decide._check_written(self.KEY)
         other = replace(self.KEY, id="cd", fields={**self.KEY.fields, "model.quantization": "null"})
-        with pytest.raises(NotShareableError, match="model.quantization is '\"fp8\"' there and 'null' here.*flags"):
+        with pytest.raises(NotShareableError, match=r"model\.quantization is '\"fp8\"' there and 'null' here.*flags"):
             decide._check_written(other)

@@ -92,6 +92,18 @@ class TestNotes:
         notes.world.registry.decline(notes.world.attach(key("b")), "because")
         assert notes.write() == []
 
+    @pytest.mark.parametrize("comes", [True, False])
+    def test_are_left_of_what_has_not_come_back(self, notes: Notes, comes: bool) -> None:
+        """A client that hangs may map another generation, from the companion before."""
+        for number in (1, 2):
+            notes.world.registry.expect(key(), number)
+        if comes:
+            lease = notes.world.registry.attach(key(), may_load=False, pid=1, client="engine", holds=2)
+            notes.world.registry.deposit(lease, (7, 8))
+            notes.world.registry.commit(lease, ARENA, MANIFEST, SHOWN, 2)
+        notes.world.registry.close()
+        assert sorted(notes.write()) == [("k1", 1), ("k1", 2)]
+
     def test_that_cannot_be_left_are_logged(self, notes: Notes, log: pytest.LogCaptureFixture) -> None:
         """The entry is dropped all the same."""
         notes.error = OSError("Read-only file system")

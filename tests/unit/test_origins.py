@@ -24,6 +24,7 @@ from torch import nn
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import pack
@@ -116,7 +117,7 @@ def publish(
     """Build, load and process under observation, and pack what came of it."""
     model = Model(build, flag)
     observation = Observation(model)
-    with observation.watching():
+    with observation.watching(), marked_times():
         with torch.no_grad():
             for parameter in (*model.first.parameters(), *model.second.parameters()):
                 parameter.data.copy_(checkpoint(0.25)[: parameter.numel()].view_as(parameter))

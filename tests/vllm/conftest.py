@@ -66,6 +66,10 @@ class Engine:
         """Have it advance to the current generations, or to these; what it says, and answers from then on."""
         return self._ask(json.dumps(generations or {}))
 
+    def advance(self, generations: dict[str, int] | None = None) -> dict[str, Any]:
+        """The same, as a fleet of one engine in the process of who asks."""
+        return self._ask(json.dumps({"fleet": generations or {}}))
+
     def _ask(self, line: str) -> dict[str, Any]:
         self.result()
         assert self.process.stdin is not None

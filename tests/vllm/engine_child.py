@@ -91,6 +91,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    from vllm_companion_plugin.fleet import advance
+
     llm = LLM(dtype="float32", enforce_eager=True, max_model_len=128, **options)
     look = reference if options["load_format"] == "auto" else describe
     cache = llm.llm_engine.vllm_config.cache_config
@@ -113,11 +115,15 @@ def main() -> None:
     for line in sys.stdin:
         answer = {}
         if line.strip():
-            try:
-                answer["updated"] = llm.collective_rpc("companion_update", kwargs={"generations": json.loads(line)})
-            except Exception as error:  # of the worker, by whatever way vLLM hands it on
-                answer["refused"] = str(error)
-            assert llm.reset_prefix_cache()
+            asked = json.loads(line)
+            if "fleet" in asked:
+                answer["advanced"] = str(advance([llm], asked["fleet"]))
+            else:
+                try:
+                    answer["updated"] = llm.collective_rpc("companion_update", kwargs={"generations": asked})
+                except Exception as error:  # of the worker, by whatever way vLLM hands it on
+                    answer["refused"] = str(error)
+                assert llm.reset_prefix_cache()
         print("RESULT " + json.dumps(answer | {"tokens": tokens()}), flush=True)
 
 

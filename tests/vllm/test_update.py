@@ -67,6 +67,10 @@ def test_each_engine_has_the_tokens_of_the_weights_that_it_was_told_to_take(
     assert first.tokens_now() == one
     assert first.update()["tokens"] == two
     assert second.update({model: 2})["tokens"] == one
+    advanced = second.advance({model: 3})
+    assert advanced["tokens"] == two
+    assert "has step-2 (generation 3), after a pause of" in advanced["advanced"]
+    assert second.advance({model: 2})["tokens"] == one
     (entry,) = entries(place)
     assert (entry.generation, entry.version) == (3, "step-2")
     assert [(each.number, each.version) for each in entry.generations] == [(2, "step-1"), (3, "step-2")]

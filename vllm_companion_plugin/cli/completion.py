@@ -12,6 +12,7 @@ from vllm_companion_plugin.cli.parser import PROGRAM, Parser, make_parser
 from vllm_companion_plugin.settings import BY_NAME
 
 IDS = f"{PROGRAM} status -q 2>/dev/null"
+TAKE_IDS = ("unload", "generations", "rollback")
 _DIRECTORIES = ("--runtime-dir", "--adapter")
 
 
@@ -56,7 +57,7 @@ _vllm_companion() {{
     esac
     if [[ $current != -* ]]; then
         case ${{COMP_WORDS[1]}} in
-        unload) words=$({IDS}) ;;
+        {"|".join(TAKE_IDS)}) words=$({IDS}) ;;
         completion) words="bash zsh" ;;
         serve|verify) COMPREPLY=($(compgen -d -- "$current")); return ;;
         esac
@@ -111,7 +112,7 @@ def _arguments(name: str, command: Parser) -> str:
             what = "_files -/" if set(action.option_strings) & set(_DIRECTORIES) else f"({words})" if words else ""
             value = f":{action.dest}:{what}"
         specs += [f"'{flag}[{text}]{value}'" for flag in action.option_strings]
-    last = {"unload": f'"*:id:($({IDS}))"', "completion": "'*:shell:(bash zsh)'"}
+    last = {**dict.fromkeys(TAKE_IDS, f'"*:id:($({IDS}))"'), "completion": "'*:shell:(bash zsh)'"}
     if name in ("serve", "verify"):
         specs.append("'*:model:_files -/'")
     specs += [last[name]] if name in last else []

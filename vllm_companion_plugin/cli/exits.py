@@ -24,7 +24,8 @@ MEANING = {
     "says why and what to do.",
     Exit.USAGE: "The command line or a setting is wrong. Nothing was done.",
     Exit.NOT_SHARED: "`verify`: the model cannot be shared, and loads normally.",
-    Exit.NOTHING_RUNS: "No companion runs that could be asked: `status`, `watch`, `unload`, `upgrade`.",
+    Exit.NOTHING_RUNS: "No companion runs that could be asked: `status`, `watch`, `unload`, `generations`, "
+    "`rollback`, `upgrade`.",
     Exit.INTERRUPTED: "Ctrl-C.",
 }
 

@@ -11,15 +11,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
 from vllm_companion_plugin.cli.exits import Exit, NothingRunsError
+from vllm_companion_plugin.cli.selecting import query_of
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.shutdown import shut_down
-from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.status import CompanionStatus
 from vllm_companion_plugin.core.text import one_line, wrapped
@@ -31,7 +31,6 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
 )
 from vllm_companion_plugin.host.locks import is_locked
-from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening, listener_pid
 from vllm_companion_plugin.keeper.client import keeper_pid
@@ -39,8 +38,6 @@ from vllm_companion_plugin.settings import Settings
 
 SUCCESSOR_S = 3.0
 """How long `watch` waits for the companion that follows one that has ended: clients hand back within two seconds."""
-ID_LEAST = 4
-"""How many characters of an id tell it from a name."""
 
 _News = tuple[str, CompanionStatus | CompanionError | KeyboardInterrupt | None]
 """A device with a status of its companion; or, once the companion has ended, with the error or None."""
@@ -66,16 +63,16 @@ def status(parsed: argparse.Namespace) -> int:
         for device, pid in keepers.items():
             if pid:
                 text = f"{device}: keeper {pid} exports the memory. New engines cannot map it if that ends."
-                print("\n".join([text] if parsed.wide else wrapped(text, _columns())))
+                print("\n".join([text] if parsed.wide else wrapped(text, columns_of_output())))
     return code if statuses or code else Exit.NOTHING_RUNS
 
 
 def _text(statuses: list[CompanionStatus], *, wide: bool = False) -> str:
-    columns = None if wide else _columns()
+    columns = None if wide else columns_of_output()
     return table.to_text(statuses, time.time(), columns=columns, encoding=sys.stdout.encoding or "utf-8")
 
 
-def _columns() -> int:
+def columns_of_output() -> int:
     """Return the width of the terminal, or 80 where there is none and `COLUMNS` is not set."""
     return shutil.get_terminal_size((80, 24)).columns
 
@@ -195,16 +192,12 @@ def unload(parsed: argparse.Namespace) -> int:
         for connection in connections:
             connection.check_protocol()
             statuses.append(connection.status())
-        model, key_id = find(parsed.model or "", [entry.key for status in statuses for entry in status.entries])
-        if parsed.key and key_id:
-            raise SettingsError(f"unload: {parsed.model} is an id already.", remedy="Leave out --key.")
+        query = query_of(parsed, statuses)
         found = 0
         missing: EntryNotFoundError | None = None
         for connection in connections:
             try:
-                gone = connection.unload(
-                    model=model, rank=parsed.rank or "", key_id=key_id or parsed.key or "", force=parsed.force
-                )
+                gone = connection.unload(model=query.model, rank=query.rank, key_id=query.key_id, force=parsed.force)
             except EntryNotFoundError as error:
                 missing = error
                 continue
@@ -218,31 +211,6 @@ def unload(parsed: argparse.Namespace) -> int:
             raise missing
         say("Nothing was loaded.")
     return Exit.DONE
-
-
-def find(word: str, keys: Sequence[EntryKey]) -> tuple[str, str]:
-    """Find what `word` names; return the full name of the model, or "" and the digits of an id.
-
-    A full name comes first, then the last parts of a name, then the first characters of an id. A word that names
-    nothing is returned as the name of a model, so that the companion says what it has.
-
-    Raises:
-        SettingsError: several models have that end, or several ids that beginning.
-    """
-    full = model_name(word)
-    models = sorted({key.model for key in keys})
-    if not word or full in models:
-        return full if word else "", ""
-    if ends := [model for model in models if table.ends_with(model, word)]:
-        if len(ends) > 1:
-            raise SettingsError(f"unload: {word} may be {' or '.join(ends)}.", remedy="Name more of it.")
-        return ends[0], ""
-    ids = sorted({key.id for key in keys if key.id.startswith(word)})
-    if len(word) >= ID_LEAST and ids:
-        if len(ids) > 1:
-            raise SettingsError(f"unload: {len(ids)} ids begin with {word}.", remedy="Give more characters of it.")
-        return "", word
-    return full, ""
 
 
 def stop(parsed: argparse.Namespace) -> int:

@@ -55,13 +55,14 @@ def _run(arguments: Sequence[str]) -> int:
         from vllm_companion_plugin.cli import completion
 
         return completion.main(parsed)
-    from vllm_companion_plugin.cli import look, metrics, serve, upgrade, verify
+    from vllm_companion_plugin.cli import advance, generations, look, metrics, serve, upgrade, verify
 
     if parsed.command == "serve":
         return serve.serve(parsed, rest)
     if parsed.command == "verify":
         return verify.main(parsed, rest)
     commands = {"status": look.status, "watch": look.watch, "unload": look.unload, "stop": look.stop}
+    commands |= {"generations": generations.generations, "rollback": generations.rollback, "advance": advance.advance}
     commands |= {"upgrade": upgrade.upgrade, "metrics": metrics.main}
     return commands[parsed.command](parsed)
 

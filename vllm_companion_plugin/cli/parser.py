@@ -38,6 +38,18 @@ EXAMPLES = {
         ("vllm-companion unload 3f2a91c0", "by its id, or the first characters of it"),
         ("vllm-companion unload --all --force", "everything, also while engines use it"),
     ),
+    "generations": (
+        ("vllm-companion generations", "of all models: numbers, versions, which one is current, who maps which"),
+        ("vllm-companion generations Qwen3-8B --json", "for programs"),
+    ),
+    "rollback": (
+        ("vllm-companion rollback Qwen3-8B", "to the one that was current before it was written"),
+        ("vllm-companion rollback Qwen3-8B --to 4", "to that generation, older or newer"),
+    ),
+    "advance": (
+        ("vllm-companion advance Qwen3-8B --engine http://a:8000 --engine http://b:8000", "to what is current"),
+        ("vllm-companion advance Qwen3-8B --to 4 --engine http://a:8000", "to that generation, older or newer"),
+    ),
     "stop": (("vllm-companion stop --device 0", "end the companion of the first GPU"),),
     "upgrade": (("pip install -U vllm-companion-plugin && vllm-companion upgrade", "engines serve all the while"),),
     "verify": (
@@ -142,6 +154,13 @@ def make_parser() -> Parser:
             add_settings(made, *settings)
         return made
 
+    def selection(of: argparse.ArgumentParser, *, required: bool = False) -> None:
+        """Let a command name entries."""
+        name_help = "its name, the end of it, or an id of `status`"
+        of.add_argument("model", nargs=None if required else "?", metavar="MODEL", help=name_help)
+        of.add_argument("--rank", help="only this rank, e.g. tp0/2")
+        of.add_argument("--key", metavar="ID", help="only this load of the model, as MODEL can be an id, too")
+
     command(
         "serve",
         "Run companions in the foreground, and load MODEL into them.",
@@ -159,11 +178,42 @@ def make_parser() -> Parser:
     shapes.add_argument("-q", "--quiet", action="store_true", help="only ids, as `unload` takes them, one a line")
     command("watch", "Show the status at every change, until Ctrl-C.", "runtime_dir")
     unload = command("unload", "Drop a model; attached engines keep what they have mapped.", "runtime_dir")
-    unload.add_argument("model", nargs="?", metavar="MODEL", help="its name, the end of it, or an id of `status`")
-    unload.add_argument("--rank", help="only this rank, e.g. tp0/2")
-    unload.add_argument("--key", metavar="ID", help="only this load of the model, as MODEL can be an id, too")
+    selection(unload)
     unload.add_argument("--force", action="store_true", help="also while engines are attached")
     unload.add_argument("--all", action="store_true", help="every model")
+    generations = command(
+        "generations",
+        "Show the weights that trainers have written: which generation is current, who maps which.",
+        "runtime_dir",
+    )
+    selection(generations)
+    generations.add_argument("--json", action="store_true", help="for programs; docs/guide/cli.md has the schema")
+    rollback = command(
+        "rollback",
+        "Make the generation before the current one current again.",
+        "runtime_dir",
+        description="Make the generation before the current one current again, or another one that is held. Clients "
+        "that attach get it from then on; those that map another one go on with that until they are told to advance.",
+    )
+    selection(rollback, required=True)
+    rollback.add_argument("--to", type=int, metavar="GEN", help="its number, as `generations` shows it")
+    advance = command(
+        "advance",
+        "Have running engines take the current weights of MODEL, all of them or none.",
+        description="Have running engines take the current generation of the weights of MODEL, or another one. All of "
+        "them prepare while they serve; then they pause, switch and go on with their requests. If one cannot, all keep "
+        "what they have. Engines need VLLM_SERVER_DEV_MODE=1. Prints what each engine has. Exit status 0: all have "
+        "these weights.",
+        device=False,
+    )
+    advance.add_argument("model", metavar="MODEL", help="its name, or the last parts of it")
+    advance.add_argument(
+        "--engine", metavar="URL", action="append", required=True, help="base URL of a `vllm serve`; may be repeated"
+    )
+    advance.add_argument("--to", type=int, metavar="GEN", default=0, help="its number, as `generations` shows it")
+    advance.add_argument(
+        "--keep-caches", action="store_true", help="let what older weights computed answer for the new ones"
+    )
     command("stop", "End companions; attached engines keep serving.", "runtime_dir")
     command(
         "upgrade",

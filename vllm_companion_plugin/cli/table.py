@@ -8,7 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, LeaseState, LoaderInfo
+from vllm_companion_plugin.core.status import (
+    CompanionStatus,
+    EntryState,
+    EntryStatus,
+    GenerationStatus,
+    LeaseState,
+    LoaderInfo,
+)
 from vllm_companion_plugin.core.text import columns_of, cut_to, duration, encodable, percent, wrapped
 
 GIB = 1 << 30
@@ -20,7 +27,7 @@ WIDE = (
 """Columns of `status --wide`."""
 _RIGHT = {"PID", "SIZE", "GiB", "TENSORS", "LOAD", "GEN"}
 _LEAST = {"USED BY": 10, "MODEL": 14}
-"""Columns that give way where the table is too wide, in this order, and how narrow they may become."""
+_AWAKE = (LeaseState.ATTACHED, LeaseState.WRITING, LeaseState.PARKING)
 NOBODY = "No companion is running."
 ID_DIGITS = 8
 
@@ -47,7 +54,8 @@ def to_text(
         return "\n".join([aligned(shown), *_notes(statuses, ids, names, now, None, encoding)])
     rows = [HEADINGS]
     rows += [_row(status, entry, ids, names, now) for status, entry in _entries(statuses)]
-    fitted = aligned(_fit([tuple(encodable(cell, encoding) for cell in row) for row in rows], columns)).splitlines()
+    shown = [tuple(encodable(cell, encoding) for cell in row) for row in rows]
+    fitted = aligned(fit(shown, columns, _LEAST)).splitlines()
     lines, below = fitted[:1] if len(fitted) > 1 else [], iter(fitted[1:])
     for status in statuses:
         lines.append(cut_to(_companion(status, now), columns))
@@ -106,12 +114,12 @@ def _companion(status: CompanionStatus, now: float) -> str:
 def _row(
     status: CompanionStatus, entry: EntryStatus, ids: Mapping[str, str], names: Mapping[str, str], now: float
 ) -> tuple[str, ...]:
-    awake = [str(lease.pid) for lease in entry.leases if lease.state in (LeaseState.ATTACHED, LeaseState.PARKING)]
+    awake = [str(lease.pid) for lease in entry.leases if lease.state in _AWAKE]
     asleep = [f"({lease.pid})" for lease in entry.leases if lease.state is LeaseState.ASLEEP]
     users = " ".join(awake + asleep)
     return (
         ids[entry.key.id],
-        _with_rank(entry.key, names),
+        with_rank(entry.key, names),
         size_text(entry.size_bytes) if entry.size_bytes else "-",
         users or "-",
         _short_state(entry),
@@ -126,7 +134,7 @@ def size_text(size_bytes: int) -> str:
     return f"{-(-size_bytes >> 20)} MiB" if size_bytes >= 1 << 20 else f"{-(-size_bytes >> 10)} KiB"
 
 
-def _with_rank(key: EntryKey, names: Mapping[str, str]) -> str:
+def with_rank(key: EntryKey, names: Mapping[str, str]) -> str:
     name = key.titled(names[key.model])
     return name if key.rank == "single" else f"{name} {key.rank}"
 
@@ -151,9 +159,13 @@ def _until(status: CompanionStatus, entry: EntryStatus, now: float) -> str:
     return f"{duration(status.linger_s)} idle"
 
 
-def _fit(rows: list[tuple[str, ...]], columns: int) -> list[tuple[str, ...]]:
-    """Cut cells until the table is no wider than the terminal. Ids and sizes stay whole."""
-    for heading, least in _LEAST.items():
+def fit(rows: list[tuple[str, ...]], columns: int, leasts: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """Cut cells until the table is no wider than the terminal.
+
+    Args:
+        leasts: the columns that give way, in this order, and how narrow they may become. Ids and sizes stay whole.
+    """
+    for heading, least in leasts.items():
         widths = _widths(rows)
         over = sum(widths) + 2 * (len(widths) - 1) - columns
         if over <= 0:
@@ -187,12 +199,14 @@ def _notes(
     first: dict[tuple[str, ...], EntryKey] = {}
     for _, entry in _entries(statuses):
         key, id = entry.key, ids[entry.key.id]
-        name = key.title if columns is None else _with_rank(key, names)
+        name = key.title if columns is None else with_rank(key, names)
         if entry.state is EntryState.LOADING and entry.loader is not None:
             waiting = sum(lease.state is LeaseState.WAITING for lease in entry.leases)
             since = duration(now - entry.loader.since_unix_s)
             waits = f"; {waiting} {'waits' if waiting == 1 else 'wait'} for it" if waiting else ""
             notes.append(f"{id} {name}: {progress_text(entry.loader)} for {since}{waits}.")
+        if text := _generations_text(entry):
+            notes.append(f"{id} {name}: {text}")
         if key.variant:
             notes.append(f"{id} {name} is held as a variant: {key.variant}.")
             continue
@@ -203,6 +217,26 @@ def _notes(
     if columns is None:
         return shown
     return [line for note in shown for line in wrapped(note, columns)]
+
+
+def _generations_text(entry: EntryStatus) -> str:
+    """Say which generation is current, and who uses others; empty if there is only a checkpoint's."""
+    others = [each for each in entry.generations if not each.is_current]
+    writers = [str(lease.pid) for lease in entry.leases if lease.state is LeaseState.WRITING]
+    if entry.state in (EntryState.LOADING, EntryState.RETIRED) or not (others or writers or entry.version):
+        return ""
+    texts = [f"generation {generation_name(entry.generation, entry.version)} is current"]
+    for each in others:
+        pids = f"used by {' '.join(map(str, each.pids))}" if each.pids else "kept"
+        texts.append(f"{generation_name(each.number, each.version)} is {pids}")
+    if writers:
+        texts.append(f"{writers[0]} writes the next one")
+    return f"{', '.join(texts)}."
+
+
+def generation_name(number: int, version: str) -> str:
+    """Write a generation as sentences name it, e.g. "5 (step-4)"; one without a version is a checkpoint's."""
+    return f"{number} ({version})" if version else str(number)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -305,6 +339,8 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
         "checkpoint": entry.key.source or None,
         "state": entry.state.value,
         "generation": entry.generation,
+        "version": entry.version or None,
+        "generations": [generation_json(each) for each in entry.generations],
         "layout": entry.layout or None,
         "size_bytes": entry.size_bytes,
         "host_bytes": entry.host_bytes,
@@ -327,4 +363,17 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
             {"pid": x.pid, "client": x.client, "state": x.state.value, "since_unix_s": x.since_unix_s}
             for x in entry.leases
         ],
+    }
+
+
+def generation_json(generation: GenerationStatus) -> dict[str, Any]:
+    """Return a generation in the schema of `status --json` and `generations --json`."""
+    return {
+        "number": generation.number,
+        "version": generation.version or None,
+        "is_current": generation.is_current,
+        "follows": generation.follows or None,
+        "size_bytes": generation.size_bytes,
+        "ready_unix_s": generation.ready_unix_s or None,
+        "pids": list(generation.pids),
     }

@@ -1,6 +1,6 @@
 """What a client of a companion does: connect, attach, publish, mirror what it maps so that the next companion gets it;
 and `CompanionClient`, the API.
 
-May import: core, host, wire, memory, tree, settings, errors.
+May import: core, host, wire, memory, tree, fleet, settings, errors.
 Of other packages: grpc, torch, typing_extensions.
 """

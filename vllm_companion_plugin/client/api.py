@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from vllm_companion_plugin import fleet
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Ready, Wanted, connect
@@ -286,12 +287,36 @@ class CompanionClient:
             _, (_, headless) = self._headless.popitem()
             headless.close()
 
+    def advance(
+        self, model: str, engines: Sequence[Any], generation: int = 0, *, clear_caches: bool = True
+    ) -> fleet.FleetReport:
+        """Have running engines take the current weights of `model` at one point, or others; or none of them.
+
+        Args:
+            engines: as of `fleet.advance`, which has limits of time, too.
+            generation: its number; 0: the current one. An older one is the way back; `make_current` gives it to clients
+                that come.
+            clear_caches: as of `fleet.advance`.
+
+        Raises:
+            FleetError: not all have switched. Its `report` says what each engine has.
+            SettingsError: as `fleet.advance`.
+        """
+        return fleet.advance(engines, {model: generation}, clear_caches=clear_caches)
+
+    async def advance_async(
+        self, model: str, engines: Sequence[Any], generation: int = 0, *, clear_caches: bool = True
+    ) -> fleet.FleetReport:
+        """As `advance`, without blocking the event loop; an `AsyncLLM` of this loop is an engine, too."""
+        return await fleet.advance_async(engines, {model: generation}, clear_caches=clear_caches)
+
     def make_current(
-        self, model: str, generation: int, *, rank: str = "", role: str = "", base: int = 0
+        self, model: str, generation: int, *, rank: str = "", role: str = "", key_id: str = "", base: int = 0
     ) -> tuple[EntryStatus, ...]:
         """Make another generation of `model` the one that clients get: the way back. Nobody is moved.
 
         Args:
+            key_id: of one of several loads of the model, from `status`.
             base: the generation that must be current now; 0: whichever.
 
         Raises:
@@ -299,7 +324,7 @@ class CompanionClient:
             StaleError: another generation than `base` is current.
         """
         with self._connect() as connection:
-            return connection.make_current(generation, model=model, rank=rank, role=role, base=base)
+            return connection.make_current(generation, model=model, rank=rank, role=role, key_id=key_id, base=base)
 
 
 def device_name(device: str | torch.device | None) -> str:

@@ -35,11 +35,13 @@ from vllm_companion_plugin.errors import (
     EntryNotFoundError,
     LayoutError,
     ManifestError,
+    ParityError,
 )
 from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.tree.parity import compare_published
 from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_from_bytes
 
 logger = logging.getLogger("vllm.companion.client")
@@ -466,11 +468,14 @@ class Attachment:
     def _map(self, held: Held, fds: arenas.Descriptors, settings: Settings) -> None:
         """Map what may take the place of what was mapped, and prove it if it is not the same generation."""
         if held.manifest != self.held.manifest:
-            fds.close()
-            raise LayoutError(
-                f"{self.label} was loaded anew, generation {held.generation}, and is laid out differently or made of "
-                "other values. Start this engine anew to use it."
-            )
+            try:
+                compare_published(self.manifest, manifest_from_bytes(held.manifest))
+            except (ParityError, ManifestError) as error:
+                fds.close()
+                raise LayoutError(
+                    f"{self.label} was loaded anew, generation {held.generation}, and is laid out differently or made "
+                    f"of other values: {error} Start this engine anew to use it."
+                ) from error
         self.arena.map_again(held.arena, fds)
         if held.generation != self.held.generation:
             Verification(self.views(), held.arena, settings.verify, self.device).check(self.manifest, self.label)
@@ -509,8 +514,10 @@ class Attachment:
 
     def check_can_advance(self) -> None:
         """Raise `ArenaError` if this sleeps, or has memory of its own."""
-        if self._asleep or self._is_private:
-            raise ArenaError(f"{self.label} {'sleeps' if self._asleep else 'is private'}, so it cannot advance.")
+        if self._asleep:
+            raise ArenaError(f"{self.label} sleeps, so it cannot advance.", remedy="Wake the engine first.")
+        if self._is_private:
+            raise ArenaError(f"{self.label} is private, so it cannot advance.", remedy="Start the engine anew.")
 
     def way_back(self) -> Prepared:
         """What is mapped now, to advance to after something else. Raises `ArenaError` as `check_can_advance`."""

@@ -101,6 +101,10 @@ class Filling:
         else:
             self._write(self.infos[name], tensor)
 
+    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raise `BadRequestError` for what does not fit, all of it. Tensors on the meta device will do."""
+        refuse([self._problem(name, tensor) for name, tensor in weights], self._label)
+
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
         known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
         if not known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -24,9 +24,14 @@ class ProcessedUpdate:
         headless: has begun; borrowed.
         check_finite: as of `Filling`.
 
+    Attributes:
+        generation: the number of what was written; 0 before it is committed.
+
     Raises:
         ManifestError: the entry's manifest is damaged.
     """
+
+    generation = 0
 
     def __init__(
         self, attachment: Attachment, headless: Headless, settings: Settings, *, check_finite: bool = False
@@ -52,6 +57,10 @@ class ProcessedUpdate:
     def began(self) -> bool:
         """Whether anything was handed over."""
         return self._giving.began
+
+    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raise `BadRequestError` for what does not fit, all of it. Tensors on the meta device will do."""
+        refuse((self._problem(name, tensor) for name, tensor in weights), self._attachment.label)
 
     def load(self, weights: Weights) -> int:
         """Hand over tensors by the checkpoint's names, in its shapes and dtypes; how many. May be called again.
@@ -125,7 +134,7 @@ def processing(
     try:
         yield update
         update.check_complete()
-        headless.commit()
+        update.generation = headless.commit()
     except BaseException:
         if update.began:
             headless.close()

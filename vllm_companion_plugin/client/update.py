@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+
+import torch
 
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
@@ -28,9 +30,14 @@ class Update:
         check_finite: as of `Filling`.
         base: as of `updating`.
 
+    Attributes:
+        generation: the number of what was written; 0 before it is committed.
+
     Raises:
         ArenaError: there is no memory for a second generation.
     """
+
+    generation = 0
 
     def __init__(self, attachment: Attachment, lease: Lease, *, check_finite: bool = False, base: int = 0) -> None:
         self._attachment = attachment
@@ -67,6 +74,10 @@ class Update:
     def complete(self) -> None:
         """Copy all that nobody has written yet from the current generation; of that, nothing is copied at the end."""
         self._filling.complete(self._attachment.arena.address)
+
+    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """As `Filling.check`."""
+        self._filling.check(weights)
 
     def load(self, weights: Weights) -> int:
         """As `Filling.load`."""
@@ -128,7 +139,7 @@ def updating(
         update = Update(attachment, lease, check_finite=check_finite, base=base)
         try:
             yield update
-            update.commit(version)
+            update.generation = update.commit(version)
         finally:
             update.abort()
     except BaseException:

@@ -41,6 +41,8 @@ def _say(text: str, stream: TextIO) -> None:
         print(text, file=stream, flush=True)
         return
     stream.flush()
+    encoding = stream.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # as the stream itself would write it
     # The writer bypasses the stream's buffer, which would keep a line that cannot be written, and fail again with it.
     _writers.setdefault(fd, PatientWriter(fd, _note)).write(text)
 

@@ -31,6 +31,7 @@ from vllm_companion_plugin.engine.identity.reading import Reading, observed_read
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import devices, patches, processing, sources
+from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.engine.vllm.imports import around_imports
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
 from vllm_companion_plugin.keeper import client
@@ -133,6 +134,7 @@ class _Publisher:
             return
         until.enter_context(processing.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
+        until.enter_context(marked_times())
 
     def read(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the checkpoint comes."""

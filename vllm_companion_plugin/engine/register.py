@@ -10,7 +10,7 @@ import logging
 from types import ModuleType
 
 from vllm_companion_plugin.core.logs import Marking
-from vllm_companion_plugin.engine.vllm import naming
+from vllm_companion_plugin.engine.vllm import naming, sharing
 from vllm_companion_plugin.engine.vllm.imports import when_imported
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -27,6 +27,7 @@ def register() -> None:
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported("vllm.v1.worker.utils", _register_budget)
     when_imported("vllm.engine.arg_utils", lambda _: naming.replace_in_flags())
+    when_imported("vllm.distributed.weight_transfer.factory", _register_transfer)
     when_imported("vllm.config.vllm", lambda _: naming.replace_in_config())
 
 
@@ -34,6 +35,17 @@ def _register_loader(module: ModuleType) -> None:
     from vllm_companion_plugin.engine.loader import CompanionModelLoader
 
     module.register_model_loader(naming.LOAD_FORMAT)(CompanionModelLoader)
+
+
+def _register_transfer(module: ModuleType) -> None:
+    """By names alone: what they name is imported when an engine or a trainer asks for it."""
+    package = "vllm_companion_plugin.engine.vllm.transfer"
+    module.WeightTransferEngineFactory.register_engine(
+        sharing.TRANSFER_BACKEND, f"{package}.worker", "CompanionTransferEngine"
+    )
+    module.WeightTransferTrainerFactory.register_engine(
+        sharing.TRANSFER_BACKEND, f"{package}.trainer", "CompanionTrainer"
+    )
 
 
 def _register_budget(module: ModuleType) -> None:

@@ -24,6 +24,7 @@ from vllm_companion_plugin.engine.decisions import Attach, Decision, Load, Outco
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.engine.vllm import deployment
+from vllm_companion_plugin.errors import EntryNotFoundError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
@@ -43,7 +44,7 @@ class EngineSession:
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
         self.written: EntryKey | None = None
-        # Other generations of its models, prepared and not mapped yet.
+        # Other generations of its models, prepared and not mapped yet; or mapped, with the ways back.
         self._switch: Switch | None = None
         # By id of the model config, until that is gone.
         self._decisions: dict[int, Decision] = {}
@@ -132,13 +133,26 @@ class EngineSession:
     # ---- new weights
 
     def prepare_switch(self, generations: Mapping[str, int]) -> Switch:
-        """Other generations of all its models, in place of what was prepared before. Raises as `Switch`."""
+        """Other generations of all its models, in place of what was prepared before.
+
+        Raises:
+            EntryNotFoundError: it has no model of a companion.
+            CompanionError: as `Switch`.
+        """
         self.forget_switch()
-        self._switch = Switch(self.models(), generations)
+        if not (models := self.models()):
+            raise EntryNotFoundError(
+                "This engine has no model of a companion.", remedy="Its log says why its weights are not shared."
+            )
+        self._switch = Switch(models, generations)
         return self._switch
 
+    def keep_switch(self, switch: Switch) -> None:
+        """Keep one that was carried out and can go back, until it is taken or forgotten."""
+        self._switch = switch
+
     def take_switch(self) -> Switch | None:
-        """What was prepared, for the caller to carry out or close."""
+        """What was prepared, or kept, for the caller to carry out, undo or close."""
         switch, self._switch = self._switch, None
         return switch
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.client.attachment import Prepared
+from vllm_companion_plugin.client.mirror import Held
 from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.errors import EntryNotFoundError
 
 logger = init_logger("vllm.companion")
 
@@ -21,17 +23,22 @@ class Switch:
 
     Args:
         models: of one engine.
-        generations: by model, as its users name it; 0, or a model that is left out: the current one.
+        generations: by id of the model's key, or by its name, or the last parts of that; the current one if it is 0, or
+            left out.
 
     Raises:
+        EntryNotFoundError: `generations` names a model that is none of these.
         CompanionError: one of them cannot advance, as of `Attachment.prepare`.
     """
 
     def __init__(self, models: list[LiveModel], generations: Mapping[str, int]) -> None:
+        _check_names(models, generations)
         self._steps: list[tuple[LiveModel, Prepared]] = []
+        # What models had before they were switched, to go back to.
+        self._ways_back: list[tuple[LiveModel, Prepared]] = []
         with ExitStack() as undo:
             for model in models:
-                number = generations.get(model.attachment.model, 0)
+                number = next((n for name, n in generations.items() if _is_called(model, name)), 0)
                 prepared = model.attachment.prepare(number, model.settings)
                 undo.callback(prepared.close)
                 self._steps.append((model, prepared))
@@ -47,10 +54,19 @@ class Switch:
         """How whoever wrote them calls these generations, by model and role; empty: a checkpoint."""
         return {_title(model): prepared.held.published.version for model, prepared in self._steps}
 
-    def carry_out(self) -> dict[str, int]:
+    @property
+    def mapped(self) -> dict[str, Held]:
+        """What each maps now, by model and role."""
+        return {_title(model): model.attachment.held for model, _ in self._steps}
+
+    def carry_out(self, confirm: Callable[[], None] | None = None, *, keep_ways_back: bool = False) -> dict[str, int]:
         """Map all of them. Nothing may use the models meanwhile.
 
         What was computed with the weights of before (prefix cache) is the caller's to reset.
+
+        Args:
+            confirm: called when all are mapped; if it raises, all are as they were.
+            keep_ways_back: keep the memory of before until `close`, for `go_back`.
 
         Returns:
             The generation of each, by model and role.
@@ -63,16 +79,46 @@ class Switch:
             unused.callback(self.close)
             for model, prepared in steps:
                 back = model.attachment.way_back()
-                unused.callback(back.close)
+                self._ways_back.append((model, back))
                 undo.callback(_go_back, model, back)
                 _advance(model, prepared)
+            if confirm is not None:
+                confirm()
             undo.pop_all()
+            if keep_ways_back:
+                unused.pop_all()
         return {_title(model): model.attachment.generation for model, _ in self._steps}
 
+    def go_back(self) -> None:
+        """Map what was mapped before `carry_out`, and close this. Nothing happens if it was not carried out.
+
+        Raises:
+            CompanionError: one of them cannot be mapped; all others are.
+        """
+        with ExitStack() as steps:
+            steps.callback(self.close)
+            for model, back in self._ways_back:
+                steps.callback(_go_back, model, back)
+
     def close(self) -> None:
-        """It will not be carried out. Idempotent."""
-        for _, prepared in self._steps:
+        """It will neither be carried out nor undone. Idempotent."""
+        for _, prepared in self._steps + self._ways_back:
             prepared.close()
+        self._ways_back.clear()
+
+
+def _is_called(model: LiveModel, name: str) -> bool:
+    attachment = model.attachment
+    return name == attachment.held.key.id or f"/{attachment.model}".endswith(f"/{name.lstrip('/')}")
+
+
+def _check_names(models: list[LiveModel], generations: Mapping[str, int]) -> None:
+    for name in generations:
+        if not any(_is_called(model, name) for model in models):
+            here = ", ".join(sorted({model.attachment.model for model in models})) or "none"
+            raise EntryNotFoundError(
+                f"This engine has no model {name} of a companion.", remedy=f"Its models of a companion: {here}."
+            )
 
 
 def _advance(model: LiveModel, prepared: Prepared) -> None:

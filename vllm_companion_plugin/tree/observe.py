@@ -46,6 +46,7 @@ from vllm_companion_plugin.tree.capture import (
 )
 from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.placing import Placing
+from vllm_companion_plugin.tree.times import is_time, plain
 from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
@@ -316,13 +317,18 @@ class Observation:
         for live in tree.modules:
             seen = self._loaded.modules.get(live.path, Observed())
             then = before.get(live.path, {})
-            processed = tuple(name for name, text in live.attributes.items() if then.get(name) != text)
+            processed = tuple(
+                name
+                for name, text in live.attributes.items()
+                if then.get(name) != text and not (is_time(text) or is_time(then.get(name)))
+            )
             reads = id(live.module) in measured or (None in measured and bool(processed))
             if processed or reads:
                 seen = Observed(
                     seen.values, seen.added, seen.removed, seen.retied, seen.untouched, processed, measured=reads
                 )
             self._loaded.modules[live.path] = seen
+        _make_plain(tree)
         return self._loaded
 
     def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
@@ -380,7 +386,7 @@ class Observation:
         values = {
             name: (then.get(name), texts.get(name))
             for name in texts.keys() | then.keys()
-            if then.get(name) != texts.get(name) and name not in now.slots[path]
+            if then.get(name) != texts.get(name) and name not in now.slots[path] and not is_time(texts.get(name))
         }
         for name, (before, text) in list(values.items()):
             if (owner := now.owners.get((path, name))) is not None and text is not None:
@@ -450,6 +456,21 @@ class Observation:
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
+
+
+def _make_plain(tree: Tree) -> None:
+    """Times that loading left are plain numbers from now on, in the model and in `tree`."""
+    wanted = {
+        live.path: names
+        for live in tree.modules
+        if (names := [name for name, text in live.attributes.items() if is_time(text)])
+    }
+    if not wanted:
+        return
+    for (index, name), place in capture(tree.modules[0].module, wanted=wanted).places.items():
+        value = plain(place.value)
+        place.set(value)
+        tree.modules[index].attributes[name] = repr(value)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 Equal where it matters, the engine's own where it follows from the engine's flags:
 
 - modules, classes of objects, functions, enums and dtypes decide how bytes are understood, and must be equal;
-- plain values (numbers, strings, containers of them) that neither loading nor post-processing changed were made
+- plain values (numbers, strings, containers of them; times) that neither loading nor post-processing changed were made
   by building this model here, from this engine's flags: they stay as they are;
 - what loading changed was set to the published value before, and must be equal now;
 - a number that post-processing made is this engine's own, too, unless it read data of tensors: then a float is
@@ -15,13 +15,14 @@ from __future__ import annotations
 import collections
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, Observed, TensorInfo
+from vllm_companion_plugin.core.module_tree import NOTHING_OBSERVED, Manifest, ModuleInfo, Observed, TensorInfo
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_name, tensor_attributes
 from vllm_companion_plugin.tree.changes import is_restorable
@@ -92,23 +93,69 @@ def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
     """
     own: dict[str, str] = {}
     for live, published in zip(tree.modules, manifest.modules, strict=True):
-        if live.attributes == published.attributes:
-            continue
-        changed = set(published.observed.values)
-        processed = set(published.observed.processed)
-        for name in sorted({name for name, _ in live.attributes.items() ^ published.attributes.items()}):
-            here, there = live.attributes.get(name), published.attributes.get(name)
-            where = full_name(live.path, name)
-            is_own = name not in changed and not (published.observed.measured and name in processed)
-            fits = _is_number if name in processed else _is_data
-            if not (is_own and fits(here) and fits(there)):
-                raise ParityError(
-                    f"{where} is {here or 'absent'} here and {there or 'absent'} in the published model.",
-                    where,
-                    here or "absent",
-                )
-            own[where] = here or "absent"
+        own |= _own_values(live.path, live.attributes, published)
     return own
+
+
+def _own_values(path: str, attributes: Mapping[str, str], published: ModuleInfo) -> dict[str, str]:
+    """Those of one module, as of `compare_values`."""
+    if attributes == published.attributes:
+        return {}
+    own = {}
+    changed = set(published.observed.values)
+    processed = set(published.observed.processed)
+    for name in sorted({name for name, _ in attributes.items() ^ published.attributes.items()}):
+        here, there = attributes.get(name), published.attributes.get(name)
+        where = full_name(path, name)
+        is_own = name not in changed and not (published.observed.measured and name in processed)
+        fits = _is_number if name in processed else _is_data
+        if not (is_own and fits(here) and fits(there)):
+            raise ParityError(
+                f"{where} is {here or 'absent'} here and {there or 'absent'} in the published model.",
+                where,
+                here or "absent",
+            )
+        own[where] = here or "absent"
+    return own
+
+
+def compare_published(mine: Manifest, other: Manifest) -> None:
+    """Check that a model that was published anew can take the place of the one of before, where its bytes were.
+
+    All must be equal but values that are each engine's own.
+
+    Raises:
+        ParityError: naming the first that is not.
+    """
+    for name in ("stage", "storages", "added_modules", "removed_modules", "retied_modules", "files", "is_observed"):
+        here, there = getattr(mine, name), getattr(other, name)
+        if here != there:
+            raise ParityError(f"{name.replace('_', ' ')}: {here} here, and {there} in the published model.", name)
+    if len(mine.modules) != len(other.modules) or len(mine.tensors) != len(other.tensors):
+        raise ParityError(
+            f"{len(mine.modules)} modules and {len(mine.tensors)} tensors here, {len(other.modules)} and "
+            f"{len(other.tensors)} in the published model."
+        )
+    for module, published in zip(mine.modules, other.modules, strict=True):
+        where = module.path or "the model"
+        if replace(module, attributes={}, observed=NOTHING_OBSERVED) != replace(
+            published, attributes={}, observed=NOTHING_OBSERVED
+        ):
+            raise ParityError(f"{where} has other names, classes or tensors than in the published model.", where)
+        if _as_changed(module.observed) != _as_changed(published.observed):
+            raise ParityError(f"loading changed other things in {where} than in the published model.", where)
+        own = _own_values(module.path, module.attributes, published)
+        if own and not mine.is_observed:
+            name, value = next(iter(own.items()))
+            raise ParityError(f"{name} is {value} here and another in the published model.", name, value)
+    for number, (tensor, info) in enumerate(zip(mine.tensors, other.tensors, strict=True)):
+        if tensor != info and not (tensor.own and info.own):
+            raise ParityError(f"tensor {number} is {tensor} here, and {info} in the published model.")
+
+
+def _as_changed(observed: Observed) -> Observed:
+    """What loading made, whatever was there before."""
+    return replace(observed, values={name: (None, after) for name, (_, after) in observed.values.items()})
 
 
 def _is_data(text: str | None) -> bool:

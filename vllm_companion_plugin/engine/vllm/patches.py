@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -166,6 +166,24 @@ LOADER = Patch(
     Lifetime.IMPORT,
     reason="`--load-format companion` is known: `register_model_loader` puts the loader there.",
     link="vllm/model_executor/model_loader/__init__.py: register_model_loader",
+    undo=_ENDS,
+)
+TRANSFER = Patch(
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine",
+    "engine.register",
+    How.HOOKED,
+    Lifetime.IMPORT,
+    reason='`--weight-transfer-config \'{"backend": "companion"}\'` is known.',
+    link="vllm/distributed/weight_transfer/factory.py: WeightTransferEngineFactory",
+    undo=_ENDS,
+)
+TRANSFER_OF_TRAINER = Patch(
+    "vllm.distributed.weight_transfer.factory:WeightTransferTrainerFactory.register_engine",
+    "engine.register",
+    How.HOOKED,
+    Lifetime.IMPORT,
+    reason="The same, of a trainer.",
+    link="vllm/distributed/weight_transfer/factory.py: WeightTransferTrainerFactory",
     undo=_ENDS,
 )
 ENGINE_CONFIG = Patch(
@@ -336,12 +354,21 @@ SWITCH = Patch(
     link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
     undo=_ENDS,
 )
+BACK = Patch(
+    "vllm.v1.worker.gpu_worker:Worker.companion_back",
+    "engine.vllm.updating",
+    How.ADDED,
+    Lifetime.MAPPED,
+    reason="After the second phase, if another engine could not take its part in it.",
+    link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
+    undo=_ENDS,
+)
 FORGET = Patch(
     "vllm.v1.worker.gpu_worker:Worker.companion_forget",
     "engine.vllm.updating",
     How.ADDED,
     Lifetime.MAPPED,
-    reason="Instead of the second phase.",
+    reason="The end of both phases, and of either.",
     link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
     undo=_ENDS,
 )
@@ -523,6 +550,21 @@ OPERATIONS = Patch(
     link="torch/utils/_python_dispatch.py: TorchDispatchMode",
     undo="when the model is loaded",
 )
+CLOCK = Patch(
+    "time:perf_counter",
+    "engine.vllm.clocks",
+    How.REPLACED,
+    Lifetime.LOADING,
+    reason="What loading measures by a clock and leaves in a model is none of the model's values.",
+    link="vllm/model_executor/model_loader/utils.py: online_quantization_timing_context",
+    undo="when the model is loaded",
+)
+CLOCK_TIME = replace(CLOCK, where="time:time", reason="As above.")
+CLOCK_MONOTONIC = replace(CLOCK, where="time:monotonic", reason="As above.")
+CLOCK_PROCESS = replace(CLOCK, where="time:process_time", reason="As above.")
+CLOCK_NS = replace(CLOCK, where="time:perf_counter_ns", reason="As above.")
+CLOCK_TIME_NS = replace(CLOCK, where="time:time_ns", reason="As above.")
+CLOCK_MONOTONIC_NS = replace(CLOCK, where="time:monotonic_ns", reason="As above.")
 LOADERS_WEIGHTS = Patch(
     "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
     "engine.publish",
@@ -632,6 +674,9 @@ SWITCHES = Patch(
 )
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
+
+CLOCKS = tuple(patch for patch in PATCHES if patch.where.startswith("time:"))
+"""Of Python, as modules call them."""
 
 
 def to_markdown() -> str:

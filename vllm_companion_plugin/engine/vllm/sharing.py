@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+TRANSFER_BACKEND = "companion"
+"""Name of the weight-transfer backend that maps new weights and writes none."""
+
 
 def unshareable_reason(vllm_config: Any) -> str | None:
     """Why weights of this configuration can neither be shared nor copied, or None."""
@@ -17,7 +20,8 @@ def unshareable_reason(vllm_config: Any) -> str | None:
 
 def must_own_reason(vllm_config: Any) -> str | None:
     """Why an engine of this configuration needs weights that it may write to, or None."""
-    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+    transfer = getattr(vllm_config, "weight_transfer_config", None)
+    if transfer is not None and transfer.backend != TRANSFER_BACKEND:
         return "weight transfer writes new weights in place"
     # A draft may be loaded with a parallel config of its own, in the same engine.
     target = getattr(vllm_config.speculative_config, "target_parallel_config", None)

@@ -1,16 +1,20 @@
 """What a worker of vLLM does when somebody has written new weights: methods for `collective_rpc`.
 
-`companion_prepare` and `companion_switch` are the two phases of a fleet, `companion_update` is both in one call. The
-names begin so because vLLM refuses a worker extension that has a method of a worker.
+`companion_update` is for one engine. The others are for a fleet, whose engines all prepare before one of them switches;
+they answer as `core/plans.py` says. The names begin so because vLLM refuses a worker extension that has a method of a
+worker.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from vllm_companion_plugin.core.plans import Plan, done_answer, error_answer, plans_answer
 from vllm_companion_plugin.engine.session import current
+from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.engine.vllm import patches
-from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError
 
 
 def let_update() -> None:
@@ -18,53 +22,98 @@ def let_update() -> None:
     patches.UPDATE.add(companion_update)
     patches.PREPARE.add(companion_prepare)
     patches.SWITCH.add(companion_switch)
+    patches.BACK.add(companion_back)
     patches.FORGET.add(companion_forget)
 
 
-def companion_prepare(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
-    """Get hold of the current generation of the worker's weights, or another one, and prove it. Nothing changes.
+def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
+    """Map the current generation of the worker's weights, or another one, at the same addresses.
 
-    What was prepared before is forgotten.
+    Reset the prefix cache afterwards: what it has was computed with the weights of before.
 
     Args:
         generations: by model; without, the current ones.
 
     Returns:
-        The generation that each will have, by model and role.
-
-    Raises:
-        CompanionError: one of them cannot advance.
-    """
-    return current().prepare_switch(generations or {}).targets
-
-
-def companion_switch(self: Any) -> dict[str, int]:
-    """Map what was prepared, at the same addresses.
-
-    Reset the prefix cache afterwards: what it has was computed with the weights of before.
-
-    Returns:
         The generation of each, by model and role.
 
     Raises:
-        BadRequestError: nothing is prepared.
-        CompanionError: one of them cannot be mapped; all are as they were, and nothing is prepared any more.
+        CompanionError: one of them cannot advance; all are as they were.
     """
-    if (switch := current().take_switch()) is None:
-        raise BadRequestError("Nothing is prepared here to switch to.", remedy="Call companion_prepare first.")
-    found = switch.carry_out()
-    for name in ("reset_encoder_cache", "reset_mm_cache"):
-        if (reset := getattr(self.model_runner, name, None)) is not None:
-            reset()
+    session = current()
+    session.prepare_switch(generations or {})
+    found = _taken().carry_out()
+    reset_caches(self.model_runner)
     return found
 
 
-def companion_forget(self: Any) -> None:
-    """What was prepared is not wanted. Idempotent."""
+def companion_prepare(self: Any, generations: dict[str, int] | None = None) -> dict[str, Any]:
+    """Get hold of the current generation of the worker's weights, or another one, and prove it. Nothing changes.
+
+    What was prepared before is forgotten, and what was kept to go back to.
+
+    Args:
+        generations: by model; without, the current ones.
+    """
+    return _answered(lambda: plans_answer(_plans(current().prepare_switch(generations or {}))))
+
+
+def companion_switch(self: Any) -> dict[str, Any]:
+    """Map what was prepared, at the same addresses, and keep what was mapped until `companion_forget`.
+
+    The engine is paused, and its caches have been reset: what they had was computed with the weights of before. After
+    an error all are as they were, and nothing is prepared any more.
+    """
+    return _answered(_switch)
+
+
+def companion_back(self: Any) -> dict[str, Any]:
+    """Map what was mapped before `companion_switch`. A worker that has not switched does nothing."""
+    return _answered(_go_back)
+
+
+def companion_forget(self: Any) -> dict[str, Any]:
+    """What was prepared is not wanted, and neither is the way back. Idempotent."""
     current().forget_switch()
+    return done_answer()
 
 
-def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
-    """`companion_prepare` and `companion_switch`, with what they take, return and raise."""
-    companion_prepare(self, generations)
-    return companion_switch(self)
+def reset_caches(model_runner: Any) -> None:
+    """Forget what a worker itself has computed with the weights of before."""
+    for name in ("reset_encoder_cache", "reset_mm_cache"):
+        if (reset := getattr(model_runner, name, None)) is not None:
+            reset()
+
+
+def _answered(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return act()
+    except CompanionError as error:
+        return error_answer(error)
+
+
+def _plans(switch: Switch) -> dict[str, Plan]:
+    targets, versions = switch.targets, switch.versions
+    return {
+        title: Plan(targets[title], versions[title], held.generation, held.published.version)
+        for title, held in switch.mapped.items()
+    }
+
+
+def _switch() -> dict[str, Any]:
+    switch = _taken()
+    switch.carry_out(keep_ways_back=True)
+    current().keep_switch(switch)
+    return done_answer()
+
+
+def _go_back() -> dict[str, Any]:
+    if (switch := current().take_switch()) is not None:
+        switch.go_back()
+    return done_answer()
+
+
+def _taken() -> Switch:
+    if (switch := current().take_switch()) is None:
+        raise BadRequestError("Nothing is prepared here to switch to.", remedy="Call companion_prepare first.")
+    return switch

@@ -192,6 +192,7 @@ class Entry:
         current: what clients that ask for the key get, or wait for.
         others: READY ones besides it, in the order in which they were current.
         wish: of the client that fell asleep last; AUTO until one has.
+        noted: generations that processes mapped when this companion began, whether or not they have come since.
     """
 
     key: EntryKey
@@ -201,6 +202,7 @@ class Entry:
     current: Generation = field(default_factory=Generation)
     others: list[Generation] = field(default_factory=list)
     wish: WhenAsleep = WhenAsleep.AUTO
+    noted: set[int] = field(default_factory=set)
 
     def __str__(self) -> str:
         return f"Generation {self.current.number} of {self.key.title}"

@@ -295,12 +295,14 @@ class Registry:
         if rolled_back:
             self._generations.roll_back(key.id, generation)
         entry = self._by_key(key)
-        if entry is None and len(self.entries) < limits.MAX_ENTRIES:
-            current = Generation(number=generation, load_since_unix_s=self._wall())
-            self._steps.add(Entry(key, current=current), GenerationEvent.EXPECT)
-            self._on_change()
-        elif entry is not None:
-            entry.current.number = self._generations.rolled_back_to(key.id) or self._generations.latest(key.id)
+        if entry is None:
+            if len(self.entries) >= limits.MAX_ENTRIES:
+                return
+            current = Generation(load_since_unix_s=self._wall())
+            entry = self._steps.add(Entry(key, current=current), GenerationEvent.EXPECT)
+        entry.noted.add(generation)
+        entry.current.number = self._generations.rolled_back_to(key.id) or self._generations.latest(key.id)
+        self._on_change()
 
     def attach(
         self,

@@ -64,7 +64,7 @@ class Journal:
 
     def _note(self, entry: Entry) -> None:
         try:
-            for number in {entry.current.number, *(lease.maps for lease in entry.leases)}:
+            for number in {entry.current.number, *entry.noted, *(lease.maps for lease in entry.leases)}:
                 self._dismiss(entry.key, number)
             self._roll_back(entry.key, 0)
         except OSError as error:

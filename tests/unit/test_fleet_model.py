@@ -1,0 +1,153 @@
+"""Engines that fail at any step, in any way, against the rules of `fleet/course.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from vllm_companion_plugin.fleet.course import RESUME_TRIES, Answer, Course, Step, Weights
+
+MOST_ROUNDS = 6 + RESUME_TRIES
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How an engine fails at a step.
+
+    Attributes:
+        answer: what its caller hears.
+        is_done: whether it did what it was told nevertheless; for one that refuses to switch: whether a rank did.
+    """
+
+    answer: Answer
+    is_done: bool
+
+
+@dataclass
+class Engine:
+    """An engine as it is, and not as its caller knows it."""
+
+    faults: dict[Step, list[Fault]]
+    has_new: bool = False
+    is_torn: bool = False
+    is_prepared: bool = False
+    is_paused: bool = False
+    is_dead: bool = False
+    told: list[Step] = field(default_factory=list)
+
+    def carry_out(self, step: Step) -> Answer:
+        assert not self.is_dead, "nobody asks one that is gone"
+        self.told.append(step)
+        faults = self.faults.get(step)
+        fault = faults.pop(0) if faults else None
+        if fault is None or fault.is_done:
+            self._do(step, torn=fault is not None and fault.answer is Answer.REFUSED)
+        if fault is None:
+            return Answer.DONE
+        self.is_dead = fault.answer is Answer.GONE
+        return fault.answer
+
+    def _do(self, step: Step, *, torn: bool) -> None:
+        match step:
+            case Step.PREPARE:
+                self.is_prepared = True
+            case Step.PAUSE:
+                self.is_paused = True
+            case Step.SWITCH:
+                assert self.is_paused
+                assert self.is_prepared
+                self.has_new, self.is_torn = not torn, torn
+            case Step.BACK:
+                self.has_new = self.is_torn = False
+            case Step.RESUME:
+                self.is_paused = False
+            case Step.FORGET:
+                self.is_prepared = False
+            case Step.LABEL:
+                assert self.is_paused
+                assert self.has_new
+
+
+faults = st.builds(Fault, st.sampled_from([Answer.REFUSED, Answer.GONE, Answer.SILENT]), st.booleans())
+engines = st.builds(
+    Engine, st.dictionaries(st.sampled_from(Step), st.lists(faults, min_size=1, max_size=RESUME_TRIES), max_size=3)
+)
+
+
+@given(st.lists(engines, min_size=1, max_size=4))
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_whatever_fails_the_rest_has_one_version_and_answers_requests(fleet: list[Engine]) -> None:
+    course = Course(len(fleet))
+    rounds = 0
+    while (orders := course.orders()) is not None:
+        step, numbers = orders
+        if step is Step.SWITCH:
+            assert all(engine.is_paused for engine in fleet if not engine.is_dead), "nobody answers with both"
+        course.told({number: fleet[number].carry_out(step) for number in numbers})
+        rounds += 1
+        assert rounds <= MOST_ROUNDS
+
+    living = [(engine, member) for engine, member in zip(fleet, course.members, strict=True) if not engine.is_dead]
+    assert [member.is_gone for member in course.members] == [engine.is_dead for engine in fleet]
+    for engine, member in living:
+        known = {Weights.OLD: (False, False), Weights.NEW: (True, False)}
+        if member.weights is not Weights.UNKNOWN:
+            assert (engine.has_new, engine.is_torn) == known[member.weights], "what is said of its weights is true"
+        assert member.may_be_paused or not engine.is_paused, "nobody is left paused unknown to the caller"
+        assert not member.may_be_paused or engine.told.count(Step.RESUME) == RESUME_TRIES
+        assert engine.told[-1] is Step.FORGET, "no memory is kept"
+    sure = {member.weights for _, member in living} - {Weights.UNKNOWN}
+    event(f"{[w.value for w in sorted(sure, key=str)]} after {rounds} rounds")
+    if any(Step.BACK in engine.told for engine in fleet):
+        never_back = [engine for engine, member in living if member.weights is Weights.NEW]
+        assert not never_back, "all that answered are back"
+    assert len(sure) <= 1, "those that are known have one version"
+    if not any(Step.SWITCH in engine.told for engine in fleet):
+        assert not any(engine.has_new or engine.is_torn for engine in fleet)
+
+
+def steps_of(count: int, failing: dict[tuple[int, Step], Answer]) -> tuple[list[Step], Course]:
+    """The steps that engines take of which some fail, each time."""
+    course, steps = Course(count), []
+    while (orders := course.orders()) is not None:
+        step, numbers = orders
+        steps.append(step)
+        course.told({number: failing.get((number, step), Answer.DONE) for number in numbers})
+    return steps, course
+
+
+class TestCourse:
+    """What happens in the cases that people ask for."""
+
+    def test_smooth(self) -> None:
+        """Nothing fails."""
+        steps, course = steps_of(2, {})
+        assert steps == [Step.PREPARE, Step.PAUSE, Step.SWITCH, Step.LABEL, Step.RESUME, Step.FORGET]
+        assert all(member.weights is Weights.NEW for member in course.members)
+
+    def test_unprepared(self) -> None:
+        """One cannot be prepared, and nobody is paused."""
+        for answer in (Answer.REFUSED, Answer.SILENT, Answer.GONE):
+            steps, course = steps_of(2, {(1, Step.PREPARE): answer})
+            assert steps == [Step.PREPARE, Step.FORGET]
+            assert all(member.weights is Weights.OLD for member in course.members)
+
+    def test_killed(self) -> None:
+        """One dies before the switch: the others have the new weights."""
+        for step in (Step.PAUSE, Step.SWITCH):
+            steps, course = steps_of(3, {(1, step): Answer.GONE})
+            assert Step.BACK not in steps
+            assert [member.weights for member in course.members if not member.is_gone] == [Weights.NEW] * 2
+
+    def test_torn(self) -> None:
+        """One lives and cannot switch: all go back."""
+        for answer in (Answer.REFUSED, Answer.SILENT):
+            steps, course = steps_of(2, {(1, Step.SWITCH): answer})
+            assert steps[2:] == [Step.SWITCH, Step.BACK, Step.RESUME, Step.FORGET]
+            assert all(member.weights is Weights.OLD for member in course.members)
+
+    def test_all_gone(self) -> None:
+        """There is nobody left to tell anything."""
+        assert steps_of(1, {(0, Step.PAUSE): Answer.GONE})[0] == [Step.PREPARE, Step.PAUSE]

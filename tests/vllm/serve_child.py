@@ -1,0 +1,12 @@
+"""`vllm serve` with the arguments that it is given, in a fork of the nursery."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    from vllm.entrypoints.cli.main import main as serve
+
+    sys.argv = ["vllm", "serve", *sys.argv[1:]]
+    serve()
