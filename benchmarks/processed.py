@@ -5,9 +5,10 @@
 For each case: an engine loads a second checkpoint of the model by itself, and says its tokens and the fingerprint of
 every live tensor. Another engine, with CUDA graphs, loads the first checkpoint through a companion; a trainer, a
 process of its own, updates the entry with the tensors of the second one; the engine advances. Tokens and fingerprints
-must be those of the first engine. Seconds and the peak of the device's memory are told for each update: the first one
-starts vLLM's headless process, the others find it warm. With --big, a model of 8B is made at PATH and takes part with
-`quantization="fp8"`. Writes DIR/processed-<vllm version>.json; exits with 1 unless all is equal.
+must be those of the first engine. Seconds and the peak of the device's memory are told for each update (`more_mib`:
+beside what was used before it): the first one starts vLLM's headless process, the others find it warm. With --big, a
+model of 8B is made at PATH and takes part with `quantization="fp8"`. Writes DIR/processed-<vllm version>.json; exits
+with 1 unless all is equal.
 """
 
 from __future__ import annotations
@@ -120,11 +121,15 @@ def updated(path: Path, second: Path, flags: dict[str, Any], updates: int, wante
         trainer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert trainer.stdin is not None
         assert trainer.stdout is not None
+        trainer.stdout.readline()  # it has its weights on the device
+        used = engine.used_mib()
+        found["with_trainer_mib"] = used
         for number in range(updates):
             trainer.stdin.write(f"step-{number}\n")
             trainer.stdin.flush()
             one = json.loads(trainer.stdout.readline() or '{"error": "the trainer ended; see the log"}')
             one["peak_mib"] = peak.take()
+            one["more_mib"] = one["peak_mib"] - used
             found["updates"].append(one)
             if "error" in one:
                 break
@@ -139,7 +144,7 @@ def updated(path: Path, second: Path, flags: dict[str, Any], updates: int, wante
             )
             one["tensors"] = len(now)
             one["tensors_differ"] = [len(differ), differ[:8]]
-            one["used_mib"] = engine.used_mib()
+            one["used_mib"] = used = engine.used_mib()
             print("UPDATE", json.dumps(one), flush=True)
             peak.take()
         trainer.stdin.close()
@@ -164,6 +169,7 @@ def train(path: Path, second: Path) -> None:
 
     weights = dict(tensors())
     client = CompanionClient(device)
+    print("ready", flush=True)
     for line in sys.stdin:
         started = time.perf_counter()
         said: dict[str, Any] = {"weights_mib": sum(tensor.nbytes for tensor in weights.values()) >> 20}

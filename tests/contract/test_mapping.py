@@ -392,3 +392,36 @@ def test_a_kind_that_cannot_says_so_and_changes_nothing(kind: str) -> None:
         assert memory.read(arena, 0, 7) == b"weights"
     arena.close()
     other.close()
+
+
+def test_what_views_an_arena_can_fill_another_one(memory: Memory) -> None:
+    """At the same addresses. Then the arena is back, and the other one has what was written, and is sealed."""
+    arena, writer = memory.filled(b"weights", b"and more"), memory.create(2 * memory.page)
+    seen, opened, fds = view(memory, arena, memory.page, 8), content(view(memory, arena, 0, 7)), descriptors()
+    sizes = arena.info.block_sizes
+    for size_bytes in sizes:
+        writer.add_block(size_bytes)
+    added = descriptors() - fds
+    with arena.written_through(writer):
+        seen.fill_(ord("x"))
+        with pytest.raises(ArenaError):
+            arena.mapping.map(Blocks(sizes, arena.fds))
+    assert (content(seen), content(view(memory, arena, 0, 7))) == (b"and more", opened)
+    assert descriptors() == fds + added
+    with contextlib.closing(writer.seal()) as other:
+        assert memory.read(other, memory.page, 8) == b"x" * 8
+        arena.replace(other.info, other.fds.dup())
+        assert content(seen) == b"x" * 8
+    arena.close()
+
+
+def test_an_error_while_another_arena_is_filled_brings_the_arena_back(memory: Memory) -> None:
+    arena, writer = memory.filled(b"weights"), memory.create(memory.page)
+    writer.add_block(memory.page)
+    seen = view(memory, arena, 0, 7)
+    with contextlib.suppress(ZeroDivisionError), arena.written_through(writer):
+        seen.fill_(1)
+        _ = 1 // 0
+    writer.abort()
+    assert content(seen) == b"weights"
+    arena.close()

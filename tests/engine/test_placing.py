@@ -14,13 +14,13 @@ from tests.support.checkpoints import models
 from tests.support.configs import config
 from tests.support.loading import load_observed
 from vllm_companion_plugin import memory
-from vllm_companion_plugin.client.filling import Filling
+from vllm_companion_plugin.client.filling import Filling, is_placed
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.tree import pack
 from vllm_companion_plugin.tree.capture import capture, plain_tensors
 from vllm_companion_plugin.tree.observe import Observation
-from vllm_companion_plugin.wire.manifest import sources_to_bytes
+from vllm_companion_plugin.wire.manifest import sources_from_bytes, sources_to_bytes
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
 
@@ -79,6 +79,9 @@ def test_a_checkpoint_written_by_its_names_gives_the_same_bytes(family: str, tmp
     # What loading computes from a tensor it does not copy: Mamba's A is -exp(A_log).
     missing = {name for name in weights if name not in filling.sources}
     assert all(name.endswith("A_log") for name in missing)
+    known = sources_from_bytes(manifest.sources)
+    assert missing <= known.keys()
+    assert is_placed(manifest) == (not missing)
     if family in ("llama-tied", "gemma3"):
         assert "lm_head.weight" not in filling.sources
     wanted = bytes_of(arena)
@@ -143,6 +146,18 @@ def changes_what_it_loaded(model: Any, weights: Any, load: Callable[..., Any]) -
     return loaded
 
 
+def looks_at_it(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """Python reads a value: what it does then may be anything."""
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name == NORM:
+                model.first = float(tensor[0])
+            yield name, tensor
+
+    return load(model, watched())
+
+
 def copies_a_number_over_it(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
     """As loaders of scales do: what is copied is no tensor."""
     loaded = load(model, weights)
@@ -156,7 +171,10 @@ NORM = "model.norm.weight"
 
 @pytest.mark.parametrize(
     "how",
-    [changes_what_it_reads, computes_beside, computes_afterwards, changes_what_it_loaded, copies_a_number_over_it],
+    [
+        *(changes_what_it_reads, computes_beside, computes_afterwards, changes_what_it_loaded, looks_at_it),
+        copies_a_number_over_it,
+    ],
     ids=lambda how: how.__name__,
 )
 def test_what_is_more_than_a_copy_has_no_source(how: Callable[..., Any], tmp_path: Path) -> None:
@@ -170,4 +188,6 @@ def test_what_is_more_than_a_copy_has_no_source(how: Callable[..., Any], tmp_pat
         manifest, arena = published(tmp_path)
     filling, _ = filled(manifest, arena, {})
     assert NORM not in filling.sources
+    assert NORM in sources_from_bytes(manifest.sources)
+    assert not is_placed(manifest)
     assert "model.layers.0.input_layernorm.weight" in filling.sources

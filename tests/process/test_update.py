@@ -24,7 +24,14 @@ from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Ready, connect
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryInUseError, StaleError, TicketError
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionError,
+    EntryInUseError,
+    SettingsError,
+    StaleError,
+    TicketError,
+)
 from vllm_companion_plugin.host import notes
 
 LOADED = 0
@@ -280,6 +287,17 @@ class TestTrainer:
             new.load(bad)
         assert held(place) == [(1, "")]
         assert entry_of(place).leases == ()
+
+    def test_that_shall_be_processed_needs_to_know_how(self, place: Place, companion: Any) -> None:
+        """Which tensors vLLM loads, the publisher has not observed here. Nothing is started for it."""
+        with (
+            pytest.raises(BadRequestError, match="was not observed by its publisher"),
+            client(place).update(MODEL, version="one", mode="processed"),
+        ):
+            raise AssertionError("nothing to write")
+        with pytest.raises(SettingsError, match="'swift'"), client(place).update(MODEL, "one", mode="swift"):  # type: ignore[arg-type]
+            raise AssertionError("no such mode")
+        assert held(place) == [(1, "")]
 
     @pytest.mark.parametrize("when", ["before it began", "while it wrote"])
     def test_overwrites_no_other(self, place: Place, companion: Any, start: Start, here: Here, when: str) -> None:

@@ -27,12 +27,14 @@ from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.lease import Ready
 from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.engine import decide, decisions, draft, session
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.publish import _Publisher
+from vllm_companion_plugin.engine.run import processed
 from vllm_companion_plugin.engine.vllm import budget, building, devices, flags, processing, sharing, sources
 from vllm_companion_plugin.errors import ManifestError, NotShareableError
 from vllm_companion_plugin.host.election import LoaderElection
@@ -326,3 +328,25 @@ def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:
     publisher.publish(model)
     assert "cannot be watched" in str(publisher._reason)
     assert not kept
+
+
+class TestHeadless:
+    """A process that is there to write one entry."""
+
+    KEY = EntryKey(
+        "ab",
+        "my/model",
+        fields={"model.dtype": '"torch.bfloat16"', "model.quantization": '"fp8"', "cache.cache_dtype": "null"},
+    )
+
+    def test_has_the_flags_that_follow_from_the_key(self, tmp_path: Path) -> None:
+        args = flags.parse("update", [str(tmp_path), *processed._flags_of(self.KEY), *processed._SMALL])
+        assert (args.dtype, args.quantization, args.kv_cache_dtype) == ("bfloat16", "fp8", "auto")
+
+    def test_loads_no_other_entry(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error says how that would be loaded differently."""
+        monkeypatch.setattr(session.current(), "written", self.KEY)
+        decide._check_written(self.KEY)
+        other = replace(self.KEY, id="cd", fields={**self.KEY.fields, "model.quantization": "null"})
+        with pytest.raises(NotShareableError, match=r"model\.quantization is '\"fp8\"' there and 'null' here.*flags"):
+            decide._check_written(other)

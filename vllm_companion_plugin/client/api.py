@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -260,9 +261,9 @@ class CompanionClient:
                 with updating(attachment, version, self.settings, base=base, check_finite=check_finite) as update:
                     yield update
                 return
-            headless = self._headless_of(attachment, tuple(flags))
+            start = functools.partial(self._headless_of, attachment, tuple(flags))
             with processing(
-                attachment, headless, version, self.settings, base=base, check_finite=check_finite
+                attachment, start, version, self.settings, base=base, check_finite=check_finite
             ) as processed:
                 yield processed
 

@@ -18,7 +18,7 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
-from vllm_companion_plugin.wire.handover import MOST_NAME_BYTES, MOST_PIECES, Piece
+from vllm_companion_plugin.wire.handover import MOST_PIECES_BYTES, Piece
 
 _ALIGNMENT = 256
 """Of each piece in an arena, so that a device copies it at full speed."""
@@ -49,7 +49,7 @@ class Giving:
         self._size_bytes = -(-size_bytes // granularity) * granularity
         self._writer: memory.ArenaWriter | None = None
         self._pieces: list[Piece] = []
-        self._used = self._name_bytes = 0
+        self._used = self._pieces_bytes = 0
         self.began = False
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -63,23 +63,19 @@ class Giving:
         dtype, shape, start = str(source.dtype).removeprefix("torch."), tuple(source.shape), 0
         while True:
             self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-            if self._is_full(name):
+            if self._used >= self._size_bytes or self._pieces_bytes + Piece.most_bytes(name) > MOST_PIECES_BYTES:
                 self.flush()
             size_bytes = min(source.nbytes - start, self._size_bytes - self._used)
             if size_bytes:
                 with in_order(self._device):
                     self._open().write(self._used, source.data_ptr() + start, size_bytes)
             self._pieces.append(Piece(name, dtype, shape, start, self._used, size_bytes))
-            self._name_bytes += len(name.encode())
+            self._pieces_bytes += Piece.most_bytes(name)
             self._used += size_bytes
             start += size_bytes
             if start == source.nbytes:
                 break
         self._open().flush()  # the source may go
-
-    def _is_full(self, name: str) -> bool:
-        names_bytes = self._name_bytes + len(name.encode())
-        return self._used >= self._size_bytes or len(self._pieces) == MOST_PIECES or names_bytes > MOST_NAME_BYTES
 
     def _open(self) -> memory.ArenaWriter:
         if self._writer is None:
@@ -100,7 +96,7 @@ class Giving:
         if self._writer is not None:
             self._writer.abort()
         self._writer, self._pieces = None, []
-        self._used = self._name_bytes = 0
+        self._used = self._pieces_bytes = 0
 
 
 class Taking:

@@ -105,7 +105,10 @@ class Headless:
         try:
             answer, none = self._channel.receive(self._timeout_s)
             none.close()
-        except (UpdateError, WaitTimeoutError):
+        except UpdateError as error:
+            self.close()
+            raise UpdateError(error.what, remedy="What it wrote to standard error says why.") from error
+        except WaitTimeoutError:
             self.close()
             raise
         if "error" in answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -103,7 +103,7 @@ class ProcessedUpdate:
 @contextlib.contextmanager
 def processing(
     attachment: Attachment,
-    headless: Headless,
+    start: Callable[[], Headless],
     version: str,
     settings: Settings,
     *,
@@ -115,6 +115,7 @@ def processing(
     A headless process that was given something and did not finish has a model that is of no use: it is closed.
 
     Args:
+        start: gives the headless process of the entry.
         base, check_finite: as of `updating`.
 
     Raises:
@@ -123,9 +124,11 @@ def processing(
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         BadRequestError: nobody has observed how its checkpoint is loaded; or, at the end, tensors are missing.
         UpdateError: vLLM could not load them, or its process ended.
+        CompanionError: as `start`.
     """
     if not attachment.manifest.sources:
         raise BadRequestError(f"Which tensors vLLM loads into {attachment.label} was not observed by its publisher.")
+    headless = start()
     headless.begin(version, base)
     update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
     try:

@@ -57,6 +57,8 @@ def write_generation(
             _collect(model, attachment)
     known = replace(live.settings, verify="off")  # the sums that came with it are those of what was just written
     attachment.advance(attachment.prepare(0, known))
+    if attachment.device.type == "cuda":
+        torch.cuda.empty_cache()  # until the next update, the memory is the engines'
     return attachment.generation
 
 

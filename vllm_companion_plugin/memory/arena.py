@@ -117,7 +117,7 @@ class Arena(Closing):
         try:
             yield
         finally:
-            self.mapping.replace(self.fds)
+            self.mapping.replace(self.fds, writable=False)
 
     @property
     def is_private(self) -> bool:

@@ -73,14 +73,14 @@ class Mapping(Closing, ABC):
         """
 
     @abstractmethod
-    def replace(self, fds: Sequence[int], *, writable: bool = False) -> None:
+    def replace(self, fds: Sequence[int], *, writable: bool | None = None) -> None:
         """Map other memory of the same block sizes in place of what is mapped.
 
         Nothing may use the range meanwhile; on a GPU this waits until the device is idle.
 
         Args:
             fds: one a block; borrowed as those of `map`.
-            writable: whether this process may write to it.
+            writable: whether this process may write to it; None: if it may write to what is mapped.
 
         Raises:
             ArenaError: nothing is mapped, or the other memory cannot be. What was mapped still is, unless the error
@@ -188,12 +188,12 @@ class Reservation(Mapping):
         self._mapped = Blocks(sizes, (), writable=True)
         self._private.update(range(len(sizes)))
 
-    def replace(self, fds: Sequence[int], *, writable: bool = False) -> None:
+    def replace(self, fds: Sequence[int], *, writable: bool | None = None) -> None:
         self._require_open()
         before = self._mapped
         if before is None or self.is_private:
             raise ArenaError("No memory is mapped at these addresses that other memory could replace.")
-        blocks = Blocks(before.sizes, fds, writable)
+        blocks = Blocks(before.sizes, fds, before.writable if writable is None else writable)
         with contextlib.ExitStack() as undo:
             new = self._prepare(undo, blocks)
             way_back = self._prepare(undo, before)

@@ -29,9 +29,8 @@ from vllm_companion_plugin.memory.descriptors import Descriptors, receive
 
 PACKET_BYTES = 128 << 10
 """Linux sends packets of at most net.core.wmem_default bytes, 208 KiB unless it was changed."""
-MOST_PIECES = 256
-MOST_NAME_BYTES = 48 << 10
-"""Of all names of tensors in a packet, so that the packet fits."""
+MOST_PIECES_BYTES = PACKET_BYTES - (4 << 10)
+"""Of all pieces in a packet, as `Piece.most_bytes` counts them; the rest is what describes the arena."""
 MOST_FDS = 64
 
 
@@ -55,6 +54,11 @@ class Piece:
 
     def to_json(self) -> list[Any]:
         return list(astuple(self))
+
+    @staticmethod
+    def most_bytes(name: str) -> int:
+        """The most bytes that a piece of the tensor `name` takes in a packet."""
+        return len(json.dumps(name)) + 256
 
     @classmethod
     def from_json(cls, value: Any) -> Piece:

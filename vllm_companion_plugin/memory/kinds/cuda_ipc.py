@@ -85,7 +85,7 @@ class CudaIpcMapping(Mapping):
     def unmap(self) -> None:
         self._refuse()
 
-    def replace(self, fds: Sequence[int], *, writable: bool = False) -> None:
+    def replace(self, fds: Sequence[int], *, writable: bool | None = None) -> None:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
