@@ -182,7 +182,7 @@ def test_transfer(
 
     # The update that was left open is none of the trainer's.
     assert trainer.said() == {}
-    assert trainer.tell("send", checkpoints=checkpoints[:1], versions=["step-1"]) == {"generation": 2}
+    assert trainer.tell("send", checkpoints=checkpoints[:1], versions=["step-1"]) == {"generations": [2]}
     assert answers() == [one, one]
     assert [server.version() for server in servers] == ["step-1", "step-1"]
 
@@ -224,3 +224,30 @@ def test_transfer(
     assert "lm_head.weight of shape (300, 128) instead of (512, 128)" in refused["text"]
     assert answers() == [two, two]
     assert all(alive(server.process.pid) for server in servers)
+
+
+def test_ranks(
+    place: Place,
+    start_server: Callable[..., Serving],
+    start_trainer: Callable[..., Trainer],
+    start_engine: StartEngine,
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    """What one rank refuses no rank takes, and each rank's answer is the one to the call that was made."""
+    checkpoint = str(trained(tiny_llama, tmp_path, 1))
+    server = start_server(tiny_llama, "--tensor-parallel-size", "2")
+    expected = start_engine(model=checkpoint, load_format="auto", **OPTIONS).result()["tokens"]
+    until(server.is_up, START_TIMEOUT_S, "the server is up", every_s=0.2)
+    loaded = server.tokens()
+    first, second = sorted((entry.key for entry in entries(place)), key=lambda key: key.rank)
+    for written, refused in ((first, second), (second, first)):
+        assert "error" not in server.post("start_weight_update")
+        info = {"generations": {"cpu": {written.id: 1}}}
+        assert f"({refused.rank}) on cpu has the key" in server.refusal("update_weights", {"update_info": info})
+        assert "start_weight_update must be called" in server.refusal("update_weights", {"update_info": info})
+    assert server.tokens() == loaded
+    trainer = start_trainer(tiny_llama, [server])
+    assert trainer.said() == {}
+    assert "error" not in trainer.tell("send", checkpoints=[checkpoint], versions=["step-1"])
+    assert server.tokens() == expected

@@ -64,8 +64,7 @@ class Trainer:
         for checkpoint, version in zip(checkpoints, versions, strict=True):
             self.take(checkpoint)
             trainer.send_weights(version)
-        ((number,),) = (each.values() for each in trainer.written.values())
-        return {"generation": number}
+        return {"generations": sorted(trainer.written["cpu"].values())}
 
     def hang_while_writing(self) -> dict[str, Any]:
         self.made(Stuck).send_weights("never")

@@ -10,7 +10,7 @@ import logging
 from types import ModuleType
 
 from vllm_companion_plugin.core.logs import Marking
-from vllm_companion_plugin.engine.vllm import naming, sharing
+from vllm_companion_plugin.engine.vllm import answers, naming, sharing
 from vllm_companion_plugin.engine.vllm.imports import when_imported
 from vllm_companion_plugin.settings import resolve_extra_config
 
@@ -28,6 +28,7 @@ def register() -> None:
     when_imported("vllm.v1.worker.utils", _register_budget)
     when_imported("vllm.engine.arg_utils", lambda _: naming.replace_in_flags())
     when_imported("vllm.distributed.weight_transfer.factory", _register_transfer)
+    when_imported("vllm.v1.executor.multiproc_executor", lambda _: answers.read_all_answers())
     when_imported("vllm.config.vllm", lambda _: naming.replace_in_config())
 
 

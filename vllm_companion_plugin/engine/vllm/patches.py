@@ -35,6 +35,7 @@ class Lifetime(Enum):
 
     IMPORT = "from its import on", True
     LOAD = "from the first model that is loaded for others on", True
+    EXECUTOR = "from the import of vLLM's executor of several processes on", True
     LOADERS = "from the import of vLLM's loaders on", True
     MAPPED = "from the first model on that this process maps or published", True
     ONCE = "when a model was attached, or could not be", True
@@ -370,6 +371,18 @@ FORGET = Patch(
     Lifetime.MAPPED,
     reason="The end of both phases, and of either.",
     link="vllm/v1/executor/abstract.py: Executor.collective_rpc",
+    undo=_ENDS,
+)
+ANSWERS = Patch(
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc",
+    "engine.vllm.answers",
+    How.REPLACED,
+    Lifetime.EXECUTOR,
+    reason=(
+        "When one rank refuses an update, the answers of the others are read, too; vLLM takes them for those to the "
+        "next call. Only of engines with this load format, and only after an error."
+    ),
+    link="vllm/v1/executor/multiproc_executor.py: MultiprocExecutor.collective_rpc",
     undo=_ENDS,
 )
 SOURCE_FILES = Patch(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import distributed
 from vllm.distributed import parallel_state
 
@@ -32,25 +31,25 @@ def together(step: str) -> Iterator[Callable[[], None]]:
     def succeeded() -> None:
         nonlocal told
         told = True
-        if not _all_succeeded(True):
-            raise UpdateRefusedError(
-                f"Another rank of this engine could not {step}, so this one did not.",
-                remedy="The log of the engine has its error.",
-            )
+        if error := _first_error(""):
+            raise UpdateRefusedError(f"Another rank of this engine could not {step}, so none did: {error}")
 
     try:
         yield succeeded
-    finally:
+    except BaseException as error:
         if not told:
-            _all_succeeded(False)
+            _first_error(str(error) or type(error).__name__)
+        raise
 
 
-def _all_succeeded(has_succeeded: bool) -> bool:
-    count = torch.tensor([int(has_succeeded)], dtype=torch.int32)
+def _first_error(error: str) -> str:
+    """What a rank of this engine failed with; empty if none has."""
     for group in _groups():
-        # One after the other: afterwards each rank has the least of all ranks, whatever their dimensions.
-        distributed.all_reduce(count, distributed.ReduceOp.MIN, group=group.cpu_group)
-    return bool(count.item())
+        # One group after the other: at the end each rank knows of all ranks, whatever their dimensions.
+        errors: list[Any] = [None] * group.world_size
+        distributed.all_gather_object(errors, error, group=group.cpu_group)
+        error = next(filter(None, errors), "")
+    return error
 
 
 def _groups() -> Iterator[Any]:
