@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import html
 import json
+import math
 import os
 import random
 import shutil
@@ -49,7 +50,10 @@ MODELS = {"Qwen/Qwen3-8B": (96, 6.0), "meta-llama/Llama-3.1-8B-Instruct": (64, 9
 SCENE_S, KILL_S, STEP_S = 120.0, 70.0, 2
 
 COLUMN, ROW, GAP = 50, 30, 6
-COLORS = ("#1f77b4", "#d9730d", "#2c974b", "#c93c37", "#8250df", "#a0782d", "#bf3989", "#57606a")
+COLORS = (
+    *("#1f77b4", "#d9730d", "#2c974b", "#c93c37", "#8250df", "#a0782d"),
+    *("#bf3989", "#57606a", "#17becf", "#9aa500", "#1b2a8a", "#e377c2"),
+)
 
 _http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -189,6 +193,13 @@ def gather(prometheus: str) -> list[tuple[dict[str, Any], list[tuple[str, list[t
         shutil.rmtree(root, ignore_errors=True)
 
 
+def end_of_axis(highest: float, unit: str) -> float:
+    """The end of an axis: a round number above all values, half of which is round, too."""
+    scale = 2**20 if unit == "bytes" else 1
+    power = 10 ** math.floor(math.log10(highest / scale))
+    return next(step * power * scale for step in (2, 4, 6, 8, 10, 20) if step * power * scale > highest)
+
+
 def number(value: float, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 2**20:.0f} MiB"
@@ -202,10 +213,11 @@ def text(x: float, y: float, content: str, kind: str, anchor: str = "start") -> 
 
 
 def curves(x: float, y: float, width: float, height: float, unit: str, series: list[Any]) -> list[str]:
-    """Steps, an axis with the highest value, and beside them the names with the last values."""
+    """Steps, an axis, and beside them the names with the last values."""
     names = 320 if width > 500 else 232
     left, right, top, bottom = x + 54, x + width - names, y + 30, y + height - 24
-    highest = max((value for _, points in series for _, value in points), default=0.0) or 1.0
+    assert len(series) <= len(COLORS), series
+    highest = end_of_axis(max((value for _, points in series for _, value in points), default=0.0) or 1.0, unit)
     out = []
     for share in (0, 0.5, 1):
         at = bottom - share * (bottom - top)
@@ -264,8 +276,8 @@ def draw(panels: list[Any]) -> str:
         out.append(f'<rect class="panel" x="{x}" y="{y}" width="{w}" height="{h}" rx="4"/>')
         out.append(text(x + 10, y + 20, panel["title"], "title"))
         if panel["type"] == "stat":
-            shown = "   ".join(f"{number(points[-1][1], unit)} {name}" for name, points in series)
-            out.append(text(x + 10, y + 84, shown, "stat"))
+            for row, (name, points) in enumerate(series):
+                out.append(text(x + 10, y + 68 + 36 * row, f"{number(points[-1][1], unit)} {name}", "stat"))
         else:
             out += curves(x, y, w, h, unit, series)
     return "\n".join([*out, "</svg>"]) + "\n"

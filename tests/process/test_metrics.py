@@ -21,7 +21,14 @@ from vllm_companion_plugin.cli import metrics
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S, PREFIX, TABLE, Series
-from vllm_companion_plugin.core.status import Progress, Report
+from vllm_companion_plugin.core.status import (
+    CompanionStatus,
+    EntryState,
+    EntryStatus,
+    GenerationStatus,
+    Progress,
+    Report,
+)
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
@@ -174,6 +181,21 @@ def test_what_is_gone_is_no_series_and_a_name_is_only_a_name(place: Place) -> No
         connection.unload(force=True)
         assert value(collect(place), "arenas", model=QUOTED, state="retired") == 1
     until(lambda: not [name for name, _ in collect(place) if name == PREFIX + "arenas"], 5, "the last lease has ended")
+
+
+@pytest.mark.parametrize(
+    ("state", "generations", "on_device"),
+    [(EntryState.READY, 1, 7), (EntryState.READY, 2, 14), (EntryState.RETIRED, 0, 7), (EntryState.PARKED, 0, 0)],
+)
+def test_bytes_count_where_they_are(state: EntryState, generations: int, on_device: int) -> None:
+    """On the device, once a generation, or in host memory while all clients sleep."""
+    held = tuple(GenerationStatus(number, "", 1.0, 7, number == 1, ()) for number in range(1, generations + 1))
+    copied = 7 * (state is EntryState.PARKED)
+    entry = EntryStatus(*(KEY, state, 1, 7, 1, "memfd", 1.0, 1.0, None, ()), host_bytes=copied, generations=held)
+    gauges = list(metrics._gauges(CompanionStatus("cpu", 1, "v", 4, 1.0, 600.0, 0.0, (entry,)), now=2.0))
+    found = {(name, labels[-1]): value for name, labels, value in gauges if name.endswith("_bytes")}
+    assert sum(value for (name, _), value in found.items() if name == "arena_bytes") == on_device
+    assert found["host_bytes", KEY.role] == entry.host_bytes
 
 
 def test_a_report_is_counted_only_in_words_that_the_companion_knows(place: Place) -> None:

@@ -306,6 +306,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
         (["status", "--dtype", "x"], "usage: vllm-companion status .*: error: unknown flag --dtype.*"),
         (["stop", "cpu"], "usage: vllm-companion stop .*: error: unexpected argument cpu"),
         (["statsu"], "usage: vllm-companion .*: error: unknown command statsu .did you mean status[?]."),
+        (["--device", "cpu", "status"], "usage: vllm-companion .*: error: --device is no flag of all commands; .*"),
         (["--versoin"], "usage: vllm-companion .*: error: unknown flag --versoin .did you mean --version[?]."),
         (["completion", "fish"], "usage: vllm-companion completion .*invalid choice: 'fish'.*"),
     ],
@@ -320,9 +321,15 @@ def test_a_misspelt_word_gets_the_usage_of_its_command(
     assert error.count("\n") <= 5
 
 
-def test_a_misspelt_flag_of_serve_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["serve", "--lingr-s=5"]) == Exit.USAGE
-    assert "--lingr-s is not known here (did you mean --linger-s?)." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "meant"), [(["serve", "--lingr-s=5"], "--linger-s"), (["verify", "--publishr=x", "m"], "--publisher")]
+)
+def test_a_misspelt_flag_before_a_model_is_named_with_the_right_one(
+    line: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(line) == Exit.USAGE
+    name = line[1].partition("=")[0]
+    assert f"{name} is not known here (did you mean {meant}?)." in capsys.readouterr().err
 
 
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_companion_plugin.cli.parser import make_parser
 from vllm_companion_plugin.engine.register import register
 from vllm_companion_plugin.engine.vllm import flags, sources
 from vllm_companion_plugin.errors import SettingsError
@@ -70,7 +71,7 @@ class TestFlags:
         [
             (
                 ["--gpu-mem-utilization", "0.5", "--foo"],
-                "--gpu-mem-utilization (--gpu-memory-utilization was meant?), --foo",
+                "--gpu-mem-utilization (did you mean --gpu-memory-utilization?), --foo",
             ),
             (["--dtype", "float99"], "invalid choice: 'float99'"),
             (["--config", "/none.yaml"], "--config: "),
@@ -85,6 +86,14 @@ class TestFlags:
         assert said in error
         assert len([each for each in error.splitlines() if each.startswith("vllm-companion serve: error:")]) == 1
         assert "usage" not in error
+
+    def test_unknown_to_both(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """What was meant may be a flag of the command, all of which are known."""
+        with pytest.raises(SystemExit, match="2"):
+            flags.parse("verify", [MODEL, "--jsn"])
+        assert "no flag --jsn (did you mean --json?)" in capsys.readouterr().err
+        for command, ours in flags.OF_COMMAND.items():
+            assert {"-h", "--help", *ours} == set(make_parser().commands[command].flags())
 
     def test_options_of_the_source(self) -> None:
         """Of a load format other than ours they are the loader's, but for those that only a companion knows."""

@@ -19,7 +19,7 @@ from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.metrics import BY_NAME, PREFIX, TABLE, Series, subject
 from vllm_companion_plugin.core.output import say
-from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, LeaseState
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, SettingsError
 from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.host.spawn import is_listening
@@ -168,6 +168,12 @@ def _families(answers: Mapping[str, Answer | None], now: float) -> Iterator[Any]
     return iter(found.values())
 
 
+def _on_device(entry: EntryStatus) -> int:
+    """Return the bytes of all generations there. A retired one is only mapped: no descriptors of it are held."""
+    held = sum(each.size_bytes for each in entry.generations)
+    return held or (entry.size_bytes if entry.state in (EntryState.READY, EntryState.RETIRED) else 0)
+
+
 def _buckets(bounds_s: list[float], counts: list[int]) -> list[tuple[str, float]]:
     """Return cumulative buckets as Prometheus has them: the number of values up to each bound."""
     bounds = [*map(str, bounds_s), "+Inf"]
@@ -180,6 +186,7 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
     yield "start_time_seconds", (), status.started_unix_s
     arenas: Counter[tuple[str, ...]] = Counter()
     arena_bytes: Counter[tuple[str, ...]] = Counter()
+    host_bytes: Counter[tuple[str, ...]] = Counter()
     leases: Counter[tuple[str, ...]] = Counter()
     generations: Counter[tuple[str, ...]] = Counter()
     current: dict[tuple[str, ...], float] = {}
@@ -188,7 +195,9 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
         of = subject(entry.key)
         # All states are sent, because a panel that adds up must not miss a state that has just become empty.
         arenas.update({(*of, state.value): int(entry.state is state) for state in EntryState})
-        arena_bytes.update({(*of, state.value): entry.size_bytes * (entry.state is state) for state in EntryState})
+        on_device = _on_device(entry)
+        arena_bytes.update({(*of, state.value): on_device * (entry.state is state) for state in EntryState})
+        host_bytes[of] += entry.host_bytes
         leases.update({(*of, state.value): 0 for state in LeaseState})
         leases.update((*of, lease.state.value) for lease in entry.leases)
         generations[of] += len(entry.generations)
@@ -196,7 +205,13 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
             current[of] = max(current.get(of, 0.0), float(entry.generation))
         if entry.loader is not None and entry.loader.changed_unix_s:
             silence[of] = max(silence.get(of, 0.0), now - entry.loader.changed_unix_s)
-    counts = {"arenas": arenas, "arena_bytes": arena_bytes, "leases": leases, "generations": generations}
+    counts = {
+        "arenas": arenas,
+        "arena_bytes": arena_bytes,
+        "host_bytes": host_bytes,
+        "leases": leases,
+        "generations": generations,
+    }
     for name, counted in counts.items():
         yield from ((name, labels, float(value)) for labels, value in counted.items())
     yield from (("current_generation", labels, value) for labels, value in current.items())

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli.settings_options import add_settings
+from vllm_companion_plugin.errors import SettingsError
 
 PROGRAM = "vllm-companion"
 _DEVICE_HELP = "GPU or MIG UUID, index of a visible GPU (1 or cuda:1), cpu, or all (default)"
@@ -70,6 +71,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+def before_the_model(command: str, word: str, flags: Iterable[str]) -> SettingsError:
+    """Return the error for a flag before a model that the command does not know."""
+    name = word.split("=")[0]
+    return SettingsError(
+        f"{command}: {name} is not known here{did_you_mean(name, flags)}.",
+        remedy=f"Flags of vLLM follow a model: {PROGRAM} {command} MODEL {name} ...",
+    )
+
+
 class _Help(argparse.HelpFormatter):
     """Wraps paragraphs, and leaves indented lines as they are."""
 
@@ -108,11 +118,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Ends the process with status 0 after printing help, and with status 2 if the command line is wrong.
     """
     parser = make_parser()
-    first = next((word for word in arguments if not word.startswith("-")), None)
     if not arguments:
         parser.print_help()
         parser.exit()
-    if first is not None and first not in parser.commands:
+    first = arguments[0]
+    if first.startswith("-"):
+        if first not in parser.flags() and any(word in parser.commands for word in arguments):
+            parser.error(f"{first.split('=')[0]} is no flag of all commands; a command's flags follow it")
+    elif first not in parser.commands:
         parser.error(f"unknown command {first}{did_you_mean(first, parser.commands)}")
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command is None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
 from vllm_companion_plugin.cli.exits import Exit
-from vllm_companion_plugin.cli.parser import did_you_mean
+from vllm_companion_plugin.cli.parser import before_the_model
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.output import relayed, say, say_warnings
@@ -72,11 +72,7 @@ def _model_and_flags(rest: list[str], flags_of_serve: Iterable[str]) -> tuple[st
     if not rest:
         return None, []
     if rest[0].startswith("-"):
-        name = rest[0].split("=")[0]
-        raise SettingsError(
-            f"serve: {name} is not known here{did_you_mean(name, flags_of_serve)}.",
-            remedy=f"Flags of vLLM follow a model: vllm-companion serve MODEL {name} ...",
-        )
+        raise before_the_model("serve", rest[0], flags_of_serve)
     return rest[0], rest[1:]
 
 

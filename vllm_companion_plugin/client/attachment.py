@@ -226,7 +226,7 @@ class Attachment:
         try:
             self._mirror = Mirror(self.device_id, settings, self.held, self.lease, client_name)
         except CompanionError as error:
-            logger.warning("%s is not handed back if its companion dies: %s", self.held.key.title, error)
+            logger.warning("%s is not handed back if its companion dies: %s", self.held.key.short_title, error)
 
     def keep_private(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Remember what was cloned from the arena, for `renew`: the first byte there, and the clone, of dtype uint8."""

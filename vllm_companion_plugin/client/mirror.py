@@ -207,7 +207,7 @@ class Mirror:
 
     def _try_to_hand_back(self) -> None:
         """For as long as it takes: this may be the last copy."""
-        title, pause_s, late = self._held.key.title, RETRY_S, time.monotonic() + SAID_AFTER_S
+        title, pause_s, late = self._held.key.short_title, RETRY_S, time.monotonic() + SAID_AFTER_S
         logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
             try:
@@ -227,7 +227,7 @@ class Mirror:
     def _note_again(self, paths: DevicePaths) -> None:
         logger.warning(
             "The runtime directory %s was removed while %s is in use; making it anew. Leave it while engines run.",
-            *(paths.directory, self._held.key.title),
+            *(paths.directory, self._held.key.short_title),
         )
         note = notes.hold(paths, self._held.key, self._held.generation)
         with self._mutex:
@@ -277,7 +277,9 @@ class Mirror:
                 outcome.manifest == held.manifest and (outcome.published.version or held.published.version)
             ):
                 connection.close()
-                logger.warning("%s was loaded anew; this process keeps its own copy until it ends.", held.key.title)
+                logger.warning(
+                    "%s was loaded anew; this process keeps its own copy until it ends.", held.key.short_title
+                )
                 self._let_go()
                 return
         except BaseException:
@@ -285,7 +287,7 @@ class Mirror:
             raise
         done = "Handed back" if isinstance(outcome, Granted) else "Attached again to"
         logger.info(
-            "%s %s, generation %d, in %.2f s", done, held.key.title, held.generation, time.monotonic() - started
+            "%s %s, generation %d, in %.2f s", done, held.key.short_title, held.generation, time.monotonic() - started
         )
         self._lease, old, self._connection = lease, self._connection, connection
         if old is not None:

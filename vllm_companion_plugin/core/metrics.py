@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.status import EntryState, LeaseState
 from vllm_companion_plugin.errors import BY_CODE
 
 PREFIX = "vllm_companion_"
@@ -47,13 +48,24 @@ class Metric:
         return PREFIX + self.name + ("_total" if self.kind == "counter" else "")
 
 
+def _listed(states: type[EntryState] | type[LeaseState]) -> str:
+    *words, last = (state.value for state in states)
+    return f"{', '.join(words)} or {last}"
+
+
 TABLE = (
     Metric("up", "gauge", (), "1 if the companion answers, 0 if it does not; absent if no companion runs."),
     Metric("info", "gauge", ("version", "protocol"), "Version and protocol version of the companion; always 1."),
     Metric("start_time_seconds", "gauge", (), "Unix time at which the companion started."),
-    Metric("arenas", "gauge", (*SUBJECT, "state"), "Entries, by state: loading, ready or retired."),
-    Metric("arena_bytes", "gauge", (*SUBJECT, "state"), "Bytes of the entries' arenas; 0 while loading."),
-    Metric("leases", "gauge", (*SUBJECT, "state"), "Clients, by state: attached, waiting or loading."),
+    Metric("arenas", "gauge", (*SUBJECT, "state"), f"Entries, by state: {_listed(EntryState)}."),
+    Metric(
+        "arena_bytes",
+        "gauge",
+        (*SUBJECT, "state"),
+        "Bytes of the entries on the device, in all generations; 0 while loading, parked or dropped.",
+    ),
+    Metric("host_bytes", "gauge", SUBJECT, "Bytes of the entries' copies in host memory, of those that sleep."),
+    Metric("leases", "gauge", (*SUBJECT, "state"), f"Clients, by state: {_listed(LeaseState)}."),
     Metric("generations", "gauge", SUBJECT, "Generations on the device: the current one, those kept, those mapped."),
     Metric("current_generation", "gauge", SUBJECT, "Number of the generation that clients get; absent while loading."),
     Metric("load_silence_seconds", "gauge", SUBJECT, "Seconds since the loading process last reported progress."),

@@ -18,6 +18,11 @@ from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.settings import BY_NAME, TABLE, resolve_extra_config
 
 _MAX_NAMED = 3
+OF_COMMAND = {
+    "serve": ("--device", *(setting.option for setting in TABLE if setting.flag)),
+    "verify": ("--json", "--adapter", "--publisher"),
+}
+"""Flags of our own commands, which may have been meant as well as vLLM's."""
 
 
 def parse(command: str, arguments: Sequence[str] | None = None) -> EngineArgs:
@@ -26,7 +31,7 @@ def parse(command: str, arguments: Sequence[str] | None = None) -> EngineArgs:
     What only the server needs is ignored, and named in a line. A wrong flag ends the process with status 2.
     """
     given = [part for word in (sys.argv[1:] if arguments is None else arguments) for part in _split(word)]
-    parser, of_server = _parser(f"vllm-companion {command}")
+    parser, of_server = _parser(command)
     try:
         parsed = parser.parse_args(given)
     except (ValueError, OSError, AssertionError) as error:  # vLLM's words about its config file
@@ -43,11 +48,12 @@ def _split(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
-def _parser(prog: str) -> tuple[FlexibleArgumentParser, dict[str, str]]:
+def _parser(command: str) -> tuple[FlexibleArgumentParser, dict[str, str]]:
     """The parser of `vllm serve`, and the flags by destination that are the server's: they are set only if given."""
     from vllm.entrypoints.cli.serve import make_arg_parser
 
-    parser = make_arg_parser(_Parser(prog=prog, allow_abbrev=False))
+    parser = make_arg_parser(_Parser(prog=f"vllm-companion {command}", allow_abbrev=False))
+    parser.ours = OF_COMMAND[command]
     of_engine = {field.name for field in fields(EngineArgs)} | {"help", "config", "model_tag"}
     of_server = {}
     for action in parser._actions:
@@ -58,7 +64,9 @@ def _parser(prog: str) -> tuple[FlexibleArgumentParser, dict[str, str]]:
 
 
 class _Parser(FlexibleArgumentParser):
-    """Says what is wrong in a line, and not vLLM's whole usage."""
+    """Says what is wrong in a line, and not vLLM's whole usage. A flag of `ours` may have been meant, too."""
+
+    ours: tuple[str, ...] = ()
 
     def error(self, message: str) -> NoReturn:
         _, found, words = message.partition("unrecognized arguments: ")
@@ -70,9 +78,8 @@ class _Parser(FlexibleArgumentParser):
         raise SystemExit(2)
 
     def _with_nearest(self, name: str) -> str:
-        ours = [setting.option for setting in TABLE if setting.flag]
-        near = get_close_matches(name, [*self._option_string_actions, *ours], 1)
-        return f"{name} ({near[0]} was meant?)" if near else name
+        near = get_close_matches(name, [*self._option_string_actions, *self.ours], 1)
+        return f"{name} (did you mean {near[0]}?)" if near else name
 
 
 def through_companion(args: EngineArgs, **forced: Any) -> EngineArgs:
