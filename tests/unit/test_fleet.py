@@ -403,7 +403,12 @@ class TestServers:
         ("changed", "state", "text"),
         [
             ({"companion_prepare": (404, "")}, "old", "Start it with VLLM_SERVER_DEV_MODE=1"),
-            ({"companion_prepare": (500, {"error": {"message": "no such method"}})}, "old", "no such method"),
+            ({"companion_prepare": (500, {"error": {"message": "CUDA error"}})}, "old", "/collective_rpc: CUDA error"),
+            (
+                {"companion_prepare": (500, {"error": {"message": "CPUWorker has no attribute companion_prepare"}})},
+                "old",
+                "its log says why it shares nothing",
+            ),
             ({"companion_prepare": (200, "text")}, "old", "collective_rpc returned 'text'"),
             ({"pause": (500, {"error": "a request waits"})}, "old", "a request waits"),
             ({"reset_prefix_cache": (200, {"success": False})}, "old", "its prefix cache was not reset"),

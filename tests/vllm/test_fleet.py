@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 
 from tests.support.place import Place, until
 from tests.vllm.conftest import START_TIMEOUT_S, StartEngine
-from tests.vllm.nursery import Forked, Nursery
+from tests.vllm.nursery import ROOT, Forked, Nursery
 from tests.vllm.test_update import trained
 from vllm_companion_plugin import CompanionClient, FleetError
 from vllm_companion_plugin.fleet.engines import HttpEngine
 from vllm_companion_plugin.fleet.http import Http
 from vllm_companion_plugin.settings import to_environment
+from vllm_companion_plugin.trainers.trl import CompanionWeightTransfer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -178,3 +179,22 @@ def test_servers_switch_together_with_requests_in_flight_and_back(
     assert f"Restart {second.url}" in str(caught.value)
     assert first.tokens() == one
     assert first.version() == "step-1"
+
+    example = place.run(str(ROOT / "docs" / "examples" / "advance.py"), model, model, "step-2", first.url)
+    said, error = example.communicate(timeout=120)
+    assert example.returncode == 0, error
+    assert f"{first.url} has step-2 (generation 3), after a pause of " in said
+    assert first.tokens() == loaded
+    assert first.version() == "step-2"
+
+    transfer = CompanionWeightTransfer(
+        model, [first.url], version="policy-{}".format, device="cpu", runtime_dir=place.settings.runtime_dir
+    )
+    transfer.init_weight_transfer()
+    transfer.pause()
+    assert first.tokens() == loaded, "it serves until the weights are written"
+    transfer.send_weights(iter(load_file(checkpoint / "model.safetensors").items()))
+    transfer.resume()
+    transfer.destroy()
+    assert first.tokens() == one
+    assert first.version() == "policy-1"

@@ -51,7 +51,14 @@ class Engine(ABC):
 
     def prepare(self, generations: Mapping[str, int], timeout_s: float) -> list[dict[str, Plan]]:
         """The plans of each rank, by model and role. Raises `NotDone`."""
-        plans = self._tell_ranks(Step.PREPARE, {"generations": dict(generations)}, timeout_s)
+        try:
+            plans = self._tell_ranks(Step.PREPARE, {"generations": dict(generations)}, timeout_s)
+        except NotDone as error:
+            if RPCS[Step.PREPARE] in str(error):  # workers get the method with their first model of a companion
+                raise NotDone(
+                    error.answer, f"{error}; if it has the plugin, its log says why it shares nothing"
+                ) from error
+            raise
         if not all(plans):
             raise NotDone(Answer.REFUSED, "a rank of it has prepared nothing")
         return plans

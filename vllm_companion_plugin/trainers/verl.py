@@ -14,6 +14,7 @@ written each replica maps them. Engines load with `load_format=companion`. Writt
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -21,6 +22,7 @@ import ray
 from verl.checkpoint_engine import CheckpointEngineRegistry
 
 from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.errors import EngineVersionError
 
 SWITCH_TIMEOUT_S = 120.0
 _Nccl: Any = CheckpointEngineRegistry.get("nccl")
@@ -33,25 +35,15 @@ class CompanionCheckpointEngine(_Nccl):  # type: ignore[misc]
     Args:
         bucket_size: bytes that are received at a time.
         model: as the engines have it.
-        server: name of the Ray actor of the engine whose workers these are, with `{replica}`; verl's own by default.
-        replica_size: workers of a replica: tensor times pipeline times data parallel size.
         others: as of verl's backend `nccl`.
     """
 
     wire_format = "delta_flush"
     """Of an empty stream in this format verl loads nothing, and calls no method of vLLM's workers."""
 
-    def __init__(
-        self,
-        bucket_size: int,
-        *,
-        model: str,
-        server: str = "vllm_server_{replica}_0",
-        replica_size: int = 1,
-        **others: Any,
-    ) -> None:
+    def __init__(self, bucket_size: int, *, model: str, **others: Any) -> None:
         super().__init__(bucket_size, **others)
-        self._model, self._server, self._replica_size = model, server, replica_size
+        self._model = model
         self._has_received = False
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[Any, None]:
@@ -71,11 +63,20 @@ class CompanionCheckpointEngine(_Nccl):  # type: ignore[misc]
     def finalize(self) -> None:
         """All workers have received. The first one of each replica has its engine switch.
 
-        Raises whatever the engine says if it cannot. It goes on with what it had.
+        Raises:
+            EngineVersionError: this verl names its workers otherwise, so that nobody knows their engine.
+            RayTaskError: the engine says why it cannot switch. It goes on with what it had.
         """
         super().finalize()
         received, self._has_received = self._has_received, False
-        replica, rank = divmod(int(os.environ["RANK"]), self._replica_size)
-        if received and rank == 0:
-            server = ray.get_actor(self._server.format(replica=replica))
+        if received and int(os.environ["RANK"]) == 0:
+            server = ray.get_actor(_server_of(os.environ.get("WG_PREFIX", "")))
             ray.get(server.collective_rpc.remote("companion_update"), timeout=SWITCH_TIMEOUT_S)
+
+
+def _server_of(group: str) -> str:
+    """The name of the actor whose engine has these workers, as in verl/workers/rollout/replica.py: init_standalone."""
+    replica = re.fullmatch(r"rollout_(?:standalone|colocate)_(\d+)(_.*)?", group)
+    if replica is None:
+        raise EngineVersionError(f"verl calls the workers of a replica {group!r}; 0.9 has rollout_standalone_0.")
+    return f"vllm_server_{replica[1]}_0{replica[2] or ''}"
