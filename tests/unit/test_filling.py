@@ -184,6 +184,14 @@ class TestBatches:
         assert alive == [1, 2, 0, 1]
         assert world.filling._sources == []
 
+    def test_are_not_for_what_the_caller_keeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a mapping, only what had to be laid out anew."""
+        monkeypatch.setattr(module, "BATCH_BYTES", 1)
+        world, new = World(), values()
+        world.filling.load({**new, "turned": new["turned"].contiguous()})
+        assert len(world.writer.flushes) == 2
+        assert torch.equal(world.complete()[world.part("turned")], raw(new["turned"]))
+
     def test_end_with_an_error(self) -> None:
         """Of an iterator that fails midway."""
         world, new = World(), values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,8 +23,8 @@ _SHOWN = 8
 _ALWAYS_FINITE = ("torch.float4_e2m1fn_x2",)
 """Types of which no value is NaN or infinite."""
 BATCH_BYTES = 256 << 20
-"""Sources that are kept alive until their copies have landed: waiting for each of them would take longer than to copy
-it, and waiting for none of them would keep all that an iterator gathers."""
+"""Sources that nobody else keeps, until their copies have landed: waiting for each of them would take longer than to
+copy it, and waiting for none of them would keep all that an iterator gathers."""
 
 
 class Filling:
@@ -60,8 +61,9 @@ class Filling:
         self._label = label
         self._check_finite = check_finite
         self._written = Intervals()
-        self._sources: list[torch.Tensor] = []  # of copies that may be on their way
+        self._sources: list[torch.Tensor] = []  # that nobody else keeps, of copies that may be on their way
         self._sources_bytes = 0
+        self._lasting = 0  # address of the memory of the tensor that is written, if it is kept until `load` ends
         self.infos = _by_name(manifest)
         self.sources = {name: each for name, each in sources_from_bytes(manifest.sources).items() if each.copies}
 
@@ -75,11 +77,13 @@ class Filling:
             BadRequestError: names, shapes or dtypes that do not fit, or values that are not finite, all of them; a name
                 that an iterator gives twice.
         """
-        count = 0
+        count, lasting = 0, _is_kept(weights)
         try:
-            for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
-                self._load(name, tensor)
-                count += 1
+            with in_order(self._device):
+                for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
+                    self._lasting = tensor.untyped_storage().data_ptr() if lasting else 0
+                    self._load(name, tensor)
+                    count += 1
         finally:
             self._flush()
         return count
@@ -146,15 +150,18 @@ class Filling:
         return torch.empty_strided(shape, stride, dtype=dtype, device=self._device).copy_(tensor)
 
     def _copy(self, offset_bytes: int, source: torch.Tensor) -> None:
-        """Start to copy a dense tensor, and keep it until that has landed."""
+        """Start to copy a dense tensor. It is kept until that has landed."""
         stop = offset_bytes + source.nbytes
         if stop > self._size_bytes:
             raise ManifestError(f"{self._label} places {source.nbytes} bytes at {offset_bytes} of {self._size_bytes}.")
         if not source.nbytes:
             return
-        with in_order(self._device):
-            self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
         self._written.add(offset_bytes, stop)
+        if source.untyped_storage().data_ptr() == self._lasting:
+            self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
+            return
+        with in_order(self._device):  # it was made just now
+            self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
         self._sources.append(source)
         self._sources_bytes += source.nbytes
         if self._sources_bytes >= BATCH_BYTES:
@@ -181,6 +188,13 @@ def in_order(device: torch.device) -> Iterator[None]:
     yield
     if current != default:
         current.wait_stream(default)
+
+
+def _is_kept(weights: Weights) -> bool:
+    """Whether the caller has all tensors already, and keeps them."""
+    if isinstance(weights, nn.Module):
+        return not any(hasattr(parameter, "full_tensor") for parameter in weights.parameters())
+    return isinstance(weights, Mapping) and not any(hasattr(tensor, "full_tensor") for tensor in weights.values())
 
 
 def is_placed(manifest: Manifest) -> bool:
@@ -273,6 +287,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # both are NaN if one element is
 
 
+@functools.cache
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether elements fill what they span."""
     last = 1
