@@ -100,6 +100,19 @@ class TestKubernetes:
             validate.validate(x, "1.30", strict=True)
 
 
+def test_restricted_pods_are_admitted() -> None:
+    """By the profile "restricted" of the Pod Security Standards, init containers included."""
+    for pod in pods(DEPLOY / "kubernetes" / "restricted"):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in (*pod["initContainers"], *pod["containers"]):
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected", "downwardAPI", "csi"}
+
+
 def test_compose_and_the_image_agree() -> None:
     """Compose builds the Dockerfile that is here, from the root of the repository, which the Dockerfile copies."""
     (compose,) = documents(DEPLOY / "docker-compose.yml")

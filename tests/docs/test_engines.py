@@ -49,7 +49,8 @@ class Terminals:
     def run(self, command: str) -> None:
         done = subprocess.run(
             ["bash", "-euc", self._settings + command],
-            **{"env": self._environment, "capture_output": True, "text": True, "timeout": START_TIMEOUT_S, "cwd": ROOT},
+            **{"env": self._environment, "capture_output": True, "text": True, "cwd": ROOT},
+            timeout=3 * START_TIMEOUT_S,  # `verify` starts three engines
         )
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
@@ -112,7 +113,7 @@ def terminals(place: Place) -> Iterator[Terminals]:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("block", of_kind("engines"), ids=lambda block: block.id)
 def test_block(block: Block, terminals: Terminals) -> None:
     """Every command succeeds or serves, and engines that ask for a companion share one copy."""
