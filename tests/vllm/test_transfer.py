@@ -83,10 +83,13 @@ class Trainer:
                 return json.loads(line.removeprefix("SAID "))  # type: ignore[no-any-return]
         raise AssertionError(f"the trainer ended: {self.process.communicate(timeout=10)}")
 
-    def tell(self, do: str, **options: Any) -> dict[str, Any]:
+    def begin(self, do: str, **options: Any) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **options}) + "\n")
         self.process.stdin.flush()
+
+    def tell(self, do: str, **options: Any) -> dict[str, Any]:
+        self.begin(do, **options)
         return self.said()
 
     def kill(self) -> None:
@@ -234,7 +237,10 @@ def test_ranks(
     tiny_llama: Path,
     tmp_path: Path,
 ) -> None:
-    """What one rank refuses no rank takes, and each rank's answer is the one to the call that was made."""
+    """What one rank refuses no rank takes, and each answer is the one to the call that was made.
+
+    The trainer has several ranks, too, each with a part of every tensor; all of them know what became of the weights.
+    """
     checkpoint = str(trained(tiny_llama, tmp_path, 1))
     server = start_server(tiny_llama, "--tensor-parallel-size", "2")
     expected = start_engine(model=checkpoint, load_format="auto", **OPTIONS).result()["tokens"]
@@ -247,7 +253,23 @@ def test_ranks(
         assert f"({refused.rank}) on cpu has the key" in server.refusal("update_weights", {"update_info": info})
         assert "start_weight_update must be called" in server.refusal("update_weights", {"update_info": info})
     assert server.tokens() == loaded
-    trainer = start_trainer(tiny_llama, [server])
-    assert trainer.said() == {}
-    assert "error" not in trainer.tell("send", checkpoints=[checkpoint], versions=["step-1"])
+    trainers = [start_trainer(tiny_llama, [server]) for _ in range(2)]
+
+    def tell(do: str, options: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for trainer, each in zip(trainers, options, strict=True):
+            trainer.begin(do, **each)
+        return [trainer.said() for trainer in trainers]
+
+    assert [trainer.said() for trainer in trainers] == [{}, {}]
+    store = str(tmp_path / "store")
+    tell("join", [{"rank": rank, "world_size": 2, "store": store} for rank in range(2)])
+    send = [{"checkpoints": [checkpoint], "versions": ["step-1"]}] * 2
+    assert tell("send", send) == [{"generations": [2, 2]}] * 2
+    assert server.tokens() == expected
+
+    assert "error" not in server.post("sleep?level=1")
+    writer, other = tell("send", send)
+    assert writer["error"] == other["error"] == "update_refused"
+    assert "Another process of this trainer failed: UpdateRefusedError: Of 1 engines 1 refused" in other["text"]
+    assert "error" not in server.post("wake_up")
     assert server.tokens() == expected

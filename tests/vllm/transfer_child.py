@@ -15,6 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource, WeightTransferTrainerFactory
 
@@ -50,14 +54,24 @@ class Trainer:
         self.path = path
         self.model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.engines = Engines([HTTPVLLMWeightSyncClient(url) for url in urls])
+        self.rank = 0
+
+    def join(self, rank: int, world_size: int, store: str) -> dict[str, Any]:
+        """Be one of several processes, each of which has a part of every tensor. Only the first one writes."""
+        self.rank = rank
+        distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size,)))
+        return {}
 
     def made(self, source: type[ModuleSource] = ModuleSource) -> Any:
-        info = CompanionTrainerInitInfo(self.path, rank=0, devices=["cpu"])
+        info = CompanionTrainerInitInfo(self.path, rank=self.rank, devices=[] if self.rank else ["cpu"])
         return WeightTransferTrainerFactory.trainer_init(info, client=self.engines, source=source(self.model))
 
     def take(self, checkpoint: str) -> None:
         """Train for a while."""
-        self.model.load_state_dict(load_file(Path(checkpoint, "model.safetensors")), strict=False)
+        weights = load_file(Path(checkpoint, "model.safetensors"))
+        options = StateDictOptions(full_state_dict=distributed.is_initialized(), strict=False)
+        set_model_state_dict(self.model, weights, options=options)
 
     def send(self, checkpoints: list[str], versions: list[str]) -> dict[str, Any]:
         trainer = self.made()
