@@ -8,6 +8,7 @@ The reward is the share of vowels. Prints TRL's log.
 
 import sys
 
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
@@ -30,11 +31,12 @@ trainer = GRPOTrainer(
         use_vllm=True,
         vllm_mode="server",
         vllm_server_base_url=url,
+        bf16=torch.cuda.is_available(),
         per_device_train_batch_size=8,
         num_generations=8,
         max_completion_length=16,
         max_steps=10,
-        learning_rate=1e-2,
+        learning_rate=1e-3,
         logging_steps=1,
         report_to="none",
         save_strategy="no",

@@ -47,6 +47,7 @@ from vllm_companion_plugin.client.lease import Granted, Lease
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.core.plans import Plan, done_answer, error_answer, plans_answer, read_answer
 from vllm_companion_plugin.core.status import (
     CompanionStatus,
     EntryState,
@@ -910,7 +911,29 @@ def digest_seeds() -> list[bytes]:
     ]
 
 
+def answer(data: bytes) -> None:
+    """What a rank of a fleet answers: plans of text and numbers, or an error of ours."""
+    try:
+        told = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    try:
+        plans = read_answer(told)
+    except CompanionError:
+        return
+    again = plans_answer(plans)["plans"]
+    assert again.keys() == told["plans"].keys()
+    assert all(again[title].items() <= told["plans"][title].items() for title in again), "others may have more fields"
+
+
+def answer_seeds() -> list[bytes]:
+    plans = {f"org/model ({role})": Plan(7, "step-7", 6, "") for role in ("target", "draft")}
+    answers = [plans_answer(plans), done_answer(), error_answer(ArenaError("No memory.", remedy="Free some."))]
+    return [json.dumps(each).encode() for each in answers]
+
+
 TARGETS: dict[str, Target] = {
+    "answer": Target(answer, answer_seeds),
     "manifest": Target(manifest, manifest_seeds, {b"": messages.Manifest}),
     "restore": Target(restore, manifest_seeds, {b"": messages.Manifest}),
     "plain": Target(plain, lambda: [b"'fast'", b"7", b"-7", b"None", b"True", b"b'x'", b"builtins.dict of 0"]),

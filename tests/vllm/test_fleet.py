@@ -193,7 +193,8 @@ def test_servers_switch_together_with_requests_in_flight_and_back(
     transfer.init_weight_transfer()
     transfer.pause()
     assert first.tokens() == loaded, "it serves until the weights are written"
-    transfer.send_weights(iter(load_file(checkpoint / "model.safetensors").items()))
+    weights = load_file(checkpoint / "model.safetensors")
+    transfer.send_weights((name, tensor.double()) for name, tensor in weights.items())
     transfer.resume()
     transfer.destroy()
     assert first.tokens() == one

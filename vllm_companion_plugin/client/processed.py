@@ -12,6 +12,7 @@ from vllm_companion_plugin.client.filling import Weights, checked, misfit, refus
 from vllm_companion_plugin.client.handing import Giving
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.memory.tensors.views import dtype_of
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
@@ -52,6 +53,11 @@ class ProcessedUpdate:
     def checkpoint_names(self) -> list[str]:
         """Of all tensors that must be loaded, in the order in which the checkpoint was read."""
         return list(self._sources)
+
+    @property
+    def checkpoint_dtypes(self) -> dict[str, torch.dtype]:
+        """The types that `checkpoint_names` have to have."""
+        return {name: dtype_of(source.dtype) for name, source in self._sources.items()}
 
     @property
     def began(self) -> bool:

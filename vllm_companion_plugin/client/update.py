@@ -14,7 +14,7 @@ from vllm_companion_plugin.client.filling import Filling, Weights
 from vllm_companion_plugin.client.lease import Lease
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
-from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire import codec
 
@@ -65,6 +65,11 @@ class Update:
     def checkpoint_names(self) -> list[str]:
         """Of all tensors that can be written as a checkpoint has them: by a copy, without processing."""
         return list(self._filling.sources)
+
+    @property
+    def checkpoint_dtypes(self) -> dict[str, torch.dtype]:
+        """The types that `checkpoint_names` have to have."""
+        return {name: dtype_of(source.dtype) for name, source in self._filling.sources.items()}
 
     @property
     def writer(self) -> memory.ArenaWriter:

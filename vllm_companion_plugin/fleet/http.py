@@ -49,5 +49,5 @@ class Http:
             connection.close()
         try:
             return answer.status, json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return answer.status, text

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.trainers.casting import cast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +61,7 @@ class CompanionWeightTransfer:
         """Nothing: engines may generate while weights are written."""
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Write these, under the names of the checkpoint, and have the engines switch.
+        """Write these, under the names of the checkpoint and in its types, and have the engines switch.
 
         Raises:
             CompanionError: they cannot be written. The engines go on with what they have.
@@ -68,7 +69,7 @@ class CompanionWeightTransfer:
         """
         version = self._version(self._sent + 1)
         with self._client.update(self._model, version, name="TRL") as new:
-            new.load(iterator)
+            new.load(cast(iterator, new))
         self._sent += 1
         self._client.advance(self._model, self._engines)
 

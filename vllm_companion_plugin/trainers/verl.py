@@ -23,6 +23,7 @@ from verl.checkpoint_engine import CheckpointEngineRegistry
 
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.errors import EngineVersionError
+from vllm_companion_plugin.trainers.casting import cast
 
 SWITCH_TIMEOUT_S = 120.0
 _Nccl: Any = CheckpointEngineRegistry.get("nccl")
@@ -54,7 +55,8 @@ class CompanionCheckpointEngine(_Nccl):  # type: ignore[misc]
         """
         with CompanionClient().update(self._model, f"step-{global_steps}", name="verl") as new:
             async for name, tensor in super().receive_weights(global_steps=global_steps):
-                new.load([(name, tensor)])  # has landed when it returns: the next bucket comes into the same memory
+                # It has landed when this returns: the next bucket comes into the same memory.
+                new.load(cast([(name, tensor)], new))
         self._has_received = True
         nothing: tuple[Any, ...] = ()
         for each in nothing:
