@@ -77,7 +77,8 @@ class CompanionWeightTransfer:
         """Nothing: `send_weights` has had the engines resume."""
 
     def destroy(self) -> None:
-        """Nothing is held between two calls."""
+        """End the process of processed updates, if there was one. The engines keep what they have."""
+        self._client.close()
 
 
 def vllm_client(model: str, **settings: Unpack[Given]) -> type[Any]:
@@ -104,6 +105,9 @@ def vllm_client(model: str, **settings: Unpack[Given]) -> type[Any]:
             self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
         ) -> None:
             self._transfer.send_weights(named_params)
+
+        def close_communicator(self) -> None:
+            self._transfer.destroy()
 
         def _start_weight_update(self) -> None:
             raise NotImplementedError("Send all weights at once, by update_named_params: they switch together.")

@@ -13,6 +13,7 @@ written each replica maps them. Engines load with `load_format=companion`. Writt
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import AsyncGenerator
@@ -47,13 +48,18 @@ class CompanionCheckpointEngine(_Nccl):  # type: ignore[misc]
         self._model = model
         self._has_received = False
 
+    @functools.cached_property
+    def _client(self) -> CompanionClient:
+        """Of the GPU of a worker that receives. Kept, because it keeps the process of processed updates."""
+        return CompanionClient()
+
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[Any, None]:
         """Write what arrives into the companion of this GPU. Yields nothing.
 
         Raises:
             CompanionError: it cannot be written; nothing of it stays.
         """
-        with CompanionClient().update(self._model, f"step-{global_steps}", name="verl") as new:
+        with self._client.update(self._model, f"step-{global_steps}", name="verl") as new:
             async for name, tensor in super().receive_weights(global_steps=global_steps):
                 # It has landed when this returns: the next bucket comes into the same memory.
                 new.load(cast([(name, tensor)], new))
