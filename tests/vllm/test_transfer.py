@@ -20,7 +20,7 @@ from tests.vllm.nursery import Forked, Nursery
 from tests.vllm.test_update import OPTIONS, trained
 from vllm_companion_plugin.settings import to_environment
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 TRANSFER = ("--load-format", "companion", "--weight-transfer-config", '{"backend": "companion"}')
 CHILD = "tests.vllm.transfer_child"
@@ -198,6 +198,11 @@ def test_transfer(
     assert "error" not in first.post("wake_up")  # and has what the other one has
     assert answers() == [one, one]
     assert [server.version() for server in servers] == ["step-1", "step-1"]
+    assert "error" not in first.post("start_weight_update")
+    assert "error" not in first.post("update_weights", {"update_info": {"generations": {"cpu": {key_id: 2}}}})
+    assert "error" not in first.post("sleep?level=1")  # which keeps nothing that was prepared
+    assert "error" not in first.post("wake_up")
+    assert "were announced in this update" in first.refusal("finish_weight_update")
 
     # Killed while it writes, and when all have prepared: nothing has changed, and the next trainer goes on.
     for hangs in ({"do": "hang_while_writing"}, {"do": "hang_before_the_switch", "checkpoint": checkpoints[1]}):

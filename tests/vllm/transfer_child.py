@@ -78,6 +78,7 @@ class Trainer:
         for checkpoint, version in zip(checkpoints, versions, strict=True):
             self.take(checkpoint)
             trainer.send_weights(version)
+        trainer.shutdown()
         return {"generations": sorted(trainer.written["cpu"].values())}
 
     def hang_while_writing(self) -> dict[str, Any]:

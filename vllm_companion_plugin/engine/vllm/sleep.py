@@ -48,6 +48,7 @@ def _sleep(inner: Callable[..., None]) -> Callable[..., None]:
         tags = (self.default_tag,) if offload_tags is None else offload_tags
         kept = (tags,) if isinstance(tags, str) else tuple(tags)
         level = 1 if WEIGHTS in kept else 2
+        current().forget_switch()  # which keeps memory
         with live.falling_asleep(models, level, client_name()) as asleep:
             # What is left in vLLM's memory for weights is this engine's own: buffers, scales, work space. At level 2
             # vLLM would bring back those that are buffers, and nothing else.
@@ -138,6 +139,8 @@ def _wake_models(models: list[live.LiveModel]) -> list[live.LiveModel]:
 def _sleep_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def sleep(self: Any, level: int = 1) -> None:
+        if level:
+            current().forget_switch()  # which keeps memory
         with live.falling_asleep(current().models() if level else [], level, client_name()) as asleep:
             if not asleep:  # vLLM says that it does nothing
                 inner(self, level)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +16,7 @@ from torch import distributed
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
-from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.client.api import CompanionClient, Mode
 from vllm_companion_plugin.client.processed import ProcessedUpdate
 from vllm_companion_plugin.client.update import Update
 from vllm_companion_plugin.core.identity import EntryKey
@@ -46,6 +46,8 @@ class CompanionTrainerInitInfo(TrainerInitInfo):
             device, or the CPU's without CUDA. Empty: of none; it only takes part when weights are gathered.
         key_ids: of the entries, as `status` shows them; empty: all of the model that are there.
         settings: by name, as of `CompanionClient`.
+        mode: as of `CompanionClient.update`.
+        flags: of vLLM, as of `CompanionClient.update`.
     """
 
     backend: ClassVar[str] = TRANSFER_BACKEND
@@ -54,6 +56,8 @@ class CompanionTrainerInitInfo(TrainerInitInfo):
     devices: Sequence[str] | None = None
     key_ids: Sequence[str] = ()
     settings: Given = field(default_factory=lambda: Given())
+    mode: Mode = "auto"
+    flags: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class CompanionTrainer(TrainerWeightTransferEngine):
         devices: Sequence[str | None] = [None] if init_info.devices is None else list(init_info.devices)
         self._companions = [CompanionClient(device, **init_info.settings) for device in devices]
         self._key_ids = init_info.key_ids
+        self._mode, self._flags = init_info.mode, init_info.flags
         self._count = 0
         self._own: list[_Written] = []
         self._is_taken_back = False
@@ -153,10 +158,7 @@ class CompanionTrainer(TrainerWeightTransferEngine):
             with _on_all_ranks():
                 for companion in self._companions:
                     for entry in self._entries_of(companion):
-                        key = entry.key
-                        writing = companion.update(
-                            *(self._model, version), role=key.role, key_id=key.id, base=entry.generation, name="trainer"
-                        )
+                        writing = self._update(companion, entry, version)
                         begun.append((companion, entry, open_updates.enter_context(writing)))
                 for _, _, update in begun:
                     update.check(_described(self.source))
@@ -206,6 +208,25 @@ class CompanionTrainer(TrainerWeightTransferEngine):
         with _on_all_ranks():
             if self.is_sender:
                 self._engines.finish_weight_update(self.version)
+
+    def shutdown(self) -> None:
+        """End what processes weights for this trainer; another update would start it again. Idempotent."""
+        for companion in self._companions:
+            companion.close()
+
+    def _update(
+        self, companion: CompanionClient, entry: EntryStatus, version: str
+    ) -> AbstractContextManager[Update | ProcessedUpdate]:
+        return companion.update(
+            self._model,
+            version,
+            role=entry.key.role,
+            key_id=entry.key.id,
+            base=entry.generation,
+            name="trainer",
+            mode=self._mode,
+            flags=self._flags,
+        )
 
     def _entries_of(self, companion: CompanionClient) -> list[EntryStatus]:
         status = companion.status()
