@@ -36,6 +36,7 @@ from vllm_companion_plugin.core.status import (
 from vllm_companion_plugin.core.text import columns_of, duration
 from vllm_companion_plugin.errors import ArenaError, CompanionError, CompanionUnavailableError, SettingsError
 from vllm_companion_plugin.holder.process import InstanceLock
+from vllm_companion_plugin.holder.registry.entries import EXPECTED
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.settings import TABLE, resolve
 from vllm_companion_plugin.supervise.children import Signals
@@ -67,7 +68,7 @@ def test_the_wide_table_has_a_row_for_each_entry() -> None:
         "DEVICE|PID|ID|MODEL|RANK|GiB|TENSORS|WAYS|LOAD|GEN|STATE|LEASES|LINGER",
         "cpu|11|abababab|org/model|tp0/2|1.50|291|18 hide, 4 replay|7.5 s|3|ready|77 (1h02m)|600 s after the last",
         "cpu|11|cdcdcdcd|org/draft (draft)|single|0.00|0|-|-|0|loading|-|600 s after the last",
-        "cdcdcdcd org/draft (draft): loading 3.00/12.00 GiB (25%) by 42 for 5s.",
+        "cdcdcdcd org/draft (draft): pid 42 is loading 3.00/12.00 GiB (25%), for 5s.",
     ]
     assert len({line.index(word) for line, word in zip(lines[:3], ("LINGER", "600 s", "600 s"), strict=True)}) == 1
 
@@ -83,7 +84,7 @@ class TestTable:
             "abababab|model tp0/2|1.50 GiB|77|ready|10m idle",
             "cdcdcdcd|draft (draft)|-|-|loading 25%|-",
             "GPU-1: pid 11, until 10m idle, holds nothing",
-            "cdcdcdcd draft (draft): loading 3.00/12.00 GiB (25%) by 42 for 5s.",
+            "cdcdcdcd draft (draft): pid 42 is loading 3.00/12.00 GiB (25%), for 5s.",
         ]
 
     @pytest.mark.parametrize("columns", [80, 120, 200])
@@ -212,11 +213,17 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("progress", "text"),
-    [(Progress(""), "starting by 42"), (Progress("packing", 1 << 29), "packing 0.50 GiB by 42")],
+    ("pid", "progress", "text"),
+    [
+        (42, Progress(""), "pid 42 is starting"),
+        (42, Progress("packing", 1 << 29), "pid 42 is packing 0.50 GiB"),
+        (EXPECTED.pid, EXPECTED.progress, "an engine of the companion before is about to hand it back"),
+    ],
 )
-def test_progress_without_a_total_has_no_percentage(progress: Progress, text: str) -> None:
-    assert table.progress_text(LoaderInfo(42, "vLLM", NOW, progress)) == text
+def test_progress_names_who_makes_it_and_has_no_percentage_without_a_total(
+    pid: int, progress: Progress, text: str
+) -> None:
+    assert table.progress_text(LoaderInfo(pid, EXPECTED.client, NOW, progress)) == text
 
 
 def test_variant_is_explained() -> None:

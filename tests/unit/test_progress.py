@@ -17,6 +17,7 @@ from vllm_companion_plugin.core.status import Progress
 from vllm_companion_plugin.engine import progress
 from vllm_companion_plugin.engine.decide import _Watcher
 from vllm_companion_plugin.engine.progress import ProgressBar, Waiting, format_bytes
+from vllm_companion_plugin.holder.registry.entries import EXPECTED
 
 
 @pytest.fixture
@@ -123,6 +124,18 @@ class TestWaiting:
         assert re.search(r"INFO \[companion\] Waiting for weights of model: pid \d+ \(loader\) is ", text)
         assert re.search(r"for \ds: pid \d+ \(loader\) is loading for \ds, 6.00 of 15.00 GiB \(40%\)\.", text)
         assert re.search(r"WARNING .* nothing was heard for \ds of pid \d+ \(loader\)\. .* end it: kill \d+", text)
+
+
+def test_nobody_is_told_to_end_a_process_that_has_not_come(place: Place, lines: list[str]) -> None:
+    """While a companion expects what was mapped, its loader has no pid; `kill 0` would end the reader's own shell."""
+    with _Watcher(KEY, place.paths, place.settings) as watcher:
+        watcher.changed(EXPECTED)
+        watcher.silent(60)
+    assert re.search(
+        r"Waiting for weights of model: an engine of the companion before is about to hand it back", lines[0]
+    )
+    assert "nothing was heard for 1m of an engine of the companion before. If none comes, an engine" in lines[1]
+    assert "kill" not in "".join(lines)
 
 
 class Terminal(io.StringIO):

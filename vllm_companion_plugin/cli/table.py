@@ -204,7 +204,7 @@ def _notes(
             waiting = sum(lease.state is LeaseState.WAITING for lease in entry.leases)
             since = duration(now - entry.loader.since_unix_s)
             waits = f"; {waiting} {'waits' if waiting == 1 else 'wait'} for it" if waiting else ""
-            notes.append(f"{id} {name}: {progress_text(entry.loader)} for {since}{waits}.")
+            notes.append(f"{id} {name}: {progress_text(entry.loader)}, for {since}{waits}.")
         if text := _generations_text(entry):
             notes.append(f"{id} {name}: {text}")
         if key.variant:
@@ -280,7 +280,7 @@ def _wide_row(
 
 
 def progress_text(loader: LoaderInfo) -> str:
-    """Describe a loader's progress, e.g. "loading 1.50/15.27 GiB (10%) by 4242"."""
+    """Describe a loader's progress, e.g. "pid 4242 is loading 1.50/15.27 GiB (10%)"."""
     progress = loader.progress
     done = progress.done_bytes / GIB
     if progress.total_bytes:
@@ -288,7 +288,8 @@ def progress_text(loader: LoaderInfo) -> str:
         size = f" {done:.2f}/{progress.total_bytes / GIB:.2f} GiB ({share}%)"
     else:
         size = f" {done:.2f} GiB" if progress.done_bytes else ""
-    return f"{progress.phase or 'starting'}{size} by {loader.pid}"
+    who = f"pid {loader.pid}" if loader.pid else loader.client  # nobody yet, while a companion expects what was mapped
+    return f"{who} is {progress.phase or 'starting'}{size}"
 
 
 def linger_text(status: CompanionStatus, now: float, entry: EntryStatus | None = None) -> str:

@@ -53,7 +53,7 @@ def _upgrade(connection: CompanionConnection, settings: Settings) -> None:
         after = _wait_until_back(connection.device, ready, settings)
     say(
         f"The companion of {connection.device} is now pid {after.pid}, version {after.version} "
-        f"(was pid {before.pid}, version {before.version}), with {len(ready)} entries."
+        f"(was pid {before.pid}, version {before.version}); entries handed over: {len(ready)}."
     )
 
 

@@ -99,6 +99,7 @@ class Mirror:
         self._connection: CompanionConnection | None = None
         self._closed = threading.Event()
         self._mutex = threading.Lock()
+        self._attaching = threading.Lock()  # one at a time: each closes the connection of the one before
         try:
             self._note = notes.hold(device_paths(device, settings), held.key, held.generation)
         except BaseException:
@@ -154,8 +155,9 @@ class Mirror:
         Raises:
             CompanionError: the companion does not take it.
         """
-        before = self._lease
-        self._attach_again()
+        with self._attaching:
+            before = self._lease
+            self._attach_again()
         before.release()
 
     def wait_known(self, timeout_s: float) -> None:
@@ -211,7 +213,9 @@ class Mirror:
         logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
             try:
-                self._attach_again()
+                with self._attaching:
+                    if self.lost:  # `know_again` may have been quicker
+                        self._attach_again()
                 return
             except (LeaseLostError, EntryNotFoundError) as error:  # unloaded or stopped, on purpose
                 logger.info("%s The weights stay mapped here.", error)

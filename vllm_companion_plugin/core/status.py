@@ -54,6 +54,7 @@ class LoaderInfo:
     """The loader of an entry, its progress and its start time. Waiting clients get this.
 
     Attributes:
+        pid: 0 while nobody has come yet to hand back what the companion before held; `client` says so.
         changed_unix_s: when the loader last reported progress; 0 if the companion does not say.
     """
 

@@ -428,12 +428,12 @@ class _Watcher:
     def changed(self, loader: LoaderInfo) -> None:
         progress, pid = loader.progress, loader.pid
         age = duration(time.time() - loader.since_unix_s)
-        who = f"pid {pid} ({loader.client})"
+        who = f"pid {pid} ({loader.client})" if pid else loader.client
         text = f"{who} is {progress.phase or 'starting'} for {age}"
         if progress.done_bytes:
             text += f", {format_bytes(progress.done_bytes, progress.total_bytes)}"
-        self._waiting.news(text, f"{who}. {_remedy(pid)}")
-        description = f"[companion] pid {pid} is {progress.phase or 'starting'} for {age}"
+        self._waiting.news(text, f"{who}. {_remedy(pid) if pid else 'If none comes, an engine that waits loads.'}")
+        description = f"[companion] {f'pid {pid}' if pid else who} is {progress.phase or 'starting'} for {age}"
         self._bar.update(progress.done_bytes, progress.total_bytes, description)
 
     def silent(self, seconds: float) -> None:
