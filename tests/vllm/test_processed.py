@@ -102,7 +102,7 @@ def test_computed_weights_are_those_of_a_fresh_load_and_whoever_dies_leaves_noth
         start_engine(model=path, load_format="companion", **OPTIONS).result()
     wanted = tensors(place, second)
     before = tensors(place, model)
-    assert sum(len(tensor) for tensor in wanted.values()) > CHUNK_MIB << 20  # several arenas
+    assert sum(tensor.nbytes for tensor in list(weights.values())[:-1]) > CHUNK_MIB << 20  # it is handed over in parts
     assert before.keys() == wanted.keys()
 
     # One trainer, two updates by the same headless process; it is killed in the middle of the third.
@@ -125,19 +125,20 @@ def test_computed_weights_are_those_of_a_fresh_load_and_whoever_dies_leaves_noth
     assert all(text in str(refused.value) for text in (shape, f"{name},", f"{A_LOG} of torch.float64"))
     with pytest.raises(BadRequestError, match=f"{A_LOG}, which has values that are not finite"):
         update(client, model, weights | {A_LOG: weights[A_LOG] / 0}, check_finite=True)
+    with pytest.raises(BadRequestError, match=r"weights without .*, and \d+ more"):
+        update(client, model, {A_LOG: weights[A_LOG]})
     (headless,) = [each.process.pid for _, each in client._headless.values()]
     assert not writers(place)
 
-    # The headless process is killed when it has half of the weights.
-    half = dict(list(weights.items())[: len(weights) // 2])
-    rest = {name: tensor for name, tensor in weights.items() if name not in half}
+    # The headless process is killed when it has most of the weights.
+    *first, last = weights.items()
 
     def kill() -> None:
         assert writers(place) == [headless]
         os.kill(headless, signal.SIGKILL)
 
     with pytest.raises(UpdateError, match=f"pid {headless}"):
-        update(client, model, half, kill, rest)
+        update(client, model, dict(first), kill, dict([last]))
     until(lambda: not writers(place), 10, "nobody writes")
     assert held(place, model)[-1] == (3, "step-2")
     with client.update(str(model), "by hand", mode="direct") as new:

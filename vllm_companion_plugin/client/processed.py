@@ -69,11 +69,11 @@ class ProcessedUpdate:
         refuse((self._problem(name, tensor) for name, tensor in weights), self._attachment.label)
 
     def load(self, weights: Weights) -> int:
-        """Hand over tensors by the checkpoint's names, in its shapes and dtypes; how many. May be called again.
+        """Take tensors by the checkpoint's names, in its shapes and dtypes; how many. May be called again.
 
         Of a module, parameters are taken, and buffers that the checkpoint has; of a mapping, all items. Both are looked
-        at before anything is handed over. Of an iterator each item is looked at when it comes. All tensors are copied
-        by the time that this returns.
+        at before anything is taken. Of an iterator each item is looked at when it comes. Tensors are copied, and may be
+        changed afterwards; the copies are handed over whenever a chunk is full.
 
         Raises:
             BadRequestError: names, shapes or dtypes that do not fit, all of them, and those that came before.
@@ -84,17 +84,22 @@ class ProcessedUpdate:
             self._handed.add(name)
             self._giving.add(name, tensor)
             count += 1
-        self._giving.flush()
         return count
 
-    def check_complete(self) -> None:
-        """Raise `BadRequestError` unless every tensor came that loading needs: vLLM fills layers as a whole."""
+    def finish(self) -> None:
+        """Hand over the rest.
+
+        Raises:
+            BadRequestError: tensors are missing that loading needs: vLLM fills layers as a whole.
+            UpdateError: as `load`.
+        """
         refuse(
             (f"weights without {name}" for name in self._sources if name not in self._handed), self._attachment.label
         )
+        self._giving.flush()
 
     def close(self) -> None:
-        """Forget what was not handed over. Idempotent."""
+        """Forget what was taken and not handed over. Idempotent."""
         self._giving.close()
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
@@ -139,7 +144,7 @@ def processing(
     update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
     try:
         yield update
-        update.check_complete()
+        update.finish()
         update.generation = headless.commit()
     except BaseException:
         if update.began:

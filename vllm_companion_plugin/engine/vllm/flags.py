@@ -21,6 +21,7 @@ _MAX_NAMED = 3
 OF_COMMAND = {
     "serve": ("--device", *(setting.option for setting in TABLE if setting.flag)),
     "verify": ("--json", "--adapter", "--publisher"),
+    "update": (),  # `CompanionClient.update`, whose own arguments are no flags
 }
 """Flags of our own commands, which may have been meant as well as vLLM's."""
 
