@@ -29,7 +29,8 @@ def let_update() -> None:
 def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
     """Map the current generation of the worker's weights, or another one, at the same addresses.
 
-    Reset the prefix cache afterwards: what it has was computed with the weights of before.
+    Reset the prefix cache and the encoder's afterwards: what they have was computed with the weights of before. Here they
+    cannot be, as the scheduler would count on what is gone.
 
     Args:
         generations: by model; without, the current ones.
@@ -42,9 +43,7 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
     """
     session = current()
     session.prepare_switch(generations or {})
-    found = _taken().carry_out()
-    reset_caches(self.model_runner)
-    return found
+    return _taken().carry_out()
 
 
 def companion_prepare(self: Any, generations: dict[str, int] | None = None) -> dict[str, Any]:
@@ -76,13 +75,6 @@ def companion_forget(self: Any) -> dict[str, Any]:
     """What was prepared is not wanted, and neither is the way back. Idempotent."""
     current().forget_switch()
     return done_answer()
-
-
-def reset_caches(model_runner: Any) -> None:
-    """Forget what a worker itself has computed with the weights of before."""
-    for name in ("reset_encoder_cache", "reset_mm_cache"):
-        if (reset := getattr(model_runner, name, None)) is not None:
-            reset()
 
 
 def _answered(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:

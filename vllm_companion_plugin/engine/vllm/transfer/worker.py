@@ -18,9 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm.callers import calling_worker
 from vllm_companion_plugin.engine.vllm.transfer.ranks import together
-from vllm_companion_plugin.engine.vllm.updating import reset_caches
 from vllm_companion_plugin.errors import ArenaError, BadRequestError, LayoutError, NotShareableError
 from vllm_companion_plugin.host.models import model_name
 
@@ -142,9 +140,6 @@ class CompanionTransferEngine(WeightTransferEngine):
                     remedy="Call update_weights before finish_weight_update.",
                 )
             switch.carry_out(succeeded)
-        worker = calling_worker("model_runner")
-        if worker is not None:
-            reset_caches(worker.model_runner)
 
     def shutdown(self) -> None:
         """Forget what was announced. Idempotent."""
