@@ -57,10 +57,13 @@ class Trainer:
         self.rank = 0
 
     def join(self, rank: int, world_size: int, store: str) -> dict[str, Any]:
-        """Be one of several processes, each of which has a part of every tensor. Only the first one writes."""
+        """Be one of several processes, each of which has a part of every tensor. Only the first one writes.
+
+        They compute with more digits than engines do.
+        """
         self.rank = rank
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size,)))
+        fully_shard(self.model.double(), mesh=init_device_mesh("cpu", (world_size,)))
         return {}
 
     def made(self, source: type[ModuleSource] = ModuleSource) -> Any:

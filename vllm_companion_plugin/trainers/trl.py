@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.trainers.casting import cast
+from vllm_companion_plugin.client.casting import cast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,7 +69,7 @@ class CompanionWeightTransfer:
         """
         version = self._version(self._sent + 1)
         with self._client.update(self._model, version, name="TRL") as new:
-            new.load(cast(iterator, new))
+            new.load(cast(iterator, new.checkpoint_dtypes))
         self._sent += 1
         self._client.advance(self._model, self._engines)
 

@@ -23,8 +23,8 @@ import ray
 from verl.checkpoint_engine import CheckpointEngineRegistry
 
 from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.client.casting import cast
 from vllm_companion_plugin.errors import EngineVersionError
-from vllm_companion_plugin.trainers.casting import cast
 
 SWITCH_TIMEOUT_S = 120.0
 _Nccl: Any = CheckpointEngineRegistry.get("nccl")
@@ -60,9 +60,10 @@ class CompanionCheckpointEngine(_Nccl):  # type: ignore[misc]
             CompanionError: it cannot be written; nothing of it stays.
         """
         with self._client.update(self._model, f"step-{global_steps}", name="verl") as new:
+            dtypes = new.checkpoint_dtypes
             async for name, tensor in super().receive_weights(global_steps=global_steps):
                 # It has landed when this returns: the next bucket comes into the same memory.
-                new.load(cast([(name, tensor)], new))
+                new.load(cast([(name, tensor)], dtypes))
         self._has_received = True
         nothing: tuple[Any, ...] = ()
         for each in nothing:

@@ -17,6 +17,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
 from vllm_companion_plugin.client.api import CompanionClient, Mode
+from vllm_companion_plugin.client.casting import cast
 from vllm_companion_plugin.client.processed import ProcessedUpdate
 from vllm_companion_plugin.client.update import Update
 from vllm_companion_plugin.core.identity import EntryKey
@@ -145,7 +146,7 @@ class CompanionTrainer(TrainerWeightTransferEngine):
             version: your name for them; empty: "update-" and a number.
 
         Raises:
-            BadRequestError: names, shapes or dtypes do not fit, or the source did not yield all that it describes.
+            BadRequestError: names or shapes do not fit, or the source did not yield all that it describes.
             EntryNotFoundError: a companion has nothing of the model.
             EntryInUseError: another trainer writes.
             CompanionError: as `CompanionClient.update`. Nothing of the new weights stays on this process's devices.
@@ -161,7 +162,7 @@ class CompanionTrainer(TrainerWeightTransferEngine):
                         writing = self._update(companion, entry, version)
                         begun.append((companion, entry, open_updates.enter_context(writing)))
                 for _, _, update in begun:
-                    update.check(_described(self.source))
+                    update.check(cast(_described(self.source), update.checkpoint_dtypes))
             with _on_all_ranks():
                 _fill([update for _, _, update in begun], _checked(self.source))
             with _on_all_ranks():
@@ -269,12 +270,13 @@ def _checked(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _fill(updates: list[Update | ProcessedUpdate], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    dtypes = [update.checkpoint_dtypes for update in updates]
     if len(updates) == 1:
-        updates[0].load(weights)
+        updates[0].load(cast(weights, dtypes[0]))
         return
     for pair in weights:
-        for update in updates:
-            update.load([pair])
+        for update, types in zip(updates, dtypes, strict=True):
+            update.load(cast([pair], types))
 
 
 def _of_all_ranks(value: Value) -> list[Value]:
