@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_companion_plugin.engine.vllm import patches
-from vllm_companion_plugin.engine.vllm.callers import calling_worker
 
 ExternalBytes = Callable[[], int | None]
 """How much the companion holds for the engine that starts; None if that does not use one."""
@@ -94,9 +93,20 @@ def adjust_budget(by_bytes: int, resident_since: float = 0.0) -> None:
         resident_since: Unix time; weights that came after the worker had measured its memory are
             seen by its next measurement, and must not count twice.
     """
-    worker = calling_worker("requested_memory", "model_runner")
+    worker = _calling_worker()
     if worker is None:
         return
     snapshot = getattr(worker, "init_snapshot", None)
     if resident_since <= getattr(snapshot, "timestamp", resident_since):
         worker.requested_memory += by_bytes
+
+
+def _calling_worker() -> Any:
+    """The worker that loads a model: no hook hands it to a loader, but it is a caller of one. None if there is none."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        caller: Any = frame.f_locals.get("self")
+        if hasattr(caller, "requested_memory") and hasattr(caller, "model_runner"):
+            return caller
+        frame = frame.f_back
+    return None

@@ -29,8 +29,8 @@ def let_update() -> None:
 def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
     """Map the current generation of the worker's weights, or another one, at the same addresses.
 
-    Reset the prefix cache and the encoder's afterwards: what they have was computed with the weights of before. Here they
-    cannot be, as the scheduler would count on what is gone.
+    Reset the prefix cache and the encoder's afterwards: what they have was computed with the weights of before. Here
+    they cannot be, as the scheduler would count on what is gone.
 
     Args:
         generations: by model; without, the current ones.
