@@ -172,3 +172,13 @@ def test_the_log_names_who_did_what(notes: Notes, log: pytest.LogCaptureFixture)
         "client3 (pid 3) published n (target, single), generation 1: 0.00 GiB of memfd, loaded in 0.0 s.",
         "client4 (pid 4) keeps o: because",
     ]
+
+
+@pytest.mark.parametrize(("linger_s", "idle"), [(-1.0, ""), (20.0, ", or until nobody was attached for 20 s")])
+def test_the_log_says_that_an_owner_has_come(
+    linger_s: float, idle: str, notes: Notes, log: pytest.LogCaptureFixture
+) -> None:
+    """The line before says when the companion would end without one."""
+    notes.world.registry.own(5, linger_s)
+    notes.write()
+    assert log.messages[-1] == f"The owner is pid 5: this companion stays until that process ends{idle}."

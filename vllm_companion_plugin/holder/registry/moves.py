@@ -80,11 +80,23 @@ class LingerOver:
 
 
 @dataclass(frozen=True)
+class Owned:
+    """The companion has an owner from now on, and stays until that ends: what `Lingering` said counts no more.
+
+    Attributes:
+        linger_s: seconds that it stays while nobody uses anything; negative: as long as the owner does.
+    """
+
+    pid: int
+    linger_s: float
+
+
+@dataclass(frozen=True)
 class OwnerGone:
     """The owner has gone, and the companion stays for its own linger time."""
 
     pid: int
 
 
-Move = GenerationMoved | LeaseMoved | CurrentChanged | Lingering | LingerOver | OwnerGone
+Move = GenerationMoved | LeaseMoved | CurrentChanged | Lingering | LingerOver | Owned | OwnerGone
 Observer = Callable[[Move], None]

@@ -67,6 +67,7 @@ from vllm_companion_plugin.holder.registry.moves import (
     Lingering,
     LingerOver,
     Observer,
+    Owned,
     OwnerGone,
 )
 from vllm_companion_plugin.holder.registry.selection import Query, describe, no_match_text
@@ -220,6 +221,7 @@ class Registry:
     def own(self, pid: int, linger_s: float) -> None:
         """The companion belongs to process `pid`, and stays for `linger_s`. Raises as `Lifetime.own`."""
         self.lifetime.own(pid, linger_s)
+        self._steps.emit(Owned(pid, linger_s))
         self._on_change()
 
     def disown(self) -> None:

@@ -20,6 +20,7 @@ from vllm_companion_plugin.holder.registry.moves import (
     Lingering,
     LingerOver,
     Move,
+    Owned,
     OwnerGone,
 )
 from vllm_companion_plugin.holder.registry.table import DISMISSING, GenerationEvent, LeaseEvent
@@ -57,6 +58,9 @@ class Journal:
             logger.info("Nobody is attached. %.2f GiB are held until %s, then the companion exits.", held_gib, until)
         elif isinstance(move, LingerOver):
             logger.info("Nobody was attached for %g s: ending.", move.linger_s)
+        elif isinstance(move, Owned):
+            idle = "" if move.linger_s < 0 else f", or until nobody was attached for {move.linger_s:g} s"
+            logger.info("The owner is pid %d: this companion stays until that process ends%s.", move.pid, idle)
         elif isinstance(move, OwnerGone):
             logger.warning(
                 "The owner (pid %d) has gone: this companion stays as if an engine had started it.", move.pid
