@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -65,7 +66,10 @@ class Filling:
         self._sources_bytes = 0
         self._lasting = 0  # address of the memory of the tensor that is written, if it is kept until `load` ends
         self.infos = _by_name(manifest)
-        self.sources = {name: each for name, each in sources_from_bytes(manifest.sources).items() if each.copies}
+        sources = sources_from_bytes(manifest.sources)
+        self.sources = {name: each for name, each in sources.items() if each.copies}
+        # Loading computed something from them, which a copy would leave as it was.
+        self._more_than_copied = sources.keys() - self.sources.keys()
 
     def load(self, weights: Weights) -> int:
         """Write tensors by name, a checkpoint's or the model's; how many. They may be changed afterwards.
@@ -111,7 +115,7 @@ class Filling:
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
         known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
-        if not known:
+        if not known or name in self._more_than_copied:
             return f"{name}, which it does not have, or not by a copy"
         return misfit(name, tensor, known, check_finite=self._check_finite)
 
@@ -191,10 +195,14 @@ def in_order(device: torch.device) -> Iterator[None]:
 
 
 def _is_kept(weights: Weights) -> bool:
-    """Whether the caller has all tensors already, and keeps them."""
+    """Whether the caller has all tensors already, and keeps them. Another kind of mapping may make them as it goes."""
     if isinstance(weights, nn.Module):
-        return not any(hasattr(parameter, "full_tensor") for parameter in weights.parameters())
-    return isinstance(weights, Mapping) and not any(hasattr(tensor, "full_tensor") for tensor in weights.values())
+        tensors = [*weights.parameters(), *weights.buffers()]
+    elif isinstance(weights, dict) and type(weights) in (dict, collections.OrderedDict):
+        tensors = list(weights.values())
+    else:
+        return False
+    return not any(hasattr(tensor, "full_tensor") for tensor in tensors)
 
 
 def is_placed(manifest: Manifest) -> bool:

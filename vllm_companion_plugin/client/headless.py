@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin import memory
-from vllm_companion_plugin.errors import UpdateError, WaitTimeoutError, from_code
+from vllm_companion_plugin.errors import UpdateError, from_code
 from vllm_companion_plugin.settings import Settings, to_environment
 from vllm_companion_plugin.wire.handover import Channel, Piece
 
@@ -108,7 +108,7 @@ class Headless:
         except UpdateError as error:
             self.close()
             raise UpdateError(error.what, remedy="What it wrote to standard error says why.") from error
-        except WaitTimeoutError:
+        except BaseException:  # what it answers next would be the answer to this
             self.close()
             raise
         if "error" in answer:

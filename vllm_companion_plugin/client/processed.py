@@ -141,16 +141,18 @@ def processing(
         raise BadRequestError(f"Which tensors vLLM loads into {attachment.label} was not observed by its publisher.")
     headless = start()
     headless.begin(version, base)
-    update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
+    update: ProcessedUpdate | None = None
     try:
+        update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
         yield update
         update.finish()
         update.generation = headless.commit()
     except BaseException:
-        if update.began:
+        if update is not None and update.began:
             headless.close()
         elif not headless.ended:
             headless.abort()
         raise
     finally:
-        update.close()
+        if update is not None:
+            update.close()

@@ -136,8 +136,8 @@ def updating(
     """
     check_version(version)
     lease = attachment.current_lease
-    lease.stage(base)
     try:
+        lease.stage(base)  # which may have been heard, whatever it raises
         with contextlib.closing(attachment.prepare(0, settings)) as current:
             if current.generation != attachment.generation:
                 attachment.advance(current)

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import set_current_vllm_config
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.module_tree import Manifest, Stage, TensorKind
 from vllm_companion_plugin.engine.live import LiveModel
-from vllm_companion_plugin.errors import LayoutError, ParityError
+from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError
 from vllm_companion_plugin.memory.tensors.views import without_storage
 from vllm_companion_plugin.tree.capture import Tree, capture, full_name, plain_tensors
 from vllm_companion_plugin.tree.parity import compare_modules, compare_values, tensor_difference
+
+logger = init_logger("vllm.companion")
 
 
 def write_generation(
@@ -56,10 +59,13 @@ def write_generation(
                 pass  # vLLM may leave the last ones
             _collect(model, attachment)
     known = replace(live.settings, verify="off")  # the sums that came with it are those of what was just written
-    attachment.advance(attachment.prepare(0, known))
+    try:
+        attachment.advance(attachment.prepare(update.generation, known))
+    except CompanionError as error:  # it is committed; the next update begins with what is current then
+        logger.warning("%s maps generation %d still: %s", attachment.label, attachment.generation, error)
     if attachment.device.type == "cuda":
         torch.cuda.empty_cache()  # until the next update, the memory is the engines'
-    return attachment.generation
+    return update.generation
 
 
 def _chained(

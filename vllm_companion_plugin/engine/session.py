@@ -132,7 +132,7 @@ class EngineSession:
 
     # ---- new weights
 
-    def prepare_switch(self, generations: Mapping[str, int]) -> Switch:
+    def prepare_switch(self, generations: Mapping[str, int], token: str = "") -> Switch:
         """Other generations of all its models, in place of what was prepared before.
 
         Raises:
@@ -144,15 +144,17 @@ class EngineSession:
             raise EntryNotFoundError(
                 "This engine has no model of a companion.", remedy="Its log says why its weights are not shared."
             )
-        self._switch = Switch(models, generations)
+        self._switch = Switch(models, generations, token)
         return self._switch
 
     def keep_switch(self, switch: Switch) -> None:
         """Keep one that was carried out and can go back, until it is taken or forgotten."""
         self._switch = switch
 
-    def take_switch(self) -> Switch | None:
-        """What was prepared, or kept, for the caller to carry out, undo or close."""
+    def take_switch(self, token: str | None = None) -> Switch | None:
+        """What was prepared, or kept, for the caller to carry out, undo or close. None if it is another token's."""
+        if self._switch is None or token not in (None, self._switch.token):
+            return None
         switch, self._switch = self._switch, None
         return switch
 

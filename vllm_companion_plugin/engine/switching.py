@@ -26,13 +26,16 @@ class Switch:
         generations: by id of the model's key, or by its name, or the last parts of that; the current one if it is 0, or
             left out.
 
+        token: of whoever asks. Another one cannot carry it out, or undo it.
+
     Raises:
         EntryNotFoundError: `generations` names a model that is none of these.
         CompanionError: one of them cannot advance, as of `Attachment.prepare`.
     """
 
-    def __init__(self, models: list[LiveModel], generations: Mapping[str, int]) -> None:
+    def __init__(self, models: list[LiveModel], generations: Mapping[str, int], token: str = "") -> None:
         _check_names(models, generations)
+        self.token = token
         self._steps: list[tuple[LiveModel, Prepared]] = []
         # What models had before they were switched, to go back to.
         self._ways_back: list[tuple[LiveModel, Prepared]] = []

@@ -6,7 +6,9 @@ What an engine has to have is vLLM's own; all that the companion adds is called 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -90,8 +92,13 @@ class Engine(ABC):
     def _rpc(self, method: str, kwargs: dict[str, Any], timeout_s: float) -> object:
         """What `collective_rpc` returns: an answer for each rank. Raises `NotDone`."""
 
+    @functools.cached_property
+    def _token(self) -> str:
+        """Tells our steps from those of others who have the same engine switch."""
+        return secrets.token_hex(8)
+
     def _tell_ranks(self, step: Step, kwargs: dict[str, Any], timeout_s: float) -> list[dict[str, Plan]]:
-        answers = self._rpc(RPCS[step], kwargs, timeout_s)
+        answers = self._rpc(RPCS[step], {"token": self._token, **kwargs}, timeout_s)
         try:
             if not isinstance(answers, list) or not answers:
                 raise NotDone(Answer.REFUSED, f"collective_rpc returned {str(answers)[:200]!r}")

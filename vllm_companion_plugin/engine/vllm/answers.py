@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from vllm_companion_plugin.engine.vllm import naming, patches
 logger = logging.getLogger("vllm.companion.answers")
 
 TIMEOUT_S = 60.0
-"""For the answer of a worker that is still busy with the call in which another one has failed."""
+"""For the answers of workers that are still busy with the call in which another one has failed."""
+CALLS = ("companion_", "start_weight_update", "update_weights", "finish_weight_update", "init_weight_transfer_engine")
+"""How the names of methods begin that may fail in one worker, whose engine goes on."""
 
 
 def read_all_answers() -> None:
@@ -36,11 +39,16 @@ class _Counted:
         self.count += 1
         return answer
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
 
 def _reading_all(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
         of_one = kwargs.get("non_block") or kwargs.get("unique_reply_rank") is not None
+        method = args[0] if args else kwargs.get("method")
+        of_one |= not (isinstance(method, str) and method.startswith(CALLS))
         queues = self.response_mqs
         if of_one or len(queues) < 2 or self.vllm_config.load_config.load_format != naming.LOAD_FORMAT:
             return inner(self, *args, **kwargs)
@@ -58,8 +66,9 @@ def _reading_all(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_rest(queues: list[_Counted]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     for queue in queues:
         try:
-            queue.dequeue(timeout=TIMEOUT_S)
+            queue.dequeue(timeout=max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             logger.warning("A worker has not answered for %g s after another one had failed.", TIMEOUT_S)

@@ -13,8 +13,11 @@ from vllm_companion_plugin.tree.times import from_clock
 
 @contextmanager
 def marked_times() -> Iterator[None]:
-    """While open, numbers that this thread reads from a clock of Python are known as such (tree/times.py)."""
-    loading = threading.get_ident()
+    """While open, numbers that this thread reads from a clock of Python are known as such (tree/times.py).
+
+    Modules that are imported meanwhile may keep these clocks; afterwards they give plain numbers.
+    """
+    loading: int | None = threading.get_ident()
 
     def mark(clock: Callable[[], Any]) -> Callable[[], Any]:
         def read() -> Any:
@@ -22,7 +25,10 @@ def marked_times() -> Iterator[None]:
 
         return read
 
-    with ExitStack() as stack:
-        for clock in patches.CLOCKS:
-            stack.enter_context(clock.on(clock.find_owner(), mark))
-        yield
+    try:
+        with ExitStack() as stack:
+            for clock in patches.CLOCKS:
+                stack.enter_context(clock.on(clock.find_owner(), mark))
+            yield
+    finally:
+        loading = None

@@ -43,37 +43,39 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
     """
     session = current()
     session.prepare_switch(generations or {})
-    return _taken().carry_out()
+    return _taken("").carry_out()
 
 
-def companion_prepare(self: Any, generations: dict[str, int] | None = None) -> dict[str, Any]:
+def companion_prepare(self: Any, generations: dict[str, int] | None = None, token: str = "") -> dict[str, Any]:
     """Get hold of the current generation of the worker's weights, or another one, and prove it. Nothing changes.
 
     What was prepared before is forgotten, and what was kept to go back to.
 
     Args:
         generations: by model; without, the current ones.
+        token: what the caller gives the other steps, too: somebody else may prepare meanwhile.
     """
-    return _answered(lambda: plans_answer(_plans(current().prepare_switch(generations or {}))))
+    return _answered(lambda: _prepare(self, generations or {}, token))
 
 
-def companion_switch(self: Any) -> dict[str, Any]:
+def companion_switch(self: Any, token: str = "") -> dict[str, Any]:
     """Map what was prepared, at the same addresses, and keep what was mapped until `companion_forget`.
 
     The engine is paused, and its caches have been reset: what they had was computed with the weights of before. After
     an error all are as they were, and nothing is prepared any more.
     """
-    return _answered(_switch)
+    return _answered(lambda: _switch(token))
 
 
-def companion_back(self: Any) -> dict[str, Any]:
+def companion_back(self: Any, token: str = "") -> dict[str, Any]:
     """Map what was mapped before `companion_switch`. A worker that has not switched does nothing."""
-    return _answered(_go_back)
+    return _answered(lambda: _go_back(token))
 
 
-def companion_forget(self: Any) -> dict[str, Any]:
+def companion_forget(self: Any, token: str = "") -> dict[str, Any]:
     """What was prepared is not wanted, and neither is the way back. Idempotent."""
-    current().forget_switch()
+    if (switch := current().take_switch(token)) is not None:
+        switch.close()
     return done_answer()
 
 
@@ -92,20 +94,36 @@ def _plans(switch: Switch) -> dict[str, Plan]:
     }
 
 
-def _switch() -> dict[str, Any]:
-    switch = _taken()
+def _prepare(worker: Any, generations: dict[str, int], token: str) -> dict[str, Any]:
+    parallel = worker.vllm_config.parallel_config
+    if parallel.data_parallel_size > 1 and not getattr(parallel, "data_parallel_external_lb", False):
+        raise BadRequestError(
+            "Of replicas behind one server only the first one's answers reach who asks.",
+            remedy="Start a server for each replica (--data-parallel-external-lb).",
+        )
+    return plans_answer(_plans(current().prepare_switch(generations, token)))
+
+
+def _switch(token: str) -> dict[str, Any]:
+    switch = _taken(token)
     switch.carry_out(keep_ways_back=True)
     current().keep_switch(switch)
     return done_answer()
 
 
-def _go_back() -> dict[str, Any]:
-    if (switch := current().take_switch()) is not None:
+def _go_back(token: str) -> dict[str, Any]:
+    if (switch := current().take_switch(token)) is not None:
         switch.go_back()
+    elif (other := current().take_switch()) is not None:
+        current().keep_switch(other)
+        raise BadRequestError("Somebody else has prepared other weights here since, so the way back is gone.")
     return done_answer()
 
 
-def _taken() -> Switch:
-    if (switch := current().take_switch()) is None:
-        raise BadRequestError("Nothing is prepared here to switch to.", remedy="Call companion_prepare first.")
+def _taken(token: str) -> Switch:
+    if (switch := current().take_switch(token)) is None:
+        raise BadRequestError(
+            "Nothing is prepared here to switch to, or somebody else has prepared since.",
+            remedy="Call companion_prepare first, and have one at a time update an engine.",
+        )
     return switch

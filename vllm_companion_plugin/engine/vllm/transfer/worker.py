@@ -97,9 +97,13 @@ class CompanionTransferEngine(WeightTransferEngine):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As `receive_weights`. vLLM's own would wait for copies on the device, and there are none."""
-        with together("prepare the new weights") as succeeded:
-            self.receive_weights(self.parse_update_info(update_info))
-            succeeded()
+        try:
+            with together("prepare the new weights") as succeeded:
+                self.receive_weights(self.parse_update_info(update_info))
+                succeeded()
+        except BaseException:
+            current().forget_switch()  # it keeps a generation's memory, also where only another rank could not
+            raise
 
     def receive_weights(self, update_info: CompanionUpdateInfo) -> None:
         """Get hold of the generations of this worker's models, and prove them. Nothing changes.
