@@ -208,7 +208,6 @@ OF_OURS = {
     ("engine.vllm.flags", "load_format"),
     ("engine.vllm.flags", "model"),
     ("engine.vllm.flags", "model_loader_extra_config"),
-    ("engine.vllm.flags", "ours"),
     ("engine.progress", "bar_format"),  # of a bar
     ("engine.progress", "n"),
     ("engine.progress", "total"),

@@ -53,8 +53,7 @@ def _parser(command: str) -> tuple[FlexibleArgumentParser, dict[str, str]]:
     """The parser of `vllm serve`, and the flags by destination that are the server's: they are set only if given."""
     from vllm.entrypoints.cli.serve import make_arg_parser
 
-    parser = make_arg_parser(_Parser(prog=f"vllm-companion {command}", allow_abbrev=False))
-    parser.ours = OF_COMMAND[command]
+    parser = make_arg_parser(_Parser(OF_COMMAND[command], prog=f"vllm-companion {command}", allow_abbrev=False))
     of_engine = {field.name for field in fields(EngineArgs)} | {"help", "config", "model_tag"}
     of_server = {}
     for action in parser._actions:
@@ -67,7 +66,9 @@ def _parser(command: str) -> tuple[FlexibleArgumentParser, dict[str, str]]:
 class _Parser(FlexibleArgumentParser):
     """Says what is wrong in a line, and not vLLM's whole usage. A flag of `ours` may have been meant, too."""
 
-    ours: tuple[str, ...] = ()
+    def __init__(self, ours: tuple[str, ...], **options: Any) -> None:
+        super().__init__(**options)
+        self._ours = ours
 
     def error(self, message: str) -> NoReturn:
         _, found, words = message.partition("unrecognized arguments: ")
@@ -79,7 +80,7 @@ class _Parser(FlexibleArgumentParser):
         raise SystemExit(2)
 
     def _with_nearest(self, name: str) -> str:
-        near = get_close_matches(name, [*self._option_string_actions, *self.ours], 1)
+        near = get_close_matches(name, [*self._option_string_actions, *self._ours], 1)
         return f"{name} (did you mean {near[0]}?)" if near else name
 
 
