@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +25,7 @@ from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.engine.register import register
 from vllm_companion_plugin.engine.vllm.sharing import TRANSFER_BACKEND
 from vllm_companion_plugin.engine.vllm.transfer.engines import Engines
-from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError, UpdateRefusedError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError, UpdateRefusedError
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.settings import Given
 
@@ -165,11 +165,15 @@ class CompanionTrainer(TrainerWeightTransferEngine):
                     update.check(cast(_described(self.source), update.checkpoint_dtypes))
             with _on_all_ranks():
                 _fill([update for _, _, update in begun], _checked(self.source))
-            with _on_all_ranks():
-                open_updates.close()  # which commits
-        self._own = [
-            _Written(companion, entry.key, entry.generation, update.generation) for companion, entry, update in begun
-        ]
+            try:
+                with _on_all_ranks():
+                    open_updates.close()  # which commits one after the other
+            except BaseException:
+                for each in _committed(begun):
+                    with suppress(CompanionError):  # a companion that has died knows nothing any more
+                        each.take_back()
+                raise
+        self._own = _committed(begun)
         self._is_taken_back = False
         written: dict[str, dict[str, int]] = {}
         for own in _of_all_ranks([(each.companion.device, each.key.id, each.generation) for each in self._own]):
@@ -245,6 +249,14 @@ class CompanionTrainer(TrainerWeightTransferEngine):
                 remedy="Start an engine with --load-format companion first.",
             )
         return found
+
+
+def _committed(begun: list[tuple[CompanionClient, EntryStatus, Update | ProcessedUpdate]]) -> list[_Written]:
+    return [
+        _Written(companion, entry.key, entry.generation, update.generation)
+        for companion, entry, update in begun
+        if update.generation
+    ]
 
 
 def _described(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
