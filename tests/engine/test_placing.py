@@ -188,6 +188,8 @@ def test_what_is_more_than_a_copy_has_no_source(how: Callable[..., Any], tmp_pat
         manifest, arena = published(tmp_path)
     filling, _ = filled(manifest, arena, {})
     assert NORM not in filling.sources
+    with pytest.raises(BadRequestError, match=f"{NORM}, which it does not have, or not by a copy"):
+        filling.load({NORM: checkpoint(tmp_path)[NORM]})
     assert NORM in sources_from_bytes(manifest.sources)
     assert not is_placed(manifest)
     assert "model.layers.0.input_layernorm.weight" in filling.sources

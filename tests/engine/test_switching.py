@@ -14,6 +14,7 @@ from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.engine.session import EngineSession
 from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.errors import ArenaError, EntryNotFoundError
 
@@ -140,3 +141,15 @@ def test_a_model_is_found_by_its_name_or_the_end_of_it(models: list[LiveModel], 
 def test_a_name_that_no_model_has_is_refused(models: list[LiveModel], name: str) -> None:
     with pytest.raises(EntryNotFoundError, match="Its models of a companion: test/model"):
         Switch(models, {name: SECOND})
+
+
+def test_a_switch_is_its_callers(models: list[LiveModel]) -> None:
+    """Who has prepared before somebody else did can neither carry that out nor close it."""
+    session = EngineSession()
+    session.keep_switch(Switch(models, {}, "first"))
+    session.keep_switch(later := Switch(models, {}, "second"))
+    assert session.take_switch("first") is None
+    assert session.take_switch("second") is later
+    assert session.take_switch("second") is None
+    later.carry_out()
+    assert values(models) == [1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,18 @@ class TestBatches:
         world.filling.load({**new, "turned": new["turned"].contiguous()})
         assert len(world.writer.flushes) == 2
         assert torch.equal(world.complete()[world.part("turned")], raw(new["turned"]))
+
+    def test_are_for_what_is_made_as_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody else keeps what such a mapping gives."""
+
+        class Lazy(dict[str, torch.Tensor]):
+            def items(self) -> Any:
+                return ((name, tensor.clone()) for name, tensor in super().items())
+
+        monkeypatch.setattr(module, "BATCH_BYTES", 1)
+        world = World()
+        world.filling.load(Lazy(values()))
+        assert len(world.writer.flushes) == len(values()) + 1
 
     def test_end_with_an_error(self) -> None:
         """Of an iterator that fails midway."""

@@ -119,3 +119,11 @@ def test_other_threads_read_their_clocks_as_ever() -> None:
         thread.start()
         thread.join()
     assert types == [float]
+
+
+def test_a_clock_that_somebody_keeps_gives_plain_numbers_afterwards() -> None:
+    """As a module does that is imported while a model is loaded."""
+    with marked_times():
+        kept = time.time
+        assert type(kept()) is Seconds
+    assert type(kept()) is float

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_companion_plugin.engine.vllm.answers import _Counted
 from vllm_companion_plugin.engine.vllm.transfer.engines import Engines
 from vllm_companion_plugin.engine.vllm.transfer.worker import CompanionInitInfo, CompanionTransferEngine
 from vllm_companion_plugin.errors import NotShareableError, UpdateRefusedError
@@ -110,3 +111,9 @@ def test_an_engine_with_weights_of_its_own_takes_none() -> None:
         NotShareableError, match=r"org/m has weights of its own in this engine.*--load-format companion"
     ):
         worker.init_transfer_engine(CompanionInitInfo())
+
+
+def test_a_queue_whose_answers_are_counted_is_that_queue_in_all_else() -> None:
+    """vLLM ends it when a worker has died in the middle of a call."""
+    counted = _Counted(SimpleNamespace(dequeue=lambda timeout: timeout, shutdown=lambda: "ended"))
+    assert (counted.dequeue(timeout=3), counted.count, counted.shutdown()) == (3, 1, "ended")
