@@ -15,7 +15,12 @@ from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-LOADS = {patches.LOADERS_WEIGHTS.target, patches.MODELS_WEIGHTS.target, patches.PROCESSING.target}
+LOADS = {
+    patches.LOADERS_WEIGHTS.target,
+    patches.MODELS_WEIGHTS.target,
+    patches.PROCESSING.target,
+    *(patch.target for patch in patches.CLOCKS),
+}
 LIVE_WEIGHTS = "vllm.model_executor.models.llama.LlamaForCausalLM.load_weights"
 """Of the model itself: the row is of any model's."""
 ATTACHES = {patches.NOTES_FOR_RELOADS.target, patches.PROCESSING.target}
