@@ -14,6 +14,8 @@ from tests.process.test_cli import cli
 from tests.process.test_update import MODEL, client, entry_of, held, loaded
 from tests.process.update_child import digests, values
 from tests.support.place import KEY, Place, speaking
+from tests.support.publishing import Small, load
+from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, GenerationStatus
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import StaleError
@@ -63,6 +65,16 @@ class TestRollback:
         assert (entry_of(written).generation, [number for number, _ in held(written)]) == (5, [3, 4, 5])
         assert cli(written, "rollback", MODEL)[0] == 0
         assert (entry_of(written).generation, entry_of(written).version) == (3, "step-2")
+
+    def test_leaves_alone_what_nobody_wrote_to(self, written: Place) -> None:
+        """A draft may have its target's name."""
+        with connect("cpu", written.settings, spawn=False) as connection:
+            load(connection, Small(), key=replace(KEY, id="cd" * 32, role="draft"))
+            code, out, _ = cli(written, "rollback", MODEL)
+        assert (code, out) == (
+            0,
+            "Generation 3 (step-2) of test/model (single) is current on cpu, in place of 4 (step-3).\n",
+        )
 
     def test_of_nothing(self, place: Place) -> None:
         """What a checkpoint has; and a companion that has not begun, or has something else."""

@@ -41,9 +41,13 @@ def generations(parsed: argparse.Namespace) -> int:
 
 
 def rollback(parsed: argparse.Namespace) -> int:
-    """Make the generation before the current one current, or the one that `--to` names: of all entries, or of none."""
+    """Make the generation before the current one current, or the one that `--to` names: of all entries, or of none.
+
+    Entries that nobody has written to are left alone if there are others: a draft, which has its target's name.
+    """
     with running(settings_of(parsed), parsed.device) as connections:
-        _, found = _find(parsed, connections)
+        _, all_found = _find(parsed, connections)
+        found = [(connection, entry) for connection, entry in all_found if _is_written(entry)] or all_found
         targets = [_target(connection.device, entry, parsed.to) for connection, entry in found]
         with contextlib.ExitStack() as undo:
             for (connection, entry), number in zip(found, targets, strict=True):
@@ -81,6 +85,11 @@ def _find(
         held = ", ".join(f"{e.key.title} ({e.key.rank}) on {c.device}" for c, e in there)
         raise EntryNotFoundError(f"{query} matches nothing. Here: {held or 'nothing'}.")
     return statuses, found
+
+
+def _is_written(entry: EntryStatus) -> bool:
+    """Tell whether a client has written a generation of it that is held."""
+    return bool(entry.version) or len(entry.generations) > 1
 
 
 def _target(device: str, entry: EntryStatus, to: int | None) -> int:
