@@ -224,7 +224,7 @@ def go(walk: Walk, steps: int) -> None:
 @pytest.mark.parametrize("walk", [1], indirect=True)
 def test_walk(walk: Walk) -> None:
     """After each step every byte is right, and there are as many descriptors and mappings as who is awake needs."""
-    go(walk, 1000)
+    go(walk, 300)
 
 
 @pytest.mark.slow
