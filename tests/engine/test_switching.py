@@ -13,6 +13,7 @@ from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.session import EngineSession
 from vllm_companion_plugin.engine.switching import Switch
@@ -153,3 +154,22 @@ def test_a_switch_is_its_callers(models: list[LiveModel]) -> None:
     assert session.take_switch("second") is None
     later.carry_out()
     assert values(models) == [1, 1]
+
+
+def test_who_goes_back_follows_no_more_than_before(client: CompanionClient, place: Place) -> None:
+    """An engine that has never taken a trainer's weights keeps its own when it wakes, also after a switch that failed."""
+    client.make_current(MODEL, FIRST)
+    models = [LiveModel(client.attach(MODEL), client.settings, load=never) for _ in range(2)]
+    client.make_current(MODEL, SECOND)
+    switch = Switch(models, {})
+    switch._steps[1][1].close()
+    with pytest.raises(ArenaError):
+        switch.carry_out()
+    one = models[0].attachment
+    one.fall_asleep(1, WhenAsleep.STAY)
+    one.let_go(client.settings, "engine")
+    with connect("cpu", place.settings, spawn=False) as connection:
+        one.wake(connection, client.settings, "engine", never)
+        assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
+        for model in models:
+            model.attachment.close()

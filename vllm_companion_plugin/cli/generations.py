@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from vllm_companion_plugin.cli import generation_table, table
 from vllm_companion_plugin.cli.devices import running
-from vllm_companion_plugin.cli.exits import Exit, NothingRunsError
+from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.cli.generation_table import current_of
 from vllm_companion_plugin.cli.look import columns_of_output
-from vllm_companion_plugin.cli.selecting import query_of
+from vllm_companion_plugin.cli.selecting import asked
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.cli.table import generation_name
 from vllm_companion_plugin.client.connection import CompanionConnection
@@ -72,13 +72,7 @@ def _find(
         NothingRunsError: no companion answers.
         EntryNotFoundError: a model is named, and none of them has it.
     """
-    if not connections:
-        raise NothingRunsError(table.NOBODY)
-    statuses = []
-    for connection in connections:
-        connection.check_protocol()
-        statuses.append(connection.status())
-    query = query_of(parsed, statuses)
+    query, statuses = asked(parsed, connections)
     there = [(c, e) for c, s in zip(connections, statuses, strict=True) for e in s.entries]
     found = [(c, e) for c, e in there if query.matches(e.key) and e.state is not EntryState.RETIRED]
     if not found and (parsed.model or parsed.key or parsed.rank):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import running
 from vllm_companion_plugin.cli.exits import Exit, NothingRunsError
-from vllm_companion_plugin.cli.selecting import query_of
+from vllm_companion_plugin.cli.selecting import asked
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.shutdown import shut_down
@@ -186,13 +186,7 @@ def unload(parsed: argparse.Namespace) -> int:
     if (parsed.model is None and parsed.key is None) == (not parsed.all):
         raise SettingsError("unload: which model?", remedy="Name one MODEL, or give --all.")
     with running(settings_of(parsed), parsed.device) as connections:
-        if not connections:
-            raise NothingRunsError(table.NOBODY)
-        statuses = []
-        for connection in connections:
-            connection.check_protocol()
-            statuses.append(connection.status())
-        query = query_of(parsed, statuses)
+        query, _ = asked(parsed, connections)
         found = 0
         missing: EntryNotFoundError | None = None
         for connection in connections:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from vllm_companion_plugin.cli import table
+from vllm_companion_plugin.cli.exits import NothingRunsError
+from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import CompanionStatus
 from vllm_companion_plugin.errors import SettingsError
@@ -16,7 +18,25 @@ ID_LEAST = 4
 """How many characters of an id tell it from a name."""
 
 
-def query_of(parsed: argparse.Namespace, statuses: Sequence[CompanionStatus]) -> Query:
+def asked(
+    parsed: argparse.Namespace, connections: Sequence[CompanionConnection]
+) -> tuple[Query, list[CompanionStatus]]:
+    """Ask all companions; return what a command line names, and what they have.
+
+    Raises:
+        NothingRunsError: no companion answers.
+        CompanionError: as `_query`, and of a companion of another protocol.
+    """
+    if not connections:
+        raise NothingRunsError(table.NOBODY)
+    statuses = []
+    for connection in connections:
+        connection.check_protocol()
+        statuses.append(connection.status())
+    return _query(parsed, statuses), statuses
+
+
+def _query(parsed: argparse.Namespace, statuses: Sequence[CompanionStatus]) -> Query:
     """Return the query that MODEL, `--rank` and `--key` of a command make.
 
     Raises:

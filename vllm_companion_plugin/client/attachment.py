@@ -52,10 +52,15 @@ KNOWN_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """A generation that an attachment can advance to. Owns the descriptors until then."""
+    """A generation that an attachment can advance to. Owns the descriptors until then.
+
+    Attributes:
+        follows: whether the attachment, once it has advanced, takes what is current when it wakes.
+    """
 
     held: Held
     fds: arenas.Descriptors
+    follows: bool = True
 
     @property
     def generation(self) -> int:
@@ -523,7 +528,7 @@ class Attachment:
         """What is mapped now, to advance to after something else. Raises `ArenaError` as `check_can_advance`."""
         self.check_can_advance()
         fds = self.arena.fds.dup()
-        return Prepared(replace(self.held, fds=fds), fds)
+        return Prepared(replace(self.held, fds=fds), fds, self._follows)
 
     def advance(self, prepared: Prepared) -> None:
         """Map the prepared generation at the same addresses, and renew what is private. Nothing may use the memory.
@@ -537,7 +542,7 @@ class Attachment:
         """
         held = prepared.held
         self.arena.replace(held.arena, arenas.Descriptors(prepared.fds.take()))
-        self._follows = True
+        self._follows = prepared.follows
         self.renew()
         self.held = replace(held, fds=self.arena.fds)
         if self._mirror is not None:

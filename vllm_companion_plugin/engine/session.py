@@ -151,6 +151,11 @@ class EngineSession:
         """Keep one that was carried out and can go back, until it is taken or forgotten."""
         self._switch = switch
 
+    @property
+    def has_switch(self) -> bool:
+        """Whether anything is prepared, or kept."""
+        return self._switch is not None
+
     def take_switch(self, token: str | None = None) -> Switch | None:
         """What was prepared, or kept, for the caller to carry out, undo or close. None if it is another token's."""
         if self._switch is None or token not in (None, self._switch.token):

@@ -25,7 +25,6 @@ class Switch:
         models: of one engine.
         generations: by id of the model's key, or by its name, or the last parts of that; the current one if it is 0, or
             left out.
-
         token: of whoever asks. Another one cannot carry it out, or undo it.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.client.casting import cast
+from vllm_companion_plugin.errors import BadRequestError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -110,6 +111,9 @@ def vllm_client(model: str, **settings: Unpack[Given]) -> type[Any]:
             self._transfer.destroy()
 
         def _start_weight_update(self) -> None:
-            raise NotImplementedError("Send all weights at once, by update_named_params: they switch together.")
+            raise BadRequestError(
+                "This client sends all weights at once, because engines switch once for all of them.",
+                remedy="Call update_named_params.",
+            )
 
     return CompanionVLLMClient

@@ -41,8 +41,7 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
     Raises:
         CompanionError: one of them cannot advance; all are as they were.
     """
-    session = current()
-    session.prepare_switch(generations or {})
+    current().prepare_switch(generations or {})
     return _taken("").carry_out()
 
 
@@ -114,8 +113,7 @@ def _switch(token: str) -> dict[str, Any]:
 def _go_back(token: str) -> dict[str, Any]:
     if (switch := current().take_switch(token)) is not None:
         switch.go_back()
-    elif (other := current().take_switch()) is not None:
-        current().keep_switch(other)
+    elif current().has_switch:
         raise BadRequestError("Somebody else has prepared other weights here since, so the way back is gone.")
     return done_answer()
 
