@@ -157,7 +157,7 @@ def test_a_switch_is_its_callers(models: list[LiveModel]) -> None:
 
 
 def test_who_goes_back_follows_no_more_than_before(client: CompanionClient, place: Place) -> None:
-    """An engine that has never taken a trainer's weights keeps its own when it wakes, also after a switch that failed."""
+    """An engine that has never taken a trainer's weights wakes with its own, also after a switch that failed."""
     client.make_current(MODEL, FIRST)
     models = [LiveModel(client.attach(MODEL), client.settings, load=never) for _ in range(2)]
     client.make_current(MODEL, SECOND)

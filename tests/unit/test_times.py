@@ -76,9 +76,22 @@ def test_what_loading_sets_otherwise_is_the_models() -> None:
         return change
 
     first, second = publish(build, load=sets(0.5)), publish(build, load=sets(0.25))
-    with pytest.raises(ParityError, match=r"loading changed other things"):
+    with pytest.raises(ParityError, match=r"loading made config\.scale 0\.5 here and 0\.25 in the published model"):
         compare_published(first.manifest, second.manifest)
     assert attach(first, build).config.scale == 0.5
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda times: dict(enumerate(times))], ids=["list", "tuple", "dict"])
+def test_in_a_container_is_a_number_like_the_others(kind: Callable[[list[float]], object]) -> None:
+    """What is with it may follow from the weights: engines get all of it, and a model loaded again has to have it."""
+
+    def keeps(model: Model) -> None:
+        model.config.kept = kind([0.5, time.time()])
+
+    first, second = publish(build, load=keeps), publish(build, load=keeps)
+    assert attach(first, build).config.kept == first.model.config.kept
+    with pytest.raises(ParityError, match=r"loading made config\.kept"):
+        compare_published(first.manifest, second.manifest)
 
 
 @pytest.mark.parametrize("name", ["storages", "stage", "files", "modules", "tensors"], ids=lambda name: f"other {name}")
@@ -98,6 +111,14 @@ def test_only_the_same_model_takes_the_place_of_another(name: str) -> None:
 def test_values_of_a_flag_are_each_engines_own() -> None:
     """Engines with other limits have loaded the same model."""
     compare_published(publish(build, flag=1.0).manifest, publish(build, flag=2.0).manifest)
+
+
+def test_values_of_a_model_that_nobody_watched_are_all_the_models() -> None:
+    """Nothing tells whose they are."""
+    one, two = (replace(publish(build, flag=flag).manifest, is_observed=False) for flag in (1.0, 2.0))
+    compare_published(one, one)
+    with pytest.raises(ParityError, match=r"flag is 1\.0 here and another"):
+        compare_published(one, two)
 
 
 def test_arithmetic_of_times_gives_times() -> None:

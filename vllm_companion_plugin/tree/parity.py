@@ -142,8 +142,7 @@ def compare_published(mine: Manifest, other: Manifest) -> None:
             published, attributes={}, observed=NOTHING_OBSERVED
         ):
             raise ParityError(f"{where} has other names, classes or tensors than in the published model.", where)
-        if _as_changed(module.observed) != _as_changed(published.observed):
-            raise ParityError(f"loading changed other things in {where} than in the published model.", where)
+        _check_changed(module, published)
         own = _own_values(module.path, module.attributes, published)
         if own and not mine.is_observed:
             name, value = next(iter(own.items()))
@@ -153,9 +152,17 @@ def compare_published(mine: Manifest, other: Manifest) -> None:
             raise ParityError(f"tensor {number} is {tensor} here, and {info} in the published model.")
 
 
-def _as_changed(observed: Observed) -> Observed:
-    """What loading made, whatever was there before."""
-    return replace(observed, values={name: (None, after) for name, (_, after) in observed.values.items()})
+def _check_changed(module: ModuleInfo, published: ModuleInfo) -> None:
+    """Raise `ParityError` unless loading made the same of both, whatever was there before."""
+    here, there = ({name: after for name, (_, after) in each.observed.values.items()} for each in (module, published))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            where = full_name(module.path, name)
+            mine, other = (values.get(name) or "absent" for values in (here, there))
+            raise ParityError(f"loading made {where} {mine} here and {other} in the published model.", where, mine)
+    if replace(module.observed, values={}) != replace(published.observed, values={}):
+        where = module.path or "the model"
+        raise ParityError(f"loading or processing changed other things in {where} than in the published model.", where)
 
 
 def _is_data(text: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Numbers that come from a clock, and what is computed from them. They tell when and how fast a model was loaded, and
-nothing of the model: one that loading leaves in it is the engine's own.
+nothing of the model: one that loading leaves in it is the engine's own. A container of them is a value like any other,
+as what else is in it may be the model's.
 """
 
 from __future__ import annotations
@@ -7,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_companion_plugin.tree.values import class_name
+from vllm_companion_plugin.tree.values import Marked, class_name
 
 
-class Seconds(float):
+class Seconds(Marked, float):
     """A time, or a span of it. Whatever arithmetic makes of it is one, too."""
 
     __slots__ = ()
 
 
-class Ticks(int):
+class Ticks(Marked, int):
     """The same, of a clock that counts in whole numbers."""
 
     __slots__ = ()

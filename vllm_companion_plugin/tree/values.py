@@ -32,6 +32,12 @@ _MAX_BYTES = 1 << 20
 """The text of longer data has a digest of it. Such data can be compared, and cannot be made from its text."""
 
 
+class Marked:
+    """A number of which it is known where it came from. In a container it is a number like the others."""
+
+    __slots__ = ()
+
+
 def class_name(cls: type) -> str:
     """The qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -57,6 +63,8 @@ def text_of(value: Any, depth: int = 0) -> str | None:
         return None if parts is None else f"{class_name(kind)}({', '.join(parts)})"
     if isinstance(value, (str, bytes, int, float)) and not getattr(value, "__dict__", None):
         base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
+        if depth and isinstance(value, Marked):
+            return base.__repr__(value)
         return f"{class_name(kind)}({base.__repr__(value)})"
     return None
 
