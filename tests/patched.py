@@ -18,7 +18,8 @@ import torch
 from packaging.version import Version
 
 import vllm_companion_plugin
-from vllm_companion_plugin.engine.vllm.patches import PATCHES, How, Lifetime, Patch
+from vllm_companion_plugin.engine.vllm.patches import PATCHES
+from vllm_companion_plugin.engine.vllm.patching import How, Lifetime, Patch
 
 PACKAGE = vllm_companion_plugin.__name__
 ROOT = str(Path(vllm_companion_plugin.__file__).parent)

@@ -21,8 +21,9 @@ from vllm.v1.worker.utils import request_memory
 
 from tests import patched
 from vllm_companion_plugin.core.text import printable
-from vllm_companion_plugin.engine.vllm import budget, patches
-from vllm_companion_plugin.engine.vllm.patches import PATCHES, How, Lifetime, Patch
+from vllm_companion_plugin.engine.vllm import budget, patches, patching
+from vllm_companion_plugin.engine.vllm.patches import PATCHES
+from vllm_companion_plugin.engine.vllm.patching import How, Lifetime, Patch
 
 pytestmark = pytest.mark.core
 
@@ -51,7 +52,7 @@ def derived() -> Iterator[Patch]:
     """A row of a method that its class inherits."""
     made = row(f"{__name__}:Derived.text")
     yield made
-    patches._applied.pop(made, None)
+    patching._applied.pop(made, None)
 
 
 class TestPatch:
@@ -134,7 +135,7 @@ waiting = sorted(finder._name for finder in sys.meta_path if type(finder).__modu
 import vllm.engine.arg_utils, vllm.v1.worker.gpu_worker, vllm.model_executor.model_loader
 import vllm.v1.executor.multiproc_executor
 from tests import patched
-from vllm_companion_plugin.engine.vllm.patches import Lifetime
+from vllm_companion_plugin.engine.vllm.patching import Lifetime
 found = patched.differences([Lifetime.IMPORT, Lifetime.EXECUTOR])
 print("RESULT", json.dumps([light, waiting, found, sorted(set(patched.on_objects().values()))]))
 """
@@ -257,8 +258,8 @@ def test_attributes_of_others_are_set_where_the_table_says() -> None:
                 found.add((module, node.func.id))
     rows = {(patch.by, patch.attribute) for patch in PATCHES if patch.how is How.SET}
     assert found - rows - OF_OURS == {
-        ("engine.vllm.patches", "setattr"),
-        ("engine.vllm.patches", "delattr"),
+        ("engine.vllm.patching", "setattr"),
+        ("engine.vllm.patching", "delattr"),
         ("engine.draft", "setattr"),  # flags of a draft that is being attached
     }
     assert found >= OF_OURS

@@ -15,7 +15,7 @@ from vllm import LLM, SamplingParams
 
 from tests import patched
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm.patches import Lifetime, Patch
+from vllm_companion_plugin.engine.vllm.patching import Lifetime, Patch
 
 
 def record_patches() -> set[str]:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
+from vllm_companion_plugin.client.fitting import Weights, checked, misfit, refuse
 from vllm_companion_plugin.core.intervals import Intervals
 from vllm_companion_plugin.core.module_tree import Manifest, TensorInfo
 from vllm_companion_plugin.core.placements import Placed, Source
-from vllm_companion_plugin.errors import BadRequestError, ManifestError
+from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.memory import ArenaWriter
 from vllm_companion_plugin.memory.tensors.views import dtype_of
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
-Weights = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-_SHOWN = 8
-"""Most names in an error."""
-_ALWAYS_FINITE = ("torch.float4_e2m1fn_x2",)
-"""Types of which no value is NaN or infinite."""
 BATCH_BYTES = 256 << 20
 """Sources that nobody else keeps, until their copies have landed: waiting for each of them would take longer than to
 copy it, and waiting for none of them would keep all that an iterator gathers."""
@@ -214,64 +210,6 @@ def is_placed(manifest: Manifest) -> bool:
     return all(source.copies for source in sources_from_bytes(manifest.sources).values())
 
 
-def checked(
-    weights: Weights, known: Collection[str], problem: Callable[[str, torch.Tensor], str], label: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of `weights`, each whole and detached, by name. Of a module, buffers are taken that are `known`.
-
-    Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
-
-    Args:
-        problem: what is wrong with a tensor; empty if nothing is.
-        label: what does not take it, for errors.
-
-    Raises:
-        BadRequestError: with all problems; or a name that an iterator gives twice.
-    """
-    if isinstance(weights, nn.Module):
-        buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
-        weights = {**dict(weights.named_parameters()), **buffers}
-    looked_at = isinstance(weights, Mapping)
-    if isinstance(weights, Mapping):
-        refuse((problem(name, tensor) for name, tensor in weights.items()), label)
-        weights = weights.items()
-    names: set[str] = set()
-    for name, shard in weights:
-        if name in names:
-            raise BadRequestError(f"{label} was given {name} twice.")
-        names.add(name)
-        gather = getattr(shard, "full_tensor", None)
-        tensor = shard if gather is None else gather()  # of FSDP: all ranks take part
-        if not looked_at or tensor is not shard:
-            refuse([problem(name, tensor)], label)
-        yield name, tensor.detach()
-
-
-def refuse(problems: Iterable[str], label: str) -> None:
-    """Raise `BadRequestError` with those that are not empty, if there are any."""
-    found = [text for text in problems if text]
-    if found:
-        rest = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise BadRequestError(f"{label} cannot take {'; '.join(found[:_SHOWN])}{rest}.")
-
-
-def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source], *, check_finite: bool) -> str:
-    """How `tensor` differs in shape or dtype from each that it may be like; empty if it is like one of them.
-
-    Args:
-        check_finite: a value that is not finite is a difference, too.
-    """
-    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    if shape not in [each.shape for each in known]:
-        return f"{name} of shape {shape} instead of {known[0].shape}"
-    if (shape, dtype) not in [(each.shape, each.dtype) for each in known]:
-        return f"{name} of {tensor.dtype} instead of torch.{known[0].dtype}"
-    # What is spread over ranks is looked at when they have gathered it, so that all of them find the same.
-    if check_finite and not hasattr(tensor, "full_tensor") and not _is_finite(tensor.detach()):
-        return f"{name}, which has values that are not finite"
-    return ""
-
-
 def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:
     """What can be written: tensors whose elements fill their part of the arena. Tied ones under each name."""
     infos: dict[str, TensorInfo] = {}
@@ -282,17 +220,6 @@ def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:
                 if info.storage >= 0 and _is_dense(info.shape, info.stride):
                     infos[f"{path}.{slot.name}" if path else slot.name] = info
     return infos
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite. Waits for the device."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if not tensor.is_floating_point() or not tensor.numel() or str(tensor.dtype) in _ALWAYS_FINITE:
-        return True
-    if tensor.itemsize == 1:  # torch knows no order of fp8, of which bfloat16 has every value
-        tensor = tensor.to(torch.bfloat16)
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # both are NaN if one element is
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.filling import Weights, checked, misfit, refuse
+from vllm_companion_plugin.client.fitting import Weights, checked, misfit, refuse
 from vllm_companion_plugin.client.handing import Giving
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.errors import BadRequestError

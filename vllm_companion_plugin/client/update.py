@@ -10,7 +10,8 @@ import torch
 
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.filling import Filling, Weights
+from vllm_companion_plugin.client.filling import Filling
+from vllm_companion_plugin.client.fitting import Weights
 from vllm_companion_plugin.client.lease import Lease
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
