@@ -451,7 +451,6 @@ def test_serve_that_cannot_hold_says_so_and_does_not_ask_again_and_again(place: 
     assert said.count("asks for") < 10
 
 
-@pytest.mark.alone  # after others of this file it did not see the end of its companion; not found why
 def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     serve(place)
     watching = place.run("-u", *CLI, "watch")
@@ -463,7 +462,7 @@ def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     watching = place.run("-u", *CLI, "watch")
     read_until(watching, "ready")
     assert cli(place, "stop")[0] == 0
-    assert watching.wait(30) == 0  # some seconds, in which another one could have come
+    assert place.ended(watching, 10) == 0
 
 
 @pytest.mark.parametrize("how", ["upgrade", "kill"])

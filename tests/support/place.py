@@ -64,7 +64,7 @@ class Place:
 
     def __init__(self, root: str) -> None:
         self.settings: Settings = resolve({"runtime_dir": f"{root}/r", "linger_s": 600, "spawn_timeout_s": 20})
-        self.environment: dict[str, str] = {**os.environ, **to_environment(self.settings)}
+        self.environment: dict[str, str] = {**os.environ, **to_environment(self.settings), "PYTHONFAULTHANDLER": "1"}
         self.processes: list[subprocess.Popen[str]] = []
 
     @property
@@ -100,6 +100,25 @@ class Place:
     def client(self, name: str, *options: str) -> subprocess.Popen[str]:
         """A child that runs tests/process/client_child.py."""
         return self.run("-m", "tests.process.client_child", name, *options)
+
+    def ended(self, process: subprocess.Popen[str], timeout_s: float) -> int:
+        """The exit code of one that `run` started. If it goes on: what each of its threads does, and what all said."""
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            said = []
+            # The companion too, which has the pipes of whoever started it.
+            for number in (
+                self.companion_pid() or process.pid,
+                *(one.pid for one in self.processes if one.poll() is None),
+            ):
+                with contextlib.suppress(OSError):
+                    os.kill(number, signal.SIGABRT)
+            for one in self.processes:
+                said.append(f"{one.args}: {one.wait(10)}\n{''.join(one.communicate(timeout=10))}")
+            with contextlib.suppress(OSError):
+                said.append(Path(self.settings.runtime_dir, "cpu", "companion.log").read_text())
+            raise AssertionError(f"It has not ended within {timeout_s} s.\n" + "\n".join(said)) from None
 
     def clean(self) -> None:
         for process in self.processes:

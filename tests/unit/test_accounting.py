@@ -15,7 +15,7 @@ from vllm.v1.worker.utils import request_memory
 
 from vllm_companion_plugin.engine import decide, loader, register
 from vllm_companion_plugin.engine.loader import CompanionModelLoader
-from vllm_companion_plugin.engine.vllm import budget, patches
+from vllm_companion_plugin.engine.vllm import budget, patches, patching
 
 pytestmark = pytest.mark.core
 
@@ -108,7 +108,7 @@ class TestBeforeTheHook:
             return 50 * GIB
 
         rows = [patches.REQUEST_MEMORY, patches.REQUEST_MEMORY_OF_WORKER]
-        monkeypatch.setattr(patches, "_applied", {})
+        monkeypatch.setattr(patching, "_applied", {})
         for row in rows:
             monkeypatch.setattr(row.find_owner(), "request_memory", old)
         budget.replace_request_memory(utils, lambda: 20 * GIB)
