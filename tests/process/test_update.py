@@ -112,7 +112,7 @@ def client(place: Place) -> CompanionClient:
 
 
 def held(place: Place) -> list[tuple[int, str]]:
-    return [(each.number, each.version) for each in entry_of(place).generations]
+    return [(each.number, each.version) for entry in client(place).status().entries for each in entry.generations]
 
 
 def has(answer: dict[str, Any], step: int, generation: int) -> bool:
