@@ -186,6 +186,13 @@ class SharedWeightsError(CompanionError):
     grpc_status = "FAILED_PRECONDITION"
 
 
+class NotSharedError(CompanionError):
+    """Parameters of a model that shared an entry's memory have been replaced, so that it is a second copy."""
+
+    code = "not_shared"
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class ArenaError(CompanionError):
     """Memory could not be created, mapped, exported or imported."""
 

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin import memory
+from vllm_companion_plugin.client.children import environment_of
 from vllm_companion_plugin.errors import UpdateError, from_code
-from vllm_companion_plugin.settings import Settings, to_environment
+from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire.handover import Channel, Piece
 
 MODULE = "vllm_companion_plugin.engine.run.processed"
 END_TIMEOUT_S = 10.0
 """For a process that was told to end, before it is killed."""
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which torchrun tells a trainer its place among others. They say nothing about vLLM's process."""
 
 
 class Headless:
@@ -63,7 +62,7 @@ class Headless:
                     [sys.executable, "-m", MODULE, str(theirs.fileno()), str(os.getpid())],
                     stdin=subprocess.DEVNULL,
                     stdout=2,
-                    env=_environment(device, settings),
+                    env=environment_of(device, settings),
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C reaches it through us only
                 )
@@ -129,17 +128,3 @@ def _end(channel: Channel, process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _environment(device: torch.device, settings: Settings) -> dict[str, str]:
-    """Of this process, but for what launchers say; the child sees one GPU, the one that is meant."""
-    environment = {**os.environ, **to_environment(settings)}
-    for name in list(environment):
-        if name in _OF_LAUNCHERS or name.startswith("TORCHELASTIC_"):
-            del environment[name]
-    if device.type == "cuda":
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-        index = device.index or 0
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its worker is the process itself
-    return environment

@@ -1,0 +1,281 @@
+"""A Transformers model on the memory of an entry, made without a second copy."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+import transformers
+from torch import nn
+
+from vllm_companion_plugin.client.api import CompanionClient, torch_device_of
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.children import environment_of
+from vllm_companion_plugin.core.placements import Placed, Source, View
+from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, NotShareableError
+from vllm_companion_plugin.memory.tensors.views import dtype_of
+from vllm_companion_plugin.settings import Given
+from vllm_companion_plugin.training.frozen import freeze
+from vllm_companion_plugin.training.names import Part, parts_of
+from vllm_companion_plugin.training.sharing import Sharing
+from vllm_companion_plugin.training.whole import whole_view
+from vllm_companion_plugin.wire.manifest import sources_from_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+logger = logging.getLogger("vllm.companion.training")
+
+LOADER = "vllm_companion_plugin.engine.run.warm"
+"""The module that loads and publishes a model, and needs vLLM."""
+_SHOWN = 8
+"""Most names in an error."""
+
+
+def from_companion(
+    model: str,
+    *,
+    device: str | torch.device | None = None,
+    rank: str | None = None,
+    key_id: str = "",
+    copy: Collection[str] = (),
+    flags: Sequence[str] = (),
+    auto_class: Any = None,
+    name: str = "trainer",
+    options: Mapping[str, Any] | None = None,
+    **settings: Unpack[Given],
+) -> Any:
+    """A `PreTrainedModel` whose parameters are the entry's memory: read-only, `requires_grad=False`, no second copy.
+
+    It is as `from_pretrained` would make it in the entry's dtype. Buffers are its own. Writing to a parameter raises
+    `SharedWeightsError`; a parameter that has been replaced (`.to(dtype)`, FSDP) raises `NotSharedError` at the next
+    forward pass. The memory stays mapped as long as a parameter exists.
+
+    Args:
+        model: as engines name it. If nobody has it, vLLM loads it in a process that ends then, as
+            `vllm-companion serve MODEL` does.
+        device: as of `CompanionClient`; None: torch's current CUDA device, or "cpu" without CUDA.
+        rank, key_id: as of `CompanionClient.attach`.
+        copy: names of parameters, or patterns as of `fnmatch`, that may be read from the checkpoint into memory of
+            this process if they cannot be views. All others that cannot are an error.
+        flags: of vLLM, with which it is loaded if nobody has it.
+        auto_class: of Transformers; None: `AutoModelForCausalLM`.
+        name: who we are, for `status`.
+        options: for Transformers' `from_config` and `from_pretrained`, e.g. `attn_implementation`.
+
+    Raises:
+        NotShareableError: parameters cannot be views; it names them, their bytes and why.
+        CompanionUnavailableError: nobody has the model, and it could not be loaded.
+        CompanionError: as `CompanionClient.attach`.
+    """
+    client = CompanionClient(device, **settings)
+    attachment = _attach(client, model, rank, key_id, name, tuple(flags))
+    try:
+        return _build(attachment, copy, auto_class or transformers.AutoModelForCausalLM, dict(options or {}))
+    except BaseException:
+        attachment.close()
+        raise
+
+
+def _attach(
+    client: CompanionClient, model: str, rank: str | None, key_id: str, name: str, flags: tuple[str, ...]
+) -> Attachment:
+    with contextlib.suppress(EntryNotFoundError, CompanionUnavailableError):
+        return client.attach(model, rank, key_id=key_id, name=name)
+    if not key_id:
+        logger.info("Nobody has %s on %s: vLLM loads it.", model, client.device)
+        environment = environment_of(torch_device_of(client.device), client.settings)
+        status = subprocess.run(
+            [sys.executable, "-m", LOADER, model, *flags], env=environment, stdin=subprocess.DEVNULL, stdout=2
+        ).returncode
+        if status:
+            raise CompanionUnavailableError(
+                f"{model} is not held on {client.device}, and was not loaded: vLLM ended with status {status}.",
+                remedy="Its lines on standard error say why.",
+            )
+    return client.attach(model, rank, key_id=key_id, name=name)
+
+
+def _build(attachment: Attachment, copy: Collection[str], auto_class: Any, options: dict[str, Any]) -> Any:
+    key = attachment.held.key
+    where = key.source if os.path.isdir(key.source) else key.model
+    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(
+        where, **{name: options[name] for name in ("trust_remote_code", "revision") if name in options}
+    )
+    sources = sources_from_bytes(attachment.manifest.sources)
+    dtype = _main_dtype(sources)
+    with torch.device("meta"):
+        bare = auto_class.from_config(config, **_dtype_option(dtype), **options)
+    parts = parts_of(bare, sources)
+    views, reasons = _views(attachment, bare, parts, sources)
+    tied = _tied(bare)
+    parameters = dict(bare.named_parameters())
+    missing = {name: why for name, why in reasons.items() if name in parameters and name not in tied}
+    buffers = {name: view.clone() for name, view in views.items() if name not in parameters and name not in tied}
+    own = {name for name in missing if any(fnmatch.fnmatchcase(name, pattern) for pattern in copy)}
+    _refuse({name: why for name, why in missing.items() if name not in own}, parameters, attachment)
+    read = _read(attachment, {name: parts[name] for name in own}, where) if own else {}
+    state = {**read, **buffers, **{name: view for name, view in views.items() if name in parameters}}
+    made = type(bare).from_pretrained(
+        None, config=config, state_dict=state, device_map={"": attachment.device}, **_dtype_option(dtype), **options
+    )
+    shared = _freeze(made, views, own, parameters, attachment)
+    copied = {name: each.nbytes for name, each in made.named_parameters() if name not in shared}
+    sharing = Sharing(made, shared, attachment, copied)
+    logger.info(
+        "%s uses %.2f GiB of %s, generation %d%s.",
+        *(type(made).__name__, sharing.shared_bytes / 2**30, attachment.label, attachment.generation),
+        f"; {len(copied)} parameters ({sum(copied.values()) / 2**30:.2f} GiB) are copies" if copied else "",
+    )
+    return made
+
+
+def _main_dtype(sources: Mapping[str, Source]) -> torch.dtype:
+    """In which most of the elements are that vLLM has copied."""
+    count = Counter[str]()
+    for source in sources.values():
+        for placed in source.copies:
+            count[placed.dtype] += math.prod(placed.shape)
+    return dtype_of(count.most_common(1)[0][0]) if count else torch.get_default_dtype()
+
+
+def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
+
+
+def _tied(model: Any) -> set[str]:
+    """Names under which Transformers puts another parameter of the model."""
+    keys = getattr(model, "all_tied_weights_keys", None)
+    if keys is None:
+        keys = model._tied_weights_keys if model.config.tie_word_embeddings else ()
+    return set(keys or ())
+
+
+def _views(
+    attachment: Attachment, bare: nn.Module, parts: Mapping[str, Sequence[Part]], sources: Mapping[str, Source]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each tensor of a model's state as a view of the entry's memory; or why it is none."""
+    views: dict[str, torch.Tensor] = {}
+    reasons: dict[str, str] = {}
+    of = attachment.views()
+    for name, tensor in bare.state_dict().items():
+        pieces, why = _pieces(parts[name], sources, tensor.dtype)
+        view = None if why else whole_view(tuple(tensor.shape), pieces, tensor.dtype.itemsize)
+        if view is None:
+            reasons[name] = why or "is laid out differently, or is spread over ranks"
+            continue
+        last = sum((size - 1) * step for size, step in zip(view.shape, view.stride, strict=True))
+        size_bytes = (last + 1) * tensor.dtype.itemsize if tensor.numel() else 0
+        part = of.bytes_at(view.offset * tensor.dtype.itemsize, size_bytes).view(tensor.dtype)
+        views[name] = part.as_strided(view.shape, view.stride)
+    return views, reasons
+
+
+def _pieces(parts: Sequence[Part], sources: Mapping[str, Source], dtype: torch.dtype) -> tuple[list[Placed], str]:
+    """All copies of a tensor's parts; or why there are none."""
+    if not parts:
+        return [], "is not in the checkpoint, or under another name"
+    pieces: list[Placed] = []
+    for part in parts:
+        source = sources[part.name]
+        if not source.copies:
+            return [], "was computed when vLLM loaded it"
+        types = {
+            placed.dtype for placed in source.copies
+        }  # to which vLLM has cast what it copied, as Transformers does
+        if types != {str(dtype).removeprefix("torch.")}:
+            return [], f"is {' and '.join(sorted(types))} in engines, and {dtype} here"
+        whole = whole_view(source.shape, source.copies, dtype.itemsize)
+        if whole is None:
+            return [], "is laid out differently, or is spread over ranks"
+        # Transformers may leave out axes with one element where it takes a parameter apart.
+        stride = [step for size, step in zip(whole.shape, whole.stride, strict=True) if size != 1]
+        shape = [size for size in whole.shape if size != 1]
+        if shape != [size for size in part.shape if size != 1]:
+            return [], f"has the shape {source.shape} in the checkpoint"
+        last = part.steps[-1]
+        steps = [(size, step) for size, step in zip(last.shape, last.stride, strict=True) if size != 1]
+        view = View(tuple(size for size, _ in steps), tuple(step for _, step in steps), last.offset)
+        pieces.append(
+            Placed(
+                (*part.steps[:-1], view),
+                whole.offset * dtype.itemsize,
+                tuple(shape),
+                tuple(stride),
+                types.pop(),
+            )
+        )
+    return pieces, ""
+
+
+def _refuse(problems: Mapping[str, str], parameters: Mapping[str, nn.Parameter], attachment: Attachment) -> None:
+    if not problems:
+        return
+    shown = [
+        f"{name} ({parameters[name].numel() * parameters[name].itemsize} bytes) {why}"
+        for name, why in list(problems.items())[:_SHOWN]
+    ]
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise NotShareableError(
+        f"{attachment.label} has no view of {len(problems)} parameters: {'; '.join(shown)}{more}.",
+        remedy="Name those that may be copies: copy=[NAME or PATTERN].",
+    )
+
+
+def _read(attachment: Attachment, parts: Mapping[str, Sequence[Part]], where: str) -> dict[str, torch.Tensor]:
+    """Tensors of the checkpoint, by its names, of which parameters are made that cannot be views."""
+    if attachment.held.published.version:
+        raise NotShareableError(
+            f"{', '.join(parts)} of {attachment.label} cannot be copied: a trainer has written its "
+            f"{attachment.held.published.version}, which the checkpoint does not have."
+        )
+    wanted = {part.name for each in parts.values() for part in each}
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(where).glob("*.safetensors")) if os.path.isdir(where) else ():
+        with safetensors.safe_open(file, "pt", device=str(attachment.device)) as opened:
+            for name in wanted & set(opened.keys()):
+                found[name] = opened.get_tensor(name)
+    unknown = [name for name, each in parts.items() if not each or any(part.name not in found for part in each)]
+    if unknown:
+        raise NotShareableError(f"{', '.join(unknown)} of {attachment.label} are not in the files of {where}.")
+    return found
+
+
+def _freeze(
+    made: nn.Module,
+    views: Mapping[str, torch.Tensor],
+    own: Collection[str],
+    parameters: Mapping[str, nn.Parameter],
+    attachment: Attachment,
+) -> list[str]:
+    """Freeze what Transformers has put on the views; the names. Raises `NotShareableError` if it has copied others."""
+    frozen: dict[int, nn.Parameter] = {}
+    names: list[str] = []
+    problems: dict[str, str] = {}
+    for name, parameter in list(made.named_parameters(remove_duplicate=False)):
+        path, _, attribute = name.rpartition(".")
+        module = made.get_submodule(path)
+        view = views.get(name)
+        if id(parameter) not in frozen:
+            if view is None or view.data_ptr() != parameter.data_ptr() or view.dtype != parameter.dtype:
+                if name not in own:
+                    problems[name] = f"was copied by Transformers {transformers.__version__}"
+                continue
+            frozen[id(parameter)] = freeze(name, parameter)
+        module._parameters[attribute] = frozen[id(parameter)]
+        names.append(name)
+    _refuse(problems, {**parameters, **dict(made.named_parameters())}, attachment)
+    for parameter in made.parameters():
+        parameter.requires_grad_(False)
+    return names

@@ -1,0 +1,162 @@
+"""What a model has of a companion: an entry that its parameters view, and whether they still do."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.core.status import Published
+from vllm_companion_plugin.errors import NotSharedError
+
+_ATTRIBUTE = "_companion_sharing"
+_SHOWN = 8
+"""Most names in an error."""
+_WRAPPERS = ("", "base_model.model.", "module.")
+"""What PEFT and others put before the names of a model that they wrap."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is, and what it views."""
+
+    name: str
+    module: weakref.ref[nn.Module]
+    attribute: str
+    dtype: torch.dtype
+    address: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Sharing:
+    """An entry that the parameters of a model view. It ends with the last tensor that views the entry's memory.
+
+    Args:
+        model: whose parameters are frozen views, or are named in `copied`.
+        shared: names of the views.
+        attachment: to the entry; owned from now on.
+        copied: bytes of each parameter that has memory of its own, by name; an attribute, too.
+
+    Attributes:
+        shared_bytes: of the parameters that are views; those that are tied count once.
+    """
+
+    def __init__(
+        self, model: nn.Module, shared: Iterable[str], attachment: Attachment, copied: Mapping[str, int]
+    ) -> None:
+        self.copied = dict(copied)
+        self._attachment = attachment
+        self._places = [_place(model, name) for name in shared]
+        sizes = {place.address: place.shape.numel() * place.dtype.itemsize for place in self._places}
+        self.shared_bytes = sum(sizes.values())
+        for each in dict.fromkeys([model, getattr(model, "base_model", model)]):  # PEFT calls the inner one only
+            each.register_forward_pre_hook(self._before_forward)
+        vars(model)[_ATTRIBUTE] = self
+        # DistributedDataParallel writes the first rank's values to all ranks' parameters.
+        vars(model)["_ddp_params_and_buffers_to_ignore"] = _Names(model)
+        attachment.leave_to_tensors(self._unused)
+
+    @property
+    def generation(self) -> int:
+        """Of the entry that is used."""
+        return self._attachment.generation
+
+    @property
+    def published(self) -> Published:
+        """When and by what it was made."""
+        return self._attachment.held.published
+
+    @property
+    def label(self) -> str:
+        """Which entry it is: model, rank and device."""
+        return self._attachment.label
+
+    def check(self) -> None:
+        """Raise `NotSharedError` if parameters do not view the entry's memory any more. Done before each step."""
+        with torch._C.DisableTorchFunctionSubclass():
+            left = [place.name for place in self._places if not _is_there(place)]
+        if left:
+            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+            raise NotSharedError(
+                f"{', '.join(left[:_SHOWN])}{more} left the memory of {self.label}: another dtype or device, a wrapper "
+                "or assigned weights have replaced what engines use.",
+                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters.",
+            )
+
+    def close(self) -> None:
+        """Unmap the memory and end the lease; the model cannot be used any more. Idempotent."""
+        self._attachment.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model shares nothing."""
+
+    def _before_forward(self, module: nn.Module, _: Any) -> None:
+        if getattr(module, _ATTRIBUTE, self) is self:
+            self.check()
+
+    def _unused(self) -> None:
+        """The last view has gone. In any thread, where no lock may be waited for."""
+        threading.Thread(target=self._attachment.close, name="companion-training-end", daemon=True).start()
+
+
+class _Names:
+    """The names of shared parameters as a model has them by now, also with what wrappers put before them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __iter__(self) -> Iterator[str]:
+        model = self._model()
+        names = [name for name, each in model.named_parameters() if not each.requires_grad] if model else []
+        return iter([f"{wrapper}{name}" for wrapper in _WRAPPERS for name in names])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> tuple[str, ...]:
+        return ()
+
+
+def sharing_of(model: nn.Module) -> Sharing | None:
+    """The sharing of a model that `from_companion` has made, however it is wrapped; None of other models."""
+    for module in model.modules():
+        if (sharing := vars(module).get(_ATTRIBUTE)) is not None:
+            assert isinstance(sharing, Sharing)
+            return sharing
+    return None
+
+
+def _place(model: nn.Module, name: str) -> _Place:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    return _Place(
+        name,
+        weakref.ref(module),
+        attribute,
+        parameter.dtype,
+        parameter.data_ptr(),
+        parameter.shape,
+        parameter.stride(),
+    )
+
+
+def _is_there(place: _Place) -> bool:
+    module = place.module()
+    if module is None:  # the user has removed it
+        return True
+    now: Any = module._parameters.get(place.attribute)
+    if now is None and hasattr(module, "parametrizations"):  # as PEFT does with parameters of experts
+        now = getattr(getattr(module.parametrizations, place.attribute, None), "original", None)
+    if now is None or now.dtype != place.dtype or now.shape != place.shape or now.stride() != place.stride:
+        return False
+    try:
+        address: int = now.data_ptr()
+    except RuntimeError:  # of a tensor that is spread over ranks
+        return False
+    return address == place.address
