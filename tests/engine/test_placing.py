@@ -11,42 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.checkpoints import models
-from tests.support.configs import config
-from tests.support.loading import load_observed
+from tests.support.loading import packed_by_vllm
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.filling import Filling, is_placed
-from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.core.module_tree import Manifest
 from vllm_companion_plugin.errors import BadRequestError
-from vllm_companion_plugin.tree import pack
-from vllm_companion_plugin.tree.capture import capture, plain_tensors
-from vllm_companion_plugin.tree.observe import Observation
-from vllm_companion_plugin.wire.manifest import sources_from_bytes, sources_to_bytes
+from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "llama-tied", "qwen3", "phi3", "gemma3", "qwen3-moe", "mixtral", "deepseek-v3", "mamba", "hybrid")
-
-
-def published(path: Path) -> tuple[Manifest, memory.Arena]:
-    """The model at `path`, loaded by vLLM and packed as its publisher would."""
-    from dataclasses import replace
-
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    made = config(path, load_format="auto")
-    with set_current_vllm_config(made), set_default_torch_dtype(made.model_config.dtype):
-        model = initialize_model(vllm_config=made, model_config=made.model_config)
-        observation = Observation(model)
-        load_observed(model, made, observation)
-        observation.end_loading(model)
-    with plain_tensors():
-        packed = pack.prepare(capture(model), Stage.UNPROCESSED, memory.MEMFD, CPU, observation)
-        sources = sources_to_bytes(pack.sources_of(packed, observation))
-        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
-    return replace(packed.manifest, sources=sources), arena
 
 
 def checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -73,7 +48,7 @@ def bytes_of(arena: memory.Arena) -> torch.Tensor:
 def test_a_checkpoint_written_by_its_names_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
     """In an arena that had none of them: of every shared tensor, all that vLLM made of the checkpoint."""
     models.make(family, tmp_path, tiny=True)
-    manifest, arena = published(tmp_path)
+    manifest, arena = packed_by_vllm(tmp_path)
     weights = checkpoint(tmp_path)
     filling, found = filled(manifest, arena, weights)
     # What loading computes from a tensor it does not copy: Mamba's A is -exp(A_log).
@@ -96,7 +71,7 @@ def test_a_checkpoint_written_by_its_names_gives_the_same_bytes(family: str, tmp
 
 def test_other_shapes_and_names_are_refused_together(tmp_path: Path) -> None:
     models.make("llama", tmp_path, tiny=True)
-    manifest, arena = published(tmp_path)
+    manifest, arena = packed_by_vllm(tmp_path)
     weights = checkpoint(tmp_path)
     first, second = sorted(weights)[:2]
     bad = {first: weights[first][:-1], second: weights[second].double(), "nobody's": weights[first]}
@@ -185,7 +160,7 @@ def test_what_is_more_than_a_copy_has_no_source(how: Callable[..., Any], tmp_pat
     inner: Any = LlamaForCausalLM.load_weights
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(LlamaForCausalLM, "load_weights", lambda self, weights: how(self, weights, inner))
-        manifest, arena = published(tmp_path)
+        manifest, arena = packed_by_vllm(tmp_path)
     filling, _ = filled(manifest, arena, {})
     assert NORM not in filling.sources
     with pytest.raises(BadRequestError, match=f"{NORM}, which it does not have, or not by a copy"):

@@ -1,0 +1,276 @@
+"""A Transformers model on the memory of an entry: equal to `from_pretrained`, and without a second copy."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from tests.support.checkpoints import models
+from tests.support.loading import packed_by_vllm
+from tests.support.place import KEY, Place, until
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client.connection import Granted, connect
+from vllm_companion_plugin.core.layout import layout_digest
+from vllm_companion_plugin.errors import NotShareableError, NotSharedError, SharedWeightsError
+from vllm_companion_plugin.training import Sharing, from_companion, sharing_of
+from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_from_bytes, sources_to_bytes
+
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
+
+FAMILIES = ("llama", "llama-tied", "qwen3", "phi3", "gemma3", "qwen3-moe", "mixtral")
+TOKENS = torch.arange(3, 40).view(1, -1)
+MADE: list[weakref.ref[Sharing]] = []
+"""What tests have of companions, which end with them."""
+
+
+@contextlib.contextmanager
+def held(place: Place, path: Path, lost: str = "") -> Iterator[None]:
+    """While open, a companion holds the model at `path` as vLLM has loaded it.
+
+    Args:
+        lost: a tensor of the checkpoint of which nothing says where it is.
+    """
+    manifest, arena = packed_by_vllm(path)
+    if lost:
+        sources = sources_from_bytes(manifest.sources)
+        sources[lost] = replace(sources[lost], copies=())
+        manifest = replace(manifest, sources=sources_to_bytes(sources))
+    place.companion()
+    with connect("cpu", place.settings, spawn=False) as connection:
+        key = replace(KEY, model=str(path), source=str(path))
+        outcome = connection.attach(key, may_load=True, client_name="loader").wait(5)
+        assert isinstance(outcome, Granted)
+        layout = layout_digest(manifest, arena.info.kind, arena.info.block_sizes)
+        tensors = len(manifest.tensors)
+        outcome.publication.publish(arena.info, arena.fds, manifest_to_bytes(manifest), tensors, layout=layout)
+        arena.close()
+        del arena
+        gc.collect()
+        try:
+            yield
+        finally:
+            while MADE:
+                if (sharing := MADE.pop()()) is not None:
+                    sharing.close()
+
+
+def on_companion(place: Place, path: Path, **options: Any) -> Any:
+    model = from_companion(str(path), device="cpu", runtime_dir=place.settings.runtime_dir, **options)
+    sharing = sharing_of(model)
+    assert sharing is not None
+    MADE.append(weakref.ref(sharing))
+    return model
+
+
+def of_files(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_from_pretrained_makes(family: str, place: Place, tmp_path: Path) -> None:
+    """The same results to the last bit, every parameter in the entry's memory, and the entry's bytes mapped once."""
+    models.make(family, tmp_path, tiny=True)
+    with held(place, tmp_path):
+        model, other = on_companion(place, tmp_path), of_files(tmp_path)
+        assert torch.equal(logits(model), logits(other))
+        sharing = sharing_of(model)
+        assert sharing is not None
+        assert sharing.copied == {}
+        assert sharing.shared_bytes == sum(each.nbytes for each in other.parameters())
+        start, end = mapped_arena()
+        assert all(start <= each.data_ptr() < end for each in model.parameters())
+        assert not any(each.requires_grad for each in model.parameters())
+        assert {name: each.shape for name, each in model.named_parameters()} == {
+            name: each.shape for name, each in other.named_parameters()
+        }
+        assert {name for name, _ in model.named_buffers()} == {name for name, _ in other.named_buffers()}
+
+
+def mapped_arena() -> tuple[int, int]:
+    """Addresses of the only arena that this process maps."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line]
+    assert len(lines) == 1, lines
+    (line,) = lines
+    start, end = line.split()[0].split("-")
+    return int(start, 16), int(end, 16)
+
+
+def adapted(model: Any) -> Any:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, config)
+
+
+def trained(model: Any, *, checkpointing: bool) -> list[float]:
+    """Losses of some steps with an adapter."""
+    made = adapted(model)
+    if checkpointing:
+        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made.enable_input_require_grads()
+    made.train()
+    optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = made(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_is_trained_on_it_as_on_any_model(place: Place, tiny: Path, checkpointing: bool) -> None:
+    with held(place, tiny):
+        losses = trained(on_companion(place, tiny), checkpointing=checkpointing)
+        assert losses == trained(of_files(tiny), checkpointing=checkpointing)
+        assert losses[-1] < losses[0]
+
+
+def replaced_dtype(model: Any) -> None:
+    model.to(torch.float64)
+
+
+def assigned(model: Any) -> None:
+    state = {name: each.clone() for name, each in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def merged_safely(model: Any) -> None:
+    adapted(model).merge_and_unload(safe_merge=True)
+
+
+def sharded(model: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.model.layers[1], mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize(
+    ("leave", "name"),
+    [
+        (replaced_dtype, "model.embed_tokens.weight"),
+        (assigned, "model.embed_tokens.weight"),
+        (merged_safely, "model.layers.0.self_attn.q_proj.weight"),
+        (sharded, "model.layers.1.self_attn.q_proj.weight"),
+    ],
+)
+def test_what_leaves_the_shared_memory_is_an_error_at_the_next_step(
+    place: Place, tiny: Path, leave: Callable[[Any], None], name: str
+) -> None:
+    with held(place, tiny):
+        model = on_companion(place, tiny)
+        leave(model)
+        with pytest.raises(NotSharedError, match=re.escape(name)):
+            model(TOKENS)
+
+
+def test_an_adapter_of_a_model_that_left_is_an_error_too(place: Place, tiny: Path) -> None:
+    """PEFT does not call the model that it wraps, but its `forward`."""
+    with held(place, tiny):
+        made = adapted(on_companion(place, tiny))
+        made.to(torch.float64)
+        with pytest.raises(NotSharedError, match=r"model\.embed_tokens\.weight"):
+            made(TOKENS)
+
+
+def test_merging_in_place_is_refused_before_anything_is_written(place: Place, tiny: Path) -> None:
+    with held(place, tiny):
+        model = on_companion(place, tiny)
+        before = logits(model)
+        made = adapted(model)
+        with pytest.raises(SharedWeightsError, match=r"layers\.0\.self_attn\.q_proj\.weight is read-only"):
+            made.merge_and_unload()
+        made.disable_adapter_layers()
+        assert torch.equal(logits(made), before)
+        with CompanionClient("cpu", runtime_dir=place.settings.runtime_dir).attach(str(tiny)) as attachment:
+            attachment.verify("full")
+
+
+def test_what_has_no_place_is_refused_by_name_or_copied_alone(place: Place, tiny: Path) -> None:
+    lost = "model.layers.1.mlp.down_proj.weight"
+    with held(place, tiny, lost):
+        size = of_files(tiny).get_parameter(lost).nbytes
+        with pytest.raises(NotShareableError, match=rf"{re.escape(lost)} \({size} bytes\) was computed"):
+            on_companion(place, tiny)
+        with pytest.raises(NotShareableError, match=re.escape(lost)):
+            on_companion(place, tiny, copy=["*.up_proj.weight"])
+        model = on_companion(place, tiny, copy=["*.down_proj.weight"])
+        sharing = sharing_of(model)
+        assert sharing is not None
+        assert sharing.copied == {lost: size}
+        assert torch.equal(logits(model), logits(of_files(tiny)))
+
+
+def test_it_ends_with_the_model(place: Place, tiny: Path) -> None:
+    """No lease and no descriptor is left, and the memory stays as long as one parameter does."""
+    with held(place, tiny):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            model = on_companion(place, tiny)
+            weight = model.get_parameter("model.norm.weight")
+            (entry,) = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir).status().entries
+            assert [lease.client for lease in entry.leases if lease.client == "trainer"] == ["trainer"]
+            del model
+            assert float(weight.sum()) == float(weight.sum())
+            del weight
+        until(lambda: not leases(place), 10, "the leases have ended")
+        until(lambda: len(os.listdir("/proc/self/fd")) <= before, 10, "descriptors are closed")
+
+
+def leases(place: Place) -> list[str]:
+    (entry,) = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir).status().entries
+    return [lease.client for lease in entry.leases if lease.client == "trainer"]
+
+
+DATA_PARALLEL = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.engine.test_from_companion import TOKENS, adapted
+from vllm_companion_plugin.training import from_companion
+path, runtime_dir, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}", rank=rank, world_size=2)
+model = DistributedDataParallel(adapted(from_companion(path, device="cpu", runtime_dir=runtime_dir)))
+optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+for step in range(3):
+    loss = model(TOKENS + rank, labels=TOKENS + rank).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(sum(float(each.double().sum()) for each in model.parameters() if each.requires_grad))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_one_adapter_on_one_copy(place: Place, tiny: Path, tmp_path: Path) -> None:
+    """DistributedDataParallel writes the first rank's parameters to the others, and none of these."""
+    with held(place, tiny):
+        command = [sys.executable, "-c", DATA_PARALLEL, str(tiny), place.settings.runtime_dir]
+        ranks = [
+            Popen([*command, str(rank), str(tmp_path / "store")], stdout=PIPE, stderr=PIPE, text=True)
+            for rank in range(2)
+        ]
+        said = [rank.communicate(timeout=100) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+        assert said[0][0] == said[1][0]

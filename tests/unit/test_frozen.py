@@ -1,0 +1,120 @@
+"""Parameters that refuse to be written to, before it happens."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_companion_plugin.errors import SharedWeightsError
+from vllm_companion_plugin.training.frozen import FrozenParameter, freeze
+
+OTHER = torch.ones(4, 4)
+
+
+def data_in_place(frozen: FrozenParameter) -> None:
+    frozen.data += OTHER
+
+
+def item(frozen: FrozenParameter) -> None:
+    frozen[0] = 1
+
+
+def item_of_data(frozen: FrozenParameter) -> None:
+    frozen.data[0, 1] = 1
+
+
+def step(frozen: FrozenParameter) -> None:
+    """Of an optimizer that was given it after all."""
+    optimizer = torch.optim.AdamW([frozen.requires_grad_()], lr=1)
+    with torch.enable_grad():
+        (frozen * 2).sum().backward()
+    optimizer.step()
+
+
+def load_state(frozen: FrozenParameter) -> None:
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight = frozen
+    try:
+        linear.load_state_dict({"weight": OTHER})
+    except RuntimeError as error:  # which tells of all parameters
+        raise SharedWeightsError(str(error)) from error
+
+
+WRITES: dict[str, Callable[[FrozenParameter], object]] = {
+    "data +=": data_in_place,
+    "data.copy_": lambda frozen: frozen.data.copy_(OTHER),
+    "data[a:b].mul_": lambda frozen: frozen.data[0:2].mul_(3),
+    "data[a] =": item_of_data,
+    "[a] =": item,
+    "add_": lambda frozen: frozen.add_(1),
+    "copy_ of the class": lambda frozen: torch.Tensor.copy_(frozen, OTHER),
+    "addmm_": lambda frozen: frozen.addmm_(OTHER, OTHER),
+    "view": lambda frozen: frozen.view(-1).zero_(),
+    "transposed": lambda frozen: frozen.t().zero_(),
+    "a row": lambda frozen: frozen[0].fill_(2),
+    "detached": lambda frozen: frozen.detach().zero_(),
+    "one of chunks": lambda frozen: torch.chunk(frozen, 2)[0].zero_(),
+    "one of rows": lambda frozen: frozen.unbind()[3].zero_(),
+    "out": lambda frozen: torch.add(OTHER, 1, out=frozen),
+    "foreach": lambda frozen: torch._foreach_add_([frozen], [OTHER]),
+    "init": nn.init.kaiming_uniform_,
+    "an optimizer": step,
+    "load_state_dict": load_state,
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_a_write_is_refused_by_name_and_does_not_happen(write: Callable[[FrozenParameter], object]) -> None:
+    memory = torch.randn(4, 4)
+    before = memory.clone()
+    frozen = freeze("model.a.weight", memory)
+    with torch.no_grad(), pytest.raises(SharedWeightsError, match=r"model\.a\.weight is read-only"):
+        write(frozen)
+    assert torch.equal(memory, before)
+
+
+def test_what_only_reads_is_as_of_any_parameter() -> None:
+    memory = torch.randn(4, 4)
+    frozen, plain = freeze("a", memory), nn.Parameter(memory.clone(), requires_grad=False)
+    there = torch.randn(2, 4, requires_grad=True)
+    assert isinstance(frozen, nn.Parameter)
+    assert not frozen.requires_grad
+    assert frozen.data_ptr() == memory.data_ptr()
+    of_frozen = torch.autograd.grad(nn.functional.linear(there, frozen).square().sum(), there)
+    of_plain = torch.autograd.grad(nn.functional.linear(there, plain).square().sum(), there)
+    assert torch.equal(of_frozen[0], of_plain[0])
+    result = frozen + 1
+    assert type(result) is torch.Tensor
+    result.zero_()
+    other = torch.zeros(4, 4)
+    other.copy_(frozen)
+    other += frozen
+    assert torch.equal(other, memory * 2)
+    frozen.requires_grad_()
+    frozen.requires_grad_(False)
+
+
+def test_a_copy_is_a_parameter_with_memory_of_its_own() -> None:
+    memory = torch.randn(4, 4)
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight = freeze("a", memory)
+    other = copy.deepcopy(linear)
+    assert type(other.weight) is nn.Parameter
+    assert other.weight.data_ptr() != memory.data_ptr()
+    with torch.no_grad():
+        other.weight.zero_()
+    assert memory.any()
+
+
+def test_it_is_saved_as_any_parameter() -> None:
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight = freeze("a", torch.randn(4, 4))
+    file = io.BytesIO()
+    torch.save({name: each.clone() for name, each in linear.state_dict().items()}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["weight"], linear.weight)
