@@ -60,7 +60,7 @@ class Bound(Asked):
     @property
     def label(self) -> str:
         """A name that no other generation or content has: vLLM's prefix cache goes by it."""
-        return f"{self.name}@{self.generation}-{self.content[:8]}"
+        return f"{self.name}@{self.generation}-{self.content}"
 
     def number(self, attempt: int = 0) -> int:
         """The adapter's number in an engine; another one for another `attempt`, should two have the same."""
