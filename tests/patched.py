@@ -89,9 +89,11 @@ def _is_visible(patch: Patch) -> bool:
 
 
 def applies(patch: Patch) -> bool:
-    """Whether this version of vLLM, and this device, are the row's."""
+    """Whether this version of vLLM, and this device, are the row's, and what it changes is there."""
     import vllm
 
+    if patch.where.partition(":")[0] not in sys.modules:
+        return False
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if patch.device_type not in ("", device_type):
         return False

@@ -118,6 +118,7 @@ class TestTable:
     def test_versions(self) -> None:
         """What is found by looking at a function is what the table says by number."""
         looked = not budget.has_external_memory_hook(request_memory)
+        importlib.import_module("vllm.v1.worker.gpu_worker")
         assert patched.applies(patches.REQUEST_MEMORY) is looked
         assert patched.applies(patches.REQUEST_MEMORY_OF_WORKER) is looked
 
@@ -133,7 +134,8 @@ register(); register()
 light = [name for name in ("vllm", "torch") if name in sys.modules]
 waiting = sorted(finder._name for finder in sys.meta_path if type(finder).__module__.startswith("vllm_companion"))
 import vllm.engine.arg_utils, vllm.v1.worker.gpu_worker, vllm.model_executor.model_loader
-import vllm.v1.executor.multiproc_executor
+import vllm.v1.executor.multiproc_executor, vllm.v1.engine.async_llm, vllm.v1.engine.llm_engine
+import vllm.lora.worker_manager, vllm.entrypoints.serve.engine.serving, vllm.entrypoints.pooling.base.serving
 from tests import patched
 from vllm_companion_plugin.engine.vllm.patching import Lifetime
 found = patched.differences([Lifetime.IMPORT, Lifetime.EXECUTOR])
@@ -147,7 +149,7 @@ def test_register_patches_what_the_table_says() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     light, waiting, found, on_objects = json.loads(done.stdout.partition("RESULT ")[2])
     assert light == []
-    assert len(waiting) == 6
+    assert len(waiting) == 12
     assert found == {"stray": [], "missing": []}
     assert on_objects == []
 
@@ -195,6 +197,7 @@ QUALIFIED = (
 OF_OUR_PROCESSES = {("core.logs", "excepthook"), ("core.process", "setrlimit")}
 """Of the companion, the keeper and the command line: no engine calls these."""
 OF_OURS = {
+    ("engine.adapters", "atexit"),  # of a finalizer that was just made
     ("engine.attach", "data"),  # of a parameter that is made private
     ("engine.live", "unsleepable"),  # of our own `LiveModel`
     ("engine.live", "is_stale"),  # of our own `Attachment`
@@ -203,6 +206,12 @@ OF_OURS = {
     ("engine.publish", "reading"),
     ("engine.session", "atexit"),  # of a finalizer that was just made
     ("engine.run.verify", "worker_extension_cls"),  # of arguments that were just parsed
+    ("engine.vllm.adapters.loading", "lora_path"),  # of a copy
+    ("engine.vllm.adapters.requests", "load_inplace"),  # of a copy, as the next ones
+    ("engine.vllm.adapters.requests", "lora_int_id"),
+    ("engine.vllm.adapters.requests", "lora_name"),
+    ("engine.vllm.adapters.requests", "lora_path"),
+    ("engine.vllm.adapters.requests", "lora_request"),
     ("engine.vllm.building", "compilation_config"),  # of a copy, with which a model is built once more
     ("engine.vllm.building", "load_config"),
     ("engine.vllm.flags", "default"),

@@ -12,13 +12,15 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from vllm_companion_plugin import fleet
 from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client import adapters, peft
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Ready, Wanted, connect
 from vllm_companion_plugin.client.filling import is_placed
@@ -71,6 +73,7 @@ class CompanionClient:
         self.settings = resolve(settings, origin="CompanionClient")
         self.device = device_name(device)
         self._headless: dict[str, tuple[tuple[str, ...], Headless]] = {}  # by the key's id; with its flags
+        self._adapters = adapters.AdapterHolds(self.device, self.settings)
 
     def _connect(self) -> CompanionConnection:
         if not is_listening(device_paths(self.device, self.settings)):
@@ -281,8 +284,66 @@ class CompanionClient:
         self._headless[key_id] = flags, headless
         return headless
 
+    def publish_adapter(
+        self,
+        name: str,
+        weights: nn.Module | Mapping[str, torch.Tensor],
+        config: Any = None,
+        *,
+        version: str = "",
+        check_finite: bool = False,
+    ) -> int:
+        """Publish a LoRA adapter, or its next generation, which the next request of it is computed with.
+
+        This client holds it until `remove_adapter` or `close`; then it stays as long as a model that nobody uses.
+        Nothing of `weights` is written to, and it may be changed as soon as this returns.
+
+        Args:
+            name: by which engines are asked for it: `companion:NAME` as the path of a `LoRARequest`, or NAME as
+                `model` over HTTP.
+            weights: a `PeftModel`, whose active adapter is taken; or its tensors, by PEFT's names.
+            config: PEFT's `LoraConfig`, or its fields; of a `PeftModel`, None.
+            version: your name for these weights; empty: what they are is named.
+            check_finite: refuse tensors with NaN or infinity.
+
+        Returns:
+            The number of its generation.
+
+        Raises:
+            BadRequestError: vLLM's LoRA cannot compute it: all that it cannot is named. Or a name or version that
+                cannot be shown.
+            CompanionUnavailableError: no companion.
+            EntryInUseError: another client writes its next generation.
+            ArenaError: there is no memory for it.
+        """
+        adapter = peft.canonical(weights, config, check_finite=check_finite)
+        return self._adapters.publish(name, adapter, version, self._connect)
+
+    def register_adapter(self, name: str, path: str, *, version: str = "") -> int:
+        """As `publish_adapter`, of one that PEFT has saved in the directory `path`."""
+        tensors, config = adapters.read_directory(path)
+        return self.publish_adapter(name, tensors, config, version=version)
+
+    def list_adapters(self) -> tuple[EntryStatus, ...]:
+        """The adapters that the companion has. Raises `CompanionUnavailableError` if there is none."""
+        return adapters.listed(self.status().entries)
+
+    def remove_adapter(self, name: str) -> None:
+        """Have engines refuse further requests of an adapter. Those that have begun end with it.
+
+        Raises:
+            EntryNotFoundError: the companion has no such adapter.
+            CompanionUnavailableError: no companion.
+        """
+        try:
+            with self._connect() as connection:
+                adapters.remove(connection, name)
+        finally:
+            self._adapters.let_go(name)
+
     def close(self) -> None:
-        """End the headless processes, which another update would start again. Idempotent."""
+        """End the headless processes, which another update would start again, and hold no adapters. Idempotent."""
+        self._adapters.close()
         while self._headless:
             _, (_, headless) = self._headless.popitem()
             headless.close()

@@ -68,6 +68,7 @@ class Publication:
         tensor_count: int,
         ways: Mapping[str, int] | None = None,
         layout: str = "",
+        version: str = "",
     ) -> int:
         """Hand arena and manifest over; return the generation. The lease is attached from now on.
 
@@ -75,13 +76,16 @@ class Publication:
             fds: one descriptor for each block, in order; borrowed, the companion gets duplicates.
             ways: modules by the way in which engines restore them, for the status.
             layout: `layout_digest` of both; without it nothing can take this publication's place later.
+            version: the user's name for it; empty: it is what the checkpoint has.
 
         Raises:
             BadRequestError: the companion refuses descriptors or manifest.
             TicketError: a second publication.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
-        self.published = Published(tensor_count, ways or {}, time.time(), time.monotonic() - self._since, layout)
+        self.published = Published(
+            tensor_count, ways or {}, time.time(), time.monotonic() - self._since, layout, version
+        )
         return self.hand_back(arena, fds, manifest, self.published, generation=0)
 
     def hand_back(

@@ -26,6 +26,8 @@ VARIANT = "variant"
 
 WEIGHTS = "weights"
 """The kind of an entry that is a model's weights."""
+ADAPTER = "adapter"
+"""The kind of an entry that is a LoRA adapter, which `core/adapters.py` names."""
 _KIND = re.compile(r"[a-z][a-z_]{0,31}")
 
 

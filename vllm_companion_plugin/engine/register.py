@@ -7,7 +7,9 @@ when vLLM imports its loaders, its worker and its flags. No CUDA, no sockets, no
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from vllm_companion_plugin.core.logs import Marking
 from vllm_companion_plugin.engine.vllm import answers, naming, sharing
@@ -30,6 +32,17 @@ def register() -> None:
     when_imported("vllm.distributed.weight_transfer.factory", _register_transfer)
     when_imported("vllm.v1.executor.multiproc_executor", lambda _: answers.read_all_answers())
     when_imported("vllm.config.vllm", lambda _: naming.replace_in_config())
+    when_imported("vllm.v1.engine.async_llm", lambda _: _of("requests").bind_requests_of_servers())
+    when_imported("vllm.v1.engine.llm_engine", lambda _: _of("requests").bind_requests())
+    when_imported("vllm.v1.engine.output_processor", lambda _: _of("requests").keep_while_unfinished())
+    when_imported("vllm.lora.worker_manager", lambda _: _of("loading").load_from_companions())
+    when_imported("vllm.entrypoints.serve.engine.serving", lambda _: _of("serving").name_adapters())
+    when_imported("vllm.entrypoints.pooling.base.serving", lambda _: _of("serving").name_pooling_adapters())
+
+
+def _of(part: str) -> Any:
+    """A part of what adapters need. It imports PyTorch, as the module of vLLM has that calls for it."""
+    return import_module(f"vllm_companion_plugin.engine.vllm.adapters.{part}")
 
 
 def _register_loader(module: ModuleType) -> None:

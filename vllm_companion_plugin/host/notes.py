@@ -142,6 +142,23 @@ def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
                 os.unlink(os.path.join(paths.holders, name))
 
 
+def is_held(paths: DevicePaths, key_id: str) -> bool:
+    """Tell whether a process holds a generation of the entry with this key now. Changes nothing."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(paths.holders):
+            if not entry.name.startswith(f"{key_id}.") or entry.name.endswith(_ROLLED_BACK):
+                continue
+            with contextlib.suppress(OSError):  # it was removed meanwhile
+                fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                finally:
+                    os.close(fd)
+    return False
+
+
 def _number(text: str) -> int:
     """Return the generation that a text names; 0 if it names none."""
     number = int(text) if text.isascii() and text.isdecimal() and len(text) <= _DIGITS else 0

@@ -20,6 +20,8 @@ TIMEOUT_S = 60.0
 """For the answers of workers that are still busy with the call in which another one has failed."""
 CALLS = ("companion_", "start_weight_update", "update_weights", "finish_weight_update", "init_weight_transfer_engine")
 """How the names of methods begin that may fail in one worker, whose engine goes on."""
+ADD_LORA = "add_lora"
+"""Fails so, too, in engines of any load format: in all workers, with an adapter that does not fit the engine."""
 
 
 def read_all_answers() -> None:
@@ -48,9 +50,10 @@ def _reading_all(inner: Callable[..., Any]) -> Callable[..., Any]:
     def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
         of_one = kwargs.get("non_block") or kwargs.get("unique_reply_rank") is not None
         method = args[0] if args else kwargs.get("method")
-        of_one |= not (isinstance(method, str) and method.startswith(CALLS))
+        of_one |= not (isinstance(method, str) and method.startswith((*CALLS, ADD_LORA)))
         queues = self.response_mqs
-        if of_one or len(queues) < 2 or self.vllm_config.load_config.load_format != naming.LOAD_FORMAT:
+        is_ours = method == ADD_LORA or self.vllm_config.load_config.load_format == naming.LOAD_FORMAT
+        if of_one or len(queues) < 2 or not is_ours:
             return inner(self, *args, **kwargs)
         self.response_mqs = counted = [_Counted(queue) for queue in queues]
         try:

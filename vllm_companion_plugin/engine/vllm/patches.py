@@ -235,11 +235,88 @@ ANSWERS = Patch(
     How.REPLACED,
     Lifetime.EXECUTOR,
     reason=(
-        "When one rank refuses an update, the answers of the others are read, too; vLLM takes them for those to the "
-        "next call. Only of engines with this load format, and only after an error."
+        "When one rank refuses an update, or an adapter, the answers of the others are read, too; vLLM takes them for "
+        "those to the next call. Updates only of engines with this load format, and only after an error."
     ),
     link="vllm/v1/executor/multiproc_executor.py: MultiprocExecutor.collective_rpc",
     undo=_ENDS,
+)
+REQUESTS_OF_SERVERS = Patch(
+    "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+    "engine.vllm.adapters.requests",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="A request of an adapter that a companion holds is bound to one generation of it (adr/0017).",
+    link="vllm/v1/core/kv_cache_utils.py: _gen_lora_extra_hash_keys",
+    undo=_ENDS,
+)
+ADAPTERS_OF_SERVERS = Patch(
+    "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
+    "engine.vllm.adapters.requests",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="As above, of an adapter that is loaded before any request.",
+    link="vllm/entrypoints/openai/models/serving.py: OpenAIServingModels.load_lora_adapter",
+    undo=_ENDS,
+)
+REQUESTS = replace(
+    REQUESTS_OF_SERVERS, where="vllm.v1.engine.llm_engine:LLMEngine.add_request", reason="As above, without a server."
+)
+ADAPTERS = replace(
+    ADAPTERS_OF_SERVERS, where="vllm.v1.engine.llm_engine:LLMEngine.add_lora", reason="As above, without a server."
+)
+UNFINISHED = Patch(
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request",
+    "engine.vllm.adapters.requests",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="An adapter's generation is held as long as vLLM has a request of it that is not finished.",
+    link="vllm/v1/engine/output_processor.py: OutputProcessor.process_outputs",
+    undo=_ENDS,
+)
+WORKERS_ADAPTERS = Patch(
+    "vllm.lora.worker_manager:WorkerLoRAManager.__init__",
+    "engine.vllm.adapters.loading",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="A worker's settings and device are known, by which it finds companions.",
+    link="vllm/lora/worker_manager.py: WorkerLoRAManager",
+    undo=_ENDS,
+)
+LOADED_ADAPTERS = Patch(
+    "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+    "engine.vllm.adapters.loading",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="The path of an adapter that a companion holds names no directory; vLLM is given one that leads to it.",
+    link="vllm/lora/utils.py: get_adapter_absolute_path",
+    undo=_ENDS,
+)
+REMOVED_ADAPTERS = Patch(
+    "vllm.lora.worker_manager:WorkerLoRAManager.remove_adapter",
+    "engine.vllm.adapters.loading",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="What a worker keeps of an adapter, to load it again, goes with it.",
+    link="vllm/lora/worker_manager.py: LRUCacheWorkerLoRAManager.add_adapter",
+    undo=_ENDS,
+)
+NAMES_OF_MODELS = Patch(
+    "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+    "engine.vllm.adapters.serving",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "Over HTTP an adapter that a companion holds is a model of its name. vLLM asks resolvers for names only where "
+        "clients may load adapters from any path, and once for each name."
+    ),
+    link="vllm/entrypoints/openai/models/serving.py: OpenAIServingModels.resolve_lora",
+    undo=_ENDS,
+)
+NAMES_OF_POOLING_MODELS = replace(
+    NAMES_OF_MODELS,
+    where="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+    reason="As above, of embeddings and the like.",
 )
 SOURCE_FILES = Patch(
     "importlib.machinery:SourceFileLoader.exec_module",

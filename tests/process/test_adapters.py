@@ -1,0 +1,333 @@
+"""Adapters in a real companion: published, found by an engine's processes, handed on, and forgotten."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+
+from tests.support.lora import tiny_peft
+from tests.support.place import Place, alive, open_fds, until
+from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client.adapter_leases import AdapterLeases
+from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.core.status import EntryState
+from vllm_companion_plugin.engine.adapters import FrontEnd
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    IntegrityError,
+    StaleError,
+)
+
+NAME = "team/my-adapter"
+A_NAME = "base_model.model.layer.lora_A.weight"
+B_NAME = "base_model.model.layer.lora_B.weight"
+
+
+def small(step: int, rank: int = 4, width: int = 8) -> dict[str, torch.Tensor]:
+    return {A_NAME: torch.full((rank, width), float(step)), B_NAME: torch.full((width, rank), 1.0)}
+
+
+def config(rank: int = 4) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": rank}
+
+
+@pytest.fixture
+def client(place: Place) -> Iterator[CompanionClient]:
+    place.companion()
+    with made_client(place) as made:
+        yield made
+
+
+class made_client:
+    """A client, closed at the end."""
+
+    def __init__(self, place: Place) -> None:
+        self.client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+
+    def __enter__(self) -> CompanionClient:
+        return self.client
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+
+@pytest.fixture
+def leases(place: Place) -> Iterator[AdapterLeases]:
+    made = AdapterLeases(place.settings, "worker", first="cpu")
+    yield made
+    made.close()
+
+
+def fetched(leases: AdapterLeases, bound: Bound) -> dict[str, torch.Tensor]:
+    """The tensors that a worker finds in the file."""
+    with leases.fetch(bound) as fds, safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def bound_now(leases: AdapterLeases, asked: Asked = Asked(NAME)) -> Bound:  # noqa: B008
+    lease = leases.lease(asked)
+    lease.release()
+    return lease.bound
+
+
+class TestPublish:
+    """What a trainer publishes is what a worker gets."""
+
+    def test_peft(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        model = tiny_peft(lora_alpha=4)
+        assert client.publish_adapter(NAME, model) == 1
+        got = fetched(leases, bound_now(leases))
+        expected = get_peft_model_state_dict(model)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+    def test_directory(self, client: CompanionClient, leases: AdapterLeases, tmp_path: Path) -> None:
+        """One that PEFT has saved; each of the two kinds of files."""
+        model = tiny_peft(lora_alpha=4)
+        expected = get_peft_model_state_dict(model)
+        for is_safe in (True, False):
+            path = tmp_path / str(is_safe)
+            model.save_pretrained(path, safe_serialization=is_safe)
+            if not is_safe:  # which PEFT does not write any more
+                (path / "adapter_model.safetensors").unlink(missing_ok=True)
+                torch.save(expected, path / "adapter_model.bin")
+            client.register_adapter(NAME, str(path))
+            got = fetched(leases, bound_now(leases))
+            assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+        with pytest.raises(BadRequestError, match="no directory of an adapter"):
+            client.register_adapter(NAME, str(tmp_path))
+
+    def test_generations(self, client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
+        """Each is the current one, also of another rank and by another client; the one before it stays."""
+        assert [client.publish_adapter(NAME, small(1), config()), client.publish_adapter(NAME, small(2), config())] == [
+            1,
+            2,
+        ]
+        with made_client(place) as other:
+            assert other.publish_adapter(NAME, small(3, rank=64, width=512), config(64), version="step-3") == 3
+            [entry] = client.list_adapters()
+            assert (entry.key.model, entry.key.kind, entry.generation, entry.version) == (NAME, "adapter", 3, "step-3")
+            assert fetched(leases, bound_now(leases))[A_NAME].shape == (64, 512)
+            assert client.publish_adapter(NAME, small(4), config()) == 4
+        before = bound_now(leases, Asked(NAME, 3))
+        assert fetched(leases, before)[A_NAME][0, 0] == 3
+        with pytest.raises(EntryNotFoundError, match="generation 1 is not held"):
+            leases.lease(Asked(NAME, 1))
+        client.make_current(NAME, 3, key_id=client.list_adapters()[0].key.id)
+        assert bound_now(leases) == before
+
+    def test_remove(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        """It is gone, may be published again, and others stay."""
+        client.publish_adapter(NAME, small(1), config())
+        client.publish_adapter("other", small(2), config())
+        first = bound_now(leases)
+        client.remove_adapter(NAME)
+        assert [entry.key.model for entry in client.list_adapters()] == ["other"]
+        assert not leases.has(NAME)
+        with pytest.raises(EntryNotFoundError, match=f"Adapter {NAME} is not held"):
+            leases.lease(Asked(NAME))
+        with pytest.raises(EntryNotFoundError, match=f"no adapter {NAME}"):
+            client.remove_adapter(NAME)
+        assert client.publish_adapter(NAME, small(5), config()) == 2
+        assert bound_now(leases) != first
+
+    def test_no_companion(self, place: Place) -> None:
+        with made_client(place) as client, pytest.raises(CompanionUnavailableError):
+            client.publish_adapter(NAME, small(1), config())
+
+    def test_refused(self, client: CompanionClient) -> None:
+        """Nothing of what vLLM cannot compute is published."""
+        with pytest.raises(BadRequestError, match="DoRA"):
+            client.publish_adapter(NAME, small(1), config() | {"use_dora": True})
+        assert client.list_adapters() == ()
+
+    def test_damaged(self, client: CompanionClient, leases: AdapterLeases, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Bytes that are not those that were published are used by no worker."""
+        from vllm_companion_plugin.memory.tensors.checksum import Summing
+
+        right = Summing.values
+        monkeypatch.setattr(Summing, "values", lambda self: tuple(value ^ 1 for value in right(self)))
+        client.publish_adapter(NAME, small(1), config())
+        monkeypatch.undo()
+        with pytest.raises(IntegrityError, match=NAME):
+            leases.fetch(bound_now(leases))
+
+
+class TestDeaths:
+    """Whoever ends, requests go on."""
+
+    def test_companion(self, client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
+        """The trainer hands its adapters to the next companion, with their numbers; who asks meanwhile waits."""
+        for step in (1, 2):
+            client.publish_adapter(NAME, small(step), config())
+        before, pid = bound_now(leases), place.companion_pid()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not alive(pid), 5, "the companion is gone")
+        assert leases.has(NAME)
+        assert bound_now(leases) == before
+        assert place.companion_pid() != pid
+        assert fetched(leases, before)[A_NAME][0, 0] == 2
+        assert client.publish_adapter(NAME, small(3), config()) == 3
+
+    def test_trainer(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        """An adapter stays when its trainer goes."""
+        client.publish_adapter(NAME, small(1), config())
+        client.close()
+        until(lambda: not client.list_adapters()[0].leases, 5, "the trainer's lease has ended")
+        assert fetched(leases, bound_now(leases))[A_NAME][0, 0] == 1
+
+    def test_numbers_begin_anew(self, client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
+        """After both have gone, a generation of the same number and another content is another adapter."""
+        client.publish_adapter(NAME, small(1), config())
+        before = bound_now(leases)
+        client.close()
+        client.remove_adapter(NAME)
+        with connect("cpu", place.settings, spawn=False) as connection:
+            pid = connection.shutdown()
+        until(lambda: not alive(pid), 5, "the companion is gone")
+        place.companion()
+        assert client.publish_adapter(NAME, small(2), config()) == 1
+        after = bound_now(leases)
+        assert (after.generation, after.content == before.content) == (1, False)
+        with pytest.raises(StaleError, match="another one than before"):
+            leases.fetch(before)
+
+
+class TestFrontEnd:
+    """Requests of an engine, and the generations that are held for them."""
+
+    @pytest.fixture
+    def front(self, place: Place) -> FrontEnd:
+        return FrontEnd(place.settings)
+
+    def test_next_request(self, client: CompanionClient, front: FrontEnd) -> None:
+        """A request is bound to what is current when it comes; all of one generation have one lease."""
+        client.publish_adapter(NAME, small(1), config())
+        first = [front.serve(Asked(NAME)) for _ in range(3)]
+        assert len({id(each) for each in first}) == 1
+        client.publish_adapter(NAME, small(2), config())
+        second = front.serve(Asked(NAME))
+        assert [each.bound.generation for each in (first[0], second)] == [1, 2]
+        assert front.serve(second.bound) is second
+        assert len([each for each in client.list_adapters()[0].leases if each.client == "engine"]) == 2
+
+    def test_held(self, client: CompanionClient, front: FrontEnd, leases: AdapterLeases) -> None:
+        """A generation stays as long as a request of it, however many come after it, and no longer."""
+        client.publish_adapter(NAME, small(1), config())
+        served = front.serve(Asked(NAME))
+        for step in range(2, 6):
+            client.publish_adapter(NAME, small(step), config())
+        numbers = [each.number for each in client.list_adapters()[0].generations]
+        assert numbers == [1, 4, 5]
+        assert fetched(leases, served.bound)[A_NAME][0, 0] == 1
+        del served
+        until(lambda: len(client.list_adapters()[0].generations) == 2, 5, "the first one is forgotten")
+
+    def test_forgotten(self, client: CompanionClient, front: FrontEnd) -> None:
+        """What an engine may forget: generations of before that no request is bound to, and what was removed."""
+        served = []
+        for step in range(3):
+            client.publish_adapter(NAME, small(step), config())
+            served.append(front.serve(Asked(NAME)))
+            assert not front.is_sent(served[-1])
+            assert front.sent(served[-1]) == []
+            assert front.is_sent(served[-1])
+        first, last = served[0].number, served[-1].number
+        del served[0]
+        assert front.sent(served[-1]) == [first]
+        assert front.sent(served[-1]) == []
+        second = served[0].number
+        served.clear()
+        assert sorted(front.removed(NAME)) == sorted([second, last])
+
+    def test_removed_meanwhile(self, client: CompanionClient, front: FrontEnd) -> None:
+        """A request in flight keeps what it has; the next one is refused."""
+        client.publish_adapter(NAME, small(1), config())
+        served = front.serve(Asked(NAME))
+        client.remove_adapter(NAME)
+        [entry] = client.list_adapters()
+        assert entry.state is EntryState.RETIRED
+        with pytest.raises(EntryNotFoundError):
+            front.serve(Asked(NAME))
+        assert served.bound.generation == 1
+
+    def test_companion_replaced(self, client: CompanionClient, front: FrontEnd, place: Place) -> None:
+        """After its companion's death a request is bound anew, to the same generation."""
+        client.publish_adapter(NAME, small(1), config())
+        served, pid = front.serve(Asked(NAME)), place.companion_pid()
+        os.kill(pid, signal.SIGKILL)
+        until(served.lease.lease.lost.is_set, 5, "the lease is lost")
+        again = front.serve(Asked(NAME))
+        assert again is not served
+        assert (again.bound, again.number) == (served.bound, served.number)
+
+    def test_at_once(self, client: CompanionClient, front: FrontEnd) -> None:
+        """Requests that come together have one lease."""
+        client.publish_adapter(NAME, small(1), config())
+        served: list[Any] = []
+        threads = [threading.Thread(target=lambda: served.append(front.serve(Asked(NAME)))) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(each) for each in served}) == 1
+        until(
+            lambda: len([each for each in client.list_adapters()[0].leases if each.client == "engine"]) == 1,
+            5,
+            "the other leases have ended",
+        )
+
+
+def resident_kib(pid: int | str) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+
+def test_500_generations(client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
+    """Memory and descriptors stay as they are in the companion, in the trainer and in an engine's processes.
+
+    The last two are this process, with one request in flight at any time.
+    """
+    front, pid = FrontEnd(place.settings), place.companion_pid()
+
+    def use(step: int) -> Any:
+        client.publish_adapter(NAME, small(step, rank=16, width=4096), config(16))
+        served = front.serve(Asked(NAME))
+        front.sent(served)
+        leases.fetch(served.bound).close()
+        return served
+
+    def now() -> dict[str, int]:
+        gc.collect()
+        until(lambda: len(client.list_adapters()[0].generations) == 2, 5, "earlier generations are forgotten")
+        return {
+            "companion's memory": resident_kib(pid),
+            "own memory": resident_kib("self"),
+            "companion's descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+            "own descriptors": open_fds(),
+            "own threads": threading.active_count(),
+        }
+
+    for step in range(100):
+        served = use(step)
+    before = now()
+    for step in range(100, 600):
+        served = use(step)
+    after = now()
+    assert served.bound.generation == 600
+    # An adapter has 512 KiB.
+    most = {name: 8 << 10 if "memory" in name else 4 for name in before}
+    assert {name: after[name] - before[name] for name in before if after[name] - before[name] > most[name]} == {}

@@ -1,0 +1,237 @@
+"""What an adapter is called, how it is made canonical, and the file that it travels in."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+
+from tests.support.lora import tiny_peft
+from vllm_companion_plugin.client import peft
+from vllm_companion_plugin.client.adapters import arena_of
+from vllm_companion_plugin.core import adapters
+from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.core.arena import ArenaInfo, Checksums
+from vllm_companion_plugin.core.identity import ADAPTER
+from vllm_companion_plugin.errors import BadRequestError, ManifestError
+from vllm_companion_plugin.wire.adapter_file import PAGE_BYTES, Part, config_in, header_of
+
+NAMES = ("my-adapter", "org/model:v1?x=1&y", "Ünïcode 名前", "a" * 512, "generation=3")
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+class TestNames:
+    """What a request asks for, and what it is bound to."""
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_paths(self, name: str) -> None:
+        """What a path names is what made it, whatever the name."""
+        bound = Bound(name, 17, "0123456789abcdef")
+        assert adapters.asked_by(f"companion:{name}") == Asked(name)
+        assert adapters.asked_by(f"companion:{name}?generation=17") == Asked(name, 17)
+        assert adapters.asked_by(bound.path) == bound
+        assert isinstance(adapters.asked_by(bound.path), Bound)
+
+    @pytest.mark.parametrize("name", ["", "a" * 513, "new\nline", "a\0", "\ud800", "x?generation=2"])
+    def test_bad_names(self, name: str) -> None:
+        for check in (adapters.key_of, lambda name: adapters.asked_by(f"companion:{name}?generation=1")):
+            with pytest.raises(BadRequestError, match="no name of an adapter"):
+                check(name)
+
+    def test_keys(self) -> None:
+        """Equal names have equal keys, others others; a companion takes each."""
+        keys = [adapters.key_of(name) for name in NAMES]
+        assert len({key.id for key in keys}) == len(NAMES)
+        assert [key.problem() for key in keys] == [None] * len(NAMES)
+        assert {key.kind for key in keys} == {ADAPTER}
+        assert adapters.key_of("my-adapter") == keys[0]
+
+    def test_numbers(self) -> None:
+        """They fit 32 bits with a sign, are above a server's, and differ with generation, content and attempt."""
+        bounds = [Bound("a", generation, f"{content:016x}") for generation in range(1, 60) for content in range(60)]
+        numbers = {bound.number(attempt) for bound in bounds for attempt in range(2)}
+        assert len(numbers) == 2 * len(bounds)
+        assert min(numbers) >= 1 << 24
+        assert max(numbers) < (1 << 31) - 1
+        assert len({bound.label for bound in bounds}) == len(bounds)
+
+    def test_content(self) -> None:
+        """It differs with checksums and sizes."""
+        infos = [
+            ArenaInfo("memfd", (size,), Checksums("rows-columns-64", values))
+            for size in (4096, 8192)
+            for values in ((1,), (2,))
+        ]
+        assert len({adapters.content_of(info) for info in infos}) == 4
+
+
+class TestCanonical:
+    """What PEFT has, and what every version of vLLM computes from it."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"use_rslora": True},
+            {"rank_pattern": {"v_proj": 8, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 32}},
+            {"target_modules": ["q_proj", "embed_tokens"]},
+        ],
+        ids=["plain", "rslora", "patterns", "embedding"],
+    )
+    def test_same_changes(self, options: dict[str, Any]) -> None:
+        """B times A with no scaling at all is what PEFT adds to each weight; what was given is unchanged."""
+        model = tiny_peft(**options)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        adapter = peft.canonical(model, check_finite=True)
+        changes = 0
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                mark = "lora_embedding_" if f"{name}.lora_embedding_A" in adapter.tensors else "lora_"
+                end = ".weight" if mark == "lora_" else ""
+                b, a = (adapter.tensors[f"{name}.{mark}{side}{end}"] for side in "BA")
+                change = b @ a if mark == "lora_" else (b @ a).T
+                torch.testing.assert_close(change, module.get_delta_weight("default"))
+                changes += 1
+        assert 2 * changes == len(adapter.tensors) > 2
+        assert (
+            adapter.config["r"]
+            == adapter.config["lora_alpha"]
+            == max(t.shape[1] for n, t in adapter.tensors.items() if "_B" in n)
+        )
+        after = model.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    def test_state_dicts(self) -> None:
+        """With and without the adapter's name in the tensors' names, and with a configuration or its fields."""
+        model = tiny_peft(rank_pattern={"v_proj": 8})
+        expected = peft.canonical(model, check_finite=False)
+        config = model.peft_config["default"]
+        named = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+        for weights in (get_peft_model_state_dict(model), named):
+            for fields in (config, config.to_dict()):
+                made = peft.canonical(weights, fields, check_finite=False)
+                assert made.config == expected.config
+                assert made.tensors.keys() == expected.tensors.keys()
+                assert all(torch.equal(made.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+    def test_active(self) -> None:
+        """Of several adapters the active one is taken."""
+        model = tiny_peft(1)
+        model.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
+        model.set_adapter("other")
+        adapter = peft.canonical(model, check_finite=False)
+        assert adapter.config["r"] == 2
+        assert f"{Q_PROJ}.lora_A.weight" in adapter.tensors
+        assert len(adapter.tensors) == 4
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"use_dora": True}, "DoRA"),
+            ({"lora_bias": True}, "lora_bias"),
+            ({"bias": "all"}, "bias='all'"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+            ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+            ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+            ({"layer_replication": [(0, 2)]}, "layer_replication"),
+            ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+            ({"use_qalora": True}, "QALoRA"),
+            ({"peft_type": "LOHA"}, "no LoRA but LOHA"),
+        ],
+    )
+    def test_refused(self, options: dict[str, Any], text: str) -> None:
+        """What vLLM's LoRA cannot compute is named, with all else."""
+        model = tiny_peft()
+        fields = model.peft_config["default"].to_dict() | options
+        weights = get_peft_model_state_dict(model) | {"extra.weight": torch.zeros(1)}
+        with pytest.raises(BadRequestError, match=text) as caught:
+            peft.canonical(weights, fields, check_finite=False)
+        assert "extra.weight, which is no tensor of LoRA" in str(caught.value)
+
+    def test_trained_models_are_refused(self) -> None:
+        """Tensors that PEFT has beside LoRA's own are found in a model, too."""
+        for options, text in (
+            ({"use_dora": True}, "lora_magnitude_vector"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+            ({"lora_bias": True}, "lora_B"),
+            ({"trainable_token_indices": [1, 2]}, "trainable_tokens"),
+        ):
+            model = tiny_peft(**options)
+            fields = tiny_peft().peft_config["default"]
+            with pytest.raises(BadRequestError, match=text):
+                peft.canonical(model, fields, check_finite=False)
+
+    def test_misfits(self) -> None:
+        """All tensors that do not fit are named in one error."""
+        weights = get_peft_model_state_dict(tiny_peft())
+        first = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+        del weights[first.format(0, "B")]
+        weights[first.format(1, "A")] = torch.zeros(2, 32)
+        weights["base_model.model.conv.lora_A.weight"] = torch.zeros(4, 3, 2, 2)
+        weights["base_model.model.conv.lora_B.weight"] = torch.zeros(3, 4, 1, 1)
+        weights["base_model.model.steps.lora_A.weight"] = torch.zeros(4, 3, dtype=torch.int64)
+        weights["base_model.model.steps.lora_B.weight"] = torch.zeros(3, 4, dtype=torch.int64)
+        down = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+        weights[down] = weights[down].clone().fill_(float("nan"))
+        with pytest.raises(BadRequestError) as caught:
+            peft.canonical(weights, {"r": 4, "lora_alpha": 4}, check_finite=True)
+        for text in (
+            "layers.0.self_attn.q_proj has lora_A alone",
+            "layers.1.self_attn.q_proj has A of rank 2 and B of rank 4",
+            "conv has tensors of 4 and 4 dimensions",
+            "steps has tensors of torch.int64",
+            "layers.0.mlp.down_proj has values that are not finite",
+        ):
+            assert text in str(caught.value)
+
+    @pytest.mark.parametrize("given", [nn.Linear(2, 2), {}, {f"{Q_PROJ}.lora_A.weight": torch.zeros(4, 32)}])
+    def test_nothing_to_go_by(self, given: Any) -> None:
+        with pytest.raises(BadRequestError, match=r"no PEFT model|configuration"):
+            peft.canonical(given, check_finite=False)
+
+    def test_empty(self) -> None:
+        with pytest.raises(BadRequestError, match="no tensors of LoRA"):
+            peft.canonical({}, {"r": 4, "lora_alpha": 4}, check_finite=False)
+
+
+class TestFile:
+    """The bytes between processes."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_readers(self, dtype: torch.dtype) -> None:
+        """Readers of safetensors find every tensor, and the file fills whole pages."""
+        tensors = {
+            f"m{number}.lora_A.weight": torch.randn(1 + number, 3).to(dtype if number else torch.float32)
+            for number in range(5)
+        }
+        arena = arena_of(peft.Adapter(tensors, {"r": 4, "target_modules": ["q_proj"]}))
+        assert arena.info.size_bytes % PAGE_BYTES == 0
+        with safe_open(f"/proc/self/fd/{arena.fds[0]}", framework="pt") as file:
+            assert {*file.keys()} == tensors.keys()
+            assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+        assert config_in(arena.fds[0], "it") == {"r": 4, "target_modules": ["q_proj"]}
+        arena.close()
+
+    @pytest.mark.parametrize("extra", range(0, 9000, 1001))
+    def test_pages(self, extra: int) -> None:
+        """However long the header is, the file ends with a page."""
+        header = header_of([Part("x" * (extra + 1), "F32", (2,), 8)], {})
+        assert (len(header) + 8) % PAGE_BYTES == 0
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"\xff" * 64, (4).to_bytes(8, "little") + b"null", (2).to_bytes(8, "little") + b"{}"],
+        ids=["empty", "noise", "null", "other"],
+    )
+    def test_damaged(self, content: bytes) -> None:
+        fd = os.memfd_create("file")
+        os.write(fd, content)
+        with pytest.raises(ManifestError, match="it "):
+            config_in(fd, "it")
+        os.close(fd)

@@ -1,0 +1,195 @@
+"""Adapters as an engine's processes find them: at whichever companion of the runtime directory has them.
+
+A trainer publishes to one companion, and the workers of an engine may be on other devices. An adapter is in host
+memory, so every process of the host can map it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.client.lease import Lease, Ready
+from vllm_companion_plugin.core import adapters
+from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.core.status import EntryState, EntryStatus
+from vllm_companion_plugin.errors import (
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    LeaseLostError,
+    ManifestError,
+    StaleError,
+)
+from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
+from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.tensors.checksum import Verification
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.settings import Settings
+
+HAND_BACK_TIMEOUT_S = 10.0
+"""For a process that holds an adapter to hand it to the companion that follows one that died."""
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class AdapterLease:
+    """A claim on one generation of an adapter, which its companion keeps meanwhile. The caller releases it."""
+
+    bound: Bound
+    ready: Ready
+    lease: Lease
+    device: str
+
+    def release(self) -> None:
+        """Idempotent, and does not wait."""
+        self.lease.release(wait=False)
+
+
+class AdapterLeases:
+    """Finds adapters at the companions of a runtime directory. Thread-safe.
+
+    Args:
+        first: the device whose companion is asked before others; empty: none is. Among others, and without it, the
+            one counts to which an adapter was published last.
+        client_name: who we are, for `status`.
+    """
+
+    def __init__(self, settings: Settings, client_name: str, first: str = "") -> None:
+        self._settings = settings
+        self._client_name = client_name
+        self._first = first
+        self._connections: dict[str, CompanionConnection] = {}
+        self._mutex = threading.Lock()
+
+    def has(self, name: str) -> bool:
+        """Whether a companion has an adapter of this name, or will have it as soon as somebody hands it back."""
+        key_id = adapters.key_of(name).id
+        return bool(self._entries(key_id)) or self._is_held(key_id)
+
+    def is_current(self, held: AdapterLease) -> bool:
+        """Whether a request of this adapter would still get this generation."""
+        if held.lease.lost.is_set() or held.lease.error is not None:
+            return False
+        for device, entry in self._entries(held.ready.key.id)[:1]:
+            same = (entry.generation, entry.ready_unix_s) == (held.ready.generation, held.ready.published.ready_unix_s)
+            return same and device == held.device
+        return False
+
+    def lease(self, asked: Asked) -> AdapterLease:
+        """A lease on what is asked for. Waits, if the companion has died, for whoever hands the adapter back.
+
+        Raises:
+            EntryNotFoundError: no companion has it.
+            StaleError: that generation has another content by now.
+            CompanionError: as `Lease.wait`.
+        """
+        key_id = adapters.key_of(asked.name).id
+        deadline = time.monotonic() + HAND_BACK_TIMEOUT_S
+        while True:
+            problem: Exception | None = None
+            for device, _ in self._entries(key_id):
+                try:
+                    return self._attach(device, key_id, asked)
+                except (EntryNotFoundError, LeaseLostError, CompanionUnavailableError, StaleError) as error:
+                    problem = error
+                    if isinstance(error, CompanionUnavailableError):
+                        self._forget(device)
+            on_its_way = isinstance(problem, (LeaseLostError, CompanionUnavailableError))
+            if time.monotonic() > deadline or not (on_its_way or (problem is None and self._is_held(key_id))):
+                break
+            time.sleep(_POLL_S)
+        if isinstance(problem, StaleError):
+            raise problem
+        raise EntryNotFoundError(
+            f"{asked} is not held by any companion in {self._settings.runtime_dir}.",
+            remedy="Publish it by CompanionClient.publish_adapter; `vllm-companion status` shows what there is.",
+        ) from problem
+
+    def fetch(self, bound: Bound) -> Descriptors:
+        """Descriptors of the adapter's file, after its bytes were proved; the caller owns them. Raises as `lease`.
+
+        Raises:
+            IntegrityError: its bytes are not those that were published.
+        """
+        lease = self.lease(bound)
+        try:
+            fds = lease.ready.redeem()
+        finally:
+            lease.release()
+        try:
+            with contextlib.closing(arenas.open_arena(lease.ready.arena, fds.dup())) as arena:
+                views = ArenaViews(arena, arena.info.size_bytes, torch.device("cpu"))
+                Verification(views, arena.info, self._settings.verify, views.device).check(_NOTHING, str(bound))
+        except BaseException:
+            fds.close()
+            raise
+        return fds
+
+    def close(self) -> None:
+        """Close all connections, and end all leases. Idempotent."""
+        with self._mutex:
+            connections, self._connections = self._connections, {}
+        for connection in connections.values():
+            connection.close()
+
+    def _attach(self, device: str, key_id: str, asked: Asked) -> AdapterLease:
+        with ExitStack() as undo:
+            connection = self._connection(device)
+            lease = connection.attach(key_id=key_id, may_load=False, client_name=self._client_name)
+            undo.callback(lease.release, wait=False)
+            ready = lease.wait(HAND_BACK_TIMEOUT_S)
+            if not isinstance(ready, Ready) or ready.manifest != adapters.MANIFEST:
+                raise ManifestError(f"{asked} was published by another version.", remedy="Publish it anew.")
+            if asked.generation not in (0, ready.generation):
+                ready = lease.generation(asked.generation, adapters.MANIFEST)
+                lease.advanced(asked.generation)
+            bound = Bound(asked.name, ready.generation, adapters.content_of(ready.arena))
+            if asked.content not in ("", bound.content):
+                raise StaleError(
+                    f"{asked} is another one than before: its companion was replaced.", remedy=f"Ask for {asked.name}."
+                )
+            undo.pop_all()
+            return AdapterLease(bound, ready, lease, device)
+
+    def _entries(self, key_id: str) -> list[tuple[str, EntryStatus]]:
+        """The devices whose companions have it, the one that counts first."""
+        found = []
+        for device in list_devices(self._settings):
+            try:
+                if not is_listening(device_paths(device, self._settings)):
+                    continue
+                entries = self._connection(device).status().entries
+            except CompanionUnavailableError:
+                self._forget(device)
+                continue
+            states = (EntryState.READY, EntryState.LOADING)
+            found += [(device, entry) for entry in entries if entry.key.id == key_id and entry.state in states]
+        return sorted(found, key=lambda each: (each[0] != self._first, -each[1].ready_unix_s))
+
+    def _is_held(self, key_id: str) -> bool:
+        return any(notes.is_held(device_paths(each, self._settings), key_id) for each in list_devices(self._settings))
+
+    def _connection(self, device: str) -> CompanionConnection:
+        with self._mutex:
+            if device not in self._connections:
+                self._connections[device] = CompanionConnection(device_paths(device, self._settings))
+            return self._connections[device]
+
+    def _forget(self, device: str) -> None:
+        with self._mutex:
+            connection = self._connections.pop(device, None)
+        if connection is not None:
+            connection.close()
+
+
+_NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())

@@ -1,0 +1,219 @@
+"""Publishing LoRA adapters: each is an entry of its own, in host memory, which engines serve by its name.
+
+A client holds what it has published, and hands it to the next companion if this one dies, until the adapter is removed
+or the client closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.client.lease import Granted, Lease
+from vllm_companion_plugin.client.mirror import Held, Mirror
+from vllm_companion_plugin.client.peft import Adapter
+from vllm_companion_plugin.core import adapters
+from vllm_companion_plugin.core.identity import ADAPTER
+from vllm_companion_plugin.core.status import EntryStatus, Published
+from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
+from vllm_companion_plugin.memory.tensors.checksum import Summing
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire import codec
+from vllm_companion_plugin.wire.adapter_file import Part, header_of, read_header
+
+_CPU = torch.device("cpu")
+_KNOWN_TIMEOUT_S = 10.0
+"""For the next companion to know what was handed back, before a publication is one of a new client."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Types that an adapter's tensors can have, by the names of the file's format."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class AdapterHolds:
+    """What one client has published, and holds.
+
+    Args:
+        device: whose companion has them; their memory is the host's, whichever that is.
+    """
+
+    def __init__(self, device: str, settings: Settings) -> None:
+        self._device = device
+        self._settings = settings
+        self._holds: dict[str, _Hold] = {}
+
+    def publish(self, name: str, adapter: Adapter, version: str, connect: Callable[[], CompanionConnection]) -> int:
+        """Publish an adapter, or its next generation; the number of that.
+
+        Args:
+            version: as of `CompanionClient.publish_adapter`.
+            connect: to the companion; asked unless this client holds the adapter already.
+        """
+        key = adapters.key_of(name)
+        codec.version_from_message(version)
+        with contextlib.closing(arena_of(adapter)) as arena:
+            version = version or adapters.content_of(arena.info)[:8]
+            count = len(adapter.tensors)
+            if (own := self._own(name)) is not None:
+                return own.replace(arena, count, version)
+            with ExitStack() as undo:
+                connection = undo.enter_context(connect())
+                lease = connection.attach(key, may_load=True, client_name="trainer")
+                outcome = lease.wait(self._settings.wait_timeout_s)
+                if isinstance(outcome, Granted):
+                    number = outcome.publication.publish(
+                        arena.info, arena.fds, adapters.MANIFEST, count, version=version
+                    )
+                    published = outcome.publication.published
+                else:
+                    number, published = _commit(lease, arena, count, version)
+                held = Held(key, number, arena.info, arena.fds, adapters.MANIFEST, published)
+                mirror = Mirror(self._device, self._settings, held, lease, "trainer")
+                self._holds[name] = _Hold(mirror, held, undo.pop_all())
+        return number
+
+    def _own(self, name: str) -> _Hold | None:
+        """Our hold on an adapter, if a companion knows of it."""
+        hold = self._holds.get(name)
+        if hold is None:
+            return None
+        hold.mirror.wait_known(_KNOWN_TIMEOUT_S)
+        if hold.mirror.ended or hold.mirror.lost:
+            self.let_go(name)
+            return None
+        return hold
+
+    def let_go(self, name: str) -> None:
+        """Hold it no more. Idempotent."""
+        if (hold := self._holds.pop(name, None)) is not None:
+            hold.close()
+
+    def close(self) -> None:
+        """Hold nothing more. Idempotent."""
+        for name in list(self._holds):
+            self.let_go(name)
+
+
+class _Hold:
+    """An adapter that this client has published."""
+
+    def __init__(self, mirror: Mirror, held: Held, with_it: ExitStack) -> None:
+        self.mirror = mirror
+        self._held = held
+        self._with_it = with_it
+
+    def replace(self, arena: arenas.Arena, count: int, version: str) -> int:
+        """Publish the next generation, and hold that instead; its number."""
+        number, published = _commit(self.mirror.lease, arena, count, version)
+        self._held = replace(self._held, generation=number, arena=arena.info, fds=arena.fds, published=published)
+        self.mirror.hold_instead(self._held)
+        return number
+
+    def close(self) -> None:
+        self.mirror.close()
+        self._with_it.close()
+
+
+def _commit(lease: Lease, arena: arenas.Arena, count: int, version: str) -> tuple[int, Published]:
+    """The arena is the adapter's current generation, which this client maps from now on."""
+    lease.stage()
+    try:
+        number = lease.commit_staged(arena.info, arena.fds, version)
+    except BaseException:
+        lease.abort_staged()
+        raise
+    lease.advanced(number)
+    return number, Published(count, {}, time.time(), 0.0, "", version)
+
+
+def remove(connection: CompanionConnection, name: str) -> None:
+    """Have the companion forget an adapter. Raises `EntryNotFoundError` if it has none of this name."""
+    try:
+        connection.unload(key_id=adapters.key_of(name).id, force=True)
+    except EntryNotFoundError as error:
+        raise EntryNotFoundError(f"The companion of {connection.device} has no adapter {name}.") from error
+
+
+def listed(entries: Sequence[EntryStatus]) -> tuple[EntryStatus, ...]:
+    """The adapters among these entries."""
+    return tuple(entry for entry in entries if entry.key.kind == ADAPTER)
+
+
+def arena_of(adapter: Adapter) -> arenas.Arena:
+    """The adapter's file in host memory, sealed, with the checksums of its bytes. The caller closes it.
+
+    Raises:
+        BadRequestError: a type of tensors that the file's format has no name for.
+        ArenaError: there is no memory for it.
+    """
+    # Wider ones first: each begins at a multiple of its own width, as the last one ends with a page.
+    tensors = sorted(adapter.tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
+    if unknown := [f"{name} of {tensor.dtype}" for name, tensor in tensors if tensor.dtype not in _NAMES]:
+        raise BadRequestError(
+            f"An adapter cannot have {', '.join(unknown[:4])}.", remedy=f"Publish it as one of {', '.join(_DTYPES)}."
+        )
+    parts = [Part(name, _NAMES[each.dtype], tuple(each.shape), each.nbytes) for name, each in tensors]
+    header = header_of(parts, adapter.config)
+    size_bytes = len(header) + sum(part.size_bytes for part in parts)
+    writer = arenas.create(arenas.MEMFD, size_bytes)
+    try:
+        writer.add_block(size_bytes)
+        offset = 0
+        for piece in (torch.frombuffer(bytearray(header), dtype=torch.uint8), *(tensor for _, tensor in tensors)):
+            on_host = piece.to(_CPU).contiguous()
+            writer.write(offset, on_host.data_ptr(), on_host.nbytes)
+            writer.flush()
+            offset += on_host.nbytes
+        summing = Summing(ArenaViews(writer, size_bytes, _CPU), size_bytes, _CPU)
+        summing.extend(size_bytes)
+        arena = writer.seal()
+    except BaseException:
+        writer.abort()
+        raise
+    arena.info = replace(arena.info, checksums=summing.checksums())
+    return arena
+
+
+def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and configuration of an adapter that PEFT has saved. Raises `BadRequestError` if there is none."""
+    directory = Path(path)
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text())
+        file, pickled = directory / "adapter_model.safetensors", directory / "adapter_model.bin"
+        if file.exists() or not pickled.exists():
+            return _read_tensors(file), config
+        return torch.load(pickled, map_location="cpu", weights_only=True), config
+    except (OSError, ValueError) as error:
+        raise BadRequestError(f"{path} is no directory of an adapter that PEFT has saved: {error}") from error
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    with file.open("rb") as opened:
+        header, begin = read_header(opened.fileno(), str(file))
+        opened.seek(begin)
+        data = bytearray(opened.read())
+    tensors: dict[str, torch.Tensor] = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = info["data_offsets"]
+        if info["dtype"] not in _DTYPES or not 0 <= start < stop <= len(data):
+            raise BadRequestError(f"{file} has {name} as {info['dtype']}, or is cut off.")
+        flat = torch.frombuffer(data, dtype=torch.uint8, offset=start, count=stop - start).clone()
+        tensors[name] = flat.view(_DTYPES[info["dtype"]]).reshape(info["shape"])
+    return tensors

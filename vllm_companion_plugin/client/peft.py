@@ -1,0 +1,232 @@
+"""A LoRA adapter as PEFT has it, made such that every version of vLLM computes the same with it.
+
+Versions of vLLM differ in what they read of PEFT's configuration: some know nothing of ranks and scalings that differ
+between modules, and take another scaling without saying so. So the scaling of each module is folded into a copy of its
+B, and the configuration says that there is nothing to scale. What no LoRA of vLLM computes is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_companion_plugin.errors import BadRequestError
+
+_SHOWN = 8
+"""Most problems in an error."""
+_MARKS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+_TENSOR = re.compile(rf"(?P<module>.+)\.(?P<mark>{_MARKS})(\.(?P<adapter>[^.]+))??(?P<weight>\.weight)?")
+_OF_ADAPTER = r"(lora_\w+|modules_to_save|trainable_tokens_\w+|\w*_lora_\w+)"
+_PREFIX = "base_model.model."
+_PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+_ORDINARY_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga", "true", "false")
+"""Values of `init_lora_weights` that leave the base model as it is."""
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias of LoRA (lora_bias)",
+    "modules_to_save": "modules_to_save",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "trainable_token_indices": "trainable tokens (trainable_token_indices)",
+    "layer_replication": "layer_replication",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "use_qalora": "QALoRA (use_qalora)",
+    "arrow_config": "Arrow (arrow_config)",
+    "kasa_config": "KaSA (kasa_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose scaling is 1.
+
+    Attributes:
+        tensors: by PEFT's name without the adapter's. A and B of one module; those that were scaled are copies.
+        config: as PEFT writes it.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+
+
+@dataclass
+class _Module:
+    """Both tensors of one module, as far as they were given, and PEFT's own scaling if that is known."""
+
+    sides: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    scaling: float | None = None
+
+
+def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = None, *, check_finite: bool) -> Adapter:
+    """The adapter of a PEFT model, or of its tensors by name. Nothing that is given is written to.
+
+    Args:
+        weights: a `PeftModel`, whose active adapter is taken; or tensors as `get_peft_model_state_dict` or a saved
+            adapter has them. Of FSDP, all ranks take part.
+        config: a `LoraConfig`, or a dict of its fields; of a `PeftModel`, None.
+        check_finite: refuse tensors with NaN or infinity.
+
+    Raises:
+        BadRequestError: what vLLM's LoRA cannot compute, or tensors that are not those of an adapter; all of it.
+    """
+    scalings: dict[str, float] = {}
+    if isinstance(weights, nn.Module):
+        weights, own, scalings = _of_model(weights)
+        config = own if config is None else config
+    fields = _fields_of(config)
+    problems = list(_problems_of(fields))
+    modules = _modules_of(weights, scalings, problems)
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, module in modules.items():
+        problem = _misfit(name, module, fields, check_finite)
+        if problem:
+            problems.append(problem)
+            continue
+        [(a_name, a), (b_name, b)] = [module.sides[mark] for mark in sorted(module.sides)]
+        rank, scaling = _rank_and_scaling(fields, name)
+        ranks[name] = rank
+        tensors[a_name] = a
+        tensors[b_name] = _scaled(b, scaling if module.scaling is None else module.scaling)
+    if not modules and not problems:
+        problems.append("it has no tensors of LoRA")
+    if any(_is_fused(name) and rank != max(ranks.values()) for name, rank in ranks.items()):
+        problems.append("experts of one tensor have another rank than other modules")
+    if problems:
+        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise BadRequestError(
+            f"The adapter cannot be served by vLLM as LoRA: {'; '.join(problems[:_SHOWN])}{rest}.",
+            remedy="Train it without, or convert it to plain LoRA with PEFT.",
+        )
+    rank = max(ranks.values())
+    plain = {
+        "peft_type": "LORA",
+        "task_type": fields.get("task_type"),
+        "base_model_name_or_path": fields.get("base_model_name_or_path"),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+    return Adapter(tensors, plain)
+
+
+def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str, float]]:
+    """Tensors, configuration and scalings of a PEFT model's active adapter."""
+    configs = getattr(model, "peft_config", None)
+    adapter = getattr(model, "active_adapter", None)
+    adapter = adapter() if callable(adapter) else adapter
+    if not isinstance(configs, Mapping) or not isinstance(adapter, str) or adapter not in configs:
+        raise BadRequestError(
+            f"{type(model).__name__} is no PEFT model with one active adapter.",
+            remedy="Give a PeftModel after set_adapter(NAME), or the tensors and the configuration.",
+        )
+    its = re.compile(rf".+\.{_OF_ADAPTER}\.{re.escape(adapter)}(\..+)?")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if its.fullmatch(name)}
+    scalings = {
+        name: float(scaling[adapter])
+        for name, module in model.named_modules()
+        if isinstance(scaling := getattr(module, "scaling", None), Mapping) and adapter in scaling
+    }
+    return tensors, configs[adapter], scalings
+
+
+def _fields_of(config: Any) -> Mapping[str, Any]:
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("r"), int) or fields["r"] < 1:
+        raise BadRequestError(
+            "An adapter's tensors say nothing of its scaling without PEFT's configuration, with r and lora_alpha.",
+            remedy="Give the LoraConfig, or the fields of adapter_config.json, as `config`.",
+        )
+    return fields
+
+
+def _problems_of(fields: Mapping[str, Any]) -> Iterator[str]:
+    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type")) or "LORA"
+    if kind != "LORA":
+        yield f"it is no LoRA but {kind}"
+    for name, what in _REFUSED.items():
+        if fields.get(name):
+            yield what
+    if fields.get("bias", "none") != "none":
+        yield f"trained biases (bias={fields['bias']!r})"
+    start = fields.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _ORDINARY_STARTS:
+        yield f"init_lora_weights={start!r}, which has changed the base model's weights"
+
+
+def _modules_of(
+    weights: Mapping[str, torch.Tensor], scalings: Mapping[str, float], problems: list[str]
+) -> dict[str, _Module]:
+    """The tensors by module, with names that say nothing of the adapter's name. What is none goes to `problems`."""
+    modules: dict[str, _Module] = {}
+    for name, shard in weights.items():
+        found = _TENSOR.fullmatch(name)
+        is_embedding = found is not None and "embedding" in found["mark"]
+        if found is None or is_embedding == bool(found["weight"]) or not isinstance(shard, torch.Tensor):
+            problems.append(f"{name}, which is no tensor of LoRA")
+            continue
+        gather = getattr(shard, "full_tensor", None)
+        tensor = (shard if gather is None else gather()).detach()
+        ending = "" if is_embedding else ".weight"
+        module = modules.setdefault(found["module"].removeprefix(_PREFIX), _Module())
+        if found["mark"] in module.sides:
+            problems.append(f"{name}, which is there twice")
+        module.sides[found["mark"]] = f"{found['module']}.{found['mark']}{ending}", tensor
+        module.scaling = scalings.get(found["module"])
+    return modules
+
+
+def _misfit(name: str, module: _Module, fields: Mapping[str, Any], check_finite: bool) -> str:
+    """What is wrong with a module's tensors; empty if nothing is."""
+    marks = sorted(module.sides)
+    if len(marks) != 2 or _PAIRS.get(marks[0]) != marks[1]:
+        return f"{name} has {' and '.join(marks)} alone"
+    [a, b] = [module.sides[mark][1] for mark in marks]
+    if a.ndim != 2 or b.ndim != 2:
+        return f"{name} has tensors of {a.ndim} and {b.ndim} dimensions, as no linear layer and no embedding has"
+    rank, _ = _rank_and_scaling(fields, name)
+    there = a.shape[0], b.shape[1]
+    if there[0] != there[1] or not there[0] or (there[0] % rank if _is_fused(name) else there[0] != rank):
+        return f"{name} has A of rank {there[0]} and B of rank {there[1]}, and its configuration says {rank}"
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return f"{name} has tensors of {a.dtype} and {b.dtype}"
+    if check_finite and not all(bool(torch.isfinite(side).all()) for side in (a, b)):
+        return f"{name} has values that are not finite"
+    return ""
+
+
+def _is_fused(module: str) -> bool:
+    """Whether PEFT has all experts of a layer in one tensor of this module, one rank after the other."""
+    return module.endswith((".experts", ".experts.base_layer"))
+
+
+def _rank_and_scaling(fields: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """What PEFT takes for a module: the first pattern that its name ends with counts."""
+    # PEFT matches the names of the experts' parameters, which it calls otherwise when it saves them.
+    if module.endswith(".experts.base_layer"):
+        module = module.removesuffix(".base_layer") + ".gate_up_proj"
+    elif module.endswith(".experts"):
+        module += ".down_proj"
+    rank = int(_matching(fields.get("rank_pattern"), module, fields["r"]))
+    alpha = float(_matching(fields.get("alpha_pattern"), module, fields.get("lora_alpha", 8)))
+    return rank, alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+
+
+def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    found: Iterable[Any] = (
+        value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module) is not None
+    )
+    return next(iter(found), otherwise)
+
+
+def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
+    return b if scaling == 1 else (b.to(torch.float32) * scaling).to(b.dtype)

@@ -1,0 +1,116 @@
+"""Which generation of an adapter the requests of an engine's front end are computed with, and how long it is held.
+
+Each request is bound to one generation when it comes: the current one, unless it asks for another. A generation has
+one lease, which lives as long as a request that is bound to it: whoever keeps a `Served` keeps the lease.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+from vllm_companion_plugin.client.adapter_leases import AdapterLease, AdapterLeases
+from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.settings import Settings
+
+MAX_NUMBERS = 1 << 16
+"""Numbers of adapters that are remembered, so that no two have the same."""
+
+
+class Served:
+    """One generation of an adapter, with its lease.
+
+    Attributes:
+        number: by which the engine knows it.
+    """
+
+    def __init__(self, lease: AdapterLease, number: int) -> None:
+        self.lease = lease
+        self.number = number
+        weakref.finalize(self, lease.release).atexit = False
+
+    @property
+    def bound(self) -> Bound:
+        return self.lease.bound
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An adapter that the engine was given, and may have yet."""
+
+    name: str
+    served: weakref.ref[Served]
+
+
+class FrontEnd:
+    """The adapters of one engine, as its front end sees them. Methods may block; they may be called in any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._leases = AdapterLeases(settings, "engine")
+        self._mutex = threading.Lock()
+        self._current: weakref.WeakValueDictionary[str, Served] = weakref.WeakValueDictionary()
+        self._pinned: weakref.WeakValueDictionary[Asked, Served] = weakref.WeakValueDictionary()
+        self._numbers: dict[int, Bound] = {}
+        self._sent: dict[int, Sent] = {}
+
+    def has(self, name: str) -> bool:
+        """As `AdapterLeases.has`."""
+        return self._leases.has(name)
+
+    def serve(self, asked: Asked) -> Served:
+        """What a request that comes now is bound to. Raises as `AdapterLeases.lease`."""
+        known = self._pinned.get(asked) if asked.generation else self._current.get(asked.name)
+        if known is not None and (asked.generation or self._leases.is_current(known.lease)):
+            return known
+        lease = self._leases.lease(asked)
+        with self._mutex:
+            # Another request may have been quicker: a generation has one lease.
+            served = self._pinned.get(lease.bound)
+            if served is None or served.lease.lease.lost.is_set():
+                served = Served(lease, self._number(lease.bound))
+            else:
+                lease.release()
+            self._pinned[served.bound] = served
+            if asked.generation:
+                self._pinned[asked] = served
+            else:
+                self._current[asked.name] = served
+        return served
+
+    def is_sent(self, served: Served) -> bool:
+        """Whether the engine was given it by this very lease, and so has it or what it takes to have it again."""
+        sent = self._sent.get(served.number)
+        return sent is not None and sent.served() is served
+
+    def sent(self, served: Served) -> list[int]:
+        """The engine has it. The numbers of others with this name that no request is bound to any more: it may forget
+        them."""
+        with self._mutex:
+            self._sent[served.number] = Sent(served.bound.name, weakref.ref(served))
+            return self._unused(served.bound.name, served.number)
+
+    def removed(self, name: str) -> list[int]:
+        """No companion has this adapter any more: the numbers of those that no request is bound to."""
+        with self._mutex:
+            return self._unused(name, 0)
+
+    def _unused(self, name: str, but: int) -> list[int]:
+        unused = [
+            number
+            for number, sent in self._sent.items()
+            if sent.name == name and number != but and sent.served() is None
+        ]
+        for number in unused:
+            del self._sent[number]
+        return unused
+
+    def _number(self, bound: Bound) -> int:
+        attempt = 0
+        while self._numbers.get(number := bound.number(attempt), bound) != bound:
+            attempt += 1
+        self._numbers.pop(number, None)
+        self._numbers[number] = bound
+        while len(self._numbers) > MAX_NUMBERS:
+            del self._numbers[next(iter(self._numbers))]
+        return number

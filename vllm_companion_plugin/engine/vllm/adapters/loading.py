@@ -1,0 +1,115 @@
+"""How a worker of vLLM loads an adapter that a companion holds: as vLLM loads one from a directory.
+
+That directory has PEFT's configuration and a link to the memory where the adapter is, so that each version of vLLM
+reads, checks and places it by its own rules, without a copy in a file.
+
+vLLM drops adapters that were not used for long, and loads them again in the middle of a step, where an error ends the
+engine. So a worker keeps the descriptors of what it has loaded until the front end says that nothing is bound to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.adapter_leases import AdapterLeases
+from vllm_companion_plugin.core import adapters
+from vllm_companion_plugin.core.adapters import Bound
+from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm.adapters.requests import settings_of
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.wire.adapter_file import config_in
+
+MAX_KEPT = 256
+"""Adapters whose descriptors a worker keeps; the one that was loaded longest ago goes first, and is fetched again."""
+
+_kept: OrderedDict[str, Descriptors] = OrderedDict()
+"""By path, of this process: its workers share them."""
+_numbers: dict[int, str] = {}
+_leases: weakref.WeakKeyDictionary[Any, AdapterLeases] = weakref.WeakKeyDictionary()
+"""By the manager of a worker's adapters."""
+
+
+def load_from_companions() -> None:
+    """Of `vllm.lora.worker_manager`, which has just been imported."""
+    patches.WORKERS_ADAPTERS.apply(_beginning)
+    patches.LOADED_ADAPTERS.apply(_loading)
+    patches.REMOVED_ADAPTERS.apply(_removing)
+
+
+def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inner)
+    def __init__(self: Any, vllm_config: Any, device: torch.device, *rest: Any, **named: Any) -> None:
+        inner(self, vllm_config, device, *rest, **named)
+        name = arenas.cuda_device(torch.cuda.current_device()) if device.type == "cuda" else device.type
+        _leases[self] = AdapterLeases(settings_of(vllm_config), "worker", first=name)
+
+    return __init__
+
+
+def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        if not adapters.is_path(lora_request.lora_path):
+            return inner(self, lora_request)
+        bound = adapters.asked_by(lora_request.lora_path)
+        if not isinstance(bound, Bound):
+            raise BadRequestError(
+                f"{bound} has to be one generation when it reaches a worker.",
+                remedy="Give it with a request, or by add_lora of the engine.",
+            )
+        fds = _fetched(self, bound, lora_request.lora_int_id)
+        with _directory_of(fds, bound) as directory:
+            in_directory = copy.copy(lora_request)
+            in_directory.lora_path = directory
+            try:
+                return inner(self, in_directory)
+            except Exception as error:
+                raise BadRequestError(f"{bound} cannot be loaded: {error}") from error
+
+    return _load_adapter
+
+
+def _removing(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def remove_adapter(self: Any, adapter_id: int) -> Any:
+        fds = _kept.pop(_numbers.pop(adapter_id, ""), None)
+        if fds is not None:
+            fds.close()
+        return inner(self, adapter_id)
+
+    return remove_adapter
+
+
+def _fetched(manager: Any, bound: Bound, number: int) -> Descriptors:
+    fds = _kept.pop(bound.path, None)
+    if fds is None:
+        fds = _leases[manager].fetch(bound)
+    _kept[bound.path], _numbers[number] = fds, bound.path
+    while len(_kept) > MAX_KEPT:
+        _, oldest = _kept.popitem(last=False)
+        oldest.close()
+    return fds
+
+
+@contextmanager
+def _directory_of(fds: Descriptors, bound: Bound) -> Iterator[str]:
+    """While open, a directory as PEFT saves an adapter to, whose tensors are the memory behind the descriptor."""
+    with tempfile.TemporaryDirectory(prefix="vllm-companion-adapter-") as directory:
+        config = config_in(fds[0], str(bound))
+        Path(directory, "adapter_config.json").write_text(json.dumps(config))
+        os.symlink(f"/proc/self/fd/{fds[0]}", Path(directory, "adapter_model.safetensors"))
+        yield directory

@@ -1,0 +1,70 @@
+"""Over HTTP, an adapter that a companion holds is a model of its name.
+
+vLLM looks up the name of each request's model before anything else, so an adapter that this engine cannot serve is an
+answer with a status here, also where what follows would be streamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_companion_plugin.core import adapters
+from vllm_companion_plugin.engine.vllm import naming, patches
+from vllm_companion_plugin.engine.vllm.adapters import requests
+from vllm_companion_plugin.errors import BadRequestError
+
+_NUMBER = (1 << 31) - 1
+"""Of a `LoRARequest` that names no generation: each request of it has another one."""
+
+
+def name_adapters() -> None:
+    """Of `vllm.entrypoints.serve.engine.serving`, which has just been imported."""
+    patches.NAMES_OF_MODELS.apply(_checking)
+
+
+def name_pooling_adapters() -> None:
+    """Of `vllm.entrypoints.pooling.base.serving`, which has just been imported."""
+    patches.NAMES_OF_POOLING_MODELS.apply(_checking)
+
+
+def _checking(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    async def _check_model(self: Any, request: Any) -> Any:
+        await _look_up(self.models, request.model)
+        return await inner(self, request)
+
+    return _check_model
+
+
+async def _look_up(models: Any, name: str | None) -> None:
+    """Have vLLM know an adapter by its name if a companion has it, and not if none has.
+
+    Raises:
+        AdapterRefusedError: this engine cannot serve it.
+        CompanionError: a companion does not answer.
+    """
+    engine = getattr(models, "engine_client", None)
+    config = getattr(engine, "vllm_config", None)
+    if not name or config is None or config.lora_config is None or models.is_base_model(name):
+        return
+    known = models.lora_requests.get(name)
+    if known is None and config.load_config.load_format != naming.LOAD_FORMAT:
+        return
+    if known is not None and not adapters.is_path(known.lora_path):
+        return
+    path = f"{adapters.SCHEME}{name}" if known is None else known.lora_path
+    try:
+        asked = adapters.asked_by(path)
+    except BadRequestError:  # no adapter has such a name
+        return
+    if not await asyncio.to_thread(requests.front_end_of(engine).has, asked.name):
+        models.lora_requests.pop(name, None)
+        return
+    await requests.serve_async(engine, path)
+    if known is None:
+        from vllm.lora.request import LoRARequest
+
+        models.lora_requests[name] = LoRARequest(name, _NUMBER, path)
