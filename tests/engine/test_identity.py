@@ -88,12 +88,18 @@ def test_what_changes_the_processed_weights_changes_the_key(tiny: Path, field: s
 
 @pytest.mark.parametrize(
     ("flag", "value", "default"),
-    [("max_lora_rank", 8, 16), ("fully_sharded_loras", True, False), ("enable_tower_connector_lora", True, False)],
+    [("fully_sharded_loras", True, False), ("enable_tower_connector_lora", True, False)],
 )
 def test_each_lora_flag_changes_the_key(tiny: Path, flag: str, value: Any, default: Any) -> None:
     """0.33 notes the second in mixtures of experts; multimodal models build other towers for the third."""
     changed = key_of(tiny, enable_lora=True, **{flag: value}).differences(key_of(tiny, enable_lora=True))
     assert changed == [f"lora.{flag} is {json.dumps(default)!r} there and {json.dumps(value)!r} here"]
+
+
+def test_engines_with_room_for_other_adapters_share(tiny: Path) -> None:
+    """What LoRA adds to a model comes after it is loaded."""
+    more = key_of(tiny, enable_lora=True, max_lora_rank=64, max_loras=4, max_cpu_loras=8)
+    assert more.id == key_of(tiny, enable_lora=True).id
 
 
 def test_kernel_switches_and_versions_are_in_the_key(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

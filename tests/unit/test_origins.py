@@ -281,6 +281,67 @@ class TestValue:
         assert same(get(attached), make(0.25))
 
 
+class Ways:
+    """An object with several ways to do the same."""
+
+    def one(self) -> int:
+        return 1
+
+    def other(self) -> int:
+        return 1
+
+    @staticmethod
+    def static() -> int:
+        return 1
+
+
+def other_function() -> int:
+    return 1
+
+
+class TestChoice:
+    """What a constructor chose by a flag, and neither loading nor processing touched."""
+
+    @pytest.mark.parametrize(
+        ("chosen", "here"),
+        [
+            (Ways().one, Ways().other),
+            (Ways().one, Ways.static),
+            (Ways.static, Ways().other),
+            (None, Ways()),
+            (None, other_function),
+        ],
+    )
+    def test_it_stays(self, chosen: Any, here: Any) -> None:
+        """As engines have it that are compiled and others that are not: the bytes are the same."""
+
+        def build(m: Model, flag: float) -> None:
+            value = chosen if flag else here
+            if value is not None:
+                m.x = value
+
+        published = publish(build, flag=1.0)
+        assert attach(published, build, flag=0.0).x is here
+        assert getattr(attach(publish(build, flag=0.0), build, flag=1.0), "x", None) is chosen
+
+    @pytest.mark.parametrize(
+        ("chosen", "here"),
+        [(torch.relu, torch.tanh), (Ways.static, other_function), (Ways(), Box(1)), (Ways().one, torch.relu)],
+    )
+    def test_what_says_how_bytes_are_understood_must_be_equal(self, chosen: Any, here: Any) -> None:
+        def build(m: Model, flag: float) -> None:
+            m.x = chosen if flag else here
+
+        with pytest.raises(ParityError, match="x is"):
+            attach(publish(build, flag=1.0), build, flag=0.0)
+
+    def test_a_choice_of_processing_must_be_equal(self) -> None:
+        process = lambda way: lambda m: setattr(m, "x", way)  # noqa: E731
+        published = publish(lambda m, flag: None, process=process(Ways().one))
+        with pytest.raises(ParityError, match="x is"):
+            attach(published, lambda m, flag: None, process=process(Ways().other))
+
+
 class TestLoading:
     def test_what_it_adds_and_removes(self) -> None:
         """Values and tensors that only loading makes are there; what it deletes is gone."""

@@ -1,12 +1,27 @@
-"""Training on the bytes that engines serve: a Transformers model whose parameters view an entry.
+"""Training on the bytes that engines serve: a Transformers model whose parameters view an entry, and adapters on it.
+
+Only `colocated` needs vLLM and PEFT.
 
 May import: client, core, host, memory, wire, settings, errors.
-Of other packages: torch, transformers, safetensors, typing_extensions.
+Of other packages: torch, transformers, safetensors, typing_extensions, vllm, peft.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from vllm_companion_plugin.training.base import from_companion
 from vllm_companion_plugin.training.sharing import Sharing, sharing_of
 
-__all__ = ["Sharing", "from_companion", "sharing_of"]
+__all__ = ["Colocated", "Sharing", "colocated", "from_companion", "sharing_of"]
+
+if TYPE_CHECKING:
+    from vllm_companion_plugin.training.together import Colocated, colocated
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Colocated", "colocated"):
+        from vllm_companion_plugin.training import together
+
+        return getattr(together, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -130,6 +130,7 @@ def _build(attachment: Attachment, copy: Collection[str], auto_class: Any, optio
     made = type(bare).from_pretrained(
         None, config=config, state_dict=state, device_map={"": attachment.device}, **_dtype_option(dtype), **options
     )
+    made.name_or_path = made.config.name_or_path = key.model  # for what is saved beside it, as PEFT does
     shared = _freeze(made, views, own, parameters, attachment)
     copied = {name: each.nbytes for name, each in made.named_parameters() if name not in shared}
     sharing = Sharing(made, shared, attachment, copied)

@@ -4,7 +4,8 @@ Equal where it matters, the engine's own where it follows from the engine's flag
 
 - modules, classes of objects, functions, enums and dtypes decide how bytes are understood, and must be equal;
 - plain values (numbers, strings, containers of them; times) that neither loading nor post-processing changed were made
-  by building this model here, from this engine's flags: they stay as they are;
+  by building this model here, from this engine's flags: they stay as they are. So does what only one of both has, and
+  which of its own methods an object calls: engines that compile differently share;
 - what loading changed was set to the published value before, and must be equal now;
 - a number that post-processing made is this engine's own, too, unless it read data of tensors: then a float is
   set to the published value. Anything else that it made must be equal.
@@ -93,11 +94,11 @@ def compare_values(tree: Tree, manifest: Manifest) -> dict[str, str]:
     """
     own: dict[str, str] = {}
     for live, published in zip(tree.modules, manifest.modules, strict=True):
-        own |= _own_values(live.path, live.attributes, published)
+        own |= _own_values(live.path, live.attributes, published, manifest)
     return own
 
 
-def _own_values(path: str, attributes: Mapping[str, str], published: ModuleInfo) -> dict[str, str]:
+def _own_values(path: str, attributes: Mapping[str, str], published: ModuleInfo, manifest: Manifest) -> dict[str, str]:
     """Those of one module, as of `compare_values`."""
     if attributes == published.attributes:
         return {}
@@ -108,8 +109,9 @@ def _own_values(path: str, attributes: Mapping[str, str], published: ModuleInfo)
         here, there = attributes.get(name), published.attributes.get(name)
         where = full_name(path, name)
         is_own = name not in changed and not (published.observed.measured and name in processed)
-        fits = _is_number if name in processed else _is_data
-        if not (is_own and fits(here) and fits(there)):
+        # Where nobody observed how the model was made, loading may have made a choice.
+        fits = _are_numbers if name in processed else _are_choices if manifest.is_observed else _are_data
+        if not (is_own and fits(here, there)):
             raise ParityError(
                 f"{where} is {here or 'absent'} here and {there or 'absent'} in the published model.",
                 where,
@@ -143,7 +145,7 @@ def compare_published(mine: Manifest, other: Manifest) -> None:
         ):
             raise ParityError(f"{where} has other names, classes or tensors than in the published model.", where)
         _check_changed(module, published)
-        own = _own_values(module.path, module.attributes, published)
+        own = _own_values(module.path, module.attributes, published, mine)
         if own and not mine.is_observed:
             name, value = next(iter(own.items()))
             raise ParityError(f"{name} is {value} here and another in the published model.", name, value)
@@ -163,6 +165,34 @@ def _check_changed(module: ModuleInfo, published: ModuleInfo) -> None:
     if replace(module.observed, values={}) != replace(published.observed, values={}):
         where = module.path or "the model"
         raise ParityError(f"loading or processing changed other things in {where} than in the published model.", where)
+
+
+def _are_numbers(here: str | None, there: str | None) -> bool:
+    return _is_number(here) and _is_number(there)
+
+
+def _are_data(here: str | None, there: str | None) -> bool:
+    return _is_data(here) and _is_data(there)
+
+
+def _are_choices(here: str | None, there: str | None) -> bool:
+    """Whether flags may have chosen between these two when the model was built, and bytes mean the same with either.
+
+    Flags decide whether an attribute is made at all, and which method of a layer runs: vLLM's layers have one for each
+    way to be compiled.
+    """
+    if here is None or there is None or _are_methods(here, there):
+        return True
+    return _are_data(here, there)
+
+
+def _are_methods(here: str, there: str) -> bool:
+    """Whether both are methods of classes with names; one may be a static one of the same class."""
+    kinds, names = zip(*(text.partition(" ")[::2] for text in (here, there)), strict=True)
+    if any("<" in name for name in names):
+        return False
+    in_one_class = names[0].rpartition(".")[0] == names[1].rpartition(".")[0]
+    return kinds == ("method", "method") or (sorted(kinds) == ["function", "method"] and in_one_class)
 
 
 def _is_data(text: str | None) -> bool:

@@ -53,6 +53,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("parallel.distributed_timeout_seconds", "parallel.cpu_distributed_timeout_seconds"),
         *("parallel.dbo_decode_token_threshold", "parallel.dbo_prefill_token_threshold"),
         *("parallel.max_parallel_loading_workers", "parallel.dp_sync_interval", "parallel.elastic_ep_max_dp_size"),
+        *("lora.max_lora_rank", "lora.max_loras", "lora.max_cpu_loras", "lora.default_mm_loras"),
     ),
     "it is about caches of keys and values and what they are for": (
         *(

@@ -59,7 +59,7 @@ def compute(
         "lora": str(vllm_config.lora_config is not None),
     }
     fields |= configuration.engine_fields(vllm_config)
-    # All are in the key: building a model reads some, and which ones changes between versions.
+    # All but limits are in the key: building a model reads some, and which ones changes between versions.
     fields |= configuration.all_fields("lora", vllm_config.lora_config)
     fields |= _model_fields(vllm_config, model_config)
     fields |= {f"version.{name}": value for name, value in (deployment.versions() | code.versions()).items()}

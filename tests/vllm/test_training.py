@@ -1,0 +1,170 @@
+"""Trainers beside real engines, on one copy of the weights."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.support.place import Place, until
+from tests.vllm.conftest import entries
+from tests.vllm.nursery import ROOT
+from tests.vllm.test_adapters import LORA, Ask, start  # noqa: F401
+from tests.vllm.test_fleet import PROMPT
+from tests.vllm.test_sharing import arena_pss_bytes
+from vllm_companion_plugin.fleet.http import Http
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+class Trainer:
+    """tests/vllm/lora_trainer_child.py, running."""
+
+    def __init__(self, place: Place, model: Path, name: str) -> None:
+        self.process = place.run("-m", "tests.vllm.lora_trainer_child", str(model), name)
+        self.first = self._answer()
+
+    def ask(self, asked: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+                return answer
+        raise AssertionError(self.process.communicate()[1][-5000:])
+
+
+def test_a_trainer_and_an_engine_use_the_same_bytes(
+    start: Callable[..., Ask],  # noqa: F811
+    place: Place,
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    """Twenty steps, each sampled at once; one copy of the weights; and the engine goes on after the trainer's death."""
+    for name in ("HF_HUB_OFFLINE", "VLLM_CPU_KVCACHE_SPACE"):
+        place.environment[name] = "1"
+    trainer = Trainer(place, tiny_llama, "mine")  # which has vLLM load the model: nobody has it yet
+    ask = start(model=tiny_llama)
+    assert trainer.first["copied"] == {}
+    answers, sure = [], 0
+    for step in range(20):
+        trained = trainer.ask(PROMPT)
+        assert trained["generation"] == step + 1
+        (answer,) = ask("mine")["tokens"]
+        answers.append(answer)
+        sure += len(trained["tokens"])
+        assert answer[: len(trained["tokens"])] == trained["tokens"], step
+    assert (len({*map(tuple, answers)}) > 5, sure > 100) == (True, True), answers
+
+    weights, *others = [entry for entry in entries(place) if entry.key.kind == "weights"]
+    assert [other.key.differences(weights.key) for other in others] == []
+    pids = {lease.pid for lease in weights.leases}
+    assert len(pids) == 2
+    assert trainer.first["pid"] in pids
+    sizes = [arena_pss_bytes(pid) for pid in pids]  # those of the adapter, too
+    adapter_bytes = sum(entry.size_bytes for entry in entries(place)) - weights.size_bytes
+    assert weights.size_bytes * 0.98 < sum(pss for pss, _ in sizes) < weights.size_bytes * 1.02 + 4 * adapter_bytes
+    assert [private for _, private in sizes] == [0, 0]
+
+    saved, merged = tmp_path / "adapter", tmp_path / "merged"
+    trainer.ask(str(saved))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    PeftModel.from_pretrained(model, saved).merge_and_unload().save_pretrained(merged)
+    fresh = start(model=merged, enable_lora=False, load_format="auto")
+    assert ask("mine")["tokens"] == fresh(None)["tokens"] == [answers[-1]]
+
+    trainer.process.send_signal(signal.SIGKILL)
+    trainer.process.wait(10)
+    base = ask(None)["tokens"]
+    assert ask("mine")["tokens"] == [answers[-1]]
+    assert ask(None)["tokens"] == base
+
+
+USERS = ([77, 78, 79, 80], [90, 91, 92, 93], [11, 12, 13, 14])
+
+
+def test_users_train_and_sample_adapters_of_one_base_at_once(
+    place: Place, tiny_llama: Path, engine_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """docs/examples/tinker_service.py, asked by three users in turns and at once."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--skip-tokenizer-init"]
+    command = [sys.executable, "docs/examples/tinker_service.py", str(tiny_llama), "--port", str(port), *flags]
+    log = tmp_path / "service.log"
+    with log.open("w") as file:
+        service = subprocess.Popen(
+            command, stdout=file, stderr=file, env=engine_environment | place.environment, cwd=ROOT
+        )
+    place.processes.append(service)  # type: ignore[arg-type]
+    http = Http(f"http://127.0.0.1:{port}")
+
+    def is_up() -> bool:
+        assert service.poll() is None, log.read_text()[-5000:]
+        try:
+            return http.ask("GET", "/openapi.json", 5)[0] == 200
+        except OSError:
+            return False
+
+    until(is_up, 120, "the service answers", every_s=0.2)
+
+    def call(name: str, expected: int = 200, **body: Any) -> Any:
+        status, answer = http.ask("POST", f"/api/v1/{name}", 60, body)
+        assert status == expected, answer
+        return answer
+
+    def sampled(path: str | None) -> list[int]:
+        params = {"max_tokens": 4, "temperature": 0}
+        found: list[int] = call("sample", model_path=path, prompt=[1, 2, 3, 4, 5], sampling_params=params)["sequences"][
+            0
+        ]["tokens"]
+        return found
+
+    base = sampled(None)
+    models: dict[int, str] = {}
+    losses: dict[int, list[float]] = {}
+
+    def train(user: int) -> None:
+        models[user] = call("create_model", lora_config={"rank": 8})["model_id"]
+        losses[user] = []
+        for _ in range(25):
+            data = [{"tokens": [1, 2, 3, 4, 5, *USERS[user]], "weights": [0.0] * 5 + [1.0] * 4}]
+            losses[user].append(call("forward_backward", model_id=models[user], data=data)["loss"])
+            call("optim_step", model_id=models[user], adam_params={"learning_rate": 3e-2})
+
+    threads = [threading.Thread(target=train, args=(user,)) for user in range(len(USERS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    paths = [call("save_weights_for_sampler", model_id=models[user])["path"] for user in range(len(USERS))]
+    for _ in range(2):  # in turns
+        assert [sampled(path) for path in paths] == [list(target) for target in USERS], losses
+    assert sampled(None) == base
+    assert "not_found" in str(call("sample", 404, model_path="companion:nobody", prompt=[1, 2]))
+    assert "not_found" in str(call("optim_step", 404, model_id="nobody"))
+    call("unload_model", model_id=models[0])
+    call("sample", 404, model_path=paths[0], prompt=[1, 2])
+    assert sampled(paths[1]) == list(USERS[1])
+    (weights,) = [entry for entry in entries(place) if entry.key.kind == "weights"]
+    assert {lease.pid for lease in weights.leases} == {service.pid}
+    service.terminate()
+    service.wait(30)

@@ -1,0 +1,234 @@
+"""A trainer and vLLM's engine in one process, both on one copy of the weights; adapters that are sampled at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+import peft
+import torch
+import vllm
+from vllm.config.lora import MaxLoRARanks
+from vllm.lora.request import LoRARequest
+
+from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.core.adapters import SCHEME
+from vllm_companion_plugin.core.identity import WEIGHTS
+from vllm_companion_plugin.core.status import EntryStatus
+from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError, NotShareableError
+from vllm_companion_plugin.host.models import model_name
+from vllm_companion_plugin.settings import Given
+from vllm_companion_plugin.training.base import from_companion
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_IN_THIS_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+class Colocated:
+    """An engine, and a model that is trained, in this process. Not for several threads at once.
+
+    Args:
+        engine: which loaded its weights through the companion that `client` asks; an attribute, too.
+        model: on the same memory.
+        client: owned from now on; an attribute, too.
+
+    Attributes:
+        model: what is trained: a `PeftModel` from the first adapter on.
+    """
+
+    def __init__(self, engine: Any, model: Any, client: CompanionClient, lora: peft.LoraConfig | None = None) -> None:
+        self.engine = engine
+        self.model = model
+        self.client = client
+        self._lora = lora
+        self._published: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def adapters(self) -> list[str]:
+        """The ids of those that were made here."""
+        return list(self.model.peft_config) if isinstance(self.model, peft.PeftModel) else []
+
+    def create_adapter(self, id: str, config: peft.LoraConfig | None = None) -> Any:
+        """A new adapter, which is active and trained from now on; the `PeftModel`.
+
+        Args:
+            config: None: what `colocated` was given.
+
+        Raises:
+            BadRequestError: there is one of this id, or no configuration.
+        """
+        config = config or self._lora
+        if config is None:
+            raise BadRequestError(f"Adapter {id} has no configuration.", remedy="Give a LoraConfig.")
+        if id in self.adapters:
+            raise BadRequestError(f"There is an adapter {id} already.", remedy="Remove it first.")
+        if isinstance(self.model, peft.PeftModel):
+            self.model.add_adapter(id, config)
+        else:
+            self.model = peft.get_peft_model(self.model, config, adapter_name=id)
+        self.activate(id)
+        return self.model
+
+    def activate(self, id: str) -> None:
+        """Train this adapter from now on. Raises `EntryNotFoundError` if it was not made here."""
+        self._check_made(id)
+        self.model.set_adapter(id)
+
+    def remove_adapter(self, id: str) -> None:
+        """Forget it, here and in engines. Raises `EntryNotFoundError` if it was not made here."""
+        self._check_made(id)
+        self.model.delete_adapter(id)
+        if self._published.pop(id, None) is not None:
+            self.client.remove_adapter(id)
+
+    def list_adapters(self) -> tuple[EntryStatus, ...]:
+        """All that engines of this companion can sample, of whichever trainer."""
+        return self.client.list_adapters()
+
+    def publish(self, id: str, version: str = "") -> int:
+        """Have all engines of the companion use the adapter as it is now; the number of its generation.
+
+        Raises:
+            EntryNotFoundError: it was not made here.
+            CompanionError: as `CompanionClient.publish_adapter`.
+        """
+        self._check_made(id)
+        active = self.model.active_adapters
+        self.model.set_adapter(id)
+        try:
+            number = self.client.publish_adapter(id, self.model, version=version)
+        finally:
+            self.model.set_adapter(active[0])
+        self._published[id] = self._state(id)
+        return number
+
+    def sample(self, id: str | None, prompts: Any, sampling_params: Any = None, **options: Any) -> list[Any]:
+        """The engine's outputs with an adapter, as it is now: published first if it has changed since.
+
+        Args:
+            id: also of one that was published elsewhere; None: without any.
+            prompts, sampling_params, options: of `LLM.generate`.
+
+        Raises:
+            EntryNotFoundError: nobody has published it.
+        """
+        if id is None:
+            return list(self.engine.generate(prompts, sampling_params, **options))
+        if id in self.adapters and self._published.get(id) != self._state(id):
+            self.publish(id)
+        request = LoRARequest(id, 1, SCHEME + id)
+        return list(self.engine.generate(prompts, sampling_params, lora_request=request, **options))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[Any]:
+        """While open, the engine has no KV cache, if it has vLLM's `enable_sleep_mode`. Yields the model.
+
+        The weights stay where they are, since the model uses them.
+        """
+        sleeps = bool(self.engine.llm_engine.vllm_config.model_config.enable_sleep_mode)
+        if sleeps:
+            self.engine.sleep(level=1)
+        try:
+            yield self.model
+        finally:
+            if sleeps:
+                self.engine.wake_up()
+
+    def close(self) -> None:
+        """End the engine, and hold no adapters any more. The model goes on as long as it is used."""
+        self.client.close()
+        self.engine.llm_engine.engine_core.shutdown()
+
+    def __enter__(self) -> Colocated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_made(self, id: str) -> None:
+        if id not in self.adapters:
+            raise EntryNotFoundError(f"No adapter {id} was made here; there are: {', '.join(self.adapters) or 'none'}.")
+
+    def _state(self, id: str) -> tuple[int, ...]:
+        """Which changes with every step of an optimizer."""
+        state = peft.get_peft_model_state_dict(self.model, adapter_name=id, save_embedding_layers=False)
+        return tuple(number for each in state.values() for number in (each.data_ptr(), each._version))
+
+
+def colocated(
+    model: str,
+    engine_args: Mapping[str, Any] | None = None,
+    *,
+    lora: peft.LoraConfig | None = None,
+    copy: Collection[str] = (),
+    flags: Sequence[str] = (),
+    auto_class: Any = None,
+    options: Mapping[str, Any] | None = None,
+    **settings: Unpack[Given],
+) -> Colocated:
+    """Start vLLM's engine in this process, and make a model on the same memory.
+
+    Under torchrun each process has an engine and a model of its own GPU.
+
+    Args:
+        engine_args: of `vllm.LLM`, beside `model`.
+        lora: of adapters that are made without a configuration; its rank is what the engine allows at most, unless
+            `engine_args` says `max_lora_rank`.
+        copy, flags, auto_class, options: as of `from_companion`.
+
+    Raises:
+        NotShareableError: the engine does not share its weights, or parameters of the model cannot be views.
+        CompanionError: as `from_companion`.
+    """
+    arguments: dict[str, Any] = {"enable_lora": True, **(engine_args or {}), "load_format": "companion"}
+    if lora is not None and arguments["enable_lora"]:
+        arguments.setdefault("max_lora_rank", _allowed_rank(max([lora.r, *(lora.rank_pattern or {}).values()])))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        arguments.setdefault("distributed_executor_backend", "external_launcher")
+    before = os.environ.get(_IN_THIS_PROCESS)
+    os.environ[_IN_THIS_PROCESS] = "0"
+    try:
+        engine = vllm.LLM(model=model, **arguments)
+    finally:
+        os.environ.pop(_IN_THIS_PROCESS)
+        if before is not None:
+            os.environ[_IN_THIS_PROCESS] = before
+    client = CompanionClient(_device(), **settings)
+    key_id = _shared_by_this_process(client, model)
+    made = from_companion(
+        model,
+        device=client.device,
+        key_id=key_id,
+        copy=copy,
+        flags=flags,
+        auto_class=auto_class,
+        options=options,
+        **settings,
+    )
+    return Colocated(engine, made, client, lora)
+
+
+def _allowed_rank(rank: int) -> int:
+    """The least rank that vLLM can be told to allow."""
+    return next((allowed for allowed in sorted(get_args(MaxLoRARanks)) if allowed >= rank), rank)
+
+
+def _device() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _shared_by_this_process(client: CompanionClient, model: str) -> str:
+    """The key of the entry that the engine of this process uses."""
+    name = model_name(model)
+    for entry in client.status().entries:
+        is_it = (entry.key.kind, entry.key.model, entry.key.role) == (WEIGHTS, name, "target")
+        if is_it and any(lease.pid == os.getpid() for lease in entry.leases):
+            return entry.key.id
+    raise NotShareableError(
+        f"The engine of this process does not share the weights of {model} on {client.device}.",
+        remedy="Its lines in the log say why.",
+    )
