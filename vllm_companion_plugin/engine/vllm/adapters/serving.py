@@ -6,7 +6,6 @@ answer with a status here, also where what follows would be streamed.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +43,7 @@ async def _look_up(models: Any, name: str | None) -> None:
 
     Raises:
         AdapterRefusedError: this engine cannot serve it.
+        AdapterNotFoundError: none has the generation that the server was started with.
         CompanionError: a companion does not answer.
     """
     engine = getattr(models, "engine_client", None)
@@ -55,15 +55,20 @@ async def _look_up(models: Any, name: str | None) -> None:
         return
     if known is not None and not adapters.is_path(known.lora_path):
         return
+    from vllm_companion_plugin.engine.vllm.adapters.refusals import AdapterNotFoundError
+
     path = f"{adapters.SCHEME}{name}" if known is None else known.lora_path
     try:
         asked = adapters.asked_by(path)
     except BadRequestError:  # no adapter has such a name
         return
-    if not await asyncio.to_thread(requests.front_end_of(engine).has, asked.name):
+    try:
+        await requests.serve_async(engine, path)
+    except AdapterNotFoundError:
+        if asked.generation:
+            raise
         models.lora_requests.pop(name, None)
         return
-    await requests.serve_async(engine, path)
     if known is None:
         from vllm.lora.request import LoRARequest
 
