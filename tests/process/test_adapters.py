@@ -129,6 +129,16 @@ class TestPublish:
         client.make_current(NAME, 3, key_id=client.list_adapters()[0].key.id)
         assert bound_now(leases) == before
 
+    def test_status(self, client: CompanionClient, place: Place) -> None:
+        """Who asks for one adapter is told of no other entry."""
+        for name in ("other", NAME):
+            client.publish_adapter(name, small(1), config())
+        [_, mine] = client.list_adapters()
+        with connect("cpu", place.settings, spawn=False) as connection:
+            assert connection.status(key_id=mine.key.id).entries == (mine,)
+            assert connection.status(key_id="ab").entries == ()
+            assert len(connection.status().entries) == 2
+
     def test_remove(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """It is gone, may be published again, and others stay."""
         client.publish_adapter(NAME, small(1), config())

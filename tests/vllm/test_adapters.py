@@ -103,10 +103,10 @@ def test_offline(
     # What cannot be served is refused by name, and the engine goes on.
     refused(ask("nobody"), "Adapter nobody is not held")
     client.publish_adapter("large", lora.peft_of(tiny_llama, r=16))
-    refused(ask("large"), "cannot serve Adapter large", "rank 16 is greater than max_lora_rank 8")
+    refused(ask("large"), "cannot serve Adapter large, generation 1: ", "rank 16 is greater than max_lora_rank 8")
     strange = {name.replace("q_proj", "strange"): t for name, t in get_peft_model_state_dict(model).items()}
     client.publish_adapter("strange", strange, model.peft_config["default"].to_dict() | {"rank_pattern": {"v_proj": 8}})
-    refused(ask("strange"), "Adapter strange", "strange")
+    refused(ask("strange"), "While loading Adapter strange, generation 1, expected target modules")
 
     # Requests that have come end with what they began with, though it is removed before the engine has room for it.
     assert ask(*models, removed=["user 1", "user 3"])["tokens"] == [said(each) for each in models.values()]
