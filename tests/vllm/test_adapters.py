@@ -195,6 +195,8 @@ def test_served(server: Server, client: CompanionClient, tiny_llama: Path) -> No
     lora.train(model, 8)
     client.publish_adapter("mine", model)
     assert tokens("mine") == said(model)
+    status, answer = ask("mine?generation=3")
+    assert (status, answer["choices"][0]["token_ids"]) == (200, before[:12])
     [entry] = client.list_adapters()
     held = len(entry.generations)
     assert begun + [token for part in stream for token in part] == before
@@ -207,6 +209,7 @@ def test_served(server: Server, client: CompanionClient, tiny_llama: Path) -> No
         status, answer = ask("large", **more)
         assert (status, "rank 16 is greater than max_lora_rank 8" in str(answer)) == (400, True), answer
     client.remove_adapter("mine")
+    assert "Adapter mine is not held" in str(ask("mine")[1])
     for more in ({}, {"stream": True}):
         assert ask("mine", **more)[0] == 404
     assert ask("a/../b\n")[0] == 404
