@@ -67,6 +67,7 @@ def refused(answer: dict[str, Any], *texts: str) -> None:
     assert [text for text in texts if text not in answer["text"]] == []
 
 
+@pytest.mark.core
 def test_offline(
     start: Callable[..., Ask], client: CompanionClient, place: Place, tiny_llama: Path, tmp_path: Path
 ) -> None:
