@@ -63,7 +63,9 @@ def entry(id: str, model: str, *pids: int, **changes: Any) -> EntryStatus:
         EntryKey(id * 8, model, fields={"dtype": "bfloat16"}, source=model),
         *(EntryState.READY, 1, 16_395_304_960, 291, "memfd", 1_760_000_000.0, 3.4, None, leases),
     )
-    key = replace(made.key, **{name: changes.pop(name) for name in ("rank", "role", "fields") if name in changes})
+    key = replace(
+        made.key, **{name: changes.pop(name) for name in ("rank", "role", "fields", "kind") if name in changes}
+    )
     if made.state is changes.get("state", EntryState.READY):
         changes.setdefault("generations", (GenerationStatus(1, "", now - 4000, made.size_bytes, True, pids),))
     return replace(made, key=key, **changes)
@@ -89,12 +91,14 @@ def generations(*numbers: int, pids: Mapping[int, tuple[int, ...]]) -> dict[str,
 def statuses() -> CompanionStatus:
     """Two loads of one model, equal ends, a rank, a draft, a variant, Unicode, a long path, a load, one unloaded.
 
-    One has what a trainer wrote, and one that sleeps, too.
+    One has what a trainer wrote, and one that sleeps, too; one is an adapter.
     """
     now = time.time()
     written = generations(1, 5, 6, pids={1: (4712,), 6: (4711,)})
     sleeps = LeaseStatus(4716, "vLLM 0.33.0", LeaseState.ASLEEP, now - 60)
     loader = LoaderInfo(5120, "vLLM 0.33.0", now - 754, Progress("loading", 6 << 30, 15 << 30), now)
+    trainer = LeaseStatus(4717, "trainer", LeaseState.ATTACHED, now - 60)
+    adapter = GenerationStatus(7, "step-7", now - 60, 528_384, True, (4717,), 6)
     waiting = LeaseStatus(5121, "vLLM 0.33.0", LeaseState.WAITING, now - 600)
     return CompanionStatus(
         *("cpu", 4102, "0.1.0", PROTOCOL_VERSION, 1_760_000_000.0, 600.0, 0.0),
@@ -103,6 +107,16 @@ def statuses() -> CompanionStatus:
             entry("9b1c22d0", "Qwen/Qwen3-8B", 4713, fields={"dtype": "float16"}),
             entry("3f2a91c1", "Qwen/Qwen3-8B", fields={"dtype": "bfloat16", "variant": "scale is 5"}),
             entry("b81e07aa", LONG, *range(6000, 6009), rank="tp0/2"),
+            entry(
+                *("ada97e00", "team/my-adapter"),
+                **{
+                    "kind": "adapter",
+                    "fields": {"adapter": "team/my-adapter"},
+                    "size_bytes": 528_384,
+                    "version": "step-7",
+                },
+                **{"generation": 7, "tensor_count": 24, "load_s": 0.0, "leases": (trainer,), "generations": (adapter,)},
+            ),
             entry("c0ffee00", "/models/a/llama", expires_at_unix_s=now + 11_250),
             entry(
                 *("faded000", "org/parked"),

@@ -23,6 +23,7 @@ from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.engine.adapters import FrontEnd
+from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionUnavailableError,
@@ -128,6 +129,16 @@ class TestPublish:
             leases.lease(Asked(NAME, 1))
         client.make_current(NAME, 3, key_id=client.list_adapters()[0].key.id)
         assert bound_now(leases) == before
+
+    def test_status(self, client: CompanionClient, place: Place) -> None:
+        """Who asks for one adapter is told of no other entry."""
+        for name in ("other", NAME):
+            client.publish_adapter(name, small(1), config())
+        [_, mine] = client.list_adapters()
+        with connect("cpu", place.settings, spawn=False) as connection:
+            assert connection.status(key_id=mine.key.id).entries == (mine,)
+            assert connection.status(key_id="ab").entries == ()
+            assert len(connection.status().entries) == 2
 
     def test_remove(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """It is gone, may be published again, and others stay."""
@@ -289,6 +300,49 @@ class TestFrontEnd:
             5,
             "the other leases have ended",
         )
+
+
+class TestWorker:
+    """What a worker keeps, to load it again in the middle of a step."""
+
+    def test_kept(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        """An adapter that was removed can be loaded until it is forgotten; then its descriptors are closed."""
+        client.publish_adapter(NAME, small(1), config())
+        bound, kept, before = bound_now(leases), _Kept(leases), open_fds()
+        assert kept.fetch(bound, 7) is kept.fetch(bound, 7)
+        client.remove_adapter(NAME)
+        fds = kept.fetch(bound, 7)
+        with safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
+            assert file.get_tensor(A_NAME)[0, 0] == 1
+        for _ in range(2):
+            kept.forget(7)
+        until(lambda: open_fds() <= before, 5, "they are closed")
+        with pytest.raises(EntryNotFoundError):
+            kept.fetch(bound, 7)
+
+    def test_same_number(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        """Two front ends may give two adapters one number; each has its own bytes."""
+        kept = _Kept(leases)
+        for step, name in enumerate(("one", "other", "one")):
+            client.publish_adapter(name, small(step), config())
+            with safe_open(f"/proc/self/fd/{kept.fetch(bound_now(leases, Asked(name)), 7)[0]}", "pt") as file:
+                assert file.get_tensor(A_NAME)[0, 0] == step
+
+    def test_most(self, client: CompanionClient, leases: AdapterLeases, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The one that was loaded longest ago goes first."""
+        monkeypatch.setattr("vllm_companion_plugin.engine.vllm.adapters.loading.MAX_KEPT", 2)
+        kept, bounds = _Kept(leases), []
+        for number in range(3):
+            client.publish_adapter(str(number), small(number), config())
+            bounds.append(bound_now(leases, Asked(str(number))))
+            kept.fetch(bounds[-1], number)
+            kept.fetch(bounds[0], 0)
+        for number in range(3):
+            client.remove_adapter(str(number))
+        for number in (0, 2):
+            kept.fetch(bounds[number], number)
+        with pytest.raises(EntryNotFoundError):
+            kept.fetch(bounds[1], 1)
 
 
 def resident_kib(pid: int | str) -> int:

@@ -48,8 +48,11 @@ def train(model: PeftModel, seed: int) -> None:
 
 def greedy(model: PeftModel, prompt: list[int], count: int = 12) -> list[int]:
     """What the model says, by its own forward pass."""
-    tokens = torch.tensor([prompt])
+    said: list[int] = []
+    new, cache = torch.tensor([prompt]), None
     with torch.no_grad():
         for _ in range(count):
-            tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return [int(token) for token in tokens[0, len(prompt) :]]
+            output = model(new, past_key_values=cache, use_cache=True)
+            new, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            said.append(int(new))
+    return said

@@ -50,6 +50,7 @@ class TestNames:
         assert [key.problem() for key in keys] == [None] * len(NAMES)
         assert {key.kind for key in keys} == {ADAPTER}
         assert adapters.key_of("my-adapter") == keys[0]
+        assert keys[0].title == "my-adapter (adapter)"
 
     def test_numbers(self) -> None:
         """They fit 32 bits with a sign, are above a server's, and differ with generation, content and attempt."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from vllm_companion_plugin.core.adapters import key_of
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
@@ -532,6 +533,16 @@ class TestRoom:
         """What would not be enough is not dropped at all."""
         assert "".join(e.key.id for e in idle.registry.make_room(size_bytes)) == dropped
         assert {e.key.id for e in idle.registry.status()} == set("abc") - set(dropped)
+
+    def test_is_never_made_of_adapters(self) -> None:
+        """They expire like models, and no checkpoint brings them back before."""
+        world = World(linger_s=600)
+        world.registry.end_lease(world.publish(key_of("mine")))
+        world.now += 1
+        assert world.registry.make_room(1) == ()
+        world.now += 600
+        world.registry.advance()
+        assert world.registry.status() == ()
 
     def test_is_never_made_of_what_somebody_uses_or_holds(self, idle: World) -> None:
         """An attached engine, a waiting one and a holder keep an entry."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 
 from tests.unit.test_asleep import AUTO, HOST, HOST_FD, STAY, fall_asleep, wake
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, kinds
 from tests.unit.test_state import key as make_key
+from vllm_companion_plugin.core.adapters import key_of
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import LeaseState
@@ -195,6 +197,18 @@ class TestCommit:
         assert world.snapshot() == before
         world.registry.updates.abort(trainer)
         assert world.closed == list(range(90, 90 + count))
+
+    def test_of_another_size_is_taken_for_an_adapter(self, world: World) -> None:
+        """Though not of another kind of memory."""
+        trainer = world.publish(key_of("mine"))
+        for arena, error in ((ArenaInfo("cuda_vmm", (4096,)), LayoutError), (ArenaInfo("memfd", (1 << 20,)), None)):
+            world.registry.updates.stage(trainer)
+            world.registry.deposit(trainer, (90,))
+            with pytest.raises(error) if error else nullcontext():
+                world.registry.updates.commit(trainer, arena, "v")
+            if error:
+                world.registry.updates.abort(trainer)
+        assert [each.size_bytes for each in trainer.entry.status(-1).generations] == [ARENA.size_bytes, 1 << 20]
 
     def test_by_one_who_is_no_writer_is_refused(self, world: World, engine: Lease, trainer: Lease) -> None:
         """Though another one is."""

@@ -168,7 +168,7 @@ class AdapterLeases:
             try:
                 if not is_listening(device_paths(device, self._settings)):
                     continue
-                entries = self._connection(device).status().entries
+                entries = self._connection(device).status(key_id=key_id).entries
             except CompanionUnavailableError:
                 self._forget(device)
                 continue

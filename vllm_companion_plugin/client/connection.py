@@ -162,9 +162,18 @@ class CompanionConnection:
 
     # ---- looking
 
-    def status(self, timeout_s: float = CALL_TIMEOUT_S) -> CompanionStatus:
-        """Raises `CompanionUnavailableError` if the companion is gone, `WaitTimeoutError` if it is silent."""
-        return codec.companion_status_from_message(self._call("Status", messages.StatusRequest(), timeout_s))
+    def status(self, timeout_s: float = CALL_TIMEOUT_S, *, key_id: str = "") -> CompanionStatus:
+        """What the companion holds.
+
+        Args:
+            key_id: of the entries that are asked for; empty: all. An older companion answers with all of them.
+
+        Raises:
+            CompanionUnavailableError: the companion is gone.
+            WaitTimeoutError: it is silent.
+        """
+        request = messages.StatusRequest(key_id=key_id)
+        return codec.companion_status_from_message(self._call("Status", request, timeout_s))
 
     def metrics(self, timeout_s: float = CALL_TIMEOUT_S) -> tuple[list[float], list[Series]]:
         """Bounds of all histograms, in seconds, and what the companion has counted. Raises as `status`."""

@@ -57,7 +57,8 @@ class EntryKey:
 
     @property
     def title(self) -> str:
-        """The model's name; followed by its role unless that is "target", and by "variant" for a variant."""
+        """The model's name; followed by its kind unless that is weights, by its role unless that is "target", and by
+        "variant" for a variant."""
         return self.titled(self.model)
 
     @property
@@ -67,7 +68,8 @@ class EntryKey:
 
     def titled(self, name: str) -> str:
         """As `title`, of another name for the model."""
-        notes = [self.role] if self.role != "target" else []
+        notes = [self.kind] if self.kind != WEIGHTS else []
+        notes += [self.role] if self.role != "target" else []
         notes += ["variant"] if self.variant else []
         return f"{name} ({', '.join(notes)})" if notes else name
 

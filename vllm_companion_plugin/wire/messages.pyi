@@ -381,7 +381,7 @@ class PublishResponse(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., published: _Optional[_Union[Published, _Mapping]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("own",)
+    __slots__ = ("own", "key_id")
     class Own(_message.Message):
         __slots__ = ("pid", "linger_s")
         PID_FIELD_NUMBER: _ClassVar[int]
@@ -390,8 +390,10 @@ class StatusRequest(_message.Message):
         linger_s: float
         def __init__(self, pid: _Optional[int] = ..., linger_s: _Optional[float] = ...) -> None: ...
     OWN_FIELD_NUMBER: _ClassVar[int]
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
     own: StatusRequest.Own
-    def __init__(self, own: _Optional[_Union[StatusRequest.Own, _Mapping]] = ...) -> None: ...
+    key_id: str
+    def __init__(self, own: _Optional[_Union[StatusRequest.Own, _Mapping]] = ..., key_id: _Optional[str] = ...) -> None: ...
 
 class LeaseStatus(_message.Message):
     __slots__ = ("pid", "client", "state", "since_unix_s")

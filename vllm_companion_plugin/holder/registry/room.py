@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.holder.registry.entries import Entry
 
 
@@ -22,13 +23,14 @@ def make(entries: Iterable[Entry], size_bytes: int, linger_s: float) -> list[Ent
     """The entries to drop so that `size_bytes` are free: the longest idle first, and no more than it takes.
 
     Returns none if all idle entries together would not do, because they would be lost in vain, and none if `linger_s`
-    is negative: what never expires is not dropped for others either.
+    is negative: what never expires is not dropped for others either. Adapters stay: they are small, and in host memory
+    beside a GPU's, too, and no checkpoint brings them back.
     """
     chosen: list[Entry] = []
     for _, entry in sorted(_idle(entries, linger_s), key=lambda idle: idle[0]):
         if sum(e.current.device_bytes for e in chosen) >= size_bytes:
             break
-        if entry.current.device_bytes:
+        if entry.current.device_bytes and entry.key.kind != ADAPTER:
             chosen.append(entry)
     return chosen if sum(e.current.device_bytes for e in chosen) >= size_bytes else []
 

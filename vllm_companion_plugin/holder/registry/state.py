@@ -139,9 +139,10 @@ class Registry:
 
     # ---- what there is
 
-    def status(self) -> tuple[EntryStatus, ...]:
-        """All entries as they are shown."""
-        return tuple(entry.status(self.lifetime.entry_linger_s) for entry in self.entries)
+    def status(self, key_id: str = "") -> tuple[EntryStatus, ...]:
+        """All entries as they are shown, or those with this key."""
+        linger_s = self.lifetime.entry_linger_s
+        return tuple(entry.status(linger_s) for entry in self.entries if key_id in ("", entry.key.id))
 
     @property
     def entries(self) -> list[Entry]:

@@ -88,7 +88,8 @@ class Updates:
 
         Raises:
             BadRequestError: not the writer, or not one descriptor for each block.
-            LayoutError: it is laid out differently. An adapter may be: nobody maps one generation in another's place.
+            LayoutError: it is laid out differently. An adapter may have another size, as nobody maps one generation in
+                another's place.
             StaleError: as `check_base`.
         """
         entry = lease.entry
@@ -98,8 +99,8 @@ class Updates:
             raise BadRequestError("Weights that a client has written need a version, by which they are known.")
         before = entry.current
         assert before.arena is not None  # a client that writes keeps it on the device
-        is_alike = (arena.kind, arena.block_sizes) == (before.arena.kind, before.arena.block_sizes)
-        if not is_alike and entry.key.kind != ADAPTER:
+        is_alike = arena.block_sizes == before.arena.block_sizes or entry.key.kind == ADAPTER
+        if arena.kind != before.arena.kind or not is_alike:
             raise LayoutError(f"{entry} has {len(before.arena.block_sizes)} blocks of other sizes, or of another kind.")
         if len(lease.deposited) != len(arena.block_sizes):
             raise BadRequestError(f"{len(lease.deposited)} of {len(arena.block_sizes)} descriptors were deposited.")

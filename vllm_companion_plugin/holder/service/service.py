@@ -159,7 +159,7 @@ class CompanionService:
             self._counting.refused(error)
             raise
 
-    def status(self) -> CompanionStatus:
+    def status(self, key_id: str = "") -> CompanionStatus:
         return CompanionStatus(
             device=self.device,
             pid=os.getpid(),
@@ -168,7 +168,7 @@ class CompanionService:
             started_unix_s=self._started_unix_s,
             linger_s=self.registry.lifetime.linger_s,
             exits_at_unix_s=self.registry.exits_at_unix_s,
-            entries=self.registry.status(),
+            entries=self.registry.status(key_id),
             owner_pid=self.registry.lifetime.owner_pid,
         )
 
@@ -416,7 +416,7 @@ class CompanionService:
 
     async def Status(self, request: Any, context: Any) -> Any:
         self.registry.lose(memory_is_lost)
-        return codec.companion_status_to_message(self.status())
+        return codec.companion_status_to_message(self.status(request.key_id))
 
     async def Watch(self, request: Any, context: Any) -> None:
         owned = request.HasField("own")

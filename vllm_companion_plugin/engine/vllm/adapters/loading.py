@@ -36,10 +36,34 @@ from vllm_companion_plugin.wire.adapter_file import config_in
 MAX_KEPT = 256
 """Adapters whose descriptors a worker keeps; the one that was loaded longest ago goes first, and is fetched again."""
 
-_kept: OrderedDict[str, Descriptors] = OrderedDict()
-"""By path, of this process: its workers share them."""
-_numbers: dict[int, str] = {}
-_leases: weakref.WeakKeyDictionary[Any, AdapterLeases] = weakref.WeakKeyDictionary()
+
+class _Kept:
+    """What one worker has fetched of adapters, by their numbers."""
+
+    def __init__(self, leases: AdapterLeases) -> None:
+        self._leases = leases
+        self._fds: OrderedDict[int, tuple[Bound, Descriptors]] = OrderedDict()
+
+    def fetch(self, bound: Bound, number: int) -> Descriptors:
+        """Descriptors of an adapter's file; borrowed. Raises as `AdapterLeases.fetch`."""
+        known, fds = self._fds.pop(number, (None, None))
+        if fds is None or known != bound:
+            if fds is not None:  # another front end has given its adapter this number
+                fds.close()
+            fds = self._leases.fetch(bound)
+        self._fds[number] = bound, fds
+        while len(self._fds) > MAX_KEPT:
+            self.forget(next(iter(self._fds)))
+        return fds
+
+    def forget(self, number: int) -> None:
+        """It is not needed any more. Idempotent."""
+        _, fds = self._fds.pop(number, (None, None))
+        if fds is not None:
+            fds.close()
+
+
+_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 """By the manager of a worker's adapters."""
 
 
@@ -55,7 +79,7 @@ def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, vllm_config: Any, device: torch.device, *rest: Any, **named: Any) -> None:
         inner(self, vllm_config, device, *rest, **named)
         name = arenas.cuda_device(torch.cuda.current_device()) if device.type == "cuda" else device.type
-        _leases[self] = AdapterLeases(settings_of(vllm_config), "worker", first=name)
+        _kept[self] = _Kept(AdapterLeases(settings_of(vllm_config), "worker", first=name))
 
     return __init__
 
@@ -71,14 +95,14 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 f"{bound} has to be one generation when it reaches a worker.",
                 remedy="Give it with a request, or by add_lora of the engine.",
             )
-        fds = _fetched(self, bound, lora_request.lora_int_id)
+        fds = _kept[self].fetch(bound, lora_request.lora_int_id)
         with _directory_of(fds, bound) as directory:
             in_directory = copy.copy(lora_request)
             in_directory.lora_path = directory
             try:
                 return inner(self, in_directory)
             except Exception as error:
-                raise BadRequestError(f"{bound} cannot be loaded: {error}") from error
+                raise BadRequestError(str(error).replace(directory, str(bound))) from error
 
     return _load_adapter
 
@@ -86,23 +110,11 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
 def _removing(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def remove_adapter(self: Any, adapter_id: int) -> Any:
-        fds = _kept.pop(_numbers.pop(adapter_id, ""), None)
-        if fds is not None:
-            fds.close()
+        if (kept := _kept.get(self)) is not None:
+            kept.forget(adapter_id)
         return inner(self, adapter_id)
 
     return remove_adapter
-
-
-def _fetched(manager: Any, bound: Bound, number: int) -> Descriptors:
-    fds = _kept.pop(bound.path, None)
-    if fds is None:
-        fds = _leases[manager].fetch(bound)
-    _kept[bound.path], _numbers[number] = fds, bound.path
-    while len(_kept) > MAX_KEPT:
-        _, oldest = _kept.popitem(last=False)
-        oldest.close()
-    return fds
 
 
 @contextmanager

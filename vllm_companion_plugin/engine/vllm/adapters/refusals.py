@@ -12,20 +12,7 @@ class AdapterNotFoundError(EntryNotFoundError, VLLMNotFoundError, ValueError):
 
 
 class AdapterRefusedError(BadRequestError, VLLMValidationError):
-    """This engine cannot serve the adapter that a request asks for: 400.
-
-    Attributes:
-        parameter: of the request, as vLLM's error has it.
-    """
-
-    parameter = "model"
-    value = None
-
-    def __init__(self, what: str = "", *, remedy: str = "") -> None:
-        BadRequestError.__init__(self, what, remedy=remedy)
-
-    def __str__(self) -> str:
-        return BadRequestError.__str__(self)
+    """This engine cannot serve the adapter that a request asks for: 400."""
 
 
 def refusal_of(error: CompanionError) -> CompanionError:

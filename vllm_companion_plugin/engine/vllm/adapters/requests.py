@@ -72,13 +72,15 @@ async def serve_async(engine: Any, path: str) -> Served:
         CompanionError: a companion does not answer.
     """
     front = front_end_of(engine)
+    found: list[Served] = []  # not the thread's result: asyncio's futures keep that until a collection finds them
     with _refusing(path):
         asked = adapters.asked_by(path)
         try:
-            served = await asyncio.to_thread(front.serve, asked)
+            await asyncio.to_thread(lambda: found.append(front.serve(asked)))
         except CompanionError:
             await _forget_async(engine, [] if front.has(asked.name) else front.removed(asked.name))
             raise
+    served = found.pop()
     if not front.is_sent(served):
         with _refusing_misfit(served):
             await engine.engine_core.add_lora_async(_bound_request(_blank(served), served))

@@ -6,9 +6,9 @@ answer with a status here, also where what follows would be streamed.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from vllm_companion_plugin.core import adapters
@@ -40,31 +40,44 @@ def _checking(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def _look_up(models: Any, name: str | None) -> None:
-    """Have vLLM know an adapter by its name if a companion has it, and not if none has.
+    """Have vLLM know an adapter by its name if a companion has it. Names of other models are left to vLLM.
 
     Raises:
         AdapterRefusedError: this engine cannot serve it.
+        AdapterNotFoundError: it was served before, and no companion has it any more.
         CompanionError: a companion does not answer.
     """
     engine = getattr(models, "engine_client", None)
     config = getattr(engine, "vllm_config", None)
     if not name or config is None or config.lora_config is None or models.is_base_model(name):
         return
-    known = models.lora_requests.get(name)
-    if known is None and config.load_config.load_format != naming.LOAD_FORMAT:
-        return
-    if known is not None and not adapters.is_path(known.lora_path):
-        return
-    path = f"{adapters.SCHEME}{name}" if known is None else known.lora_path
-    try:
-        asked = adapters.asked_by(path)
-    except BadRequestError:  # no adapter has such a name
-        return
-    if not await asyncio.to_thread(requests.front_end_of(engine).has, asked.name):
-        models.lora_requests.pop(name, None)
-        return
-    await requests.serve_async(engine, path)
-    if known is None:
-        from vllm.lora.request import LoRARequest
+    from vllm_companion_plugin.engine.vllm.adapters.refusals import AdapterNotFoundError
 
-        models.lora_requests[name] = LoRARequest(name, _NUMBER, path)
+    known = models.lora_requests.get(name)
+    if known is None:
+        if config.load_config.load_format == naming.LOAD_FORMAT and _is_name(name):
+            with suppress(AdapterNotFoundError):  # vLLM says that it has no such model
+                models.lora_requests[name] = await _served_request(engine, name)
+    elif adapters.is_path(known.lora_path):
+        try:
+            await requests.serve_async(engine, known.lora_path)
+        except AdapterNotFoundError:
+            models.lora_requests.pop(name, None)
+            raise
+
+
+async def _served_request(engine: Any, name: str) -> Any:
+    """What vLLM keeps for all requests of an adapter. Raises as `requests.serve_async`."""
+    from vllm.lora.request import LoRARequest
+
+    path = f"{adapters.SCHEME}{name}"
+    await requests.serve_async(engine, path)
+    return LoRARequest(name, _NUMBER, path)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        adapters.asked_by(f"{adapters.SCHEME}{name}")
+    except BadRequestError:
+        return False
+    return True
