@@ -56,6 +56,12 @@ def open_channel(socket_path: str) -> grpc.Channel:
     )
 
 
+def is_answer(error: grpc.RpcError) -> bool:
+    """Whether the companion said this. If gRPC did, the companion may have done what it was asked."""
+    call: Any = error
+    return any(name == ERROR_METADATA for name, _ in call.trailing_metadata() or ())
+
+
 def typed_error(error: grpc.RpcError, doing: str) -> CompanionError:
     """`error` as the companion meant it, or by its status where gRPC itself failed.
 
