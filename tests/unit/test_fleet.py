@@ -425,7 +425,7 @@ class TestServers:
             (
                 {"companion_prepare": (500, {"error": {"message": "CPUWorker has no attribute companion_prepare"}})},
                 "old",
-                "its log says why it shares nothing",
+                "was it started with --load-format companion?",
             ),
             ({"companion_prepare": (200, "text")}, "old", "collective_rpc returned 'text'"),
             ({"pause": (500, {"error": "a request waits"})}, "old", "a request waits"),
