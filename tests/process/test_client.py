@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -246,6 +248,25 @@ def test_a_companion_that_goes_away_is_noticed_by_idle_clients(place: Place, how
             assert "has shut down" in str(errors[0])
         with pytest.raises(CompanionUnavailableError):
             connection.status()
+
+
+def test_a_client_finds_the_next_companion_at_once_however_long_there_was_none(
+    place: Place, connection: CompanionConnection
+) -> None:
+    """It asks all the time, as gRPC waits the longer the more often it has found nobody."""
+    os.kill(place.companion_pid(), signal.SIGKILL)
+    for _ in range(150):
+        with pytest.raises(CompanionUnavailableError):
+            connection.status()
+        time.sleep(0.02)
+    place.companion()
+
+    def is_found() -> bool:
+        with contextlib.suppress(CompanionUnavailableError):
+            return bool(connection.status().pid)
+        return False
+
+    assert until(is_found, 10, "it is found") < 0.5
 
 
 def test_nothing_is_left_in_the_client_after_many_leases(connection: CompanionConnection) -> None:
