@@ -465,6 +465,26 @@ def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     assert place.ended(watching, 10) == 0
 
 
+@pytest.mark.parametrize("fault", ["hangs", "damaged"])
+def test_watch_waits_for_no_successor_for_ever(place: Place, fault: str) -> None:
+    """Somebody who is starting one may hang, and it may not be possible to see whether anybody is."""
+    companion = place.companion()
+    place.environment["COMPANION_SPAWN_TIMEOUT_S"] = "1"
+    watching = place.run("-u", *CLI, "watch")
+    read_until(watching, "holds nothing")
+    with contextlib.ExitStack() as undo:
+        if fault == "hangs":
+            file = undo.enter_context(open(place.paths.spawn_lock, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            os.symlink("nowhere", place.paths.spawn_lock)
+        companion.kill()
+        assert place.ended(watching, 10) == (0 if fault == "hangs" else 1)
+    said, error = watching.communicate()
+    assert "The companion of cpu has ended." in said
+    assert ("cannot be followed: OSError" in error) is (fault == "damaged")
+
+
 SPEECHLESS = """
 import os, runpy, sys
 from vllm_companion_plugin.holder.service.service import CompanionService
