@@ -39,7 +39,7 @@ class Weights:
 
 @pytest.fixture
 def client(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[CompanionClient]:
-    """Of a companion that holds two entries of the model, each with a second generation. It forgets to answer "lost"."""
+    """Of a companion that holds two entries of the model, each with a second generation. "lost" gets no answer."""
     place.environment["COMPANION_KEEP_PREVIOUS"] = "2"
     with monkeypatch.context() as patch:
         code = LOSES.format(before="pass", after=f"if request.version == 'lost': {IS_SILENT}")

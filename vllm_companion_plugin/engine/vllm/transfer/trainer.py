@@ -155,7 +155,7 @@ class CompanionTrainer(TrainerWeightTransferEngine):
             BadRequestError: names or shapes do not fit, or the source did not yield all that it describes.
             EntryNotFoundError: a companion has nothing of the model.
             EntryInUseError: another trainer writes.
-            CommitUnknownError: as `CompanionClient.update`. They are taken back there, too, if the companion still answers.
+            CommitUnknownError: as `CompanionClient.update`. They are taken back if the companion answers again.
             CompanionError: as `CompanionClient.update`. Nothing of the new weights stays on this process's devices.
             UpdateRefusedError: another process of this trainer could not; nothing stays anywhere.
         """
