@@ -35,6 +35,7 @@ from vllm_companion_plugin.errors import (
     TicketError,
 )
 from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host.spawn import is_listening
 
 LOADED = 0
 """The step that stands for the checkpoint's weights."""
@@ -374,8 +375,10 @@ class TestLostAnswer:
         self.losing(place, monkeypatch, **{when: DIES})
         engine = here()
         engine.tell("attach")
+        died = place.companion_pid()
         with pytest.raises(CommitUnknownError, match=r"step-1 is current by now, or nothing.* generations.*base=1: "):
             self.write(place, 1)
+        until(lambda: place.companion_pid() != died and is_listening(place.paths), 30, "the next one is there")
         engine.tell("wait_known")
         assert held(place) == [(1, "")]
         self.write(place, 2)
