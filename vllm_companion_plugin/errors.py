@@ -171,6 +171,13 @@ class UpdateError(CompanionError):
     grpc_status = "ABORTED"
 
 
+class CommitUnknownError(CompanionError):
+    """New weights were to be committed, and the answer was lost: they are current, or nothing of them stays."""
+
+    code = "commit_unknown"
+    grpc_status = "UNKNOWN"
+
+
 class UpdateRefusedError(CompanionError):
     """Engines did not take new weights. They go on with those that they have."""
 

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.process.test_update import IS_SILENT, LOSES
 from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client import lease
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.engine.vllm.transfer.trainer import CompanionTrainer, CompanionTrainerInitInfo
-from vllm_companion_plugin.errors import StaleError
+from vllm_companion_plugin.errors import CommitUnknownError, StaleError
 
 MODEL = "test/model"
 NAME = "embed.weight"
@@ -36,10 +38,13 @@ class Weights:
 
 
 @pytest.fixture
-def client(place: Place) -> Iterator[CompanionClient]:
-    """Of a companion that holds two entries of the model, each with a second generation."""
+def client(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[CompanionClient]:
+    """Of a companion that holds two entries of the model, each with a second generation. "lost" gets no answer."""
     place.environment["COMPANION_KEEP_PREVIOUS"] = "2"
-    place.companion()
+    with monkeypatch.context() as patch:
+        code = LOSES.format(before="pass", after=f"if request.version == 'lost': {IS_SILENT}")
+        patch.setattr(place, "run", lambda *_: Place.run(place, "-c", code))
+        place.companion()
     with connect("cpu", place.settings, spawn=False) as connection:
         for key in (KEY, OTHER):
             load(connection, Small(), key=key)
@@ -83,4 +88,17 @@ def test_what_was_committed_before_another_one_failed_is_taken_back(
         made.write_weights("after")
     rolled = key.id[:2]
     assert current(client) == {"ab": (2, "before"), "cd": (2, "before")} | {rolled: (1, "")}
+    assert made.written == {}
+
+
+def test_what_may_have_been_committed_is_taken_back(
+    place: Place, client: CompanionClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The companion has committed it, and did not say so."""
+    monkeypatch.setattr(lease, "ANSWER_TIMEOUT_S", 1.0)
+    made = trainer(place, Weights(lambda: None))
+    with pytest.raises(CommitUnknownError, match="lost is current by now"):
+        made.write_weights("lost")
+    assert current(client) == {"ab": (2, "before"), "cd": (2, "before")}
+    assert [each.version for entry in client.status().entries for each in entry.generations].count("lost") == 1
     assert made.written == {}

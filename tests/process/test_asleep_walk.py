@@ -33,6 +33,7 @@ STEPS = {
 CLIENTS = ("awake", "asleep 1", "asleep 2", "wake")
 
 
+STEPS_OF_A_WALK = 1000
 WARM_STEPS = 100
 """Until then libraries open what they keep."""
 SOCKETS, STACKS = 20, 60
@@ -221,17 +222,18 @@ def go(walk: Walk, steps: int) -> None:
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= lines + STACKS
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("walk", [1], indirect=True)
 def test_walk(walk: Walk) -> None:
     """After each step every byte is right, and there are as many descriptors and mappings as who is awake needs."""
-    go(walk, 300)
+    go(walk, STEPS_OF_A_WALK)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("walk", range(2, 12), indirect=True)
 def test_more_walks(walk: Walk) -> None:
-    """The same, for longer and from other seeds; every kind of step is among them."""
-    go(walk, 1000)
+    """The same from other seeds; every kind of step is among them."""
+    go(walk, STEPS_OF_A_WALK)
     assert {"device", "host", "checkpoint", "kill companion", "privatize", "stay awake", "unload"} <= walk.counts.keys()
     assert {f"start client {what}" for what in CLIENTS} <= walk.counts.keys()

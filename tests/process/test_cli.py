@@ -465,6 +465,58 @@ def test_watch_prints_every_change_and_ctrl_c_ends_it(place: Place) -> None:
     assert place.ended(watching, 10) == 0
 
 
+@pytest.mark.parametrize("fault", ["hangs", "damaged"])
+def test_watch_waits_for_no_successor_for_ever(place: Place, fault: str) -> None:
+    """Somebody who is starting one may hang, and it may not be possible to see whether anybody is."""
+    companion = place.companion()
+    place.environment["COMPANION_SPAWN_TIMEOUT_S"] = "1"
+    watching = place.run("-u", *CLI, "watch")
+    read_until(watching, "holds nothing")
+    with contextlib.ExitStack() as undo:
+        if fault == "hangs":
+            file = undo.enter_context(open(place.paths.spawn_lock, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            os.symlink("nowhere", place.paths.spawn_lock)
+        companion.kill()
+        assert place.ended(watching, 10) == (0 if fault == "hangs" else 1)
+    said, error = watching.communicate()
+    assert "The companion of cpu has ended." in said
+    assert ("cannot be followed: OSError" in error) is (fault == "damaged")
+
+
+SPEECHLESS = """
+import os, runpy, sys
+from vllm_companion_plugin.holder.service.service import CompanionService
+inner = CompanionService.close
+def close(self):
+    inner(self)
+    os._exit(0)
+CompanionService.close = close
+sys.argv = ["holder", "--device", "cpu"]
+runpy.run_module("vllm_companion_plugin.holder", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", ["stop", "signal"])
+def test_who_does_not_hear_that_a_companion_was_stopped_starts_no_other(place: Place, how: str) -> None:
+    """It ends before its last words are on their way, as on a host that is very busy."""
+    companion = place.run("-c", SPEECHLESS)
+    until(lambda: os.path.exists(place.paths.fd_socket), WITHIN_S, "the companion listens")
+    serving = serve(place)
+    published(place)
+    watching = place.run("-u", *CLI, "watch")
+    read_until(watching, "ready")
+    if how == "stop":
+        assert cli(place, "stop")[0] == 0
+    else:
+        companion.terminate()
+    assert place.ended(watching, 10) == 0
+    assert place.ended(serving, 10) == 0
+    assert "The companion of cpu was stopped." in serving.communicate()[1]
+    assert not is_listening(place.paths)
+
+
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
 def test_watch_goes_on_with_the_next_companion(place: Place, how: str) -> None:
     """An upgrade and a crash are changes like others."""

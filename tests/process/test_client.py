@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.place import KEY, Place, answering, arena_of, memfd, open_fds, speaking, until
+from tests.support.place import KEY, Place, alive, answering, arena_of, memfd, open_fds, speaking, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Publication, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
@@ -246,6 +248,34 @@ def test_a_companion_that_goes_away_is_noticed_by_idle_clients(place: Place, how
             assert "has shut down" in str(errors[0])
         with pytest.raises(CompanionUnavailableError):
             connection.status()
+
+
+def test_a_client_goes_on_looking_for_the_next_companion(place: Place, connection: CompanionConnection) -> None:
+    """gRPC by itself would wait the longer the more often it has found nobody: in 3 s it would look three times."""
+    looks, pid = list[float](), place.companion_pid()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid), 5, "the companion is dead")
+    os.unlink(place.paths.grpc_socket)
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind(place.paths.grpc_socket)
+        nobody.listen()
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    nobody.accept()[0].close()
+                    looks.append(time.monotonic())
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        late = time.monotonic() + 3
+        while time.monotonic() < late:
+            with pytest.raises(CompanionUnavailableError):
+                connection.status()
+            time.sleep(0.01)
+        nobody.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+    assert len(looks) > 6
 
 
 def test_nothing_is_left_in_the_client_after_many_leases(connection: CompanionConnection) -> None:

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.place import KEY, Place, alive, arena_of, open_fds, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
-from vllm_companion_plugin.client.mirror import Held, Mirror, hold
+from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import (
     ArenaError,
@@ -32,6 +33,7 @@ from vllm_companion_plugin.errors import (
     RuntimeDirError,
 )
 from vllm_companion_plugin.host import notes, peer
+from vllm_companion_plugin.wire import fd_channel
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -489,32 +491,103 @@ def test_a_connect_that_a_signal_interrupted_is_no_connection() -> None:
         peer.check_listener(sock, "/nowhere")
 
 
-def test_threads_that_hand_back_one_after_the_other_close_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next companion dies before the thread that handed back to it is done."""
-    place.companion()
-    with connect("cpu", place.settings, spawn=False) as connection:
-        load(connection, Small())
-        holder = hold(connection, KEY, place.settings, "holder")
-        inside, go = threading.Semaphore(0), [threading.Event(), threading.Event()]
-        turns = iter(go)
+class TestHoldInstead:
+    """An engine advances while one of its threads hands the generation of before to the next companion."""
 
-        def wait_for_turn(self: Mirror) -> None:
-            turn = next(turns)
-            inside.release()
-            turn.wait(10)
+    @pytest.fixture
+    def next_one(self, engines: Engines) -> Iterator[Held]:
+        """The generation that an engine advances to; no engine but the first one has it."""
+        engines.start()
+        arena, fds = arena_of(b"next wt")
+        held = engines.holders[0]._held
+        yield replace(held, generation=2, arena=arena, fds=fds, published=replace(held.published, version="step-1"))
+        fds.close()
 
-        monkeypatch.setattr(Mirror, "_try_to_hand_back", wait_for_turn)
-        threads = [threading.Thread(target=holder._hand_back) for _ in go]
-        for thread in threads:
-            thread.start()
-            inside.acquire()
-        go[0].set()
-        threads[0].join(5)
-        holder.close()  # the second one still needs the descriptors
-        for fd in (fds := tuple(holder._held.fds)):
-            os.fstat(fd)
-        go[1].set()
-        threads[1].join(5)
-        for fd in fds:
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.fstat(fd)
+    def test_in_use(self, engines: Engines, next_one: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is on its way to the next companion arrives, whatever the numbers of before mean by now."""
+        holder, real, others = engines.holders[0], fd_channel.pack_fds, []
+
+        def pack_fds(count: int) -> bytes:
+            """Called when the numbers are about to be sent."""
+            monkeypatch.undo()
+            holder.hold_instead(next_one)
+            others.append(arena_of(*[b"others!"] * 20)[1])  # under the numbers that are free by now
+            return real(count)
+
+        monkeypatch.setattr(fd_channel, "pack_fds", pack_fds)
+        engines.kill_companion()
+        until(lambda: engines.all_attached(1), 10, "it is attached again")
+        others.pop().close()
+        attached = engines.start()  # and reads "weights"
+        assert attached is not None
+        assert attached.generation == 1
+        assert list(notes.held(engines.place.paths)) == [(KEY, 1), (KEY, 2)]
+        until(lambda: self.mapped(engines) == {1: 1}, 5, "the companion knows that the first one has gone on")
+
+    def test_elected(self, engines: Engines, next_one: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is held when the next companion asks for it is handed over, and under its own number."""
+        holder, real = engines.holders[0], CompanionConnection.attach
+
+        def attach(self: CompanionConnection, *arguments: Any, **options: Any) -> Lease:
+            lease = real(self, *arguments, **options)
+            monkeypatch.undo()
+            holder.hold_instead(next_one)
+            return lease
+
+        monkeypatch.setattr(CompanionConnection, "attach", attach)
+        engines.kill_companion()
+        until(lambda: engines.all_attached(1), 10, "it is attached again")
+        attached = engines.start(b"next wt")
+        assert attached is not None
+        assert attached.generation == 2
+        assert self.mapped(engines) == {2: 2}
+
+    def test_no_note(self, engines: Engines, next_one: Held) -> None:
+        """Who cannot note the next generation keeps the hold of before, and no descriptors of the other."""
+        holders, before = Path(engines.place.paths.holders), open_fds()
+        shutil.rmtree(holders)
+        holders.touch()
+        with pytest.raises(RuntimeDirError) as raised:
+            engines.holders[0].hold_instead(next_one)
+        assert open_fds() == before, raised
+        holders.unlink()
+        engines.kill_companion()
+        until(lambda: engines.all_attached(1), 10, "it is attached again")
+        attached = engines.start()
+        assert attached is not None
+        assert attached.generation == 1
+
+    def test_closed(self, engines: Engines, next_one: Held) -> None:
+        """After its end a hold holds nothing, also of another generation."""
+        engines.holders[0].close()
+        before = open_fds()
+        engines.holders[0].hold_instead(next_one)
+        assert open_fds() == before
+        assert list(notes.held(engines.place.paths)) == []
+
+    @staticmethod
+    def mapped(engines: Engines) -> dict[int, int]:
+        """How many clients map each generation that the companion has, as far as it knows."""
+        status = engines.status()
+        assert status is not None
+        return {each.number: len(each.pids) for entry in status.entries for each in entry.generations}
+
+
+def test_a_hold_that_ends_while_it_is_handed_back_takes_nothing_from_the_thread_that_does(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine closes its attachment just then."""
+    engines.start()
+    holder, real, arrived = engines.holders[0], fd_channel.pack_fds, threading.Event()
+
+    def pack_fds(count: int) -> bytes:
+        monkeypatch.undo()
+        holder._let_go()
+        arrived.set()
+        return real(count)
+
+    monkeypatch.setattr(fd_channel, "pack_fds", pack_fds)
+    engines.kill_companion()
+    assert arrived.wait(10)
+    until(lambda: engines.all_attached(0), 10, "it was handed back, and is used no more")
+    assert holder._fds.closed

@@ -17,15 +17,17 @@ import torch
 
 from tests.process.test_metrics import collect, value
 from tests.process.update_child import MODEL, Child, digests, values
-from tests.support.place import Place, until
+from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client import headless, lease
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Ready, connect
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState
 from vllm_companion_plugin.errors import (
     BadRequestError,
+    CommitUnknownError,
     CompanionError,
     EntryInUseError,
     SettingsError,
@@ -33,6 +35,7 @@ from vllm_companion_plugin.errors import (
     TicketError,
 )
 from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host.spawn import is_listening
 
 LOADED = 0
 """The step that stands for the checkpoint's weights."""
@@ -330,6 +333,74 @@ class TestTrainer:
             assert not attachment.arena.fds.closed  # it can still hand back what it maps
         with client(place).attach(MODEL) as found:
             assert digests(found.tensors) == digests({**values(1), "steps": values(2)["steps"]})
+
+
+LOSES = """
+import asyncio, os, runpy, signal, sys
+from vllm_companion_plugin.holder.service.service import CompanionService
+inner = CompanionService.CommitStaged
+async def commit(self, request, context):
+    {before}
+    answer = await inner(self, request, context)
+    {after}
+    return answer
+CompanionService.CommitStaged = commit
+sys.argv = ["holder", "--device", "cpu"]
+runpy.run_module("vllm_companion_plugin.holder", run_name="__main__")
+"""
+DIES, IS_SILENT = "os.kill(os.getpid(), signal.SIGKILL)", "await asyncio.sleep(3)"
+
+
+class TestLostAnswer:
+    """A trainer is told what nobody knows, and writing again by the generation that it went by writes once."""
+
+    @staticmethod
+    def losing(place: Place, monkeypatch: pytest.MonkeyPatch, *, before: str = "pass", after: str = "pass") -> None:
+        """A companion that does something else before it commits, or before it answers; with weights of step 0."""
+        code = LOSES.format(before=before, after=after)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "run", lambda *_: Place.run(place, "-c", code))
+            loaded(place)
+        monkeypatch.setattr(lease, "ANSWER_TIMEOUT_S", 1.0)
+
+    @staticmethod
+    def write(place: Place, step: int) -> None:
+        """By the checkpoint's generation."""
+        with client(place).update(MODEL, version=f"step-{step}", base=1) as new:
+            new.load(values(step))
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_dies(self, place: Place, monkeypatch: pytest.MonkeyPatch, here: Here, when: str) -> None:
+        """What was committed has gone with the companion, as nobody maps it: the next one can be written."""
+        self.losing(place, monkeypatch, **{when: DIES})
+        engine = here()
+        engine.tell("attach")
+        died = place.companion_pid()
+        with pytest.raises(CommitUnknownError, match=r"step-1 is current by now, or nothing.* generations.*base=1: "):
+            self.write(place, 1)
+        until(lambda: place.companion_pid() != died and is_listening(place.paths), 30, "the next one is there")
+        engine.tell("wait_known")
+        assert held(place) == [(1, "")]
+        self.write(place, 2)
+        assert has(here().tell("attach"), 2, 2)
+
+    def test_is_silent(self, place: Place, monkeypatch: pytest.MonkeyPatch, here: Here) -> None:
+        """What was committed is current, and stays so: a second time is refused."""
+        self.losing(place, monkeypatch, after=IS_SILENT)
+        with pytest.raises(CommitUnknownError, match="no answer came in time"):
+            self.write(place, 1)
+        with pytest.raises(StaleError, match=r"generation 2 \(step-1\) is"):
+            self.write(place, 1)
+        assert has(here().tell("attach"), 1, 2)
+
+    def test_of_the_headless_process(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It commits for the trainer, and may have ended before or after that."""
+        monkeypatch.setattr(headless, "MODULE", "tests.process.headless_child")
+        process = headless.Headless("cpu", torch.device("cpu"), KEY.id, MODEL, (), place.settings)
+        process.begin("step-1", 0)
+        with pytest.raises(CommitUnknownError, match=r"headless process .* step-1 is current by now, or .*base=1"):
+            process.commit("step-1", 1)
+        assert process.ended
 
 
 class TestClient:

@@ -20,7 +20,8 @@ from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryStatus, LoaderInfo
 from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError
-from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import is_listening, listener_pid
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import copy, prepare
@@ -42,6 +43,7 @@ class Sleeping:
         self.loads = 0
         self.attachments: list[Attachment] = []
         self._connection: CompanionConnection | None = None
+        self._companion_pid: int | None = None
 
     @classmethod
     def of(cls, place: Place, key: EntryKey, model: nn.Module) -> Sleeping:
@@ -49,10 +51,14 @@ class Sleeping:
         return cls(replace(place.settings, wait_timeout_s=10.0), key, model)
 
     def connection(self) -> CompanionConnection:
-        """To the companion there is, which is started if there is none; as an engine has it."""
-        paths = self._connection.paths if self._connection is not None else None
-        if self._connection is None or paths is None or not is_listening(paths):
+        """To the companion there is, which is started if there is none.
+
+        Not one that goes to the companion of before: it may not find the next one at once.
+        """
+        paths = device_paths("cpu", self.settings)
+        if self._connection is None or listener_pid(paths) != self._companion_pid:
             self._connection = connect("cpu", self.settings, spawn=True)
+            self._companion_pid = listener_pid(paths)
         return self._connection
 
     def attach(self) -> Attachment:
@@ -107,7 +113,8 @@ class Sleeping:
         for attachment in self.attachments:
             attachment.close()
         if self._connection is not None and is_listening(self._connection.paths):
-            self.unload()
+            with contextlib.suppress(CompanionUnavailableError):  # it was killed a moment ago, and dies yet
+                self.unload()
         if self._connection is not None:
             self._connection.close()
 

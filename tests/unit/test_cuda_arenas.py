@@ -54,32 +54,36 @@ PLAIN = {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuMemSetAccess"}
 
 
 class Driver:
-    """The real types and constants; functions that count what they take and give back, one of which fails."""
+    """The real types and constants; functions that count what they take and give back, and fail at calls by number."""
 
-    def __init__(self, fails_at: int) -> None:
+    def __init__(self, *fails_at: int) -> None:
         self.fails_at = fails_at
         self.calls: list[str] = []
         self.held: Counter[str] = Counter()
+        self.mapped_at: Counter[int] = Counter()
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
             return getattr(driver, name)
 
-        def function(*_: Any) -> tuple[Any, ...]:
+        def function(*arguments: Any) -> tuple[Any, ...]:
             if name == "cuGetErrorName":
                 return driver.CUresult.CUDA_SUCCESS, b"CUDA_ERROR_OUT_OF_MEMORY"
             self.calls.append(name)
             assert name not in IN_CONTEXT or self.held["contexts"], f"{name} without a context"
-            if len(self.calls) == self.fails_at:
+            if len(self.calls) in self.fails_at:
                 return (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY,)
             self.held[TAKES.get(name, "")] += name in TAKES
             self.held[GIVES.get(name, "")] -= name in GIVES
+            if name in ("cuMemMap", "cuMemUnmap"):
+                self.mapped_at[arguments[0]] += 1 if name == "cuMemMap" else -1
             return driver.CUresult.CUDA_SUCCESS, self._value(name)
 
         return function
 
-    @staticmethod
-    def _value(name: str) -> Any:
+    def _value(self, name: str) -> Any:
+        if name == "cuMemAddressReserve":
+            return self.calls.count(name) << 40
         if name == "cuMemExportToShareableHandle":
             return os.open(os.devnull, os.O_RDONLY)
         if name == "cuMemGetAllocationGranularity":
@@ -91,11 +95,11 @@ class Driver:
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Driver]]:
-    """A driver that fails at its n-th call, for a process that has made no context."""
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Driver]]:
+    """A driver that fails at its n-th call, or at several, for a process that has made no context."""
 
-    def install(fails_at: int) -> Driver:
-        fake = Driver(fails_at)
+    def install(*fails_at: int) -> Driver:
+        fake = Driver(*fails_at)
         for module in (cuda_driver, cuda_vmm, cuda_ipc):
             monkeypatch.setattr(module, "driver", fake)
         cuda_driver.primary_context.cache_clear()
@@ -138,10 +142,10 @@ def two() -> Descriptors:
     return Descriptors(os.open(os.devnull, os.O_RDONLY) for _ in range(2))
 
 
-def mapped() -> int:
-    """Blocks that the driver has mapped."""
-    count: int = cuda_vmm.driver.held["mappings"]
-    return count
+def mapped(arena: arenas.Arena) -> int:
+    """How many blocks the driver has mapped at the addresses of an arena."""
+    at: Counter[int] = cuda_vmm.driver.mapped_at
+    return sum(at[address] for address in at if 0 <= address - arena.address < arena.info.size_bytes)
 
 
 def map_vmm() -> None:
@@ -157,7 +161,7 @@ def change_vmm() -> None:
         try:
             arena.map_again(info, two())
         finally:
-            assert mapped() == 2 * arena.mapping.is_mapped
+            assert mapped(arena) == 2 * arena.mapping.is_mapped
         before, fds = arena.fds, two()
         failure = ""
         try:
@@ -167,7 +171,25 @@ def change_vmm() -> None:
         assert arena.fds is (before if failure else fds)
         assert (before.closed, fds.closed) == (not failure, bool(failure))
         assert arena.mapping.is_mapped is ("could not be mapped again" not in failure)
-        assert mapped() == 2 * arena.mapping.is_mapped
+        assert mapped(arena) == 2 * arena.mapping.is_mapped
+    if failure:
+        raise ArenaError(failure)
+
+
+def privatize_vmm() -> None:
+    """Every block is mapped, private or as it was, and it can be tried again; or nothing is, and the error says so."""
+    with contextlib.closing(arenas.open_arena(ArenaInfo(arenas.CUDA_VMM, (BLOCK, BLOCK)), two(), DEVICE)) as arena:
+        failure = ""
+        try:
+            arena.privatize()
+        except ArenaError as error:
+            failure = str(error)
+        is_lost = "could not be mapped again" in failure
+        assert arena.mapping.is_mapped is not is_lost
+        assert mapped(arena) == 2 * arena.mapping.is_mapped, failure
+        if failure and not is_lost:
+            arena.privatize()
+            assert mapped(arena) == 2
     if failure:
         raise ArenaError(failure)
 
@@ -189,6 +211,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "fill ipc": fill_keepers,
     "map vmm": map_vmm,
     "change vmm": change_vmm,
+    "privatize vmm": privatize_vmm,
     "map ipc": map_ipc,
     "keep": keep,
 }
@@ -196,10 +219,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_whichever_call_fails_nothing_is_left_behind(
-    scenario: Callable[[], None], failing: Callable[[int], Driver]
+    scenario: Callable[[], None], failing: Callable[..., Driver]
 ) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    fake = failing(0)
+    fake = failing()
     scenario()
     count = len(fake.calls)
     assert +fake.held == Counter()
@@ -220,8 +243,26 @@ def test_whichever_call_fails_nothing_is_left_behind(
     assert outcomes - {"done"} == {"CUDA_ERROR_OUT_OF_MEMORY."}
 
 
+def test_a_block_that_cannot_be_mapped_again_either_takes_the_others_with_it(failing: Callable[..., Driver]) -> None:
+    """A call that maps fails, and so does the next one, if that is the way back."""
+    fake = failing()
+    privatize_vmm()
+    lost = 0
+    for first in range(1, len(fake.calls)):
+        fake = failing(first)
+        with contextlib.suppress(ArenaError):
+            privatize_vmm()
+        if fake.calls[first - 1 : first + 1] == ["cuMemMap", "cuMemMap"]:
+            fake = failing(first, first + 1)
+            with pytest.raises(ArenaError, match="And what was mapped could not be mapped again"):
+                privatize_vmm()
+            assert +fake.held == Counter()
+            lost += 1
+    assert lost == 2  # each of the blocks
+
+
 def test_a_device_that_has_no_memory_for_a_context_says_so_and_is_asked_again(
-    failing: Callable[[int], Driver],
+    failing: Callable[..., Driver],
 ) -> None:
     failing(3)
     with pytest.raises(ArenaError, match=r"CUDA context on device 1 .*0\.5 GiB.* failed: CUDA_ERROR_OUT_OF_MEMORY"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.place import until
 from vllm_companion_plugin.core.plans import Plan, done_answer, error_answer, plans_answer
 from vllm_companion_plugin.errors import FleetError, LayoutError, SettingsError
 from vllm_companion_plugin.fleet import FleetReport, advance, advance_async
@@ -174,12 +176,25 @@ class TestObjects:
     def test_dead(self) -> None:
         """vLLM's own error says that an engine has died; the others have the new weights."""
         died = type("EngineDeadError", (Exception,), {})("EngineCore encountered an issue.")
-        good, dead = Rollout(), Rollout(switch=died)
+        good, dead = Rollout(), Rollout(switch=died, resume=died)
         report = failed(good, dead)
         assert [e.state for e in report.engines] == ["new", "gone"]
+        assert str(report.engines[1]).startswith("rollout is gone, or cannot be reached, and may be paused: it could")
         assert report.is_uniform
         assert good.label == "step-7"
-        assert dead.told[-1] == "switch"
+        assert dead.told[-4:] == ["switch", *["resume"] * 3]
+
+    def test_out_of_reach(self) -> None:
+        """One that seemed to have died in the pause and lives answers requests again, and the report says with what."""
+        away = type("ActorUnavailableError", (Exception,), {})("The actor is temporarily unavailable.")
+        for step, state in (("pause", "old"), ("switch", "unknown")):
+            good, lost = Rollout(), Rollout(**{step: away})
+            report = failed(good, lost)
+            assert not lost.is_paused
+            assert [e.state for e in report.engines] == ["new", state]
+            assert not report.is_uniform
+            assert "temporarily unavailable" in report.engines[1].failures[0]
+            assert lost.told[-2:] == ["resume", "forget"]
 
     def test_interrupted(self) -> None:
         """Ctrl-C in the pause: engines go back and resume before the caller hears of it."""
@@ -313,7 +328,7 @@ class TestAsynchronous:
 
 
 class Server:
-    """A server that answers `routes`: by path, a status and what is sent; or a function that is called before."""
+    """A server that answers `routes`: by path, a status and what is sent; or None and a function that answers."""
 
     def __init__(self, **routes: Any) -> None:
         self.routes, self.asked = routes, list[str]()
@@ -326,6 +341,9 @@ class Server:
                 method = json.loads(body).get("method", "") if body else ""
                 server.asked.append(self.path.strip("/") + (f":{method}" if method else ""))
                 status, answer = server.routes.get(method or route, (404, {"detail": "Not Found"}))
+                if callable(answer):
+                    answer(self)
+                    return
                 if status is None:
                     self.connection.close()
                     return
@@ -407,13 +425,15 @@ class TestServers:
             (
                 {"companion_prepare": (500, {"error": {"message": "CPUWorker has no attribute companion_prepare"}})},
                 "old",
-                "its log says why it shares nothing",
+                "was it started with --load-format companion?",
             ),
             ({"companion_prepare": (200, "text")}, "old", "collective_rpc returned 'text'"),
             ({"pause": (500, {"error": "a request waits"})}, "old", "a request waits"),
             ({"reset_prefix_cache": (200, {"success": False})}, "old", "its prefix cache was not reset"),
             ({"companion_switch": (None, "")}, "old", "/collective_rpc: "),
-            ({"companion_switch": (500, ""), "health": (503, "")}, "gone", "/collective_rpc: "),
+            ({"companion_switch": (500, ""), "health": (503, ""), "resume": (500, "")}, "gone", "/collective_rpc: "),
+            ({"companion_switch": (500, ""), "health": (503, "")}, "unknown", "/collective_rpc: "),
+            ({"pause": (500, ""), "health": (503, "")}, "old", "/pause"),
         ],
     )
     def test_faults(self, serving: Callable[..., Server], changed: dict[str, Any], state: str, text: str) -> None:
@@ -422,9 +442,32 @@ class TestServers:
         (report,) = failed(server.url).engines
         assert report.state == state
         assert text in report.failures[0]
-        if state == "old":
+        if state != "gone":
             assert server.asked[-1] == "collective_rpc:companion_forget"
             assert ("resume" in server.asked) == any(asked.startswith("pause") for asked in server.asked)
+
+    @pytest.mark.parametrize("part", ["status", "headers", "body"])
+    def test_drips(self, serving: Callable[..., Server], part: str) -> None:
+        """One that sends its answer byte by byte, and never all of it, has no more time than one that is silent."""
+
+        def drip(handler: BaseHTTPRequestHandler) -> None:
+            begun = {
+                "status": b"HTTP/1.0 ",
+                "headers": b"HTTP/1.0 200 OK\r\nX-Long: ",
+                "body": b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n",
+            }
+            with contextlib.suppress(OSError):
+                handler.wfile.write(begun[part])
+                for _ in range(100):
+                    handler.wfile.write(b"1")
+                    time.sleep(0.05)
+
+        server, threads, began = serving(companion_switch=(None, drip)), threading.active_count(), time.monotonic()
+        (report,) = failed(server.url, timeout_s=0.3).engines
+        assert time.monotonic() - began < 3
+        assert report.state == "old"
+        assert "no answer to /collective_rpc within 0.3 s" in report.failures[0]
+        until(lambda: threading.active_count() <= threads, 2, "nobody waits any more")
 
     def test_nobody_listens(self, serving: Callable[..., Server]) -> None:
         """A server that has ended is gone, and its fleet stays with what it had."""

@@ -19,10 +19,12 @@ class Fault:
     Attributes:
         answer: what its caller hears.
         is_done: whether it did what it was told nevertheless; for one that refuses to switch: whether a rank did.
+        is_end: of one that seems to be gone: whether it is, and not merely out of reach.
     """
 
     answer: Answer
     is_done: bool
+    is_end: bool
 
 
 @dataclass
@@ -35,10 +37,13 @@ class Engine:
     is_prepared: bool = False
     is_paused: bool = False
     is_dead: bool = False
+    was_out_of_reach: bool = False
     told: list[Step] = field(default_factory=list)
 
     def carry_out(self, step: Step) -> Answer:
-        assert not self.is_dead, "nobody asks one that is gone"
+        if self.is_dead:
+            assert step is Step.RESUME, "nobody asks more of one that is gone"
+            return Answer.GONE
         self.told.append(step)
         faults = self.faults.get(step)
         fault = faults.pop(0) if faults else None
@@ -46,7 +51,8 @@ class Engine:
             self._do(step, torn=fault is not None and fault.answer is Answer.REFUSED)
         if fault is None:
             return Answer.DONE
-        self.is_dead = fault.answer is Answer.GONE
+        self.is_dead = fault.answer is Answer.GONE and fault.is_end
+        self.was_out_of_reach |= fault.answer is Answer.GONE
         return fault.answer
 
     def _do(self, step: Step, *, torn: bool) -> None:
@@ -70,7 +76,7 @@ class Engine:
                 assert self.has_new
 
 
-faults = st.builds(Fault, st.sampled_from([Answer.REFUSED, Answer.GONE, Answer.SILENT]), st.booleans())
+faults = st.builds(Fault, st.sampled_from([Answer.REFUSED, Answer.GONE, Answer.SILENT]), st.booleans(), st.booleans())
 engines = st.builds(
     Engine, st.dictionaries(st.sampled_from(Step), st.lists(faults, min_size=1, max_size=RESUME_TRIES), max_size=3)
 )
@@ -84,24 +90,26 @@ def test_whatever_fails_the_rest_has_one_version_and_answers_requests(fleet: lis
     while (orders := course.orders()) is not None:
         step, numbers = orders
         if step is Step.SWITCH:
-            assert all(engine.is_paused for engine in fleet if not engine.is_dead), "nobody answers with both"
+            reached = [fleet[number] for number in numbers]
+            assert all(engine.is_paused for engine in reached), "nobody answers with both"
         course.told({number: fleet[number].carry_out(step) for number in numbers})
         rounds += 1
         assert rounds <= MOST_ROUNDS
 
     living = [(engine, member) for engine, member in zip(fleet, course.members, strict=True) if not engine.is_dead]
-    assert [member.is_gone for member in course.members] == [engine.is_dead for engine in fleet]
+    assert all(member.is_gone for engine, member in zip(fleet, course.members, strict=True) if engine.is_dead)
     for engine, member in living:
         known = {Weights.OLD: (False, False), Weights.NEW: (True, False)}
         if member.weights is not Weights.UNKNOWN:
             assert (engine.has_new, engine.is_torn) == known[member.weights], "what is said of its weights is true"
         assert member.may_be_paused or not engine.is_paused, "nobody is left paused unknown to the caller"
         assert not member.may_be_paused or engine.told.count(Step.RESUME) == RESUME_TRIES
-        assert engine.told[-1] is Step.FORGET, "no memory is kept"
-    sure = {member.weights for _, member in living} - {Weights.UNKNOWN}
+        assert member.is_gone or engine.told[-1] is Step.FORGET, "no memory is kept"
+    reached = [(engine, member) for engine, member in living if not engine.was_out_of_reach]
+    sure = {member.weights for _, member in reached} - {Weights.UNKNOWN}
     event(f"{[w.value for w in sorted(sure, key=str)]} after {rounds} rounds")
     if any(Step.BACK in engine.told for engine in fleet):
-        never_back = [engine for engine, member in living if member.weights is Weights.NEW]
+        never_back = [engine for engine, member in reached if member.weights is Weights.NEW]
         assert not never_back, "all that answered are back"
     assert len(sure) <= 1, "those that are known have one version"
     if not any(Step.SWITCH in engine.told for engine in fleet):
@@ -137,7 +145,7 @@ class TestCourse:
     def test_killed(self) -> None:
         """One dies before the switch: the others have the new weights."""
         for step in (Step.PAUSE, Step.SWITCH):
-            steps, course = steps_of(3, {(1, step): Answer.GONE})
+            steps, course = steps_of(3, {(1, step): Answer.GONE, (1, Step.RESUME): Answer.GONE})
             assert Step.BACK not in steps
             assert [member.weights for member in course.members if not member.is_gone] == [Weights.NEW] * 2
 
@@ -150,4 +158,15 @@ class TestCourse:
 
     def test_all_gone(self) -> None:
         """There is nobody left to tell anything."""
-        assert steps_of(1, {(0, Step.PAUSE): Answer.GONE})[0] == [Step.PREPARE, Step.PAUSE]
+        failing = {(0, step): Answer.GONE for step in (Step.PAUSE, Step.RESUME)}
+        steps, course = steps_of(1, failing)
+        assert steps == [Step.PREPARE, Step.PAUSE, *[Step.RESUME] * RESUME_TRIES]
+        assert course.members[0].is_gone
+
+    def test_out_of_reach(self) -> None:
+        """One that cannot be reached in the pause, and lives, is told to resume; what it has is said, if known."""
+        for step, weights in ((Step.PAUSE, Weights.OLD), (Step.SWITCH, Weights.UNKNOWN), (Step.LABEL, Weights.NEW)):
+            steps, course = steps_of(2, {(1, step): Answer.GONE})
+            assert steps[-2:] == [Step.RESUME, Step.FORGET]
+            assert [member.weights for member in course.members] == [Weights.NEW, weights]
+            assert not any(member.is_gone or member.may_be_paused for member in course.members)

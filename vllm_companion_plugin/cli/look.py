@@ -168,15 +168,19 @@ def _follow(device: str, settings: Settings, news: queue.SimpleQueue[_News]) -> 
                 break
     except CompanionError as error:
         ended = error
+    except Exception as error:  # the main thread waits for this news, whatever it is
+        ended = CompanionError(f"The companion of {device} cannot be followed: {type(error).__name__}: {error}")
     news.put((device, ended))
 
 
 def _is_followed(device: str, settings: Settings) -> bool:
-    """Wait for the companion that comes after one that has ended, as long as somebody starts it."""
+    """Wait for the companion that comes after one that has ended, as long as somebody may be starting it."""
     paths = device_paths(device, settings)
     deadline = time.monotonic() + SUCCESSOR_S
     while not is_listening(paths):
-        if time.monotonic() > deadline and not is_locked(paths.spawn_lock):
+        left_s = deadline - time.monotonic()
+        # Whoever starts one that long hangs.
+        if left_s < -settings.spawn_timeout_s or (left_s < 0 and not is_locked(paths.spawn_lock)):
             return False
         time.sleep(0.05)
     return True

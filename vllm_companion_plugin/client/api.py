@@ -254,6 +254,8 @@ class CompanionClient:
             ArenaError: there is no memory for another generation.
             NotShareableError: a headless process would load the model differently.
             UpdateError: vLLM could not process the weights, or its process ended.
+            CommitUnknownError: the answer to the commit was lost, so these weights may be current. The message says how
+                to find out; writing them again with the same `base` is safe.
             CompanionError: as `attach`.
         """
         check_version(version)

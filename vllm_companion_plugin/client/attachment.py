@@ -537,8 +537,9 @@ class Attachment:
             prepared: used up, also by an error.
 
         Raises:
-            ArenaError: it cannot be mapped; what was mapped is. After an error from what is private it is mapped, and
-                this has to go back: `way_back`, taken before.
+            ArenaError: it cannot be mapped; what was mapped is. After an error from what is private, or from what is
+                held for the next companion, it is mapped, and this has to go back: `way_back`, taken before.
+            RuntimeDirError: as the latter.
         """
         held = prepared.held
         self.arena.replace(held.arena, arenas.Descriptors(prepared.fds.take()))

@@ -19,7 +19,8 @@ import torch
 
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.children import environment_of
-from vllm_companion_plugin.errors import UpdateError, from_code
+from vllm_companion_plugin.client.lease import commit_unknown
+from vllm_companion_plugin.errors import UpdateError, WaitTimeoutError, from_code
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire.handover import Channel, Piece
 
@@ -90,15 +91,31 @@ class Headless:
         }
         self._ask(message, arena.fds)
 
-    def commit(self) -> int:
-        """Have it finish and commit; the number of the generation, which is current. Raises what vLLM raises."""
-        return int(self._ask({"end": True})["generation"])
+    def commit(self, version: str, before: int) -> int:
+        """Have it finish and commit; the number of the generation, which is current.
+
+        Args:
+            version, before: what it commits, and the generation that was current before, for the error.
+
+        Raises:
+            CommitUnknownError: it may be current: the process ended, or did not answer.
+            CompanionError: what the process says. Nothing of it stays.
+        """
+        try:
+            answer = self._exchange({"end": True})
+        except (UpdateError, WaitTimeoutError) as error:
+            raise commit_unknown(str(error), version, before) from error
+        return int(self._checked(answer)["generation"])
 
     def abort(self) -> None:
         """Have it stop writing, before it was given anything."""
         self._ask({"end": False})
 
     def _ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        return self._checked(self._exchange(message, fds))
+
+    def _exchange(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """What the process answers. Raises `UpdateError` if it ended instead, and `WaitTimeoutError`."""
         with contextlib.suppress(UpdateError):  # if it has ended it may have said why
             self._channel.send(message, fds)
         try:
@@ -110,6 +127,10 @@ class Headless:
         except BaseException:  # what it answers next would be the answer to this
             self.close()
             raise
+        return answer
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """An answer, unless it is an error, which this raises."""
         if "error" in answer:
             if answer.get("ends", True):
                 self.close()

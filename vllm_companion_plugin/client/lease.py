@@ -25,13 +25,20 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import LoaderInfo, Published
-from vllm_companion_plugin.errors import CompanionError, LeaseLostError, ManifestError, WaitTimeoutError, from_code
+from vllm_companion_plugin.errors import (
+    CommitUnknownError,
+    CompanionError,
+    LeaseLostError,
+    ManifestError,
+    WaitTimeoutError,
+    from_code,
+)
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.host.spawn import who_is_silent
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
-from vllm_companion_plugin.wire.rpc import typed_error
+from vllm_companion_plugin.wire.rpc import is_answer, typed_error
 from vllm_companion_plugin.wire.schema import Stub
 
 logger = logging.getLogger("vllm.companion.lease")
@@ -299,12 +306,25 @@ class Lease:
             self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, abort=True))
 
     def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str, base: int = 0) -> int:
-        """Hand over what was written, as the current generation; its number. Raises as `stage`, and `LayoutError`."""
+        """Hand over what was written, as the current generation; its number.
+
+        Raises:
+            CommitUnknownError: it may be current: the companion did not answer.
+            LayoutError: it is laid out differently.
+            CompanionError: as `stage`. Nothing of it stays.
+        """
         fd_channel.deposit(self._paths.fd_socket, self._deposit_ticket, fds, FD_TIMEOUT_S)
         request = messages.CommitStagedRequest(
             lease_token=self._token, arena=codec.arena_to_message(arena), version=version, base=base
         )
-        return int(self._call_with_token("CommitStaged", request).generation)
+        before = self.current
+        try:
+            return int(self._stub.CommitStaged(request, timeout=ANSWER_TIMEOUT_S).generation)
+        except grpc.RpcError as error:
+            typed = typed_error(error, f"{self._label}: committing {version}")
+            if is_answer(error):
+                raise typed from error
+            raise commit_unknown(typed.what, version, before) from error
 
     def generation(self, number: int, manifest: bytes) -> Ready:
         """Another generation of the entry, to be mapped; 0: the current one.
@@ -418,6 +438,15 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def commit_unknown(why: str, version: str, before: int) -> CommitUnknownError:
+    """The error for a commit without an answer, when generation `before` was current."""
+    return CommitUnknownError(
+        f"{why} {version} is current by now, or nothing of it stays.",
+        remedy=f"`vllm-companion generations` shows which. Or update again with base={before}: that raises StaleError "
+        f"and writes nothing if {version} is current.",
+    )
 
 
 def _who(loader: LoaderInfo) -> str:

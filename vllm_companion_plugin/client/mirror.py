@@ -85,26 +85,13 @@ class Mirror:
         self._device = device
         self._settings = settings
         self._passive = passive
-        # Descriptors of its own: those of the owner may be closed while it hands back.
-        try:
-            self._fds = Descriptors.duplicates(held.fds)
-        except OSError as error:
-            raise ArenaError(
-                f"{held.key.title} cannot be held: {error.strerror}. Raise the limit of open files (ulimit -n)."
-            ) from error
-        self._held = replace(held, fds=self._fds)
-        self._handing_back = 0  # threads: the next companion may die before the one that handed back to it is done
         self._client_name = client_name
         self._lease = lease
         self._connection: CompanionConnection | None = None
         self._closed = threading.Event()
-        self._mutex = threading.Lock()
+        self._mutex = threading.Lock()  # guards what is held: another thread uses its numbers only under it
         self._attaching = threading.Lock()  # one at a time: each closes the connection of the one before
-        try:
-            self._note = notes.hold(device_paths(device, settings), held.key, held.generation)
-        except BaseException:
-            self._fds.close()
-            raise
+        self._held, self._fds, self._note = self._hold(held)
         _mirrors.add(self)
         self._watch(lease)
 
@@ -117,10 +104,6 @@ class Mirror:
     def lost(self) -> bool:
         """Whether no companion knows of this hold at the moment. What is mapped stays valid."""
         return self._lease.lost.is_set()
-
-    def duplicates(self) -> Descriptors:
-        """Descriptors of the entry's memory, the caller's own. Raises `ArenaError` if nothing is held any more."""
-        return self._fds.dup()
 
     @property
     def lease(self) -> Lease:
@@ -136,18 +119,30 @@ class Mirror:
         return self._lease, others
 
     def hold_instead(self, held: Held) -> None:
-        """From now on another generation of the same entry is held, which this process maps instead."""
-        fds = Descriptors.duplicates(held.fds)
-        note = notes.hold(device_paths(self._device, self._settings), held.key, held.generation)
+        """From now on another generation of the same entry is held, which this process maps instead.
+
+        Raises:
+            RuntimeDirError, ArenaError: as the constructor. What was held is.
+        """
+        held, fds, note = self._hold(held)
         with self._mutex:
-            if self._closed.is_set():
-                os.close(note)
-                fds.close()
-                return
-            old_note, old_fds = self._note, self._fds
-            self._note, self._fds, self._held = note, fds, replace(held, fds=fds)
-        os.close(old_note)
-        old_fds.close()
+            if not self._closed.is_set():
+                fds, self._fds, note, self._note, self._held = self._fds, fds, self._note, note, held
+            os.close(note)
+            fds.close()
+
+    def _hold(self, held: Held) -> tuple[Held, Descriptors, int]:
+        """Descriptors of our own, as the owner may close its own at any time; and the note that we have them."""
+        try:
+            fds = Descriptors.duplicates(held.fds)
+        except OSError as error:
+            raise _no_descriptors(held, error) from error
+        try:
+            paths = device_paths(self._device, self._settings)
+            return replace(held, fds=fds), fds, notes.hold(paths, held.key, held.generation)
+        except BaseException:
+            fds.close()
+            raise
 
     def know_again(self) -> None:
         """Be attached again, as after the death of a companion, and end the lease of before.
@@ -183,8 +178,7 @@ class Mirror:
             if not self._closed.is_set():
                 self._closed.set()
                 os.close(self._note)
-                if not self._handing_back:
-                    self._fds.close()
+                self._fds.close()
 
     def _on_lost(self, error: CompanionError) -> None:
         if not isinstance(error, CompanionUnavailableError):
@@ -195,20 +189,9 @@ class Mirror:
         threading.Thread(target=self._hand_back, name="companion-hand-back", daemon=True).start()
 
     def _hand_back(self) -> None:
-        with self._mutex:
-            if self._closed.is_set():
-                return
-            self._handing_back += 1
-        try:
-            self._try_to_hand_back()
-        finally:
-            with self._mutex:
-                self._handing_back -= 1
-                if self._closed.is_set() and not self._handing_back:
-                    self._fds.close()
-
-    def _try_to_hand_back(self) -> None:
         """For as long as it takes: this may be the last copy."""
+        if self._closed.is_set():
+            return
         title, pause_s, late = self._held.key.short_title, RETRY_S, time.monotonic() + SAID_AFTER_S
         logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
@@ -228,18 +211,16 @@ class Mirror:
                 self._closed.wait(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MOST_S)
 
-    def _note_again(self, paths: DevicePaths) -> None:
+    def _note_again(self, paths: DevicePaths, held: Held) -> None:
         logger.warning(
             "The runtime directory %s was removed while %s is in use; making it anew. Leave it while engines run.",
-            *(paths.directory, self._held.key.short_title),
+            *(paths.directory, held.key.short_title),
         )
-        note = notes.hold(paths, self._held.key, self._held.generation)
+        note = notes.hold(paths, held.key, held.generation)
         with self._mutex:
-            if self._closed.is_set():
-                os.close(note)
-            else:
-                os.close(self._note)
-                self._note = note
+            if self._is_held(held):
+                note, self._note = self._note, note
+            os.close(note)
 
     def _forget(self) -> None:
         """In a child that was forked off: the hold is its parent's alone, and ends with it."""
@@ -248,16 +229,39 @@ class Mirror:
             os.close(self._note)
             self._fds.close()
 
-    def _check_wanted(self) -> None:
-        if notes.is_dismissed(self._note):
-            raise LeaseLostError(f"{self._held.key.title} was unloaded, or its companion stopped.")
+    def _is_held(self, held: Held) -> bool:
+        """Whether that is what is to be handed back, and the numbers of its descriptors still mean it."""
+        return held is self._held and not self._closed.is_set()
+
+    def _check_wanted(self, held: Held) -> None:
+        with self._mutex:
+            if self._is_held(held) and notes.is_dismissed(self._note):
+                raise LeaseLostError(f"{held.key.title} was unloaded, or its companion stopped.")
+
+    def _is_note_removed(self, held: Held) -> bool:
+        with self._mutex:
+            return self._is_held(held) and notes.is_removed(self._note)
+
+    def _duplicates(self, held: Held) -> Descriptors | None:
+        """Descriptors to hand over, which nobody closes meanwhile; None if something else is held by now."""
+        with self._mutex:
+            try:
+                return self._fds.dup() if self._is_held(held) else None
+            except OSError as error:
+                raise _no_descriptors(held, error) from error
 
     def _attach_again(self) -> None:
-        held, started = self._held, time.monotonic()
-        self._check_wanted()
+        held = None
+        while held is not self._held and not self._closed.is_set():  # an engine may advance meanwhile
+            held = self._held
+            self._attach_with(held)
+
+    def _attach_with(self, held: Held) -> None:
+        started = time.monotonic()
+        self._check_wanted(held)
         paths = device_paths(self._device, self._settings)
-        if notes.is_removed(self._note):
-            self._note_again(paths)
+        if self._is_note_removed(held):
+            self._note_again(paths, held)
         if self._passive and not is_listening(paths):
             raise CompanionUnavailableError(f"Nobody has started a new companion of {self._device} yet.")
         connection = connect(self._device, self._settings, spawn=not self._passive)
@@ -274,9 +278,13 @@ class Mirror:
                 connection.close()
                 return
             # Another one may have been stopped since; it ended before this one began, so all that it said is there.
-            self._check_wanted()
+            self._check_wanted(held)
             if isinstance(outcome, Granted):
-                outcome.publication.hand_back(held.arena, held.fds, held.manifest, held.published, held.generation)
+                if (fds := self._duplicates(held)) is None:
+                    connection.close()
+                    return
+                with fds:
+                    outcome.publication.hand_back(held.arena, fds, held.manifest, held.published, held.generation)
             elif (outcome.generation, outcome.published) != (held.generation, held.published) and not (
                 outcome.manifest == held.manifest and (outcome.published.version or held.published.version)
             ):
@@ -318,6 +326,10 @@ def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, cli
     except BaseException:
         lease.release()
         raise
+
+
+def _no_descriptors(held: Held, error: OSError) -> ArenaError:
+    return ArenaError(f"{held.key.title} cannot be held: {error.strerror}. Raise the limit of open files (ulimit -n).")
 
 
 _mirrors: weakref.WeakSet[Mirror] = weakref.WeakSet()

@@ -135,6 +135,7 @@ def processing(
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         BadRequestError: nobody has observed how its checkpoint is loaded; or, at the end, tensors are missing.
         UpdateError: vLLM could not load them, or its process ended.
+        CommitUnknownError: they may be current: the process ended, or did not answer, at the end.
         CompanionError: as `start`.
     """
     if not attachment.manifest.sources:
@@ -146,7 +147,7 @@ def processing(
         update = ProcessedUpdate(attachment, headless, settings, check_finite=check_finite)
         yield update
         update.finish()
-        update.generation = headless.commit()
+        update.generation = headless.commit(version, attachment.generation)
     except BaseException:
         if update is not None and update.began:
             headless.close()

@@ -94,6 +94,7 @@ class Update:
 
         Raises:
             StaleError: another generation than `base` has become current.
+            CommitUnknownError: it may be current: the companion did not answer.
             CompanionError: the companion does not take it. Nothing of it stays.
         """
         held, device = self._attachment.held.arena, self._attachment.device

@@ -22,6 +22,7 @@ from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import budget, drafts, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.engine.vllm.sleep import let_sleep
+from vllm_companion_plugin.engine.vllm.updating import let_update
 from vllm_companion_plugin.engine.vllm.writing import about_to_write, let_write
 from vllm_companion_plugin.errors import CompanionError, ParityError
 from vllm_companion_plugin.settings import resolve_extra_config
@@ -76,6 +77,8 @@ class CompanionModelLoader(DefaultModelLoader):
             if attachment not in before and current().written is None:
                 let_sleep(attachment.device)
                 let_write(model)
+        if current().written is None:
+            let_update()
         if not drafts.is_draft(vllm_config, model_config):
             current().set_target(model)
         return model

@@ -5,12 +5,14 @@ All engines take each step at the same time, and the next step begins when each 
     prepare -> pause -> switch -> label -> resume -> forget
 
 - If one cannot be prepared nobody is paused: all forget.
-- An engine that is gone leaves the fleet at any step, and the others go on.
+- An engine that is gone leaves the fleet at any step, and the others go on. It may be one that merely could not be
+  reached, so if it was told to pause it is told to resume with the others; if it answers then, it is there again.
 - If one that lives cannot be paused nobody switches: all resume.
 - If one that lives has not switched, as far as it says, all that live go back.
 - Whoever may be paused is told to resume, and told again if it does not answer so.
 
-After the last step an engine that answered has known weights. What one that was silent has is unknown.
+After the last step an engine that answered has known weights. What one has that was silent, or gone for a while, is
+unknown if it was told to switch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 RESUME_TRIES = 3
-"""How often an engine is told to resume that does not say that it has."""
+"""How often an engine is told to resume that does not say that it has, also one that seems to be gone."""
 
 
 class Step(Enum):
@@ -38,8 +40,8 @@ class Step(Enum):
 class Answer(Enum):
     """What an engine said to a step.
 
-    DONE: it has done it. REFUSED: it lives, and has not. GONE: it does not exist any more. SILENT: it said nothing in
-    time, and may have done it, or do it later.
+    DONE: it has done it. REFUSED: it lives, and has not. GONE: it does not exist any more, as far as anybody can see.
+    SILENT: it said nothing in time, and may have done it, or do it later.
     """
 
     DONE = "done"
@@ -61,7 +63,7 @@ class Member:
     """What is known of one engine.
 
     Attributes:
-        is_gone: whether it exists no more.
+        is_gone: whether it existed no more when it was last told something.
         may_be_paused: whether it was told to pause, and has not said that it resumed.
     """
 
@@ -97,15 +99,13 @@ class Course:
         for number, answer in answers.items():
             member = self.members[number]
             member.is_gone = answer is Answer.GONE
-            if answer is not Answer.GONE:
-                _note(member, self._step, answer)
+            _note(member, self._step, answer)
         self._step = self._after(self._step, answers)
 
     def _takers(self, step: Step) -> list[int]:
-        here = [number for number, member in enumerate(self.members) if not member.is_gone]
         if step is Step.RESUME:
-            return [number for number in here if self.members[number].may_be_paused]
-        return here
+            return [number for number, member in enumerate(self.members) if member.may_be_paused]
+        return [number for number, member in enumerate(self.members) if not member.is_gone]
 
     def _after(self, step: Step, answers: Mapping[int, Answer]) -> Step | None:
         has_failed = any(answer in (Answer.REFUSED, Answer.SILENT) for answer in answers.values())
@@ -120,7 +120,8 @@ class Course:
                 return Step.RESUME
             case Step.RESUME:
                 self._tries += 1
-                return Step.RESUME if has_failed and self._tries < RESUME_TRIES else Step.FORGET
+                again = any(answer is not Answer.DONE for answer in answers.values())
+                return Step.RESUME if again and self._tries < RESUME_TRIES else Step.FORGET
             case Step.FORGET:
                 return None
 

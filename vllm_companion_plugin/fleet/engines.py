@@ -56,10 +56,8 @@ class Engine(ABC):
         try:
             plans = self._tell_ranks(Step.PREPARE, {"generations": dict(generations)}, timeout_s)
         except NotDone as error:
-            if RPCS[Step.PREPARE] in str(error):  # workers get the method with their first model of a companion
-                raise NotDone(
-                    error.answer, f"{error}; if it has the plugin, its log says why it shares nothing"
-                ) from error
+            if RPCS[Step.PREPARE] in str(error):  # workers get the method with their first model
+                raise NotDone(error.answer, f"{error}; was it started with --load-format companion?") from error
             raise
         if not all(plans):
             raise NotDone(Answer.REFUSED, "a rank of it has prepared nothing")

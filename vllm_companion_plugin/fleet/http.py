@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
+import threading
+from concurrent import futures
+from concurrent.futures import Future
 from urllib.parse import urlsplit
 
 from vllm_companion_plugin.errors import SettingsError
@@ -32,14 +37,53 @@ class Http:
     def ask(self, method: str, route: str, timeout_s: float, body: object = None) -> tuple[int, object]:
         """The status, and the answer: as JSON if it is that, else as text.
 
+        Args:
+            timeout_s: for all of it: finding the server, asking, and reading its answer.
+
         Raises:
-            TimeoutError: the server said nothing for so long.
-            OSError: it cannot be reached, or the connection broke.
+            TimeoutError: the whole answer was not there in time.
+            OSError: the server cannot be reached, or the connection broke.
         """
+        # Time limits of sockets begin anew with each byte, and finding an address has none. So another thread waits.
         connection = self._kind(self._host, self._port, timeout=timeout_s)
+        sockets: list[socket.socket] = []
+        over = threading.Event()
+        answer: Future[tuple[int, object]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._ask(connection, sockets, over, method, route, body))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, name="companion-http", daemon=True).start()
+        try:
+            return answer.result(timeout_s)
+        except futures.TimeoutError as error:
+            raise TimeoutError(str(error)) from error
+        finally:
+            over.set()
+            for sock in sockets:  # so that the thread ends, too
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's, which is not for two threads
+
+    def _ask(
+        self,
+        connection: http.client.HTTPConnection,
+        sockets: list[socket.socket],
+        over: threading.Event,
+        method: str,
+        route: str,
+        body: object,
+    ) -> tuple[int, object]:
+        """As `ask`; puts the socket into `sockets`, and asks nothing any more if it is over by then."""
         try:
             content = None if body is None else json.dumps(body)
             headers = {"Content-Type": "application/json"} if content is not None else {}
+            connection.connect()
+            sockets.append(connection.sock)
+            if over.is_set():
+                raise TimeoutError
             connection.request(method, self._path + route, content, headers)
             answer = connection.getresponse()
             text = answer.read(MAX_ANSWER_BYTES).decode(errors="replace")

@@ -16,7 +16,7 @@ class EngineReport:
 
     Attributes:
         engine: its URL, or how it was called.
-        state: "new", "old" or "unknown" weights; or "gone", if it exists no more.
+        state: "new", "old" or "unknown" weights; or "gone", if it exists no more or cannot be reached.
         generations: the numbers of its generations, by model and role; empty if they are unknown. Of several ranks, the
             first one's.
         version: the name of its target's weights; empty: a checkpoint; None: unknown, also if it could not prepare.
@@ -34,7 +34,8 @@ class EngineReport:
     paused_s: float = 0.0
 
     def __str__(self) -> str:
-        has = {"gone": "is gone", "unknown": "has unknown weights"}.get(self.state) or f"has {self._weights()}"
+        gone = "is gone, or cannot be reached" if self.may_be_paused else "is gone"
+        has = {"gone": gone, "unknown": "has unknown weights"}.get(self.state) or f"has {self._weights()}"
         said = f"{self.engine} {has}"
         if self.paused_s:
             said += f", after a pause of {self.paused_s:.3f} s"

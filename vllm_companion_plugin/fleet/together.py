@@ -191,7 +191,7 @@ class _Round:
     def _report_of(self, number: int, member: Member) -> EngineReport:
         name, failures = self._engines[number].name, tuple(self._failures[number])
         if member.is_gone:
-            return EngineReport(name, "gone", failures=failures)
+            return EngineReport(name, "gone", failures=failures, may_be_paused=member.may_be_paused)
         plans = self._plans.get(number)
         generations: dict[str, int] = {}
         version = None

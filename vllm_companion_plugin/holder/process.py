@@ -22,7 +22,7 @@ from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailab
 from vllm_companion_plugin.holder.service.fd_server import FdServer
 from vllm_companion_plugin.holder.service.health import Health
 from vllm_companion_plugin.holder.service.service import CompanionService
-from vllm_companion_plugin.host import notes
+from vllm_companion_plugin.host import last_word, notes
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.wire import schema
 from vllm_companion_plugin.wire.rpc import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, address
@@ -49,10 +49,11 @@ class InstanceLock:
         except OSError as error:
             raise RuntimeDirError(f"Cannot open {paths.companion_lock}: {error.strerror}.") from error
         if not _locked_soon(self._fd):
-            pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip() or "unknown"
+            pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip()
             os.close(self._fd)
             raise AlreadyRunningError(
-                f"A companion of {paths.device} runs already (pid {pid}); `vllm-companion stop` ends it."
+                f"A companion of {paths.device} runs already (pid {pid if pid.isdecimal() else 'unknown'}); "
+                "`vllm-companion stop` ends it."
             )
         try:
             os.ftruncate(self._fd, 0)
@@ -76,6 +77,10 @@ class InstanceLock:
             return False
         ours = os.fstat(self._fd)
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def leave_last_word(self) -> None:
+        """The companion ends on purpose, and nobody shall start another one for that."""
+        last_word.leave(self._fd)
 
     def release(self) -> None:
         os.close(self._root_fd)
@@ -149,6 +154,8 @@ async def serve(
         # Whatever hangs below, the memory must be freed: the default action of SIGALRM ends us.
         signal.setitimer(signal.ITIMER_REAL, STOP_LIMIT_S)
         health.end()
+        if not service.registry.lifetime.replaced:
+            lock.leave_last_word()
         service.close()
         if not lock.is_reachable():
             # The usual way out would remove the sockets of a companion that has taken our place.

@@ -97,7 +97,7 @@ class Mapping(Closing, ABC):
 
         Block by block, so that the most memory that it takes beside what it makes is one block. Nothing may use the
         range meanwhile; on a GPU this waits until the device is idle. After an error every block has its bytes, and
-        this may be tried again.
+        this may be tried again, unless the error says that a block could not be mapped again: then nothing is mapped.
 
         Args:
             release: called with the number of each block that is not needed any more.
@@ -234,7 +234,11 @@ class Reservation(Mapping):
 
     @abstractmethod
     def _make_private(self, number: int, address: int, size_bytes: int) -> None:
-        """Map private memory with the same bytes in place of one block. Raises `ArenaError`; it is as before then."""
+        """Map private memory with the same bytes in place of one block.
+
+        Raises:
+            ArenaError: it is as before; or nothing is mapped any more, if it could not be mapped again.
+        """
 
     @abstractmethod
     def _put_private(self, sizes: tuple[int, ...]) -> None:

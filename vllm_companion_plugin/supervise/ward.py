@@ -17,6 +17,7 @@ from vllm_companion_plugin.client.shutdown import shut_down
 from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError, LeaseLostError
+from vllm_companion_plugin.host import last_word
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening, starting
 from vllm_companion_plugin.settings import Settings
@@ -119,7 +120,7 @@ class Ward:
         except LeaseLostError:
             self.error = None
         except CompanionError as error:
-            self.error = error
+            self.error = None if last_word.was_left(connection.paths) else error
         except Exception as error:  # no error of this kind means that a user stopped the companion
             self.error = CompanionError(f"The companion of {self.device}: {type(error).__name__}: {error}")
         finally:

@@ -13,7 +13,7 @@ import torch
 
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.client.casting import cast
-from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, FleetError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm_companion_plugin.settings import Given
 
 READY_TIMEOUT_S = 600.0
+LOOK_TIMEOUT_S = 10.0
+"""For an entry that was written a moment ago."""
 
 
 def step(number: int) -> str:
@@ -66,13 +68,33 @@ class CompanionWeightTransfer:
 
         Raises:
             CompanionError: they cannot be written. The engines go on with what they have.
-            FleetError: not all engines have switched.
+            FleetError: not all engines have switched. If none has, what was current before is so again, as engines that
+                start or wake would have other weights than those that serve; the message says if that failed, too.
         """
         version = self._version(self._sent + 1)
         with self._client.update(self._model, version, name="TRL") as new:
             new.load(cast(iterator, new.checkpoint_dtypes))
         self._sent += 1
-        self._client.advance(self._model, self._engines)
+        try:
+            self._client.advance(self._model, self._engines)
+        except CompanionError as error:
+            report = error.report if isinstance(error, FleetError) else None
+            if report is not None and any(engine.state == "new" for engine in report.engines):
+                raise
+            said = self._take_back(version, new.generation)
+            raise FleetError(f"{error.what} {said}", remedy=error.remedy, report=report) from error
+
+    def _take_back(self, version: str, generation: int) -> str:
+        """Make current again what was so before `generation`; what became of that, in a sentence."""
+        try:
+            entry = self._client.wait_ready(self._model, timeout_s=LOOK_TIMEOUT_S)
+            before = next((each.follows for each in entry.generations if each.number == generation), 0)
+            if not before:  # a companion that died since took that with it
+                return f"Nobody knows any more what was current before {version}."
+            self._client.make_current(self._model, before, key_id=entry.key.id, base=generation)
+        except CompanionError as error:
+            return f"What was current before {version} could not be made so again: {error}"
+        return f"Generation {before} is current again."
 
     def resume(self) -> None:
         """Nothing: `send_weights` has had the engines resume."""

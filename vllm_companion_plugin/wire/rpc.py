@@ -25,6 +25,8 @@ CHUNK_BYTES = 1 << 20
 MAX_REQUEST_BYTES = 4 << 20
 MAX_ANSWER_BYTES = 256 << 20
 """A status has the keys of all entries."""
+RECONNECT_MS = 100
+"""Between two looks whether there is another companion: on this host a look costs next to nothing."""
 ERROR_METADATA = "companion-error-code"
 
 
@@ -51,9 +53,18 @@ def open_channel(socket_path: str) -> grpc.Channel:
             ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
             # Shared subchannels would bring another channel's connection backoff with them.
             ("grpc.use_local_subchannel_pool", 1),
+            # gRPC's own would leave the next companion alone for a second, and for two minutes if none comes for long.
+            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
+            ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
             ("grpc.enable_http_proxy", 0),
         ],
     )
+
+
+def is_answer(error: grpc.RpcError) -> bool:
+    """Whether the companion said this. If gRPC did, the companion may have done what it was asked."""
+    call: Any = error
+    return any(name == ERROR_METADATA for name, _ in call.trailing_metadata() or ())
 
 
 def typed_error(error: grpc.RpcError, doing: str) -> CompanionError:

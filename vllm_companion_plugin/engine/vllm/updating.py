@@ -1,12 +1,13 @@
 """What a worker of vLLM does when somebody has written new weights: methods for `collective_rpc`.
 
-`companion_update` is for one engine. The others are for a fleet, whose engines all prepare before one of them switches;
-they answer as `core/plans.py` says. The names begin so because vLLM refuses a worker extension that has a method of a
-worker.
+`companion_update` is for one engine, whose ranks agree among themselves. The others are for a fleet, whose engines all
+prepare before one of them switches; they answer as `core/plans.py` says. The names begin so because vLLM refuses a
+worker extension that has a method of a worker.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,17 @@ from vllm_companion_plugin.core.plans import Plan, done_answer, error_answer, pl
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm.ranks import together
 from vllm_companion_plugin.errors import BadRequestError, CompanionError
 
 
 def let_update() -> None:
-    """Give the workers of this process these methods. Idempotent."""
+    """Give the workers of this process these methods, whatever became of their weights. Idempotent.
+
+    So that a rank whose weights are its own can refuse: the others wait for what it says.
+    """
+    if "vllm.v1.worker.gpu_worker" not in sys.modules:  # which vLLM's worker on a CPU needs, too
+        return
     patches.UPDATE.add(companion_update)
     patches.PREPARE.add(companion_prepare)
     patches.SWITCH.add(companion_switch)
@@ -27,7 +34,7 @@ def let_update() -> None:
 
 
 def companion_update(self: Any, generations: dict[str, int] | None = None) -> dict[str, int]:
-    """Map the current generation of the worker's weights, or another one, at the same addresses.
+    """Map the current generation of the worker's weights, or another one, at the same addresses: on all ranks, or none.
 
     Reset the prefix cache and the encoder's afterwards: what they have was computed with the weights of before. Here
     they cannot be, as the scheduler would count on what is gone.
@@ -40,9 +47,17 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
 
     Raises:
         CompanionError: one of them cannot advance; all are as they were.
+        UpdateRefusedError: another rank cannot; so are its.
     """
-    current().prepare_switch(generations or {})
-    return _taken("").carry_out()
+    try:
+        with together("prepare the new weights") as succeeded:
+            current().prepare_switch(generations or {})
+            succeeded()
+        with together("map the new weights") as succeeded:
+            return _taken("").carry_out(succeeded)
+    except BaseException:
+        current().forget_switch()  # it keeps a generation's memory, also where only another rank could not
+        raise
 
 
 def companion_prepare(self: Any, generations: dict[str, int] | None = None, token: str = "") -> dict[str, Any]:

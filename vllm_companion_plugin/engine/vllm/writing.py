@@ -17,7 +17,6 @@ from vllm_companion_plugin.engine import live
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import patches
-from vllm_companion_plugin.engine.vllm.updating import let_update
 
 logger = init_logger("vllm.companion")
 
@@ -30,7 +29,6 @@ def let_write(model: nn.Module) -> None:
     for name in ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"):
         if name in sys.modules:
             patches.RELOAD.apply(_reload)
-            let_update()
             break
     if hasattr(model, "load_weights") and "load_weights" not in vars(model):
         patches.LIVE_WEIGHTS.on_for_good(model, _load_weights)

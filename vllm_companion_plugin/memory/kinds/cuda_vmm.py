@@ -93,11 +93,37 @@ class CudaVmmMapping(Reservation):
             self._unmap_parts()
 
     def _make_private(self, number: int, address: int, size_bytes: int) -> None:
-        with self.context, self._allocated(size_bytes) as handle:
-            self._copy_aside(handle, address, size_bytes)
+        assert self._mapped is not None
+        shared = Blocks((size_bytes,), self._mapped.fds[number : number + 1])
+        with contextlib.ExitStack() as undo, self.context, self._allocated(size_bytes) as own:
+            (way_back,) = self._prepare(undo, shared)
+            self._copy_aside(own, address, size_bytes)
             call("cuMemUnmap", driver.cuMemUnmap(address, size_bytes))
-            call("cuMemMap", driver.cuMemMap(address, size_bytes, 0, handle, 0))
-            self._allow(address - self.address, size_bytes, writable=True)
+            try:
+                self._map_in_place(address, own, size_bytes, writable=True)
+            except ArenaError as error:
+                try:
+                    self._map_in_place(address, way_back, size_bytes, shared.writable)
+                except ArenaError as again:
+                    self._parts.remove((address, size_bytes))
+                    self._lose_all()
+                    raise ArenaError(f"{error} And what was mapped could not be mapped again: {again}") from error
+                raise
+
+    def _map_in_place(self, address: int, handle: Any, size_bytes: int, writable: bool) -> None:
+        """Map an allocation where that of a part was. Raises `ArenaError`; then nothing is mapped there."""
+        call("cuMemMap", driver.cuMemMap(address, size_bytes, 0, handle, 0))
+        try:
+            self._allow(address - self.address, size_bytes, writable)
+        except ArenaError:
+            driver.cuMemUnmap(address, size_bytes)
+            raise
+
+    def _lose_all(self) -> None:
+        """After a block was lost: whoever used the others would find a hole, and fault."""
+        self._drop_parts()
+        self._mapped = None
+        self._private.clear()
 
     def _copy_aside(self, handle: Any, source_address: int, size_bytes: int) -> None:
         """Map an allocation elsewhere for as long as it takes to copy a block into it."""

@@ -25,7 +25,13 @@ from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.engine.register import register
 from vllm_companion_plugin.engine.vllm.sharing import TRANSFER_BACKEND
 from vllm_companion_plugin.engine.vllm.transfer.engines import Engines
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError, UpdateRefusedError
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CommitUnknownError,
+    CompanionError,
+    EntryNotFoundError,
+    UpdateRefusedError,
+)
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.settings import Given
 
@@ -149,6 +155,7 @@ class CompanionTrainer(TrainerWeightTransferEngine):
             BadRequestError: names or shapes do not fit, or the source did not yield all that it describes.
             EntryNotFoundError: a companion has nothing of the model.
             EntryInUseError: another trainer writes.
+            CommitUnknownError: as `CompanionClient.update`. They are taken back if the companion answers again.
             CompanionError: as `CompanionClient.update`. Nothing of the new weights stays on this process's devices.
             UpdateRefusedError: another process of this trainer could not; nothing stays anywhere.
         """
@@ -168,8 +175,9 @@ class CompanionTrainer(TrainerWeightTransferEngine):
             try:
                 with _on_all_ranks():
                     open_updates.close()  # which commits one after the other
-            except BaseException:
-                for each in _committed(begun):
+            except BaseException as error:
+                maybe = _found(begun, version) if isinstance(error, CommitUnknownError) else []
+                for each in _committed(begun) + maybe:
                     with suppress(CompanionError):  # a companion that has died knows nothing any more
                         each.take_back()
                 raise
@@ -257,6 +265,19 @@ def _committed(begun: list[tuple[CompanionClient, EntryStatus, Update | Processe
         for companion, entry, update in begun
         if update.generation
     ]
+
+
+def _found(begun: list[tuple[CompanionClient, EntryStatus, Update | ProcessedUpdate]], version: str) -> list[_Written]:
+    """What was committed though the answer was lost, where a companion still answers."""
+    found: list[_Written] = []
+    for companion, entry, update in begun:
+        with suppress(CompanionError):
+            found += [
+                _Written(companion, entry.key, entry.generation, now.generation)
+                for now in companion.status().entries
+                if now.key.id == entry.key.id and now.version == version and not update.generation
+            ]
+    return found
 
 
 def _described(source: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm.transfer.ranks import together
+from vllm_companion_plugin.engine.vllm.ranks import together
 from vllm_companion_plugin.errors import ArenaError, BadRequestError, LayoutError, NotShareableError
 from vllm_companion_plugin.host.models import model_name
 

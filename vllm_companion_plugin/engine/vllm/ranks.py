@@ -1,7 +1,7 @@
 """All ranks of an engine take a step of an update, or none does.
 
-vLLM notes on each rank whether an update is under way. Were only some of them to fail, the others would go on with it,
-and serve one model of two generations.
+Were only some of them to fail, the others would go on with it, and serve one model of two generations; and vLLM notes
+on each rank whether an update of its own kind is under way.
 """
 
 from __future__ import annotations
