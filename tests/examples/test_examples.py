@@ -26,6 +26,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 RUN_BY = {
     "attach.py": "this file",
     "advance.py": "tests/vllm/test_fleet.py",
+    "tinker_service.py": "tests/vllm/test_training.py",
     "trl_grpo.py": "hand: TRL is no dependency of the tests; tests/vllm/test_fleet.py has what it calls of ours",
 }
 """What runs each program."""
