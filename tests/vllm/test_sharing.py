@@ -30,13 +30,14 @@ def values(worker: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor["value"] for name, tensor in worker["tensors"].items() if not name.endswith(".kv_cache")}
 
 
-def arena_pss_bytes(pid: int) -> tuple[int, int]:
-    """Proportional and private bytes of the arena's mappings in a process."""
+def arena_pss_bytes(pid: int, least_bytes: int = 0) -> tuple[int, int]:
+    """Proportional and private bytes of the arena's mappings in a process; of those with so many bytes at least."""
     pss = private = 0
     inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = "memfd:vllm-companion" in line
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            inside = "memfd:vllm-companion" in line and end - start >= least_bytes
             assert not inside or line.split()[1] == "r--s", line  # read-only and shared
         elif inside and line.startswith("Pss:"):
             pss += int(line.split()[1]) << 10
