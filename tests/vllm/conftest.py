@@ -195,7 +195,9 @@ def start_engine(
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Path:
     """A random Llama with untied embeddings."""
-    return _make(nursery, tmp_path_factory.mktemp("models") / "llama", intermediate_size=256, num_key_value_heads=2)
+    return make_llama(
+        nursery, tmp_path_factory.mktemp("models") / "llama", intermediate_size=256, num_key_value_heads=2
+    )
 
 
 @pytest.fixture(scope="session")
@@ -211,11 +213,11 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llama(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Path:
     """A random Llama whose output layer is its embedding."""
     options = {"num_hidden_layers": 2, "tie_word_embeddings": True}
-    return _make(nursery, tmp_path_factory.mktemp("models") / "tied", **options)
+    return make_llama(nursery, tmp_path_factory.mktemp("models") / "tied", **options)
 
 
-def _make(nursery: Nursery, path: Path, **options: Any) -> Path:
-    """In a fork, so that this process stays small."""
+def make_llama(nursery: Nursery, path: Path, **options: Any) -> Path:
+    """Save a random Llama: in a fork, so that this process stays small."""
     log = path.with_suffix(".log")
     with log.open("w") as file:
         fork = nursery.start(

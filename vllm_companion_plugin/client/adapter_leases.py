@@ -71,11 +71,6 @@ class AdapterLeases:
         self._connections: dict[str, CompanionConnection] = {}
         self._mutex = threading.Lock()
 
-    def has(self, name: str) -> bool:
-        """Whether a companion has an adapter of this name, or will have it as soon as somebody hands it back."""
-        key_id = adapters.key_of(name).id
-        return bool(self._entries(key_id)) or self._is_held(key_id)
-
     def is_current(self, held: AdapterLease) -> bool:
         """Whether a request of this adapter would still get this generation."""
         if held.lease.lost.is_set() or held.lease.error is not None:

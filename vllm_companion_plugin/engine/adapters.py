@@ -54,10 +54,6 @@ class FrontEnd:
         self._numbers: dict[int, Bound] = {}
         self._sent: dict[int, Sent] = {}
 
-    def has(self, name: str) -> bool:
-        """As `AdapterLeases.has`."""
-        return self._leases.has(name)
-
     def serve(self, asked: Asked) -> Served:
         """What a request that comes now is bound to. Raises as `AdapterLeases.lease`."""
         known = self._pinned.get(asked) if asked.generation else self._current.get(asked.name)
@@ -90,10 +86,12 @@ class FrontEnd:
             self._sent[served.number] = Sent(served.bound.name, weakref.ref(served))
             return self._unused(served.bound.name, served.number)
 
-    def removed(self, name: str) -> list[int]:
-        """No companion has this adapter any more: the numbers of those that no request is bound to."""
+    def removed(self, asked: Asked) -> list[int]:
+        """No companion has this any more: the numbers, if it is a whole adapter, that no request is bound to."""
+        if asked.generation:
+            return []
         with self._mutex:
-            return self._unused(name, 0)
+            return self._unused(asked.name, 0)
 
     def _unused(self, name: str, but: int) -> list[int]:
         unused = [

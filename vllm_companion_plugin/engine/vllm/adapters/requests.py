@@ -18,7 +18,7 @@ from typing import Any
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.engine.adapters import FrontEnd, Served
 from vllm_companion_plugin.engine.vllm import naming, patches
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError
 from vllm_companion_plugin.settings import Settings, resolve, resolve_extra_config
 
 _AFTER_PARAMS = 1
@@ -77,8 +77,8 @@ async def serve_async(engine: Any, path: str) -> Served:
         asked = adapters.asked_by(path)
         try:
             await asyncio.to_thread(lambda: found.append(front.serve(asked)))
-        except CompanionError:
-            await _forget_async(engine, [] if front.has(asked.name) else front.removed(asked.name))
+        except EntryNotFoundError:
+            await _forget_async(engine, front.removed(asked))
             raise
     served = found.pop()
     if not front.is_sent(served):
@@ -95,8 +95,8 @@ def serve(engine: Any, path: str) -> Served:
         asked = adapters.asked_by(path)
         try:
             served = front.serve(asked)
-        except CompanionError:
-            for number in [] if front.has(asked.name) else front.removed(asked.name):
+        except EntryNotFoundError:
+            for number in front.removed(asked):
                 engine.engine_core.remove_lora(number)
             raise
     if not front.is_sent(served):

@@ -77,7 +77,7 @@ async def _served_request(engine: Any, name: str) -> Any:
 
 def _is_name(name: str) -> bool:
     try:
-        adapters.asked_by(f"{adapters.SCHEME}{name}")
+        adapters.check_name(name)
     except BadRequestError:
         return False
     return True
