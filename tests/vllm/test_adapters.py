@@ -125,6 +125,7 @@ def test_offline(
     assert ask("mine")["tokens"] == [said(model)]
 
 
+@pytest.mark.slow  # most of it is the start of such an engine; test_transfer.py has one in `make test`
 def test_two_ranks(
     start: Callable[..., Ask], client: CompanionClient, tiny_llama: Path, engine_environment: dict[str, str]
 ) -> None:
