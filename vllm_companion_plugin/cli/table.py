@@ -374,6 +374,7 @@ def generation_json(generation: GenerationStatus) -> dict[str, Any]:
         "version": generation.version or None,
         "is_current": generation.is_current,
         "follows": generation.follows or None,
+        "trained": generation.trained,
         "size_bytes": generation.size_bytes,
         "ready_unix_s": generation.ready_unix_s or None,
         "pids": list(generation.pids),

@@ -89,6 +89,17 @@ class Update:
         """As `Filling.load`."""
         return self._filling.load(weights)
 
+    def commit_trained(self, version: str) -> memory.Arena:
+        """As `commit`, of an arena that this process goes on writing: that arena, which the caller owns."""
+        self.complete()
+        arena = self._writer.seal(trained=True)
+        try:
+            self.generation = self._lease.commit_staged(arena.info, arena.fds, version, self._base)
+        except BaseException:
+            arena.close()
+            raise
+        return arena
+
     def commit(self, version: str) -> int:
         """Publish it as the current generation; its number.
 
@@ -136,6 +147,41 @@ def updating(
         CompanionError: as `Update.commit`.
     """
     check_version(version)
+    with _staged(attachment, settings, base=base, check_finite=check_finite) as update:
+        yield update
+        update.generation = update.commit(version)
+
+
+def begin_training(attachment: Attachment, version: str, settings: Settings) -> memory.Arena:
+    """Make a copy of the current generation current, that this process goes on writing while others map it.
+
+    `attachment` maps the copy afterwards, read-only as anybody: so this process counts as its user, and hands it back.
+
+    Returns:
+        The arena, mapped once more, which may be written to while its `writing` is open. The caller owns it.
+
+    Raises:
+        BadRequestError: no version, or one that cannot be shown.
+        EntryInUseError: another client writes the next generation already.
+        ArenaError: there is no memory for it, or memory of this kind cannot be trained.
+        CompanionError: as `Update.commit`.
+    """
+    check_version(version)
+    with _staged(attachment, settings) as update:
+        arena = update.commit_trained(version)
+    try:
+        attachment.advance(attachment.prepare(update.generation, settings))
+    except BaseException:
+        arena.close()
+        raise
+    return arena
+
+
+@contextlib.contextmanager
+def _staged(
+    attachment: Attachment, settings: Settings, *, base: int = 0, check_finite: bool = False
+) -> Iterator[Update]:
+    """The next generation, that has to be committed inside of `with`; if that raises, nothing of it stays."""
     lease = attachment.current_lease
     try:
         lease.stage(base)  # which may have been heard, whatever it raises
@@ -145,7 +191,6 @@ def updating(
         update = Update(attachment, lease, check_finite=check_finite, base=base)
         try:
             yield update
-            update.generation = update.commit(version)
         finally:
             update.abort()
     except BaseException:
