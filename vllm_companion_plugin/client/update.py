@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -152,13 +152,28 @@ def updating(
         update.generation = update.commit(version)
 
 
-def begin_training(attachment: Attachment, version: str, settings: Settings) -> memory.Arena:
+@dataclass(frozen=True)
+class Owned:
+    """A generation that this process goes on writing.
+
+    Attributes:
+        arena: its memory, mapped once more beside the attachment's; it may be written to while its `writing` is open.
+        generation: its number.
+        before: the number of the one that was current before, of which it is a copy at first.
+    """
+
+    arena: memory.Arena
+    generation: int
+    before: int
+
+
+def begin_training(attachment: Attachment, version: str, settings: Settings) -> Owned:
     """Make a copy of the current generation current, that this process goes on writing while others map it.
 
     `attachment` maps the copy afterwards, read-only as anybody: so this process counts as its user, and hands it back.
 
     Returns:
-        The arena, mapped once more, which may be written to while its `writing` is open. The caller owns it.
+        The copy, whose arena the caller owns.
 
     Raises:
         BadRequestError: no version, or one that cannot be shown.
@@ -168,13 +183,14 @@ def begin_training(attachment: Attachment, version: str, settings: Settings) -> 
     """
     check_version(version)
     with _staged(attachment, settings) as update:
+        before = attachment.generation
         arena = update.commit_trained(version)
     try:
         attachment.advance(attachment.prepare(update.generation, settings))
     except BaseException:
         arena.close()
         raise
-    return arena
+    return Owned(arena, update.generation, before)
 
 
 @contextlib.contextmanager
