@@ -93,7 +93,7 @@ def statuses() -> CompanionStatus:
     """
     now = time.time()
     written = generations(1, 5, 6, pids={1: (4712,), 6: (4711,)})
-    trained = generations(1, 2, pids={2: (4713, 4717)})
+    trained = generations(1, 2, pids={2: (4717,)})
     trained["generations"] = (trained["generations"][0], replace(trained["generations"][1], trained=True))
     sleeps = LeaseStatus(4716, "vLLM 0.33.0", LeaseState.ASLEEP, now - 60)
     loader = LoaderInfo(5120, "vLLM 0.33.0", now - 754, Progress("loading", 6 << 30, 15 << 30), now)
@@ -102,8 +102,8 @@ def statuses() -> CompanionStatus:
         *("cpu", 4102, "0.1.0", PROTOCOL_VERSION, 1_760_000_000.0, 600.0, 0.0),
         (
             entry("3f2a91c0", "Qwen/Qwen3-8B", 4711, 4712, **written),
-            entry("9b1c22d0", "Qwen/Qwen3-8B", 4713, 4717, fields={"dtype": "float16"}, **trained),
-            entry("3f2a91c1", "Qwen/Qwen3-8B", fields={"dtype": "bfloat16", "variant": "scale is 5"}),
+            entry("9b1c22d0", "Qwen/Qwen3-8B", 4713, fields={"dtype": "float16"}),
+            entry("3f2a91c1", "Qwen/Qwen3-8B", 4717, fields={"dtype": "bfloat16", "variant": "scale is 5"}, **trained),
             entry("b81e07aa", LONG, *range(6000, 6009), rank="tp0/2"),
             entry("c0ffee00", "/models/a/llama", expires_at_unix_s=now + 11_250),
             entry(
