@@ -106,6 +106,8 @@ from tests.contract.test_trained import again, trained
 memory = Memory("memfd")
 arena = trained(memory, b"weights")
 target = again(memory, arena) if sys.argv[1] == "reader" else arena
+if sys.argv[1] == "early":
+    ctypes.memmove(arena.address, b"x", 1)
 with arena.writing():
     ctypes.memmove(arena.address, b"x", 1)
     if sys.argv[1] == "reader":
@@ -115,7 +117,7 @@ ctypes.memmove(target.address, b"y", 1)
 """
 
 
-@pytest.mark.parametrize(("who", "said"), [("owner", "written\n"), ("reader", "")])
+@pytest.mark.parametrize(("who", "said"), [("owner", "written\n"), ("early", ""), ("reader", "")])
 def test_a_write_outside_of_writing_or_by_a_reader_kills_the_writer(who: str, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", WRITE, who], timeout=30, stdout=subprocess.PIPE, text=True)
     assert (done.stdout, done.returncode) == (said, -signal.SIGSEGV)

@@ -15,7 +15,8 @@ from vllm_companion_plugin.training import trained
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 OPTIONS = {
-    "prompts": [[*range(1, 40)], [9, 8, 7]],
+    "prompts": [[*range(1, 100)], [9, 8, 7]],
+    "block_size": 32,  # a prompt fills some, of which the prefix cache is made
     "skip_tokenizer_init": True,
     "enable_prefix_caching": True,
 }
