@@ -11,13 +11,15 @@ import torch
 from tests.support.place import Place, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.attachment import Attachment, tensors_by_name
 from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.client.update import begin_training
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.session import EngineSession
 from vllm_companion_plugin.engine.switching import Switch
-from vllm_companion_plugin.errors import ArenaError, EntryNotFoundError
+from vllm_companion_plugin.errors import ArenaError, EntryNotFoundError, LayoutError
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
 MODEL = "test/model"
 FIRST, SECOND = 1, 2
@@ -173,3 +175,32 @@ def test_who_goes_back_follows_no_more_than_before(client: CompanionClient, plac
         assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
         for model in models:
             model.attachment.close()
+
+
+def test_what_is_private_is_renewed_when_what_is_mapped_was_written_in_place(client: CompanionClient) -> None:
+    """The generation is the same, and its bytes are others."""
+    with client.attach(MODEL) as mine:
+        owned = begin_training(mine, "run", client.settings)
+        models = [LiveModel(client.attach(MODEL), client.settings, load=never) for _ in range(2)]
+        clones = []
+        for model in models:
+            embedding = model.attachment.tensors["embed.weight"]
+            offset = embedding.data_ptr() - model.attachment.arena.address
+            clones.append(embedding.view(torch.uint8).flatten().clone())
+            model.attachment.keep_private([(offset, clones[-1])])
+        views = ArenaViews(owned.arena, mine.size_bytes, mine.device)
+        with owned.arena.writing():
+            tensors_by_name(mine.manifest, views)["embed.weight"].fill_(5)
+        assert values(models) == [5, 5]
+        assert [clone.view(torch.bfloat16)[0] for clone in clones] == [1, 1]
+        switch = Switch(models, {})
+        assert switch.carry_out(keep_ways_back=True) == {f"{MODEL} (target)": owned.generation}
+        assert [clone.view(torch.bfloat16)[0] for clone in clones] == [5, 5]
+        switch.go_back()
+        assert numbers(models) == [owned.generation] * 2
+        models[0].attachment.fix("its kernels use copies")
+        with pytest.raises(LayoutError, match="its kernels use copies"):
+            Switch(models, {})
+        for model in models:
+            model.attachment.close()
+        owned.arena.close()

@@ -91,10 +91,12 @@ def generations(*numbers: int, pids: Mapping[int, tuple[int, ...]]) -> dict[str,
 def statuses() -> CompanionStatus:
     """Two loads of one model, equal ends, a rank, a draft, a variant, Unicode, a long path, a load, one unloaded.
 
-    One has what a trainer wrote, and one that sleeps, too; one is an adapter.
+    One has what a trainer wrote, one what a trainer writes in place, and one sleeps; one is an adapter.
     """
     now = time.time()
     written = generations(1, 5, 6, pids={1: (4712,), 6: (4711,)})
+    trained = generations(1, 2, pids={2: (4717,)})
+    trained["generations"] = (trained["generations"][0], replace(trained["generations"][1], trained=True))
     sleeps = LeaseStatus(4716, "vLLM 0.33.0", LeaseState.ASLEEP, now - 60)
     loader = LoaderInfo(5120, "vLLM 0.33.0", now - 754, Progress("loading", 6 << 30, 15 << 30), now)
     trainer = LeaseStatus(4717, "trainer", LeaseState.ATTACHED, now - 60)
@@ -105,7 +107,7 @@ def statuses() -> CompanionStatus:
         (
             entry("3f2a91c0", "Qwen/Qwen3-8B", 4711, 4712, **written),
             entry("9b1c22d0", "Qwen/Qwen3-8B", 4713, fields={"dtype": "float16"}),
-            entry("3f2a91c1", "Qwen/Qwen3-8B", fields={"dtype": "bfloat16", "variant": "scale is 5"}),
+            entry("3f2a91c1", "Qwen/Qwen3-8B", 4717, fields={"dtype": "bfloat16", "variant": "scale is 5"}, **trained),
             entry("b81e07aa", LONG, *range(6000, 6009), rank="tp0/2"),
             entry(
                 *("ada97e00", "team/my-adapter"),

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin import CompanionClient, CompanionError
-from vllm_companion_plugin.client.attachment import Attachment, Prepared
+from vllm_companion_plugin.client.attachment import Attachment, Prepared, tensors_by_name
 from vllm_companion_plugin.client.connection import Granted, Lease, connect
+from vllm_companion_plugin.client.update import Owned, begin_training
 from vllm_companion_plugin.core.residency import WhenAsleep
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
 MODEL = "test/model"
 SHAPES = {"embed.weight": (64, 16), "turned": (3, 6), "quantized": (8,), "steps": (5,)}
@@ -50,6 +52,7 @@ class Child:
         self.client = client
         self.attachment: Attachment
         self.prepared: Prepared
+        self.owned: Owned
         self.begun = contextlib.ExitStack()
 
     def tell(self, do: str, **options: Any) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Child:
             "version": held.published.version,
             "digests": digests(self.attachment.tensors),
             "address": self.attachment.arena.address,
+            "is_stale": self.attachment.is_stale,
         }
 
     def open(self) -> dict[str, Any]:
@@ -90,6 +94,43 @@ class Child:
 
     def finish(self) -> dict[str, Any]:
         self.begun.close()
+        return {}
+
+    def own(self, version: str) -> dict[str, Any]:
+        """Train in place, from what is current on."""
+        attachment = self.client.attach(MODEL, name="trainer")
+        self.attachment = self.begun.enter_context(attachment)
+        self.owned = begin_training(attachment, version, self.client.settings)
+        return self.look()
+
+    def step(self, step: int, only: list[str] | None = None) -> dict[str, Any]:
+        """Write all values of a step, or some of them, in place."""
+        views = ArenaViews(self.owned.arena, self.attachment.size_bytes, self.attachment.device)
+        mine = tensors_by_name(self.attachment.manifest, views)
+        with self.owned.arena.writing():
+            for name, tensor in values(step).items():
+                if only is None or name in only:
+                    mine[name].copy_(tensor)
+        return self.look()
+
+    def leave(self) -> dict[str, Any]:
+        """Own nothing any more."""
+        self.owned.arena.close()
+        self.begun.close()
+        return {}
+
+    def rights(self) -> dict[str, Any]:
+        """What this process may do to each arena that it maps."""
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {"rights": sorted(line.split()[1] for line in lines if "memfd:vllm-companion" in line)}
+
+    def verify(self) -> dict[str, Any]:
+        views = self.attachment.views()
+        said = self.attachment.verification(views, "full").check(self.attachment.manifest, "it")
+        return {"said": said}
+
+    def privatize(self) -> dict[str, Any]:
+        self.attachment.privatize(None)
         return {}
 
     def prepare(self, to: int = 0) -> dict[str, Any]:

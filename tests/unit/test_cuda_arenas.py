@@ -123,6 +123,23 @@ def fill(kind: str, keeper: Keeper | None = None) -> None:
     arena.close()
 
 
+def train_vmm() -> None:
+    """Its owner writes, and after an error may try again."""
+    writer = arenas.create(arenas.CUDA_VMM, BLOCK, DEVICE, None)
+    try:
+        writer.add_block(BLOCK)
+        arena = writer.seal(trained=True)
+    except ArenaError:
+        writer.abort()
+        raise
+    with contextlib.closing(arena):
+        assert arena.info.trained
+        with arena.writing():
+            assert arena.mapping.is_mapped
+        with arena.writing():
+            assert arena.mapping.is_mapped
+
+
 def fill_keepers() -> None:
     ends: list[socket.socket] = []
 
@@ -209,6 +226,7 @@ def keep() -> None:
 SCENARIOS: dict[str, Callable[[], None]] = {
     "fill vmm": lambda: fill(arenas.CUDA_VMM),
     "fill ipc": fill_keepers,
+    "train vmm": train_vmm,
     "map vmm": map_vmm,
     "change vmm": change_vmm,
     "privatize vmm": privatize_vmm,

@@ -30,8 +30,8 @@ class Rollout:
         faults: by the name of a call: what it raises, or what it answers in place of the truth.
     """
 
-    def __init__(self, plan: Plan = PLAN, **faults: Any) -> None:
-        self.plan, self.faults, self.told = plan, faults, list[str]()
+    def __init__(self, plan: Plan = PLAN, title: str = TITLE, **faults: Any) -> None:
+        self.plan, self.title, self.faults, self.told = plan, title, faults, list[str]()
         self.is_paused = False
         self.label = ""
 
@@ -47,7 +47,7 @@ class Rollout:
 
     def collective_rpc(self, method: str, timeout: float | None = None, kwargs: Any = None) -> Any:
         assert timeout is None
-        truth = plans_answer({TITLE: self.plan}) if method == "companion_prepare" else done_answer()
+        truth = plans_answer({self.title: self.plan}) if method == "companion_prepare" else done_answer()
         return self._do(method.removeprefix("companion_"), [truth, truth])
 
     def sleep(self, level: int, mode: str) -> None:

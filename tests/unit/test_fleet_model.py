@@ -116,9 +116,43 @@ def test_whatever_fails_the_rest_has_one_version_and_answers_requests(fleet: lis
         assert not any(engine.has_new or engine.is_torn for engine in fleet)
 
 
-def steps_of(count: int, failing: dict[tuple[int, Step], Answer]) -> tuple[list[Step], Course]:
+writes = st.sampled_from([Answer.DONE, Answer.SILENT, Answer.REFUSED])
+
+
+@given(st.lists(engines, min_size=1, max_size=4), writes)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_what_is_written_in_place_is_seen_by_engines_that_are_paused_and_by_no_others(
+    fleet: list[Engine], write: Answer
+) -> None:
+    """The caller's step is one for all. Who is said to have old weights was not written to; nobody is left paused."""
+    course = Course(len(fleet), writes=True)
+    is_written = False
+    while (orders := course.orders()) is not None:
+        step, numbers = orders
+        if step is not Step.WRITE:
+            course.told({number: fleet[number].carry_out(step) for number in numbers})
+            continue
+        assert all(engine.is_paused for engine in fleet if not engine.is_dead), "nobody reads what is written"
+        assert numbers == [number for number, engine in enumerate(fleet) if not engine.is_dead]
+        is_written = write is not Answer.REFUSED
+        course.told(dict.fromkeys(numbers, write))
+
+    for engine, member in zip(fleet, course.members, strict=True):
+        if engine.is_dead:
+            continue
+        if member.weights is Weights.NEW:
+            assert (engine.has_new, engine.is_torn, write) == (True, False, Answer.DONE)
+        assert (member.weights is Weights.OLD) == (not is_written)
+        assert Step.BACK not in engine.told, "there is nothing to go back to"
+        assert member.may_be_paused or not engine.is_paused, "nobody is left paused unknown to the caller"
+        assert engine.told[-1] is Step.FORGET, "no memory is kept"
+
+
+def steps_of(
+    count: int, failing: dict[tuple[int, Step], Answer], *, writing: bool = False
+) -> tuple[list[Step], Course]:
     """The steps that engines take of which some fail, each time."""
-    course, steps = Course(count), []
+    course, steps = Course(count, writes=writing), []
     while (orders := course.orders()) is not None:
         step, numbers = orders
         steps.append(step)
@@ -156,12 +190,21 @@ class TestCourse:
             assert steps[2:] == [Step.SWITCH, Step.BACK, Step.RESUME, Step.FORGET]
             assert all(member.weights is Weights.OLD for member in course.members)
 
+    def test_written(self) -> None:
+        """In place: the write comes after the pause, and an engine that fails then sends nobody back."""
+        steps, course = steps_of(2, {}, writing=True)
+        assert steps[:4] == [Step.PREPARE, Step.PAUSE, Step.WRITE, Step.SWITCH]
+        steps, course = steps_of(2, {(1, Step.SWITCH): Answer.REFUSED}, writing=True)
+        assert steps[3:] == [Step.SWITCH, Step.RESUME, Step.FORGET]
+        assert [member.weights for member in course.members] == [Weights.NEW, Weights.UNKNOWN]
+
     def test_all_gone(self) -> None:
         """There is nobody left to tell anything."""
         failing = {(0, step): Answer.GONE for step in (Step.PAUSE, Step.RESUME)}
-        steps, course = steps_of(1, failing)
-        assert steps == [Step.PREPARE, Step.PAUSE, *[Step.RESUME] * RESUME_TRIES]
-        assert course.members[0].is_gone
+        for writing in (False, True):
+            steps, course = steps_of(1, failing, writing=writing)
+            assert steps == [Step.PREPARE, Step.PAUSE, *[Step.RESUME] * RESUME_TRIES]
+            assert course.members[0].is_gone
 
     def test_out_of_reach(self) -> None:
         """One that cannot be reached in the pause, and lives, is told to resume; what it has is said, if known."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.manifests import change, set_field
-from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.arena import ARENA_CHECKSUM, ArenaInfo, Checksums
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import (
     NOTHING_OBSERVED,
@@ -246,14 +246,16 @@ def test_status_survives_the_wire() -> None:
 
 def test_arena_and_handle_survive_the_wire() -> None:
     arena = ArenaInfo("cuda_vmm", (1 << 21, 1 << 36))
+    trained = dataclasses.replace(arena, trained=True)
+    assert codec.arena_from_message(codec.arena_to_message(trained)) == (trained, b"")
     assert codec.arena_from_message(codec.arena_to_message(arena, b"ticket")) == (arena, b"ticket")
 
 
 @pytest.mark.parametrize(
     "arena",
     [ArenaInfo("tape", (1,)), ArenaInfo("memfd", ()), ArenaInfo("memfd", (1, 0)), ArenaInfo("memfd", (1,) * 4097),
-     ArenaInfo("memfd", (1 << 51,))],
-    ids=["unknown-kind", "no-block", "empty-block", "too-many-blocks", "too-large"],
+     ArenaInfo("memfd", (1 << 51,)), ArenaInfo("memfd", (4096,), Checksums(ARENA_CHECKSUM, (1,)), trained=True)],
+    ids=["unknown-kind", "no-block", "empty-block", "too-many-blocks", "too-large", "trained-with-checksums"],
 )  # fmt: skip
 def test_an_impossible_arena_is_refused(arena: ArenaInfo) -> None:
     with pytest.raises(BadRequestError):

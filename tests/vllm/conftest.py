@@ -70,6 +70,13 @@ class Engine:
         """The same, as a fleet of one engine in the process of who asks."""
         return self._ask(json.dumps({"fleet": generations or {}}))
 
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the engine. Raises `RuntimeError` with what it raises."""
+        answer = self._ask(json.dumps({"call": name, "args": args, "kwargs": kwargs}))
+        if "raised" in answer:
+            raise RuntimeError(answer["raised"])
+        return answer["returned"]
+
     def _ask(self, line: str) -> dict[str, Any]:
         self.result()
         assert self.process.stdin is not None

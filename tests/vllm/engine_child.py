@@ -2,8 +2,8 @@
 
 Reads a JSON object of options from argv, prints "RESULT {...}", and the tokens once more for each line of standard
 input, until that closes: the parent can look at a living engine. A line that is not empty is a JSON object of
-generations by model, to which the engine advances before. The model runs in worker
-processes of vLLM's own; `describe` and `reference` are sent there.
+generations by model, to which the engine advances before; or of a method of the engine to call, with what it is given.
+The model runs in worker processes of vLLM's own; `describe` and `reference` are sent there.
 """
 
 from __future__ import annotations
@@ -83,6 +83,15 @@ def reference(worker) -> dict:
     return describe(types.SimpleNamespace(model_runner=types.SimpleNamespace(model=model)))
 
 
+def called(llm, call: str, args: list, kwargs: dict) -> dict:
+    """What a method says, also one of the engine inside; or what it raises."""
+    try:
+        method = getattr(llm, call, None) or getattr(llm.llm_engine, call)
+        return {"returned": method(*args, **kwargs)}
+    except Exception as error:
+        return {"raised": f"{type(error).__name__}: {error}"}
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     prompts = options.pop("prompts", None)
@@ -116,6 +125,9 @@ def main() -> None:
         answer = {}
         if line.strip():
             asked = json.loads(line)
+            if "call" in asked:
+                print("RESULT " + json.dumps(called(llm, **asked)), flush=True)
+                continue
             if "fleet" in asked:
                 answer["advanced"] = str(advance([llm], asked["fleet"]))
             else:

@@ -63,9 +63,12 @@ def _row(entry: EntryStatus, generation: GenerationStatus, now: float) -> tuple[
 
 
 def _state(entry: EntryStatus, generation: GenerationStatus) -> str:
-    """Say what a generation is for clients: what they get, what a rollback would give them, or neither."""
+    """Say what a generation is for clients: what they get, what a rollback would give them, or neither.
+
+    What they get is "trained" if its owner goes on writing it.
+    """
     if generation.is_current:
-        return "current"
+        return "trained" if generation.trained else "current"
     return "before" if generation.number == current_of(entry).follows else "held"
 
 

@@ -225,7 +225,8 @@ def _generations_text(entry: EntryStatus) -> str:
     writers = [str(lease.pid) for lease in entry.leases if lease.state is LeaseState.WRITING]
     if entry.state in (EntryState.LOADING, EntryState.RETIRED) or not (others or writers or entry.version):
         return ""
-    texts = [f"generation {generation_name(entry.generation, entry.version)} is current"]
+    trained = " and trained in place" if any(each.is_current and each.trained for each in entry.generations) else ""
+    texts = [f"generation {generation_name(entry.generation, entry.version)} is current{trained}"]
     for each in others:
         pids = f"used by {' '.join(map(str, each.pids))}" if each.pids else "kept"
         texts.append(f"{generation_name(each.number, each.version)} is {pids}")
@@ -374,6 +375,7 @@ def generation_json(generation: GenerationStatus) -> dict[str, Any]:
         "version": generation.version or None,
         "is_current": generation.is_current,
         "follows": generation.follows or None,
+        "trained": generation.trained,
         "size_bytes": generation.size_bytes,
         "ready_unix_s": generation.ready_unix_s or None,
         "pids": list(generation.pids),

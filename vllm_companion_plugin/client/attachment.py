@@ -416,7 +416,7 @@ class Attachment:
                 raise
             self.held, self.lease, self._mirror = replace(held, fds=self.arena.fds), lease, mirror
             self._asleep = False
-            self.is_stale |= held.generation != generation
+            self.is_stale |= held.generation != generation or held.arena.trained
             if self._sleeper is not None:
                 self._sleeper.close()
                 self._sleeper = None
@@ -503,11 +503,11 @@ class Attachment:
         ready = self.current_lease.generation(number, self.held.manifest)
         if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
             raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
-        if self._fixed and ready.generation != self.generation:
+        if self._fixed and (ready.generation != self.generation or ready.arena.trained):
             raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
         fds = ready.redeem()
         try:
-            if settings.verify != "off":
+            if settings.verify != "off" and not ready.arena.trained:
                 label = f"{self.label}, generation {ready.generation},"
                 with contextlib.closing(arenas.open_arena(ready.arena, fds.dup(), self.device.index)) as arena:
                     views = ArenaViews(arena, ready.arena.size_bytes, self.device)

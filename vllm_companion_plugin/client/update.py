@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,6 +89,17 @@ class Update:
         """As `Filling.load`."""
         return self._filling.load(weights)
 
+    def commit_trained(self, version: str) -> memory.Arena:
+        """As `commit`, of an arena that this process goes on writing: that arena, which the caller owns."""
+        self.complete()
+        arena = self._writer.seal(trained=True)
+        try:
+            self.generation = self._lease.commit_staged(arena.info, arena.fds, version, self._base)
+        except BaseException:
+            arena.close()
+            raise
+        return arena
+
     def commit(self, version: str) -> int:
         """Publish it as the current generation; its number.
 
@@ -137,6 +148,57 @@ def updating(
         CompanionError: as `Update.commit`.
     """
     check_version(version)
+    with _staged(attachment, settings, base=base, check_finite=check_finite) as update:
+        yield update
+        update.generation = update.commit(version)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A generation that this process goes on writing.
+
+    Attributes:
+        arena: its memory, mapped once more beside the attachment's; it may be written to while its `writing` is open.
+        generation: its number.
+        before: the number of the one that was current before, of which it is a copy at first.
+    """
+
+    arena: memory.Arena
+    generation: int
+    before: int
+
+
+def begin_training(attachment: Attachment, version: str, settings: Settings) -> Owned:
+    """Make a copy of the current generation current, that this process goes on writing while others map it.
+
+    `attachment` maps the copy afterwards, read-only as anybody: so this process counts as its user, and hands it back.
+
+    Returns:
+        The copy, whose arena the caller owns.
+
+    Raises:
+        BadRequestError: no version, or one that cannot be shown.
+        EntryInUseError: another client writes the next generation already.
+        ArenaError: there is no memory for it, or memory of this kind cannot be trained.
+        CompanionError: as `Update.commit`.
+    """
+    check_version(version)
+    with _staged(attachment, settings) as update:
+        before = attachment.generation
+        arena = update.commit_trained(version)
+    try:
+        attachment.advance(attachment.prepare(update.generation, settings))
+    except BaseException:
+        arena.close()
+        raise
+    return Owned(arena, update.generation, before)
+
+
+@contextlib.contextmanager
+def _staged(
+    attachment: Attachment, settings: Settings, *, base: int = 0, check_finite: bool = False
+) -> Iterator[Update]:
+    """The next generation, that has to be committed inside of `with`; if that raises, nothing of it stays."""
     lease = attachment.current_lease
     try:
         lease.stage(base)  # which may have been heard, whatever it raises
@@ -146,7 +208,6 @@ def updating(
         update = Update(attachment, lease, check_finite=check_finite, base=base)
         try:
             yield update
-            update.generation = update.commit(version)
         finally:
             update.abort()
     except BaseException:

@@ -35,11 +35,13 @@ class ArenaInfo:
     Attributes:
         kind: of memory, a name in `memory.kinds.KINDS`.
         block_sizes: bytes of each allocation, in address order. Each allocation has one descriptor.
+        trained: whether one process, its owner, goes on writing while others map it. It has no checksums then.
     """
 
     kind: str
     block_sizes: tuple[int, ...]
     checksums: Checksums = Checksums()
+    trained: bool = False
 
     @property
     def size_bytes(self) -> int:

@@ -103,6 +103,7 @@ class GenerationStatus:
         version: as of `Published`.
         pids: of the clients that map it.
         follows: the number of the one that was current when it was written; 0: none, or none that is known.
+        trained: whether its owner goes on writing it.
     """
 
     number: int
@@ -112,6 +113,7 @@ class GenerationStatus:
     is_current: bool
     pids: tuple[int, ...]
     follows: int = 0
+    trained: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class Switch:
     def carry_out(self, confirm: Callable[[], None] | None = None, *, keep_ways_back: bool = False) -> dict[str, int]:
         """Map all of them. Nothing may use the models meanwhile.
 
+        A generation that is trained, and mapped already, has other bytes by now: what is private is renewed.
+
         What was computed with the weights of before (prefix cache) is the caller's to reset.
 
         Args:
@@ -77,6 +79,7 @@ class Switch:
             CompanionError: one of them cannot be mapped. Those before it are as they were, and this is closed.
         """
         steps = [each for each in self._steps if each[1].generation != each[0].attachment.generation]
+        written = [model for model, new in self._steps if (model, new) not in steps and new.held.arena.trained]
         with ExitStack() as unused, ExitStack() as undo:
             unused.callback(self.close)
             for model, prepared in steps:
@@ -84,6 +87,8 @@ class Switch:
                 self._ways_back.append((model, back))
                 undo.callback(_go_back, model, back)
                 _advance(model, prepared)
+            for model in written:
+                model.attachment.renew()
             if confirm is not None:
                 confirm()
             undo.pop_all()

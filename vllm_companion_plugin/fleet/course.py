@@ -4,11 +4,16 @@ All engines take each step at the same time, and the next step begins when each 
 
     prepare -> pause -> switch -> label -> resume -> forget
 
+With weights that the caller writes in place, he does so after the pause, and engines switch to the same generation, by
+renewing what they keep of it. Nobody can go back then:
+
+    prepare -> pause -> write -> switch -> label -> resume -> forget
+
 - If one cannot be prepared nobody is paused: all forget.
 - An engine that is gone leaves the fleet at any step, and the others go on. It may be one that merely could not be
   reached, so if it was told to pause it is told to resume with the others; if it answers then, it is there again.
 - If one that lives cannot be paused nobody switches: all resume.
-- If one that lives has not switched, as far as it says, all that live go back.
+- If one that lives has not switched, as far as it says, all that live go back; what was written in place stays.
 - Whoever may be paused is told to resume, and told again if it does not answer so.
 
 After the last step an engine that answered has known weights. What one has that was silent, or gone for a while, is
@@ -26,10 +31,11 @@ RESUME_TRIES = 3
 
 
 class Step(Enum):
-    """What an engine is told."""
+    """What an engine is told; WRITE is the caller's own step, whose end is the same for all."""
 
     PREPARE = "prepare"
     PAUSE = "pause"
+    WRITE = "be written to"
     SWITCH = "switch"
     BACK = "go back"
     LABEL = "set its weight version"
@@ -75,11 +81,15 @@ class Member:
 class Course:
     """The steps of `count` engines, which are called by their numbers.
 
+    Args:
+        writes: whether the caller writes in place what they map.
+
     Attributes:
         members: what is known of each, by number.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, writes: bool = False) -> None:
+        self._writes = writes
         self.members = [Member() for _ in range(count)]
         self._step: Step | None = Step.PREPARE
         self._tries = 0
@@ -113,9 +123,15 @@ class Course:
             case Step.PREPARE:
                 return Step.FORGET if has_failed or Answer.GONE in answers.values() else Step.PAUSE
             case Step.PAUSE:
+                if has_failed:
+                    return Step.RESUME
+                return Step.WRITE if self._writes else Step.SWITCH
+            case Step.WRITE:
                 return Step.RESUME if has_failed else Step.SWITCH
             case Step.SWITCH:
-                return Step.BACK if has_failed else Step.LABEL
+                if has_failed:
+                    return Step.RESUME if self._writes else Step.BACK
+                return Step.LABEL
             case Step.BACK | Step.LABEL:
                 return Step.RESUME
             case Step.RESUME:
@@ -131,6 +147,8 @@ def _note(member: Member, step: Step, answer: Answer) -> None:
     match step:
         case Step.PAUSE:  # one that refuses may be paused all the same: its caches may not have been reset
             member.may_be_paused = True
+        case Step.WRITE:  # until it has switched, what is private to it is of before
+            member.weights = Weights.OLD if answer is Answer.REFUSED else Weights.UNKNOWN
         case Step.SWITCH:  # some ranks of one that refuses may have switched
             member.weights = Weights.NEW if done else Weights.UNKNOWN
         case Step.BACK:

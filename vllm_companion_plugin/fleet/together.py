@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_companion_plugin.core.plans import Plan
-from vllm_companion_plugin.errors import SettingsError
+from vllm_companion_plugin.errors import FleetError, SettingsError
 from vllm_companion_plugin.fleet.course import Answer, Course, Member, Step, Weights
 from vllm_companion_plugin.fleet.engines import Engine, NotDone, engine_of
 from vllm_companion_plugin.fleet.report import EngineReport, FleetReport
@@ -81,9 +83,84 @@ def _advance(
         raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
     known = [engine_of(engine, loop) for engine in engines]
     round_ = _Round(known, generations or {}, clear_caches, prepare_timeout_s, timeout_s)
-    report = round_.run()
+    round_.run()
+    report = round_.report()
     report.check()
     return report
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A generation that the caller writes while engines map it.
+
+    Attributes:
+        name: of its model, as `advance` takes it.
+        title: the model and role by which engines call it, e.g. "org/model (target)".
+        generation: its number.
+        label: the `weight_version` of outputs from now on.
+    """
+
+    name: str
+    title: str
+    generation: int
+    label: str
+
+
+@dataclass
+class Written:
+    """What became of a fleet whose weights were written in place; `report` is there after the end."""
+
+    report: FleetReport | None = None
+
+
+@contextlib.contextmanager
+def writing(
+    engines: Sequence[Any],
+    target: InPlace,
+    *,
+    prepare_timeout_s: float = PREPARE_TIMEOUT_S,
+    timeout_s: float = TIMEOUT_S,
+) -> Iterator[Written]:
+    """While open, all engines are paused, and the caller writes what they map; they resume with it at the end.
+
+    Their caches are reset in the pause, as of `advance`. There is no way back from what was written.
+
+    Args:
+        engines: as of `advance`, at least one; all of them map the generation of `target`.
+
+    Raises:
+        FleetError: one of them cannot be prepared or paused, or maps another generation: the body of `with` has not
+            run, and they go on with what they have. Or an engine or the body failed later. All that answer run, and
+            `report` says what each has.
+        SettingsError: as `advance`.
+    """
+    if isinstance(engines, str) or not engines:
+        raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
+    known = [engine_of(engine, None) for engine in engines]
+    round_ = _Round(known, {target.name: target.generation}, True, prepare_timeout_s, timeout_s, target)
+    if not round_.run(until=Step.WRITE):
+        report = round_.report()
+        report.check()
+        raise FleetError(f"No engine is there any more. {report}.", report=report)
+    written = Written()
+    try:
+        yield written
+    except BaseException as error:
+        round_.end_write(Answer.SILENT)
+        round_.run()
+        written.report = round_.report()
+        if isinstance(error, Exception):
+            raise FleetError(
+                f"A step ended in the middle ({type(error).__name__}: {error}), so its weights may be partly new. "
+                f"{written.report}.",
+                remedy="Write all of them in another step, or advance to a generation that was kept.",
+                report=written.report,
+            ) from error
+        raise
+    round_.end_write(Answer.DONE)
+    round_.run()
+    written.report = round_.report()
+    written.report.check()
 
 
 class _Round:
@@ -96,27 +173,37 @@ class _Round:
         clear_caches: bool,
         prepare_timeout_s: float,
         timeout_s: float,
+        in_place: InPlace | None = None,
     ) -> None:
         self._engines = engines
+        self._in_place = in_place
         self._generations = generations
         self._clear_caches = clear_caches
         self._prepare_timeout_s = prepare_timeout_s
         self._timeout_s = timeout_s
-        self._course = Course(len(engines))
+        self._course = Course(len(engines), writes=in_place is not None)
         self._plans: dict[int, list[dict[str, Plan]]] = {}
         self._failures: list[list[str]] = [[] for _ in engines]
         self._paused_at: dict[int, float] = {}
         self._paused_s = [0.0] * len(engines)
         self._prepare_s = 0.0
 
-    def run(self) -> FleetReport:
-        """Take all steps. Whoever interrupts this is heard when no engine is paused any more."""
+    def run(self, until: Step | None = None) -> bool:
+        """Take all steps, or those before `until`; whether that is the next one.
+
+        Whoever interrupts this is heard when no engine is paused any more.
+        """
         interruption: BaseException | None = None
         began = time.monotonic()
         before: Step | None = None
         with ThreadPoolExecutor(len(self._engines), "companion-fleet") as threads:
             while (orders := self._course.orders()) is not None:
                 step, numbers = orders
+                if step is until:
+                    if interruption is None:
+                        return True
+                    self.end_write(Answer.REFUSED)
+                    continue
                 answers = dict.fromkeys(numbers, Answer.SILENT)
                 try:
                     if step is before:
@@ -130,7 +217,13 @@ class _Round:
                 before = step
         if interruption is not None:
             raise interruption
-        return self._report()
+        return False
+
+    def end_write(self, answer: Answer) -> None:
+        """The caller has written in place (DONE), has begun to (SILENT), or will not (REFUSED)."""
+        orders = self._course.orders()
+        assert orders is not None
+        self._course.told(dict.fromkeys(orders[1], answer))
 
     def _take(self, step: Step, numbers: list[int], answers: dict[int, Answer], threads: ThreadPoolExecutor) -> None:
         """Have these engines take a step; `answers` has what they said, also if somebody interrupts this."""
@@ -155,7 +248,8 @@ class _Round:
                 case Step.PAUSE:
                     engine.pause(self._timeout_s, clear_caches=self._clear_caches)
                 case Step.LABEL:
-                    engine.label(_version(self._plans[number]) or UNNAMED, self._timeout_s)
+                    label = self._in_place.label if self._in_place else _version(self._plans[number]) or UNNAMED
+                    engine.label(label, self._timeout_s)
                 case Step.RESUME:
                     engine.resume(self._timeout_s)
                     self._paused_s[number] = time.monotonic() - self._paused_at[number]
@@ -171,6 +265,8 @@ class _Round:
 
         A trainer may have written the next ones between the answers of two engines.
         """
+        if self._in_place is not None:
+            self._check_mapped(self._in_place, answers)
         ready = [number for number, answer in answers.items() if answer is Answer.DONE]
         for number in ready:
             for plans in self._plans[number]:
@@ -183,7 +279,19 @@ class _Round:
                             f"{self._engines[ready[0]].name} {first.version or 'the checkpoint'}"
                         )
 
-    def _report(self) -> FleetReport:
+    def _check_mapped(self, target: InPlace, answers: dict[int, Answer]) -> None:
+        """Refuse in the name of an engine that does not map what is about to be written."""
+        for number in [number for number, answer in answers.items() if answer is Answer.DONE]:
+            mapped = {plans[target.title].before for plans in self._plans[number] if target.title in plans}
+            if mapped != {target.generation}:
+                shown = f"generation {', '.join(map(str, sorted(mapped)))}" if mapped else "nothing"
+                answers[number] = Answer.REFUSED
+                self._failures[number].append(
+                    f"it maps {shown} of {target.title}, and not {target.generation}, which is written; advance it"
+                )
+
+    def report(self) -> FleetReport:
+        """What each engine has."""
         reports = tuple(map(self._report_of, range(len(self._engines)), self._course.members))
         version = _version(self._plans[min(self._plans)]) if self._plans else None
         return FleetReport(reports, version, self._prepare_s)

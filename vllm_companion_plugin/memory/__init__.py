@@ -2,7 +2,8 @@
 
 An arena is one contiguous range of memory, mapped read-only by every process but its writer. It is made of blocks,
 one file descriptor each, mapped one behind the other. A writer fills blocks in order and seals them; from then on
-nobody writes. All kinds are used through the functions below, so everything but the driver calls runs anywhere. Only
+nobody writes, unless the arena is trained: then the process that filled it owns it, and goes on writing in place. All
+kinds are used through the functions below, so everything but the driver calls runs anywhere. Only
 `memory/cuda_driver.py` and `memory/tensors/cuda_sums.py` import the CUDA driver, and not before it is used.
 
 May import: core, errors.

@@ -23,6 +23,7 @@ class Arena(Closing):
         fds: one a block, owned from now on.
         mapping: with the blocks mapped into it, owned from now on.
         check: raises `ArenaError` unless descriptors are what a description says, as `Kind.check`.
+        is_owner: whether this process may write to a trained arena, as it has filled it.
 
     Attributes:
         info: of what is mapped, or was mapped last.
@@ -35,11 +36,14 @@ class Arena(Closing):
         fds: Descriptors,
         mapping: Mapping,
         check: Callable[[ArenaInfo, Sequence[int]], None],
+        *,
+        is_owner: bool = False,
     ) -> None:
         self.info = info
         self.fds = fds
         self.mapping = mapping
         self._check = check
+        self._is_owner = is_owner
 
     @property
     def address(self) -> int:
@@ -119,6 +123,23 @@ class Arena(Closing):
         finally:
             self.mapping.replace(self.fds, writable=False)
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While open, this process may write to a trained arena that it owns; before and after, a write faults.
+
+        Whoever maps the arena sees each write at once.
+
+        Raises:
+            ArenaError: it is no trained arena, or another process's.
+        """
+        if not self._is_owner:
+            raise ArenaError("Nobody writes to an arena but the owner of one that is trained.")
+        self.mapping.allow_writes(True)
+        try:
+            yield
+        finally:
+            self.mapping.allow_writes(False)
+
     @property
     def is_private(self) -> bool:
         """Whether the memory is this process's own, and may be written to."""
@@ -170,8 +191,15 @@ class ArenaWriter(Protocol):
     def flush(self) -> None:
         """Wait until every write has landed."""
 
-    def seal(self) -> Arena:
-        """Finish: nobody can write any more, this process included. The writer is spent, and keeps the arena in use."""
+    def seal(self, *, trained: bool = False) -> Arena:
+        """Finish: nobody can write any more, this process included. The writer is spent, and keeps the arena in use.
+
+        Args:
+            trained: this process owns the arena and goes on writing, while `Arena.writing` is open; nobody else can.
+
+        Raises:
+            ArenaError: memory of this kind cannot be trained, or the system cannot keep others from writing to it.
+        """
 
     def abort(self) -> None:
         """Free everything. Idempotent; harmless after `seal`."""

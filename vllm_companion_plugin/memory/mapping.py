@@ -87,6 +87,14 @@ class Mapping(Closing, ABC):
                 says that it could not be mapped again.
         """
 
+    def allow_writes(self, allowed: bool) -> None:
+        """Let this process write to what is mapped, or not any more; on a GPU this waits until the device is idle.
+
+        Raises:
+            ArenaError: nothing is mapped, this process may not write to it, or the kind of memory cannot do that.
+        """
+        raise ArenaError("This kind of memory cannot be protected against writes.")
+
     @property
     def is_private(self) -> bool:
         """Whether the memory is this process's own, and may be written to."""
@@ -168,6 +176,13 @@ class Reservation(Mapping):
             self._mapped = None
             self._private.clear()
 
+    def allow_writes(self, allowed: bool) -> None:
+        self._require_open()
+        if self._mapped is None or self.is_private:
+            raise ArenaError("No memory is mapped at these addresses that others map too.")
+        self._wait()
+        self._protect(self._mapped.size_bytes, writable=allowed)
+
     def privatize(self, release: Callable[[int], None]) -> None:
         address, blocks = self._require_open(), self._mapped
         if blocks is None:
@@ -231,6 +246,10 @@ class Reservation(Mapping):
     @abstractmethod
     def _take_out(self) -> None:
         """Unmap all that is mapped. Raises `ArenaError`."""
+
+    @abstractmethod
+    def _protect(self, size_bytes: int, *, writable: bool) -> None:
+        """Change what this process may do to what is mapped. Raises `ArenaError`; it is as before then."""
 
     @abstractmethod
     def _make_private(self, number: int, address: int, size_bytes: int) -> None:

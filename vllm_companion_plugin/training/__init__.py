@@ -1,8 +1,9 @@
 """Training on the bytes that engines serve: a Transformers model whose parameters view an entry, and adapters on it.
 
-Only `colocated` needs vLLM and PEFT.
+`from_companion` makes one that is frozen, for adapters; `trained` one whose parameters are written in place. Only
+`colocated` needs vLLM and PEFT.
 
-May import: client, core, host, memory, wire, settings, errors.
+May import: client, core, fleet, host, memory, wire, settings, errors.
 Of other packages: torch, transformers, safetensors, typing_extensions, vllm, peft.
 """
 
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_companion_plugin.training.base import from_companion
 from vllm_companion_plugin.training.sharing import Sharing, sharing_of
+from vllm_companion_plugin.training.trained import Trained, trained
 
-__all__ = ["Colocated", "Sharing", "colocated", "from_companion", "sharing_of"]
+__all__ = ["Colocated", "Sharing", "Trained", "colocated", "from_companion", "sharing_of", "trained"]
 
 if TYPE_CHECKING:
     from vllm_companion_plugin.training.together import Colocated, colocated

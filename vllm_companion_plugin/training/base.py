@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import logging
 import math
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.children import environment_of
 from vllm_companion_plugin.core.placements import Placed, Source, View
 from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, NotShareableError
-from vllm_companion_plugin.memory.tensors.views import dtype_of
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
 from vllm_companion_plugin.settings import Given
 from vllm_companion_plugin.training.frozen import freeze
 from vllm_companion_plugin.training.names import Part, parts_of
@@ -39,6 +41,7 @@ logger = logging.getLogger("vllm.companion.training")
 
 LOADER = "vllm_companion_plugin.engine.run.warm"
 """The module that loads and publishes a model, and needs vLLM."""
+_COPY = "Name those that may be copies: copy=[NAME or PATTERN]."
 _SHOWN = 8
 """Most names in an error."""
 
@@ -80,17 +83,18 @@ def from_companion(
         CompanionError: as `CompanionClient.attach`.
     """
     client = CompanionClient(device, **settings)
-    attachment = _attach(client, model, rank, key_id, name, tuple(flags))
+    attachment = attached(client, model, rank, key_id, name, tuple(flags))
     try:
-        return _build(attachment, copy, auto_class or transformers.AutoModelForCausalLM, dict(options or {}))
+        return _build(attachment, copy, blueprint_of(attachment, auto_class, options))
     except BaseException:
         attachment.close()
         raise
 
 
-def _attach(
-    client: CompanionClient, model: str, rank: str | None, key_id: str, name: str, flags: tuple[str, ...]
+def attached(
+    client: CompanionClient, model: str, rank: str | None, key_id: str, name: str, flags: tuple[str, ...] = ()
 ) -> Attachment:
+    """Attached to `model`, which vLLM loads if nobody has it. Raises as `from_companion`."""
     with contextlib.suppress(EntryNotFoundError, CompanionUnavailableError):
         return client.attach(model, rank, key_id=key_id, name=name)
     if not key_id:
@@ -107,7 +111,62 @@ def _attach(
     return client.attach(model, rank, key_id=key_id, name=name)
 
 
-def _build(attachment: Attachment, copy: Collection[str], auto_class: Any, options: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Blueprint:
+    """A model without memory, and where its tensors are in an entry.
+
+    Attributes:
+        name: of the model, as engines have it.
+        bare: the model, on the meta device.
+        where: the checkpoint's directory, or its name.
+        parts: of each tensor in its state, by name.
+        sources: where tensors of the checkpoint are in the entry, by their names.
+    """
+
+    name: str
+    bare: Any
+    config: Any
+    options: Mapping[str, Any]
+    dtype: torch.dtype
+    where: str
+    parts: Mapping[str, Sequence[Part]]
+    sources: Mapping[str, Source]
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name; those that are tied once."""
+        return dict(self.bare.named_parameters())
+
+    @functools.cached_property
+    def tied(self) -> set[str]:
+        """Names under which Transformers puts another parameter of the model."""
+        keys = getattr(self.bare, "all_tied_weights_keys", None)
+        if keys is None:
+            keys = self.bare._tied_weights_keys if self.bare.config.tie_word_embeddings else ()
+        return set(keys or ())
+
+    def missing(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Of `reasons` why tensors are no views, those of parameters."""
+        return {name: why for name, why in reasons.items() if name in self.parameters and name not in self.tied}
+
+    def buffers(self, views: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of those of `views` that are buffers."""
+        there = {*self.parameters, *self.tied}
+        return {name: view.clone() for name, view in views.items() if name not in there}
+
+    def make(self, state: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+        """The model with these tensors for its own."""
+        options = {**_dtype_option(self.dtype), **self.options}
+        made = type(self.bare).from_pretrained(
+            None, config=self.config, state_dict=dict(state), device_map={"": device}, **options
+        )
+        made.name_or_path = made.config.name_or_path = self.name  # for what is saved beside it, as PEFT does
+        return made
+
+
+def blueprint_of(attachment: Attachment, auto_class: Any, given: Mapping[str, Any] | None) -> Blueprint:
+    """The model that a checkpoint makes in the entry's dtype. Other arguments as of `from_companion`."""
+    options, auto_class = dict(given or {}), auto_class or transformers.AutoModelForCausalLM
     key = attachment.held.key
     where = key.source if os.path.isdir(key.source) else key.model
     config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(
@@ -117,21 +176,20 @@ def _build(attachment: Attachment, copy: Collection[str], auto_class: Any, optio
     dtype = _main_dtype(sources)
     with torch.device("meta"):
         bare = auto_class.from_config(config, **_dtype_option(dtype), **options)
-    parts = parts_of(bare, sources)
-    views, reasons = _views(attachment, bare, parts, sources)
-    tied = _tied(bare)
-    parameters = dict(bare.named_parameters())
-    missing = {name: why for name, why in reasons.items() if name in parameters and name not in tied}
-    buffers = {name: view.clone() for name, view in views.items() if name not in parameters and name not in tied}
+    return Blueprint(key.model, bare, config, options, dtype, where, parts_of(bare, sources), sources)
+
+
+def _build(attachment: Attachment, copy: Collection[str], blueprint: Blueprint) -> Any:
+    views, reasons = views_of(blueprint, attachment.views())
+    parameters, missing = blueprint.parameters, blueprint.missing(reasons)
     own = {name for name in missing if any(fnmatch.fnmatchcase(name, pattern) for pattern in copy)}
-    _refuse({name: why for name, why in missing.items() if name not in own}, parameters, attachment)
-    read = _read(attachment, {name: parts[name] for name in own}, where) if own else {}
-    state = {**read, **buffers, **{name: view for name, view in views.items() if name in parameters}}
-    made = type(bare).from_pretrained(
-        None, config=config, state_dict=state, device_map={"": attachment.device}, **_dtype_option(dtype), **options
-    )
-    made.name_or_path = made.config.name_or_path = key.model  # for what is saved beside it, as PEFT does
-    shared = _freeze(made, views, own, parameters, attachment)
+    refuse({name: why for name, why in missing.items() if name not in own}, parameters, attachment.label, _COPY)
+    read = _read(attachment, {name: blueprint.parts[name] for name in own}, blueprint.where) if own else {}
+    state = {name: view for name, view in views.items() if name in parameters}
+    made = blueprint.make({**read, **blueprint.buffers(views), **state}, attachment.device)
+    shared = bind(made, views, own, parameters, attachment.label, freeze)
+    for parameter in made.parameters():
+        parameter.requires_grad_(False)
     copied = {name: each.nbytes for name, each in made.named_parameters() if name not in shared}
     sharing = Sharing(made, shared, attachment, copied)
     logger.info(
@@ -155,23 +213,12 @@ def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
 
 
-def _tied(model: Any) -> set[str]:
-    """Names under which Transformers puts another parameter of the model."""
-    keys = getattr(model, "all_tied_weights_keys", None)
-    if keys is None:
-        keys = model._tied_weights_keys if model.config.tie_word_embeddings else ()
-    return set(keys or ())
-
-
-def _views(
-    attachment: Attachment, bare: nn.Module, parts: Mapping[str, Sequence[Part]], sources: Mapping[str, Source]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def views_of(blueprint: Blueprint, of: ArenaViews) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Each tensor of a model's state as a view of the entry's memory; or why it is none."""
     views: dict[str, torch.Tensor] = {}
     reasons: dict[str, str] = {}
-    of = attachment.views()
-    for name, tensor in bare.state_dict().items():
-        pieces, why = _pieces(parts[name], sources, tensor.dtype)
+    for name, tensor in blueprint.bare.state_dict().items():
+        pieces, why = _pieces(blueprint.parts[name], blueprint.sources, tensor.dtype)
         view = None if why else whole_view(tuple(tensor.shape), pieces, tensor.dtype.itemsize)
         if view is None:
             reasons[name] = why or "is laid out differently, or is spread over ranks"
@@ -220,7 +267,8 @@ def _pieces(parts: Sequence[Part], sources: Mapping[str, Source], dtype: torch.d
     return pieces, ""
 
 
-def _refuse(problems: Mapping[str, str], parameters: Mapping[str, nn.Parameter], attachment: Attachment) -> None:
+def refuse(problems: Mapping[str, str], parameters: Mapping[str, nn.Parameter], label: str, remedy: str) -> None:
+    """Raise `NotShareableError` if there are parameters that are no views; it names them and why."""
     if not problems:
         return
     shown = [
@@ -229,8 +277,7 @@ def _refuse(problems: Mapping[str, str], parameters: Mapping[str, nn.Parameter],
     ]
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise NotShareableError(
-        f"{attachment.label} has no view of {len(problems)} parameters: {'; '.join(shown)}{more}.",
-        remedy="Name those that may be copies: copy=[NAME or PATTERN].",
+        f"{label} has no view of {len(problems)} parameters: {'; '.join(shown)}{more}.", remedy=remedy
     )
 
 
@@ -253,14 +300,19 @@ def _read(attachment: Attachment, parts: Mapping[str, Sequence[Part]], where: st
     return found
 
 
-def _freeze(
+def bind(
     made: nn.Module,
     views: Mapping[str, torch.Tensor],
     own: Collection[str],
     parameters: Mapping[str, nn.Parameter],
-    attachment: Attachment,
+    label: str,
+    as_parameter: Callable[[str, nn.Parameter], nn.Parameter],
 ) -> list[str]:
-    """Freeze what Transformers has put on the views; the names. Raises `NotShareableError` if it has copied others."""
+    """Put `as_parameter(name, parameter)` in place of what Transformers has put on the views; the names.
+
+    Raises:
+        NotShareableError: it has copied others.
+    """
     frozen: dict[int, nn.Parameter] = {}
     names: list[str] = []
     problems: dict[str, str] = {}
@@ -273,10 +325,8 @@ def _freeze(
                 if name not in own:
                     problems[name] = f"was copied by Transformers {transformers.__version__}"
                 continue
-            frozen[id(parameter)] = freeze(name, parameter)
+            frozen[id(parameter)] = as_parameter(name, parameter)
         module._parameters[attribute] = frozen[id(parameter)]
         names.append(name)
-    _refuse(problems, {**parameters, **dict(made.named_parameters())}, attachment)
-    for parameter in made.parameters():
-        parameter.requires_grad_(False)
+    refuse(problems, {**parameters, **dict(made.named_parameters())}, label, _COPY)
     return names

@@ -35,6 +35,36 @@ class _Place:
     stride: tuple[int, ...]
 
 
+class Places:
+    """Where parameters of a model were when it was made, on an entry's memory.
+
+    Args:
+        names: of the parameters that view it.
+        label: of the entry, for errors.
+
+    Attributes:
+        size_bytes: of these parameters; those that are tied count once.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], label: str) -> None:
+        self._label = label
+        self._places = [_place(model, name) for name in names]
+        sizes = {place.address: place.shape.numel() * place.dtype.itemsize for place in self._places}
+        self.size_bytes = sum(sizes.values())
+
+    def check(self) -> None:
+        """Raise `NotSharedError` if parameters are not there any more."""
+        with torch._C.DisableTorchFunctionSubclass():
+            left = [place.name for place in self._places if not _is_there(place)]
+        if left:
+            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+            raise NotSharedError(
+                f"{', '.join(left[:_SHOWN])}{more} left the memory of {self._label}: another dtype or device, a "
+                "wrapper or assigned weights have replaced what engines use.",
+                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters.",
+            )
+
+
 class Sharing:
     """An entry that the parameters of a model view. It ends with the last tensor that views the entry's memory.
 
@@ -53,9 +83,8 @@ class Sharing:
     ) -> None:
         self.copied = dict(copied)
         self._attachment = attachment
-        self._places = [_place(model, name) for name in shared]
-        sizes = {place.address: place.shape.numel() * place.dtype.itemsize for place in self._places}
-        self.shared_bytes = sum(sizes.values())
+        self._places = Places(model, shared, attachment.label)
+        self.shared_bytes = self._places.size_bytes
         for each in dict.fromkeys([model, getattr(model, "base_model", model)]):  # PEFT calls the inner one only
             each.register_forward_pre_hook(self._before_forward)
         vars(model)[_ATTRIBUTE] = self
@@ -80,15 +109,7 @@ class Sharing:
 
     def check(self) -> None:
         """Raise `NotSharedError` if parameters do not view the entry's memory any more. Done before each step."""
-        with torch._C.DisableTorchFunctionSubclass():
-            left = [place.name for place in self._places if not _is_there(place)]
-        if left:
-            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-            raise NotSharedError(
-                f"{', '.join(left[:_SHOWN])}{more} left the memory of {self.label}: another dtype or device, a wrapper "
-                "or assigned weights have replaced what engines use.",
-                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters.",
-            )
+        self._places.check()
 
     def close(self) -> None:
         """Unmap the memory and end the lease; the model cannot be used any more. Idempotent."""

@@ -135,7 +135,9 @@ def _time(seconds: float) -> float:
 def arena_to_message(arena: ArenaInfo, handle: bytes = b"") -> messages.ArenaDescriptor:
     """`handle` is what gives access to the arena, e.g. a ticket of the fd socket."""
     checksums = messages.Checksums(algorithm=arena.checksums.algorithm, values=arena.checksums.values)
-    return messages.ArenaDescriptor(kind=arena.kind, block_sizes=arena.block_sizes, handle=handle, checksums=checksums)
+    return messages.ArenaDescriptor(
+        kind=arena.kind, block_sizes=arena.block_sizes, handle=handle, checksums=checksums, trained=arena.trained
+    )
 
 
 def arena_from_message(message: messages.ArenaDescriptor) -> tuple[ArenaInfo, bytes]:
@@ -153,7 +155,9 @@ def arena_from_message(message: messages.ArenaDescriptor) -> tuple[ArenaInfo, by
         len(checksums.values) != piece_count(sum(sizes)) or sum(sizes) % _PAGE_BYTES
     ):
         raise BadRequestError(f"Arena of {sum(sizes)} bytes with {len(checksums.values)} checksums.")
-    return ArenaInfo(message.kind, sizes, checksums), message.handle
+    if message.trained and checksums != Checksums():
+        raise BadRequestError("An arena that is trained has no checksums.")
+    return ArenaInfo(message.kind, sizes, checksums, message.trained), message.handle
 
 
 def progress_to_message(progress: Progress) -> messages.Progress:
@@ -247,6 +251,7 @@ def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
                 is_current=each.is_current,
                 pids=each.pids,
                 follows=each.follows,
+                trained=each.trained,
             )
             for each in entry.generations
         ],
@@ -284,6 +289,7 @@ def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
                     each.is_current,
                     tuple(each.pids),
                     each.follows,
+                    each.trained,
                 )
                 for each in message.generations
             ),

@@ -76,16 +76,18 @@ class EntryQuery(_message.Message):
     def __init__(self, model: _Optional[str] = ..., rank: _Optional[str] = ..., role: _Optional[str] = ..., key_id: _Optional[str] = ...) -> None: ...
 
 class ArenaDescriptor(_message.Message):
-    __slots__ = ("kind", "block_sizes", "handle", "checksums")
+    __slots__ = ("kind", "block_sizes", "handle", "checksums", "trained")
     KIND_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZES_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FIELD_NUMBER: _ClassVar[int]
     kind: str
     block_sizes: _containers.RepeatedScalarFieldContainer[int]
     handle: bytes
     checksums: Checksums
-    def __init__(self, kind: _Optional[str] = ..., block_sizes: _Optional[_Iterable[int]] = ..., handle: _Optional[bytes] = ..., checksums: _Optional[_Union[Checksums, _Mapping]] = ...) -> None: ...
+    trained: bool
+    def __init__(self, kind: _Optional[str] = ..., block_sizes: _Optional[_Iterable[int]] = ..., handle: _Optional[bytes] = ..., checksums: _Optional[_Union[Checksums, _Mapping]] = ..., trained: _Optional[bool] = ...) -> None: ...
 
 class Checksums(_message.Message):
     __slots__ = ("algorithm", "values")
@@ -408,7 +410,7 @@ class LeaseStatus(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., client: _Optional[str] = ..., state: _Optional[str] = ..., since_unix_s: _Optional[float] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
-    __slots__ = ("number", "version", "ready_unix_s", "size_bytes", "is_current", "pids", "follows")
+    __slots__ = ("number", "version", "ready_unix_s", "size_bytes", "is_current", "pids", "follows", "trained")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     READY_UNIX_S_FIELD_NUMBER: _ClassVar[int]
@@ -416,6 +418,7 @@ class GenerationStatus(_message.Message):
     IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FIELD_NUMBER: _ClassVar[int]
     number: int
     version: str
     ready_unix_s: float
@@ -423,7 +426,8 @@ class GenerationStatus(_message.Message):
     is_current: bool
     pids: _containers.RepeatedScalarFieldContainer[int]
     follows: int
-    def __init__(self, number: _Optional[int] = ..., version: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., is_current: _Optional[bool] = ..., pids: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ...) -> None: ...
+    trained: bool
+    def __init__(self, number: _Optional[int] = ..., version: _Optional[str] = ..., ready_unix_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., is_current: _Optional[bool] = ..., pids: _Optional[_Iterable[int]] = ..., follows: _Optional[int] = ..., trained: _Optional[bool] = ...) -> None: ...
 
 class EntryStatus(_message.Message):
     __slots__ = ("key", "state", "generation", "size_bytes", "tensor_count", "arena_kind", "ready_unix_s", "load_s", "loader", "leases", "ways", "expires_at_unix_s", "layout", "host_bytes", "version", "generations")

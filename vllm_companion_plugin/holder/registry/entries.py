@@ -285,6 +285,7 @@ class Entry:
                 each is self.current,
                 tuple(lease.pid for lease in self.users if lease.maps == each.number),
                 each.follows,
+                each.arena is not None and each.arena.trained,
             )
             for each in sorted(there, key=lambda each: each.number)
         )

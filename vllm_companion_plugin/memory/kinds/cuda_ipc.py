@@ -187,7 +187,9 @@ class CudaIpcWriter:
         with self._mapping.context:
             wait_for_copies()
 
-    def seal(self) -> Arena:
+    def seal(self, *, trained: bool = False) -> Arena:
+        if trained:
+            raise ArenaError("Memory of kind cuda_ipc cannot be trained: engines cannot map another generation of it.")
         self.flush()
         assert self._mapping is not None
         info = ArenaInfo(CudaIpc.name, (self._mapping.size_bytes,))

@@ -92,6 +92,10 @@ class CudaVmmMapping(Reservation):
         with self.context:
             self._unmap_parts()
 
+    def _protect(self, size_bytes: int, *, writable: bool) -> None:
+        with self.context:
+            self._allow(0, size_bytes, writable)
+
     def _make_private(self, number: int, address: int, size_bytes: int) -> None:
         assert self._mapped is not None
         shared = Blocks((size_bytes,), self._mapped.fds[number : number + 1])
@@ -321,15 +325,15 @@ class CudaVmmWriter:
         with self._mapping.context:
             wait_for_copies()
 
-    def seal(self) -> Arena:
+    def seal(self, *, trained: bool = False) -> Arena:
         self.flush()
         assert self._mapping is not None
-        info = ArenaInfo(CudaVmm.name, tuple(self._block_sizes))
+        info = ArenaInfo(CudaVmm.name, tuple(self._block_sizes), trained=trained)
         fds = Descriptors(fd for each in self._fds for fd in each.take())
         self._fds = [fds]
         with self._mapping.context:
             self._mapping.seal(Blocks(info.block_sizes, fds))
-        self._sealed = Arena(info, fds, self._mapping, CudaVmm().check)
+        self._sealed = Arena(info, fds, self._mapping, CudaVmm().check, is_owner=trained)
         self._mapping, self._fds = None, []
         return self._sealed
 

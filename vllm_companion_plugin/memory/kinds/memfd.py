@@ -3,6 +3,9 @@
 The writer never maps it writable. It copies through `pwrite` on one descriptor while a second,
 read-only one is mapped, because a mapping of a writable descriptor counts as a possible writer
 and makes F_SEAL_WRITE fail with EBUSY (Linux before 6.7, fcntl(2)).
+
+A trained arena has F_SEAL_FUTURE_WRITE instead (Linux 5.1): the mapping that its owner had before the seal is the only
+one that was ever writable, and the only one that can be made so.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -42,8 +46,9 @@ _PART_BYTES = 64 << 20
 _ALLOCATING_THREADS = 4
 """Measured for 8 GiB: 3.5 s by one thread, 1.5 s by four, 1.9 s by eight."""
 # linux/fcntl.h
-_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE = 1, 2, 4, 8
+_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 8, 16
 SEALS = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
+TRAINED_SEALS = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 _NEEDED_SEALS = _F_SEAL_SHRINK | _F_SEAL_WRITE
 """A writer, or a shrink under a mapping, would reach every engine."""
 
@@ -67,9 +72,9 @@ def _seals(fd: int) -> int:
 
 
 def _is_full(fd: int) -> bool:
-    """Whether nobody will write to it; else its pages may not exist yet, and reading would make them."""
+    """Whether it has been filled; else its pages may not exist yet, and reading would make them."""
     try:
-        return bool(_seals(fd) & _F_SEAL_WRITE)
+        return bool(_seals(fd) & (_F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE))
     except OSError:
         return False
 
@@ -109,10 +114,15 @@ class MemfdMapping(Reservation):
         _reserve(self.size_bytes, self.address)
 
     def _make_private(self, number: int, address: int, size_bytes: int) -> None:
-        """The same pages, each copied when it is first written to."""
+        """The same pages, each copied when it is first written to; copied now if somebody else may write to them."""
         assert self._mapped is not None
         flags = mmap.MAP_PRIVATE | _MAP_FIXED
         fd, access = self._mapped.fds[number], mmap.PROT_READ | mmap.PROT_WRITE
+        if not _seals(fd) & _F_SEAL_WRITE:
+            with contextlib.closing(_Elsewhere(None, size_bytes, writable=True)) as copy:
+                copy.fill(address)
+                copy.move(address)
+            return
         mapped = _libc.mmap(address, size_bytes, access, flags, fd, 0)
         _address(f"Cannot make {size_bytes} bytes of host memory private", mapped)
 
@@ -121,6 +131,18 @@ class MemfdMapping(Reservation):
         access = mmap.PROT_READ | mmap.PROT_WRITE
         mapped = _libc.mmap(self.address, sum(sizes), access, flags, -1, 0)
         _address(f"Cannot map {sum(sizes)} bytes of host memory", mapped)
+
+    def _protect(self, size_bytes: int, *, writable: bool) -> None:
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        if _libc.mprotect(self.address, size_bytes, access):
+            raise ArenaError(
+                f"Cannot {'allow' if writable else 'end'} writes to {size_bytes} bytes of host memory: "
+                f"{os.strerror(ctypes.get_errno())}."
+            )
+
+    def seal(self, blocks: Blocks) -> None:
+        """What is mapped are `blocks`, to which nobody gets another writable mapping."""
+        self._mapped = blocks
 
     def _free(self) -> None:
         _libc.munmap(self._address, self.size_bytes)
@@ -132,13 +154,19 @@ class _Elsewhere:
     So what can fail is done before anything is unmapped, and no address is ever anybody else's for a moment.
     """
 
-    def __init__(self, fd: int, size_bytes: int, *, writable: bool) -> None:
+    def __init__(self, fd: int | None, size_bytes: int, *, writable: bool) -> None:
+        """`fd`: of the block; None: new memory of this process's own."""
         self.size_bytes = size_bytes
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        flags = mmap.MAP_SHARED if fd is not None else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._address: int | None = _address(
             f"Cannot map {size_bytes} bytes of host memory",
-            _libc.mmap(None, size_bytes, access, mmap.MAP_SHARED, fd, 0),
+            _libc.mmap(None, size_bytes, access, flags, -1 if fd is None else fd, 0),
         )
+
+    def fill(self, source_address: int) -> None:
+        assert self._address is not None
+        ctypes.memmove(self._address, source_address, self.size_bytes)
 
     def move(self, target: int) -> None:
         flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
@@ -173,7 +201,12 @@ class Memfd(Kind):
                 seals = _seals(fd)
             except OSError as error:
                 raise ArenaError(f"Descriptor {index} is not a memfd: {error.strerror}.") from error
-            if seals & _NEEDED_SEALS != _NEEDED_SEALS:
+            if info.trained:
+                if seals & TRAINED_SEALS != TRAINED_SEALS or seals & _F_SEAL_WRITE:
+                    raise ArenaError(
+                        f"Memfd {index} is not sealed against all writers but its owner (seals {seals:#x})."
+                    )
+            elif seals & _NEEDED_SEALS != _NEEDED_SEALS:
                 raise ArenaError(f"Memfd {index} is not sealed against write and shrink (seals {seals:#x}).")
             actual = os.fstat(fd).st_size
             if actual != size_bytes:
@@ -182,7 +215,7 @@ class Memfd(Kind):
     def to_host(self, arena: Arena, device_index: int | None) -> tuple[ArenaInfo, Descriptors]:
         """What is shared is in host memory: the same bytes, once more by descriptor."""
         if not arena.mapping.is_private:
-            return ArenaInfo(self.name, arena.info.block_sizes), arena.fds.dup()
+            return ArenaInfo(self.name, arena.info.block_sizes, trained=arena.info.trained), arena.fds.dup()
         with new_memfd(arena.info.size_bytes) as memfd:
             ctypes.memmove(memfd.address, arena.address, arena.info.size_bytes)
             return memfd.seal()
@@ -333,13 +366,25 @@ class MemfdWriter:
     def flush(self) -> None:
         """Writes are synchronous."""
 
-    def seal(self) -> Arena:
+    def seal(self, *, trained: bool = False) -> Arena:
         assert self._mapping is not None
-        fcntl.fcntl(self._fd[0], fcntl.F_ADD_SEALS, SEALS)
+        if trained:
+            self._mapping.replace(self._fd, writable=True)
+        try:
+            fcntl.fcntl(self._fd[0], fcntl.F_ADD_SEALS, TRAINED_SEALS if trained else SEALS)
+        except OSError as error:  # EINVAL before Linux 5.1
+            if not trained:
+                raise
+            raise ArenaError(
+                f"This system cannot keep others from writing to memory that is trained: {error.strerror}."
+            ) from error
+        if trained:
+            self._mapping.allow_writes(False)
+            self._mapping.seal(Blocks((self._size_bytes,), self._readonly_fd))
         self._fd.close()
         self._mapping.populate()
-        info = ArenaInfo(Memfd.name, (self._size_bytes,))
-        self._sealed = Arena(info, self._readonly_fd, self._mapping, Memfd().check)
+        info = ArenaInfo(Memfd.name, (self._size_bytes,), trained=trained)
+        self._sealed = Arena(info, self._readonly_fd, self._mapping, Memfd().check, is_owner=trained)
         self._readonly_fd, self._mapping = Descriptors(), None
         return self._sealed
 

@@ -132,7 +132,7 @@ class Verification:
         """Raise `IntegrityError` unless all sums are equal. Returns what was done. Waits for the device."""
         known = self._info.checksums.values
         if self._summing is None:
-            return "not verified"
+            return "not verified: it is trained, and has no checksums" if self._info.trained else "not verified"
         sums = zip(self.pieces, self._summing.values(), strict=True)
         damaged = [piece for piece, value in sums if value != known[piece]]
         if damaged:
