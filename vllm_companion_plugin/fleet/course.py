@@ -10,9 +10,9 @@ renewing what they keep of it. Nobody can go back then:
     prepare -> pause -> write -> switch -> label -> resume -> forget
 
 - If one cannot be prepared nobody is paused: all forget.
-- An engine that is gone leaves the fleet at any step, and the others go on; but then nothing is written in place. It may
-  be one that merely could not be reached, so if it was told to pause it is told to resume with the others; if it answers
-  then, it is there again.
+- An engine that is gone leaves the fleet at any step, and the others go on; but then nothing is written in place. It
+  may be one that merely could not be reached, so if it was told to pause it is told to resume with the others; if it
+  answers then, it is there again.
 - If one that lives cannot be paused nobody switches: all resume.
 - If one that lives has not switched, as far as it says, all that live go back; what was written in place stays.
 - Whoever may be paused is told to resume, and told again if it does not answer so.
