@@ -110,6 +110,11 @@ class Service:
         with self._lock:
             self._both.activate(asked.model_id)
             model, total = self._both.model, 0.0
+            for datum in asked.data:
+                if len(datum.weights or datum.tokens) != len(datum.tokens):
+                    raise HTTPException(400, "there is not one weight for each token")
+                if not all(0 <= token < model.config.vocab_size for token in datum.tokens):
+                    raise HTTPException(400, "there are tokens that the model does not have")
             model.train()
             for datum in asked.data:
                 tokens = torch.tensor([datum.tokens], device=model.device)
@@ -143,17 +148,7 @@ class Service:
         with self._lock:
             prompt = {"prompt_token_ids": asked.prompt}
             (output,) = self._both.engine.generate(prompt, params, lora_request=request, use_tqdm=False)
-        return {
-            "sequences": [
-                {
-                    "tokens": list(each.token_ids),
-                    "logprobs": [
-                        found[token].logprob for token, found in zip(each.token_ids, each.logprobs, strict=True)
-                    ],
-                }
-                for each in output.outputs
-            ]
-        }
+        return {"sequences": [sequence_of(each) for each in output.outputs]}
 
     def unload_model(self, asked: OfModel) -> dict[str, Any]:
         with self._lock:
@@ -199,7 +194,7 @@ def main() -> None:
     default = vars(parser.parse_args([base]))
     fields = {field.name for field in dataclasses.fields(EngineArgs)} & flags.keys()
     changed = {name: flags[name] for name in fields if flags[name] != default[name]}
-    with colocated(base, {**changed, "max_loras": 4}, lora=LoraConfig(r=rank)) as both:
+    with colocated(base, {"max_loras": 4, **changed}, lora=LoraConfig(r=rank)) as both:
         uvicorn.run(app_of(Service(both, rank)), host="127.0.0.1", port=port, log_level="warning")
 
 

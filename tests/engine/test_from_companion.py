@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import re
@@ -18,6 +19,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import models
 from tests.support.loading import packed_by_vllm
@@ -26,6 +28,7 @@ from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, connect
 from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.errors import NotShareableError, NotSharedError, SharedWeightsError
+from vllm_companion_plugin.host.files import file_identity
 from vllm_companion_plugin.training import Sharing, from_companion, sharing_of
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_from_bytes, sources_to_bytes
 
@@ -38,20 +41,21 @@ MADE: list[weakref.ref[Sharing]] = []
 
 
 @contextlib.contextmanager
-def held(place: Place, path: Path, lost: str = "") -> Iterator[None]:
+def held(place: Place, path: Path, lost: str = "", dtype: str = "float32") -> Iterator[None]:
     """While open, a companion holds the model at `path` as vLLM has loaded it.
 
     Args:
         lost: a tensor of the checkpoint of which nothing says where it is.
     """
-    manifest, arena = packed_by_vllm(path)
+    manifest, arena = packed_by_vllm(path, dtype)
     if lost:
         sources = sources_from_bytes(manifest.sources)
         sources[lost] = replace(sources[lost], copies=())
         manifest = replace(manifest, sources=sources_to_bytes(sources))
     place.companion()
     with connect("cpu", place.settings, spawn=False) as connection:
-        key = replace(KEY, model=str(path), source=str(path))
+        files = {file.name: file_identity(file) for file in path.glob("*.safetensors")}
+        key = replace(KEY, model=str(path), source=str(path), files=files)
         outcome = connection.attach(key, may_load=True, client_name="loader").wait(5)
         assert isinstance(outcome, Granted)
         layout = layout_digest(manifest, arena.info.kind, arena.info.block_sizes)
@@ -76,8 +80,8 @@ def on_companion(place: Place, path: Path, **options: Any) -> Any:
     return model
 
 
-def of_files(path: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def of_files(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -97,7 +101,7 @@ def test_it_is_what_from_pretrained_makes(family: str, place: Place, tmp_path: P
         assert sharing is not None
         assert sharing.copied == {}
         assert sharing.shared_bytes == sum(each.nbytes for each in other.parameters())
-        start, end = mapped_arena()
+        start, end = mapped_arena(model)
         assert all(start <= each.data_ptr() < end for each in model.parameters())
         assert not any(each.requires_grad for each in model.parameters())
         assert {name: each.shape for name, each in model.named_parameters()} == {
@@ -106,13 +110,94 @@ def test_it_is_what_from_pretrained_makes(family: str, place: Place, tmp_path: P
         assert {name for name, _ in model.named_buffers()} == {name for name, _ in other.named_buffers()}
 
 
-def mapped_arena() -> tuple[int, int]:
-    """Addresses of the only arena that this process maps."""
-    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line]
-    assert len(lines) == 1, lines
-    (line,) = lines
+BIAS = "e_score_correction_bias"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_of_a_checkpoint_are_as_from_pretrained_makes_them(
+    place: Place, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The bias of DeepSeek's router is float32 in a checkpoint of bfloat16, in engines, and in Transformers."""
+    models.make("deepseek-v3", tmp_path, tiny=True)
+    file = tmp_path / "model.safetensors"
+    weights = {name: each.float() if BIAS in name else each.to(dtype) for name, each in load_file(file).items()}
+    weights |= {name: torch.linspace(-0.02, 0.02, len(each)) for name, each in weights.items() if BIAS in name}
+    save_file(weights, file, {"format": "pt"})
+    with held(place, tmp_path, dtype=str(dtype).removeprefix("torch.")):
+        model, other = on_companion(place, tmp_path), of_files(tmp_path, dtype)
+        mine, theirs = model.state_dict(), other.state_dict()
+        assert mine.keys() == theirs.keys()
+        different = [n for n in mine if mine[n].dtype != theirs[n].dtype or not torch.equal(mine[n], theirs[n])]
+        assert different == []
+        assert any(BIAS in name for name in mine)
+
+
+def test_a_buffer_that_has_no_place_is_refused_by_name(place: Place, tmp_path: Path) -> None:
+    models.make("deepseek-v3", tmp_path, tiny=True)
+    lost = "model.layers.1.mlp.gate.e_score_correction_bias"
+    with held(place, tmp_path, lost):
+        with pytest.raises(NotShareableError, match=re.escape(lost)):
+            on_companion(place, tmp_path)
+        model = on_companion(place, tmp_path, copy=[lost])
+        assert torch.equal(model.state_dict()[lost], of_files(tmp_path).state_dict()[lost])
+
+
+def test_what_is_copied_is_what_engines_have_read(place: Place, tmp_path: Path) -> None:
+    """No other file beside it, and not the same one when it has changed."""
+    models.make("llama", tmp_path, tiny=True)
+    lost, file = "model.layers.1.mlp.down_proj.weight", tmp_path / "model.safetensors"
+    weights = load_file(file)
+    with held(place, tmp_path, lost):
+        save_file({lost: torch.zeros_like(weights[lost])}, tmp_path / "zz-old.safetensors", {"format": "pt"})
+        model = on_companion(place, tmp_path, copy=[lost])
+        assert torch.equal(model.get_parameter(lost), weights[lost].float())
+        save_file({name: each + 1 for name, each in weights.items()}, file, {"format": "pt"})
+        with pytest.raises(NotShareableError, match="has changed since engines read it"):
+            on_companion(place, tmp_path, copy=[lost])
+
+
+def test_a_copy_of_the_model_has_memory_of_its_own(place: Place, tiny: Path, tmp_path: Path) -> None:
+    """Copied in memory, with an adapter too, or through a file."""
+    with held(place, tiny):
+        model = on_companion(place, tiny)
+        expected = logits(model)
+        copied = copy.deepcopy(model)
+        start, end = mapped_arena(model)
+        assert not any(start <= each.data_ptr() < end for each in copied.parameters())
+        assert torch.equal(logits(copied), expected)
+        with torch.no_grad():
+            copied.get_parameter("model.norm.weight").zero_()
+        assert torch.equal(logits(model), expected)
+        norm = model.get_parameter("model.norm.weight")
+        torch.save(model.state_dict(), tmp_path / "state")
+        assert torch.equal(torch.load(tmp_path / "state")["model.norm.weight"], norm)
+        torch.save(model, tmp_path / "model")
+        assert torch.equal(logits(torch.load(tmp_path / "model", weights_only=False)), expected)
+        with_adapter = adapted(model)
+        assert torch.equal(logits(copy.deepcopy(with_adapter)), logits(with_adapter))
+
+
+def test_it_generates_as_the_checkpoint_says(place: Place, tmp_path: Path) -> None:
+    models.make("llama", tmp_path, tiny=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.3, "do_sample": true}')
+    with held(place, tmp_path):
+        assert on_companion(place, tmp_path).generation_config.eos_token_id == [7, 9]
+
+
+def mapped_arena(model: Any) -> tuple[int, int]:
+    """Addresses of the arena of a model, which this process maps once."""
+    (line,) = mappings_of(model.get_parameter("model.norm.weight"))
     start, end = line.split()[0].split("-")
     return int(start, 16), int(end, 16)
+
+
+def mappings_of(tensor: torch.Tensor) -> list[str]:
+    """The lines of /proc/self/maps for the file that the tensor's memory is of."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [[int(address, 16) for address in line[0].split("-")] for line in lines]
+    address = tensor.data_ptr()
+    (inode,) = (line[4] for line, (start, end) in zip(lines, ranges, strict=True) if start <= address < end)
+    return [" ".join(line) for line in lines if line[4] == inode]
 
 
 def adapted(model: Any) -> Any:
@@ -160,6 +245,10 @@ def merged_safely(model: Any) -> None:
     adapted(model).merge_and_unload(safe_merge=True)
 
 
+def another_module(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+
+
 def sharded(model: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -173,6 +262,7 @@ def sharded(model: Any) -> None:
         (replaced_dtype, "model.embed_tokens.weight"),
         (assigned, "model.embed_tokens.weight"),
         (merged_safely, "model.layers.0.self_attn.q_proj.weight"),
+        (another_module, "model.layers.0.mlp.up_proj.weight"),
         (sharded, "model.layers.1.self_attn.q_proj.weight"),
     ],
 )

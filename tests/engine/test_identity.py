@@ -35,9 +35,10 @@ from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.engine import decide, decisions, session
-from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, digest, files, key
+from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, digest, key
 from vllm_companion_plugin.engine.vllm import deployment, devices, drafts, flags, sharing
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
+from vllm_companion_plugin.host import files
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.host.runtime_dir import digests_directory
 from vllm_companion_plugin.host.spawn import is_listening

@@ -59,8 +59,8 @@ class TestCompanionUpdate:
     @pytest.mark.parametrize(
         ("wrong", "code", "text", "step"),
         [
-            ("private", "arena", "is private, so it cannot advance", "prepare"),
-            ("alone", "not_found", "has no model of a companion", "prepare"),
+            pytest.param(*("private", "arena", "is private, so it cannot advance", "prepare"), marks=pytest.mark.slow),
+            pytest.param(*("alone", "not_found", "has no model of a companion", "prepare"), marks=pytest.mark.slow),
             ("unmappable", "arena", "There is no memory", "map"),
         ],
     )

@@ -37,13 +37,13 @@ def load_observed(model: nn.Module, config: Any, observation: Observation) -> No
         get_model_loader(config.load_config).load_weights(model, config.model_config)
 
 
-def packed_by_vllm(path: Path) -> tuple[Manifest, memory.Arena]:
+def packed_by_vllm(path: Path, dtype: str = "float32") -> tuple[Manifest, memory.Arena]:
     """The model at `path`, loaded by vLLM and packed as its publisher would."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    made = config(path, load_format="auto")
+    made = config(path, load_format="auto", dtype=dtype)
     with set_current_vllm_config(made), set_default_torch_dtype(made.model_config.dtype):
         model = initialize_model(vllm_config=made, model_config=made.model_config)
         observation = Observation(model)

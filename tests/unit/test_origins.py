@@ -326,11 +326,15 @@ class TestChoice:
 
     @pytest.mark.parametrize(
         ("chosen", "here"),
-        [(torch.relu, torch.tanh), (Ways.static, other_function), (Ways(), Box(1)), (Ways().one, torch.relu)],
+        [
+            *((torch.relu, torch.tanh), (Ways.static, other_function), (Ways(), Box(1)), (Ways().one, torch.relu)),
+            *((None, Box), (None, torch.float16), (None, Stage.PROCESSED)),
+        ],
     )
     def test_what_says_how_bytes_are_understood_must_be_equal(self, chosen: Any, here: Any) -> None:
         def build(m: Model, flag: float) -> None:
-            m.x = chosen if flag else here
+            if (value := chosen if flag else here) is not None:
+                m.x = value
 
         with pytest.raises(ParityError, match="x is"):
             attach(publish(build, flag=1.0), build, flag=0.0)

@@ -95,6 +95,11 @@ def test_one_element(shape: tuple[int, ...]) -> None:
     assert torch.equal(seen(found, memory), tensor)
 
 
+def test_no_elements_are_no_view() -> None:
+    tensor = torch.zeros(4, 0)
+    assert whole_view((4, 0), [piece(tensor, torch.zeros(4, 0))], ITEM) is None
+
+
 def test_halves_that_changed_places_are_no_view() -> None:
     tensor, memory = torch.randn(4, 3), torch.zeros(12)
     pieces = [piece(tensor[:2], memory[6:].view(2, 3)), piece(tensor[2:], memory[:6].view(2, 3))]

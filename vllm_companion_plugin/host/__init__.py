@@ -2,5 +2,5 @@
 companion if none answers.
 
 May import: core, errors, settings.
-Of other packages: filelock.
+Of other packages: filelock, blake3.
 """

@@ -4,7 +4,7 @@
 `colocated` needs vLLM and PEFT.
 
 May import: client, core, fleet, host, memory, wire, settings, errors.
-Of other packages: torch, transformers, safetensors, typing_extensions, vllm, peft.
+Of other packages: torch, numpy, transformers, safetensors, typing_extensions, vllm, peft.
 """
 
 from __future__ import annotations

@@ -25,7 +25,13 @@ from vllm_companion_plugin.client.api import CompanionClient, torch_device_of
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.children import environment_of
 from vllm_companion_plugin.core.placements import Placed, Source, View
-from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError, NotShareableError
+from vllm_companion_plugin.errors import (
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    NotShareableError,
+    SettingsError,
+)
+from vllm_companion_plugin.host.files import is_version
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
 from vllm_companion_plugin.settings import Given
 from vllm_companion_plugin.training.frozen import freeze
@@ -42,6 +48,7 @@ logger = logging.getLogger("vllm.companion.training")
 LOADER = "vllm_companion_plugin.engine.run.warm"
 """The module that loads and publishes a model, and needs vLLM."""
 _COPY = "Name those that may be copies: copy=[NAME or PATTERN]."
+_ELSEWHERE = "is laid out differently, or is spread over ranks"
 _SHOWN = 8
 """Most names in an error."""
 
@@ -133,6 +140,11 @@ class Blueprint:
     sources: Mapping[str, Source]
 
     @functools.cached_property
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has of it: parameters and persistent buffers, by name."""
+        return dict(self.bare.state_dict())
+
+    @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name; those that are tied once."""
         return dict(self.bare.named_parameters())
@@ -146,8 +158,8 @@ class Blueprint:
         return set(keys or ())
 
     def missing(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """Of `reasons` why tensors are no views, those of parameters."""
-        return {name: why for name, why in reasons.items() if name in self.parameters and name not in self.tied}
+        """Of `reasons` why tensors are no views, those of tensors that nothing else is tied to."""
+        return {name: why for name, why in reasons.items() if name not in self.tied}
 
     def buffers(self, views: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of those of `views` that are buffers."""
@@ -155,12 +167,27 @@ class Blueprint:
         return {name: view.clone() for name, view in views.items() if name not in there}
 
     def make(self, state: Mapping[str, torch.Tensor], device: torch.device) -> Any:
-        """The model with these tensors for its own."""
+        """The model with these tensors for its own. Raises `NotShareableError` if others than these are in it."""
         options = {**_dtype_option(self.dtype), **self.options}
-        made = type(self.bare).from_pretrained(
-            None, config=self.config, state_dict=dict(state), device_map={"": device}, **options
+        made, info = type(self.bare).from_pretrained(
+            None,
+            config=self.config,
+            state_dict=dict(state),
+            device_map={"": device},
+            output_loading_info=True,
+            **options,
         )
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        left = sorted({str(name) for kind in kinds for name in info[kind]} - self.tied)
+        if left:
+            raise NotShareableError(
+                f"Transformers {transformers.__version__} has made {', '.join(left[:_SHOWN])} of {self.name} of "
+                "nothing that is in the checkpoint."
+            )
         made.name_or_path = made.config.name_or_path = self.name  # for what is saved beside it, as PEFT does
+        if made.can_generate():
+            with contextlib.suppress(OSError):  # a checkpoint need not have one
+                made.generation_config = transformers.GenerationConfig.from_pretrained(self.where)
         return made
 
 
@@ -169,25 +196,33 @@ def blueprint_of(attachment: Attachment, auto_class: Any, given: Mapping[str, An
     options, auto_class = dict(given or {}), auto_class or transformers.AutoModelForCausalLM
     key = attachment.held.key
     where = key.source if os.path.isdir(key.source) else key.model
-    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(
-        where, **{name: options[name] for name in ("trust_remote_code", "revision") if name in options}
-    )
     sources = sources_from_bytes(attachment.manifest.sources)
     dtype = _main_dtype(sources)
+    if {"dtype", "torch_dtype"} & options.keys():
+        raise SettingsError("options: the dtype is that of the engines.", remedy="Start them with another --dtype.")
+    revision = {name: options.pop(name) for name in ("revision",) if name in options}
+    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(
+        where, **revision, **{name: options[name] for name in ("trust_remote_code",) if name in options}
+    )
     with torch.device("meta"):
         bare = auto_class.from_config(config, **_dtype_option(dtype), **options)
     return Blueprint(key.model, bare, config, options, dtype, where, parts_of(bare, sources), sources)
 
 
 def _build(attachment: Attachment, copy: Collection[str], blueprint: Blueprint) -> Any:
-    views, reasons = views_of(blueprint, attachment.views())
-    parameters, missing = blueprint.parameters, blueprint.missing(reasons)
-    own = {name for name in missing if any(fnmatch.fnmatchcase(name, pattern) for pattern in copy)}
-    refuse({name: why for name, why in missing.items() if name not in own}, parameters, attachment.label, _COPY)
-    read = _read(attachment, {name: blueprint.parts[name] for name in own}, blueprint.where) if own else {}
-    state = {name: view for name, view in views.items() if name in parameters}
-    made = blueprint.make({**read, **blueprint.buffers(views), **state}, attachment.device)
-    shared = bind(made, views, own, parameters, attachment.label, freeze)
+    views, problems = views_of(blueprint, attachment.views())
+    problems, own = blueprint.missing(problems), set[str]()
+    while True:  # once more, if Transformers wants another dtype of some than engines have
+        more = {name for name in problems if any(fnmatch.fnmatchcase(name, pattern) for pattern in copy)}
+        refuse({name: why for name, why in problems.items() if name not in more}, blueprint, attachment.label, _COPY)
+        own |= more
+        read = _read(attachment, {name: blueprint.parts[name] for name in own}, blueprint.where) if own else {}
+        state = {name: view for name, view in {**views, **blueprint.buffers(views)}.items() if name not in own}
+        state = {name: tensor for name, tensor in state.items() if name not in blueprint.tied}
+        made = blueprint.make({**read, **state}, attachment.device)
+        shared, problems = bind(made, views, own, freeze)
+        if not problems:
+            break
     for parameter in made.parameters():
         parameter.requires_grad_(False)
     copied = {name: each.nbytes for name, each in made.named_parameters() if name not in shared}
@@ -217,36 +252,51 @@ def views_of(blueprint: Blueprint, of: ArenaViews) -> tuple[dict[str, torch.Tens
     """Each tensor of a model's state as a view of the entry's memory; or why it is none."""
     views: dict[str, torch.Tensor] = {}
     reasons: dict[str, str] = {}
-    for name, tensor in blueprint.bare.state_dict().items():
-        pieces, why = _pieces(blueprint.parts[name], blueprint.sources, tensor.dtype)
-        view = None if why else whole_view(tuple(tensor.shape), pieces, tensor.dtype.itemsize)
+    for name, tensor in blueprint.state.items():
+        parts, is_parameter = blueprint.parts[name], name in blueprint.parameters
+        dtype, why = _dtype_of(parts, blueprint.sources, tensor.dtype if is_parameter else None)
+        pieces, why = ([], why) if why else _pieces(parts, blueprint.sources, dtype)
+        view = None if why else whole_view(tuple(tensor.shape), pieces, dtype.itemsize)
         if view is None:
-            reasons[name] = why or "is laid out differently, or is spread over ranks"
+            reasons[name] = why or _ELSEWHERE
             continue
         last = sum((size - 1) * step for size, step in zip(view.shape, view.stride, strict=True))
-        size_bytes = (last + 1) * tensor.dtype.itemsize if tensor.numel() else 0
-        part = of.bytes_at(view.offset * tensor.dtype.itemsize, size_bytes).view(tensor.dtype)
+        part = of.bytes_at(view.offset * dtype.itemsize, (last + 1) * dtype.itemsize).view(dtype)
         views[name] = part.as_strided(view.shape, view.stride)
     return views, reasons
 
 
+def _dtype_of(
+    parts: Sequence[Part], sources: Mapping[str, Source], wanted: torch.dtype | None
+) -> tuple[torch.dtype, str]:
+    """In which engines have a tensor's parts; or why they are of no use.
+
+    Args:
+        wanted: of a parameter, which vLLM casts when it copies, as Transformers does. None: a buffer, of which the
+            model has its own copy in whatever dtype Transformers wants, so that it must not have been cast before.
+    """
+    none = torch.uint8
+    if not parts:
+        return none, "is not in the checkpoint, or under another name"
+    if any(not sources[part.name].copies for part in parts):
+        return none, "was computed when vLLM loaded it"
+    types = {placed.dtype for part in parts for placed in sources[part.name].copies}
+    before = {sources[part.name].dtype for part in parts}
+    if wanted is None and types != before:
+        return none, f"is a buffer of {' and '.join(sorted(before))}, and {' and '.join(sorted(types))} in engines"
+    if len(types) > 1 or (wanted is not None and types != {str(wanted).removeprefix("torch.")}):
+        return none, f"is {' and '.join(sorted(types))} in engines, and {wanted or 'of one dtype'} here"
+    return dtype_of(types.pop()), ""
+
+
 def _pieces(parts: Sequence[Part], sources: Mapping[str, Source], dtype: torch.dtype) -> tuple[list[Placed], str]:
     """All copies of a tensor's parts; or why there are none."""
-    if not parts:
-        return [], "is not in the checkpoint, or under another name"
     pieces: list[Placed] = []
     for part in parts:
         source = sources[part.name]
-        if not source.copies:
-            return [], "was computed when vLLM loaded it"
-        types = {
-            placed.dtype for placed in source.copies
-        }  # to which vLLM has cast what it copied, as Transformers does
-        if types != {str(dtype).removeprefix("torch.")}:
-            return [], f"is {' and '.join(sorted(types))} in engines, and {dtype} here"
         whole = whole_view(source.shape, source.copies, dtype.itemsize)
         if whole is None:
-            return [], "is laid out differently, or is spread over ranks"
+            return [], _ELSEWHERE
         # Transformers may leave out axes with one element where it takes a parameter apart.
         stride = [step for size, step in zip(whole.shape, whole.stride, strict=True) if size != 1]
         shape = [size for size in whole.shape if size != 1]
@@ -261,42 +311,57 @@ def _pieces(parts: Sequence[Part], sources: Mapping[str, Source], dtype: torch.d
                 whole.offset * dtype.itemsize,
                 tuple(shape),
                 tuple(stride),
-                types.pop(),
+                str(dtype),
             )
         )
     return pieces, ""
 
 
-def refuse(problems: Mapping[str, str], parameters: Mapping[str, nn.Parameter], label: str, remedy: str) -> None:
-    """Raise `NotShareableError` if there are parameters that are no views; it names them and why."""
+def refuse(problems: Mapping[str, str], blueprint: Blueprint, label: str, remedy: str) -> None:
+    """Raise `NotShareableError` if there are tensors that are no views; it names them and why."""
     if not problems:
         return
-    shown = [
-        f"{name} ({parameters[name].numel() * parameters[name].itemsize} bytes) {why}"
-        for name, why in list(problems.items())[:_SHOWN]
-    ]
+    state = blueprint.state
+    shown = [f"{name} ({state[name].nbytes} bytes) {why}" for name, why in list(problems.items())[:_SHOWN]]
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise NotShareableError(
-        f"{label} has no view of {len(problems)} parameters: {'; '.join(shown)}{more}.", remedy=remedy
-    )
+    raise NotShareableError(f"{label} has no view of {len(problems)} tensors: {'; '.join(shown)}{more}.", remedy=remedy)
 
 
 def _read(attachment: Attachment, parts: Mapping[str, Sequence[Part]], where: str) -> dict[str, torch.Tensor]:
-    """Tensors of the checkpoint, by its names, of which parameters are made that cannot be views."""
-    if attachment.held.published.version:
+    """Tensors of the checkpoint, by its names, of which those are made that cannot be views.
+
+    Raises:
+        NotShareableError: they are not in the files that the entry was made of, or these have changed since.
+    """
+    named, held = ", ".join(parts), attachment.held
+    if held.published.version:
         raise NotShareableError(
-            f"{', '.join(parts)} of {attachment.label} cannot be copied: a trainer has written its "
-            f"{attachment.held.published.version}, which the checkpoint does not have."
+            f"{named} of {attachment.label} cannot be copied: a trainer has written {held.published.version}, "
+            "which the checkpoint does not have."
         )
     wanted = {part.name for each in parts.values() for part in each}
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(Path(where).glob("*.safetensors")) if os.path.isdir(where) else ():
+    for name, identity in held.key.files.items():
+        file = Path(where, name)
+        if not name.endswith(".safetensors") or not file.is_file():
+            continue
         with safetensors.safe_open(file, "pt", device=str(attachment.device)) as opened:
-            for name in wanted & set(opened.keys()):
-                found[name] = opened.get_tensor(name)
+            here = wanted & set(opened.keys())
+            if here and not is_version(file, identity):
+                raise NotShareableError(
+                    f"{named} of {attachment.label} cannot be copied: {file} has changed since engines read it."
+                )
+            for each in here:
+                if each in found:
+                    raise NotShareableError(f"{each} of {attachment.label} is in several files of {where}.")
+                found[each] = opened.get_tensor(each)
+        if here and not is_version(file, identity):
+            raise NotShareableError(f"{file} was changed while {named} of {attachment.label} was read.")
     unknown = [name for name, each in parts.items() if not each or any(part.name not in found for part in each)]
     if unknown:
-        raise NotShareableError(f"{', '.join(unknown)} of {attachment.label} are not in the files of {where}.")
+        raise NotShareableError(
+            f"{', '.join(unknown)} of {attachment.label} are in no safetensors file of {where} that engines have read."
+        )
     return found
 
 
@@ -304,14 +369,12 @@ def bind(
     made: nn.Module,
     views: Mapping[str, torch.Tensor],
     own: Collection[str],
-    parameters: Mapping[str, nn.Parameter],
-    label: str,
     as_parameter: Callable[[str, nn.Parameter], nn.Parameter],
-) -> list[str]:
-    """Put `as_parameter(name, parameter)` in place of what Transformers has put on the views; the names.
+) -> tuple[list[str], dict[str, str]]:
+    """Put `as_parameter(name, parameter)` in place of what Transformers has put on the views.
 
-    Raises:
-        NotShareableError: it has copied others.
+    Returns:
+        The names; and why others than `own` are not on their views.
     """
     frozen: dict[int, nn.Parameter] = {}
     names: list[str] = []
@@ -323,10 +386,9 @@ def bind(
         if id(parameter) not in frozen:
             if view is None or view.data_ptr() != parameter.data_ptr() or view.dtype != parameter.dtype:
                 if name not in own:
-                    problems[name] = f"was copied by Transformers {transformers.__version__}"
+                    problems[name] = f"was made {parameter.dtype} by Transformers {transformers.__version__}"
                 continue
             frozen[id(parameter)] = as_parameter(name, parameter)
         module._parameters[attribute] = frozen[id(parameter)]
         names.append(name)
-    refuse(problems, {**parameters, **dict(made.named_parameters())}, label, _COPY)
-    return names
+    return names, problems

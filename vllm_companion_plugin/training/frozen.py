@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +21,12 @@ class FrozenTensor(torch.Tensor):
     companion_name: str
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a tensor of PyTorch's own: what is saved can be loaded anywhere."""
+        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class FrozenParameter(nn.Parameter):
@@ -32,7 +39,7 @@ class FrozenParameter(nn.Parameter):
     companion_name: str
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -41,6 +48,9 @@ class FrozenParameter(nn.Parameter):
             memo[id(self)] = nn.Parameter(plain(self).clone(), self.requires_grad)
         copied: nn.Parameter = memo[id(self)]
         return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(plain(self), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def freeze(name: str, view: torch.Tensor) -> FrozenParameter:
@@ -57,33 +67,55 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name: str = getattr(func, "__name__", "")
+    if name in _ELEMENT_BY_ELEMENT:
+        raise _refused(args[0].companion_name)
     with torch._C.DisableTorchFunctionSubclass():
-        if not _may_write(func, kwargs):
+        if not _may_write(func, name, kwargs):
             result = func(*args, **kwargs)
         else:
             with _Guard(args, kwargs):
                 result = func(*args, **kwargs)
+        if isinstance(result, np.ndarray):
+            result.flags.writeable = False
+            return result
+        frozen = {_storage(each): each for each in _frozen_in((args, kwargs))}
         if isinstance(result, (tuple, list)) and all(type(each) is torch.Tensor for each in result):
-            return type(result)(_guarded(each, args) for each in result)
-        return _guarded(result, args) if type(result) is torch.Tensor else result
+            return type(result)(_guarded(each, frozen) for each in result)
+        return _guarded(result, frozen) if type(result) is torch.Tensor else result
 
 
-def _may_write(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the name of a function says that it may write to what it is given; what it does is looked at then."""
-    name: str = getattr(func, "__name__", "")
+_ELEMENT_BY_ELEMENT = ("apply_", "map_", "map2_")
+"""Functions that write without any operator of PyTorch."""
+
+
+def _may_write(func: Any, name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function may write to what it is given, by its name or because it is Python; what it does is looked at
+    then. Operators whose names say nothing do not write to what they are given."""
+    if isinstance(func, types.FunctionType):
+        return True
     if name.startswith("__"):
         return name.startswith("__i") or name == "__setitem__"
     return name.endswith("_") or "out" in kwargs
 
 
-def _guarded(result: torch.Tensor, args: Any) -> torch.Tensor:
-    """`result`, guarded as well if it views the memory of its first argument: so do views, `detach` and `data`."""
-    of = args[0] if args else None
-    if isinstance(of, (FrozenParameter, FrozenTensor)) and _storage(result) == _storage(of):
+def _guarded(result: torch.Tensor, frozen: dict[int, Any]) -> torch.Tensor:
+    """`result`, guarded as well if it views the memory of a frozen argument: so do views, `detach` and `data`."""
+    if (of := frozen.get(_storage(result))) is not None:
         view: FrozenTensor = result.as_subclass(FrozenTensor)
         view.companion_name = of.companion_name
         return view
     return result
+
+
+def _frozen_in(values: Any) -> Iterator[Any]:
+    return (each for each in tree_iter(values) if isinstance(each, (FrozenParameter, FrozenTensor)))
+
+
+def _refused(name: str) -> SharedWeightsError:
+    return SharedWeightsError(
+        f"{name} is read-only: engines use the same bytes.", remedy="Train adapters beside it, or clone it first."
+    )
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -95,11 +127,7 @@ class _Guard(TorchDispatchMode):
 
     def __init__(self, args: Any, kwargs: dict[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names = {
-            _storage(each): each.companion_name
-            for each in tree_iter((args, kwargs))
-            if isinstance(each, (FrozenParameter, FrozenTensor))
-        }
+        self._names = {_storage(each): each.companion_name for each in _frozen_in((args, kwargs))}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,7 +142,4 @@ class _Guard(TorchDispatchMode):
             return
         for tensor in tree_iter(value):
             if isinstance(tensor, torch.Tensor) and (name := self._names.get(_storage(tensor))) is not None:
-                raise SharedWeightsError(
-                    f"{name} is read-only: engines use the same bytes.",
-                    remedy="Train adapters beside it, or clone it first.",
-                )
+                raise _refused(name)

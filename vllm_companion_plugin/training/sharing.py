@@ -14,6 +14,7 @@ from torch import nn
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.errors import NotSharedError
+from vllm_companion_plugin.training.frozen import FrozenParameter
 
 _ATTRIBUTE = "_companion_sharing"
 _SHOWN = 8
@@ -48,6 +49,7 @@ class Places:
 
     def __init__(self, model: nn.Module, names: Iterable[str], label: str) -> None:
         self._label = label
+        self._model = weakref.ref(model)
         self._places = [_place(model, name) for name in names]
         sizes = {place.address: place.shape.numel() * place.dtype.itemsize for place in self._places}
         self.size_bytes = sum(sizes.values())
@@ -55,7 +57,7 @@ class Places:
     def check(self) -> None:
         """Raise `NotSharedError` if parameters are not there any more."""
         with torch._C.DisableTorchFunctionSubclass():
-            left = [place.name for place in self._places if not _is_there(place)]
+            left = [place.name for place in self._places if not _is_there(place, self._model())]
         if left:
             more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
             raise NotSharedError(
@@ -86,8 +88,8 @@ class Sharing:
         self._places = Places(model, shared, attachment.label)
         self.shared_bytes = self._places.size_bytes
         for each in dict.fromkeys([model, getattr(model, "base_model", model)]):  # PEFT calls the inner one only
-            each.register_forward_pre_hook(self._before_forward)
-        vars(model)[_ATTRIBUTE] = self
+            vars(each)[_ATTRIBUTE] = self
+            each.register_forward_pre_hook(_check)
         # DistributedDataParallel writes the first rank's values to all ranks' parameters.
         vars(model)["_ddp_params_and_buffers_to_ignore"] = _Names(model)
         attachment.leave_to_tensors(self._unused)
@@ -116,15 +118,20 @@ class Sharing:
         self._attachment.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model shares nothing."""
+        """A copy of the model shares nothing, and neither does one that was saved."""
 
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
-        if getattr(module, _ATTRIBUTE, self) is self:
-            self.check()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     def _unused(self) -> None:
         """The last view has gone. In any thread, where no lock may be waited for."""
         threading.Thread(target=self._attachment.close, name="companion-training-end", daemon=True).start()
+
+
+def _check(module: nn.Module, _: Any) -> None:
+    """Before the forward pass of a model that shares, or of a copy of one."""
+    if (sharing := vars(module).get(_ATTRIBUTE)) is not None:
+        sharing.check()
 
 
 class _Names:
@@ -135,11 +142,15 @@ class _Names:
 
     def __iter__(self) -> Iterator[str]:
         model = self._model()
-        names = [name for name, each in model.named_parameters() if not each.requires_grad] if model else []
+        parameters = model.named_parameters() if model is not None else ()
+        names = [name for name, each in parameters if isinstance(each, FrozenParameter)]
         return iter([f"{wrapper}{name}" for wrapper in _WRAPPERS for name in names])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> tuple[str, ...]:
         return ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, ()
 
 
 def sharing_of(model: nn.Module) -> Sharing | None:
@@ -167,10 +178,15 @@ def _place(model: nn.Module, name: str) -> _Place:
     )
 
 
-def _is_there(place: _Place) -> bool:
+def _is_there(place: _Place, model: nn.Module | None) -> bool:
     module = place.module()
-    if module is None:  # the user has removed it
-        return True
+    if module is None:  # the user has removed it, or put another one in its place
+        try:
+            module = model.get_submodule(place.name.rpartition(".")[0]) if model is not None else None
+        except AttributeError:
+            module = None
+        if module is None or place.attribute not in module._parameters:
+            return True
     now: Any = module._parameters.get(place.attribute)
     if now is None and hasattr(module, "parametrizations"):  # as PEFT does with parameters of experts
         now = getattr(getattr(module.parametrizations, place.attribute, None), "original", None)

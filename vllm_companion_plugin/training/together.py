@@ -197,18 +197,20 @@ def colocated(
         os.environ.pop(_IN_THIS_PROCESS)
         if before is not None:
             os.environ[_IN_THIS_PROCESS] = before
-    client = CompanionClient(_device(), **settings)
-    key_id = _shared_by_this_process(client, model)
-    made = from_companion(
-        model,
-        device=client.device,
-        key_id=key_id,
-        copy=copy,
-        flags=flags,
-        auto_class=auto_class,
-        options=options,
-        **settings,
-    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(engine.llm_engine.engine_core.shutdown)
+        client = CompanionClient(_device(), **settings)
+        made = from_companion(
+            model,
+            device=client.device,
+            key_id=_shared_by_this_process(client, model),
+            copy=copy,
+            flags=flags,
+            auto_class=auto_class,
+            options=options,
+            **settings,
+        )
+        undo.pop_all()
     return Colocated(engine, made, client, lora)
 
 

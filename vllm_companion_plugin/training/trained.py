@@ -98,14 +98,15 @@ def trained(
 
 def _check(blueprint: Blueprint, attachment: Attachment) -> None:
     _, reasons = views_of(blueprint, attachment.views())
-    refuse(blueprint.missing(reasons), blueprint.parameters, attachment.label, _REMEDY)
+    refuse(blueprint.missing(reasons), blueprint, attachment.label, _REMEDY)
 
 
 def _model_on(owned: Owned, blueprint: Blueprint, attachment: Attachment) -> Any:
     views, _ = views_of(blueprint, ArenaViews(owned.arena, attachment.size_bytes, attachment.device))
     state = {name: view for name, view in views.items() if name in blueprint.parameters}
     made = blueprint.make({**blueprint.buffers(views), **state}, attachment.device)
-    bind(made, views, (), blueprint.parameters, attachment.label, lambda _, parameter: parameter)
+    _, problems = bind(made, views, (), lambda _, parameter: parameter)
+    refuse(problems, blueprint, attachment.label, _REMEDY)
     for parameter in made.parameters():
         parameter.requires_grad_(True)
     return made

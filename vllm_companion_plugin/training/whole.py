@@ -45,6 +45,8 @@ def whole_view(shape: Sequence[int], pieces: Iterable[Placed], item_bytes: int) 
         pieces: all that was copied from it, to places that do not overlap.
     """
     shape = tuple(shape)
+    if 0 in shape:
+        return None
     boxes = []
     for piece in pieces:
         if piece.offset_bytes % item_bytes or (box := _box(shape, piece, piece.offset_bytes // item_bytes)) is None:

@@ -5,7 +5,7 @@ Equal where it matters, the engine's own where it follows from the engine's flag
 - modules, classes of objects, functions, enums and dtypes decide how bytes are understood, and must be equal;
 - plain values (numbers, strings, containers of them; times) that neither loading nor post-processing changed were made
   by building this model here, from this engine's flags: they stay as they are. So does what only one of both has, and
-  which of its own methods an object calls: engines that compile differently share;
+  which method an object calls: engines that compile differently share;
 - what loading changed was set to the published value before, and must be equal now;
 - a number that post-processing made is this engine's own, too, unless it read data of tensors: then a float is
   set to the published value. Anything else that it made must be equal.
@@ -181,9 +181,22 @@ def _are_choices(here: str | None, there: str | None) -> bool:
     Flags decide whether an attribute is made at all, and which method of a layer runs: vLLM's layers have one for each
     way to be compiled.
     """
-    if here is None or there is None or _are_methods(here, there):
+    if here is None or there is None:
+        return not _is_meaning(here or there)
+    return _are_methods(here, there) or _are_data(here, there)
+
+
+def _is_meaning(text: str | None) -> bool:
+    """Whether it is a class, an enum or a dtype. They say how bytes are understood even where nothing was before."""
+    return text is not None and (text.startswith("class ") or not (_is_data(text) or _is_no_value(text)))
+
+
+def _is_no_value(text: str) -> bool:
+    try:
+        value_of(text)
+    except ValueError:
         return True
-    return _are_data(here, there)
+    return False
 
 
 def _are_methods(here: str, there: str) -> bool:

@@ -18,10 +18,10 @@ from typing import Any
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_companion_plugin.engine.identity.digest import CONTENT, Digests, File, digest_of
-from vllm_companion_plugin.engine.identity.files import Lasts, look
-from vllm_companion_plugin.engine.identity.files import file_identity as file_identity
+from vllm_companion_plugin.engine.identity.digest import Digests, File, digest_of
 from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.host.files import CONTENT, Lasts, look
+from vllm_companion_plugin.host.files import file_identity as file_identity
 
 logger = init_logger("vllm.companion.checkpoint")
 

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.engine.identity.files import Lasts, file_identity
+from vllm_companion_plugin.host.files import CONTENT, Lasts, file_identity
 from vllm_companion_plugin.host.runtime_dir import read_file, replace_file
 
 logger = init_logger("vllm.companion.digest")
@@ -35,8 +35,6 @@ _READ_BYTES = 16 << 20
 _SAMPLES = 16
 _SAMPLE_BYTES = 16 << 10
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
-CONTENT = "blake3 "
-"""Prefix of an identity that is the digest of the content."""
 _MOST_KEPT = 4096
 """Limit of kept digests: enough for a checkpoint of 200 files on each of 20 mounts."""
 # Two writes within one tick of the file system's clock leave a file's identity unchanged.

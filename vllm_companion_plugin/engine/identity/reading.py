@@ -22,7 +22,7 @@ from typing import Any
 
 from vllm_companion_plugin.engine.identity.checkpoint import WEIGHT_SUFFIXES
 from vllm_companion_plugin.engine.identity.digest import digest_of, whole_digest_of
-from vllm_companion_plugin.engine.identity.files import Lasts, look
+from vllm_companion_plugin.host.files import Lasts, look
 
 LARGEST_BYTES = 16 << 20
 """Limit of a small file, in bytes. If a larger one below the checkpoint holds weights, `checkpoint` knows that file."""
