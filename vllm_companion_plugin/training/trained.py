@@ -24,7 +24,8 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.settings import Given
-from vllm_companion_plugin.training.base import Blueprint, attached, bind, blueprint_of, refuse, views_of
+from vllm_companion_plugin.training.base import attached
+from vllm_companion_plugin.training.blueprint import Blueprint, bind, blueprint_of, refuse, views_of
 from vllm_companion_plugin.training.sharing import Places
 
 if TYPE_CHECKING:
