@@ -28,7 +28,7 @@ from vllm_companion_plugin.settings import to_environment
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 CHILD = "tests.vllm.adapter_child"
-LONG = 500
+LONG = 900
 """Tokens of a request that is in flight while others come."""
 LORA = {"load_format": "companion", "enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2}
 Ask = Callable[..., dict[str, Any]]
@@ -204,13 +204,13 @@ def test_served(server: Server, client: CompanionClient, long_llama: Path) -> No
     client.publish_adapter("mine", model)
     lora.train(model, 8)
     client.publish_adapter("mine", model)
-    assert tokens("mine") == said(model)
-    assert ask("mine?generation=3")[0] == 404  # a path names a generation, and no model does
+    answer = tokens("mine")
     [entry] = client.list_adapters()
-    held = len(entry.generations)
+    assert (server.running(), len(entry.generations)) == (1, 3)
+    assert answer == said(model)
+    assert ask("mine?generation=3")[0] == 404  # a path names a generation, and no model does
     assert begun + [token for part in stream for token in part] == before
-    until(lambda: len(client.list_adapters()[0].generations) < held, 5, "the first one is held no more")
-    assert held == 3
+    until(lambda: len(client.list_adapters()[0].generations) < 3, 5, "the first one is held no more")
 
     # An answer with a status, also where tokens would be streamed.
     client.publish_adapter("large", lora.peft_of(long_llama, r=16))
