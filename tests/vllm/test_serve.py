@@ -40,7 +40,8 @@ def hub_cache(place: Place, checkpoint: Path) -> Path:
     ("parallel", "ranks"),
     [
         pytest.param({}, ["single", "single draft"], marks=pytest.mark.core),
-        ({"tensor_parallel_size": 2}, ["tp0/2", "tp1/2"]),
+        # Two such engines are in test_sharing.py.
+        pytest.param({"tensor_parallel_size": 2}, ["tp0/2", "tp1/2"], marks=pytest.mark.slow),
         pytest.param({"pipeline_parallel_size": 2}, ["pp0/2", "pp1/2"], marks=pytest.mark.slow),
     ],
     ids=["single", "tp2", "pp2"],
