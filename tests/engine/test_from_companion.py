@@ -110,6 +110,40 @@ def test_it_is_what_from_pretrained_makes(family: str, place: Place, tmp_path: P
         assert {name for name, _ in model.named_buffers()} == {name for name, _ in other.named_buffers()}
 
 
+WHOLE = (
+    *("dense", "qwen2", "gemma", "gemma2", "olmoe", "granite", "granitemoe", "stablelm", "gpt2", "gpt-j", "opt"),
+    *("cohere", "cohere2", "glm4", "exaone4", "nemotron", "ernie4.5", "mistral", "qwen2-moe", "gemma3n", "gemma4"),
+    *("qwen3-next", "qwen3-vl", "idefics3"),
+)
+WITH_COPIES = {
+    "bloom": "query_key_value",  # which vLLM puts into another order
+    "falcon": "query_key_value",
+    "apertus": "act_fn.alpha",  # float32 in Transformers
+    "falcon-h1": "A_log",  # of which vLLM keeps something else
+    "mamba": "A_log",
+    "nemotron-h": "A_log",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*WHOLE, *WITH_COPIES])
+def test_more_families(family: str, place: Place, tmp_path: Path) -> None:
+    """Without a copy; or with copies of those parameters that vLLM keeps differently, and of no others."""
+    models.make(family, tmp_path, tiny=True)
+    auto = "AutoModelForImageTextToText" if family in ("qwen3-vl", "idefics3") else "AutoModelForCausalLM"
+    auto_class = getattr(transformers, auto)
+    with held(place, tmp_path):
+        model = on_companion(place, tmp_path, auto_class=auto_class, copy=["*"] if family in WITH_COPIES else [])
+        other = auto_class.from_pretrained(tmp_path, dtype=torch.float32)
+        assert torch.equal(logits(model), logits(other))
+        theirs = other.state_dict()
+        assert {name for name, each in model.state_dict().items() if not torch.equal(each, theirs[name])} == set()
+        sharing = sharing_of(model)
+        assert sharing is not None
+        assert all(WITH_COPIES.get(family, "none") in name for name in sharing.copied)
+        assert bool(sharing.copied) == (family in WITH_COPIES)
+
+
 BIAS = "e_score_correction_bias"
 
 
