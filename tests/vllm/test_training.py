@@ -168,3 +168,27 @@ def test_users_train_and_sample_adapters_of_one_base_at_once(
     assert {lease.pid for lease in weights.leases} == {service.pid}
     service.terminate()
     service.wait(30)
+
+
+@pytest.mark.slow  # the service above is one process of this kind
+def test_engines_and_trainers_in_the_processes_of_torchrun(
+    place: Place, tiny_llama: Path, engine_environment: dict[str, str]
+) -> None:
+    """Two processes, each an engine and a trainer, on one copy; each samples what both have trained."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.vllm.colocated_child", str(tiny_llama)],
+        env=engine_environment | place.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
+    found = sorted(map(json.loads, lines), key=lambda each: each["wanted"])
+    assert [each["mine"] for each in found] == [77, 78]
+    assert [each["others"] for each in found] == [78, 77]
+    assert found[0]["base"] == found[1]["base"] not in (77, 78)
+    assert all("Adapter nobody is not held" in each["nobody"] and each["copied"] == {} for each in found)
+    assert [each["pids"] for each in found] == [[sorted(each["pid"] for each in found)]] * 2

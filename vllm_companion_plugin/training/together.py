@@ -172,7 +172,8 @@ def colocated(
 ) -> Colocated:
     """Start vLLM's engine in this process, and make a model on the same memory.
 
-    Under torchrun each process has an engine and a model of its own GPU.
+    Under torchrun each process has an engine and a model of its own GPU. Torch's process group is made, unless the
+    trainer has done so.
 
     Args:
         engine_args: of `vllm.LLM`, beside `model`.
@@ -189,6 +190,8 @@ def colocated(
         arguments.setdefault("max_lora_rank", _allowed_rank(max([lora.r, *(lora.rank_pattern or {}).values()])))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         arguments.setdefault("distributed_executor_backend", "external_launcher")
+        if not torch.distributed.is_initialized():  # vLLM would make a group of its own processes alone
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     before = os.environ.get(_IN_THIS_PROCESS)
     os.environ[_IN_THIS_PROCESS] = "0"
     try:

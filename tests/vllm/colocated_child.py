@@ -1,0 +1,63 @@
+"""One of several processes under torchrun: an engine and a trainer in it, and an adapter that is sampled at once.
+
+Argument: the model. Prints "RESULT {...}".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import peft
+import torch
+from vllm import SamplingParams
+
+from tests.support.lora import TARGETS
+from vllm_companion_plugin.errors import EntryNotFoundError
+from vllm_companion_plugin.training import colocated, sharing_of
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+    parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    torch.manual_seed(0)
+    with colocated(sys.argv[1], engine, lora=lora) as both:
+
+        def says(name: str | None) -> int:
+            prompt = {"prompt_token_ids": PROMPT}
+            return int(both.sample(name, prompt, parameters, use_tqdm=False)[0].outputs[0].token_ids[0])
+
+        name, target = f"user {rank}", 77 + rank
+        base = says(None)
+        model = both.create_adapter(name)
+        assert says(name) == base  # PEFT's B is zero
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-2)
+        tokens = torch.tensor([[*PROMPT, target]])
+        labels = torch.tensor([[*[-100] * len(PROMPT), target]])
+        for _ in range(15):
+            with both.training():
+                model(tokens, labels=labels).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found = {"base": base, "mine": says(name), "wanted": target}
+        torch.distributed.barrier()  # both have published
+        found["others"] = says(f"user {1 - rank}")
+        try:
+            says("nobody")
+        except EntryNotFoundError as error:
+            found["nobody"] = str(error)
+        weights = [entry for entry in both.client.status().entries if entry.key.kind == "weights"]
+        found["pids"] = [sorted({lease.pid for lease in entry.leases}) for entry in weights]
+        found["copied"] = getattr(sharing_of(model), "copied", None)
+        found["pid"] = os.getpid()
+        print("RESULT " + json.dumps(found), flush=True)
+        torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()
