@@ -78,12 +78,13 @@ class Blueprint:
 
     def make(self, state: Mapping[str, torch.Tensor], device: torch.device) -> Any:
         """The model with these tensors for its own. Raises `NotShareableError` if others than these are in it."""
-        options = {**_dtype_option(self.dtype), **self.options}
+        # Transformers wants accelerate for any device that is named, the default one too.
+        where = {} if device.type == "cpu" else {"device_map": {"": device}}
+        options = {**_dtype_option(self.dtype), **where, **self.options}
         made, info = type(self.bare).from_pretrained(
             None,
             config=self.config,
             state_dict=dict(state),
-            device_map={"": device},
             output_loading_info=True,
             **options,
         )
