@@ -266,6 +266,34 @@ def test_an_adapter_is_trained_on_it_as_on_any_model(place: Place, tiny: Path, c
         assert losses[-1] < losses[0]
 
 
+def test_transformers_own_trainer_trains_it(place: Place, tiny: Path, tmp_path: Path) -> None:
+    """With accelerate around it, a scheduler, clipped gradients, and a checkpoint that PEFT reads."""
+
+    def losses(model: Any, directory: Path) -> list[float]:
+        data = [{"input_ids": TOKENS[0] + number, "labels": TOKENS[0] + number} for number in range(4)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(directory),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            seed=0,
+        )
+        trainer = transformers.Trainer(model=adapted(model), args=arguments, train_dataset=data)
+        trainer.train()
+        trainer.save_model()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    with held(place, tiny):
+        mine = losses(on_companion(place, tiny), tmp_path / "mine")
+        assert mine == losses(of_files(tiny), tmp_path / "theirs")
+        assert mine[-1] < mine[0]
+        saved = peft.PeftModel.from_pretrained(on_companion(place, tiny), tmp_path / "mine")
+        assert not torch.equal(logits(saved), logits(on_companion(place, tiny)))
+
+
 def replaced_dtype(model: Any) -> None:
     model.to(torch.float64)
 
