@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.place import Place, until
-from tests.vllm.conftest import START_TIMEOUT_S, StartEngine
+from tests.vllm.conftest import START_TIMEOUT_S, StartEngine, make_llama
 from tests.vllm.nursery import ROOT, Forked, Nursery
 from tests.vllm.test_update import trained
 from vllm_companion_plugin import CompanionClient, FleetError
@@ -94,7 +94,7 @@ def serve(
     """Start `vllm serve MODEL --load-format companion` with the routes that trainers use."""
     made: list[Server] = []
     environment = fork_environment | to_environment(place.settings)
-    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+    environment |= {"VLLM_SERVER_DEV_MODE": "1"}
 
     def start(model: str) -> Server:
         with closing(socket.socket()) as free:
@@ -129,14 +129,20 @@ class Killed(HttpEngine):
         super().pause(timeout_s, clear_caches=clear_caches)
 
 
+@pytest.fixture
+def long_llama(nursery: Nursery, tmp_path: Path) -> Path:
+    """Of all positions that a request in flight takes. Beyond the last one vLLM reads whatever is there."""
+    return make_llama(nursery, tmp_path / "llama", max_position_embeddings=LENGTH)
+
+
 def test_servers_switch_together_with_requests_in_flight_and_back(
-    place: Place, serve: Callable[[str], Server], start_engine: StartEngine, tiny_llama: Path, tmp_path: Path
+    place: Place, serve: Callable[[str], Server], start_engine: StartEngine, long_llama: Path, tmp_path: Path
 ) -> None:
     """Their answers are those of an engine that loads these weights by itself, also to a prompt that they know.
 
     If one is killed between the two phases, the other one has the new weights, and the report says so.
     """
-    model, checkpoint = str(tiny_llama), trained(tiny_llama, tmp_path, 1)
+    model, checkpoint = str(long_llama), trained(long_llama, tmp_path, 1)
     first, second = serve(model), serve(model)
     fresh = start_engine(model=checkpoint, load_format="auto", prompts=[PROMPT], skip_tokenizer_init=True)
     (one,) = fresh.result()["tokens"]
@@ -163,7 +169,7 @@ def test_servers_switch_together_with_requests_in_flight_and_back(
     assert second.tokens(PROMPT[:4] + answer[:-24]) == answer[-24:]
 
     back = place.run(
-        *("-m", "vllm_companion_plugin.cli.main", "advance", tiny_llama.name, "--to", "1"),
+        *("-m", "vllm_companion_plugin.cli.main", "advance", long_llama.name, "--to", "1"),
         *("--engine", first.url, "--engine", second.url),
     )
     said, error = back.communicate(timeout=120)
