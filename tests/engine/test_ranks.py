@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.place import Place, until
-from tests.support.publishing import Small, load
-from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client.connection import connect
+from tests.support.place import Place
+from tests.support.publishing import hold_zeros
 
 MODEL = "test/model"
 
@@ -20,12 +18,7 @@ MODEL = "test/model"
 def run(place: Place, tmp_path: Path, wrong: str) -> list[dict[str, Any]]:
     """What two ranks have after `companion_update`, of which the second one may not be able to."""
     place.companion()
-    with connect("cpu", place.settings, spawn=False) as connection:
-        model = Small()
-        torch.nn.init.zeros_(model.embed.weight)
-        load(connection, model)
-    client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
-    until(lambda: not client.status().entries[0].leases, 5, "the loader has left")
+    client = hold_zeros(place)
     ranks = [
         place.run("-m", "tests.engine.update_child", str(rank), str(tmp_path / "store"), how)
         for rank, how in enumerate(("nothing", wrong))

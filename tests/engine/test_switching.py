@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.place import Place, until
-from tests.support.publishing import Small, load
+from tests.support.publishing import hold_zeros
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.attachment import Attachment, tensors_by_name
 from vllm_companion_plugin.client.connection import connect
@@ -29,12 +29,7 @@ FIRST, SECOND = 1, 2
 def client(place: Place) -> Iterator[CompanionClient]:
     """Of a companion that holds two generations of `Small`: of zeros, and of ones."""
     companion = place.companion()
-    with connect("cpu", place.settings, spawn=False) as connection:
-        model = Small()
-        torch.nn.init.zeros_(model.embed.weight)
-        load(connection, model)
-    client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
-    until(lambda: not client.status().entries[0].leases, 5, "the loader has left")
+    client = hold_zeros(place)
     with client.update(MODEL, version="ones") as new:
         new.load({"embed.weight": torch.ones(64, 16, dtype=torch.bfloat16)})
     yield client

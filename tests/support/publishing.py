@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from tests.support.place import KEY
+from tests.support.place import KEY, Place, until
+from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin import memory as arenas
-from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready
+from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.layout import layout_digest
@@ -52,6 +53,17 @@ def load(connection: CompanionConnection, model: nn.Module, device: torch.device
     outcome = connection.attach(key, may_load=True, client_name="loader").wait(5)
     assert isinstance(outcome, Granted)
     publish(outcome.publication, model, device)
+
+
+def hold_zeros(place: Place) -> CompanionClient:
+    """A client of the companion of `place`, which holds `Small` of zeros, and nobody who uses it."""
+    with connect("cpu", place.settings, spawn=False) as connection:
+        model = Small()
+        torch.nn.init.zeros_(model.embed.weight)
+        load(connection, model)
+    client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+    until(lambda: not client.status().entries[0].leases, 5, "the loader has left")
+    return client
 
 
 def damage(connection: CompanionConnection) -> None:

@@ -1,6 +1,6 @@
 """One of several processes under torchrun: an engine and a trainer in it, and an adapter that is sampled at once.
 
-Argument: the model. Prints "RESULT {...}".
+Arguments: the model, and a runtime directory. Prints "RESULT {...}".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     torch.manual_seed(0)
-    with colocated(sys.argv[1], engine, lora=lora) as both:
+    with colocated(sys.argv[1], engine, lora=lora, runtime_dir=sys.argv[2]) as both:
 
         def says(name: str | None) -> int:
             prompt = {"prompt_token_ids": PROMPT}

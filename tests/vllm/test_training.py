@@ -177,8 +177,8 @@ def test_engines_and_trainers_in_the_processes_of_torchrun(
     """Two processes, each an engine and a trainer, on one copy; each samples what both have trained."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.vllm.colocated_child", str(tiny_llama)],
-        env=engine_environment | place.environment,
+        [*command, "-m", "tests.vllm.colocated_child", str(tiny_llama), place.settings.runtime_dir],
+        env=engine_environment,  # where the companion is, only the call says
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client.attachment import KNOWN_TIMEOUT_S
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
 from vllm_companion_plugin.client.mirror import Held, Mirror
@@ -33,8 +34,6 @@ from vllm_companion_plugin.wire import codec
 from vllm_companion_plugin.wire.adapter_file import Part, header_of, read_header
 
 _CPU = torch.device("cpu")
-_KNOWN_TIMEOUT_S = 10.0
-"""For the next companion to know what was handed back, before a publication is one of a new client."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -92,7 +91,7 @@ class AdapterHolds:
         hold = self._holds.get(name)
         if hold is None:
             return None
-        hold.mirror.wait_known(_KNOWN_TIMEOUT_S)
+        hold.mirror.wait_known(KNOWN_TIMEOUT_S)
         if hold.mirror.ended or hold.mirror.lost:
             self.let_go(name)
             return None

@@ -47,7 +47,7 @@ from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_fr
 logger = logging.getLogger("vllm.companion.client")
 
 KNOWN_TIMEOUT_S = 10.0
-"""For the next companion, if this one has died, before who falls asleep fails."""
+"""For the next companion, if this one has died, to know what this process holds, before a call fails that needs it."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import struct
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from io import FileIO
 from pathlib import Path
 
 _NFS = 0x6969
@@ -109,17 +110,28 @@ def file_identity(path: Path) -> str:
 def is_version(path: Path, identity: str) -> bool:
     """Whether the file has the content that `identity` says: the text of a look, or `CONTENT` and a digest."""
     try:
-        if not identity.startswith(CONTENT):
-            return file_identity(path) == identity
-        from blake3 import blake3  # of vLLM; only files on some file systems need it
-
-        hasher = blake3(max_threads=blake3.AUTO)
-        with path.open("rb") as file:
-            while part := file.read(_READ_BYTES):
-                hasher.update(part)
-        return CONTENT + hasher.hexdigest() == identity
+        if identity.startswith(CONTENT):
+            return CONTENT + whole_digest_of(path) == identity
+        return file_identity(path) == identity
     except OSError:
         return False
+
+
+def whole_digest_of(path: Path) -> str:
+    """Return the digest of a large file's content, computed on all cores."""
+    from blake3 import blake3  # of vLLM: whoever compares looks alone need not have it
+
+    hasher = blake3(max_threads=blake3.AUTO)
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open_file(path) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+    return hasher.hexdigest()
+
+
+def open_file(path: Path) -> FileIO:
+    """Open a file for reading. Does not wait on a pipe, because another process chose the path."""
+    return FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def _all_alike(path: str | os.PathLike[str], status: os.stat_result) -> bool:

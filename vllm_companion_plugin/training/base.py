@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import logging
 import subprocess
@@ -88,20 +87,27 @@ def attached(
     client: CompanionClient, model: str, rank: str | None, key_id: str, name: str, flags: tuple[str, ...] = ()
 ) -> Attachment:
     """Attached to `model`, which vLLM loads if nobody has it. Raises as `from_companion`."""
-    with contextlib.suppress(EntryNotFoundError, CompanionUnavailableError):
+    try:
         return client.attach(model, rank, key_id=key_id, name=name)
-    if not key_id:
-        logger.info("Nobody has %s on %s: vLLM loads it.", model, client.device)
-        environment = environment_of(torch_device_of(client.device), client.settings)
-        status = subprocess.run(
-            [sys.executable, "-m", LOADER, model, *flags], env=environment, stdin=subprocess.DEVNULL, stdout=2
-        ).returncode
-        if status:
-            raise CompanionUnavailableError(
-                f"{model} is not held on {client.device}, and was not loaded: vLLM ended with status {status}.",
-                remedy="Its lines on standard error say why.",
-            )
+    except (EntryNotFoundError, CompanionUnavailableError):
+        if key_id:  # of one load among others, that nothing tells how to repeat
+            raise
+    _load(client, model, flags)
     return client.attach(model, rank, key_id=key_id, name=name)
+
+
+def _load(client: CompanionClient, model: str, flags: tuple[str, ...]) -> None:
+    """Have vLLM load and publish a model. Raises `CompanionUnavailableError` if it does not."""
+    logger.info("Nobody has %s on %s: vLLM loads it.", model, client.device)
+    environment = environment_of(torch_device_of(client.device), client.settings)
+    status = subprocess.run(
+        [sys.executable, "-m", LOADER, model, *flags], env=environment, stdin=subprocess.DEVNULL, stdout=2
+    ).returncode
+    if status:
+        raise CompanionUnavailableError(
+            f"{model} is not held on {client.device}, and was not loaded: vLLM ended with status {status}.",
+            remedy="Its lines on standard error say why.",
+        )
 
 
 def _build(attachment: Attachment, copy: Collection[str], blueprint: Blueprint) -> Any:

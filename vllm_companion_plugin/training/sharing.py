@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.errors import NotSharedError
 from vllm_companion_plugin.training.frozen import FrozenParameter
 
@@ -98,11 +97,6 @@ class Sharing:
     def generation(self) -> int:
         """Of the entry that is used."""
         return self._attachment.generation
-
-    @property
-    def published(self) -> Published:
-        """When and by what it was made."""
-        return self._attachment.held.published
 
     @property
     def label(self) -> str:

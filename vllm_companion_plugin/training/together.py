@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 import peft
@@ -165,7 +165,6 @@ def colocated(
     *,
     lora: peft.LoraConfig | None = None,
     copy: Collection[str] = (),
-    flags: Sequence[str] = (),
     auto_class: Any = None,
     options: Mapping[str, Any] | None = None,
     **settings: Unpack[Given],
@@ -179,13 +178,17 @@ def colocated(
         engine_args: of `vllm.LLM`, beside `model`.
         lora: of adapters that are made without a configuration; its rank is what the engine allows at most, unless
             `engine_args` says `max_lora_rank`.
-        copy, flags, auto_class, options: as of `from_companion`.
+        copy, auto_class, options: as of `from_companion`.
+        settings: of the engine, too.
 
     Raises:
         NotShareableError: the engine does not share its weights, or parameters of the model cannot be views.
         CompanionError: as `from_companion`.
     """
     arguments: dict[str, Any] = {"enable_lora": True, **(engine_args or {}), "load_format": "companion"}
+    # The engine and the trainer ask one companion, whichever of both was told where it is.
+    known: Any = {**(arguments.get("model_loader_extra_config") or {}), **settings}
+    arguments["model_loader_extra_config"] = known
     if lora is not None and arguments["enable_lora"]:
         arguments.setdefault("max_lora_rank", _allowed_rank(max([lora.r, *(lora.rank_pattern or {}).values()])))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -202,16 +205,15 @@ def colocated(
             os.environ[_IN_THIS_PROCESS] = before
     with contextlib.ExitStack() as undo:
         undo.callback(engine.llm_engine.engine_core.shutdown)
-        client = CompanionClient(_device(), **settings)
+        client = CompanionClient(_device(), **known)
         made = from_companion(
             model,
             device=client.device,
             key_id=_shared_by_this_process(client, model),
             copy=copy,
-            flags=flags,
             auto_class=auto_class,
             options=options,
-            **settings,
+            **known,
         )
         undo.pop_all()
     return Colocated(engine, made, client, lora)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vllm_companion_plugin import fleet
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.attachment import KNOWN_TIMEOUT_S, Attachment
 from vllm_companion_plugin.client.update import Owned, begin_training, check_version
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.companion.training")
 
-KNOWN_TIMEOUT_S = 10.0
-"""For the next companion, if this one has died, before a step fails."""
 _SINGLE = "single"
 _REMEDY = "Write its weights with `CompanionClient.update` instead, which has vLLM process them."
 

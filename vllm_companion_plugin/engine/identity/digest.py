@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 from blake3 import blake3
@@ -25,13 +24,12 @@ from filelock import FileLock, Timeout
 from vllm.logger import init_logger
 
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.host.files import CONTENT, Lasts, file_identity
+from vllm_companion_plugin.host.files import CONTENT, Lasts, file_identity, open_file, whole_digest_of
 from vllm_companion_plugin.host.runtime_dir import read_file, replace_file
 
 logger = init_logger("vllm.companion.digest")
 
 _FILES_AT_ONCE = 8
-_READ_BYTES = 16 << 20
 _SAMPLES = 16
 _SAMPLE_BYTES = 16 << 10
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
@@ -183,15 +181,10 @@ def _may_be_equal(mine: File, held: File, digests: Digests) -> bool:
     return _sample(mine.path) == _sample(held.path)
 
 
-def _open(path: Path) -> FileIO:
-    """Open a file for reading. Does not wait on a pipe, because another process chose the path."""
-    return FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-
-
 def _sample(path: Path) -> tuple[int, bytes]:
     """Return the size and a digest of some evenly spread pieces; `(-1, b"")` if the file cannot be read."""
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             pieces = (os.pread(file.fileno(), _SAMPLE_BYTES, size * i // _SAMPLES) for i in range(_SAMPLES))
             return size, blake3(b"".join(pieces)).digest()
@@ -202,13 +195,3 @@ def _sample(path: Path) -> tuple[int, bytes]:
 def digest_of(path: Path) -> str:
     """Return the digest of a small file's content."""
     return blake3(path.read_bytes()).hexdigest()
-
-
-def whole_digest_of(path: Path) -> str:
-    """Return the digest of a large file's content, computed on all cores."""
-    hasher = blake3(max_threads=blake3.AUTO)
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with _open(path) as file:
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
-    return hasher.hexdigest()

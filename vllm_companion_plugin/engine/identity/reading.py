@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.engine.identity.checkpoint import WEIGHT_SUFFIXES
-from vllm_companion_plugin.engine.identity.digest import digest_of, whole_digest_of
-from vllm_companion_plugin.host.files import Lasts, look
+from vllm_companion_plugin.engine.identity.digest import digest_of
+from vllm_companion_plugin.host.files import Lasts, look, whole_digest_of
 
 LARGEST_BYTES = 16 << 20
 """Limit of a small file, in bytes. If a larger one below the checkpoint holds weights, `checkpoint` knows that file."""
