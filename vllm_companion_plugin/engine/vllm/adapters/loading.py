@@ -5,6 +5,8 @@ reads, checks and places it by its own rules, without a copy in a file.
 
 vLLM drops adapters that were not used for long, and loads them again in the middle of a step, where an error ends the
 engine. So a worker keeps the descriptors of what it has loaded until the front end says that nothing is bound to it.
+
+Every worker imports this, so what talks to companions is imported by those that have adapters.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_companion_plugin import memory as arenas
-from vllm_companion_plugin.client.adapter_leases import AdapterLeases
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Bound
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.adapters.requests import settings_of
 from vllm_companion_plugin.errors import BadRequestError
-from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.wire.adapter_file import config_in
+
+if TYPE_CHECKING:
+    from vllm_companion_plugin.client.adapter_leases import AdapterLeases
+    from vllm_companion_plugin.memory.descriptors import Descriptors
 
 MAX_KEPT = 256
 """Adapters whose descriptors a worker keeps; the one that was loaded longest ago goes first, and is fetched again."""
@@ -77,6 +80,9 @@ def load_from_companions() -> None:
 def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def __init__(self: Any, vllm_config: Any, device: torch.device, *rest: Any, **named: Any) -> None:
+        from vllm_companion_plugin import memory as arenas
+        from vllm_companion_plugin.client.adapter_leases import AdapterLeases
+
         inner(self, vllm_config, device, *rest, **named)
         name = arenas.cuda_device(torch.cuda.current_device()) if device.type == "cuda" else device.type
         _kept[self] = _Kept(AdapterLeases(settings_of(vllm_config), "worker", first=name))

@@ -3,6 +3,8 @@
 The path `companion:NAME` of its `LoRARequest` becomes that of one generation, before vLLM makes anything of it. The
 engine is given that generation first, so that one which it cannot serve is an error of this request: what fails in a
 worker in the middle of a step ends the engine.
+
+Every process of vLLM imports this, so what talks to companions is imported with the first such request.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_companion_plugin.core import adapters
-from vllm_companion_plugin.engine.adapters import FrontEnd, Served
 from vllm_companion_plugin.engine.vllm import naming, patches
 from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError
 from vllm_companion_plugin.settings import Settings, resolve, resolve_extra_config
+
+if TYPE_CHECKING:
+    from vllm_companion_plugin.engine.adapters import FrontEnd, Served
 
 _AFTER_PARAMS = 1
 """The place of `lora_request` among the arguments of `add_request` behind request id, prompt and parameters."""
@@ -50,6 +54,8 @@ def keep_while_unfinished() -> None:
 
 def front_end_of(engine: Any) -> FrontEnd:
     """What an engine (`AsyncLLM` or `LLMEngine`) knows of adapters."""
+    from vllm_companion_plugin.engine.adapters import FrontEnd
+
     if engine not in _front_ends:
         _front_ends[engine] = FrontEnd(settings_of(engine.vllm_config))
     return _front_ends[engine]
