@@ -79,14 +79,18 @@ def _advance(
     prepare_timeout_s: float,
     timeout_s: float,
 ) -> FleetReport:
-    if isinstance(engines, str) or not engines:
-        raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
-    known = [engine_of(engine, loop) for engine in engines]
+    known = _known(engines, loop)
     round_ = _Round(known, generations or {}, clear_caches, prepare_timeout_s, timeout_s)
     round_.run()
     report = round_.report()
     report.check()
     return report
+
+
+def _known(engines: Sequence[Any], loop: asyncio.AbstractEventLoop | None) -> list[Engine]:
+    if isinstance(engines, str) or not engines:
+        raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
+    return [engine_of(engine, loop) for engine in engines]
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,7 @@ def writing(
             `report` says what each has.
         SettingsError: as `advance`.
     """
-    if isinstance(engines, str) or not engines:
-        raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
-    known = [engine_of(engine, None) for engine in engines]
+    known = _known(engines, None)
     round_ = _Round(known, {target.name: target.generation}, True, prepare_timeout_s, timeout_s, target)
     if not round_.run(until=Step.WRITE):
         report = round_.report()
