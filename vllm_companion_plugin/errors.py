@@ -135,6 +135,14 @@ class LeaseLostError(CompanionError):
     grpc_status = "ABORTED"
 
 
+class OvertakenError(CompanionError):
+    """A client was elected to load an entry, and another one that maps it hands it back instead."""
+
+    code = "overtaken"
+    grpc_status = "ABORTED"
+    expected = True
+
+
 class WaitTimeoutError(CompanionError, TimeoutError):
     """A bounded wait ended. The message says who was waited for, for what and how long."""
 

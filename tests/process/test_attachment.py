@@ -29,6 +29,7 @@ from vllm_companion_plugin.errors import (
     LayoutError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds import KINDS
 
 AUTO, STAY, PARK, DROP = WhenAsleep
@@ -325,6 +326,29 @@ class TestCompanionDies:
         assert alone.sleep(one, 1) == "host"
         assert alone.wake(one) == "host"
         assert content(one) == expected
+
+
+def test_overtaken(alone: Sleeping) -> None:
+    """Who was elected to load, and is overtaken by one that hands the entry back, maps that."""
+    one = alone.attach()
+    expected, held = content(one), one.held
+    fds = Descriptors.duplicates(held.fds)
+    alone.sleep(one, 2)
+    late: list[Lease] = []
+
+    def load(lease: Lease, granted: Granted) -> Attachment:
+        late.append(alone.connection().attach(alone.key, may_load=False, client_name="late", held_generation=1))
+        outcome = late[0].wait(10)
+        assert isinstance(outcome, Granted)
+        try:
+            return alone.load(lease, granted)
+        finally:
+            outcome.publication.hand_back(held.arena, fds, held.manifest, held.published, held.generation)
+
+    assert one.wake(alone.connection(), alone.settings, "sleeper", load) == "device"
+    assert (content(one), one.generation) == (expected, held.generation)
+    late[0].release()
+    fds.close()
 
 
 class TestUnloaded:

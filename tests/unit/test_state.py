@@ -20,6 +20,7 @@ from vllm_companion_plugin.errors import (
     LeaseLostError,
     LimitError,
     NotShareableError,
+    OvertakenError,
     WaitTimeoutError,
 )
 from vllm_companion_plugin.holder.registry import limits
@@ -706,11 +707,23 @@ def test_who_holds_an_entry_goes_before_whoever_was_elected_to_load_it(world: Wo
     holder = hold(world, pid=2)
     assert kinds(holder) == [GrantedEvent]
     assert [x.state for x in (newcomer, holder)] == [LeaseState.WAITING, LeaseState.LOADING]
-    with pytest.raises(BadRequestError, match="is waiting, not loading"):
+    with pytest.raises(OvertakenError, match=r"client1 \(pid 1\) was to load m, and another client .* hands it back"):
         world.registry.deposit(newcomer, (17, 18))
     world.registry.deposit(holder, (7, 8))
     assert world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 4) == 4
     assert kinds(newcomer)[-1] is ReadyEvent
+    with pytest.raises(OvertakenError):
+        world.registry.decline(newcomer, "why")
+
+
+def test_who_was_overtaken_loads_after_all_if_the_holder_dies(world: World) -> None:
+    newcomer = world.attach(key(), pid=1)
+    world.registry.end_lease(hold(world, pid=2))
+    assert kinds(newcomer)[-1] is GrantedEvent
+    with pytest.raises(BadRequestError):
+        world.registry.commit(newcomer, ARENA, MANIFEST, SHOWN)
+    world.registry.deposit(newcomer, (7, 8))
+    assert world.registry.commit(newcomer, ARENA, MANIFEST, SHOWN) == 1
 
 
 def test_who_is_about_to_publish_is_let_finish_before_a_holder(world: World) -> None:

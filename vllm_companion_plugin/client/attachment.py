@@ -35,6 +35,7 @@ from vllm_companion_plugin.errors import (
     EntryNotFoundError,
     LayoutError,
     ManifestError,
+    OvertakenError,
     ParityError,
 )
 from vllm_companion_plugin.memory.host_copy import HostCopy
@@ -399,7 +400,12 @@ class Attachment:
                 elif isinstance(outcome, Granted):
                     source = "checkpoint"
                     self._check_not_lost(settings)
-                    loaded.enter_context(load(lease, outcome))
+                    try:
+                        loaded.enter_context(load(lease, outcome))
+                    except OvertakenError as error:
+                        logger.info("%s", error)
+                        source = "device"
+                        lease.release()
                     continue
                 else:
                     ready = self._generation_to_wake(lease, outcome, settings)

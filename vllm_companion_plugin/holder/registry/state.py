@@ -406,7 +406,8 @@ class Registry:
         """So many descriptors are about to be deposited.
 
         Raises:
-            BadRequestError: not the loader.
+            BadRequestError: not the loader. So of `deposit`, `commit` and `decline`.
+            OvertakenError: not the loader any more, as another client hands the entry back; so of these, too.
             LimitError: with what it has, they would be more than the companion keeps.
         """
         self._steps.check(lease, LeaseEvent.ANNOUNCE)

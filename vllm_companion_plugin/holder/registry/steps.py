@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vllm_companion_plugin.core.status import LeaseState
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, OvertakenError
 from vllm_companion_plugin.holder.registry import table
 from vllm_companion_plugin.holder.registry.entries import (
     CurrentEvent,
@@ -22,7 +22,7 @@ from vllm_companion_plugin.holder.registry.entries import (
     WaitingEvent,
 )
 from vllm_companion_plugin.holder.registry.moves import GenerationMoved, LeaseMoved, Move, Observer
-from vllm_companion_plugin.holder.registry.table import GenerationEvent, LeaseEvent
+from vllm_companion_plugin.holder.registry.table import GenerationEvent, IllegalTransitionError, LeaseEvent
 
 
 class Steps:
@@ -55,14 +55,22 @@ class Steps:
         return entry
 
     def check(self, lease: Lease, event: LeaseEvent) -> None:
-        """Raise `IllegalTransitionError` unless the lease may do this now."""
-        table.LEASE.after(lease.state, event, lease)
+        """Raise `IllegalTransitionError` unless the lease may do this now; `OvertakenError` if it might a while ago."""
+        try:
+            table.LEASE.after(lease.state, event, lease)
+        except IllegalTransitionError:
+            if lease.overtaken and not lease.ended:
+                what = f"{lease.who} was to load {lease.entry.key.title}, and another client that maps it hands it back"
+                raise OvertakenError(f"{what} instead.") from None
+            raise
 
     def move_lease(
         self, lease: Lease, event: LeaseEvent, error: CompanionError | None = None, reason: str = ""
     ) -> None:
         """Move a lease, and tell observers. Raises `IllegalTransitionError`; nothing has changed then."""
         before, lease.state = lease.state, table.LEASE.after(lease.state, event, lease)
+        if event in (LeaseEvent.YIELD, LeaseEvent.ELECT):
+            lease.overtaken = event is LeaseEvent.YIELD
         waited_s = None
         if lease.waiting_since is not None and lease.state is not LeaseState.WAITING:
             waited_s, lease.waiting_since = self._monotonic() - lease.waiting_since, None
