@@ -13,7 +13,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SMALL_CPU_ENGINE = {
     "HF_HUB_OFFLINE": "1",
@@ -48,20 +48,16 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self._path, self._body = question[0], question[1] | {"model": "model"}
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            str(model),
-            "--served-model-name",
-            "model",
-        ]
-        command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+        arguments = [str(model), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), *flags]
         with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-            )
+            self.process = self._start(arguments, environment, file)
+
+    def _start(self, arguments: list[str], environment: dict[str, str], log: IO[str]) -> Any:
+        """`vllm serve` with these arguments, as the leader of a session."""
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
     def is_up(self) -> bool:
         if self.process.poll() is not None:

@@ -415,6 +415,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_adapter_on_one_copy(place: Place, tiny: Path, tmp_path: Path) -> None:
     """DistributedDataParallel writes the first rank's parameters to the others, and none of these."""
     with held(place, tiny):

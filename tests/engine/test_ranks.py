@@ -44,6 +44,7 @@ def run(place: Place, tmp_path: Path, wrong: str) -> list[dict[str, Any]]:
 class TestCompanionUpdate:
     """The method for `collective_rpc`, as each rank answers it."""
 
+    @pytest.mark.slow  # test_transfer.py has two ranks that switch in `make test`
     def test_all(self, place: Place, tmp_path: Path) -> None:
         """Both switch."""
         for answer in run(place, tmp_path, "nothing"):

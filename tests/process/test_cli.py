@@ -293,7 +293,7 @@ def test_a_serve_that_was_killed_is_followed_by_the_next_which_finds_all(place: 
     assert not alive(companion)
 
 
-@pytest.mark.parametrize("running", [True, False], ids=["joined", "started"])
+@pytest.mark.parametrize("running", [pytest.param(True, marks=pytest.mark.slow), False], ids=["joined", "started"])
 def test_when_loading_fails_serve_stops_only_what_it_started(place: Place, running: bool) -> None:
     if running:
         ensure_companion("cpu", place.settings)
@@ -613,10 +613,13 @@ def test_one_companion_that_hangs_hides_no_other_and_is_named_with_its_remedy(pl
     assert code == 1
     assert [status["device"] for status in json.loads(out)] == ["cpu"]
     assert f"kill -9 {frozen}" in error
+
+
+@pytest.mark.slow
+def test_one_companion_that_hangs_keeps_no_other_from_being_stopped(place: Place, frozen: int) -> None:
     well = place.companion_pid()
     code, out, error = cli(place, "stop")
     assert code == 1
     assert "Stopped the companion of cpu" in out
     assert f"kill -9 {frozen}" in error
     assert not alive(well)
-    assert f"kill -CONT {frozen}" in cli(place, "doctor")[1]

@@ -9,13 +9,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from benchmarks.servers import Server
 from tests.support.place import Place, alive, until
-from tests.vllm.conftest import FLAGS, MANY_PROCESSES, START_TIMEOUT_S, StartEngine, entries
+from tests.vllm.conftest import FLAGS, START_TIMEOUT_S, StartEngine, entries
 from tests.vllm.nursery import Forked, Nursery
 from tests.vllm.test_update import OPTIONS, trained
 from vllm_companion_plugin.settings import to_environment
@@ -29,7 +29,14 @@ _http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Serving(Server):
-    """A server that takes weights, with the routes of `VLLM_SERVER_DEV_MODE`."""
+    """A server that takes weights, with the routes of `VLLM_SERVER_DEV_MODE`; a fork of `nursery`."""
+
+    def __init__(self, nursery: Nursery, *arguments: Any) -> None:
+        self._nursery = nursery
+        super().__init__(*arguments)
+
+    def _start(self, arguments: list[str], environment: dict[str, str], log: IO[str]) -> Forked:
+        return self._nursery.start("tests.vllm.serve_child", *arguments, environment=environment, stderr=log)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer; of an error that the server tells, too."""
@@ -118,14 +125,15 @@ def start_trainer(
 
 
 @pytest.fixture
-def start_server(tmp_path: Path, place: Place, engine_environment: dict[str, str]) -> Iterator[Callable[..., Serving]]:
+def start_server(
+    tmp_path: Path, place: Place, nursery: Nursery, fork_environment: dict[str, str]
+) -> Iterator[Callable[..., Serving]]:
     servers: list[Serving] = []
 
     def start(model: Path, *flags: str) -> Serving:
-        environment = engine_environment | MANY_PROCESSES | to_environment(place.settings)
-        environment |= {"VLLM_SERVER_DEV_MODE": "1", "TORCH_COMPILE_DISABLE": "1"}
+        environment = fork_environment | to_environment(place.settings) | {"VLLM_SERVER_DEV_MODE": "1"}
         log = tmp_path / f"server-{len(servers)}.log"
-        servers.append(Serving(model, [*FLAGS, *TRANSFER, *flags], ("", {}), environment, log))
+        servers.append(Serving(nursery, model, [*FLAGS, *TRANSFER, *flags], ("", {}), environment, log))
         return servers[-1]
 
     yield start

@@ -110,6 +110,7 @@ def test_models_take_turns_on_a_device_where_only_one_fits(
     process.end()
 
 
+@pytest.mark.slow
 def test_freezing_keeps_nothing_alive(
     place: Place, engine_environment: dict[str, str], tmp_path: Path, tiny_llama: Path
 ) -> None:
