@@ -180,14 +180,15 @@ def start_engine(
 ) -> Iterator[Callable[..., Engine]]:
     """Start an engine: `start_engine(model=..., load_format=..., ...)`.
 
-    An engine with an `environment` of its own is started by a command line, others are forks of the nursery.
+    An engine with an `environment` of its own is started by a command line, others are forks of the nursery. So are
+    those with `many_processes`; their engine core is a process that is started.
     """
     engines: list[Engine] = []
 
-    def start(*, environment: dict[str, str] | None = None, **options: Any) -> Engine:
+    def start(*, environment: dict[str, str] | None = None, many_processes: bool = False, **options: Any) -> Engine:
         options["model"] = str(options["model"])
         full = engine_environment if environment is not None else fork_environment
-        full = full | to_environment(place.settings) | (environment or {})
+        full = full | to_environment(place.settings) | (environment or {}) | (MANY_PROCESSES if many_processes else {})
         log = tmp_path / f"engine-{len(engines)}.log"
         engines.append(Engine(options, full, log, None if environment is not None else nursery))
         return engines[-1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     from vllm.entrypoints.cli.main import main as serve
 
+    os.dup2(2, 1)  # nobody reads its output, which is a pipe
     sys.argv = ["vllm", "serve", *sys.argv[1:]]
     serve()

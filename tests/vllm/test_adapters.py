@@ -204,10 +204,9 @@ def test_served(server: Server, client: CompanionClient, long_llama: Path) -> No
     client.publish_adapter("mine", model)
     lora.train(model, 8)
     client.publish_adapter("mine", model)
-    answer = tokens("mine")
     [entry] = client.list_adapters()
     assert (server.running(), len(entry.generations)) == (1, 3)
-    assert answer == said(model)
+    assert tokens("mine") == said(model)
     assert ask("mine?generation=3")[0] == 404  # a path names a generation, and no model does
     assert begun + [token for part in stream for token in part] == before
     until(lambda: len(client.list_adapters()[0].generations) < 3, 5, "the first one is held no more")

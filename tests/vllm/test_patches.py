@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.place import Place
+from tests.vllm.nursery import Nursery
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.settings import to_environment
 
@@ -26,18 +26,18 @@ LIVE_WEIGHTS = "vllm.model_executor.models.llama.LlamaForCausalLM.load_weights"
 ATTACHES = {patches.NOTES_FOR_RELOADS.target, patches.PROCESSING.target}
 
 
-def test_engines_leave_what_the_table_says(place: Place, tiny_llama: Path, engine_environment: dict[str, str]) -> None:
+def test_engines_leave_what_the_table_says(
+    place: Place, nursery: Nursery, tiny_llama: Path, fork_environment: dict[str, str], tmp_path: Path
+) -> None:
     """One that published, and one that attached: what was for a while is undone, and has been there."""
     options = {"model": str(tiny_llama), "skip_tokenizer_init": True}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.patches_child", json.dumps(options)],
-        env=engine_environment | to_environment(place.settings),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = json.loads(done.stdout.partition("RESULT ")[2].partition("\n")[0])
+    environment = fork_environment | to_environment(place.settings)
+    with (tmp_path / "log").open("w+") as log:
+        process = nursery.start("tests.vllm.patches_child", json.dumps(options), environment=environment, stderr=log)
+        said, _ = process.communicate(timeout=300)
+        log.seek(0)
+        assert process.returncode == 0, log.read()[-3000:]
+    reports = json.loads(said.partition("RESULT ")[2].partition("\n")[0])
     expected = [
         {
             **{"what": what, "through": sorted(through)},

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.place import Place, until
 from tests.support.publishing import damage
-from tests.vllm.conftest import MANY_PROCESSES, StartEngine, entries
+from tests.vllm.conftest import StartEngine, entries
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
@@ -81,7 +81,7 @@ def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     start_engine: StartEngine, place: Place, tiny_llama: Path
 ) -> None:
     options = {"model": tiny_llama, "load_format": "companion", "skip_tokenizer_init": True, "prompts": PROMPTS}
-    first, second = (start_engine(environment=MANY_PROCESSES, **options) for _ in range(2))
+    first, second = (start_engine(many_processes=True, **options) for _ in range(2))
     results = [first.result(), second.result()]
 
     outputs = [first.output(), second.output()]
