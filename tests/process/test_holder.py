@@ -318,6 +318,16 @@ def test_holds_are_seen_while_they_last_and_forgotten_afterwards(place: Place) -
     assert os.listdir(place.paths.holders) == []
 
 
+def test_who_only_looks_holds_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that waits for an adapter looks again and again, and may just do so when a companion starts."""
+    os.close(notes.hold(place.paths, KEY, 3))
+    looker = os.open(os.path.join(place.paths.holders, f"{KEY.id}.3"), os.O_RDONLY)
+    fcntl.flock(looker, fcntl.LOCK_EX)
+    monkeypatch.setattr(notes.time, "sleep", lambda seconds: os.close(looker))
+    assert list(notes.held(place.paths)) == []
+    assert os.listdir(place.paths.holders) == []
+
+
 def test_what_was_dismissed_is_told_from_what_was_cleaned_away(place: Place) -> None:
     first, second = (notes.hold(place.paths, KEY, generation) for generation in (3, 4))
     notes.dismiss(place.paths, KEY, 3)

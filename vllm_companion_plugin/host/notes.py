@@ -23,6 +23,8 @@ from vllm_companion_plugin.host.locks import owner_text
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, ensure_private_directory
 
 LOCK_TIMEOUT_S = 10.0
+LOOK_S = 0.01
+"""For longer than that nobody locks a file who only looks whether it is held."""
 _MAX_BYTES = 4 << 20
 _DIGITS = len(str(GENERATIONS.stop))
 _ROLLED_BACK = ".current"
@@ -117,29 +119,35 @@ def is_removed(fd: int) -> bool:
 def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
     """Yield the keys and generations that processes hold now. Removes the files of all others."""
     found: set[str] = set()
-    rolled_back: list[str] = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in sorted(os.scandir(paths.holders), key=lambda entry: entry.name):
-            if not entry.is_file(follow_symlinks=False):
-                continue
-            if entry.name.endswith(_ROLLED_BACK):
-                rolled_back.append(entry.name)
-                continue
-            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                key, generation = _key(fd), _number(entry.name.rpartition(".")[2])
-                if key is not None and generation and entry.path == _path(paths, key, generation):
+        files = sorted(os.scandir(paths.holders), key=lambda entry: entry.name)
+        files = [entry for entry in files if entry.is_file(follow_symlinks=False)]
+        taken = [entry.path for entry in files if not entry.name.endswith(_ROLLED_BACK) and _taken(entry.path)]
+        if taken:
+            time.sleep(LOOK_S)
+        for path in taken:
+            if (note := _taken(path)) is not None:
+                key, generation = note
+                if key is not None and generation and path == _path(paths, key, generation):
                     found.add(key.id)
                     yield key, generation
-            else:
+        for entry in files:
+            if entry.name.endswith(_ROLLED_BACK) and entry.name.removesuffix(_ROLLED_BACK) not in found:
                 os.unlink(entry.path)
-            finally:
-                os.close(fd)
-        for name in rolled_back:
-            if name.removesuffix(_ROLLED_BACK) not in found:
-                os.unlink(os.path.join(paths.holders, name))
+
+
+def _taken(path: str) -> tuple[EntryKey | None, int] | None:
+    """What a file says that somebody has locked, to hold the entry or to look; a file that nobody has is removed."""
+    with contextlib.suppress(FileNotFoundError):  # somebody else has removed it meanwhile
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        except BlockingIOError:
+            return _key(fd), _number(path.rpartition(".")[2])
+        finally:
+            os.close(fd)
+    return None
 
 
 def is_held(paths: DevicePaths, key_id: str) -> bool:
