@@ -27,7 +27,8 @@ RUN_BY = {
     "attach.py": "this file",
     "advance.py": "tests/vllm/test_fleet.py",
     "tinker_service.py": "tests/vllm/test_training.py",
-    "trl_grpo.py": "hand: TRL is no dependency of the tests; tests/vllm/test_fleet.py has what it calls of ours",
+    "trl_grpo.py": "tests/docs/test_trl.py",
+    "trl_lora_grpo.py": "tests/docs/test_trl.py",
 }
 """What runs each program."""
 

@@ -17,6 +17,7 @@ from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small
 from tests.support.sleeping import Sleeping, clone, content, write
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client import attachment as client_attachment
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Granted, Lease
 from vllm_companion_plugin.core.identity import EntryKey
@@ -328,25 +329,31 @@ class TestCompanionDies:
         assert content(one) == expected
 
 
-def test_overtaken(alone: Sleeping) -> None:
-    """Who was elected to load, and is overtaken by one that hands the entry back, maps that."""
+@pytest.mark.parametrize("level", [1, 2])
+def test_overtaken(alone: Sleeping, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    """Who was elected to load or to bring back, and is overtaken by one that hands the entry back, maps that."""
     one = alone.attach()
     expected, held = content(one), one.held
     fds = Descriptors.duplicates(held.fds)
-    alone.sleep(one, 2)
+    alone.sleep(one, level)
     late: list[Lease] = []
 
-    def load(lease: Lease, granted: Granted) -> Attachment:
+    def overtake(act: Callable[[], Any]) -> Any:
         late.append(alone.connection().attach(alone.key, may_load=False, client_name="late", held_generation=1))
         outcome = late[0].wait(10)
         assert isinstance(outcome, Granted)
         try:
-            return alone.load(lease, granted)
+            return act()
         finally:
             outcome.publication.hand_back(held.arena, fds, held.manifest, held.published, held.generation)
 
+    def load(lease: Lease, granted: Granted) -> Attachment:
+        return overtake(lambda: alone.load(lease, granted))
+
+    inner = client_attachment.bring_back
+    monkeypatch.setattr(client_attachment, "bring_back", lambda *arguments: overtake(lambda: inner(*arguments)))
     assert one.wake(alone.connection(), alone.settings, "sleeper", load) == "device"
-    assert (content(one), one.generation) == (expected, held.generation)
+    assert (content(one), one.generation, len(late)) == (expected, held.generation, 1)
     late[0].release()
     fds.close()
 

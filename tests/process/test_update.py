@@ -628,6 +628,7 @@ class TestHolder:
         for step in range(1, 6):
             assert trainer.tell("write", step=step) == {}
         until(lambda: held(place) == [(5, "step-4"), (6, "step-5")], 10, "the older ones are let go")
+        until(lambda: [number for _, number in notes.held(place.paths)] == [6], 10, "the newest one is noted")
         until(lambda: memfds(serve.pid) == 1, 10, "nothing else is held")
         companion.kill()
         companion.wait(5)

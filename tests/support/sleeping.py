@@ -19,7 +19,7 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryStatus, LoaderInfo
-from vllm_companion_plugin.errors import CompanionUnavailableError, EntryNotFoundError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening, listener_pid
 from vllm_companion_plugin.settings import Settings
@@ -82,7 +82,11 @@ class Sleeping:
         arena = copy(packed, arenas.MEMFD, CPU, rebind=False, release=lambda: None)
         manifest = manifest_to_bytes(packed.manifest)
         publication = granted.publication
-        generation = publication.publish(arena.info, arena.fds, manifest, len(packed.manifest.tensors))
+        try:
+            generation = publication.publish(arena.info, arena.fds, manifest, len(packed.manifest.tensors))
+        except CompanionError:
+            arena.close()
+            raise
         held = Held(self.key, generation, arena.info, arena.fds, manifest, publication.published)
         return Attachment("cpu", CPU, lease, held, arena, packed.manifest)
 

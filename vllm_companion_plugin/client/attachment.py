@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import time
 import weakref
@@ -384,7 +385,10 @@ class Attachment:
             return self._wake_private()
         source, generation = "device", self.generation
         loaded = ExitStack()
+        overtaken = False
         while True:
+            if overtaken:
+                gc.collect()  # a model that was loaded in vain refers to itself
             lease = connection.attach(
                 self.held.key, may_load=True, client_name=client_name, known_manifest=self.held.manifest
             )
@@ -400,12 +404,7 @@ class Attachment:
                 elif isinstance(outcome, Granted):
                     source = "checkpoint"
                     self._check_not_lost(settings)
-                    try:
-                        loaded.enter_context(load(lease, outcome))
-                    except OvertakenError as error:
-                        logger.info("%s", error)
-                        source = "device"
-                        lease.release()
+                    loaded.enter_context(load(lease, outcome))
                     continue
                 else:
                     ready = self._generation_to_wake(lease, outcome, settings)
@@ -415,6 +414,11 @@ class Attachment:
                         lease.advanced(ready.generation)
                 self._map(held, fds, settings)
                 mirror = Mirror(self.device_id, settings, replace(held, fds=self.arena.fds), lease, client_name)
+            except OvertakenError as error:
+                logger.info(error.what)
+                lease.release()
+                source, overtaken = "device", True
+                continue
             except BaseException:
                 self.arena.unmap()
                 lease.release()

@@ -36,6 +36,7 @@ from vllm_companion_plugin.errors import (
     EntryNotFoundError,
     LeaseLostError,
     NotShareableError,
+    OvertakenError,
     ParityError,
     TicketError,
 )
@@ -207,9 +208,9 @@ def _obtain(
     )
     try:
         decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
-    except (CompanionUnavailableError, LeaseLostError, TicketError) as error:
+    except (CompanionUnavailableError, LeaseLostError, OvertakenError, TicketError) as error:
         # It may have ended between our question and its answer: then another one can be started, once.
-        logger.info("The companion of %s went away (%s); asking again.", device.id, error)
+        logger.info("Asking the companion of %s again: %s", device.id, error)
         if isinstance(error, CompanionUnavailableError):
             current().drop_connection(device.id)
             # A companion that was killed may accept connections for a moment longer.

@@ -33,7 +33,7 @@ from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import devices, patches, processing, sources
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.engine.vllm.imports import around_imports
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError, OvertakenError
 from vllm_companion_plugin.keeper import client
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.capture import Tree, capture, plain_tensors
@@ -239,7 +239,9 @@ class _Publisher:
             )
         except CompanionError as error:  # which one depends on whether another companion answers already
             lease = self._decision.lease
-            died = self.is_bound and lease.lost.wait(LOST_S) and isinstance(lease.error, CompanionUnavailableError)
+            overtaken = isinstance(error, OvertakenError)
+            waits = self.is_bound and not overtaken
+            died = waits and lease.lost.wait(LOST_S) and isinstance(lease.error, CompanionUnavailableError)
             if not died:  # it refuses, or was told to forget the entry
                 raise
             logger.info("%s It goes to the next companion.", error)
@@ -299,10 +301,11 @@ class _Publisher:
         reason = self._reason or NotShareableError(
             f"source format {self._settings.source_format!r} loads in a way that cannot be shared on this device"
         )
-        try:
-            self._publication.decline(str(reason))
-        except CompanionError as error:  # it may be what failed before; the model is loaded all the same
-            logger.debug("The companion was not told: %s", error)
+        if not isinstance(reason, OvertakenError):  # others get it from who hands it back
+            try:
+                self._publication.decline(str(reason))
+            except CompanionError as error:  # it may be what failed before; the model is loaded all the same
+                logger.debug("The companion was not told: %s", error)
         self._decision.close()
         if not self._settings.fallback:
             raise reason

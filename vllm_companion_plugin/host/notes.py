@@ -118,33 +118,37 @@ def is_removed(fd: int) -> bool:
 
 def held(paths: DevicePaths) -> Iterator[tuple[EntryKey, int]]:
     """Yield the keys and generations that processes hold now. Removes the files of all others."""
-    found: set[str] = set()
     with contextlib.suppress(FileNotFoundError):
-        files = sorted(os.scandir(paths.holders), key=lambda entry: entry.name)
-        files = [entry for entry in files if entry.is_file(follow_symlinks=False)]
-        taken = [entry.path for entry in files if not entry.name.endswith(_ROLLED_BACK) and _taken(entry.path)]
-        if taken:
+        if any(_taken(file) for file in _files(paths) if not file.name.endswith(_ROLLED_BACK)):
             time.sleep(LOOK_S)
-        for path in taken:
-            if (note := _taken(path)) is not None:
+        found: set[str] = set()
+        files = _files(paths)
+        for file in files:
+            if not file.name.endswith(_ROLLED_BACK) and (note := _taken(file)) is not None:
                 key, generation = note
-                if key is not None and generation and path == _path(paths, key, generation):
+                if key is not None and generation and file.path == _path(paths, key, generation):
                     found.add(key.id)
                     yield key, generation
-        for entry in files:
-            if entry.name.endswith(_ROLLED_BACK) and entry.name.removesuffix(_ROLLED_BACK) not in found:
-                os.unlink(entry.path)
+        for file in files:
+            if file.name.endswith(_ROLLED_BACK) and file.name.removesuffix(_ROLLED_BACK) not in found:
+                os.unlink(file.path)
 
 
-def _taken(path: str) -> tuple[EntryKey | None, int] | None:
+def _files(paths: DevicePaths) -> list[os.DirEntry[str]]:
+    files = sorted(os.scandir(paths.holders), key=lambda file: file.name)
+    return [file for file in files if file.is_file(follow_symlinks=False)]
+
+
+def _taken(file: os.DirEntry[str]) -> tuple[EntryKey | None, int] | None:
     """What a file says that somebody has locked, to hold the entry or to look; a file that nobody has is removed."""
     with contextlib.suppress(FileNotFoundError):  # somebody else has removed it meanwhile
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+            if os.path.samestat(os.stat(file.path, follow_symlinks=False), os.fstat(fd)):  # else it is another's by now
+                os.unlink(file.path)
         except BlockingIOError:
-            return _key(fd), _number(path.rpartition(".")[2])
+            return _key(fd), _number(file.name.rpartition(".")[2])
         finally:
             os.close(fd)
     return None

@@ -12,7 +12,6 @@ import grpc
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
-    LeaseLostError,
     LimitError,
     WaitTimeoutError,
     from_code,
@@ -33,7 +32,8 @@ ERROR_METADATA = "companion-error-code"
 _FAILURES: dict[grpc.StatusCode, tuple[type[CompanionError], str]] = {
     grpc.StatusCode.UNAVAILABLE: (CompanionUnavailableError, "it has ended, or is not reachable at its socket"),
     grpc.StatusCode.DEADLINE_EXCEEDED: (WaitTimeoutError, "no answer came in time"),
-    grpc.StatusCode.CANCELLED: (LeaseLostError, "the connection was closed"),
+    # By the companion: what this side has cancelled, nobody asks about.
+    grpc.StatusCode.CANCELLED: (CompanionUnavailableError, "it ended before it had answered"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (LimitError, "a message is larger than the protocol allows"),
 }
 """What failures of gRPC itself mean here. Its own words are about addresses and sockets, and go to the debug log."""

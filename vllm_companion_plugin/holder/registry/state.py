@@ -435,7 +435,8 @@ class Registry:
         self._steps.move_lease(lease, LeaseEvent.DEPOSIT)
 
     def progress(self, lease: Lease, progress: Progress) -> None:
-        """Raises `BadRequestError` unless `lease` is loading."""
+        """Raises `BadRequestError` unless `lease` is loading; `OvertakenError` if it was."""
+        self._steps.check(lease, LeaseEvent.PROGRESS)
         self._steps.move_lease(lease, LeaseEvent.PROGRESS)
         entry = lease.entry
         if progress != entry.current.progress:

@@ -18,6 +18,7 @@ from functools import partial
 
 from vllm_companion_plugin.errors import BadRequestError, CompanionError
 from vllm_companion_plugin.holder.service.descriptors import close_aside
+from vllm_companion_plugin.holder.service.journal import level_of
 from vllm_companion_plugin.host.peer import credentials
 from vllm_companion_plugin.wire import fd_channel
 from vllm_companion_plugin.wire.codec import MAX_BLOCKS
@@ -120,7 +121,7 @@ class FdServer:
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             logger.warning("A client of the fd socket did not finish within %g s.", CONNECTION_TIMEOUT_S)
         except CompanionError as error:
-            logger.warning("Refused on the fd socket: %s", error)
+            logger.log(level_of(error), "Refused on the fd socket: %s", error)
             try:
                 peer.send(fd_channel.pack_error(error))
             except OSError:

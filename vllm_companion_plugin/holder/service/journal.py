@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.holder.registry import limits
 from vllm_companion_plugin.holder.registry.entries import Entry
 from vllm_companion_plugin.holder.registry.moves import (
@@ -26,6 +27,11 @@ from vllm_companion_plugin.holder.registry.moves import (
 from vllm_companion_plugin.holder.registry.table import DISMISSING, GenerationEvent, LeaseEvent
 
 logger = logging.getLogger("vllm.companion.service")
+
+
+def level_of(error: CompanionError) -> int:
+    """At which level a refusal is logged."""
+    return logging.INFO if error.expected else logging.WARNING
 
 
 class Journal:

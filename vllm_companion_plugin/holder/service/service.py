@@ -24,7 +24,7 @@ from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.core.identity import MAX_TEXT, EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S
 from vllm_companion_plugin.core.residency import WhenAsleep
-from vllm_companion_plugin.core.status import CompanionStatus, LeaseState
+from vllm_companion_plugin.core.status import CompanionStatus
 from vllm_companion_plugin.core.text import printable, sendable
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
@@ -50,8 +50,8 @@ from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.service.descriptors import check_descriptors, close_aside, memory_is_lost
 from vllm_companion_plugin.holder.service.incoming import IncomingManifest
-from vllm_companion_plugin.holder.service.journal import Journal
-from vllm_companion_plugin.holder.service.tickets import Tickets
+from vllm_companion_plugin.holder.service.journal import Journal, level_of
+from vllm_companion_plugin.holder.service.tickets import Ticket, Tickets
 from vllm_companion_plugin.memory.kinds import KINDS
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
@@ -133,12 +133,12 @@ class CompanionService:
 
     def redeem(self, ticket: bytes) -> Callable[[], Sequence[int]]:
         """The descriptors behind a ticket, to be asked for anew each time: they end with their entry."""
-        lease, number = self._spend(fd_channel.REDEEM, ticket)
+        spent = self._spend(fd_channel.REDEEM, ticket)
+        entry, number = spent.lease.entry, spent.generation
 
         def current() -> Sequence[int]:
-            entry = lease.entry
             there = next((each for each in (entry.current, *entry.others) if each.number == number), Generation())
-            fds = there.host_fds if lease.state is LeaseState.LOADING else there.fds
+            fds = there.host_fds if spent.host else there.fds
             if not fds:
                 raise TicketError(
                     f"Generation {number} of {entry.key.model} was dropped before its descriptors were fetched."
@@ -148,11 +148,11 @@ class CompanionService:
         return current
 
     def check_deposit(self, ticket: bytes, count: int) -> Callable[[Sequence[int]], None]:
-        lease, _ = self._spend(fd_channel.DEPOSIT, ticket)
+        lease = self._spend(fd_channel.DEPOSIT, ticket).lease
         self.registry.announce(lease, count)
         return partial(self.registry.deposit, lease)
 
-    def _spend(self, verb: bytes, ticket: bytes) -> tuple[Lease, int]:
+    def _spend(self, verb: bytes, ticket: bytes) -> Ticket:
         try:
             return self.tickets.spend(verb, ticket)
         except TicketError as error:
@@ -245,7 +245,7 @@ class CompanionService:
             )
             if event.brings_back and (host := lease.entry.current.host) is not None:
                 granted.host.CopyFrom(codec.arena_to_message(host))
-                granted.parked.CopyFrom(self._ready(lease, known_manifest))
+                granted.parked.CopyFrom(self._ready(lease, known_manifest, host=True))
             await context.write(messages.AttachEvent(granted=granted))
             if granted.HasField("parked"):
                 await self._send_manifest(lease, granted.parked, context)
@@ -268,14 +268,17 @@ class CompanionService:
         self._tokens[token] = lease
         return token
 
-    def _ready(self, lease: Lease, known_manifest: bytes, generation: Generation | None = None) -> messages.Ready:
+    def _ready(
+        self, lease: Lease, known_manifest: bytes, generation: Generation | None = None, *, host: bool = False
+    ) -> messages.Ready:
         current = generation or lease.entry.current
         assert current.arena is not None
         assert current.manifest is not None
+        ticket = self.tickets.issue(fd_channel.REDEEM, lease, current.number, host=host)
         return messages.Ready(
             key=codec.key_to_message(lease.entry.key),
             generation=current.number,
-            arena=codec.arena_to_message(current.arena, self.tickets.issue(fd_channel.REDEEM, lease, current.number)),
+            arena=codec.arena_to_message(current.arena, ticket),
             manifest_bytes=current.manifest.size_bytes,
             manifest_sha256=current.manifest.sha256,
             published=codec.published_to_message(current.published),
@@ -473,7 +476,7 @@ class CompanionService:
             yield
         except CompanionError as error:
             self._counting.refused(error)
-            logger.warning("Refused: %s", str(error)[:MAX_ERROR_TEXT])
+            logger.log(level_of(error), "Refused: %s", str(error)[:MAX_ERROR_TEXT])
             await _abort(context, error)
 
     def end(self, *, replaced: bool = False) -> None:

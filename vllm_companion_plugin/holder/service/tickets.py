@@ -15,11 +15,19 @@ EXPIRY_S = 30.0
 
 
 @dataclass(frozen=True)
-class _Ticket:
+class Ticket:
+    """What a ticket was issued for.
+
+    Attributes:
+        generation: of the lease's entry; 0: the one that is being made.
+        host: of that generation, the copy in host memory.
+    """
+
     verb: bytes
     lease: Lease
     expires: float | None
     generation: int
+    host: bool
 
 
 class Tickets:
@@ -27,19 +35,19 @@ class Tickets:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._open: dict[bytes, _Ticket] = {}
+        self._open: dict[bytes, Ticket] = {}
 
-    def issue(self, verb: bytes, lease: Lease, generation: int = 0) -> bytes:
-        """A new ticket for `verb` (fd_channel.REDEEM or DEPOSIT), of a generation of the lease's entry."""
+    def issue(self, verb: bytes, lease: Lease, generation: int = 0, *, host: bool = False) -> bytes:
+        """A new ticket for `verb` (fd_channel.REDEEM or DEPOSIT). Other arguments as of `Ticket`."""
         assert verb in (REDEEM, DEPOSIT)
         now = self._monotonic()
         self._open = {t: x for t, x in self._open.items() if not x.lease.ended and (x.expires or now) >= now}
         ticket = os.urandom(TICKET_BYTES)
-        self._open[ticket] = _Ticket(verb, lease, now + EXPIRY_S if verb == REDEEM else None, generation)
+        self._open[ticket] = Ticket(verb, lease, now + EXPIRY_S if verb == REDEEM else None, generation, host)
         return ticket
 
-    def spend(self, verb: bytes, ticket: bytes) -> tuple[Lease, int]:
-        """Lease and generation behind `ticket`, which is void from now on. Raises `TicketError`."""
+    def spend(self, verb: bytes, ticket: bytes) -> Ticket:
+        """What `ticket` was issued for; it is void from now on. Raises `TicketError`."""
         found = self._open.pop(ticket, None)
         if found is None or found.verb != verb:
             raise TicketError("The ticket for file descriptors is unknown or spent; attach again.")
@@ -47,4 +55,4 @@ class Tickets:
             raise TicketError("The lease of this ticket has ended; attach again.")
         if found.expires is not None and self._monotonic() > found.expires:
             raise TicketError(f"The ticket for file descriptors expired after {EXPIRY_S:g} s; attach again.")
-        return found.lease, found.generation
+        return found
