@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -137,6 +138,9 @@ def holders() -> list[int]:
 
 
 def smi(query: str, fields: str) -> list[list[str]]:
+    """What `nvidia-smi` answers, a row a line; nothing on a machine without it."""
+    if shutil.which("nvidia-smi") is None:
+        return []
     out = subprocess.run(
         ["nvidia-smi", f"--query-{query}={fields}", "--format=csv,noheader,nounits"],
         text=True,
@@ -147,7 +151,7 @@ def smi(query: str, fields: str) -> list[list[str]]:
 
 
 def used_mib() -> int:
-    return int(smi("gpu", "memory.used")[0][0])
+    return int(next((row[0] for row in smi("gpu", "memory.used")), 0))
 
 
 def compare(run: Run, label: str, *flags: str) -> None:
