@@ -69,15 +69,13 @@ def device(place: Place, connection: CompanionConnection, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Lines of our part of vLLM's logger, which hands nothing on."""
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Lines of our part of vLLM's logger, as they are before it marks them, if that has been set up in this process."""
     logger = logging.getLogger("vllm.companion")
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
     caplog.set_level(logging.INFO, "vllm.companion")
-    yield caplog
-    logger.removeHandler(caplog.handler)
-    logger.propagate = propagate
+    return caplog
 
 
 def hold(place: Place, connection: CompanionConnection, *names: str, used: bool = False) -> None:
