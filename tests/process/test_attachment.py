@@ -329,33 +329,63 @@ class TestCompanionDies:
         assert content(one) == expected
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_overtaken(alone: Sleeping, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
-    """Who was elected to load or to bring back, and is overtaken by one that hands the entry back, maps that."""
-    one = alone.attach()
-    expected, held = content(one), one.held
-    fds = Descriptors.duplicates(held.fds)
-    alone.sleep(one, level)
-    late: list[Lease] = []
+class Late:
+    """A client that maps what `one` held, and hands that back just when another one has been elected."""
 
-    def overtake(act: Callable[[], Any]) -> Any:
-        late.append(alone.connection().attach(alone.key, may_load=False, client_name="late", held_generation=1))
-        outcome = late[0].wait(10)
+    def __init__(self, alone: Sleeping, one: Attachment) -> None:
+        self.alone, self.held = alone, one.held
+        self.fds = Descriptors.duplicates(one.held.fds)
+        self.leases: list[Lease] = []
+
+    def overtakes(self, act: Callable[[], Any]) -> Any:
+        """Run `act` of the one that was elected; hand back once it has failed."""
+        connection, held = self.alone.connection(), self.held
+        lease = connection.attach(self.alone.key, may_load=False, client_name="late", held_generation=held.generation)
+        self.leases.append(lease)
+        outcome = lease.wait(10)
         assert isinstance(outcome, Granted)
         try:
             return act()
         finally:
-            outcome.publication.hand_back(held.arena, fds, held.manifest, held.published, held.generation)
+            outcome.publication.hand_back(held.arena, self.fds, held.manifest, held.published, held.generation)
 
-    def load(lease: Lease, granted: Granted) -> Attachment:
-        return overtake(lambda: alone.load(lease, granted))
+    def close(self) -> None:
+        [lease] = self.leases
+        lease.release()
+        self.fds.close()
 
-    inner = client_attachment.bring_back
-    monkeypatch.setattr(client_attachment, "bring_back", lambda *arguments: overtake(lambda: inner(*arguments)))
-    assert one.wake(alone.connection(), alone.settings, "sleeper", load) == "device"
-    assert (content(one), one.generation, len(late)) == (expected, held.generation, 1)
-    late[0].release()
-    fds.close()
+
+class TestOvertaken:
+    """Who was elected to load or to bring back, and is overtaken by one that hands the entry back, maps that."""
+
+    @pytest.fixture
+    def late(self, alone: Sleeping, monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
+        made = Late(alone, alone.attach())
+        inner = client_attachment.bring_back
+        overtaken = lambda *arguments: made.overtakes(lambda: inner(*arguments))  # noqa: E731
+        monkeypatch.setattr(client_attachment, "bring_back", overtaken)
+        yield made
+        made.close()
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_wakes(self, alone: Sleeping, late: Late, level: int) -> None:
+        [one] = alone.attachments
+        expected = content(one)
+        alone.sleep(one, level)
+
+        def load(lease: Lease, granted: Granted) -> Attachment:
+            return late.overtakes(lambda: alone.load(lease, granted))
+
+        assert one.wake(alone.connection(), alone.settings, "sleeper", load) == "device"
+        assert (content(one), one.generation) == (expected, late.held.generation)
+
+    def test_reads(self, alone: Sleeping, late: Late) -> None:
+        """A client of the API that asks for what is parked."""
+        [one] = alone.attachments
+        expected = content(one)
+        alone.sleep(one, 1)
+        with CompanionClient("cpu", runtime_dir=alone.settings.runtime_dir).attach(KEY.model) as reader:
+            assert (content(reader), reader.generation) == (expected, late.held.generation)
 
 
 class TestUnloaded:

@@ -623,3 +623,4 @@ def test_one_companion_that_hangs_keeps_no_other_from_being_stopped(place: Place
     assert "Stopped the companion of cpu" in out
     assert f"kill -9 {frozen}" in error
     assert not alive(well)
+    assert f"kill -CONT {frozen}" in cli(place, "doctor")[1]

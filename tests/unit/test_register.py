@@ -12,6 +12,7 @@ pytestmark = pytest.mark.core
 
 PROCESS = """
 import json, sys
+from importlib.metadata import entry_points
 from vllm_companion_plugin.engine.register import register
 register(); register()
 light = [name for name in ("vllm", "torch", "grpc") if name in sys.modules]
@@ -34,6 +35,7 @@ from vllm_companion_plugin.engine.vllm.patching import Lifetime
 counts = {one.request_memory.__code__.co_filename for one in (utils, gpu_worker)}
 print("RESULT", json.dumps({
     "light": light,
+    "plugin": [each.load() is register for each in entry_points(group="vllm.general_plugins", name="companion")],
     "waiting": len(waiting),
     "differences": patched.differences([Lifetime.IMPORT, Lifetime.EXECUTOR]),
     "on objects": sorted(set(patched.on_objects().values())),
@@ -53,6 +55,7 @@ def test_in_a_process_that_loads_nothing() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.partition("RESULT ")[2]) == {
         "light": [],
+        "plugin": [True],
         "waiting": 12,
         "differences": {"stray": [], "missing": []},
         "on objects": [],

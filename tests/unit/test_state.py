@@ -9,6 +9,7 @@ import pytest
 from vllm_companion_plugin.core.adapters import key_of
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
     AlreadyRunningError,
@@ -724,6 +725,17 @@ def test_who_was_overtaken_loads_after_all_if_the_holder_dies(world: World) -> N
         world.registry.commit(newcomer, ARENA, MANIFEST, SHOWN)
     world.registry.deposit(newcomer, (7, 8))
     assert world.registry.commit(newcomer, ARENA, MANIFEST, SHOWN) == 1
+    with pytest.raises(BadRequestError, match="is attached, not"):
+        world.registry.deposit(newcomer, (17, 18))
+
+
+def test_who_was_overtaken_and_sleeps_has_no_part_in_that_any_more(world: World) -> None:
+    newcomer, holder = world.attach(key(), pid=1), hold(world, pid=2)
+    world.registry.deposit(holder, (7, 8))
+    world.registry.commit(holder, ARENA, MANIFEST, SHOWN, 4)
+    world.registry.sleeping.sleep(newcomer, 1, WhenAsleep.STAY)
+    with pytest.raises(BadRequestError, match="is asleep, not"):
+        world.registry.decline(newcomer, "why")
 
 
 def test_who_is_about_to_publish_is_let_finish_before_a_holder(world: World) -> None:

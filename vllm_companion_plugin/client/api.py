@@ -31,6 +31,7 @@ from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionUnavailableError,
+    OvertakenError,
     RuntimeDirError,
     SettingsError,
     WaitTimeoutError,
@@ -200,14 +201,17 @@ class CompanionClient:
             lease = connection.attach(
                 model=model, rank=rank or "", role=role, key_id=key_id, may_load=False, client_name=name
             )
-            outcome = lease.wait(self.settings.wait_timeout_s)
-            if isinstance(outcome, Ready):
-                made = Attachment.open(self.device, device, lease, outcome)
-            elif outcome.parked is not None:
-                verify = self.settings.verify
-                made = Attachment.bring_back(self.device, device, lease, outcome, connection, verify=verify)
-            else:
-                raise BadRequestError(f"The companion of {self.device} asked a reader to load {model}.")
+            made = None
+            while made is None:
+                outcome = lease.wait(self.settings.wait_timeout_s)
+                if isinstance(outcome, Ready):
+                    made = Attachment.open(self.device, device, lease, outcome)
+                elif outcome.parked is not None:
+                    verify = self.settings.verify
+                    with contextlib.suppress(OvertakenError):  # then it is ready soon
+                        made = Attachment.bring_back(self.device, device, lease, outcome, connection, verify=verify)
+                else:
+                    raise BadRequestError(f"The companion of {self.device} asked a reader to load {model}.")
             try:
                 made.verify(self.settings.verify)
             except BaseException:

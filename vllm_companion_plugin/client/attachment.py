@@ -415,7 +415,7 @@ class Attachment:
                 self._map(held, fds, settings)
                 mirror = Mirror(self.device_id, settings, replace(held, fds=self.arena.fds), lease, client_name)
             except OvertakenError as error:
-                logger.info(error.what)
+                logger.info("%s", error.what)
                 lease.release()
                 source, overtaken = "device", True
                 continue

@@ -209,7 +209,7 @@ def _obtain(
     try:
         decision = _ask(device, wanted, found, settings, may_load, wait_for_turn)
     except (CompanionUnavailableError, LeaseLostError, OvertakenError, TicketError) as error:
-        # It may have ended between our question and its answer: then another one can be started, once.
+        # Between question and answer it may have ended, so another one can be started, or an engine has handed back.
         logger.info("Asking the companion of %s again: %s", device.id, error)
         if isinstance(error, CompanionUnavailableError):
             current().drop_connection(device.id)

@@ -237,11 +237,11 @@ class _Publisher:
             generation = self._publication.publish(
                 arena.info, arena.fds, manifest.result(), tensor_count, ways, layout.result()
             )
+        except OvertakenError:
+            raise
         except CompanionError as error:  # which one depends on whether another companion answers already
             lease = self._decision.lease
-            overtaken = isinstance(error, OvertakenError)
-            waits = self.is_bound and not overtaken
-            died = waits and lease.lost.wait(LOST_S) and isinstance(lease.error, CompanionUnavailableError)
+            died = self.is_bound and lease.lost.wait(LOST_S) and isinstance(lease.error, CompanionUnavailableError)
             if not died:  # it refuses, or was told to forget the entry
                 raise
             logger.info("%s It goes to the next companion.", error)

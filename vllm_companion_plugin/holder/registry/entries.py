@@ -90,7 +90,7 @@ class Lease:
         passive: it uses nothing, and only holds the entry for the next companion: nobody is kept waiting for it.
         state: None before the lease begins, and after it has ended.
         waiting_since: monotonic time since which it waits for another client; None if it does not.
-        overtaken: it was elected to load, and let another one go first that hands the entry back.
+        overtaken: it was elected to load, another client hands the entry back, and it has done nothing since.
         announced: number of descriptors that it is about to deposit, or has deposited.
         deposited: descriptors of the publication that it is making; the registry owns them.
         level: at which it sleeps, as vLLM counts.

@@ -406,8 +406,8 @@ class Registry:
         """So many descriptors are about to be deposited.
 
         Raises:
-            BadRequestError: not the loader. So of `deposit`, `commit` and `decline`.
-            OvertakenError: not the loader any more, as another client hands the entry back; so of these, too.
+            BadRequestError: not the loader.
+            OvertakenError: it was, and another client hands the entry back. So of all that a loader does.
             LimitError: with what it has, they would be more than the companion keeps.
         """
         self._steps.check(lease, LeaseEvent.ANNOUNCE)
@@ -435,8 +435,7 @@ class Registry:
         self._steps.move_lease(lease, LeaseEvent.DEPOSIT)
 
     def progress(self, lease: Lease, progress: Progress) -> None:
-        """Raises `BadRequestError` unless `lease` is loading; `OvertakenError` if it was."""
-        self._steps.check(lease, LeaseEvent.PROGRESS)
+        """Raises `BadRequestError` unless `lease` is loading."""
         self._steps.move_lease(lease, LeaseEvent.PROGRESS)
         entry = lease.entry
         if progress != entry.current.progress:

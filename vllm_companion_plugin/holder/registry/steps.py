@@ -55,9 +55,13 @@ class Steps:
         return entry
 
     def check(self, lease: Lease, event: LeaseEvent) -> None:
-        """Raise `IllegalTransitionError` unless the lease may do this now; `OvertakenError` if it might a while ago."""
+        """Raise `IllegalTransitionError` unless the lease may do this now; `OvertakenError` if it was to load before."""
+        self._after(lease, event)
+
+    @staticmethod
+    def _after(lease: Lease, event: LeaseEvent) -> LeaseState | None:
         try:
-            table.LEASE.after(lease.state, event, lease)
+            return table.LEASE.after(lease.state, event, lease)
         except IllegalTransitionError:
             if lease.overtaken and not lease.ended:
                 what = f"{lease.who} was to load {lease.entry.key.title}, and another client that maps it hands it back"
@@ -67,10 +71,9 @@ class Steps:
     def move_lease(
         self, lease: Lease, event: LeaseEvent, error: CompanionError | None = None, reason: str = ""
     ) -> None:
-        """Move a lease, and tell observers. Raises `IllegalTransitionError`; nothing has changed then."""
-        before, lease.state = lease.state, table.LEASE.after(lease.state, event, lease)
-        if event in (LeaseEvent.YIELD, LeaseEvent.ELECT):
-            lease.overtaken = event is LeaseEvent.YIELD
+        """Move a lease, and tell observers. Raises as `check`; nothing has changed then."""
+        before, lease.state = lease.state, self._after(lease, event)
+        lease.overtaken = event is LeaseEvent.YIELD or (lease.overtaken and event is LeaseEvent.MAP)
         waited_s = None
         if lease.waiting_since is not None and lease.state is not LeaseState.WAITING:
             waited_s, lease.waiting_since = self._monotonic() - lease.waiting_since, None
