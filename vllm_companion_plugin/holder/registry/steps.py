@@ -55,7 +55,7 @@ class Steps:
         return entry
 
     def check(self, lease: Lease, event: LeaseEvent) -> None:
-        """Raise `IllegalTransitionError` unless the lease may do this now; `OvertakenError` if it was to load before."""
+        """Raise `IllegalTransitionError` unless the lease may do this now; `OvertakenError` if it was to load."""
         self._after(lease, event)
 
     @staticmethod
