@@ -74,7 +74,9 @@ def leases(place: Place) -> Iterator[AdapterLeases]:
 
 def fetched(leases: AdapterLeases, bound: Bound) -> dict[str, torch.Tensor]:
     """The tensors that a worker finds in the file."""
-    with leases.fetch(bound) as fds, safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
+    its = leases.fetch(bound)
+    its.check("full", str(bound))
+    with its.fds as fds, safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
@@ -172,8 +174,9 @@ class TestPublish:
         monkeypatch.setattr(Summing, "values", lambda self: tuple(value ^ 1 for value in right(self)))
         client.publish_adapter(NAME, small(1), config())
         monkeypatch.undo()
+        bound = bound_now(leases)
         with pytest.raises(IntegrityError, match=NAME):
-            leases.fetch(bound_now(leases))
+            kept_by(leases).fetch(bound, 1)
 
 
 class TestDeaths:
@@ -301,16 +304,20 @@ class TestFrontEnd:
         )
 
 
+def kept_by(leases: AdapterLeases) -> _Kept:
+    return _Kept(leases, torch.device("cpu"), "full")
+
+
 class TestWorker:
     """What a worker keeps, to load it again in the middle of a step."""
 
     def test_kept(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """An adapter that was removed can be loaded until it is forgotten; then its descriptors are closed."""
         client.publish_adapter(NAME, small(1), config())
-        bound, kept, before = bound_now(leases), _Kept(leases), open_fds()
+        bound, kept, before = bound_now(leases), kept_by(leases), open_fds()
         assert kept.fetch(bound, 7) is kept.fetch(bound, 7)
         client.remove_adapter(NAME)
-        fds = kept.fetch(bound, 7)
+        fds = kept.fetch(bound, 7).fds
         with safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
             assert file.get_tensor(A_NAME)[0, 0] == 1
         for _ in range(2):
@@ -321,16 +328,16 @@ class TestWorker:
 
     def test_same_number(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """Two front ends may give two adapters one number; each has its own bytes."""
-        kept = _Kept(leases)
+        kept = kept_by(leases)
         for step, name in enumerate(("one", "other", "one")):
             client.publish_adapter(name, small(step), config())
-            with safe_open(f"/proc/self/fd/{kept.fetch(bound_now(leases, Asked(name)), 7)[0]}", "pt") as file:
+            with safe_open(f"/proc/self/fd/{kept.fetch(bound_now(leases, Asked(name)), 7).fds[0]}", "pt") as file:
                 assert file.get_tensor(A_NAME)[0, 0] == step
 
     def test_most(self, client: CompanionClient, leases: AdapterLeases, monkeypatch: pytest.MonkeyPatch) -> None:
         """The one that was loaded longest ago goes first."""
         monkeypatch.setattr("vllm_companion_plugin.engine.vllm.adapters.loading.MAX_KEPT", 2)
-        kept, bounds = _Kept(leases), []
+        kept, bounds = kept_by(leases), []
         for number in range(3):
             client.publish_adapter(str(number), small(number), config())
             bounds.append(bound_now(leases, Asked(str(number))))

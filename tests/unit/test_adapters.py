@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from torch import nn
 
 from tests.support.lora import tiny_peft
 from vllm_companion_plugin.client import peft
-from vllm_companion_plugin.client.adapters import arena_of
+from vllm_companion_plugin.client.adapter_leases import AdapterFile
+from vllm_companion_plugin.client.adapters import file_of
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Asked, Bound
-from vllm_companion_plugin.core.arena import ArenaInfo, Checksums
+from vllm_companion_plugin.core.arena import PIECE_BYTES, ArenaInfo, Checksums
 from vllm_companion_plugin.core.identity import ADAPTER
-from vllm_companion_plugin.errors import BadRequestError, ManifestError
+from vllm_companion_plugin.engine.vllm.adapters.staging import stage
+from vllm_companion_plugin.errors import BadRequestError, IntegrityError, ManifestError
 from vllm_companion_plugin.wire.adapter_file import PAGE_BYTES, Part, config_in, header_of
 
 NAMES = ("my-adapter", "org/model:v1?x=1&y", "Ünïcode 名前", "a" * 512, "generation=3")
@@ -211,13 +214,39 @@ class TestFile:
             f"m{number}.lora_A.weight": torch.randn(1 + number, 3).to(dtype if number else torch.float32)
             for number in range(5)
         }
-        arena = arena_of(peft.Adapter(tensors, {"r": 4, "target_modules": ["q_proj"]}))
-        assert arena.info.size_bytes % PAGE_BYTES == 0
-        with safe_open(f"/proc/self/fd/{arena.fds[0]}", framework="pt") as file:
+        info, fds = file_of(peft.Adapter(tensors, {"r": 4, "target_modules": ["q_proj"]}))
+        assert info.size_bytes % PAGE_BYTES == 0
+        with fds, safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
             assert {*file.keys()} == tensors.keys()
             assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
-        assert config_in(arena.fds[0], "it") == {"r": 4, "target_modules": ["q_proj"]}
-        arena.close()
+            assert config_in(fds[0], "it") == {"r": 4, "target_modules": ["q_proj"]}
+
+    @pytest.mark.parametrize("published", [None, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("wanted", [None, torch.bfloat16, torch.float32])
+    def test_staged(self, published: torch.dtype | None, wanted: torch.dtype | None) -> None:
+        """What an engine takes has the values that casting each tensor gives, and its shape; in pieces or not."""
+        tensors = {
+            "b.lora_A.weight": torch.randn(300, 4096),
+            "a.lora_B.weight": torch.randn(3000, 1500).to(torch.bfloat16),
+            "c.lora_A.weight": torch.randn(3, 5),
+            "d.lora_B.weight": torch.randn(2000, 4096),
+        }
+        info, fds = file_of(peft.Adapter(tensors, {"r": 4}), published)
+        with fds:
+            assert info.size_bytes > 2 * PIECE_BYTES or published is torch.bfloat16
+            staged = stage(AdapterFile(info, fds), wanted, torch.device("cpu"), "full", "it")
+        assert staged.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            as_published = tensor.to(published or tensor.dtype)
+            assert torch.equal(staged[name], as_published.to(wanted or as_published.dtype)), name
+        assert len({each.untyped_storage().data_ptr() for each in staged.values()}) == 1
+
+    def test_staged_and_damaged(self) -> None:
+        info, fds = file_of(peft.Adapter({"a.lora_A.weight": torch.zeros(3000, 4096)}, {"r": 4}))
+        sums = info.checksums.values
+        damaged = replace(info, checksums=replace(info.checksums, values=(*sums[:-1], sums[-1] + 1)))
+        with fds, pytest.raises(IntegrityError, match="1 of 3 pieces of it"):
+            stage(AdapterFile(damaged, fds), torch.float32, torch.device("cpu"), "full", "it")
 
     @pytest.mark.parametrize("extra", range(0, 9000, 1001))
     def test_pages(self, extra: int) -> None:

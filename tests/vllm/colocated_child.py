@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 import peft
 import torch
@@ -22,7 +23,9 @@ PROMPT = [1, 2, 3, 4, 5]
 
 def main() -> None:
     rank = int(os.environ["RANK"])
-    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+    on_gpu = torch.cuda.is_available()
+    engine: dict[str, Any] = {"enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+    engine |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 28} if on_gpu else {"dtype": "float32"}
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     torch.manual_seed(0)
@@ -37,8 +40,8 @@ def main() -> None:
         model = both.create_adapter(name)
         assert says(name) == base  # PEFT's B is zero
         optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-2)
-        tokens = torch.tensor([[*PROMPT, target]])
-        labels = torch.tensor([[*[-100] * len(PROMPT), target]])
+        tokens = torch.tensor([[*PROMPT, target]], device=model.device)
+        labels = torch.tensor([[*[-100] * len(PROMPT), target]], device=model.device)
         for _ in range(15):
             with both.training():
                 model(tokens, labels=labels).loss.backward()

@@ -19,6 +19,7 @@ from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Lease, Ready
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.errors import (
@@ -38,6 +39,8 @@ from vllm_companion_plugin.settings import Settings
 
 HAND_BACK_TIMEOUT_S = 10.0
 """For a process that holds an adapter to hand it to the companion that follows one that died."""
+NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())
+"""What is known of an adapter's tensors when its bytes are compared."""
 _POLL_S = 0.05
 
 
@@ -53,6 +56,23 @@ class AdapterLease:
     def release(self) -> None:
         """Idempotent, and does not wait."""
         self.lease.release(wait=False)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The memory of one generation of an adapter: a file as `wire.adapter_file` has it."""
+
+    info: ArenaInfo
+    fds: Descriptors
+
+    def check(self, verify: str, label: str) -> None:
+        """Raise `IntegrityError` unless its bytes are those that were published, as far as `verify` wants to know."""
+        with contextlib.closing(arenas.open_arena(self.info, self.fds.dup())) as arena:
+            views = ArenaViews(arena, self.info.size_bytes, torch.device("cpu"))
+            Verification(views, self.info, verify, views.device).check(NOTHING, label)
+
+    def close(self) -> None:
+        self.fds.close()
 
 
 class AdapterLeases:
@@ -110,25 +130,13 @@ class AdapterLeases:
             remedy="Publish it by CompanionClient.publish_adapter; `vllm-companion status` shows what there is.",
         ) from problem
 
-    def fetch(self, bound: Bound) -> Descriptors:
-        """Descriptors of the adapter's file, after its bytes were proved; the caller owns them. Raises as `lease`.
-
-        Raises:
-            IntegrityError: its bytes are not those that were published.
-        """
+    def fetch(self, bound: Bound) -> AdapterFile:
+        """The adapter's file, which the caller closes. Its bytes have not been proved. Raises as `lease`."""
         lease = self.lease(bound)
         try:
-            fds = lease.ready.redeem()
+            return AdapterFile(lease.ready.arena, lease.ready.redeem())
         finally:
             lease.release()
-        try:
-            with contextlib.closing(arenas.open_arena(lease.ready.arena, fds.dup())) as arena:
-                views = ArenaViews(arena, arena.info.size_bytes, torch.device("cpu"))
-                Verification(views, arena.info, self._settings.verify, views.device).check(_NOTHING, str(bound))
-        except BaseException:
-            fds.close()
-            raise
-        return fds
 
     def close(self) -> None:
         """Close all connections, and end all leases. Idempotent."""
@@ -185,6 +193,3 @@ class AdapterLeases:
             connection = self._connections.pop(device, None)
         if connection is not None:
             connection.close()
-
-
-_NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())

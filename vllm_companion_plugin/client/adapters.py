@@ -6,7 +6,7 @@ or the client closed.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,31 +17,33 @@ from typing import Any
 
 import torch
 
-from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client.attachment import KNOWN_TIMEOUT_S
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
 from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.client.peft import Adapter
 from vllm_companion_plugin.core import adapters
+from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.core.status import EntryStatus, Published
 from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
+from vllm_companion_plugin.memory.descriptors import Descriptors
+from vllm_companion_plugin.memory.kinds.memfd import new_memfd
 from vllm_companion_plugin.memory.tensors.checksum import Summing
-from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.memory.tensors.views import Flat, host_bytes
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire import codec
 from vllm_companion_plugin.wire.adapter_file import Part, header_of, read_header
 
 _CPU = torch.device("cpu")
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
 """Types that an adapter's tensors can have, by the names of the file's format."""
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class AdapterHolds:
@@ -56,32 +58,38 @@ class AdapterHolds:
         self._settings = settings
         self._holds: dict[str, _Hold] = {}
 
-    def publish(self, name: str, adapter: Adapter, version: str, connect: Callable[[], CompanionConnection]) -> int:
+    def publish(
+        self,
+        name: str,
+        adapter: Adapter,
+        version: str,
+        dtype: torch.dtype | None,
+        connect: Callable[[], CompanionConnection],
+    ) -> int:
         """Publish an adapter, or its next generation; the number of that.
 
         Args:
-            version: as of `CompanionClient.publish_adapter`.
+            version, dtype: as of `CompanionClient.publish_adapter`.
             connect: to the companion; asked unless this client holds the adapter already.
         """
         key = adapters.key_of(name)
         codec.version_from_message(version)
-        with contextlib.closing(arena_of(adapter)) as arena:
-            version = version or adapters.content_of(arena.info)[:8]
+        info, fds = file_of(adapter, dtype)
+        with fds:
+            version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
             if (own := self._own(name)) is not None:
-                return own.replace(arena, count, version)
+                return own.replace(info, fds, count, version)
             with ExitStack() as undo:
                 connection = undo.enter_context(connect())
                 lease = connection.attach(key, may_load=True, client_name="trainer")
                 outcome = lease.wait(self._settings.wait_timeout_s)
                 if isinstance(outcome, Granted):
-                    number = outcome.publication.publish(
-                        arena.info, arena.fds, adapters.MANIFEST, count, version=version
-                    )
+                    number = outcome.publication.publish(info, fds, adapters.MANIFEST, count, version=version)
                     published = outcome.publication.published
                 else:
-                    number, published = _commit(lease, arena, count, version)
-                held = Held(key, number, arena.info, arena.fds, adapters.MANIFEST, published)
+                    number, published = _commit(lease, info, fds, count, version)
+                held = Held(key, number, info, fds, adapters.MANIFEST, published)
                 mirror = Mirror(self._device, self._settings, held, lease, "trainer")
                 self._holds[name] = _Hold(mirror, held, undo.pop_all())
         return number
@@ -116,10 +124,10 @@ class _Hold:
         self._held = held
         self._with_it = with_it
 
-    def replace(self, arena: arenas.Arena, count: int, version: str) -> int:
+    def replace(self, info: ArenaInfo, fds: Descriptors, count: int, version: str) -> int:
         """Publish the next generation, and hold that instead; its number."""
-        number, published = _commit(self.mirror.lease, arena, count, version)
-        self._held = replace(self._held, generation=number, arena=arena.info, fds=arena.fds, published=published)
+        number, published = _commit(self.mirror.lease, info, fds, count, version)
+        self._held = replace(self._held, generation=number, arena=info, fds=fds, published=published)
         self.mirror.hold_instead(self._held)
         return number
 
@@ -128,11 +136,11 @@ class _Hold:
         self._with_it.close()
 
 
-def _commit(lease: Lease, arena: arenas.Arena, count: int, version: str) -> tuple[int, Published]:
-    """The arena is the adapter's current generation, which this client maps from now on."""
+def _commit(lease: Lease, info: ArenaInfo, fds: Descriptors, count: int, version: str) -> tuple[int, Published]:
+    """The file is the adapter's current generation, which this client holds from now on."""
     lease.stage()
     try:
-        number = lease.commit_staged(arena.info, arena.fds, version)
+        number = lease.commit_staged(info, fds, version)
     except BaseException:
         lease.abort_staged()
         raise
@@ -153,39 +161,51 @@ def listed(entries: Sequence[EntryStatus]) -> tuple[EntryStatus, ...]:
     return tuple(entry for entry in entries if entry.key.kind == ADAPTER)
 
 
-def arena_of(adapter: Adapter) -> arenas.Arena:
-    """The adapter's file in host memory, sealed, with the checksums of its bytes. The caller closes it.
+def file_of(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[ArenaInfo, Descriptors]:
+    """The adapter's file in host memory, sealed, with the checksums of its bytes; the caller owns the descriptor.
+
+    What is on a GPU is joined and summed there, for which it takes as much memory of it as the adapter has.
+
+    Args:
+        dtype: of its tensors in the file; None: as they are.
 
     Raises:
         BadRequestError: a type of tensors that the file's format has no name for.
         ArenaError: there is no memory for it.
     """
+    types = {name: dtype or tensor.dtype for name, tensor in adapter.tensors.items()}
     # Wider ones first: each begins at a multiple of its own width, as the last one ends with a page.
-    tensors = sorted(adapter.tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
-    if unknown := [f"{name} of {tensor.dtype}" for name, tensor in tensors if tensor.dtype not in _NAMES]:
+    tensors = sorted(adapter.tensors.items(), key=lambda pair: (-types[pair[0]].itemsize, str(pair[1].dtype), pair[0]))
+    if unknown := [f"{name} of {types[name]}" for name, _ in tensors if types[name] not in _NAMES]:
         raise BadRequestError(
-            f"An adapter cannot have {', '.join(unknown[:4])}.", remedy=f"Publish it as one of {', '.join(_DTYPES)}."
+            f"An adapter cannot have {', '.join(unknown[:4])}.", remedy=f"Publish it as one of {', '.join(DTYPES)}."
         )
-    parts = [Part(name, _NAMES[each.dtype], tuple(each.shape), each.nbytes) for name, each in tensors]
-    header = header_of(parts, adapter.config)
-    size_bytes = len(header) + sum(part.size_bytes for part in parts)
-    writer = arenas.create(arenas.MEMFD, size_bytes)
-    try:
-        writer.add_block(size_bytes)
-        offset = 0
-        for piece in (torch.frombuffer(bytearray(header), dtype=torch.uint8), *(tensor for _, tensor in tensors)):
-            on_host = piece.to(_CPU).contiguous()
-            writer.write(offset, on_host.data_ptr(), on_host.nbytes)
-            writer.flush()
-            offset += on_host.nbytes
-        summing = Summing(ArenaViews(writer, size_bytes, _CPU), size_bytes, _CPU)
+    sizes = {name: tensor.numel() * types[name].itemsize for name, tensor in tensors}
+    header = header_of(
+        [Part(name, _NAMES[types[name]], tuple(each.shape), sizes[name]) for name, each in tensors], adapter.config
+    )
+    size_bytes = len(header) + sum(sizes.values())
+    device = next((tensor.device for _, tensor in tensors if tensor.device.type == "cuda"), _CPU)
+    with new_memfd(size_bytes) as memory:
+        there = host_bytes(memory.address, size_bytes)
+        whole = there if device.type == "cpu" else torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        whole[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        offset = len(header)
+        for (before, after), group in itertools.groupby(tensors, key=lambda pair: (pair[1].dtype, types[pair[0]])):
+            flat = [tensor.detach().to(device).reshape(-1) for _, tensor in group]
+            target = whole[offset : offset + sum(each.numel() for each in flat) * after.itemsize]
+            if before == after:
+                torch.cat([each.view(torch.uint8) for each in flat], out=target)
+            else:
+                target.copy_(torch.cat(flat).to(after).view(torch.uint8))
+            offset += target.nbytes
+        summing = Summing(Flat(whole), size_bytes, device)
         summing.extend(size_bytes)
-        arena = writer.seal()
-    except BaseException:
-        writer.abort()
-        raise
-    arena.info = replace(arena.info, checksums=summing.checksums())
-    return arena
+        if whole is not there:
+            there.copy_(whole)
+        checksums = summing.checksums()
+        info, fds = memory.seal()
+    return replace(info, checksums=checksums), fds
 
 
 def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -211,8 +231,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         if name == "__metadata__":
             continue
         start, stop = info["data_offsets"]
-        if info["dtype"] not in _DTYPES or not 0 <= start < stop <= len(data):
+        if info["dtype"] not in DTYPES or not 0 <= start < stop <= len(data):
             raise BadRequestError(f"{file} has {name} as {info['dtype']}, or is cut off.")
         flat = torch.frombuffer(data, dtype=torch.uint8, offset=start, count=stop - start).clone()
-        tensors[name] = flat.view(_DTYPES[info["dtype"]]).reshape(info["shape"])
+        tensors[name] = flat.view(DTYPES[info["dtype"]]).reshape(info["shape"])
     return tensors

@@ -298,6 +298,7 @@ class CompanionClient:
         *,
         version: str = "",
         check_finite: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> int:
         """Publish a LoRA adapter, or its next generation, which the next request of it is computed with.
 
@@ -311,6 +312,9 @@ class CompanionClient:
             config: PEFT's `LoraConfig`, or its fields; of a `PeftModel`, None.
             version: your name for these weights; empty: what they are is named.
             check_finite: refuse tensors with NaN or infinity.
+            dtype: of what is published; None: as the tensors are. Engines compute in their model's dtype
+                (`--lora-dtype`), so what PEFT trains in float32 is cast sooner or later: the model's dtype here halves
+                what is copied for one in bfloat16, and changes nothing for an engine that computes in that.
 
         Returns:
             The number of its generation.
@@ -323,7 +327,7 @@ class CompanionClient:
             ArenaError: there is no memory for it.
         """
         adapter = peft.canonical(weights, config, check_finite=check_finite)
-        return self._adapters.publish(name, adapter, version, self._connect)
+        return self._adapters.publish(name, adapter, version, dtype, self._connect)
 
     def register_adapter(self, name: str, path: str, *, version: str = "") -> int:
         """As `publish_adapter`, of one that PEFT has saved in the directory `path`."""

@@ -6,14 +6,16 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import modeling_utils
 
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.core.placements import Placed, Source, View
@@ -24,6 +26,8 @@ from vllm_companion_plugin.training.whole import whole_view
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 _ELSEWHERE = "is laid out differently, or is spread over ranks"
+_WARMUP = "caching_allocator_warmup"
+_one_at_a_time = threading.Lock()
 _SHOWN = 8
 """Most names in an error."""
 
@@ -81,13 +85,14 @@ class Blueprint:
         # Transformers wants accelerate for any device that is named, the default one too.
         where = {} if device.type == "cpu" else {"device_map": {"": device}}
         options = {**_dtype_option(self.dtype), **where, **self.options}
-        made, info = type(self.bare).from_pretrained(
-            None,
-            config=self.config,
-            state_dict=dict(state),
-            output_loading_info=True,
-            **options,
-        )
+        with _nothing_reserved():
+            made, info = type(self.bare).from_pretrained(
+                None,
+                config=self.config,
+                state_dict=dict(state),
+                output_loading_info=True,
+                **options,
+            )
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         left = sorted({str(name) for kind in kinds for name in info[kind]} - self.tied)
         if left:
@@ -100,6 +105,24 @@ class Blueprint:
             with contextlib.suppress(OSError):  # a checkpoint need not have one
                 made.generation_config = transformers.GenerationConfig.from_pretrained(self.where)
         return made
+
+
+@contextlib.contextmanager
+def _nothing_reserved() -> Iterator[None]:
+    """While open, Transformers takes no memory of a GPU before it loads.
+
+    It takes as much as the whole model has, and leaves it to PyTorch for what it is about to load: here that is there
+    already, and such a block would be a second copy's worth of the GPU.
+    """
+    with _one_at_a_time:
+        inner = getattr(modeling_utils, _WARMUP, None)
+        if inner is not None:
+            setattr(modeling_utils, _WARMUP, lambda *_, **__: None)
+        try:
+            yield
+        finally:
+            if inner is not None:
+                setattr(modeling_utils, _WARMUP, inner)
 
 
 def blueprint_of(attachment: Attachment, auto_class: Any, given: Mapping[str, Any] | None) -> Blueprint:

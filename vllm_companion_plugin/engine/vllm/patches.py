@@ -292,6 +292,15 @@ LOADED_ADAPTERS = Patch(
     link="vllm/lora/utils.py: get_adapter_absolute_path",
     undo=_ENDS,
 )
+STAGED_ADAPTERS = Patch(
+    "vllm.lora.lora_model:LoRAModel.from_lora_tensors",
+    "engine.vllm.adapters.loading",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason="vLLM casts and page-locks each tensor of an adapter by itself, which takes seconds on a GPU's host.",
+    link="vllm/lora/lora_model.py: LoRAModel.from_lora_tensors",
+    undo=_ENDS,
+)
 REMOVED_ADAPTERS = Patch(
     "vllm.lora.worker_manager:WorkerLoRAManager.remove_adapter",
     "engine.vllm.adapters.loading",

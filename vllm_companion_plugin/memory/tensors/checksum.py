@@ -15,13 +15,13 @@ import random
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
 from vllm_companion_plugin.core.arena import ARENA_CHECKSUM, PIECE_BYTES, ArenaInfo, Checksums, piece_count
 from vllm_companion_plugin.core.module_tree import Manifest
 from vllm_companion_plugin.errors import ArenaError, IntegrityError
-from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
 logger = logging.getLogger("vllm.companion")
 
@@ -43,10 +43,17 @@ def prepare(device: torch.device) -> None:
         threading.Thread(target=_has_kernel, args=(device,), name="companion-kernel", daemon=True).start()
 
 
+class Bytes(Protocol):
+    """What checksums are computed of, where it is: an arena's bytes, or a copy of them."""
+
+    def bytes_at(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """A dense uint8 tensor of these bytes."""
+
+
 class Summing:
     """Computes checksums of an arena. A GPU computes in the order of the current stream, and nobody waits."""
 
-    def __init__(self, views: ArenaViews, size_bytes: int, device: torch.device) -> None:
+    def __init__(self, views: Bytes, size_bytes: int, device: torch.device) -> None:
         self._views = views
         self._size_bytes = size_bytes
         self._device = device
@@ -116,17 +123,23 @@ class Verification:
 
     Args:
         mode: "full", "sample" (pieces chosen anew each time) or "off".
+        at_once: the whole arena is there; else `add` is told of each piece, in order, while that is there.
 
     Attributes:
         pieces: which are compared; empty if there is nothing to compare with.
     """
 
-    def __init__(self, views: ArenaViews, info: ArenaInfo, mode: str, device: torch.device) -> None:
+    def __init__(self, views: Bytes, info: ArenaInfo, mode: str, device: torch.device, *, at_once: bool = True) -> None:
         self._info = info
         self.pieces = _chosen(info, mode)
         self._summing = Summing(views, info.size_bytes, device) if self.pieces else None
-        if self._summing is not None:
+        if self._summing is not None and at_once:
             self._summing.add(self.pieces)
+
+    def add(self, piece: int) -> None:
+        """Sum this piece if it is one of those that are compared."""
+        if self._summing is not None and piece in self.pieces:
+            self._summing.add([piece])
 
     def check(self, manifest: Manifest, label: str) -> str:
         """Raise `IntegrityError` unless all sums are equal. Returns what was done. Waits for the device."""

@@ -32,6 +32,22 @@ class _DeviceBytes:
         }
 
 
+class Flat:
+    """A dense uint8 tensor, whose bytes are taken as those of an arena."""
+
+    def __init__(self, whole: torch.Tensor) -> None:
+        self._whole = whole
+
+    def bytes_at(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """As `ArenaViews.bytes_at`, but for the storage."""
+        return self._whole.narrow(0, offset_bytes, size_bytes)
+
+
+def host_bytes(address: int, size_bytes: int) -> torch.Tensor:
+    """A uint8 tensor on memory of this process, which is to stay mapped as long as the tensor is used."""
+    return torch.frombuffer((ctypes.c_ubyte * size_bytes).from_address(address), dtype=torch.uint8)
+
+
 class ArenaViews:
     """Makes tensors on an arena. Storages are created once, so ties share them.
 

@@ -20,6 +20,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,11 @@ from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Bound
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.adapters.requests import settings_of
-from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError
 from vllm_companion_plugin.wire.adapter_file import config_in
 
 if TYPE_CHECKING:
-    from vllm_companion_plugin.client.adapter_leases import AdapterLeases
+    from vllm_companion_plugin.client.adapter_leases import AdapterFile, AdapterLeases
     from vllm_companion_plugin.memory.descriptors import Descriptors
 
 MAX_KEPT = 256
@@ -43,29 +44,51 @@ MAX_KEPT = 256
 class _Kept:
     """What one worker has fetched of adapters, by their numbers."""
 
-    def __init__(self, leases: AdapterLeases) -> None:
+    def __init__(self, leases: AdapterLeases, device: torch.device, verify: str) -> None:
         self._leases = leases
-        self._fds: OrderedDict[int, tuple[Bound, Descriptors]] = OrderedDict()
+        self._device = device
+        self._verify = verify
+        self._files: OrderedDict[int, tuple[Bound, AdapterFile]] = OrderedDict()
 
-    def fetch(self, bound: Bound, number: int) -> Descriptors:
-        """Descriptors of an adapter's file; borrowed. Raises as `AdapterLeases.fetch`."""
-        known, fds = self._fds.pop(number, (None, None))
-        if fds is None or known != bound:
-            if fds is not None:  # another front end has given its adapter this number
-                fds.close()
-            fds = self._leases.fetch(bound)
-        self._fds[number] = bound, fds
-        while len(self._fds) > MAX_KEPT:
-            self.forget(next(iter(self._fds)))
-        return fds
+    def fetch(self, bound: Bound, number: int) -> AdapterFile:
+        """An adapter's file; borrowed. Raises as `AdapterLeases.fetch`.
+
+        Raises:
+            IntegrityError: its bytes are not those that were published. A GPU proves them when they are staged.
+        """
+        known, file = self._files.pop(number, (None, None))
+        if file is None or known != bound:
+            if file is not None:  # another front end has given its adapter this number
+                file.close()
+            file = self._leases.fetch(bound)
+            if self._device.type != "cuda":
+                try:
+                    file.check(self._verify, str(bound))
+                except BaseException:
+                    file.close()
+                    raise
+        self._files[number] = bound, file
+        while len(self._files) > MAX_KEPT:
+            self.forget(next(iter(self._files)))
+        return file
+
+    def staging(self, file: AdapterFile, label: str) -> Callable[..., dict[str, torch.Tensor]] | None:
+        """Makes the tensors of a file as a GPU takes them, given their `dtype`; None: vLLM reads them itself."""
+        if self._device.type != "cuda":
+            return None
+        from vllm_companion_plugin.engine.vllm.adapters.staging import stage
+
+        return functools.partial(stage, file, device=self._device, verify=self._verify, label=label)
 
     def forget(self, number: int) -> None:
         """It is not needed any more. Idempotent."""
-        _, fds = self._fds.pop(number, (None, None))
-        if fds is not None:
-            fds.close()
+        _, file = self._files.pop(number, (None, None))
+        if file is not None:
+            file.close()
 
 
+_stage: ContextVar[Callable[..., dict[str, torch.Tensor]] | None] = ContextVar("companion_adapter", default=None)
+"""Makes the tensors of the adapter that is loaded in this context, if it comes from a companion to a GPU."""
 _kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 """By the manager of a worker's adapters."""
 
@@ -75,6 +98,7 @@ def load_from_companions() -> None:
     patches.WORKERS_ADAPTERS.apply(_beginning)
     patches.LOADED_ADAPTERS.apply(_loading)
     patches.REMOVED_ADAPTERS.apply(_removing)
+    patches.STAGED_ADAPTERS.apply(_staging)
 
 
 def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
@@ -84,8 +108,11 @@ def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
         from vllm_companion_plugin.client.adapter_leases import AdapterLeases
 
         inner(self, vllm_config, device, *rest, **named)
-        name = arenas.cuda_device(torch.cuda.current_device()) if device.type == "cuda" else device.type
-        _kept[self] = _Kept(AdapterLeases(settings_of(vllm_config), "worker", first=name))
+        index = torch.cuda.current_device() if device.type == "cuda" else 0
+        name = arenas.cuda_device(index) if device.type == "cuda" else device.type
+        settings = settings_of(vllm_config)
+        its = torch.device(device.type, index)
+        _kept[self] = _Kept(AdapterLeases(settings, "worker", first=name), its, settings.verify)
 
     return __init__
 
@@ -101,16 +128,35 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 f"{bound} has to be one generation when it reaches a worker.",
                 remedy="Give it with a request, or by add_lora of the engine.",
             )
-        fds = _kept[self].fetch(bound, lora_request.lora_int_id)
-        with _directory_of(fds, bound) as directory:
+        kept = _kept[self]
+        file = kept.fetch(bound, lora_request.lora_int_id)
+        with _directory_of(file.fds, bound) as directory:
             in_directory = copy.copy(lora_request)
             in_directory.lora_path = directory
+            before = _stage.set(kept.staging(file, str(bound)))
             try:
                 return inner(self, in_directory)
+            except CompanionError:
+                kept.forget(lora_request.lora_int_id)
+                raise
             except Exception as error:
                 raise BadRequestError(str(error).replace(directory, str(bound))) from error
+            finally:
+                _stage.reset(before)
 
     return _load_adapter
+
+
+def _staging(inner: Callable[..., Any]) -> staticmethod[..., Any]:
+    @functools.wraps(inner)
+    def from_lora_tensors(*args: Any, **named: Any) -> Any:
+        stage = _stage.get()
+        if stage is not None and str(named.get("device")) == "cpu":
+            staged = stage(dtype=named.get("dtype"))
+            named["tensors"] = {name: staged[name] for name in named["tensors"]}
+        return inner(*args, **named)
+
+    return staticmethod(from_lora_tensors)
 
 
 def _removing(inner: Callable[..., Any]) -> Callable[..., Any]:
