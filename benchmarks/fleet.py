@@ -440,7 +440,7 @@ class Fleet:
 
     def __init__(self, report: Report, servers: list[Rollout], model: Path) -> None:
         self.report, self.servers, self.model = report, servers, model
-        uuids = [row[0] for row in gpu_acceptance.smi("gpu", "uuid")]
+        uuids = [row[0] for row in gpu_acceptance.smi("gpu", "uuid")][:RANKS]
         self.clients = [CompanionClient(device) for device in uuids or ["cpu"]]
         self.failed: list[str] = []
 
@@ -520,7 +520,7 @@ def measure(fleet: Fleet, trainers: Trainers, memory: Memory, fresh: Rollout, ot
         fleet.check("the second checkpoint says something else", first != wanted)
         serving, held = memory.used(), fleet.held()
         if on_gpu:
-            ranks = [each["ranks"] for each in held]
+            ranks = sorted(each["ranks"] for each in held)
             fleet.check("each GPU's companion has one rank", ranks == [[f"tp{each}/{RANKS}"] for each in range(RANKS)])
         seconds = {each.name: each.start_s for each in (*servers, fresh)}
         report.add("start", start_s=seconds, weight_versions=versions, held=held, used_mib=serving)
