@@ -10,8 +10,8 @@ Tokens must be those of a server that loads the second checkpoint by itself, one
 rolled back by the command line, and has its first tokens; then it is updated back and forth. Memory is what
 `nvidia-smi` shows of each GPU, beyond what was in use before.
 
-Without a GPU the model is tiny, the servers are split over two processes, and memory is that of memfds on this
-machine. Makes its checkpoints itself. Writes DIR/fleet-<vllm version>.json; exits with 1 unless all is as it must be.
+Without a GPU the model is tiny, the servers are split over two processes, and memory is not looked at. Makes its
+checkpoints itself. Writes DIR/fleet-<vllm version>.json; exits with 1 unless all is as it must be.
 """
 
 from __future__ import annotations
@@ -208,10 +208,7 @@ class Memory:
 
     @staticmethod
     def _now() -> list[int]:
-        if rows := gpu_acceptance.smi("gpu", "memory.used"):
-            return [int(row[0]) for row in rows]
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return [int(line.split()[1]) >> 10 for line in lines if line.startswith("Shmem:")]
+        return [int(row[0]) for row in gpu_acceptance.smi("gpu", "memory.used")]
 
     def _watch(self) -> None:
         while not self._over.wait(0.02):
@@ -552,6 +549,8 @@ def measure(fleet: Fleet, trainers: Trainers, memory: Memory, fresh: Rollout, ot
             report.add(version, **sent, **seen, used_mib=used[-1], most_mib=most_used[-1], held=fleet.held())
         spread = [max(gpu) - min(gpu) for gpu in zip(*[after, *used], strict=True)]
         fleet.check("memory is flat", all(each <= FLAT_MIB for each in spread))
+        most_held = max(len(numbers) for companion in fleet.held() for numbers in companion["generations"])
+        fleet.check("two generations are held", most_held == 2)
         report.add("memory of all updates", used_mib=used, most_mib=most_used, spread_mib=spread)
     found = load.found()
     fleet.check("no request failed", not found["errors"])
