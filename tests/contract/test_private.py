@@ -12,6 +12,7 @@ import pytest
 
 from tests.contract.conftest import Memory, marked
 from tests.contract.test_mapping import content, descriptors, free_bytes, maps, poke, view
+from tests.support.place import until
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.errors import ArenaError
@@ -221,10 +222,11 @@ def test_nothing_is_left_behind(memory: Memory) -> None:
 
     for _ in range(10):
         cycle()
-    before, lines = (descriptors(), maps("memfd:vllm"), free_bytes(memory)), maps()
+    before, lines, free = (descriptors(), maps("memfd:vllm")), maps(), free_bytes(memory)
     for _ in range(ROUNDS):
         cycle()
-    assert (descriptors(), maps("memfd:vllm"), free_bytes(memory)) == before
+    assert (descriptors(), maps("memfd:vllm")) == before
+    until(lambda: free_bytes(memory) >= free, 5, "the device has its memory back")  # others may free some, too
     assert maps() <= lines + 30  # of threads
     kept.close()
     arena.close()

@@ -129,6 +129,8 @@ class Place:
         if left:
             os.kill(pid, signal.SIGKILL)
         for process in self.processes:  # whose children may have their pipes, if a test failed
+            if process.stdin is not None and process.stdin.closed:
+                process.stdin = None  # which from Python 3.12 on would be flushed
             process.communicate(timeout=10)
         until(lambda: not left or not alive(pid), 5, "the companion is gone")
 

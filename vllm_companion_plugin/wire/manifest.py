@@ -9,6 +9,7 @@ again and again, pauses.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from operator import attrgetter
@@ -104,8 +105,12 @@ def sources_to_bytes(sources: Mapping[str, Source]) -> bytes:
     return bytes(message.SerializeToString(deterministic=True))
 
 
-def sources_from_bytes(data: bytes) -> dict[str, Source]:
-    """The sources of a manifest, by name. Raises `ManifestError` for bytes that are none."""
+@functools.lru_cache(maxsize=8)
+def sources_from_bytes(data: bytes) -> Mapping[str, Source]:
+    """The sources of a manifest, by name. Raises `ManifestError` for bytes that are none.
+
+    A trainer asks for those of the same entry with each update.
+    """
     try:
         message = messages.Sources.FromString(data)
     except DecodeError as error:
