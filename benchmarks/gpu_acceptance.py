@@ -138,11 +138,15 @@ def holders() -> list[int]:
 
 
 def smi(query: str, fields: str) -> list[list[str]]:
-    """What `nvidia-smi` answers, a row a line; nothing on a machine without it."""
+    """What `nvidia-smi` answers of the visible GPUs, a row a line; nothing on a machine without it."""
     if shutil.which("nvidia-smi") is None:
         return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     out = subprocess.run(
-        ["nvidia-smi", f"--query-{query}={fields}", "--format=csv,noheader,nounits"],
+        [
+            *("nvidia-smi", f"--query-{query}={fields}", "--format=csv,noheader,nounits"),
+            *(["--id", visible] if visible else []),
+        ],
         text=True,
         capture_output=True,
         timeout=30,

