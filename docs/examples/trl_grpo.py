@@ -3,7 +3,8 @@
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --load-format companion --logprobs-mode processed_logprobs --max-logprobs -1
     python trl_grpo.py MODEL http://127.0.0.1:8000
 
-The reward is the share of vowels. Prints TRL's log.
+With --gpu-memory-utilization 0.4 a server leaves the trainer room on its GPU. The reward is the share of vowels.
+Prints TRL's log.
 """
 
 import sys
