@@ -7,6 +7,7 @@ With --gpu-memory-utilization 0.4 a server leaves the trainer room on its GPU. T
 Prints TRL's log.
 """
 
+import os
 import sys
 
 import torch
@@ -37,7 +38,7 @@ trainer = GRPOTrainer(
         num_generations=8,
         max_completion_length=16,
         max_steps=10,
-        learning_rate=1e-3,
+        learning_rate=float(os.environ.get("LEARNING_RATE", "1e-3")),
         logging_steps=1,
         report_to="none",
         save_strategy="no",
