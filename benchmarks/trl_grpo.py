@@ -48,7 +48,7 @@ WAYS = {
 }
 """The example of each way, and whether it has a server."""
 WIDE = 512
-RATES = {"trl_grpo.py": "1e-4", "trl_lora_grpo.py": "2e-3"}
+RATES = {"trl_grpo.py": "5e-5", "trl_lora_grpo.py": "1e-3"}
 """Learning rates for models from that width on, which with the examples' own know one letter only after three steps."""
 ENGINE: dict[str, object] = {"max_model_len": 128, "max_num_seqs": 8}
 ON_GPU: dict[str, object] = {
@@ -72,7 +72,7 @@ FIGURES = {
 }
 """What is kept of each step, and how TRL calls it."""
 SWITCHED = r"\(step-\d+\) in place of \d+, in ([\d.]+) s"
-NOISE, CONTROL = 4.0, 4.0
+NOISE, CONTROL = 8.0, 4.0
 """How much more than at the first step engine and trainer may differ, and by how much more a control has to."""
 
 
