@@ -3,9 +3,11 @@
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --load-format companion --logprobs-mode processed_logprobs --max-logprobs -1
     python trl_grpo.py MODEL http://127.0.0.1:8000
 
-The reward is the share of vowels. Prints TRL's log.
+With --gpu-memory-utilization 0.4 a server leaves the trainer room on its GPU. The reward is the share of vowels.
+Prints TRL's log.
 """
 
+import os
 import sys
 
 import torch
@@ -36,7 +38,7 @@ trainer = GRPOTrainer(
         num_generations=8,
         max_completion_length=16,
         max_steps=10,
-        learning_rate=1e-3,
+        learning_rate=float(os.environ.get("LEARNING_RATE", "1e-3")),
         logging_steps=1,
         report_to="none",
         save_strategy="no",

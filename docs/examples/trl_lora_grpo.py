@@ -4,7 +4,8 @@
     python trl_lora_grpo.py MODEL URL       # a server, started as:
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --load-format companion --enable-lora --logprobs-mode processed_logprobs
 
-The reward is the share of vowels. Prints TRL's log.
+With --gpu-memory-utilization 0.4 a server leaves the trainer room on its GPU. The reward is the share of vowels.
+Prints TRL's log.
 """
 
 import json
@@ -47,7 +48,7 @@ trainer = GRPOTrainer(
         num_generations=8,
         max_completion_length=16,
         max_steps=10,
-        learning_rate=1e-2,
+        learning_rate=float(os.environ.get("LEARNING_RATE", "1e-2")),
         logging_steps=1,
         report_to="none",
         save_strategy="no",

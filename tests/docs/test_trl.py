@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.servers import SMALL_CPU_ENGINE, Server
+from benchmarks.trl_grpo import steps_of
 from tests.support.place import Place, until
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.identity import WEIGHTS
@@ -28,18 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--load-format", "companion"]
 LOGPROBS = ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-MAKE_MODEL = r"""
-import string, sys, torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-letters = {letter: number for number, letter in enumerate(["<pad>", "</s>", *string.printable])}
-tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
-tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(sys.argv[1])
-torch.manual_seed(0)
-sizes = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
-LlamaForCausalLM(LlamaConfig(vocab_size=128, pad_token_id=0, eos_token_id=1, **sizes)).save_pretrained(sys.argv[1])
-"""
+MAKE_MODEL = (
+    "import pathlib, sys; from benchmarks.trl_grpo import make; make(pathlib.Path(sys.argv[1]), 64, 3, 'float32')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("model"))
-    subprocess.run([sys.executable, "-c", MAKE_MODEL, path], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", MAKE_MODEL, path], cwd=ROOT, check=True, timeout=120)
     return path
 
 
@@ -88,7 +79,7 @@ def run(python: str, example: str, environment: dict[str, str], where: Path, *ar
     done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     print(done.stdout)
-    lines = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{'reward'")]
+    lines = steps_of(done.stdout)
     assert [line["step"] for line in lines] == list(range(1, 11))
     return lines
 
