@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import modeling_utils
 
 from tests.support.checkpoints import models
 from tests.support.loading import packed_by_vllm
@@ -30,6 +31,7 @@ from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.errors import NotShareableError, NotSharedError, SharedWeightsError
 from vllm_companion_plugin.host.files import file_identity
 from vllm_companion_plugin.training import Sharing, from_companion, sharing_of
+from vllm_companion_plugin.training.blueprint import _nothing_reserved
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_from_bytes, sources_to_bytes
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
@@ -427,3 +429,16 @@ def test_two_processes_train_one_adapter_on_one_copy(place: Place, tiny: Path, t
         said = [rank.communicate(timeout=100) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
         assert said[0][0] == said[1][0]
+
+
+def test_transformers_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes a GPU's memory ahead of loading is there, is not called meanwhile, and is back afterwards."""
+    called: list[str] = []
+    warmup = modeling_utils.caching_allocator_warmup
+    assert callable(warmup)
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *_: called.append("reserved"))
+    with _nothing_reserved():
+        modeling_utils.caching_allocator_warmup(None, {}, None)
+    assert called == []
+    modeling_utils.caching_allocator_warmup(None, {}, None)
+    assert called == ["reserved"]

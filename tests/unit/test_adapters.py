@@ -158,6 +158,22 @@ class TestCanonical:
             peft.canonical(weights, fields, check_finite=False)
         assert "extra.weight, which is no tensor of LoRA" in str(caught.value)
 
+    def test_hooks(self) -> None:
+        """Where a module says what its tensors are, as FSDP's do, that counts."""
+        model = tiny_peft()
+        before = peft.canonical(model, check_finite=False)
+
+        def doubled(module: nn.Module, state: dict[str, torch.Tensor], *_: object) -> None:
+            for name in state:
+                if "lora_A" in name:
+                    state[name] = state[name] * 2
+
+        model.register_state_dict_post_hook(doubled)
+        after = peft.canonical(model, check_finite=False)
+        assert after.tensors.keys() == before.tensors.keys()
+        for name, tensor in after.tensors.items():
+            assert torch.equal(tensor, before.tensors[name] * (2 if "lora_A" in name else 1))
+
     def test_trained_models_are_refused(self) -> None:
         """Tensors that PEFT has beside LoRA's own are found in a model, too."""
         for options, text in (

@@ -6,6 +6,7 @@ or the client closed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
@@ -22,13 +23,14 @@ from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
 from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.client.peft import Adapter
+from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.core.status import EntryStatus, Published
 from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
 from vllm_companion_plugin.memory.descriptors import Descriptors
-from vllm_companion_plugin.memory.kinds.memfd import new_memfd
+from vllm_companion_plugin.memory.kinds.memfd import SharedWriter, new_memfd
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import Flat, host_bytes
 from vllm_companion_plugin.settings import Settings
@@ -57,6 +59,7 @@ class AdapterHolds:
         self._device = device
         self._settings = settings
         self._holds: dict[str, _Hold] = {}
+        self._spare = Spare()
 
     def publish(
         self,
@@ -74,12 +77,14 @@ class AdapterHolds:
         """
         key = adapters.key_of(name)
         codec.version_from_message(version)
-        info, fds = file_of(adapter, dtype)
+        info, fds = file_of(adapter, dtype, self._spare.memory)
         with fds:
             version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
             if (own := self._own(name)) is not None:
-                return own.replace(info, fds, count, version)
+                number = own.replace(info, fds, count, version)
+                self._spare.prepare(info.size_bytes)  # it is trained, so another one will come
+                return number
             with ExitStack() as undo:
                 connection = undo.enter_context(connect())
                 lease = connection.attach(key, may_load=True, client_name="trainer")
@@ -114,6 +119,7 @@ class AdapterHolds:
         """Hold nothing more. Idempotent."""
         for name in list(self._holds):
             self.let_go(name)
+        self._spare.close()
 
 
 class _Hold:
@@ -161,13 +167,18 @@ def listed(entries: Sequence[EntryStatus]) -> tuple[EntryStatus, ...]:
     return tuple(entry for entry in entries if entry.key.kind == ADAPTER)
 
 
-def file_of(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[ArenaInfo, Descriptors]:
+def file_of(
+    adapter: Adapter,
+    dtype: torch.dtype | None = None,
+    memory_of: Callable[[int], contextlib.AbstractContextManager[SharedWriter]] = new_memfd,
+) -> tuple[ArenaInfo, Descriptors]:
     """The adapter's file in host memory, sealed, with the checksums of its bytes; the caller owns the descriptor.
 
     What is on a GPU is joined and summed there, for which it takes as much memory of it as the adapter has.
 
     Args:
         dtype: of its tensors in the file; None: as they are.
+        memory_of: as `new_memfd`.
 
     Raises:
         BadRequestError: a type of tensors that the file's format has no name for.
@@ -186,7 +197,7 @@ def file_of(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[ArenaIn
     )
     size_bytes = len(header) + sum(sizes.values())
     device = next((tensor.device for _, tensor in tensors if tensor.device.type == "cuda"), _CPU)
-    with new_memfd(size_bytes) as memory:
+    with memory_of(size_bytes) as memory:
         there = host_bytes(memory.address, size_bytes)
         whole = there if device.type == "cpu" else torch.empty(size_bytes, dtype=torch.uint8, device=device)
         whole[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))

@@ -7,7 +7,6 @@ B, and the configuration says that there is nothing to scale. What no LoRA of vL
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -130,39 +129,42 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
             f"{type(model).__name__} is no PEFT model with one active adapter.",
             remedy="Give a PeftModel after set_adapter(NAME), or the tensors and the configuration.",
         )
+    its = re.compile(rf".+\.{_OF_ADAPTER}\.{re.escape(adapter)}(\..+)?")
     tensors: dict[str, torch.Tensor] = {}
     scalings: dict[str, float] = {}
     has_hooks = False
-    for name, module in _walked(model):
+    for path, module in _walked(model):
         scaling = vars(module).get("scaling")
         if isinstance(scaling, Mapping) and adapter in scaling:
-            scalings[name] = float(scaling[adapter])
+            scalings[path] = float(scaling[adapter])
         has_hooks |= bool(module._state_dict_hooks or module._state_dict_pre_hooks)
-        if (module._modules or module._parameters or module._buffers) and _is_container(name.rpartition(".")[2]):
-            tensors.update(module.state_dict(prefix=f"{name}.", keep_vars=True))
+        for key, tensor in _kept_in(module):
+            if (key == adapter or adapter in path) and its.fullmatch(name := f"{path}.{key}"):
+                tensors[name] = tensor
     if has_hooks:  # as of FSDP, which then says what the tensors are
-        tensors = dict(model.state_dict())
-    its = re.compile(rf".+\.{_OF_ADAPTER}\.{re.escape(adapter)}(\..+)?")
-    return {name: each for name, each in tensors.items() if its.fullmatch(name)}, configs[adapter], scalings
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if its.fullmatch(name)}
+    return tensors, configs[adapter], scalings
 
 
-@functools.cache
-def _is_container(name: str) -> bool:
-    """Whether PEFT keeps tensors of adapters in modules of this name."""
-    return re.fullmatch(_OF_ADAPTER, name) is not None
+def _kept_in(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a module itself adds to `state_dict`."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield key, parameter
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            yield key, buffer
 
 
 def _walked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, which takes ten times as long for a model of thousands."""
+    """All modules by all their names, in the order of `state_dict`; for thousands, ten times as fast as
+    `named_modules`."""
     waiting = [("", model)]
-    seen = {id(model)}
     while waiting:
-        name, module = waiting.pop()
-        yield name, module
-        for key, child in module._modules.items():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                waiting.append((f"{name}.{key}" if name else key, child))
+        path, module = waiting.pop()
+        yield path, module
+        children = module._modules.items()
+        waiting += [(f"{path}.{key}" if path else key, child) for key, child in reversed(children) if child is not None]
 
 
 def _fields_of(config: Any) -> Mapping[str, Any]:

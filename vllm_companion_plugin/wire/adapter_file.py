@@ -6,6 +6,7 @@ format allows; so the tensors end where the file does, as its readers demand.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -43,18 +44,34 @@ def header_of(parts: Sequence[Part], config: Mapping[str, Any]) -> bytes:
     return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
 
 
-def read_header(fd: int, label: str) -> tuple[dict[str, Any], int]:
-    """The header of the file behind a descriptor, and where its tensors begin. Raises `ManifestError`."""
+def read_text(fd: int, label: str) -> bytes:
+    """The text of the header of the file behind a descriptor, as `parse` takes it. Raises `ManifestError`."""
     length = int.from_bytes(os.pread(fd, _LENGTH_BYTES, 0), "little")
     if not 0 < length <= MAX_HEADER_BYTES:
         raise ManifestError(f"{label} is no file of tensors: its header would have {length} bytes.")
+    return os.pread(fd, length, _LENGTH_BYTES)
+
+
+def read_header(fd: int, label: str) -> tuple[Mapping[str, Any], int]:
+    """The header of the file behind a descriptor, and where its tensors begin. Raises `ManifestError`."""
+    return parse(read_text(fd, label), label)
+
+
+def parse(text: bytes, label: str) -> tuple[Mapping[str, Any], int]:
+    """A header by its text, and where tensors begin in the file. Raises `ManifestError`."""
     try:
-        header = json.loads(os.pread(fd, length, _LENGTH_BYTES))
+        header = _parsed(text)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{label} is no file of tensors: {error}") from error
     if not isinstance(header, dict):
         raise ManifestError(f"{label} is no file of tensors: its header is no object.")
-    return header, _LENGTH_BYTES + length
+    return header, _LENGTH_BYTES + len(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: bytes) -> Any:
+    """Generations of an adapter have the same header."""
+    return json.loads(text)
 
 
 def config_in(fd: int, label: str) -> dict[str, Any]:

@@ -272,6 +272,10 @@ class SharedWriter:
         assert self._address is not None
         return self._address
 
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
     def seal(self) -> tuple[ArenaInfo, Descriptors]:
         """Nobody can write any more: what it is, and its read-only descriptor, which the caller owns."""
         self._unmap()

@@ -7,6 +7,7 @@ file goes to the GPU in pieces, which adds up the checksums, casts, and hands ba
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from vllm_companion_plugin.client.adapters import DTYPES
 from vllm_companion_plugin.core.arena import PIECE_BYTES, piece_count
 from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.memory.tensors.checksum import Verification
-from vllm_companion_plugin.wire.adapter_file import read_header
+from vllm_companion_plugin.wire.adapter_file import parse, read_text
 
 AHEAD = 4
 """Pieces that are read at once, each by a thread."""
@@ -56,9 +57,11 @@ def stage(
         IntegrityError: its bytes are not those that were published.
         ManifestError: it is none of ours.
     """
-    tensors, size_bytes = _planned(file, dtype, label)
+    try:
+        tensors, runs, size_bytes = _planned(read_text(file.fds[0], label), file.info.size_bytes, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"{label} is no adapter of this version: {error!r}.") from error
     locked = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    runs = _runs(list(tensors.values()))
     with contextlib.closing(_Reading(file, device)) as reading:
         verification = Verification(reading, file.info, verify, device, at_once=False)
         for piece in range(piece_count(file.info.size_bytes)):
@@ -136,24 +139,29 @@ class _Reading:
             torch.cuda.current_stream(self._device).synchronize()
 
 
-def _planned(file: AdapterFile, dtype: torch.dtype | None, label: str) -> tuple[dict[str, _Tensor], int]:
-    """What is in the file, in its order, and how many bytes that will be."""
-    header, begin = read_header(file.fds[0], label)
+@functools.lru_cache(maxsize=4)
+def _planned(
+    text: bytes, size_bytes: int, dtype: torch.dtype | None
+) -> tuple[dict[str, _Tensor], list[tuple[_Tensor, _Tensor]], int]:
+    """What is in a file of such a header, in its order; first and last of each run; and how many bytes that will be.
+
+    Generations of an adapter have the same header.
+
+    Raises:
+        ManifestError, KeyError, TypeError, ValueError: it is no header of ours.
+    """
+    header, begin = parse(text, "The adapter")
     tensors: dict[str, _Tensor] = {}
     target = 0
-    try:
-        named = {name: each for name, each in header.items() if name != "__metadata__"}
-        for name, each in sorted(named.items(), key=lambda pair: pair[1]["data_offsets"]):
-            source = DTYPES[each["dtype"]]
-            start, stop = (begin + offset for offset in each["data_offsets"])
-            tensor = _Tensor(tuple(each["shape"]), source, start, stop, dtype or source, target)
-            if start % source.itemsize or not 0 <= start <= stop <= file.info.size_bytes:
-                raise ManifestError(f"{label} has {name} at {start} to {stop} of {file.info.size_bytes} bytes.")
-            tensors[name] = tensor
-            target = tensor.target_of(stop)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ManifestError(f"{label} is no adapter of this version: {error!r}.") from error
-    return tensors, target
+    named = {name: each for name, each in header.items() if name != "__metadata__"}
+    for name, each in sorted(named.items(), key=lambda pair: pair[1]["data_offsets"]):
+        source = DTYPES[each["dtype"]]
+        start, stop = (begin + offset for offset in each["data_offsets"])
+        if start % source.itemsize or not 0 <= start <= stop <= size_bytes:
+            raise ValueError(f"{name} is at {start} to {stop} of {size_bytes} bytes")
+        tensors[name] = tensor = _Tensor(tuple(each["shape"]), source, start, stop, dtype or source, target)
+        target = tensor.target_of(stop)
+    return tensors, _runs(list(tensors.values())), target
 
 
 def _runs(tensors: list[_Tensor]) -> list[tuple[_Tensor, _Tensor]]:
