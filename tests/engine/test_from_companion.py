@@ -51,7 +51,7 @@ def held(place: Place, path: Path, lost: str = "", dtype: str = "float32") -> It
     """
     manifest, arena = packed_by_vllm(path, dtype)
     if lost:
-        sources = sources_from_bytes(manifest.sources)
+        sources = dict(sources_from_bytes(manifest.sources))
         sources[lost] = replace(sources[lost], copies=())
         manifest = replace(manifest, sources=sources_to_bytes(sources))
     place.companion()

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -115,7 +116,7 @@ def sources_from_bytes(data: bytes) -> Mapping[str, Source]:
         message = messages.Sources.FromString(data)
     except DecodeError as error:
         raise ManifestError(f"The sources of a manifest are damaged: {error}.") from error
-    return {
+    sources = {
         source.name: Source(
             tuple(source.shape),
             source.dtype,
@@ -132,6 +133,7 @@ def sources_from_bytes(data: bytes) -> Mapping[str, Source]:
         )
         for source in message.sources
     }
+    return MappingProxyType(sources)  # which all callers share
 
 
 def _write_modules(message: messages.Manifest, modules: Iterable[ModuleInfo]) -> None:
