@@ -89,6 +89,12 @@ class Colocated:
         """All that engines of this companion can sample, of whichever trainer."""
         return self.client.list_adapters()
 
+    def _dtype(self) -> torch.dtype | None:
+        """What the engine casts adapters to, as others of this base do."""
+        config = self.engine.llm_engine.vllm_config.lora_config
+        dtype = None if config is None else config.lora_dtype
+        return dtype if isinstance(dtype, torch.dtype) else None
+
     def publish(self, id: str, version: str = "") -> int:
         """Have all engines of the companion use the adapter as it is now; the number of its generation.
 
@@ -100,7 +106,7 @@ class Colocated:
         active = self.model.active_adapters
         self.model.set_adapter(id)
         try:
-            number = self.client.publish_adapter(id, self.model, version=version)
+            number = self.client.publish_adapter(id, self.model, version=version, dtype=self._dtype())
         finally:
             self.model.set_adapter(active[0])
         self._published[id] = self._state(id)
