@@ -142,6 +142,8 @@ def smi(query: str, fields: str) -> list[list[str]]:
     if shutil.which("nvidia-smi") is None:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return []
     out = subprocess.run(
         [
             *("nvidia-smi", f"--query-{query}={fields}", "--format=csv,noheader,nounits"),

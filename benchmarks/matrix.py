@@ -320,6 +320,8 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     ready(on_gpu=bool(args.gpus))
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
+    if len(gpus) < args.gpus:
+        parser.error(f"{len(gpus)} GPUs are visible.")
     groups = [",".join(gpus[at : at + args.ranks]) for at in range(0, args.gpus, args.ranks)]
     places = [Place(args.tiny, group, args.models, args.out) for group in groups or (None,)]
     rows: list[dict[str, Any]] = []

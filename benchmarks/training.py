@@ -226,9 +226,10 @@ def beside(report: Report, model: Path, steps: int, *, on_gpu: bool) -> list[flo
         prompt = list(range(20, 60))
         for number in range(steps):
             losses.append(trainer.do("step"))
-            rows = took[[*took][number % 2]]
+            as_trained = number < steps // 2  # one after the other, as one trainer does
+            rows = took[[*took][not as_trained]]
             began = time.perf_counter()
-            publishing = trainer.do("publish", number % 2 == 0)
+            publishing = trainer.do("publish", as_trained)
             engine.do("answer", ADAPTER, [10 + number, *prompt], 1)
             first = (time.perf_counter() - began) * 1000
             began = time.perf_counter()

@@ -317,7 +317,7 @@ class TestWorker:
         bound, kept, before = bound_now(leases), kept_by(leases), open_fds()
         assert kept.fetch(bound, 7) is kept.fetch(bound, 7)
         client.remove_adapter(NAME)
-        fds = kept.fetch(bound, 7).fds
+        fds = kept.fetch(bound, 7).file.fds
         with safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
             assert file.get_tensor(A_NAME)[0, 0] == 1
         for _ in range(2):
@@ -331,7 +331,7 @@ class TestWorker:
         kept = kept_by(leases)
         for step, name in enumerate(("one", "other", "one")):
             client.publish_adapter(name, small(step), config())
-            with safe_open(f"/proc/self/fd/{kept.fetch(bound_now(leases, Asked(name)), 7).fds[0]}", "pt") as file:
+            with safe_open(f"/proc/self/fd/{kept.fetch(bound_now(leases, Asked(name)), 7).file.fds[0]}", "pt") as file:
                 assert file.get_tensor(A_NAME)[0, 0] == step
 
     def test_most(self, client: CompanionClient, leases: AdapterLeases, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.arena import PIECE_BYTES, ArenaInfo, Checksums
 from vllm_companion_plugin.core.identity import ADAPTER
-from vllm_companion_plugin.engine.vllm.adapters.staging import stage
+from vllm_companion_plugin.engine.vllm.adapters.staging import LOCKED_BYTES, stage
 from vllm_companion_plugin.errors import BadRequestError, IntegrityError, ManifestError
 from vllm_companion_plugin.wire.adapter_file import PAGE_BYTES, Part, config_in, header_of
 
@@ -250,19 +250,51 @@ class TestFile:
         info, fds = file_of(peft.Adapter(tensors, {"r": 4}), published)
         with fds:
             assert info.size_bytes > 2 * PIECE_BYTES or published is torch.bfloat16
-            staged = stage(AdapterFile(info, fds), wanted, torch.device("cpu"), "full", "it")
+            staged = stage(AdapterFile(info, fds), tensors, wanted, torch.device("cpu"), "full", "it")
         assert staged.keys() == tensors.keys()
         for name, tensor in tensors.items():
             as_published = tensor.to(published or tensor.dtype)
             assert torch.equal(staged[name], as_published.to(wanted or as_published.dtype)), name
-        assert len({each.untyped_storage().data_ptr() for each in staged.values()}) == 1
+        assert all(
+            each.untyped_storage().nbytes() <= LOCKED_BYTES or each.nbytes > LOCKED_BYTES for each in staged.values()
+        )
+
+    def test_staged_in_part(self) -> None:
+        """Of tensors that nobody asks for, nothing is kept."""
+        tensors = {f"{name}.lora_A.weight": torch.randn(30, 4096) for name in "abcd"}
+        info, fds = file_of(peft.Adapter(tensors, {"r": 4}))
+        wanted = ["b.lora_A.weight", "d.lora_A.weight"]
+        with fds:
+            staged = stage(AdapterFile(info, fds), wanted, None, torch.device("cpu"), "full", "it")
+        assert sorted(staged) == wanted
+        assert all(torch.equal(staged[name], tensors[name]) for name in wanted)
+        (size,) = {each.untyped_storage().nbytes() for each in staged.values()}
+        assert size == sum(tensors[name].nbytes for name in wanted)
+
+    def test_odd(self) -> None:
+        """Whatever the counts of elements, readers of safetensors find every tensor."""
+        tensors = {"a.lora_A.weight": torch.randn(1, 5), "a.lora_B.weight": torch.randn(3, 1).to(torch.bfloat16)}
+        for dtype in (None, torch.float16, torch.float64):
+            info, fds = file_of(peft.Adapter(tensors, {"r": 4}), dtype)
+            assert info.size_bytes % PAGE_BYTES == 0
+            with fds, safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
+                for name, tensor in tensors.items():
+                    assert torch.equal(file.get_tensor(name), tensor.to(dtype or tensor.dtype))
+
+    def test_finite_in_its_dtype(self) -> None:
+        tensors = {"a.lora_A.weight": torch.full((1, 5), 1e5), "a.lora_B.weight": torch.ones(3, 1)}
+        adapter = peft.Adapter(tensors, {"r": 4})
+        file_of(adapter, torch.bfloat16, check_finite=True)[1].close()
+        file_of(adapter, torch.float16)[1].close()
+        with pytest.raises(BadRequestError, match=r"in a\.lora_A\.weight, in torch\.float16"):
+            file_of(adapter, torch.float16, check_finite=True)
 
     def test_staged_and_damaged(self) -> None:
         info, fds = file_of(peft.Adapter({"a.lora_A.weight": torch.zeros(3000, 4096)}, {"r": 4}))
         sums = info.checksums.values
         damaged = replace(info, checksums=replace(info.checksums, values=(*sums[:-1], sums[-1] + 1)))
         with fds, pytest.raises(IntegrityError, match="1 of 3 pieces of it"):
-            stage(AdapterFile(damaged, fds), torch.float32, torch.device("cpu"), "full", "it")
+            stage(AdapterFile(damaged, fds), ["a.lora_A.weight"], torch.float32, torch.device("cpu"), "full", "it")
 
     @pytest.mark.parametrize("extra", range(0, 9000, 1001))
     def test_pages(self, extra: int) -> None:

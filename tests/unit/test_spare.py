@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,8 +36,7 @@ def sealed(spare: Spare, size_bytes: int, value: int) -> bytes:
 
 
 def prepared_address(spare: Spare) -> int:
-    assert spare._next is not None
-    return spare._next.result().address
+    return spare._made[SIZE].result().address
 
 
 def test_taken(spare: Spare) -> None:
@@ -50,18 +51,40 @@ def test_taken(spare: Spare) -> None:
 
 
 def test_another_size(spare: Spare) -> None:
+    """What has another size stays, as long as there are few."""
+    spare.prepare(SIZE)
+    address = prepared_address(spare)
+    assert sealed(spare, 4096, 3) == b"\3\3"
+    assert prepared_address(spare) == address
+    for pages in range(1, spare_module.MOST + 1):
+        spare.prepare(4096 * pages)
+    assert list(spare._made) == [4096 * pages for pages in range(1, spare_module.MOST + 1)]
+
+
+def test_forked(spare: Spare) -> None:
+    """A process that was forked meanwhile, as PyTorch's loaders of data are, is no writer."""
     spare.prepare(SIZE)
     prepared_address(spare)
-    before = len(os.listdir("/proc/self/fd"))
-    assert sealed(spare, 4096, 3) == b"\3\3"
-    assert len(os.listdir("/proc/self/fd")) == before - 1, "what did not fit is freed"
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        assert sealed(spare, SIZE, 5) == b"\5\5"
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
 
 
-def test_no_memory(spare: Spare, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ArenaError("none"), RuntimeError("can't start new thread")], ids=str)
+def test_no_memory(spare: Spare, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A spare that could not be made is nobody's error; what is asked for then is made, or fails by itself."""
 
     def fail(size_bytes: int) -> None:
-        raise ArenaError("none")
+        raise error
 
     monkeypatch.setattr(spare_module, "SharedWriter", fail)
     spare.prepare(SIZE)
@@ -74,3 +97,25 @@ def test_freed(spare: Spare) -> None:
         spare.prepare(SIZE)
         spare.close()
     until(lambda: len(os.listdir("/proc/self/fd")) == before, 5, "nothing of it is open")
+
+
+def test_forgotten() -> None:
+    """Who closes nothing leaves nothing, and after its end nothing is made."""
+    before = maps()
+    made = Spare()
+    made.prepare(SIZE)
+    prepared_address(made)
+    assert maps() == before + 1
+    made.close()
+    made.prepare(SIZE)
+    assert (maps(), made._made) == (before, {})
+    made = Spare()
+    made.prepare(SIZE)
+    prepared_address(made)
+    del made
+    gc.collect()
+    until(lambda: maps() == before, 5, "it is unmapped")
+
+
+def maps() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:vllm-companion-filled")

@@ -25,7 +25,7 @@ from tests.vllm.test_fleet import BLOCK, PROMPT, Server
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.settings import to_environment
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
 
 CHILD = "tests.vllm.adapter_child"
 LONG = 900

@@ -26,7 +26,7 @@ from tests.vllm.test_fleet import PROMPT
 from tests.vllm.test_sharing import arena_pss_bytes
 from vllm_companion_plugin.fleet.http import Http
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
 
 
 class Trainer:

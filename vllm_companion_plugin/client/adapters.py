@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -66,18 +66,20 @@ class AdapterHolds:
         name: str,
         adapter: Adapter,
         version: str,
-        dtype: torch.dtype | None,
         connect: Callable[[], CompanionConnection],
+        *,
+        dtype: torch.dtype | None = None,
+        check_finite: bool = False,
     ) -> int:
         """Publish an adapter, or its next generation; the number of that.
 
         Args:
-            version, dtype: as of `CompanionClient.publish_adapter`.
+            version, dtype, check_finite: as of `CompanionClient.publish_adapter`.
             connect: to the companion; asked unless this client holds the adapter already.
         """
         key = adapters.key_of(name)
         codec.version_from_message(version)
-        info, fds = file_of(adapter, dtype, self._spare.memory)
+        info, fds = file_of(adapter, dtype, check_finite=check_finite, memory_of=self._spare.memory)
         with fds:
             version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
@@ -114,6 +116,8 @@ class AdapterHolds:
         """Hold it no more. Idempotent."""
         if (hold := self._holds.pop(name, None)) is not None:
             hold.close()
+        if not self._holds:
+            self._spare.clear()
 
     def close(self) -> None:
         """Hold nothing more. Idempotent."""
@@ -170,22 +174,25 @@ def listed(entries: Sequence[EntryStatus]) -> tuple[EntryStatus, ...]:
 def file_of(
     adapter: Adapter,
     dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = False,
     memory_of: Callable[[int], contextlib.AbstractContextManager[SharedWriter]] = new_memfd,
 ) -> tuple[ArenaInfo, Descriptors]:
     """The adapter's file in host memory, sealed, with the checksums of its bytes; the caller owns the descriptor.
 
-    What is on a GPU is joined and summed there, for which it takes as much memory of it as the adapter has.
+    What is on a GPU is joined and summed there, for which it takes as much memory of it as the file has.
 
     Args:
         dtype: of its tensors in the file; None: as they are.
+        check_finite: refuse tensors with NaN or infinity, which a cast may make.
         memory_of: as `new_memfd`.
 
     Raises:
-        BadRequestError: a type of tensors that the file's format has no name for.
+        BadRequestError: a type of tensors that the file's format has no name for; tensors that are not finite.
         ArenaError: there is no memory for it.
     """
     types = {name: dtype or tensor.dtype for name, tensor in adapter.tensors.items()}
-    # Wider ones first: each begins at a multiple of its own width, as the last one ends with a page.
+    # Wider ones first, so that most begin at multiples of their own width: the last one ends with a page.
     tensors = sorted(adapter.tensors.items(), key=lambda pair: (-types[pair[0]].itemsize, str(pair[1].dtype), pair[0]))
     if unknown := [f"{name} of {types[name]}" for name, _ in tensors if types[name] not in _NAMES]:
         raise BadRequestError(
@@ -207,9 +214,13 @@ def file_of(
             target = whole[offset : offset + sum(each.numel() for each in flat) * after.itemsize]
             if before == after:
                 torch.cat([each.view(torch.uint8) for each in flat], out=target)
-            else:
+            elif offset % after.itemsize:
                 target.copy_(torch.cat(flat).to(after).view(torch.uint8))
+            else:
+                torch.cat(flat, out=target.view(after))
             offset += target.nbytes
+        if check_finite and dtype is not None:
+            _check_finite({name: tensor.to(dtype) for name, tensor in tensors})
         summing = Summing(Flat(whole), size_bytes, device)
         summing.extend(size_bytes)
         if whole is not there:
@@ -217,6 +228,14 @@ def file_of(
         checksums = summing.checksums()
         info, fds = memory.seal()
     return replace(info, checksums=checksums), fds
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        shown, dtype = ", ".join(wrong[:4]), next(iter(tensors.values())).dtype
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise BadRequestError(f"NaN or infinity in {shown}{more}, in {dtype}.")
 
 
 def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -327,7 +327,7 @@ class CompanionClient:
             ArenaError: there is no memory for it.
         """
         adapter = peft.canonical(weights, config, check_finite=check_finite)
-        return self._adapters.publish(name, adapter, version, dtype, self._connect)
+        return self._adapters.publish(name, adapter, version, self._connect, dtype=dtype, check_finite=check_finite)
 
     def register_adapter(self, name: str, path: str, *, version: str = "") -> int:
         """As `publish_adapter`, of one that PEFT has saved in the directory `path`."""

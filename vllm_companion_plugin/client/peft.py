@@ -141,8 +141,12 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
         for key, tensor in _kept_in(module):
             if (key == adapter or adapter in path) and its.fullmatch(name := f"{path}.{key}"):
                 tensors[name] = tensor
-    if has_hooks:  # as of FSDP, which then says what the tensors are
+    if has_hooks:  # as of FSDP, which then says what the tensors are, and wraps what has their scaling
         tensors = {name: tensor for name, tensor in model.state_dict().items() if its.fullmatch(name)}
+        for path, module in model.named_modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, Mapping) and adapter in scaling:
+                scalings[path] = float(scaling[adapter])
     return tensors, configs[adapter], scalings
 
 

@@ -27,7 +27,7 @@ from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 _ELSEWHERE = "is laid out differently, or is spread over ranks"
 _WARMUP = "caching_allocator_warmup"
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
 _SHOWN = 8
 """Most names in an error."""
 

@@ -70,7 +70,7 @@ def parse(text: bytes, label: str) -> tuple[Mapping[str, Any], int]:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(text: bytes) -> Any:
-    """Generations of an adapter have the same header."""
+    """Generations of an adapter have the same header. What is returned is shared, and must not be changed."""
     return json.loads(text)
 
 

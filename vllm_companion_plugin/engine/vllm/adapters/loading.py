@@ -14,13 +14,15 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import os
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +32,30 @@ from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Bound
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.adapters.requests import settings_of
-from vllm_companion_plugin.errors import BadRequestError, CompanionError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, IntegrityError
 from vllm_companion_plugin.wire.adapter_file import config_in
 
 if TYPE_CHECKING:
     from vllm_companion_plugin.client.adapter_leases import AdapterFile, AdapterLeases
     from vllm_companion_plugin.memory.descriptors import Descriptors
 
+logger = logging.getLogger("vllm.companion.adapters")
+
 MAX_KEPT = 256
 """Adapters whose descriptors a worker keeps; the one that was loaded longest ago goes first, and is fetched again."""
+
+
+@dataclass
+class _Fetched:
+    """An adapter's file, which a worker has fetched.
+
+    Attributes:
+        is_proved: its bytes are those that were published, as far as the setting wants to know. They cannot change.
+    """
+
+    bound: Bound
+    file: AdapterFile
+    is_proved: bool = False
 
 
 class _Kept:
@@ -48,47 +65,63 @@ class _Kept:
         self._leases = leases
         self._device = device
         self._verify = verify
-        self._files: OrderedDict[int, tuple[Bound, AdapterFile]] = OrderedDict()
+        self._known: OrderedDict[int, _Fetched] = OrderedDict()
 
-    def fetch(self, bound: Bound, number: int) -> AdapterFile:
+    def fetch(self, bound: Bound, number: int) -> _Fetched:
         """An adapter's file; borrowed. Raises as `AdapterLeases.fetch`.
 
         Raises:
             IntegrityError: its bytes are not those that were published. A GPU proves them when they are staged.
         """
-        known, file = self._files.pop(number, (None, None))
-        if file is None or known != bound:
-            if file is not None:  # another front end has given its adapter this number
-                file.close()
-            file = self._leases.fetch(bound)
+        known = self._known.pop(number, None)
+        if known is None or known.bound != bound:
+            if known is not None:  # another front end has given its adapter this number
+                known.file.close()
+            known = _Fetched(bound, self._leases.fetch(bound))
             if self._device.type != "cuda":
                 try:
-                    file.check(self._verify, str(bound))
+                    self.prove(known)
                 except BaseException:
-                    file.close()
+                    known.file.close()
                     raise
-        self._files[number] = bound, file
-        while len(self._files) > MAX_KEPT:
-            self.forget(next(iter(self._files)))
-        return file
+        self._known[number] = known
+        while len(self._known) > MAX_KEPT:
+            self.forget(next(iter(self._known)))
+        return known
 
-    def staging(self, file: AdapterFile, label: str) -> Callable[..., dict[str, torch.Tensor]] | None:
-        """Makes the tensors of a file as a GPU takes them, given their `dtype`; None: vLLM reads them itself."""
+    def prove(self, known: _Fetched) -> None:
+        """Raise `IntegrityError` unless its bytes are those that were published. Once is enough."""
+        if not known.is_proved:
+            known.file.check(self._verify, str(known.bound))
+            known.is_proved = True
+
+    def stage(
+        self, known: _Fetched, names: Collection[str], dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Tensors of an adapter as a GPU takes them; None: vLLM makes them itself. Raises as `staging.stage`."""
         if self._device.type != "cuda":
             return None
-        from vllm_companion_plugin.engine.vllm.adapters.staging import stage
+        from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned, stage
 
-        return functools.partial(stage, file, device=self._device, verify=self._verify, label=label)
+        verify = "off" if known.is_proved else self._verify
+        try:
+            staged = stage(known.file, names, dtype, self._device, verify, str(known.bound))
+        except (Unaligned, torch.OutOfMemoryError) as error:
+            logger.info("%s is read without the GPU: %s", known.bound, error)
+            self.prove(known)
+            return None
+        known.is_proved = True
+        return staged
 
     def forget(self, number: int) -> None:
         """It is not needed any more. Idempotent."""
-        _, file = self._files.pop(number, (None, None))
-        if file is not None:
-            file.close()
+        known = self._known.pop(number, None)
+        if known is not None:
+            known.file.close()
 
 
-_stage: ContextVar[Callable[..., dict[str, torch.Tensor]] | None] = ContextVar("companion_adapter", default=None)
-"""Makes the tensors of the adapter that is loaded in this context, if it comes from a companion to a GPU."""
+_loaded: ContextVar[tuple[_Kept, _Fetched] | None] = ContextVar("companion_adapter", default=None)
+"""The adapter of a companion that is loaded in this context."""
 _kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 """By the manager of a worker's adapters."""
 
@@ -128,21 +161,27 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 f"{bound} has to be one generation when it reaches a worker.",
                 remedy="Give it with a request, or by add_lora of the engine.",
             )
-        kept = _kept[self]
-        file = kept.fetch(bound, lora_request.lora_int_id)
-        with _directory_of(file.fds, bound) as directory:
-            in_directory = copy.copy(lora_request)
-            in_directory.lora_path = directory
-            before = _stage.set(kept.staging(file, str(bound)))
+        kept, number, directory = _kept[self], lora_request.lora_int_id, ""
+        known = kept.fetch(bound, number)
+        before = _loaded.set((kept, known))
+        try:
+            with _directory_of(known.file.fds, bound) as directory:
+                in_directory = copy.copy(lora_request)
+                in_directory.lora_path = directory
+                made = inner(self, in_directory)
+            kept.prove(known)  # if vLLM has come to its tensors in another way
+        except Exception as error:
             try:
-                return inner(self, in_directory)
-            except CompanionError:
-                kept.forget(lora_request.lora_int_id)
-                raise
-            except Exception as error:
-                raise BadRequestError(str(error).replace(directory, str(bound))) from error
+                if not isinstance(error, IntegrityError):
+                    kept.prove(known)  # or what is damaged would be the adapter's fault
             finally:
-                _stage.reset(before)
+                kept.forget(number)
+            if isinstance(error, CompanionError):
+                raise
+            raise BadRequestError(str(error).replace(directory, str(bound))) from error
+        finally:
+            _loaded.reset(before)
+        return made
 
     return _load_adapter
 
@@ -150,10 +189,9 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
 def _staging(inner: Callable[..., Any]) -> staticmethod[..., Any]:
     @functools.wraps(inner)
     def from_lora_tensors(*args: Any, **named: Any) -> Any:
-        stage = _stage.get()
-        if stage is not None and str(named.get("device")) == "cpu":
-            staged = stage(dtype=named.get("dtype"))
-            named["tensors"] = {name: staged[name] for name in named["tensors"]}
+        if (loaded := _loaded.get()) is not None and str(named.get("device")) == "cpu" and "tensors" in named:
+            kept, known = loaded
+            named["tensors"] = kept.stage(known, named["tensors"].keys(), named.get("dtype")) or named["tensors"]
         return inner(*args, **named)
 
     return staticmethod(from_lora_tensors)
