@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +18,16 @@ from tests.support.place import Place, alive, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin import memory as arenas
+from vllm_companion_plugin.client import peft
+from vllm_companion_plugin.client.adapter_leases import AdapterFile
+from vllm_companion_plugin.client.adapters import file_of
 from vllm_companion_plugin.client.attachment import tensors_by_name
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.arena import PIECE_BYTES
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.placement import CHUNK_BYTES
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.engine.vllm.adapters.staging import stage
+from vllm_companion_plugin.errors import CompanionError, IntegrityError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree.capture import capture
@@ -306,3 +311,31 @@ def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:
     model.iterator = iter([secret])  # nobody looks into one by attributes
     assert devices.requested_bytes(device) - before - storage_bytes(capture(model), "cuda") == 12
     assert len(hidden_tensors(model, Known.of(tree), "cuda")) == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_adapter_leaves_the_gpu_and_comes_back(dtype: torch.dtype | None) -> None:
+    """What a trainer publishes from a GPU is what a CPU would publish; an engine's GPU casts it, and nothing else."""
+    random = torch.Generator("cuda").manual_seed(0)
+    tensors = {
+        f"{number}.lora_{side}.weight": torch.randn(16, 4096 + number, device="cuda", generator=random)
+        for number in range(200)
+        for side in "AB"
+    }
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    info, fds = file_of(peft.Adapter(tensors, {"r": 16}), dtype)
+    other, others = file_of(peft.Adapter(on_cpu, {"r": 16}), dtype)
+    with fds, others:
+        assert info == other
+        assert os.pread(fds[0], 1 << 20, 0) == os.pread(others[0], 1 << 20, 0)
+        for _ in range(3):
+            staged = stage(
+                AdapterFile(info, fds), tensors, torch.bfloat16, torch.device("cuda", 0), "full", "the adapter"
+            )
+            for name, tensor in on_cpu.items():
+                assert staged[name].is_pinned()
+                assert staged[name].pin_memory() is staged[name]
+                assert torch.equal(staged[name], tensor.to(torch.bfloat16))
+        wrong = replace(info, checksums=replace(info.checksums, values=tuple(v ^ 1 for v in info.checksums.values)))
+        with pytest.raises(IntegrityError):
+            stage(AdapterFile(wrong, fds), tensors, None, torch.device("cuda", 0), "full", "the adapter")

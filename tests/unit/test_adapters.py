@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.support.lora import tiny_peft
 from vllm_companion_plugin.client import peft
@@ -157,6 +158,17 @@ class TestCanonical:
         with pytest.raises(BadRequestError, match=text) as caught:
             peft.canonical(weights, fields, check_finite=False)
         assert "extra.weight, which is no tensor of LoRA" in str(caught.value)
+
+    def test_wrapped(self) -> None:
+        """A layer that is wrapped has the scaling that it had."""
+        model = tiny_peft()
+        attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+        attention.q_proj.set_scale("default", 3.0)
+        before = peft.canonical(model, check_finite=False)
+        attention.q_proj = checkpoint_wrapper(attention.q_proj)
+        after = peft.canonical(model, check_finite=False)
+        assert after.tensors.keys() == before.tensors.keys()
+        assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
 
     def test_hooks(self) -> None:
         """Where a module says what its tensors are, as FSDP's do, that counts."""

@@ -214,9 +214,7 @@ def file_of(
             target = whole[offset : offset + sum(each.numel() for each in flat) * after.itemsize]
             if before == after:
                 torch.cat([each.view(torch.uint8) for each in flat], out=target)
-            elif offset % after.itemsize:
-                target.copy_(torch.cat(flat).to(after).view(torch.uint8))
-            else:
+            else:  # then all have one type, and begin at multiples of its width
                 torch.cat(flat, out=target.view(after))
             offset += target.nbytes
         if check_finite and dtype is not None:

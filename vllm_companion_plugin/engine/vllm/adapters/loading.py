@@ -57,6 +57,29 @@ class _Fetched:
     file: AdapterFile
     is_proved: bool = False
 
+    def prove(self, verify: str) -> None:
+        """Raise `IntegrityError` unless its bytes are those that were published. Once is enough."""
+        if not self.is_proved:
+            self.file.check(verify, str(self.bound))
+            self.is_proved = True
+
+    def stage(
+        self, names: Collection[str], dtype: torch.dtype | None, device: torch.device, verify: str
+    ) -> dict[str, torch.Tensor] | None:
+        """Tensors as a GPU takes them, proved; None: vLLM makes them itself, and nothing is proved.
+
+        Raises as `staging.stage`.
+        """
+        from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned, stage
+
+        try:
+            staged = stage(self.file, names, dtype, device, "off" if self.is_proved else verify, str(self.bound))
+        except (Unaligned, torch.OutOfMemoryError) as error:
+            logger.info("%s is read without the GPU: %s", self.bound, error)
+            return None
+        self.is_proved = True
+        return staged
+
 
 class _Kept:
     """What one worker has fetched of adapters, by their numbers."""
@@ -90,28 +113,14 @@ class _Kept:
         return known
 
     def prove(self, known: _Fetched) -> None:
-        """Raise `IntegrityError` unless its bytes are those that were published. Once is enough."""
-        if not known.is_proved:
-            known.file.check(self._verify, str(known.bound))
-            known.is_proved = True
+        """As `_Fetched.prove`."""
+        known.prove(self._verify)
 
     def stage(
         self, known: _Fetched, names: Collection[str], dtype: torch.dtype | None
     ) -> dict[str, torch.Tensor] | None:
-        """Tensors of an adapter as a GPU takes them; None: vLLM makes them itself. Raises as `staging.stage`."""
-        if self._device.type != "cuda":
-            return None
-        from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned, stage
-
-        verify = "off" if known.is_proved else self._verify
-        try:
-            staged = stage(known.file, names, dtype, self._device, verify, str(known.bound))
-        except (Unaligned, torch.OutOfMemoryError) as error:
-            logger.info("%s is read without the GPU: %s", known.bound, error)
-            self.prove(known)
-            return None
-        known.is_proved = True
-        return staged
+        """As `_Fetched.stage`, where the device is a GPU."""
+        return known.stage(names, dtype, self._device, self._verify) if self._device.type == "cuda" else None
 
     def forget(self, number: int) -> None:
         """It is not needed any more. Idempotent."""
