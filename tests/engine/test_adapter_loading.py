@@ -17,6 +17,7 @@ from vllm_companion_plugin.client import peft
 from vllm_companion_plugin.client.adapter_leases import AdapterFile
 from vllm_companion_plugin.client.adapters import file_of
 from vllm_companion_plugin.core.adapters import Bound, content_of
+from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.adapters import loading, staging
 from vllm_companion_plugin.errors import BadRequestError, IntegrityError
 from vllm_companion_plugin.memory.descriptors import Descriptors
@@ -82,8 +83,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return inner(file, names, dtype, CPU, verify, label)
 
     monkeypatch.setattr(staging, "stage", stage)
-    patched = loading._staging(LoRAModel.from_lora_tensors)
-    monkeypatch.setattr(LoRAModel, "from_lora_tensors", patched)
+    patches.STAGED_ADAPTERS.apply(loading._staging)  # as in a worker; once in a process
     return calls
 
 
