@@ -509,6 +509,7 @@ def measure(fleet: Fleet, trainers: Trainers, memory: Memory, fresh: Rollout, ot
         fresh.stop()
     on_gpu = bool(gpu_acceptance.smi("gpu", "uuid"))
     size = 400 if on_gpu else 200
+    report.add("trainer", ranks=trainers.start())  # before the servers are busy
     with Load(servers, size) as load:
         with load.silence():
             first, *others = fleet.all(lambda server: server.tokens())
@@ -522,7 +523,6 @@ def measure(fleet: Fleet, trainers: Trainers, memory: Memory, fresh: Rollout, ot
         seconds = {each.name: each.start_s for each in (*servers, fresh)}
         report.add("start", start_s=seconds, weight_versions=versions, held=held, used_mib=serving)
 
-        report.add("trainer", ranks=trainers.start())
         trainers.do("take", str(other))
         before = memory.used()
         sent = fleet.sent(trainers, load, "step-1")

@@ -28,6 +28,7 @@ from tests.support.place import KEY, Place, until
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, connect
 from vllm_companion_plugin.core.layout import layout_digest
+from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError, NotSharedError, SharedWeightsError
 from vllm_companion_plugin.host.files import file_identity
 from vllm_companion_plugin.training import Sharing, from_companion, sharing_of
@@ -442,3 +443,12 @@ def test_transformers_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == []
     modeling_utils.caching_allocator_warmup(None, {}, None)
     assert called == ["reserved"]
+
+
+def test_sources_are_shared_and_cannot_be_changed() -> None:
+    """All who ask for those of one entry get the same object."""
+    data = sources_to_bytes({"a": Source((2,), "float32", ())})
+    sources = sources_from_bytes(data)
+    assert sources_from_bytes(data) is sources
+    with pytest.raises(TypeError):
+        sources["a"] = Source((3,), "float32", ())  # type: ignore[index]

@@ -50,30 +50,35 @@ class _Fetched:
     """An adapter's file, which a worker has fetched.
 
     Attributes:
+        device: of the worker.
+        verify: the setting.
         is_proved: its bytes are those that were published, as far as the setting wants to know. They cannot change.
     """
 
     bound: Bound
     file: AdapterFile
+    device: torch.device
+    verify: str
     is_proved: bool = False
 
-    def prove(self, verify: str) -> None:
+    def prove(self) -> None:
         """Raise `IntegrityError` unless its bytes are those that were published. Once is enough."""
         if not self.is_proved:
-            self.file.check(verify, str(self.bound))
+            self.file.check(self.verify, str(self.bound))
             self.is_proved = True
 
-    def stage(
-        self, names: Collection[str], dtype: torch.dtype | None, device: torch.device, verify: str
-    ) -> dict[str, torch.Tensor] | None:
+    def stage(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
         """Tensors as a GPU takes them, proved; None: vLLM makes them itself, and nothing is proved.
 
         Raises as `staging.stage`.
         """
+        if self.device.type != "cuda":
+            return None
         from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned, stage
 
         try:
-            staged = stage(self.file, names, dtype, device, "off" if self.is_proved else verify, str(self.bound))
+            verify = "off" if self.is_proved else self.verify
+            staged = stage(self.file, names, dtype, self.device, verify, str(self.bound))
         except (Unaligned, torch.OutOfMemoryError) as error:
             logger.info("%s is read without the GPU: %s", self.bound, error)
             return None
@@ -100,10 +105,10 @@ class _Kept:
         if known is None or known.bound != bound:
             if known is not None:  # another front end has given its adapter this number
                 known.file.close()
-            known = _Fetched(bound, self._leases.fetch(bound))
+            known = _Fetched(bound, self._leases.fetch(bound), self._device, self._verify)
             if self._device.type != "cuda":
                 try:
-                    self.prove(known)
+                    known.prove()
                 except BaseException:
                     known.file.close()
                     raise
@@ -112,16 +117,6 @@ class _Kept:
             self.forget(next(iter(self._known)))
         return known
 
-    def prove(self, known: _Fetched) -> None:
-        """As `_Fetched.prove`."""
-        known.prove(self._verify)
-
-    def stage(
-        self, known: _Fetched, names: Collection[str], dtype: torch.dtype | None
-    ) -> dict[str, torch.Tensor] | None:
-        """As `_Fetched.stage`, where the device is a GPU."""
-        return known.stage(names, dtype, self._device, self._verify) if self._device.type == "cuda" else None
-
     def forget(self, number: int) -> None:
         """It is not needed any more. Idempotent."""
         known = self._known.pop(number, None)
@@ -129,7 +124,7 @@ class _Kept:
             known.file.close()
 
 
-_loaded: ContextVar[tuple[_Kept, _Fetched] | None] = ContextVar("companion_adapter", default=None)
+_loaded: ContextVar[_Fetched | None] = ContextVar("companion_adapter", default=None)
 """The adapter of a companion that is loaded in this context."""
 _kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 """By the manager of a worker's adapters."""
@@ -172,17 +167,17 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
             )
         kept, number, directory = _kept[self], lora_request.lora_int_id, ""
         known = kept.fetch(bound, number)
-        before = _loaded.set((kept, known))
+        before = _loaded.set(known)
         try:
             with _directory_of(known.file.fds, bound) as directory:
                 in_directory = copy.copy(lora_request)
                 in_directory.lora_path = directory
                 made = inner(self, in_directory)
-            kept.prove(known)  # if vLLM has come to its tensors in another way
+            known.prove()  # if vLLM has come to its tensors in another way
         except Exception as error:
             try:
                 if not isinstance(error, IntegrityError):
-                    kept.prove(known)  # or what is damaged would be the adapter's fault
+                    known.prove()  # or what is damaged would be the adapter's fault
             finally:
                 kept.forget(number)
             if isinstance(error, CompanionError):
@@ -198,9 +193,8 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
 def _staging(inner: Callable[..., Any]) -> staticmethod[..., Any]:
     @functools.wraps(inner)
     def from_lora_tensors(*args: Any, **named: Any) -> Any:
-        if (loaded := _loaded.get()) is not None and str(named.get("device")) == "cpu" and "tensors" in named:
-            kept, known = loaded
-            named["tensors"] = kept.stage(known, named["tensors"].keys(), named.get("dtype")) or named["tensors"]
+        if (known := _loaded.get()) is not None and str(named.get("device")) == "cpu" and "tensors" in named:
+            named["tensors"] = known.stage(named["tensors"].keys(), named.get("dtype")) or named["tensors"]
         return inner(*args, **named)
 
     return staticmethod(from_lora_tensors)
