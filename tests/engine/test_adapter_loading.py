@@ -46,6 +46,7 @@ class Worker:
     def __init__(self, file: AdapterFile, device: torch.device) -> None:
         self.file, self.fetched = file, 0
         self.options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
+        self.lora_config = SimpleNamespace(lora_dtype=torch.bfloat16)
         self.kept = loading._Kept(self, device, "full")  # type: ignore[arg-type]
         loading._kept[self] = self.kept
         self.load = loading._loading(lambda _, request: self.from_directory(request.lora_path))
@@ -141,7 +142,29 @@ def test_another_way(staged: list[str], published: Any) -> None:
     worker.options["device"] = torch.device("cpu", 0)
     with pytest.raises(IntegrityError):
         worker()
-    assert staged == []
+    assert staged == ["full", "full"]  # ahead, for nothing
+
+
+def test_another_dtype(staged: list[str], published: Any) -> None:
+    """What vLLM asks for counts, and not what was expected."""
+    expected = tensors()
+    worker = Worker(published(expected), GPU)
+    worker.lora_config.lora_dtype = torch.float32
+    check(worker(), expected)
+    assert staged == ["full", "off"]
+
+
+def test_some_names(staged: list[str], published: Any) -> None:
+    """Of what vLLM does not read, as experts of other ranks, no memory is kept."""
+    expected = tensors()
+    worker = Worker(published(expected), GPU)
+    known = worker.kept.fetch(Bound("mine", 1, content_of(worker.file.info)), NUMBER)
+    known.stage_ahead(worker.kept.threads, torch.bfloat16)
+    names = [name for name in expected if "q_proj" in name]
+    found = known.stage(names, torch.bfloat16)
+    assert found is not None
+    check(found, {name: expected[name] for name in names})
+    assert found[names[0]].untyped_storage().nbytes() == sum(expected[name].numel() * 2 for name in names)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)

@@ -42,6 +42,9 @@ HAND_BACK_TIMEOUT_S = 10.0
 NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())
 """What is known of an adapter's tensors when its bytes are compared."""
 _POLL_S = 0.05
+_NOT_THERE = (EntryNotFoundError, LeaseLostError, CompanionUnavailableError, StaleError)
+Where = tuple[str, EntryStatus]
+"""The device of a companion that has an adapter, and how it is there."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,24 @@ class AdapterLeases:
         self._connections: dict[str, CompanionConnection] = {}
         self._mutex = threading.Lock()
 
-    def is_current(self, held: AdapterLease) -> bool:
-        """Whether a request of this adapter would still get this generation."""
+    def where(self, name: str) -> list[Where]:
+        """The companions that have an adapter of this name, the one that counts first."""
+        return self._where(adapters.key_of(name).id)
+
+    def is_current(self, held: AdapterLease, found: list[Where]) -> bool:
+        """Whether a request of this adapter, which was found there just now, would still get this generation."""
         if held.lease.lost.is_set() or held.lease.error is not None:
             return False
-        for device, entry in self._entries(held.ready.key.id)[:1]:
+        for device, entry in found[:1]:
             same = (entry.generation, entry.ready_unix_s) == (held.ready.generation, held.ready.published.ready_unix_s)
             return same and device == held.device
         return False
 
-    def lease(self, asked: Asked) -> AdapterLease:
+    def lease(self, asked: Asked, found: list[Where] | None = None) -> AdapterLease:
         """A lease on what is asked for. Waits, if the companion has died, for whoever hands the adapter back.
+
+        Args:
+            found: where it was found just now.
 
         Raises:
             EntryNotFoundError: no companion has it.
@@ -110,12 +120,17 @@ class AdapterLeases:
         """
         key_id = adapters.key_of(asked.name).id
         deadline = time.monotonic() + HAND_BACK_TIMEOUT_S
+        # Of one content it does not matter whose it is, so nobody has to be asked where it is.
+        at_once = [device for device, _ in found or ()] or (self._connected() if asked.content else [])
+        for device in at_once[:1]:
+            with contextlib.suppress(*_NOT_THERE):
+                return self._attach(device, key_id, asked)
         while True:
             problem: Exception | None = None
-            for device, _ in self._entries(key_id):
+            for device, _ in self._where(key_id):
                 try:
                     return self._attach(device, key_id, asked)
-                except (EntryNotFoundError, LeaseLostError, CompanionUnavailableError, StaleError) as error:
+                except _NOT_THERE as error:
                     problem = error
                     if isinstance(error, CompanionUnavailableError):
                         self._forget(device)
@@ -164,8 +179,7 @@ class AdapterLeases:
             undo.pop_all()
             return AdapterLease(bound, ready, lease, device)
 
-    def _entries(self, key_id: str) -> list[tuple[str, EntryStatus]]:
-        """The devices whose companions have it, the one that counts first."""
+    def _where(self, key_id: str) -> list[Where]:
         found = []
         for device in list_devices(self._settings):
             try:
@@ -181,6 +195,11 @@ class AdapterLeases:
 
     def _is_held(self, key_id: str) -> bool:
         return any(notes.is_held(device_paths(each, self._settings), key_id) for each in list_devices(self._settings))
+
+    def _connected(self) -> list[str]:
+        """Devices whose companions were asked before, `first` first."""
+        with self._mutex:
+            return sorted(self._connections, key=lambda device: device != self._first)
 
     def _connection(self, device: str) -> CompanionConnection:
         with self._mutex:

@@ -45,6 +45,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 """Types that an adapter's tensors can have, by the names of the file's format."""
+CAST_BYTES = 64 << 20
+"""How much is joined before it is cast."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -180,7 +182,8 @@ def file_of(
 ) -> tuple[ArenaInfo, Descriptors]:
     """The adapter's file in host memory, sealed, with the checksums of its bytes; the caller owns the descriptor.
 
-    What is on a GPU is joined and summed there, for which it takes as much memory of it as the file has.
+    What is on a GPU is joined and summed there, for which it takes as much memory of it as the file has, and 64 MiB or
+    the largest tensor's if a type changes.
 
     Args:
         dtype: of its tensors in the file; None: as they are.
@@ -215,7 +218,7 @@ def file_of(
             if before == after:
                 torch.cat([each.view(torch.uint8) for each in flat], out=target)
             else:  # then all have one type, and begin at multiples of its width
-                torch.cat(flat, out=target.view(after))
+                _cast(flat, target.view(after))
             offset += target.nbytes
         if check_finite and dtype is not None:
             _check_finite({name: tensor.to(dtype) for name, tensor in tensors})
@@ -226,6 +229,18 @@ def file_of(
         checksums = summing.checksums()
         info, fds = memory.seal()
     return replace(info, checksums=checksums), fds
+
+
+def _cast(flat: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    """Copy tensors of one type behind each other into memory of another type; some at a time, which `cat` does not."""
+    flat, done = list(flat), 0
+    while flat:
+        count = size = 0
+        while count < len(flat) and (not count or (size + flat[count].numel()) * flat[count].itemsize <= CAST_BYTES):
+            size += flat[count].numel()
+            count += 1
+        target[done : done + size].copy_(torch.cat(flat[:count]))
+        flat, done = flat[count:], done + size
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

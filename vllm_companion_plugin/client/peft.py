@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,16 +84,17 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
     modules = _modules_of(weights, scalings, problems)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
+    factors: dict[str, float] = {}
     for name, module in modules.items():
-        problem = _misfit(name, module, fields, check_finite)
+        rank, scaling = _rank_and_scaling(fields, name)
+        problem = _misfit(name, module, rank, check_finite)
         if problem:
             problems.append(problem)
             continue
         [(a_name, a), (b_name, b)] = [module.sides[mark] for mark in sorted(module.sides)]
-        rank, scaling = _rank_and_scaling(fields, name)
         ranks[name] = rank
-        tensors[a_name] = a
-        tensors[b_name] = _scaled(b, scaling if module.scaling is None else module.scaling)
+        tensors[a_name], tensors[b_name] = a, b
+        factors[b_name] = scaling if module.scaling is None else module.scaling
     if not modules and not problems:
         problems.append("it has no tensors of LoRA")
     if any(_is_fused(name) and rank != max(ranks.values()) for name, rank in ranks.items()):
@@ -104,6 +105,7 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
             f"The adapter cannot be served by vLLM as LoRA: {'; '.join(problems[:_SHOWN])}{rest}.",
             remedy="Train it without, or convert it to plain LoRA with PEFT.",
         )
+    tensors |= _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
     rank = max(ranks.values())
     plain = {
         "peft_type": "LORA",
@@ -133,14 +135,27 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
     tensors: dict[str, torch.Tensor] = {}
     scalings: dict[str, float] = {}
     has_hooks = False
-    for path, module in _walked(model):
-        scaling = vars(module).get("scaling")
-        if isinstance(scaling, Mapping) and adapter in scaling:
+    # A loop of our own: `named_modules` takes ten times as long for thousands, of which few are the adapter's.
+    waiting: list[tuple[str, nn.Module, bool]] = [("", model, False)]
+    while waiting:
+        path, module, is_inside = waiting.pop()
+        fields = module.__dict__
+        scaling = fields.get("scaling")
+        if scaling is not None and isinstance(scaling, Mapping) and adapter in scaling:
             scalings[path] = float(scaling[adapter])
-        has_hooks |= bool(module._state_dict_hooks or module._state_dict_pre_hooks)
-        for key, tensor in _kept_in(module):
-            if (key == adapter or adapter in path) and its.fullmatch(name := f"{path}.{key}"):
-                tensors[name] = tensor
+        if fields["_state_dict_hooks"] or fields["_state_dict_pre_hooks"]:
+            has_hooks = True
+        for kind in ("_parameters", "_buffers"):
+            kept = fields[kind]
+            if not kept or not (is_inside or adapter in kept):
+                continue
+            for key, tensor in kept.items():
+                is_kept = tensor is not None and key not in fields["_non_persistent_buffers_set"]
+                if is_kept and its.fullmatch(name := f"{path}.{key}"):
+                    tensors[name] = tensor
+        for key, child in fields["_modules"].items():
+            if child is not None:
+                waiting.append((f"{path}.{key}" if path else key, child, is_inside or key == adapter))
     if has_hooks:  # as of FSDP, which then says what the tensors are, and wraps what has their scaling
         tensors = {name: tensor for name, tensor in model.state_dict().items() if its.fullmatch(name)}
         for path, module in model.named_modules():
@@ -148,27 +163,6 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
             if isinstance(scaling, Mapping) and adapter in scaling:
                 scalings[path] = float(scaling[adapter])
     return tensors, configs[adapter], scalings
-
-
-def _kept_in(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a module itself adds to `state_dict`."""
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield key, parameter
-    for key, buffer in module._buffers.items():
-        if buffer is not None and key not in module._non_persistent_buffers_set:
-            yield key, buffer
-
-
-def _walked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by all their names, in the order of `state_dict`; for thousands, ten times as fast as
-    `named_modules`."""
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        yield path, module
-        children = module._modules.items()
-        waiting += [(f"{path}.{key}" if path else key, child) for key, child in reversed(children) if child is not None]
 
 
 def _fields_of(config: Any) -> Mapping[str, Any]:
@@ -217,15 +211,14 @@ def _modules_of(
     return modules
 
 
-def _misfit(name: str, module: _Module, fields: Mapping[str, Any], check_finite: bool) -> str:
-    """What is wrong with a module's tensors; empty if nothing is."""
+def _misfit(name: str, module: _Module, rank: int, check_finite: bool) -> str:
+    """What is wrong with a module's tensors, which the configuration says are of this rank; empty if nothing is."""
     marks = sorted(module.sides)
     if len(marks) != 2 or _PAIRS.get(marks[0]) != marks[1]:
         return f"{name} has {' and '.join(marks)} alone"
     [a, b] = [module.sides[mark][1] for mark in marks]
     if a.ndim != 2 or b.ndim != 2:
         return f"{name} has tensors of {a.ndim} and {b.ndim} dimensions, as no linear layer and no embedding has"
-    rank, _ = _rank_and_scaling(fields, name)
     there = a.shape[0], b.shape[1]
     if there[0] != there[1] or not there[0] or (there[0] % rank if _is_fused(name) else there[0] != rank):
         return f"{name} has A of rank {there[0]} and B of rank {there[1]}, and its configuration says {rank}"
@@ -254,11 +247,20 @@ def _rank_and_scaling(fields: Mapping[str, Any], module: str) -> tuple[int, floa
 
 
 def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    found: Iterable[Any] = (
-        value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module) is not None
-    )
-    return next(iter(found), otherwise)
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module) is not None:
+            return value
+    return otherwise
 
 
-def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
-    return b if scaling == 1 else (b.to(torch.float32) * scaling).to(b.dtype)
+def _scaled(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Copies, multiplied in float32. By few kernels: one for each of hundreds takes milliseconds."""
+    scaled: dict[str, torch.Tensor] = {}
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors.values()}
+    for device, dtype in kinds:
+        names = [name for name, tensor in tensors.items() if (tensor.device, tensor.dtype) == (device, dtype)]
+        products = torch._foreach_mul(
+            [tensors[name].to(torch.float32) for name in names], [factors[name] for name in names]
+        )
+        scaled.update((name, product.to(dtype)) for name, product in zip(names, products, strict=True))
+    return scaled

@@ -57,9 +57,12 @@ class FrontEnd:
     def serve(self, asked: Asked) -> Served:
         """What a request that comes now is bound to. Raises as `AdapterLeases.lease`."""
         known = self._pinned.get(asked) if asked.generation else self._current.get(asked.name)
-        if known is not None and (asked.generation or self._leases.is_current(known.lease)):
+        if known is not None and asked.generation:
             return known
-        lease = self._leases.lease(asked)
+        found = None if asked.generation else self._leases.where(asked.name)
+        if known is not None and found is not None and self._leases.is_current(known.lease, found):
+            return known
+        lease = self._leases.lease(asked, found)
         with self._mutex:
             # Another request may have been quicker: a generation has one lease.
             served = self._pinned.get(lease.bound)

@@ -20,6 +20,7 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -60,12 +61,19 @@ class _Fetched:
     device: torch.device
     verify: str
     is_proved: bool = False
+    _ahead: Future[dict[str, torch.Tensor] | None] | None = None
+    _dtype_ahead: torch.dtype | None = None
 
     def prove(self) -> None:
         """Raise `IntegrityError` unless its bytes are those that were published. Once is enough."""
         if not self.is_proved:
             self.file.check(self.verify, str(self.bound))
             self.is_proved = True
+
+    def stage_ahead(self, threads: ThreadPoolExecutor, dtype: torch.dtype | None) -> None:
+        """Begin to stage all tensors, while vLLM reads and checks their names; ends with `stop`."""
+        if self.device.type == "cuda":
+            self._ahead, self._dtype_ahead = threads.submit(self._staged, None, dtype), dtype
 
     def stage(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
         """Tensors as a GPU takes them, proved; None: vLLM makes them itself, and nothing is proved.
@@ -74,6 +82,20 @@ class _Fetched:
         """
         if self.device.type != "cuda":
             return None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            staged = ahead.result()
+            if dtype == self._dtype_ahead and (staged is None or staged.keys() == set(names)):
+                return staged
+        return self._staged(names, dtype)
+
+    def stop(self) -> None:
+        """Nothing is being staged any more: the file may be closed. Idempotent."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not ahead.cancel():
+            wait([ahead])
+
+    def _staged(self, names: Collection[str] | None, dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
         from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned, stage
 
         try:
@@ -94,6 +116,7 @@ class _Kept:
         self._device = device
         self._verify = verify
         self._known: OrderedDict[int, _Fetched] = OrderedDict()
+        self.threads = ThreadPoolExecutor(1, "companion-adapter")
 
     def fetch(self, bound: Bound, number: int) -> _Fetched:
         """An adapter's file; borrowed. Raises as `AdapterLeases.fetch`.
@@ -169,12 +192,15 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
         known = kept.fetch(bound, number)
         before = _loaded.set(known)
         try:
+            known.stage_ahead(kept.threads, getattr(self.lora_config, "lora_dtype", None))
             with _directory_of(known.file.fds, bound) as directory:
                 in_directory = copy.copy(lora_request)
                 in_directory.lora_path = directory
                 made = inner(self, in_directory)
+            known.stop()
             known.prove()  # if vLLM has come to its tensors in another way
         except Exception as error:
+            known.stop()
             try:
                 if not isinstance(error, IntegrityError):
                     known.prove()  # or what is damaged would be the adapter's fault
@@ -184,6 +210,7 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise BadRequestError(str(error).replace(directory, str(bound))) from error
         finally:
+            known.stop()
             _loaded.reset(before)
         return made
 

@@ -65,7 +65,7 @@ class _Plan:
 
 def stage(
     file: AdapterFile,
-    names: Collection[str],
+    names: Collection[str] | None,
     dtype: torch.dtype | None,
     device: torch.device,
     verify: str,
@@ -77,6 +77,7 @@ def stage(
 
     Args:
         file: borrowed.
+        names: None: all of them.
         dtype: of the result; None: as in the file.
         verify: as the setting.
 
@@ -87,14 +88,15 @@ def stage(
     """
     text = read_text(file.fds[0], label)
     try:
-        plan = _planned(text, file.info.size_bytes, dtype, frozenset(names))
+        plan = _planned(text, file.info.size_bytes, dtype, None if names is None else frozenset(names))
     except Unaligned:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{label} is no adapter of this version: {error!r}.") from error
     lock = device.type == "cuda"
     memory = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=lock) for size in plan.sizes]
-    with contextlib.closing(_Reading(file, device)) as reading:
+    here = torch.cuda.device(device) if lock else contextlib.nullcontext()
+    with here, contextlib.closing(_Reading(file, device)) as reading:
         verification = Verification(reading, file.info, verify, device, at_once=False)
         for piece in range(piece_count(file.info.size_bytes)):
             begin, end = reading.load(piece)
@@ -171,7 +173,7 @@ class _Reading:
 
 
 @functools.lru_cache(maxsize=4)
-def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: frozenset[str]) -> _Plan:
+def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: frozenset[str] | None) -> _Plan:
     """What these tensors of a file with such a header become. Generations of an adapter have the same header.
 
     Raises:
@@ -179,6 +181,7 @@ def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: fro
         Unaligned: as `stage`.
     """
     header, begin = parse(text, "The adapter")
+    names = names if names is not None else frozenset(header) - {"__metadata__"}
     plan = _Plan({}, [], [])
     for name, each in sorted(((name, header[name]) for name in names), key=lambda pair: pair[1]["data_offsets"]):
         source = DTYPES[each["dtype"]]
