@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from vllm_companion_plugin.client import peft
 from vllm_companion_plugin.client.adapter_leases import AdapterFile
 from vllm_companion_plugin.client.adapters import file_of
 from vllm_companion_plugin.core.adapters import Bound, content_of
+from vllm_companion_plugin.core.arena import PIECE_BYTES, piece_count
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.adapters import loading, staging
 from vllm_companion_plugin.errors import BadRequestError, IntegrityError
@@ -46,7 +48,6 @@ class Worker:
     def __init__(self, file: AdapterFile, device: torch.device) -> None:
         self.file, self.fetched = file, 0
         self.options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
-        self.lora_config = SimpleNamespace(lora_dtype=torch.bfloat16)
         self.kept = loading._Kept(self, device, "full")  # type: ignore[arg-type]
         loading._kept[self] = self.kept
         self.load = loading._loading(lambda _, request: self.from_directory(request.lora_path))
@@ -77,13 +78,17 @@ class Worker:
 def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`verify` of each time something is staged."""
     calls: list[str] = []
-    inner = staging.stage
 
-    def stage(file: Any, names: Any, dtype: Any, device: Any, verify: str, label: str) -> Any:
-        calls.append(verify)
-        return inner(file, names, dtype, CPU, verify, label)
+    class Staging(staging.Staging):
+        def __init__(self, file: AdapterFile, device: torch.device, label: str) -> None:
+            assert device == GPU
+            super().__init__(file, CPU, label)
 
-    monkeypatch.setattr(staging, "stage", stage)
+        def tensors(self, names: Any, dtype: Any, verify: str) -> Any:
+            calls.append(verify)
+            return super().tensors(names, dtype, verify)
+
+    monkeypatch.setattr(staging, "Staging", Staging)
     patches.STAGED_ADAPTERS.apply(loading._staging)  # as in a worker; once in a process
     return calls
 
@@ -142,29 +147,34 @@ def test_another_way(staged: list[str], published: Any) -> None:
     worker.options["device"] = torch.device("cpu", 0)
     with pytest.raises(IntegrityError):
         worker()
-    assert staged == ["full", "full"]  # ahead, for nothing
+    assert staged == []
 
 
-def test_another_dtype(staged: list[str], published: Any) -> None:
-    """What vLLM asks for counts, and not what was expected."""
-    expected = tensors()
-    worker = Worker(published(expected), GPU)
-    worker.lora_config.lora_dtype = torch.float32
-    check(worker(), expected)
-    assert staged == ["full", "off"]
-
-
-def test_some_names(staged: list[str], published: Any) -> None:
+def test_some_names(published: Any) -> None:
     """Of what vLLM does not read, as experts of other ranks, no memory is kept."""
     expected = tensors()
-    worker = Worker(published(expected), GPU)
-    known = worker.kept.fetch(Bound("mine", 1, content_of(worker.file.info)), NUMBER)
-    known.stage_ahead(worker.kept.threads, torch.bfloat16)
     names = [name for name in expected if "q_proj" in name]
-    found = known.stage(names, torch.bfloat16)
-    assert found is not None
+    with closing(staging.Staging(published(expected), CPU, "mine")) as its:
+        found = its.tensors(names, torch.bfloat16, "full")
     check(found, {name: expected[name] for name in names})
     assert found[names[0]].untyped_storage().nbytes() == sum(expected[name].numel() * 2 for name in names)
+
+
+@pytest.mark.parametrize("pieces", [1, 8, 9, 21])
+def test_large(published: Any, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Of any number of pieces, and with tensors that begin in one and end in another."""
+    monkeypatch.setattr(staging, "AHEAD", 3)
+    monkeypatch.setattr(staging, "THREADS", 2)
+    expected = {
+        f"{PREFIX}q_proj.lora_A.weight": torch.randn(4, pieces * (PIECE_BYTES >> 4) - 3000),
+        f"{PREFIX}q_proj.lora_B.weight": torch.randn(500, 4),
+    }
+    file = published(expected)
+    assert piece_count(file.info.size_bytes) == pieces
+    for verify in ("full", "sample", "off"):
+        with closing(staging.Staging(file, CPU, "mine")) as its:
+            check(its.tensors(expected.keys(), torch.bfloat16, verify), expected)
+    staging.Staging(file, CPU, "mine").close()
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
@@ -224,11 +234,13 @@ def test_no_room(staged: list[str], published: Any, monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(staging, "stage", fail)
-    check(worker(), expected)
-    worker = Worker(damaged(worker.file), GPU)
-    with pytest.raises(IntegrityError):
-        worker()
+    for method in ("tensors", "__init__"):  # of the GPU, and of what it reads directly
+        monkeypatch.setattr(staging.Staging, method, fail)
+        worker = Worker(published(expected), GPU)
+        check(worker(), expected)
+        worker = Worker(damaged(worker.file), GPU)
+        with pytest.raises(IntegrityError):
+            worker()
 
 
 def test_a_cpu(staged: list[str], published: Any, monkeypatch: pytest.MonkeyPatch) -> None:

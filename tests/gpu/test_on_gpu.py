@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.arena import PIECE_BYTES
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.placement import CHUNK_BYTES
-from vllm_companion_plugin.engine.vllm.adapters.staging import stage
+from vllm_companion_plugin.engine.vllm.adapters.staging import Staging
 from vllm_companion_plugin.errors import CompanionError, IntegrityError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
@@ -323,19 +324,19 @@ def test_an_adapter_leaves_the_gpu_and_comes_back(dtype: torch.dtype | None) -> 
         for side in "AB"
     }
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    gpu = torch.device("cuda", 0)
     info, fds = file_of(peft.Adapter(tensors, {"r": 16}), dtype)
     other, others = file_of(peft.Adapter(on_cpu, {"r": 16}), dtype)
     with fds, others:
         assert info == other
         assert os.pread(fds[0], 1 << 20, 0) == os.pread(others[0], 1 << 20, 0)
         for _ in range(3):
-            staged = stage(
-                AdapterFile(info, fds), tensors, torch.bfloat16, torch.device("cuda", 0), "full", "the adapter"
-            )
+            with closing(Staging(AdapterFile(info, fds), gpu, "the adapter")) as staging:
+                staged = staging.tensors(tensors, torch.bfloat16, "full")
             for name, tensor in on_cpu.items():
                 assert staged[name].is_pinned()
                 assert staged[name].pin_memory() is staged[name]
                 assert torch.equal(staged[name], tensor.to(torch.bfloat16))
         wrong = replace(info, checksums=replace(info.checksums, values=tuple(v ^ 1 for v in info.checksums.values)))
-        with pytest.raises(IntegrityError):
-            stage(AdapterFile(wrong, fds), tensors, None, torch.device("cuda", 0), "full", "the adapter")
+        with closing(Staging(AdapterFile(wrong, fds), gpu, "the adapter")) as staging, pytest.raises(IntegrityError):
+            staging.tensors(tensors, None, "full")

@@ -20,8 +20,7 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from vllm_companion_plugin.wire.adapter_file import config_in
 
 if TYPE_CHECKING:
     from vllm_companion_plugin.client.adapter_leases import AdapterFile, AdapterLeases
+    from vllm_companion_plugin.engine.vllm.adapters.staging import Staging
     from vllm_companion_plugin.memory.descriptors import Descriptors
 
 logger = logging.getLogger("vllm.companion.adapters")
@@ -61,8 +61,7 @@ class _Fetched:
     device: torch.device
     verify: str
     is_proved: bool = False
-    _ahead: Future[dict[str, torch.Tensor] | None] | None = None
-    _dtype_ahead: torch.dtype | None = None
+    _staging: Staging | None = None
 
     def prove(self) -> None:
         """Raise `IntegrityError` unless its bytes are those that were published. Once is enough."""
@@ -70,42 +69,40 @@ class _Fetched:
             self.file.check(self.verify, str(self.bound))
             self.is_proved = True
 
-    def stage_ahead(self, threads: ThreadPoolExecutor, dtype: torch.dtype | None) -> None:
-        """Begin to stage all tensors, while vLLM reads and checks their names; ends with `stop`."""
+    def read_ahead(self) -> None:
+        """Begin to read, for `stage`; ends with `stop`."""
         if self.device.type == "cuda":
-            self._ahead, self._dtype_ahead = threads.submit(self._staged, None, dtype), dtype
+            from vllm_companion_plugin.engine.vllm.adapters.staging import Staging
+
+            try:
+                self._staging = Staging(self.file, self.device, str(self.bound))
+            except RuntimeError as error:  # of CUDA, which has no memory to page-lock
+                logger.info("%s is read without the GPU: %s", self.bound, error)
 
     def stage(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
         """Tensors as a GPU takes them, proved; None: vLLM makes them itself, and nothing is proved.
 
-        Raises as `staging.stage`.
+        Raises as `Staging.tensors`.
         """
-        if self.device.type != "cuda":
+        staging, self._staging = self._staging, None
+        if staging is None:
             return None
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            staged = ahead.result()
-            if dtype == self._dtype_ahead and (staged is None or staged.keys() == set(names)):
-                return staged
-        return self._staged(names, dtype)
-
-    def stop(self) -> None:
-        """Nothing is being staged any more: the file may be closed. Idempotent."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and not ahead.cancel():
-            wait([ahead])
-
-    def _staged(self, names: Collection[str] | None, dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
-        from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned, stage
+        from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned
 
         try:
-            verify = "off" if self.is_proved else self.verify
-            staged = stage(self.file, names, dtype, self.device, verify, str(self.bound))
+            with closing(staging):
+                staged = staging.tensors(names, dtype, "off" if self.is_proved else self.verify)
         except (Unaligned, torch.OutOfMemoryError) as error:
             logger.info("%s is read without the GPU: %s", self.bound, error)
             return None
         self.is_proved = True
         return staged
+
+    def stop(self) -> None:
+        """Nothing is read any more: the file may be closed. Idempotent."""
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            staging.close()
 
 
 class _Kept:
@@ -116,7 +113,6 @@ class _Kept:
         self._device = device
         self._verify = verify
         self._known: OrderedDict[int, _Fetched] = OrderedDict()
-        self.threads = ThreadPoolExecutor(1, "companion-adapter")
 
     def fetch(self, bound: Bound, number: int) -> _Fetched:
         """An adapter's file; borrowed. Raises as `AdapterLeases.fetch`.
@@ -192,7 +188,7 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
         known = kept.fetch(bound, number)
         before = _loaded.set(known)
         try:
-            known.stage_ahead(kept.threads, getattr(self.lora_config, "lora_dtype", None))
+            known.read_ahead()  # while vLLM reads and checks the names
             with _directory_of(known.file.fds, bound) as directory:
                 in_directory = copy.copy(lora_request)
                 in_directory.lora_path = directory

@@ -6,8 +6,8 @@ file goes to the GPU in pieces, which adds up the checksums, casts, and hands ba
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import math
 import os
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +23,9 @@ from vllm_companion_plugin.errors import ManifestError
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.wire.adapter_file import parse, read_text
 
-AHEAD = 4
-"""Pieces that are read at once, each by a thread."""
+AHEAD = 8
+"""Pieces that are read before anybody waits for one."""
+THREADS = 4
 LOCKED_BYTES = 32 << 20
 """Of page-locked memory in one piece: PyTorch takes the next power of two, and keeps it while a tensor is in it."""
 
@@ -38,6 +39,7 @@ class _Tensor:
     """One of the file: where its bytes are there, and where they will be, in `dtype`."""
 
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     source: torch.dtype
     start: int
     stop: int
@@ -63,125 +65,146 @@ class _Plan:
     sizes: list[int]
 
 
-def stage(
-    file: AdapterFile,
-    names: Collection[str] | None,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    verify: str,
-    label: str,
-) -> dict[str, torch.Tensor]:
-    """These tensors of an adapter's file by name, in host memory that the device reads directly.
+class Staging:
+    """An adapter's file that is read by threads from now on, for a device.
 
-    Takes up to 80 MiB of the device meanwhile.
+    Each thread makes one long call, so that whoever made this can do something else in Python meanwhile. The device
+    computes in the thread that calls `tensors`, in the order of its current stream. Up to 128 MiB of page-locked memory
+    are in use until `close`, and 80 MiB of the device in `tensors`.
 
     Args:
-        file: borrowed.
-        names: None: all of them.
-        dtype: of the result; None: as in the file.
-        verify: as the setting.
-
-    Raises:
-        IntegrityError: its bytes are not those that were published.
-        ManifestError: it is none of ours.
-        Unaligned: it cannot be read so.
+        file: borrowed until `close`.
+        label: of the adapter, for errors.
     """
-    text = read_text(file.fds[0], label)
-    try:
-        plan = _planned(text, file.info.size_bytes, dtype, None if names is None else frozenset(names))
-    except Unaligned:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise ManifestError(f"{label} is no adapter of this version: {error!r}.") from error
-    lock = device.type == "cuda"
-    memory = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=lock) for size in plan.sizes]
-    here = torch.cuda.device(device) if lock else contextlib.nullcontext()
-    with here, contextlib.closing(_Reading(file, device)) as reading:
-        verification = Verification(reading, file.info, verify, device, at_once=False)
-        for piece in range(piece_count(file.info.size_bytes)):
-            begin, end = reading.load(piece)
+
+    def __init__(self, file: AdapterFile, device: torch.device, label: str) -> None:
+        self._file = file
+        self._device = device
+        self._label = label
+        self._count = piece_count(file.info.size_bytes)
+        locked, size_bytes = device.type == "cuda", min(PIECE_BYTES, file.info.size_bytes)
+        ahead = min(AHEAD, self._count)
+        self._buffers = [
+            torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=locked) for _ in range(ahead)
+        ]
+        self._threads = ThreadPoolExecutor(THREADS, "companion-adapter")
+        self._reads: dict[int, Future[None]] = {}
+        share = -(-ahead // THREADS)
+        for first in range(0, ahead, share):
+            self._begin_to_read(range(first, min(first + share, ahead)))
+        self._begin = 0
+        self._part = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def tensors(self, names: Collection[str], dtype: torch.dtype | None, verify: str) -> dict[str, torch.Tensor]:
+        """These tensors by name, in host memory that the device reads directly. Works once.
+
+        Args:
+            dtype: of the result; None: as in the file.
+            verify: as the setting.
+
+        Raises:
+            IntegrityError: its bytes are not those that were published.
+            ManifestError: it is none of ours.
+            Unaligned: it cannot be read so.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        text = read_text(self._file.fds[0], self._label)
+        try:
+            plan = _planned(text, self._file.info.size_bytes, dtype, frozenset(names))
+        except Unaligned:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{self._label} is no adapter of this version: {error!r}.") from error
+        locked = self._device.type == "cuda"
+        memory = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=locked) for size in plan.sizes]
+        verification = Verification(self, self._file.info, verify, self._device, at_once=False)
+        for piece in range(self._count):
+            begin, end = self._load(piece)
             verification.add(piece)
             for first, last in plan.runs:
                 start, stop = max(begin, first.start), min(end, last.stop)
                 if start < stop:
-                    values = reading.bytes_at(start, stop - start).view(first.source).to(first.dtype).view(torch.uint8)
+                    values = self.bytes_at(start, stop - start).view(first.source).to(first.dtype).view(torch.uint8)
                     memory[first.memory].narrow(0, first.target_of(start), values.nbytes).copy_(
                         values, non_blocking=True
                     )
-        verification.check(NOTHING, label)
-    return {
-        name: memory[each.memory][each.target : each.target_of(each.stop)].view(each.dtype).view(each.shape)
-        for name, each in plan.tensors.items()
-    }
+        verification.check(NOTHING, self._label)
+        self._wait()
+        typed = {(number, each.dtype): memory[number] for each in plan.tensors.values() for number in (each.memory,)}
+        typed = {(number, kind): whole.view(kind) for (number, kind), whole in typed.items()}
+        return {
+            name: typed[each.memory, each.dtype].as_strided(
+                each.shape, each.strides, each.target // each.dtype.itemsize
+            )
+            for name, each in plan.tensors.items()
+        }
 
+    def _load(self, piece: int) -> tuple[int, int]:
+        """Have a piece on the device; where it begins and ends in the file. Raises `ManifestError`: it is cut off.
 
-class _Reading:
-    """Pieces of a file on a device, one at a time, in order; threads read the next ones meanwhile.
-
-    What is computed of a piece there is computed before the next one comes: all of it is in the order of one stream.
-    The threads know nothing of the device.
-    """
-
-    def __init__(self, file: AdapterFile, device: torch.device) -> None:
-        self._file = file
-        self._device = device
-        size_bytes, count = min(PIECE_BYTES, file.info.size_bytes), piece_count(file.info.size_bytes)
-        self._buffers = [
-            torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-            for _ in range(min(AHEAD, count))
-        ]
-        self._threads = ThreadPoolExecutor(len(self._buffers), "companion-adapter")
-        self._reads: dict[int, Future[int]] = {}
-        for piece in range(len(self._buffers)):
-            self._reads[piece] = self._threads.submit(self._read, piece)
-        self._begin = 0
-        self._part = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def load(self, piece: int) -> tuple[int, int]:
-        """Have a piece on the device; where it begins and ends in the file. Raises `ManifestError`: it is cut off."""
-        size_bytes = self._reads.pop(piece).result()
+        What is computed of a piece there is computed before the next one comes: all of it is in the order of one
+        stream.
+        """
+        self._reads.pop(piece).result()
         self._begin = piece * PIECE_BYTES
+        size_bytes = self._size_of(piece)
         buffer = self._buffers[piece % len(self._buffers)]
         self._part = buffer[:size_bytes].to(self._device, non_blocking=True, copy=True)
         following = piece + len(self._buffers)
-        if following < piece_count(self._file.info.size_bytes):
-            if self._device.type == "cuda":  # it leaves the buffer before that is read into
-                torch.cuda.current_stream(self._device).record_event().synchronize()
-            self._reads[following] = self._threads.submit(self._read, following)
+        if following < self._count:
+            self._wait()  # it leaves the buffer before that is read into
+            self._begin_to_read(range(following, following + 1))
         return self._begin, self._begin + size_bytes
 
-    def _read(self, piece: int) -> int:
-        begin = piece * PIECE_BYTES
-        size_bytes = min(PIECE_BYTES, self._file.info.size_bytes - begin)
-        target = memoryview(cast(Any, self._buffers[piece % len(self._buffers)].numpy()))[:size_bytes]
-        done = 0
-        while done < size_bytes:
-            count = os.preadv(self._file.fds[0], [target[done:]], begin + done)
-            if not count:
-                raise ManifestError(f"An adapter's file ends at {begin + done} of {self._file.info.size_bytes} bytes.")
-            done += count
-        return size_bytes
-
     def bytes_at(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """Of the piece that was loaded last, on the device."""
         return self._part.narrow(0, offset_bytes - self._begin, size_bytes)
 
-    def close(self) -> None:
-        """Nothing is on its way any more."""
-        self._threads.shutdown(cancel_futures=True)
+    def _size_of(self, piece: int) -> int:
+        return min(PIECE_BYTES, self._file.info.size_bytes - piece * PIECE_BYTES)
+
+    def _begin_to_read(self, pieces: range) -> None:
+        """Into their buffers, by one thread. The threads know nothing of the device."""
+        buffers = [self._buffers[piece % len(self._buffers)] for piece in pieces]
+        targets = [
+            memoryview(cast(Any, buffer.numpy()))[: self._size_of(piece)]
+            for piece, buffer in zip(pieces, buffers, strict=True)
+        ]
+        reading = self._threads.submit(_read, self._file.fds[0], targets, pieces.start * PIECE_BYTES)
+        self._reads.update(dict.fromkeys(pieces, reading))
+
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
+    def close(self) -> None:
+        """Nothing is read any more, or on its way. Idempotent."""
+        self._threads.shutdown(cancel_futures=True)
+        self._wait()
+
+
+def _read(fd: int, targets: list[memoryview], begin: int) -> None:
+    """Fill memory with what follows in a file. Raises `ManifestError`: it ends before."""
+    while targets:
+        count = os.preadv(fd, targets, begin)
+        if not count:
+            raise ManifestError(f"An adapter's file ends at {begin}.")
+        begin += count
+        while targets and count >= len(targets[0]):
+            count -= len(targets.pop(0))
+        if count:
+            targets[0] = targets[0][count:]
+
 
 @functools.lru_cache(maxsize=4)
-def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: frozenset[str] | None) -> _Plan:
+def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: frozenset[str]) -> _Plan:
     """What these tensors of a file with such a header become. Generations of an adapter have the same header.
 
     Raises:
         ManifestError, KeyError, TypeError, ValueError: it is no header of ours, or lacks some.
-        Unaligned: as `stage`.
+        Unaligned: as `Staging.tensors`.
     """
     header, begin = parse(text, "The adapter")
-    names = names if names is not None else frozenset(header) - {"__metadata__"}
     plan = _Plan({}, [], [])
     for name, each in sorted(((name, header[name]) for name in names), key=lambda pair: pair[1]["data_offsets"]):
         source = DTYPES[each["dtype"]]
@@ -195,7 +218,11 @@ def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: fro
         if not plan.sizes or plan.sizes[-1] + wanted.itemsize + size > LOCKED_BYTES:
             plan.sizes.append(0)
         target = -(-plan.sizes[-1] // wanted.itemsize) * wanted.itemsize
-        tensor = _Tensor(tuple(each["shape"]), source, start, stop, wanted, len(plan.sizes) - 1, target)
+        shape = tuple(each["shape"])
+        if math.prod(shape) * source.itemsize != stop - start:
+            raise ValueError(f"{name} has {stop - start} bytes for {list(shape)}")
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        tensor = _Tensor(shape, strides, source, start, stop, wanted, len(plan.sizes) - 1, target)
         plan.sizes[-1] = target + size
         plan.tensors[name] = tensor
         last = plan.runs[-1][1] if plan.runs else None
