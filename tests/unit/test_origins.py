@@ -876,6 +876,68 @@ class TestTensor:
         assert attached.noise.tolist() == Model(build, 0.25).noise.tolist()
         assert next(attached.parameters()).unique().tolist() == [3.0]
 
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda weight, flag: torch.full((8,), flag, device=weight.device),
+            lambda weight, flag: torch.tensor([flag] * 8, device=weight.device),
+            lambda weight, flag: torch.empty(LARGE, device=weight.device).fill_(flag),
+            lambda weight, flag: torch.full((8,), flag).to(weight.device),
+            lambda weight, flag: torch.full((8,), flag).to(weight),
+            lambda weight, flag: torch.full((8,), flag).type_as(weight),
+            lambda weight, flag: torch.full((8,), flag, device=(weight.detach() * 2).device),
+            lambda weight, flag: weight.new_full((8,), flag),
+            lambda weight, flag: weight.new_tensor([flag] * 8),
+            lambda weight, flag: torch.full_like(weight, flag),
+            lambda weight, flag: torch.zeros_like(weight) + flag,
+            lambda weight, flag: weight.new_empty(8).fill_(flag),
+            lambda weight, flag: torch.empty_like(weight).fill_(flag),
+            lambda weight, flag: torch.empty_like(weight[:3]).fill_(flag),
+        ],
+    )
+    def test_what_the_constructor_makes_where_a_weight_is(self, make: Callable[[torch.Tensor, float], Any]) -> None:
+        """A weight says where it will be, though it is not there yet."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+            m.table = make(m.large, flag)
+
+        def load(m: Model) -> None:
+            m.large.data.copy_(checkpoint(5.0))
+
+        published = publish(build, load)
+        attached = attach(published, build, flag=0.25)
+        assert attached.table.unique().tolist() == [0.25]
+        assert attached.table.shape == published.model.table.shape
+        assert in_arena(attached.large, published)
+
+    def test_a_weight_that_the_constructor_moves(self) -> None:
+        """It is there already."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+            m.where = str(m.large.device)
+            m.to(m.large.device)
+            m.to("cpu", torch.float32)
+
+        published = publish(build, lambda m: m.large.data.copy_(checkpoint(5.0)))
+        attached = attach(published, build)
+        assert attached.where == "cpu"
+        assert in_arena(attached.large, published)
+
+    def test_what_the_constructor_makes_on_meta(self) -> None:
+        """On purpose: that stays there."""
+
+        def build(m: Model, flag: float) -> None:
+            m.shape = torch.empty(LARGE, device="meta")
+            m.other = torch.zeros(LARGE, device="meta") + 1
+            m.where = {str(each.device) for each in (m.shape, m.shape[1:], m.other, m.other.to(torch.float16))}
+
+        built = WithoutWeights(CPU)
+        with built.building():
+            model = Model(build, 1.0)
+        assert model.where == {"meta"}
+
     def test_a_parameter_that_loading_does_not_touch(self) -> None:
         """A parameter that the checkpoint lacks has the value that its constructor gave it."""
 

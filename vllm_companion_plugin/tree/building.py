@@ -4,12 +4,14 @@ Memory that a constructor asks for without giving it values will be filled by lo
 tensor. Whatever a constructor computes (caches, work space, tables, small numbers) is made for real, on the real
 device: its values are this engine's own, and may follow from this engine's flags. So memory that is no parameter's
 becomes real when a constructor writes to it by hand; a parameter's does not, but random numbers for it are drawn as in
-a normal load, because what is drawn later follows from them.
+a normal load, because what is drawn later follows from them. And what was deferred says that it is on the real device,
+where a constructor that asks makes something of its own, as Marlin's work space.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import threading
 import types
@@ -48,7 +50,17 @@ _WRITES_NOT = re.compile(
 _DRAWS = re.compile(r"(\w*normal|\w*uniform|random|bernoulli|exponential|cauchy|geometric)_")
 """Names of what draws random numbers. PyTorch's `trunc_normal_` and `orthogonal_` see that there is no memory, and draw
 none."""
+_MADE_LIKE = frozenset(
+    (
+        *(torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.randint_like),
+        *(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_tensor),
+    )
+)
+"""What takes the device of a tensor and none of its values."""
+_MOVES = frozenset((torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cuda, torch.Tensor.cpu))
 _data_of: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_device_of: Callable[..., Any] = torch.Tensor.device.__get__
+_is_cuda: Callable[..., Any] = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 class WithoutWeights:
@@ -60,12 +72,15 @@ class WithoutWeights:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type == "cuda" and device.index is None:  # which no tensor says of itself
+            self.device = torch.device("cuda", torch.cuda.current_device())
         # By address of the C++ storage, with what keeps that address from being used again.
         self._deferred: dict[int, torch.UntypedStorage] = {}
         # By the same address: tensors on it, besides parameters.
         self._viewed_by: dict[int, list[weakref.ref[torch.Tensor]]] = {}
         self._touched: set[int] = set()
         self._computed: list[torch.UntypedStorage] = []
+        self._ours: set[int] = set()  # addresses of those that a normal load would have on the device
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -109,6 +124,7 @@ class WithoutWeights:
         self._deferred.clear()
         self._touched.clear()
         self._computed.clear()
+        self._ours.clear()
         return not all(storage.expired() for storage in storages)  # type: ignore[no-untyped-call]
 
     def note(self, tensor: torch.Tensor) -> None:
@@ -131,12 +147,25 @@ class WithoutWeights:
             torch._C._swap_tensor_impl(view, real)
         del self._viewed_by[storage._cdata], self._deferred[storage._cdata]
 
-    def note_made(self, tensor: torch.Tensor) -> None:
-        """`tensor` is on meta because it is a view of what was deferred, or was computed from that."""
+    def note_made(self, tensor: torch.Tensor, of: Iterable[Any]) -> None:
+        """`tensor` is on meta because it is a view of what was deferred, or was computed from that.
+
+        Args:
+            of: what it was computed from.
+        """
         storage = tensor.untyped_storage()
         self._computed.append(storage)
+        if any(map(self.is_ours, of)):
+            self._ours.add(storage._cdata)
         if (views := self._viewed_by.get(storage._cdata)) is not None:
             views.append(weakref.ref(tensor))
+
+    def is_ours(self, tensor: object) -> bool:
+        """Whether this is a tensor on meta that a normal load would have on the device."""
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+            return False
+        address = tensor.untyped_storage()._cdata
+        return address in self._deferred or address in self._ours
 
     def touch(self, tensor: torch.Tensor) -> None:
         """`tensor` was given values, or may have been given some. They are lost."""
@@ -181,15 +210,48 @@ class _Deferring(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
-        if type(func) is not types.MethodWrapperType and self._is_drawn(func, args, kwargs):  # else a property is read
+        if type(func) is types.MethodWrapperType:  # a property is read
+            if func == _device_of and self._model.is_ours(args[0]):
+                return self._model.device
+            if func == _is_cuda and self._model.is_ours(args[0]):
+                return self._model.device.type == "cuda"
+        elif self._is_drawn(func, args, kwargs):
             return args[0] if args else next(iter(kwargs.values()))
+        elif func in _MADE_LIKE:
+            if kwargs.get("device") is None and self._model.is_ours(args[0] if args else kwargs.get("input")):
+                kwargs = kwargs | {"device": self._model.device}
+        elif func in _MOVES:
+            args, kwargs = self._moved(func, args, kwargs)
+            func = torch.Tensor.to
         result = func(*args, **kwargs)
         for made in result if type(result) is tuple else (result,):
             if isinstance(made, torch.Tensor) and made.is_meta:
+                values = (*args, *kwargs.values())
                 if func == _data_of:
                     self._model.touch(made)  # writes through it are not counted
-                self._model.note_made(made)
+                self._model.note_made(
+                    made, itertools.chain(*(each if type(each) is list else (each,) for each in values))
+                )
         return result
+
+    def _moved(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments with which `Tensor.to` does what `func` would do were all on the device that was deferred."""
+        tensor, *rest = args[0], *map(self._stand_in, args[1:])
+        named = {name: self._stand_in(value) for name, value in kwargs.items()}
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu) and not rest and named.get("device") is None:
+            named["device"] = func.__name__
+        if not self._model.is_ours(tensor):
+            return (tensor, *rest), named
+        kept = {name: named.pop(name) for name in ("copy", "memory_format") if name in named}
+        device, dtype, *_ = torch._C._nn._parse_to(*rest, **named)
+        wanted = self._model.device
+        if device is None or (device.type == wanted.type and device.index in (None, wanted.index)):
+            return (tensor, dtype or tensor.dtype), kept
+        return args, kwargs
+
+    def _stand_in(self, value: Any) -> Any:
+        """For a deferred tensor, of which only device and dtype count."""
+        return torch.empty(0, dtype=value.dtype, device=self._model.device) if self._model.is_ours(value) else value
 
     def _is_drawn(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Make real what `func` is about to write to, or draw the random numbers that it would write to a parameter."""
@@ -213,7 +275,8 @@ class _Deferring(TorchFunctionMode):
     def _uninitialized(self, func: Any, args: Any, kwargs: Any) -> Any:
         wanted = kwargs.get("device")
         if wanted is None and args and isinstance(args[0], torch.Tensor):
-            wanted = args[0].device
+            wanted = self._model.device if self._model.is_ours(args[0]) else args[0].device
+            kwargs = kwargs | {"device": wanted}
         kind = self._model.device.type if wanted is None else torch.device(wanted).type
         if kind != self._model.device.type or kwargs.get("out") is not None:
             return func(*args, **kwargs)
