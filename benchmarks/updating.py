@@ -1,10 +1,11 @@
 """New weights in three running engines of an 8B model on one GPU: through the companion, and by vLLM's `ipc` backend.
 
-    python -m benchmarks.updating --out DIR [--layers N] [--updates N]
+    python -m benchmarks.updating --out DIR [--layers N] [--updates N] [--quantization METHOD]
 
 A trainer in a process of its own has the tensors of a second checkpoint on the GPU. Through the companion it writes
 them once, and each engine maps them; by `ipc` each engine copies them. Engines are forks of this process with CUDA
-graphs, and have requests in flight while they switch. Writes DIR/updating-<vllm version>.json.
+graphs, and have requests in flight while they switch. Engines that quantize are updated through the companion alone,
+which has a headless vLLM process the tensors. Writes DIR/updating-<vllm version>.json.
 """
 
 from __future__ import annotations
@@ -167,11 +168,13 @@ def usage() -> dict[str, int]:
     return {"fds": len(os.listdir("/proc/self/fd")), "resident_mib": resident >> 10}
 
 
-def through_the_companion(report: Report, model: Path, other: Path, updates: int) -> dict[str, Any]:
+def through_the_companion(
+    report: Report, model: Path, other: Path, updates: int, more: dict[str, Any]
+) -> dict[str, Any]:
     remotes: list[Remote] = []
     try:
         for number in range(ENGINES):
-            remotes.append(Remote(f"engine-{number}", report.out, partial(Rollout, model, "companion", {})))
+            remotes.append(Remote(f"engine-{number}", report.out, partial(Rollout, model, "companion", more)))
             if not number:
                 before = remotes[0].answer()["tokens"]
         engines = list(remotes)
@@ -264,8 +267,8 @@ def by_ipc(report: Report, model: Path, other: Path) -> dict[str, Any]:
         sleeping_together.until_empty(report)
 
 
-def fresh(report: Report, path: Path) -> Any:
-    engine = Remote("fresh", report.out, partial(Rollout, path, "auto", {}))
+def fresh(report: Report, path: Path, more: dict[str, Any]) -> Any:
+    engine = Remote("fresh", report.out, partial(Rollout, path, "auto", more))
     try:
         return engine.answer()["tokens"]
     finally:
@@ -277,6 +280,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--quantization", help="of the engines, as vLLM takes it")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="vcs-"))
@@ -286,9 +290,10 @@ def main() -> None:
     report = Report(args.out, "updating")
     model, other = (Path(tempfile.gettempdir()) / name for name in ("m8b", "m8b-other"))
     sleeping_together.make(args.out, {model: (args.layers, 0), other: (args.layers, 1)})
-    ours = through_the_companion(report, model, other, args.updates)
-    theirs = by_ipc(report, model, other)
-    wanted = fresh(report, other)
+    more = {"quantization": args.quantization} if args.quantization else {}
+    ours = through_the_companion(report, model, other, args.updates, more)
+    theirs = by_ipc(report, model, other) if not more else {"before": None, "after": []}
+    wanted = fresh(report, other, more)
     report.add(
         "tokens",
         companion_as_fresh=[tokens == wanted for tokens in ours["after"]],
