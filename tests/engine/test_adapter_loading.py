@@ -150,16 +150,6 @@ def test_another_way(staged: list[str], published: Any) -> None:
     assert staged == []
 
 
-def test_some_names(published: Any) -> None:
-    """Of what vLLM does not read, as experts of other ranks, no memory is kept."""
-    expected = tensors()
-    names = [name for name in expected if "q_proj" in name]
-    with closing(staging.Staging(published(expected), CPU, "mine")) as its:
-        found = its.tensors(names, torch.bfloat16, "full")
-    check(found, {name: expected[name] for name in names})
-    assert found[names[0]].untyped_storage().nbytes() == sum(expected[name].numel() * 2 for name in names)
-
-
 @pytest.mark.parametrize("pieces", [1, 8, 9, 21])
 def test_large(published: Any, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     """Of any number of pieces, and with tensors that begin in one and end in another."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.place import KEY, Place, until
+from tests.support.place import KEY, Place, open_fds, until
 from tests.support.publishing import Small
 from tests.support.sleeping import Sleeping, clone, content, write
 from vllm_companion_plugin import CompanionClient
@@ -25,6 +25,7 @@ from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryState, LeaseState, LoaderInfo
 from vllm_companion_plugin.errors import (
     ArenaError,
+    BadRequestError,
     CompanionError,
     CompanionUnavailableError,
     LayoutError,
@@ -386,6 +387,73 @@ class TestOvertaken:
         alone.sleep(one, 1)
         with CompanionClient("cpu", runtime_dir=alone.settings.runtime_dir).attach(KEY.model) as reader:
             assert (content(reader), reader.generation) == (expected, late.held.generation)
+
+
+class TestWakesByLease:
+    """Who wakes while the bytes are on the device goes on with the lease that slept."""
+
+    def test_many_times(self, alone: Sleeping) -> None:
+        """It is the same lease, and nothing piles up: descriptors, leases, what is to be called."""
+        one, _ = alone.attach(), alone.attach()
+        lease, expected, before = one.lease, content(one), 0
+        for turn in range(30):
+            alone.sleep(one, 1 + turn % 2)
+            assert states(alone) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
+            assert alone.wake(one) == "device"
+            assert states(alone) == (READY, [LeaseState.ATTACHED] * 2)
+            assert one.lease is lease
+            assert (len(lease._callbacks), len(lease._retired_callbacks)) == (1, 1)
+            before = before or open_fds()
+        assert content(one) == expected
+        until(lambda: open_fds() <= before, 5, "descriptors are flat")
+
+    def test_next_companion(self, alone: Sleeping, place: Place) -> None:
+        """It hands the entry back if the companion dies afterwards, and has the news of the one that follows."""
+        one, two = alone.attach(), alone.attach()
+        alone.sleep(one, 1)
+        alone.wake(one)
+        two.close()
+        alone.attachments.remove(two)
+        kill_companion(place, alone)
+        until(lambda: not one.lost, 20, "it is handed back")
+        assert states(alone) == (READY, [LeaseState.ATTACHED])
+        other = alone.attach()
+        assert (content(other), alone.loads) == (content(one), 1)
+
+    def test_cannot_map(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It sleeps on, as the companion knows, and can be woken again."""
+        one, _ = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Attachment, "_map", raising(ArenaError("no room")))
+            with pytest.raises(ArenaError, match="no room"):
+                sleeping.wake(one)
+        assert one.asleep
+        assert states(sleeping) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
+        assert sleeping.wake(one) == "device"
+        assert content(one) == expected
+
+    @pytest.mark.parametrize("error", [BadRequestError("no such method"), CompanionUnavailableError("gone")])
+    def test_is_not_understood(
+        self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch, error: CompanionError
+    ) -> None:
+        """By a companion that does not know it: it attaches, and the lease that slept ends."""
+        one, _ = sleeping.attach(), sleeping.attach()
+        expected, lease = content(one), one.lease
+        sleeping.sleep(one, 1)
+        monkeypatch.setattr(Lease, "wake", raising(error))
+        assert sleeping.wake(one) == "device"
+        assert one.lease is not lease
+        until(lambda: states(sleeping) == (READY, [LeaseState.ATTACHED] * 2), 5, "the lease that slept has ended")
+        assert content(one) == expected
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
 
 
 class TestUnloaded:

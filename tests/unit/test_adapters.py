@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +23,17 @@ from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.arena import PIECE_BYTES, ArenaInfo, Checksums
 from vllm_companion_plugin.core.identity import ADAPTER
-from vllm_companion_plugin.engine.vllm.adapters.staging import LOCKED_BYTES, stage
+from vllm_companion_plugin.engine.vllm.adapters.staging import LOCKED_BYTES, Staging
 from vllm_companion_plugin.errors import BadRequestError, IntegrityError, ManifestError
 from vllm_companion_plugin.wire.adapter_file import PAGE_BYTES, Part, config_in, header_of
 
 NAMES = ("my-adapter", "org/model:v1?x=1&y", "Ünïcode 名前", "a" * 512, "generation=3")
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def stage(file: AdapterFile, names: Collection[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    with closing(Staging(file, torch.device("cpu"), "it")) as staging:
+        return staging.tensors(names, dtype, "full")
 
 
 class TestNames:
@@ -262,7 +269,7 @@ class TestFile:
         info, fds = file_of(peft.Adapter(tensors, {"r": 4}), published)
         with fds:
             assert info.size_bytes > 2 * PIECE_BYTES or published is torch.bfloat16
-            staged = stage(AdapterFile(info, fds), tensors, wanted, torch.device("cpu"), "full", "it")
+            staged = stage(AdapterFile(info, fds), tensors, wanted)
         assert staged.keys() == tensors.keys()
         for name, tensor in tensors.items():
             as_published = tensor.to(published or tensor.dtype)
@@ -277,7 +284,7 @@ class TestFile:
         info, fds = file_of(peft.Adapter(tensors, {"r": 4}))
         wanted = ["b.lora_A.weight", "d.lora_A.weight"]
         with fds:
-            staged = stage(AdapterFile(info, fds), wanted, None, torch.device("cpu"), "full", "it")
+            staged = stage(AdapterFile(info, fds), wanted, None)
         assert sorted(staged) == wanted
         assert all(torch.equal(staged[name], tensors[name]) for name in wanted)
         (size,) = {each.untyped_storage().nbytes() for each in staged.values()}
@@ -306,7 +313,7 @@ class TestFile:
         sums = info.checksums.values
         damaged = replace(info, checksums=replace(info.checksums, values=(*sums[:-1], sums[-1] + 1)))
         with fds, pytest.raises(IntegrityError, match="1 of 3 pieces of it"):
-            stage(AdapterFile(damaged, fds), ["a.lora_A.weight"], torch.float32, torch.device("cpu"), "full", "it")
+            stage(AdapterFile(damaged, fds), ["a.lora_A.weight"], torch.float32)
 
     @pytest.mark.parametrize("extra", range(0, 9000, 1001))
     def test_pages(self, extra: int) -> None:

@@ -154,6 +154,7 @@ class Clients(RuleBasedStateMachine):
         self.own_loads = self.yielded_loads = 0
         self.holds: dict[int, int] = {}
         self.levels: dict[int, int] = {}  # of leases that sleep
+        self.woken: set[int] = set()  # leases that have slept, and gone on
         self.falling = 0  # the level at which a client is about to sleep
         self.copying: set[int] = set()  # leases that were asked for a copy
         self.wishes: dict[int, WhenAsleep] = {}
@@ -257,6 +258,11 @@ class Clients(RuleBasedStateMachine):
             self.elected[lease.id] = self.now
         elif move.event is LeaseEvent.SLEEP:
             self.levels[lease.id] = self.falling
+        elif move.event is LeaseEvent.WAKE:
+            del self.levels[lease.id]
+            self.woken.add(lease.id)
+            self.strays.discard(lease.id)
+            self.mapped[lease.id] = self.current[id(lease.entry)]
         elif move.event is LeaseEvent.YIELD:
             self.yielded_loads += not self.grant(lease).brings_back
         elif lease.ended and move.before is LeaseState.ASLEEP:
@@ -342,7 +348,8 @@ class Clients(RuleBasedStateMachine):
         """Whether the client maps the entry, as far as it knows."""
         if lease.ended or lease.id in self.levels:
             return False
-        return lease.id in self.committed or any(isinstance(event, ReadyEvent) for event in self.events(lease))
+        told = any(isinstance(event, ReadyEvent) for event in self.events(lease))
+        return lease.id in self.committed or lease.id in self.woken or told
 
     def is_retired(self, lease: Lease) -> bool:
         """Whether the client knows that the entry was dropped."""
@@ -571,6 +578,20 @@ class Clients(RuleBasedStateMachine):
         if ends and not woken.ended:
             self.leave(lease)
 
+    @some_sleep
+    @rule(lease=st.one_of(asleep, asleep, leases), known=st.sampled_from([True, True, True, False]))
+    def wake_by_lease(self, lease: Lease, known: bool) -> None:
+        """A client goes on with its lease, if what it knows is on the device; else nothing has changed."""
+        sleeps, ready = lease.id in self.levels, lease.entry.current.state is GenerationState.READY
+        before = self.snapshot()
+        manifest = MANIFEST.sha256 if known else b"another"
+        answer = self.attempt(lambda: self.registry.sleeping.wake(lease, manifest), legal=sleeps and not lease.ended)
+        if answer is None:
+            return
+        assert answer is (ready and known)
+        assert answer or self.snapshot() == before
+        assert not answer or self.events(lease)[-1] == self.current_event(lease.entry)
+
     def fill(self, lease: Lease, how: str) -> None:
         """The client loads, or brings back."""
         if not lease.deposited:
@@ -633,13 +654,13 @@ class Clients(RuleBasedStateMachine):
         legal = self.may_publish(lease) and len(lease.deposited) == 2
         brings_back = legal and self.grant(lease).brings_back
         handed = (lease.entry.key.id, number)
-        if legal and not brings_back and number not in self.loaded[lease.entry.key.id] and number % 2:
-            self.written.add(handed)  # by a client of the companion before
-        version = "step" if handed in self.written else ""
         if brings_back:
             legal = (number, arena) == (self.grant(lease).generation, lease.entry.current.arena)
         elif legal:
             legal = number in (0, lease.holds)
+        if legal and not brings_back and number not in self.loaded[lease.entry.key.id] and number % 2:
+            self.written.add(handed)  # by a client of the companion before
+        version = "step" if handed in self.written else ""
 
         def call() -> int:
             return self.registry.commit(lease, arena, MANIFEST, Published(3, version=version), number)

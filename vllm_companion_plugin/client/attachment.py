@@ -340,11 +340,11 @@ class Attachment:
             return
         if self._kept is not None:
             self._kept.lock()
-        lease, others = self.lease, ExitStack()
+        lease, own = self.lease, None
         if self._mirror is not None:
-            lease, others = self._mirror.keep_lease()
+            lease, own = self._mirror.keep_lease()
             self._mirror = None
-        self._sleeper = Sleeper(self.device_id, settings, self.held.key, self._level, lease, client_name, others)
+        self._sleeper = Sleeper(self.device_id, settings, self.held.key, self._level, lease, client_name, own)
 
     def stay_awake(self) -> None:
         """Take `fall_asleep` back. Raises `CompanionError`; the memory stays mapped even then."""
@@ -383,6 +383,8 @@ class Attachment:
             raise ArenaError(f"{self.label} is awake.")
         if self._is_private:
             return self._wake_private()
+        if self._wake_by_lease(settings, client_name):
+            return Residence.DEVICE.value
         source, generation = "device", self.generation
         loaded = ExitStack()
         overtaken = False
@@ -407,11 +409,7 @@ class Attachment:
                     loaded.enter_context(load(lease, outcome))
                     continue
                 else:
-                    ready = self._generation_to_wake(lease, outcome, settings)
-                    fds = ready.redeem()
-                    held = Held(*(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published))
-                    if ready is not outcome:
-                        lease.advanced(ready.generation)
+                    held, fds = self._redeemed(lease, outcome, settings)
                 self._map(held, fds, settings)
                 mirror = Mirror(self.device_id, settings, replace(held, fds=self.arena.fds), lease, client_name)
             except OvertakenError as error:
@@ -432,6 +430,39 @@ class Attachment:
                 self._sleeper = None
             loaded.close()
             return source
+
+    def _wake_by_lease(self, settings: Settings, client_name: str) -> bool:
+        """Wake by one question to the companion, if the bytes are on the device; else nothing has changed.
+
+        Raises as `wake`.
+        """
+        sleeper, before = self._sleeper, self.generation
+        if sleeper is None or (woken := sleeper.wake(self.held.manifest)) is None:
+            return False
+        lease, ready = woken
+        try:
+            held, fds = self._redeemed(lease, ready, settings)
+            self._map(held, fds, settings)
+            held = replace(held, fds=self.arena.fds)
+            own = sleeper.connection_of(lease)
+            mirror = Mirror(self.device_id, settings, held, lease, client_name, connection=own)
+        except BaseException:
+            self.arena.unmap()
+            sleeper.sleep_again(lease)
+            raise
+        sleeper.hand_over(lease)
+        self.held, self.lease, self._mirror, self._sleeper = held, lease, mirror, None
+        self._asleep = False
+        self.is_stale |= held.generation != before or held.arena.trained
+        return True
+
+    def _redeemed(self, lease: Lease, current: Ready, settings: Settings) -> tuple[Held, arenas.Descriptors]:
+        """What this process maps when it wakes, which is the current generation or its own, and the descriptors."""
+        ready = self._generation_to_wake(lease, current, settings)
+        fds = ready.redeem()
+        if ready is not current:
+            lease.advanced(ready.generation)
+        return Held(*(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)), fds
 
     def _wake_private(self) -> str:
         self.arena.map_private()
@@ -594,9 +625,10 @@ class Attachment:
             return
         lease = self.lease
         if self._mirror is not None:
-            lease, others = self._mirror.keep_lease()
+            lease, own = self._mirror.keep_lease()
             self._mirror = None
-            others.close()
+            if own is not None:
+                own.close()
         lease.release()
         if connection is not None:
             with contextlib.suppress(EntryInUseError, EntryNotFoundError, CompanionUnavailableError):

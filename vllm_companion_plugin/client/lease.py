@@ -45,6 +45,8 @@ logger = logging.getLogger("vllm.companion.lease")
 
 FD_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 30.0
+WAKE_TIMEOUT_S = 5.0
+"""Then whoever wakes attaches, and waits as that does."""
 TICK_S = 1.0
 
 
@@ -282,6 +284,23 @@ class Lease:
             request.host.CopyFrom(codec.arena_to_message(info))
         return str(answer.residence)
 
+    def wake(self, manifest: bytes) -> Ready | None:
+        """Tell the companion that this client maps the entry again; what that is.
+
+        Returns:
+            None: the client sleeps on, and has to attach.
+
+        Args:
+            manifest: the entry's, which this client has.
+
+        Raises:
+            CompanionError: the companion does not answer, or does not know that this client sleeps.
+        """
+        self._know(manifest)
+        request = messages.WakeRequest(lease_token=self._token, known_manifest_sha256=self._known_sha256)
+        answer = self._call_with_token("Wake", request, WAKE_TIMEOUT_S)
+        return self._receive_ready(answer.ready, FD_TIMEOUT_S) if answer.HasField("ready") else None
+
     # ---- generations
 
     def stage(self, base: int = 0) -> int:
@@ -336,20 +355,17 @@ class Lease:
             EntryNotFoundError: it is not held.
         """
         request = messages.GetGenerationRequest(lease_token=self._token, generation=number)
-        ready, token = self._call_with_token("GetGeneration", request), self._token
+        ready = self._call_with_token("GetGeneration", request)
         self._know(manifest)
-        try:
-            return self._receive_ready(ready, FD_TIMEOUT_S)
-        finally:
-            self._token = token
+        return self._receive_ready(ready, FD_TIMEOUT_S)
 
     def advanced(self, number: int) -> None:
         """This client maps another generation from now on. Raises as `stage`."""
         self._call_with_token("Advance", messages.AdvanceRequest(lease_token=self._token, generation=number))
 
-    def _call_with_token(self, method: str, request: Any) -> Any:
+    def _call_with_token(self, method: str, request: Any, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=ANSWER_TIMEOUT_S)
+            return getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise typed_error(error, f"{self._label}: {method}") from error
 
@@ -392,6 +408,12 @@ class Lease:
                 self._callbacks.append(callback)
         if error is not None:
             callback(error)
+
+    def forget(self, *callbacks: Callable[..., None]) -> None:
+        """Do not call these any more, unless they are being called."""
+        with self._mutex:
+            self._callbacks = [each for each in self._callbacks if each not in callbacks]
+            self._retired_callbacks = [each for each in self._retired_callbacks if each not in callbacks]
 
     def on_retired(self, callback: Callable[[], None]) -> None:
         """Call `callback()` once when the entry is unloaded, from another thread; now if it is already."""

@@ -14,7 +14,6 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
@@ -66,6 +65,7 @@ class Mirror:
     Args:
         lease: on `held`, attached; owned by the mirror from now on.
         passive: use nothing, and leave it to others to start the next companion.
+        connection: of the lease, if it has one of its own; owned, too.
 
     Raises:
         RuntimeDirError: the hold cannot be noted where a new companion would look for it.
@@ -81,13 +81,14 @@ class Mirror:
         client_name: str,
         *,
         passive: bool = False,
+        connection: CompanionConnection | None = None,
     ) -> None:
         self._device = device
         self._settings = settings
         self._passive = passive
         self._client_name = client_name
         self._lease = lease
-        self._connection: CompanionConnection | None = None
+        self._connection = connection
         self._closed = threading.Event()
         self._mutex = threading.Lock()  # guards what is held: another thread uses its numbers only under it
         self._attaching = threading.Lock()  # one at a time: each closes the connection of the one before
@@ -110,13 +111,11 @@ class Mirror:
         """The one that a companion knows this hold by."""
         return self._lease
 
-    def keep_lease(self) -> tuple[Lease, ExitStack]:
-        """End the hold, and keep its lease: that, and what has to be closed with it, which the caller owns."""
+    def keep_lease(self) -> tuple[Lease, CompanionConnection | None]:
+        """End the hold; its lease, and the connection that has to be closed with that. The caller owns both."""
         self._let_go()
-        others = ExitStack()
-        if self._connection is not None:
-            others.callback(self._connection.close)
-        return self._lease, others
+        self._lease.forget(self._let_go, self._on_lost)
+        return self._lease, self._connection
 
     def hold_instead(self, held: Held) -> None:
         """From now on another generation of the same entry is held, which this process maps instead.

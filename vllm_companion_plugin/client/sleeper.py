@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from contextlib import ExitStack
 
-from vllm_companion_plugin.client.connection import connect
-from vllm_companion_plugin.client.lease import Lease
+from vllm_companion_plugin.client.connection import CompanionConnection, connect
+from vllm_companion_plugin.client.lease import Lease, Ready
+from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings
 
 logger = logging.getLogger("vllm.companion.client")
@@ -26,7 +29,7 @@ class Sleeper:
 
     Args:
         lease: has fallen asleep; owned from now on.
-        with_it: closed with the lease.
+        connection: of the lease, if it has one of its own; owned, too.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Sleeper:
         level: int,
         lease: Lease,
         client_name: str,
-        with_it: ExitStack,
+        connection: CompanionConnection | None = None,
     ) -> None:
         self._device = device
         self._settings = settings
@@ -46,17 +49,56 @@ class Sleeper:
         self._client_name = client_name
         self._closed = threading.Event()
         self._mutex = threading.Lock()
-        self._open = ExitStack()
-        self._open.push(with_it)
-        self._open.callback(lease.release, wait=False)
+        self._lease = lease
+        self._connection = connection
         lease.on_lost(self._on_lost)
+
+    def wake(self, manifest: bytes) -> tuple[Lease, Ready] | None:
+        """What this process maps from now on, and the lease, which stays this one's until `hand_over`.
+
+        Returns:
+            None: the companion has to be asked in another way, by attaching.
+
+        Args:
+            manifest: of what it mapped.
+        """
+        with self._mutex:
+            lease = self._lease
+        try:
+            ready = None if lease.lost.is_set() else lease.wake(manifest)
+        except CompanionError as error:  # who attaches is told the same, or that this companion is of before `Wake`
+            logger.debug("%s was not woken by its lease: %s", self._key.short_title, error)
+            return None
+        return None if ready is None else (lease, ready)
+
+    def sleep_again(self, lease: Lease) -> None:
+        """What `wake` has told the companion has come to nothing."""
+        with contextlib.suppress(CompanionError):  # it has died, or the lease has ended
+            lease.fall_asleep(self._level, WhenAsleep.STAY, _no_copy)
+
+    def connection_of(self, lease: Lease) -> CompanionConnection | None:
+        """The lease's own one, if it has one; this one's until `hand_over`."""
+        with self._mutex:
+            return self._connection if lease is self._lease else None
+
+    def hand_over(self, lease: Lease) -> None:
+        """End, and leave the lease that has woken, and its connection, to the caller."""
+        with self._mutex:
+            self._closed.set()
+            lease.forget(self._on_lost)
+            if lease is not self._lease:  # the companion has died just now, and the next one was told that we sleep
+                self._end()
 
     def close(self) -> None:
         """End the lease; its thread ends some milliseconds later, as somebody wakes just now. Idempotent."""
         with self._mutex:
             self._closed.set()
-            ending = self._open.pop_all()
-        ending.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._lease.release(wait=False)
+        if self._connection is not None:
+            self._connection.close()
 
     def _on_lost(self, error: CompanionError) -> None:
         if isinstance(error, CompanionUnavailableError) and not self._closed.is_set():
@@ -67,7 +109,7 @@ class Sleeper:
         while not self._closed.wait(POLL_S):
             if not is_listening(paths):
                 continue
-            with ExitStack() as undo:
+            with contextlib.ExitStack() as undo:
                 try:
                     connection = undo.enter_context(connect(self._device, self._settings, spawn=False))
                     lease = connection.attach(
@@ -80,7 +122,12 @@ class Sleeper:
                 with self._mutex:
                     if self._closed.is_set():
                         return
-                    self._open.close()
-                    self._open = undo.pop_all()
+                    self._end()
+                    self._lease, self._connection = lease, connection
+                    undo.pop_all()
                 lease.on_lost(self._on_lost)
                 return
+
+
+def _no_copy() -> tuple[int, ArenaInfo, Descriptors]:
+    raise AssertionError("Who wishes that the bytes stay is asked for no copy.")

@@ -67,6 +67,7 @@ class Stub:
     Attach: Callable[..., Any]
     Publish: Callable[..., Any]
     Sleep: Callable[..., Any]
+    Wake: Callable[..., Any]
     Stage: Callable[..., Any]
     CommitStaged: Callable[..., Any]
     GetGeneration: Callable[..., Any]

@@ -12,7 +12,7 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.residency import LEVELS, Residence, WhenAsleep, residence
 from vllm_companion_plugin.core.status import LeaseState, Published
 from vllm_companion_plugin.errors import BadRequestError
-from vllm_companion_plugin.holder.registry.entries import Entry, Lease, RetiredEvent
+from vllm_companion_plugin.holder.registry.entries import CurrentEvent, Entry, Lease, RetiredEvent
 from vllm_companion_plugin.holder.registry.lifetime import Lifetime
 from vllm_companion_plugin.holder.registry.steps import Steps
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
@@ -74,6 +74,29 @@ class Sleeping:
         self._steps.move_lease(lease, LeaseEvent.STAY_AWAKE)
         self._steps.release(lease)
         self._changed()
+
+    def wake(self, lease: Lease, known_manifest: bytes) -> bool:
+        """The client maps the entry's current generation from now on.
+
+        Args:
+            known_manifest: the sha256 of the manifest of what it mapped.
+
+        Returns:
+            False: that is not on the device, or has another manifest, and the client sleeps on. It has to attach.
+
+        Raises:
+            BadRequestError: the client does not sleep.
+        """
+        self._steps.check(lease, LeaseEvent.WAKE)
+        current = lease.entry.current
+        known = current.manifest is not None and current.manifest.sha256 == known_manifest
+        if current.state is not GenerationState.READY or not known:
+            return False
+        self._steps.move_lease(lease, LeaseEvent.WAKE)
+        lease.level, lease.maps = 0, current.number
+        self._steps.tell(lease, CurrentEvent(current.number, current.published.version))  # it was told of none
+        self._changed()
+        return True
 
     def _keep_copy(self, lease: Lease, host: ArenaInfo) -> None:
         entry = lease.entry

@@ -340,7 +340,8 @@ class Registry:
             raise LimitError(f"The companion has {limits.MAX_LEASES} clients already.")
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
         maps = holds
-        if isinstance(select, EntryKey) and not self._generations.may_return(select.id, holds):
+        key_id = select.id if isinstance(select, EntryKey) else entry.key.id if entry else ""
+        if not self._generations.may_return(key_id, holds):
             holds = 0
         held = self._held(passive)
         if entry not in held and asleep is None and not may_load and not holds:

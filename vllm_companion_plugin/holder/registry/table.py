@@ -5,7 +5,8 @@ Theory of operation
 A *generation* is one set of published or coming bytes of an entry. One client loads it, many map it, and one day it is
 dropped. While all its clients sleep it may be parked in host memory, or be dropped until one of them wakes; whoever
 wakes first brings it back, or loads it again. A *lease* is one client's open Attach stream: its claim on one entry,
-from its first moment to its last. A client that wakes attaches by a new lease, and ends the one that slept.
+from its first moment to its last. A client that wakes while the entry is on the device goes on with its lease; else it
+attaches by a new one, and ends the one that slept.
 
 Each of the two tables maps a state and an event to the next state. What a table does not contain cannot happen:
 `Table.after` raises `IllegalTransitionError`, and `steps.py` asks the table before it changes anything. None stands for
@@ -130,6 +131,8 @@ class LeaseEvent(Enum):
     ABORT = "abort"
     SLEEP = "sleep"
     """The client maps nothing until it wakes."""
+    WAKE = "wake"
+    """The entry is on the device, and the client maps it again."""
     RETIRE = "retire"
     """The entry was dropped; the client keeps mapping it."""
     DECLINE = "decline"
@@ -258,7 +261,7 @@ def _lease() -> Table[LeaseState, LeaseEvent]:
                 e.RETIRE: s.ATTACHED,
                 **ends,
             },
-            s.ASLEEP: {e.RETIRE: s.ASLEEP, **ends},
+            s.ASLEEP: {e.WAKE: s.ATTACHED, e.RETIRE: s.ASLEEP, **ends},
         },
     )
 

@@ -269,8 +269,15 @@ class CompanionService:
         return token
 
     def _ready(
-        self, lease: Lease, known_manifest: bytes, generation: Generation | None = None, *, host: bool = False
+        self,
+        lease: Lease,
+        known_manifest: bytes,
+        generation: Generation | None = None,
+        *,
+        host: bool = False,
+        token: bytes = b"",
     ) -> messages.Ready:
+        """`token`: of the lease, if the client has one already."""
         current = generation or lease.entry.current
         assert current.arena is not None
         assert current.manifest is not None
@@ -282,7 +289,7 @@ class CompanionService:
             manifest_bytes=current.manifest.size_bytes,
             manifest_sha256=current.manifest.sha256,
             published=codec.published_to_message(current.published),
-            lease_token=self._token_of(lease),
+            lease_token=token or self._token_of(lease),
             manifest_known=known_manifest == current.manifest.sha256,
         )
 
@@ -327,7 +334,7 @@ class CompanionService:
             lease = self._lease_of(request)
             generation = self.registry.updates.find(lease.entry, request.generation)
             assert generation.manifest is not None
-            return self._ready(lease, generation.manifest.sha256, generation)
+            return self._ready(lease, generation.manifest.sha256, generation, token=request.lease_token)
 
     async def Advance(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
@@ -361,6 +368,16 @@ class CompanionService:
                 logger.info("%s sleeps on %s: %s.", lease.who, lease.entry.key.model, lease.entry.current.shown.value)
                 return messages.SleepResponse(residence=lease.entry.current.residence.value)
             return messages.SleepResponse(deposit_ticket=self.tickets.issue(fd_channel.DEPOSIT, lease))
+
+    async def Wake(self, request: Any, context: Any) -> Any:
+        async with self._errors(context):
+            lease = self._lease_of(request)
+            self.registry.lose(memory_is_lost)
+            if not self.registry.sleeping.wake(lease, request.known_manifest_sha256):
+                return messages.WakeResponse()
+            logger.info("%s wakes on %s.", lease.who, lease.entry.key.model)
+            ready = self._ready(lease, request.known_manifest_sha256, token=request.lease_token)
+            return messages.WakeResponse(ready=ready)
 
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
         async with self._errors(context):
