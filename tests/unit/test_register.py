@@ -63,3 +63,23 @@ def test_in_a_process_that_loads_nothing() -> None:
         "budget": True,
         "of adapters": [True, []],
     }
+
+
+ALLOCATOR = """
+import json, sys
+from vllm_companion_plugin.engine.vllm import sleep
+from vllm.v1.worker import gpu_worker
+for _ in range(2):
+    sleep._let_the_allocator()
+before = "vllm.device_allocator.cumem" in sys.modules
+from vllm.device_allocator.cumem import CuMemAllocator
+inner = [method.__wrapped__ for method in (CuMemAllocator.sleep, CuMemAllocator.wake_up)]
+print("RESULT", json.dumps([before, [hasattr(each, "__wrapped__") for each in inner]]))
+"""
+
+
+def test_the_allocator_is_not_imported_for_nothing() -> None:
+    """Who falls asleep imports it; it sleeps and wakes with what this process maps, and once."""
+    done = subprocess.run([sys.executable, "-c", ALLOCATOR], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.partition("RESULT ")[2]) == [False, [False, False]]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm_companion_plugin.engine import live
 from vllm_companion_plugin.engine.session import client_name, current
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm.imports import when_imported
 from vllm_companion_plugin.errors import CompanionUnavailableError, LeaseLostError, TicketError
 
 logger = init_logger("vllm.companion")
@@ -28,14 +29,23 @@ def let_sleep(device: torch.device) -> None:
     vLLM's allocator is asked at every level, by every framework, and also without `--enable-sleep-mode`.
     """
     if device.type == "cuda":
-        importlib.import_module("vllm.device_allocator.cumem")
-        patches.SLEEP.apply(_sleep)
-        patches.WAKE.apply(_wake)
+        _let_the_allocator()
         patches.SLEEP_OF_WORKER.apply(_sleep_of_worker)
         patches.WAKE_OF_WORKER.apply(_wake_of_worker)
     elif "vllm.v1.worker.cpu_worker" in sys.modules:
         patches.SLEEP_OF_CPU_WORKER.apply(_sleep_of_cpu_worker)
         patches.WAKE_OF_CPU_WORKER.apply(_wake_of_cpu_worker)
+
+
+@functools.cache
+def _let_the_allocator() -> None:
+    """Once it is imported: that takes 16 ms, and vLLM may need it at the first sleep only."""
+
+    def patch(_: ModuleType) -> None:
+        patches.SLEEP.apply(_sleep)
+        patches.WAKE.apply(_wake)
+
+    when_imported("vllm.device_allocator.cumem", patch)
 
 
 def _sleep(inner: Callable[..., None]) -> Callable[..., None]:
