@@ -221,16 +221,45 @@ def test_no_room(staged: list[str], published: Any, monkeypatch: pytest.MonkeyPa
     expected = tensors()
     worker = Worker(published(expected), GPU)
 
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("full")
+    def failing(error: Exception) -> Callable[..., None]:
+        def fail(*_: Any) -> None:
+            raise error
 
-    for method in ("tensors", "__init__"):  # of the GPU, and of what it reads directly
-        monkeypatch.setattr(staging.Staging, method, fail)
+        return fail
+
+    for method, error in (("tensors", torch.OutOfMemoryError("full")), ("__init__", staging.CannotStage("full"))):
+        monkeypatch.setattr(staging.Staging, method, failing(error))
         worker = Worker(published(expected), GPU)
         check(worker(), expected)
         worker = Worker(damaged(worker.file), GPU)
         with pytest.raises(IntegrityError):
             worker()
+
+
+def test_nothing_to_lock(published: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory that there is not is no fault of the adapter."""
+    right = torch.empty
+
+    def fail(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return right(*args, **named)
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(staging.CannotStage, match="cannot be page-locked"):
+        staging.Staging(published(tensors()), GPU, "mine")
+
+
+def test_another_failure(published: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM has begun: it is told as it is."""
+    worker = Worker(published(tensors()), GPU)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no thread")
+
+    monkeypatch.setattr(loading._Fetched, "read_ahead", fail)
+    with pytest.raises(BadRequestError, match=r"^no thread"):
+        worker()
 
 
 def test_a_cpu(staged: list[str], published: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.support.lora import tiny_peft
 from tests.support.place import Place, alive, open_fds, until
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.adapter_leases import AdapterLeases
-from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.engine.adapters import FrontEnd
@@ -177,6 +177,38 @@ class TestPublish:
         bound = bound_now(leases)
         with pytest.raises(IntegrityError, match=NAME):
             kept_by(leases).fetch(bound, 1)
+
+
+class TestQuestions:
+    """Each costs a request some milliseconds."""
+
+    def test_of_a_generation(
+        self, client: CompanionClient, place: Place, leases: AdapterLeases, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A front end asks where it is, once, and a worker where the one before was; nothing is asked in vain."""
+        asked: list[str] = []
+        for method in ("status", "attach"):
+            inner = getattr(CompanionConnection, method)
+
+            def ask(self: Any, *args: Any, inner: Any = inner, method: str = method, **named: Any) -> Any:
+                asked.append(method)
+                return inner(self, *args, **named)
+
+            monkeypatch.setattr(CompanionConnection, method, ask)
+        front, counts = FrontEnd(place.settings), []
+        for step in range(3):
+            client.publish_adapter(NAME, small(step), config())
+            asked.clear()
+            served = front.serve(Asked(NAME))
+            of_front = list(asked)
+            asked.clear()
+            assert fetched(leases, served.bound)[A_NAME][0, 0] == step
+            counts.append((of_front, list(asked)))
+        assert counts == [
+            (["status", "attach"], ["status", "attach"] if step == 0 else ["attach"]) for step in range(3)
+        ]
+        with connect("cpu", place.settings, spawn=False) as connection:
+            assert [series for series in connection.metrics()[1] if series.name == "failures" and series.value] == []
 
 
 class TestDeaths:

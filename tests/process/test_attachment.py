@@ -25,12 +25,12 @@ from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryState, LeaseState, LoaderInfo
 from vllm_companion_plugin.errors import (
     ArenaError,
-    BadRequestError,
     CompanionError,
     CompanionUnavailableError,
     LayoutError,
     WaitTimeoutError,
 )
+from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds import KINDS
 
@@ -420,33 +420,62 @@ class TestWakesByLease:
         other = alone.attach()
         assert (content(other), alone.loads) == (content(one), 1)
 
-    def test_cannot_map(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It sleeps on, as the companion knows, and can be woken again."""
-        one, _ = sleeping.attach(), sleeping.attach()
+    @pytest.mark.parametrize("wish", [AUTO, DROP])
+    def test_cannot_map(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch, wish: WhenAsleep) -> None:
+        """It sleeps on, as the companion knows, with what was wished, and can be woken again."""
+        one, two = sleeping.attach(), sleeping.attach()
         expected = content(one)
-        sleeping.sleep(one, 1)
+        sleeping.sleep(one, 2, wish)
         with monkeypatch.context() as patch:
             patch.setattr(Attachment, "_map", raising(ArenaError("no room")))
             with pytest.raises(ArenaError, match="no room"):
                 sleeping.wake(one)
         assert one.asleep
         assert states(sleeping) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
-        assert sleeping.wake(one) == "device"
+        two.close()
+        until(lambda: states(sleeping) == (DROPPED, [LeaseState.ASLEEP]), 5, "nobody wants it")
+        assert sleeping.wake(one) == "checkpoint"
         assert content(one) == expected
 
-    @pytest.mark.parametrize("error", [BadRequestError("no such method"), CompanionUnavailableError("gone")])
-    def test_is_not_understood(
-        self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch, error: CompanionError
-    ) -> None:
-        """By a companion that does not know it: it attaches, and the lease that slept ends."""
-        one, _ = sleeping.attach(), sleeping.attach()
-        expected, lease = content(one), one.lease
-        sleeping.sleep(one, 1)
-        monkeypatch.setattr(Lease, "wake", raising(error))
-        assert sleeping.wake(one) == "device"
-        assert one.lease is not lease
-        until(lambda: states(sleeping) == (READY, [LeaseState.ATTACHED] * 2), 5, "the lease that slept has ended")
-        assert content(one) == expected
+    def test_older_companion(self, place: Place) -> None:
+        """It does not know the call: who wakes attaches, and the lease that slept ends."""
+        place.run("-c", WITHOUT_WAKE)
+        until(lambda: is_listening(place.paths), 20, "the companion listens")
+        sleeping = Sleeping.of(place, KEY, Small())
+        try:
+            one, _ = sleeping.attach(), sleeping.attach()
+            expected, lease = content(one), one.lease
+            for _ in range(2):
+                sleeping.sleep(one, 1)
+                assert sleeping.wake(one) == "device"
+            assert one.lease is not lease
+            until(lambda: states(sleeping) == (READY, [LeaseState.ATTACHED] * 2), 5, "those that slept have ended")
+            assert content(one) == expected
+        finally:
+            sleeping.close()
+
+    def test_is_not_asked_in_vain(self, alone: Sleeping, place: Place) -> None:
+        """A companion that does not know that the lease sleeps: it is the next one, or the client has not slept."""
+        one, two = alone.attach(), alone.attach()
+        assert one.lease.wake(one.held.manifest) is None
+        alone.sleep(one, 1)
+        kill_companion(place, alone)
+        until(lambda: states(alone) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED]), 20, "both are known")
+        assert alone.wake(one) == "device"
+        assert content(one) == content(two)
+        assert [
+            series for series in alone.connection().metrics()[1] if series.name == "failures" and series.value
+        ] == []
+
+
+WITHOUT_WAKE = """
+import sys
+from vllm_companion_plugin.holder.__main__ import main
+from vllm_companion_plugin.wire import schema
+methods = schema._methods
+schema._methods = lambda service: [each for each in methods(service) if each[0] != "Wake"]
+sys.exit(main(["--device", "cpu"]))
+"""
 
 
 def raising(error: Exception) -> Callable[..., Any]:

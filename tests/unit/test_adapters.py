@@ -229,6 +229,30 @@ class TestCanonical:
         ):
             assert text in str(caught.value)
 
+    def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is scaled is in float32 by parts; each value is that of a product in float32."""
+        monkeypatch.setattr(peft, "AT_ONCE_BYTES", 4 * 1000)
+        sizes: list[int] = []
+        right = torch._foreach_mul_
+
+        def multiply(copies: list[torch.Tensor], factors: list[float]) -> None:
+            sizes.append(sum(copy.nbytes for copy in copies))
+            right(copies, factors)
+
+        monkeypatch.setattr(torch, "_foreach_mul_", multiply)
+        tensors: dict[str, torch.Tensor] = {}
+        for number, rows in enumerate((100, 150, 40, 600, 10)):
+            dtype = torch.float32 if number == 2 else torch.bfloat16
+            tensors[f"layers.{number}.q_proj.lora_A.weight"] = torch.randn(4, 8, dtype=dtype)
+            tensors[f"layers.{number}.q_proj.lora_B.weight"] = torch.randn(rows, 4, dtype=dtype)
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        scaled = peft.canonical(tensors, {"r": 4, "lora_alpha": 5}, check_finite=False).tensors
+        assert sorted(sizes) == [160, 640, 4000, 9600]
+        for name, tensor in before.items():
+            assert torch.equal(tensors[name], tensor)
+            expected = tensor if "lora_A" in name else (tensor.float() * 1.25).to(tensor.dtype)
+            assert torch.equal(scaled[name], expected)
+
     @pytest.mark.parametrize("given", [nn.Linear(2, 2), {}, {f"{Q_PROJ}.lora_A.weight": torch.zeros(4, 32)}])
     def test_nothing_to_go_by(self, given: Any) -> None:
         with pytest.raises(BadRequestError, match=r"no PEFT model|configuration"):
@@ -289,6 +313,16 @@ class TestFile:
         assert all(torch.equal(staged[name], tensors[name]) for name in wanted)
         (size,) = {each.untyped_storage().nbytes() for each in staged.values()}
         assert size == sum(tensors[name].nbytes for name in wanted)
+
+    def test_staged_as_they_are(self) -> None:
+        """Some of a file with several types, of which one has an odd number of elements."""
+        tensors = {f"{name}.lora_B.weight": torch.randn(5, 7).to(torch.bfloat16) for name in "bc"}
+        tensors["a.lora_A.weight"] = torch.randn(5, 7)
+        info, fds = file_of(peft.Adapter(tensors, {"r": 4}))
+        names = ["a.lora_A.weight", "b.lora_B.weight"]
+        with fds:
+            staged = stage(AdapterFile(info, fds), names, None)
+        assert all(torch.equal(staged[name], tensors[name]) for name in names)
 
     def test_odd(self) -> None:
         """Whatever the counts of elements, readers of safetensors find every tensor."""

@@ -28,7 +28,7 @@ from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import pack
-from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.building import WithoutWeights, _Deferring
 from vllm_companion_plugin.tree.capture import MUTABLE, capture
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
@@ -911,19 +911,109 @@ class TestTensor:
         assert attached.table.shape == published.model.table.shape
         assert in_arena(attached.large, published)
 
-    def test_a_weight_that_the_constructor_moves(self) -> None:
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            lambda weight: weight * torch.ones_like(weight),
+            lambda weight: torch.where(torch.ones(LARGE, dtype=torch.bool), weight, torch.ones_like(weight)),
+            lambda weight: torch.cat([weight, weight.new_zeros(8)]),
+            lambda weight: torch.stack((weight, torch.zeros(LARGE))),
+            lambda weight: nn.functional.layer_norm(weight, (LARGE,), torch.ones(LARGE)),
+            lambda weight: weight.max(0).values + torch.arange(4.0),
+        ],
+    )
+    def test_what_the_constructor_computes_of_a_weight_and_others(self, compute: Callable[[torch.Tensor], Any]) -> None:
+        """It is lost, as loading sets it."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+            m.large.data = torch.zeros_like(m.large)
+            m.computed = nn.Parameter(compute(m.large.detach()))
+            m.note = str(torch.cat((m.large, m.large)).device), m.large.get_device(), m.large.is_cpu, m.large.is_cuda
+
+        def load(m: Model) -> None:
+            m.large.data.copy_(checkpoint(5.0))
+            m.computed.data.fill_(3.0)
+
+        published = publish(build, load)
+        attached = attach(published, build)
+        assert attached.computed.unique().tolist() == [3.0]
+        assert attached.note == published.model.note == ("cpu", -1, True, False)
+        assert in_arena(attached.large, published)
+
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            lambda weight: torch.zeros(LARGE).copy_(weight),
+            lambda weight: torch.add(weight, 1, out=torch.zeros(LARGE)),
+            lambda weight: weight @ torch.zeros(3),
+        ],
+    )
+    def test_what_cannot_be_computed_without_a_weight(self, compute: Callable[[torch.Tensor], Any]) -> None:
+        """Or would be wrong with one, fails as before."""
+        with WithoutWeights(CPU).building():
+            weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                compute(weight)
+
+    @pytest.mark.parametrize(
+        "move",
+        [
+            lambda m: m.to(m.large.device),
+            lambda m: m.to("cpu", torch.float32),
+            lambda m: m.large.to(m.large.device, torch.float32, False),
+            lambda m: m.cpu(),
+            lambda m: m.large.cpu(),
+            lambda m: m.large.type_as(torch.zeros(1)),
+            lambda m: m.large.to(torch.zeros(1)),
+            lambda m: m.large.to(device="cpu", non_blocking=True),
+        ],
+    )
+    def test_a_weight_that_the_constructor_moves(self, move: Callable[[Model], Any]) -> None:
         """It is there already."""
 
         def build(m: Model, flag: float) -> None:
             m.large = nn.Parameter(torch.empty(LARGE))
-            m.where = str(m.large.device)
-            m.to(m.large.device)
-            m.to("cpu", torch.float32)
+            moved = move(m)
+            assert moved is m or moved is m.large
 
         published = publish(build, lambda m: m.large.data.copy_(checkpoint(5.0)))
-        attached = attach(published, build)
-        assert attached.where == "cpu"
-        assert in_arena(attached.large, published)
+        assert in_arena(attach(published, build).large, published)
+
+    def test_a_weight_that_the_constructor_copies(self) -> None:
+        """Or has in another dtype: that is another tensor; on meta, it says so."""
+        with WithoutWeights(CPU).building():
+            weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+            copies = [
+                weight.to("cpu", torch.float32, False, True),
+                weight.to(torch.float32, False, True),
+                weight.to("cpu", copy=True),
+                weight.to(torch.float16),
+                weight.to(torch.zeros(1, dtype=torch.float16)),
+            ]
+            assert all(copy is not weight and copy.device.type == "cpu" and copy.is_meta for copy in copies)
+            assert [copy.dtype for copy in copies] == [torch.float32] * 3 + [torch.float16] * 2
+            others = [weight.to("meta"), weight.to("meta", torch.float16), weight.to(torch.empty(1, device="meta"))]
+            assert {str(other.device) for other in others} == {"meta"}
+            assert weight.device.type == "cpu"
+
+    def test_other_devices(self) -> None:
+        """As of a GPU, which need not be there: only what is moved to it fails, as it does in a normal load."""
+        gpu = torch.device("cuda", 0)
+        model = WithoutWeights(gpu)
+        with _Deferring(model):  # the default device is this CPU
+            weight = nn.Parameter(torch.empty(LARGE, device="cpu"), requires_grad=False)
+            assert not weight.is_meta
+            deferred = torch.empty(LARGE, device=gpu)
+            assert (deferred.device, deferred.is_cuda, deferred.is_cpu, deferred.get_device()) == (gpu, True, False, 0)
+            assert deferred.cuda() is deferred
+            assert deferred.cuda(0, True) is deferred
+            assert deferred.to(gpu) is deferred
+            assert weight.cpu() is weight
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                deferred.cpu()
+            with pytest.raises((RuntimeError, AssertionError)):
+                weight.cuda(None)
 
     def test_what_the_constructor_makes_on_meta(self) -> None:
         """On purpose: that stays there."""

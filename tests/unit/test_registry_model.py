@@ -155,6 +155,7 @@ class Clients(RuleBasedStateMachine):
         self.holds: dict[int, int] = {}
         self.levels: dict[int, int] = {}  # of leases that sleep
         self.woken: set[int] = set()  # leases that have slept, and gone on
+        self.wakes = 0
         self.falling = 0  # the level at which a client is about to sleep
         self.copying: set[int] = set()  # leases that were asked for a copy
         self.wishes: dict[int, WhenAsleep] = {}
@@ -261,6 +262,7 @@ class Clients(RuleBasedStateMachine):
         elif move.event is LeaseEvent.WAKE:
             del self.levels[lease.id]
             self.woken.add(lease.id)
+            self.wakes += 1
             self.strays.discard(lease.id)
             self.mapped[lease.id] = self.current[id(lease.entry)]
         elif move.event is LeaseEvent.YIELD:
@@ -579,9 +581,17 @@ class Clients(RuleBasedStateMachine):
             self.leave(lease)
 
     @some_sleep
-    @rule(lease=st.one_of(asleep, asleep, leases), known=st.sampled_from([True, True, True, False]))
-    def wake_by_lease(self, lease: Lease, known: bool) -> None:
-        """A client goes on with its lease, if what it knows is on the device; else nothing has changed."""
+    @rule(
+        lease=st.one_of(asleep, asleep, leases),
+        known=st.sampled_from([True, True, True, False]),
+        cannot=st.sampled_from([False, False, True]),
+    )
+    def wake_by_lease(self, lease: Lease, known: bool, cannot: bool) -> None:
+        """A client goes on with its lease, if what it knows is on the device; else nothing has changed.
+
+        `cannot`: it cannot map the entry, and sleeps on: all is as before.
+        """
+        level = self.levels.get(lease.id, 0)
         sleeps, ready = lease.id in self.levels, lease.entry.current.state is GenerationState.READY
         before = self.snapshot()
         manifest = MANIFEST.sha256 if known else b"another"
@@ -591,6 +601,18 @@ class Clients(RuleBasedStateMachine):
         assert answer is (ready and known)
         assert answer or self.snapshot() == before
         assert not answer or self.events(lease)[-1] == self.current_event(lease.entry)
+        if answer and cannot:
+            self.sleep_on(lease, level)
+
+    @attached
+    @rule(lease=st.one_of(awake, leases), level=st.sampled_from([0, 1, 2, 3]))
+    def sleep_on(self, lease: Lease, level: int) -> None:
+        """As who has woken in vain; the wish stays what it was, and nobody need have wished anything."""
+        self.falling = level
+        can = self.maps(lease) and not lease.passive and lease.id not in self.writing | self.copying
+        if can and level in range(3):
+            self.wishes.setdefault(id(lease.entry), WhenAsleep.AUTO)
+        self.attempt(lambda: self.registry.sleeping.sleep_on(lease, level), legal=can and level in range(3))
 
     def fill(self, lease: Lease, how: str) -> None:
         """The client loads, or brings back."""
@@ -1064,7 +1086,7 @@ class Clients(RuleBasedStateMachine):
             "loads declined": self.declines,
             "loads abandoned": grants - under_way - self.own_loads - self.declines,
             "load_seconds": self.commits["published"],
-            "attaches": sum(not self.holds[lease.id] and not lease.passive for lease in ready),
+            "attaches": sum(not self.holds[lease.id] and not lease.passive for lease in ready) + self.wakes,
             "readoptions handed_back": self.commits["handed_back"],
             "readoptions renewed": sum(self.holds[lease.id] > 0 for lease in ready),
             "readoptions given_up": self.happened(GenerationEvent.GIVE_UP),

@@ -41,6 +41,8 @@ HAND_BACK_TIMEOUT_S = 10.0
 """For a process that holds an adapter to hand it to the companion that follows one that died."""
 NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())
 """What is known of an adapter's tensors when its bytes are compared."""
+MAX_KNOWN = 1024
+"""Adapters of which it is known who had them."""
 _POLL_S = 0.05
 _NOT_THERE = (EntryNotFoundError, LeaseLostError, CompanionUnavailableError, StaleError)
 Where = tuple[str, EntryStatus]
@@ -92,6 +94,7 @@ class AdapterLeases:
         self._client_name = client_name
         self._first = first
         self._connections: dict[str, CompanionConnection] = {}
+        self._had: dict[str, str] = {}  # the devices of companions that had an adapter when it was asked for
         self._mutex = threading.Lock()
 
     def where(self, name: str) -> list[Where]:
@@ -120,11 +123,11 @@ class AdapterLeases:
         """
         key_id = adapters.key_of(asked.name).id
         deadline = time.monotonic() + HAND_BACK_TIMEOUT_S
-        # Of one content it does not matter whose it is, so nobody has to be asked where it is.
-        at_once = [device for device, _ in found or ()] or (self._connected() if asked.content else [])
-        for device in at_once[:1]:
+        # Of one content it does not matter whose it is, so where it was before is as good as where it counts.
+        at_once = found[0][0] if found else self._had.get(key_id) if asked.content else None
+        if at_once is not None:
             with contextlib.suppress(*_NOT_THERE):
-                return self._attach(device, key_id, asked)
+                return self._attach(at_once, key_id, asked)
         while True:
             problem: Exception | None = None
             for device, _ in self._where(key_id):
@@ -177,7 +180,15 @@ class AdapterLeases:
                     f"{asked} is another one than before: its companion was replaced.", remedy=f"Ask for {asked.name}."
                 )
             undo.pop_all()
-            return AdapterLease(bound, ready, lease, device)
+        self._note(key_id, device)
+        return AdapterLease(bound, ready, lease, device)
+
+    def _note(self, key_id: str, device: str) -> None:
+        with self._mutex:
+            self._had.pop(key_id, None)
+            self._had[key_id] = device
+            while len(self._had) > MAX_KNOWN:
+                del self._had[next(iter(self._had))]
 
     def _where(self, key_id: str) -> list[Where]:
         found = []
@@ -195,11 +206,6 @@ class AdapterLeases:
 
     def _is_held(self, key_id: str) -> bool:
         return any(notes.is_held(device_paths(each, self._settings), key_id) for each in list_devices(self._settings))
-
-    def _connected(self) -> list[str]:
-        """Devices whose companions were asked before, `first` first."""
-        with self._mutex:
-            return sorted(self._connections, key=lambda device: device != self._first)
 
     def _connection(self, device: str) -> CompanionConnection:
         with self._mutex:

@@ -22,7 +22,7 @@ from vllm_companion_plugin.client.attachment import KNOWN_TIMEOUT_S
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
 from vllm_companion_plugin.client.mirror import Held, Mirror
-from vllm_companion_plugin.client.peft import Adapter
+from vllm_companion_plugin.client.peft import AT_ONCE_BYTES, Adapter, in_groups
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.arena import ArenaInfo
@@ -45,8 +45,6 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 """Types that an adapter's tensors can have, by the names of the file's format."""
-CAST_BYTES = 64 << 20
-"""How much is joined before it is cast."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -232,15 +230,12 @@ def file_of(
 
 
 def _cast(flat: Sequence[torch.Tensor], target: torch.Tensor) -> None:
-    """Copy tensors of one type behind each other into memory of another type; some at a time, which `cat` does not."""
-    flat, done = list(flat), 0
-    while flat:
-        count = size = 0
-        while count < len(flat) and (not count or (size + flat[count].numel()) * flat[count].itemsize <= CAST_BYTES):
-            size += flat[count].numel()
-            count += 1
-        target[done : done + size].copy_(torch.cat(flat[:count]))
-        flat, done = flat[count:], done + size
+    """Copy tensors of one type behind each other into memory of another type; many at a time, which `cat` does not."""
+    done = 0
+    for some in in_groups(flat, lambda tensor: tensor.nbytes, AT_ONCE_BYTES):
+        joined = torch.cat(list(some))
+        target[done : done + joined.numel()].copy_(joined)
+        done += joined.numel()
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -132,6 +132,7 @@ class Lease:
         self._publication: Publication | None = None
         self._know(known_manifest)
         self._token = self._deposit_ticket = b""
+        self._sleeps = False  # and has told it by the token
         if known_manifest:
             request.known_manifest_sha256 = self._known_sha256
         self._call = stub.Attach(request)
@@ -282,13 +283,19 @@ class Lease:
             with fds:
                 fd_channel.deposit(self._paths.fd_socket, ticket, fds, FD_TIMEOUT_S)
             request.host.CopyFrom(codec.arena_to_message(info))
+        self._sleeps = True
         return str(answer.residence)
+
+    def sleep_on(self, level: int) -> None:
+        """Take `wake` back. Raises `CompanionError`, as `fall_asleep`."""
+        self._call_with_token("Sleep", messages.SleepRequest(lease_token=self._token, level=level, sleeps_on=True))
+        self._sleeps = True
 
     def wake(self, manifest: bytes) -> Ready | None:
         """Tell the companion that this client maps the entry again; what that is.
 
         Returns:
-            None: the client sleeps on, and has to attach.
+            None: the client sleeps on, and has to attach; or it sleeps by a lease that a companion does not know so.
 
         Args:
             manifest: the entry's, which this client has.
@@ -296,10 +303,15 @@ class Lease:
         Raises:
             CompanionError: the companion does not answer, or does not know that this client sleeps.
         """
+        if not self._sleeps or self.lost.is_set():
+            return None
         self._know(manifest)
         request = messages.WakeRequest(lease_token=self._token, known_manifest_sha256=self._known_sha256)
         answer = self._call_with_token("Wake", request, WAKE_TIMEOUT_S)
-        return self._receive_ready(answer.ready, FD_TIMEOUT_S) if answer.HasField("ready") else None
+        if not answer.HasField("ready"):
+            return None
+        self._sleeps = False
+        return self._receive_ready(answer.ready, FD_TIMEOUT_S)
 
     # ---- generations
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from vllm_companion_plugin.errors import BadRequestError
 
+T = TypeVar("T")
+
+AT_ONCE_BYTES = 64 << 20
+"""Of copies that are needed for a moment only."""
 _SHOWN = 8
 """Most problems in an error."""
 _MARKS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -254,13 +258,29 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -
 
 
 def _scaled(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Copies, multiplied in float32. By few kernels: one for each of hundreds takes milliseconds."""
+    """Copies, multiplied in float32. By few kernels: one for each of hundreds takes milliseconds.
+
+    Takes `AT_ONCE_BYTES`, or as much as the largest tensor, besides the copies.
+    """
     scaled: dict[str, torch.Tensor] = {}
-    kinds = {(tensor.device, tensor.dtype) for tensor in tensors.values()}
-    for device, dtype in kinds:
-        names = [name for name, tensor in tensors.items() if (tensor.device, tensor.dtype) == (device, dtype)]
-        products = torch._foreach_mul(
-            [tensors[name].to(torch.float32) for name in names], [factors[name] for name in names]
-        )
-        scaled.update((name, product.to(dtype)) for name, product in zip(names, products, strict=True))
+    by_kind: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(name)
+    for names in by_kind.values():
+        for some in in_groups(names, lambda name: tensors[name].numel() * 4, AT_ONCE_BYTES):
+            copies = [tensors[name].to(torch.float32, copy=True) for name in some]
+            torch._foreach_mul_(copies, [factors[name] for name in some])
+            scaled.update((name, each.to(tensors[name].dtype)) for name, each in zip(some, copies, strict=True))
     return scaled
+
+
+def in_groups(each: Sequence[T], size_of: Callable[[T], int], most: int) -> Iterator[Sequence[T]]:
+    """Parts of a sequence, each of at most that size in all, or one."""
+    begin = size = 0
+    for number, one in enumerate(each):
+        size += size_of(one)
+        if size > most and number > begin:
+            yield each[begin:number]
+            begin, size = number, size_of(one)
+    if begin < len(each):
+        yield each[begin:]

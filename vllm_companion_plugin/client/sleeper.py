@@ -8,13 +8,10 @@ import threading
 
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.client.lease import Lease, Ready
-from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
-from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings
 
 logger = logging.getLogger("vllm.companion.client")
@@ -65,7 +62,7 @@ class Sleeper:
         with self._mutex:
             lease = self._lease
         try:
-            ready = None if lease.lost.is_set() else lease.wake(manifest)
+            ready = lease.wake(manifest)
         except CompanionError as error:  # who attaches is told the same, or that this companion is of before `Wake`
             logger.debug("%s was not woken by its lease: %s", self._key.short_title, error)
             return None
@@ -74,7 +71,7 @@ class Sleeper:
     def sleep_again(self, lease: Lease) -> None:
         """What `wake` has told the companion has come to nothing."""
         with contextlib.suppress(CompanionError):  # it has died, or the lease has ended
-            lease.fall_asleep(self._level, WhenAsleep.STAY, _no_copy)
+            lease.sleep_on(self._level)
 
     def connection_of(self, lease: Lease) -> CompanionConnection | None:
         """The lease's own one, if it has one; this one's until `hand_over`."""
@@ -127,7 +124,3 @@ class Sleeper:
                     undo.pop_all()
                 lease.on_lost(self._on_lost)
                 return
-
-
-def _no_copy() -> tuple[int, ArenaInfo, Descriptors]:
-    raise AssertionError("Who wishes that the bytes stay is asked for no copy.")

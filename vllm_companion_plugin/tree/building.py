@@ -11,7 +11,6 @@ where a constructor that asks makes something of its own, as Marlin's work space
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 import threading
 import types
@@ -59,8 +58,13 @@ _MADE_LIKE = frozenset(
 """What takes the device of a tensor and none of its values."""
 _MOVES = frozenset((torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cuda, torch.Tensor.cpu))
 _data_of: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_device_of: Callable[..., Any] = torch.Tensor.device.__get__
-_is_cuda: Callable[..., Any] = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_set_data: Callable[..., Any] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_PLACES: dict[Any, Callable[[torch.device], Any]] = {
+    torch.Tensor.device.__get__: lambda device: device,
+    torch.Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
+}
+"""Properties that say where a tensor is, and what each says of one on a device."""
 
 
 class WithoutWeights:
@@ -147,15 +151,15 @@ class WithoutWeights:
             torch._C._swap_tensor_impl(view, real)
         del self._viewed_by[storage._cdata], self._deferred[storage._cdata]
 
-    def note_made(self, tensor: torch.Tensor, of: Iterable[Any]) -> None:
+    def note_made(self, tensor: torch.Tensor, *, is_ours: bool) -> None:
         """`tensor` is on meta because it is a view of what was deferred, or was computed from that.
 
         Args:
-            of: what it was computed from.
+            is_ours: a normal load would have it on the device.
         """
         storage = tensor.untyped_storage()
         self._computed.append(storage)
-        if any(map(self.is_ours, of)):
+        if is_ours:
             self._ours.add(storage._cdata)
         if (views := self._viewed_by.get(storage._cdata)) is not None:
             views.append(weakref.ref(tensor))
@@ -201,6 +205,19 @@ def _effects(name: str) -> tuple[bool, bool]:
     return bool(_WRITES.fullmatch(name) and not _WRITES_NOT.fullmatch(name)), bool(_DRAWS.fullmatch(name))
 
 
+def _first(args: Any, kwargs: Any) -> Any:
+    """What a function takes as its first argument, which has the name `input` if it has one."""
+    return args[0] if args else kwargs.get("input")
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
 class _Deferring(TorchFunctionMode):
     def __init__(self, model: WithoutWeights) -> None:
         super().__init__()
@@ -210,44 +227,87 @@ class _Deferring(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
-        if type(func) is types.MethodWrapperType:  # a property is read
-            if func == _device_of and self._model.is_ours(args[0]):
-                return self._model.device
-            if func == _is_cuda and self._model.is_ours(args[0]):
-                return self._model.device.type == "cuda"
+        if type(func) is types.MethodWrapperType:  # a property is read, or set
+            if func in _PLACES and self._model.is_ours(args[0]):
+                return _PLACES[func](self._model.device)
         elif self._is_drawn(func, args, kwargs):
             return args[0] if args else next(iter(kwargs.values()))
         elif func in _MADE_LIKE:
-            if kwargs.get("device") is None and self._model.is_ours(args[0] if args else kwargs.get("input")):
+            if kwargs.get("device") is None and self._model.is_ours(_first(args, kwargs)):
                 kwargs = kwargs | {"device": self._model.device}
         elif func in _MOVES:
-            args, kwargs = self._moved(func, args, kwargs)
-            func = torch.Tensor.to
-        result = func(*args, **kwargs)
-        for made in result if type(result) is tuple else (result,):
+            return self._moved(func, args, kwargs)
+        elif func is torch.Tensor.get_device and self._model.is_ours(args[0]):
+            index = self._model.device.index
+            return -1 if index is None else index
+        values = (*args, *kwargs.values())
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError:
+            if (together := self._together(func, args, kwargs)) is None:
+                raise
+            result = func(*together[0], **together[1])
+            if func == _set_data:
+                self._model.note_made(args[0], is_ours=True)
+        return self._noted(func, result, values)
+
+    def _noted(self, func: Any, result: Any, values: Any) -> Any:
+        """The result, of which the model knows what is on meta. `values`: what it was computed from."""
+        for made in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(made, torch.Tensor) and made.is_meta:
-                values = (*args, *kwargs.values())
                 if func == _data_of:
                     self._model.touch(made)  # writes through it are not counted
-                self._model.note_made(
-                    made, itertools.chain(*(each if type(each) is list else (each,) for each in values))
-                )
+                self._model.note_made(made, is_ours=any(map(self._model.is_ours, _flat(values))))
         return result
 
-    def _moved(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Arguments with which `Tensor.to` does what `func` would do were all on the device that was deferred."""
-        tensor, *rest = args[0], *map(self._stand_in, args[1:])
+    def _together(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The same arguments, with all on meta, if `func` has failed on tensors of which some are deferred.
+
+        What it computes is lost, as anything that is computed from a deferred tensor. None: that is not why it failed.
+        """
+        tensors = [each for each in _flat((*args, *kwargs.values())) if isinstance(each, torch.Tensor)]
+        writes = type(func) is not types.MethodWrapperType and _effects(func.__name__)[0]
+        if (
+            writes
+            or "out" in kwargs
+            or all(each.is_meta for each in tensors)
+            or not any(map(self._model.is_ours, tensors))
+        ):
+            return None
+
+        def on_meta(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(on_meta, value)) if type(value) in (list, tuple) else value
+            if not isinstance(value, torch.Tensor) or value.is_meta:
+                return value
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+        return on_meta(tuple(args)), {name: on_meta(value) for name, value in kwargs.items()}
+
+    def _moved(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What `func`, which moves a tensor, gives if all that was deferred is on the device."""
+        tensor, rest = args[0], [*map(self._stand_in, args[1:])]
         named = {name: self._stand_in(value) for name, value in kwargs.items()}
-        if func in (torch.Tensor.cuda, torch.Tensor.cpu) and not rest and named.get("device") is None:
-            named["device"] = func.__name__
         if not self._model.is_ours(tensor):
-            return (tensor, *rest), named
+            return self._noted(func, func(tensor, *rest, **named), (tensor,))
         kept = {name: named.pop(name) for name in ("copy", "memory_format") if name in named}
-        device, dtype, *_ = torch._C._nn._parse_to(*rest, **named)
-        wanted = self._model.device
-        if device is None or (device.type == wanted.type and device.index in (None, wanted.index)):
-            return (tensor, dtype or tensor.dtype), kept
-        return args, kwargs
+        wanted: torch.device | None
+        if func is torch.Tensor.cuda:
+            given = rest[0] if rest else named.get("device")
+            wanted = torch.device("cuda", given) if isinstance(given, int) else torch.device(given or "cuda")
+            dtype = None
+        elif func is torch.Tensor.cpu:
+            wanted, dtype = torch.device("cpu"), None
+        else:
+            if len(rest) > (3 if rest and isinstance(rest[0], (str, int, torch.device, type(None))) else 2):
+                kept["copy"] = rest.pop()
+            wanted, dtype, *_ = torch._C._nn._parse_to(*rest, **named)
+        here = self._model.device
+        if wanted is None or (wanted.type == here.type and wanted.index in (None, here.index)):
+            return self._noted(func, torch.Tensor.to(tensor, dtype or tensor.dtype, **kept), (tensor,))
+        if wanted.type == "meta":  # on purpose: it says so
+            return torch.empty_like(tensor, dtype=dtype, device="meta")
+        return func(*args, **kwargs)
 
     def _stand_in(self, value: Any) -> Any:
         """For a deferred tensor, of which only device and dtype count."""
@@ -273,9 +333,9 @@ class _Deferring(TorchFunctionMode):
         return False
 
     def _uninitialized(self, func: Any, args: Any, kwargs: Any) -> Any:
-        wanted = kwargs.get("device")
-        if wanted is None and args and isinstance(args[0], torch.Tensor):
-            wanted = self._model.device if self._model.is_ours(args[0]) else args[0].device
+        wanted, like = kwargs.get("device"), _first(args, kwargs)
+        if wanted is None and isinstance(like, torch.Tensor):
+            wanted = self._model.device if self._model.is_ours(like) else like.device
             kwargs = kwargs | {"device": wanted}
         kind = self._model.device.type if wanted is None else torch.device(wanted).type
         if kind != self._model.device.type or kwargs.get("out") is not None:

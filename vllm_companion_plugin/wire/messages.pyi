@@ -288,20 +288,22 @@ class MakeCurrentResponse(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[EntryStatus, _Mapping]]] = ...) -> None: ...
 
 class SleepRequest(_message.Message):
-    __slots__ = ("lease_token", "level", "when_asleep", "host", "host_generation", "stays_awake")
+    __slots__ = ("lease_token", "level", "when_asleep", "host", "host_generation", "stays_awake", "sleeps_on")
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     WHEN_ASLEEP_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     HOST_GENERATION_FIELD_NUMBER: _ClassVar[int]
     STAYS_AWAKE_FIELD_NUMBER: _ClassVar[int]
+    SLEEPS_ON_FIELD_NUMBER: _ClassVar[int]
     lease_token: bytes
     level: int
     when_asleep: str
     host: ArenaDescriptor
     host_generation: int
     stays_awake: bool
-    def __init__(self, lease_token: _Optional[bytes] = ..., level: _Optional[int] = ..., when_asleep: _Optional[str] = ..., host: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., host_generation: _Optional[int] = ..., stays_awake: _Optional[bool] = ...) -> None: ...
+    sleeps_on: bool
+    def __init__(self, lease_token: _Optional[bytes] = ..., level: _Optional[int] = ..., when_asleep: _Optional[str] = ..., host: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., host_generation: _Optional[int] = ..., stays_awake: _Optional[bool] = ..., sleeps_on: _Optional[bool] = ...) -> None: ...
 
 class SleepResponse(_message.Message):
     __slots__ = ("deposit_ticket", "residence")

@@ -61,7 +61,7 @@ class Counting:
             self.counters.observe("wait_seconds", move.waited_s, *of)
         if move.event is LeaseEvent.MAP and lease.holds:
             self.counters.count("readoptions", *of, "renewed")
-        elif move.event is LeaseEvent.MAP and not lease.passive:
+        elif move.event in (LeaseEvent.MAP, LeaseEvent.WAKE) and not lease.passive:
             self.counters.count("attaches", *of)
         loads = not lease.holds and lease.entry.current.host is None
         if move.before is LeaseState.LOADING and lease.ended and loads:

@@ -69,6 +69,19 @@ class Sleeping:
         self._changed()
         return True
 
+    def sleep_on(self, lease: Lease, level: int) -> None:
+        """The client has woken, and could not map the entry. What was wished stays, and nobody is asked for a copy.
+
+        Raises:
+            BadRequestError: as `sleep`.
+        """
+        self._steps.check(lease, LeaseEvent.SLEEP)
+        check_sleeper(level, lease.passive)
+        if lease.state is not LeaseState.ATTACHED:
+            raise BadRequestError("Only a client that has woken can sleep on.")
+        self.fall_asleep(lease, level, lease.entry.wish)
+        self._changed()
+
     def stay_awake(self, lease: Lease) -> None:
         """The client could not leave a copy, and goes on. Raises `BadRequestError` unless it was asked for one."""
         self._steps.move_lease(lease, LeaseEvent.STAY_AWAKE)

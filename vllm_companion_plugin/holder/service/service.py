@@ -353,6 +353,9 @@ class CompanionService:
             if request.stays_awake:
                 self.registry.sleeping.stay_awake(lease)
                 return messages.SleepResponse()
+            if request.sleeps_on:
+                self.registry.sleeping.sleep_on(lease, request.level)
+                return messages.SleepResponse(residence=lease.entry.current.residence.value)
             host = None
             if request.HasField("host"):
                 host, _ = codec.arena_from_message(request.host)

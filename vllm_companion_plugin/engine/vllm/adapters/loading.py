@@ -72,11 +72,11 @@ class _Fetched:
     def read_ahead(self) -> None:
         """Begin to read, for `stage`; ends with `stop`."""
         if self.device.type == "cuda":
-            from vllm_companion_plugin.engine.vllm.adapters.staging import Staging
+            from vllm_companion_plugin.engine.vllm.adapters.staging import CannotStage, Staging
 
             try:
                 self._staging = Staging(self.file, self.device, str(self.bound))
-            except RuntimeError as error:  # of CUDA, which has no memory to page-lock
+            except CannotStage as error:
                 logger.info("%s is read without the GPU: %s", self.bound, error)
 
     def stage(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
@@ -87,12 +87,12 @@ class _Fetched:
         staging, self._staging = self._staging, None
         if staging is None:
             return None
-        from vllm_companion_plugin.engine.vllm.adapters.staging import Unaligned
+        from vllm_companion_plugin.engine.vllm.adapters.staging import CannotStage
 
         try:
             with closing(staging):
                 staged = staging.tensors(names, dtype, "off" if self.is_proved else self.verify)
-        except (Unaligned, torch.OutOfMemoryError) as error:
+        except (CannotStage, torch.OutOfMemoryError) as error:
             logger.info("%s is read without the GPU: %s", self.bound, error)
             return None
         self.is_proved = True
@@ -204,7 +204,8 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 kept.forget(number)
             if isinstance(error, CompanionError):
                 raise
-            raise BadRequestError(str(error).replace(directory, str(bound))) from error
+            text = str(error).replace(directory, str(bound)) if directory else str(error)
+            raise BadRequestError(text) from error
         finally:
             known.stop()
             _loaded.reset(before)

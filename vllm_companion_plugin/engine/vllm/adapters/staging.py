@@ -26,12 +26,14 @@ from vllm_companion_plugin.wire.adapter_file import parse, read_text
 AHEAD = 8
 """Pieces that are read before anybody waits for one."""
 THREADS = 4
+WIDEST = 8
+"""Bytes of the widest element."""
 LOCKED_BYTES = 32 << 20
 """Of page-locked memory in one piece: PyTorch takes the next power of two, and keeps it while a tensor is in it."""
 
 
-class Unaligned(ValueError):
-    """Tensors do not begin at multiples of their width, so nothing can be staged."""
+class CannotStage(ValueError):
+    """Tensors do not begin at multiples of their width, or there is no page-locked memory. vLLM can load them."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Staging:
     """An adapter's file that is read by threads from now on, for a device.
 
     Each thread makes one long call, so that whoever made this can do something else in Python meanwhile. The device
-    computes in the thread that calls `tensors`, in the order of its current stream. Up to 128 MiB of page-locked memory
-    are in use until `close`, and 80 MiB of the device in `tensors`.
+    computes in the thread that calls `tensors`, in the order of its current stream. Takes up to 128 MiB of page-locked
+    memory, which PyTorch keeps for the next one, and 80 MiB of the device in `tensors`.
 
     Args:
         file: borrowed until `close`.
         label: of the adapter, for errors.
+
+    Raises:
+        CannotStage: there is no page-locked memory.
     """
 
     def __init__(self, file: AdapterFile, device: torch.device, label: str) -> None:
@@ -82,11 +87,8 @@ class Staging:
         self._device = device
         self._label = label
         self._count = piece_count(file.info.size_bytes)
-        locked, size_bytes = device.type == "cuda", min(PIECE_BYTES, file.info.size_bytes)
-        ahead = min(AHEAD, self._count)
-        self._buffers = [
-            torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=locked) for _ in range(ahead)
-        ]
+        size_bytes, ahead = min(PIECE_BYTES, file.info.size_bytes), min(AHEAD, self._count)
+        self._buffers = [self._locked(size_bytes) for _ in range(ahead)]
         self._threads = ThreadPoolExecutor(THREADS, "companion-adapter")
         self._reads: dict[int, Future[None]] = {}
         share = -(-ahead // THREADS)
@@ -105,18 +107,17 @@ class Staging:
         Raises:
             IntegrityError: its bytes are not those that were published.
             ManifestError: it is none of ours.
-            Unaligned: it cannot be read so.
+            CannotStage: it cannot be read so.
             torch.OutOfMemoryError: the device has no room.
         """
         text = read_text(self._file.fds[0], self._label)
         try:
             plan = _planned(text, self._file.info.size_bytes, dtype, frozenset(names))
-        except Unaligned:
+        except CannotStage:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{self._label} is no adapter of this version: {error!r}.") from error
-        locked = self._device.type == "cuda"
-        memory = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=locked) for size in plan.sizes]
+        memory = [self._locked(size) for size in plan.sizes]
         verification = Verification(self, self._file.info, verify, self._device, at_once=False)
         for piece in range(self._count):
             begin, end = self._load(piece)
@@ -138,6 +139,14 @@ class Staging:
             )
             for name, each in plan.tensors.items()
         }
+
+    def _locked(self, size_bytes: int) -> torch.Tensor:
+        """Host memory that the device reads directly."""
+        locked = self._device.type == "cuda"
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
+        except RuntimeError as error:
+            raise CannotStage(f"{size_bytes} bytes cannot be page-locked: {error}") from error
 
     def _load(self, piece: int) -> tuple[int, int]:
         """Have a piece on the device; where it begins and ends in the file. Raises `ManifestError`: it is cut off.
@@ -202,7 +211,7 @@ def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: fro
 
     Raises:
         ManifestError, KeyError, TypeError, ValueError: it is no header of ours, or lacks some.
-        Unaligned: as `Staging.tensors`.
+        CannotStage: as `Staging.tensors`.
     """
     header, begin = parse(text, "The adapter")
     plan = _Plan({}, [], [])
@@ -212,7 +221,7 @@ def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: fro
         if not 0 <= start <= stop <= size_bytes:
             raise ValueError(f"{name} is at {start} to {stop} of {size_bytes} bytes")
         if start % source.itemsize:
-            raise Unaligned(f"{name} is at {start}")
+            raise CannotStage(f"{name} is at {start}")
         wanted = dtype or source
         size = (stop - start) // source.itemsize * wanted.itemsize
         if not plan.sizes or plan.sizes[-1] + wanted.itemsize + size > LOCKED_BYTES:
@@ -231,4 +240,5 @@ def _planned(text: bytes, size_bytes: int, dtype: torch.dtype | None, names: fro
             plan.runs[-1] = plan.runs[-1][0], tensor
         else:
             plan.runs.append((tensor, tensor))
+    plan.sizes[:] = [-(-size // WIDEST) * WIDEST for size in plan.sizes]
     return plan
