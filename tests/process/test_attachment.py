@@ -437,6 +437,41 @@ class TestWakesByLease:
         assert sleeping.wake(one) == "checkpoint"
         assert content(one) == expected
 
+    @pytest.mark.parametrize("parked", [False, True])
+    def test_woken_in_vain(self, sleeping: Sleeping, parked: bool) -> None:
+        """As without room for the engine's other memory: it sleeps on as before, wherever it woke from."""
+        one, two = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, 1, AUTO if parked else DROP)
+        if parked:
+            assert sleeping.sleep(two, 1) == "host"
+        assert sleeping.wake(one) == ("host" if parked else "device")
+        one.sleep_on()
+        one.let_go(sleeping.settings, "sleeper")
+        if parked:
+            assert states(sleeping) == (PARKED, [LeaseState.ASLEEP] * 2)
+        else:
+            assert states(sleeping) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED])
+            two.close()
+            until(lambda: states(sleeping) == (DROPPED, [LeaseState.ASLEEP]), 5, "nobody wants it")
+        assert sleeping.wake(one) == ("host" if parked else "checkpoint")
+        assert content(one) == expected
+
+    def test_private_in_vain(self, sleeping: Sleeping) -> None:
+        """It has its own bytes afterwards."""
+        one = sleeping.attach()
+        one.privatize(sleeping.connection())
+        write(one, PRIVATE_BYTE)
+        expected = content(one)
+        sleeping.sleep(one, 1)
+        for _ in range(2):
+            assert sleeping.wake(one) == "host"
+            assert content(one) == expected
+            one.sleep_on()
+            one.let_go(sleeping.settings, "sleeper")
+        sleeping.wake(one)
+        assert content(one) == expected
+
     def test_older_companion(self, place: Place) -> None:
         """It does not know the call: who wakes attaches, and the lease that slept ends."""
         place.run("-c", WITHOUT_WAKE)

@@ -309,6 +309,19 @@ class Attachment:
                     raise
         return Residence.NOWHERE.value  # it was unloaded: there is nobody to be told
 
+    def sleep_on(self) -> None:
+        """Take `wake` back: `let_go` follows, at the level of before. What was wished of the bytes stays.
+
+        Raises as `fall_asleep`.
+        """
+        if self.is_private:
+            self.fall_asleep(self._level, WhenAsleep.AUTO)
+            return
+        try:
+            self.current_lease.sleep_on(self._level)
+        except BadRequestError:  # it is of before this call, or does not know the lease
+            self.fall_asleep(self._level, WhenAsleep.STAY)
+
     def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
         where = lease.fall_asleep(level, when_asleep, self._leave_copy)
         if where != Residence.HOST.value:

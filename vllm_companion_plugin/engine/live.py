@@ -143,10 +143,10 @@ def wake(
 
 
 def sleep_again(models: list[LiveModel], client_name: str) -> None:
-    """Put models that have just been woken to sleep, as something else failed. Their bytes stay where they are."""
+    """Put models that have just been woken to sleep, as something else failed."""
     for model in models:
         try:
-            model.attachment.fall_asleep(1, WhenAsleep.STAY)
+            model.attachment.sleep_on()
         except CompanionError as error:
             logger.warning("The companion does not know that %s sleeps: %s", model.attachment.label, error)
         model.attachment.let_go(model.settings, client_name)
