@@ -947,6 +947,7 @@ class TestTensor:
             lambda weight: torch.zeros(LARGE).copy_(weight),
             lambda weight: torch.add(weight, 1, out=torch.zeros(LARGE)),
             lambda weight: weight @ torch.zeros(3),
+            lambda weight: setattr(torch.zeros(LARGE), "data", weight),
         ],
     )
     def test_what_cannot_be_computed_without_a_weight(self, compute: Callable[[torch.Tensor], Any]) -> None:

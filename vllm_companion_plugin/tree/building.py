@@ -265,14 +265,12 @@ class _Deferring(TorchFunctionMode):
 
         What it computes is lost, as anything that is computed from a deferred tensor. None: that is not why it failed.
         """
+        if type(func) is types.MethodWrapperType:
+            may = func == _set_data and self._model.is_ours(args[0])  # or a copy would be given the data
+        else:
+            may = not (isinstance(func, _OPERATORS) or _effects(func.__name__)[0] or "out" in kwargs)
         tensors = [each for each in _flat((*args, *kwargs.values())) if isinstance(each, torch.Tensor)]
-        writes = type(func) is not types.MethodWrapperType and _effects(func.__name__)[0]
-        if (
-            writes
-            or "out" in kwargs
-            or all(each.is_meta for each in tensors)
-            or not any(map(self._model.is_ours, tensors))
-        ):
+        if not may or all(each.is_meta for each in tensors) or not any(map(self._model.is_ours, tensors)):
             return None
 
         def on_meta(value: Any) -> Any:
