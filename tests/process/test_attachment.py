@@ -457,6 +457,43 @@ class TestWakesByLease:
         assert sleeping.wake(one) == ("host" if parked else "checkpoint")
         assert content(one) == expected
 
+    @pytest.mark.parametrize("waits", [False, True])
+    def test_in_vain_while_the_companion_dies(self, alone: Sleeping, place: Place, waits: bool) -> None:
+        """It is handed back before it is let go, and the next companion knows that nobody is awake."""
+        one = alone.attach()
+        expected = content(one)
+        alone.sleep(one, 1, STAY)
+        assert alone.wake(one) == "device"
+        kill_companion(place, alone)
+        if waits:
+            until(lambda: not one.lost, 20, "it is handed back")
+        one.sleep_on()
+        one.let_go(alone.settings, "sleeper")
+        until(lambda: states(alone)[1:] == ([LeaseState.ASLEEP],), 10, "it sleeps")
+        alone.wake(one)
+        assert content(one) == expected
+
+    def test_lost_answer(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To its waking: the companion does not take it for awake for good, if it then cannot attach either."""
+        one, two = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, 1, DROP)
+        inner = Lease.wake
+
+        def wake(self: Lease, manifest: bytes) -> Any:
+            inner(self, manifest)
+            raise WaitTimeoutError("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Lease, "wake", wake)
+            patch.setattr(Attachment, "_map", raising(ArenaError("no room")))
+            with pytest.raises(ArenaError, match="no room"):
+                sleeping.wake(one)
+        two.close()
+        until(lambda: states(sleeping) == (DROPPED, [LeaseState.ASLEEP]), 5, "nobody wants it")
+        assert sleeping.wake(one) == "checkpoint"
+        assert content(one) == expected
+
     def test_private_in_vain(self, sleeping: Sleeping) -> None:
         """It has its own bytes afterwards."""
         one = sleeping.attach()

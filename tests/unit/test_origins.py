@@ -911,51 +911,62 @@ class TestTensor:
         assert attached.table.shape == published.model.table.shape
         assert in_arena(attached.large, published)
 
-    @pytest.mark.parametrize(
-        "compute",
-        [
-            lambda weight: weight * torch.ones_like(weight),
-            lambda weight: torch.where(torch.ones(LARGE, dtype=torch.bool), weight, torch.ones_like(weight)),
-            lambda weight: torch.cat([weight, weight.new_zeros(8)]),
-            lambda weight: torch.stack((weight, torch.zeros(LARGE))),
-            lambda weight: nn.functional.layer_norm(weight, (LARGE,), torch.ones(LARGE)),
-            lambda weight: weight.max(0).values + torch.arange(4.0),
-        ],
-    )
-    def test_what_the_constructor_computes_of_a_weight_and_others(self, compute: Callable[[torch.Tensor], Any]) -> None:
-        """It is lost, as loading sets it."""
-
+    def test_a_weight_says_where_it_is(self) -> None:
         def build(m: Model, flag: float) -> None:
             m.large = nn.Parameter(torch.empty(LARGE))
-            m.large.data = torch.zeros_like(m.large)
-            m.computed = nn.Parameter(compute(m.large.detach()))
-            m.note = str(torch.cat((m.large, m.large)).device), m.large.get_device(), m.large.is_cpu, m.large.is_cuda
+            m.note = (
+                *(str(torch.cat((m.large, m.large)).device), str(m.large.max(0).values.device)),
+                *(m.large.get_device(), m.large.is_cpu, m.large.is_cuda),
+            )
+            m.table = (
+                torch.full((LARGE,), flag).view_as(m.large),
+                torch.broadcast_tensors(torch.tensor(flag), m.large)[0],
+            )
 
-        def load(m: Model) -> None:
-            m.large.data.copy_(checkpoint(5.0))
-            m.computed.data.fill_(3.0)
-
-        published = publish(build, load)
-        attached = attach(published, build)
-        assert attached.computed.unique().tolist() == [3.0]
-        assert attached.note == published.model.note == ("cpu", -1, True, False)
-        assert in_arena(attached.large, published)
+        published = publish(build, lambda m: m.large.data.copy_(checkpoint(5.0)))
+        attached = attach(published, build, flag=0.25)
+        assert attached.note == published.model.note == ("cpu", "cpu", -1, True, False)
+        assert [table.unique().tolist() for table in attached.table] == [[0.25], [0.25]]
 
     @pytest.mark.parametrize(
         "compute",
         [
-            lambda weight: torch.zeros(LARGE).copy_(weight),
-            lambda weight: torch.add(weight, 1, out=torch.zeros(LARGE)),
-            lambda weight: weight @ torch.zeros(3),
-            lambda weight: setattr(torch.zeros(LARGE), "data", weight),
+            *(lambda w, t: t.copy_(w), lambda w, t: torch.add(w, 1, out=t), lambda w, t: t.fill_(w.max())),
+            *(lambda w, t: t.__iadd__(w), lambda w, t: t[:4].add_(w[:4]), lambda w, t: t.mul_(0.5).add_(w, alpha=0.5)),
+            *(lambda w, t: t.masked_fill_(w > 0, 7), lambda w, t: t.__setitem__(w > 0, 7.0)),
+            *(lambda w, t: torch._foreach_add_([t], [w]), lambda w, t: torch.ops.aten.add_(t, w)),
+            *(lambda w, t: setattr(t, "data", w), lambda w, t: setattr(w, "data", t)),
+            *(lambda w, t: t[w.long()], lambda w, t: t.take(w.long()), lambda w, t: t.index_select(0, w[:8].long())),
+            *(lambda w, t: nn.functional.embedding(w[:8].long(), t.view(-1, 2)), lambda w, t: torch.isin(t, w)),
+            *(lambda w, t: torch.bucketize(t, w), lambda w, t: w * torch.ones_like(w), lambda w, t: w @ t[:3]),
+            *(lambda w, t: torch.cat([w, t]), lambda w, t: torch.stack((w, t)), lambda w, t: torch.where(t > 0, w, t)),
+            *(
+                lambda w, t: nn.functional.dropout(w),
+                lambda w, t: torch.bernoulli(w),
+                lambda w, t: w[:8].multinomial(2),
+            ),
+            *(lambda w, t: torch.normal(w, 1.0), lambda w, t: nn.functional.gumbel_softmax(w, dim=0)),
+            *(
+                lambda w, t: nn.BatchNorm1d(64)(w.view(-1, 64)),
+                lambda w, t: w.sum().item(),
+                lambda w, t: bool(w.sum() > 0),
+            ),
         ],
     )
-    def test_what_cannot_be_computed_without_a_weight(self, compute: Callable[[torch.Tensor], Any]) -> None:
-        """Or would be wrong with one, fails as before."""
+    def test_what_is_computed_of_a_weight_that_is_not_there(self, compute: Callable[[Any, Any], Any]) -> None:
+        """Would be lost, or be anything: it fails, so the model is not shared."""
         with WithoutWeights(CPU).building():
             weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                compute(weight)
+            with pytest.raises(RuntimeError):
+                compute(weight, torch.ones(LARGE))
+
+    def test_storage(self) -> None:
+        """What is written by way of it is there."""
+        with WithoutWeights(CPU).building():
+            tables = [torch.empty(LARGE) for _ in range(2)]
+            tables[0].untyped_storage().copy_(torch.ones(LARGE).untyped_storage())
+            tables[1].untyped_storage().fill_(0)
+        assert [table.unique().tolist() for table in tables] == [[1.0], [0.0]]
 
     @pytest.mark.parametrize(
         "move",

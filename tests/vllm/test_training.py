@@ -144,7 +144,7 @@ def test_users_train_and_sample_adapters_of_one_base_at_once(
     def train(user: int) -> None:
         models[user] = call("create_model", lora_config={"rank": 8})["model_id"]
         losses[user] = []
-        for _ in range(40):
+        while len(losses[user]) < 40 or (losses[user][-1] > 0.5 and len(losses[user]) < 160):  # it begins anywhere
             data = [{"tokens": [1, 2, 3, 4, 5, *USERS[user]], "weights": [0.0] * 5 + [1.0] * 4}]
             losses[user].append(call("forward_backward", model_id=models[user], data=data)["loss"])
             call("optim_step", model_id=models[user], adam_params={"learning_rate": 1e-2})

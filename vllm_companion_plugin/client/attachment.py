@@ -292,22 +292,11 @@ class Attachment:
         kind = arenas.KINDS[self.held.arena.kind]
         if not kind.can_remap:
             raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
-        mirror = self._mirror
         self._level = level
         if self.is_private:  # as vLLM does with memory of its own
             self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
             return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
-        late = time.monotonic() + KNOWN_TIMEOUT_S
-        while mirror is not None and not mirror.ended:
-            mirror.wait_known(late - time.monotonic())
-            lease = mirror.lease
-            try:
-                return self._ask_to_sleep(lease, level, when_asleep)
-            except (CompanionUnavailableError, BadRequestError):
-                # It has died, and the next one, that may answer there already, does not know the lease.
-                if not lease.lost.wait(max(0.0, late - time.monotonic())) or time.monotonic() > late:
-                    raise
-        return Residence.NOWHERE.value  # it was unloaded: there is nobody to be told
+        return self._told(lambda lease: lease.fall_asleep(level, when_asleep, self._leave_copy))
 
     def sleep_on(self) -> None:
         """Take `wake` back: `let_go` follows, at the level of before. What was wished of the bytes stays.
@@ -318,15 +307,27 @@ class Attachment:
             self.fall_asleep(self._level, WhenAsleep.AUTO)
             return
         try:
-            self.current_lease.sleep_on(self._level)
-        except BadRequestError:  # it is of before this call, or does not know the lease
+            self._told(lambda lease: lease.sleep_on(self._level))
+        except BadRequestError:  # the companion is of before this call
             self.fall_asleep(self._level, WhenAsleep.STAY)
 
-    def _ask_to_sleep(self, lease: Lease, level: int, when_asleep: WhenAsleep) -> str:
-        where = lease.fall_asleep(level, when_asleep, self._leave_copy)
-        if where != Residence.HOST.value:
-            self._drop_kept()
-        return where
+    def _told(self, ask: Callable[[Lease], str]) -> str:
+        """Tell the companion that this process falls asleep, or the next one if it dies; where the bytes are then."""
+        mirror, late = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S
+        while mirror is not None and not mirror.ended:
+            mirror.wait_known(late - time.monotonic())
+            lease = mirror.lease
+            try:
+                where = ask(lease)
+            except (CompanionUnavailableError, BadRequestError):
+                # It has died, and the next one, that may answer there already, does not know the lease.
+                if not lease.lost.wait(max(0.0, late - time.monotonic())) or time.monotonic() > late:
+                    raise
+                continue
+            if where != Residence.HOST.value:
+                self._drop_kept()
+            return where
+        return Residence.NOWHERE.value  # it was unloaded: there is nobody to be told
 
     def _leave_copy(self) -> tuple[int, ArenaInfo, arenas.Descriptors]:
         """Of the current generation, which need not be the one that is mapped here."""

@@ -286,10 +286,12 @@ class Lease:
         self._sleeps = True
         return str(answer.residence)
 
-    def sleep_on(self, level: int) -> None:
-        """Take `wake` back. Raises `CompanionError`, as `fall_asleep`."""
-        self._call_with_token("Sleep", messages.SleepRequest(lease_token=self._token, level=level, sleeps_on=True))
+    def sleep_on(self, level: int) -> str:
+        """Take `wake` back; where the bytes are. Raises `CompanionError`, as `fall_asleep`."""
+        request = messages.SleepRequest(lease_token=self._token, level=level, sleeps_on=True)
+        answer = self._call_with_token("Sleep", request)
         self._sleeps = True
+        return str(answer.residence)
 
     def wake(self, manifest: bytes) -> Ready | None:
         """Tell the companion that this client maps the entry again; what that is.

@@ -9,7 +9,7 @@ import threading
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.client.lease import Lease, Ready
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, ManifestError, WaitTimeoutError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.settings import Settings
@@ -65,6 +65,8 @@ class Sleeper:
             ready = lease.wake(manifest)
         except CompanionError as error:  # who attaches is told the same, or that this companion is of before `Wake`
             logger.debug("%s was not woken by its lease: %s", self._key.short_title, error)
+            if isinstance(error, (WaitTimeoutError, ManifestError)):  # it may take us for awake
+                self.sleep_again(lease)
             return None
         return None if ready is None else (lease, ready)
 

@@ -40,7 +40,7 @@ _UNINITIALIZED = frozenset(
 )
 _WRITES = re.compile(
     r"[a-z0-9_]*[a-z0-9]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__"
-    r"|numpy|__array__|data_ptr|__dlpack__"
+    r"|numpy|__array__|data_ptr|__dlpack__|storage|untyped_storage|_typed_storage"
 )
 """Names of what writes to a tensor, or lets others do so."""
 _WRITES_NOT = re.compile(
@@ -49,6 +49,10 @@ _WRITES_NOT = re.compile(
 _DRAWS = re.compile(r"(\w*normal|\w*uniform|random|bernoulli|exponential|cauchy|geometric)_")
 """Names of what draws random numbers. PyTorch's `trunc_normal_` and `orthogonal_` see that there is no memory, and draw
 none."""
+_DRAWS_OF = re.compile(r"\w*dropout|bernoulli|multinomial|normal|poisson|binomial|gumbel_softmax|rrelu")
+"""Names of what draws random numbers for the values of its first argument."""
+_SHAPED = frozenset((torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.expand_as, torch.broadcast_tensors))
+"""What takes the shape of a tensor and none of its values."""
 _MADE_LIKE = frozenset(
     (
         *(torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.randint_like),
@@ -56,9 +60,9 @@ _MADE_LIKE = frozenset(
     )
 )
 """What takes the device of a tensor and none of its values."""
+_VALUELESS = _MADE_LIKE | _SHAPED
 _MOVES = frozenset((torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cuda, torch.Tensor.cpu))
 _data_of: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_set_data: Callable[..., Any] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _PLACES: dict[Any, Callable[[torch.device], Any]] = {
     torch.Tensor.device.__get__: lambda device: device,
     torch.Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
@@ -218,6 +222,30 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_meta
+
+
+def _check(func: Any, args: Any, kwargs: Any, deferred: list[torch.Tensor]) -> None:
+    """Raise `RuntimeError` if `func` would do something with deferred values that is lost without a word.
+
+    PyTorch refuses most of what has tensors on meta and others. What it takes writes nothing, or makes memory without
+    values.
+    """
+    writes, _ = _effects(func.__name__)
+    written = _flat(args[:1] if args else list(kwargs.values())[:1])
+    if isinstance(func, _OPERATORS):  # whose names say nothing
+        writes, written = True, _flat((*args, *kwargs.values()))
+    if writes and any(map(_is_real, written)):
+        raise _lost(func)
+    if _DRAWS_OF.fullmatch(func.__name__) and any(each is _first(args, kwargs) for each in deferred):
+        raise _lost(func)
+
+
+def _lost(func: Any) -> RuntimeError:
+    return RuntimeError(f"{func.__name__} of a weight that is not there yet")
+
+
 class _Deferring(TorchFunctionMode):
     def __init__(self, model: WithoutWeights) -> None:
         super().__init__()
@@ -228,11 +256,10 @@ class _Deferring(TorchFunctionMode):
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
         if type(func) is types.MethodWrapperType:  # a property is read, or set
-            if func in _PLACES and self._model.is_ours(args[0]):
-                return _PLACES[func](self._model.device)
-        elif self._is_drawn(func, args, kwargs):
+            return self._property(func, args)
+        if self._is_drawn(func, args, kwargs):
             return args[0] if args else next(iter(kwargs.values()))
-        elif func in _MADE_LIKE:
+        if func in _MADE_LIKE:
             if kwargs.get("device") is None and self._model.is_ours(_first(args, kwargs)):
                 kwargs = kwargs | {"device": self._model.device}
         elif func in _MOVES:
@@ -240,54 +267,37 @@ class _Deferring(TorchFunctionMode):
         elif func is torch.Tensor.get_device and self._model.is_ours(args[0]):
             index = self._model.device.index
             return -1 if index is None else index
-        values = (*args, *kwargs.values())
-        try:
-            result = func(*args, **kwargs)
-        except RuntimeError:
-            if (together := self._together(func, args, kwargs)) is None:
-                raise
-            result = func(*together[0], **together[1])
-            if func == _set_data:
-                self._model.note_made(args[0], is_ours=True)
-        return self._noted(func, result, values)
+        deferred = [each for each in _flat((*args, *kwargs.values())) if self._model.is_ours(each)]
+        if deferred:
+            _check(func, args, kwargs, deferred)
+        result = func(*args, **kwargs)
+        if deferred and func not in _VALUELESS and any(map(_is_real, _flat((result,)))):
+            raise _lost(func)
+        return self._noted(result, is_ours=bool(deferred))
 
-    def _noted(self, func: Any, result: Any, values: Any) -> Any:
-        """The result, of which the model knows what is on meta. `values`: what it was computed from."""
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, torch.Tensor) and made.is_meta:
-                if func == _data_of:
-                    self._model.touch(made)  # writes through it are not counted
-                self._model.note_made(made, is_ours=any(map(self._model.is_ours, _flat(values))))
+    def _property(self, func: Any, args: Any) -> Any:
+        if func in _PLACES and self._model.is_ours(args[0]):
+            return _PLACES[func](self._model.device)
+        result = func(*args)
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            if func == _data_of:
+                self._model.touch(result)  # writes through it are not counted
+            self._model.note_made(result, is_ours=self._model.is_ours(args[0]))
         return result
 
-    def _together(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """The same arguments, with all on meta, if `func` has failed on tensors of which some are deferred.
-
-        What it computes is lost, as anything that is computed from a deferred tensor. None: that is not why it failed.
-        """
-        if type(func) is types.MethodWrapperType:
-            may = func == _set_data and self._model.is_ours(args[0])  # or a copy would be given the data
-        else:
-            may = not (isinstance(func, _OPERATORS) or _effects(func.__name__)[0] or "out" in kwargs)
-        tensors = [each for each in _flat((*args, *kwargs.values())) if isinstance(each, torch.Tensor)]
-        if not may or all(each.is_meta for each in tensors) or not any(map(self._model.is_ours, tensors)):
-            return None
-
-        def on_meta(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(map(on_meta, value)) if type(value) in (list, tuple) else value
-            if not isinstance(value, torch.Tensor) or value.is_meta:
-                return value
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-        return on_meta(tuple(args)), {name: on_meta(value) for name, value in kwargs.items()}
+    def _noted(self, result: Any, *, is_ours: bool) -> Any:
+        """The result, of which the model knows what is on meta. `is_ours`: it was computed from what was deferred."""
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, torch.Tensor) and made.is_meta:
+                self._model.note_made(made, is_ours=is_ours)
+        return result
 
     def _moved(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func`, which moves a tensor, gives if all that was deferred is on the device."""
         tensor, rest = args[0], [*map(self._stand_in, args[1:])]
         named = {name: self._stand_in(value) for name, value in kwargs.items()}
         if not self._model.is_ours(tensor):
-            return self._noted(func, func(tensor, *rest, **named), (tensor,))
+            return self._noted(func(tensor, *rest, **named), is_ours=False)
         kept = {name: named.pop(name) for name in ("copy", "memory_format") if name in named}
         wanted: torch.device | None
         if func is torch.Tensor.cuda:
@@ -302,7 +312,7 @@ class _Deferring(TorchFunctionMode):
             wanted, dtype, *_ = torch._C._nn._parse_to(*rest, **named)
         here = self._model.device
         if wanted is None or (wanted.type == here.type and wanted.index in (None, here.index)):
-            return self._noted(func, torch.Tensor.to(tensor, dtype or tensor.dtype, **kept), (tensor,))
+            return self._noted(torch.Tensor.to(tensor, dtype or tensor.dtype, **kept), is_ours=True)
         if wanted.type == "meta":  # on purpose: it says so
             return torch.empty_like(tensor, dtype=dtype, device="meta")
         return func(*args, **kwargs)
