@@ -469,9 +469,9 @@ class TestWakesByLease:
             until(lambda: not one.lost, 20, "it is handed back")
         one.sleep_on()
         one.let_go(alone.settings, "sleeper")
-        until(lambda: states(alone)[1:] == ([LeaseState.ASLEEP],), 10, "it sleeps")
-        alone.wake(one)
-        assert content(one) == expected
+        until(lambda: states(alone) == (READY, [LeaseState.ASLEEP]), 10, "it sleeps, and its bytes are there")
+        assert alone.wake(one) == "device"
+        assert (content(one), alone.loads) == (expected, 1)
 
     def test_lost_answer(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
         """To its waking: the companion does not take it for awake for good, if it then cannot attach either."""

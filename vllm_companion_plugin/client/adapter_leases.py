@@ -97,10 +97,6 @@ class AdapterLeases:
         self._had: dict[str, str] = {}  # the devices of companions that had an adapter when it was asked for
         self._mutex = threading.Lock()
 
-    def where(self, name: str) -> list[Where]:
-        """The companions that have an adapter of this name, the one that counts first."""
-        return self._where(adapters.key_of(name).id)
-
     def is_current(self, held: AdapterLease, found: list[Where]) -> bool:
         """Whether a request of this adapter, which was found there just now, would still get this generation."""
         if held.lease.lost.is_set() or held.lease.error is not None:
@@ -130,7 +126,7 @@ class AdapterLeases:
                 return self._attach(at_once, key_id, asked)
         while True:
             problem: Exception | None = None
-            for device, _ in self._where(key_id):
+            for device, _ in self.where(asked.name):
                 try:
                     return self._attach(device, key_id, asked)
                 except _NOT_THERE as error:
@@ -190,7 +186,9 @@ class AdapterLeases:
             while len(self._had) > MAX_KNOWN:
                 del self._had[next(iter(self._had))]
 
-    def _where(self, key_id: str) -> list[Where]:
+    def where(self, name: str) -> list[Where]:
+        """The companions that have an adapter of this name, the one that counts first."""
+        key_id = adapters.key_of(name).id
         found = []
         for device in list_devices(self._settings):
             try:

@@ -399,7 +399,7 @@ class Attachment:
             return self._wake_private()
         if self._wake_by_lease(settings, client_name):
             return Residence.DEVICE.value
-        source, generation = "device", self.generation
+        source = "device"
         loaded = ExitStack()
         overtaken = False
         while True:
@@ -436,9 +436,7 @@ class Attachment:
                 lease.release()
                 loaded.close()
                 raise
-            self.held, self.lease, self._mirror = replace(held, fds=self.arena.fds), lease, mirror
-            self._asleep = False
-            self.is_stale |= held.generation != generation or held.arena.trained
+            self._has_woken(replace(held, fds=self.arena.fds), lease, mirror)
             if self._sleeper is not None:
                 self._sleeper.close()
                 self._sleeper = None
@@ -450,7 +448,7 @@ class Attachment:
 
         Raises as `wake`.
         """
-        sleeper, before = self._sleeper, self.generation
+        sleeper = self._sleeper
         if sleeper is None or (woken := sleeper.wake(self.held.manifest)) is None:
             return False
         lease, ready = woken
@@ -465,10 +463,14 @@ class Attachment:
             sleeper.sleep_again(lease)
             raise
         sleeper.hand_over(lease)
-        self.held, self.lease, self._mirror, self._sleeper = held, lease, mirror, None
-        self._asleep = False
-        self.is_stale |= held.generation != before or held.arena.trained
+        self._sleeper = None
+        self._has_woken(held, lease, mirror)
         return True
+
+    def _has_woken(self, held: Held, lease: Lease, mirror: Mirror) -> None:
+        self.is_stale |= held.generation != self.generation or held.arena.trained
+        self.held, self.lease, self._mirror = held, lease, mirror
+        self._asleep = False
 
     def _redeemed(self, lease: Lease, current: Ready, settings: Settings) -> tuple[Held, arenas.Descriptors]:
         """What this process maps when it wakes, which is the current generation or its own, and the descriptors."""

@@ -39,7 +39,11 @@ def let_sleep(device: torch.device) -> None:
 
 @functools.cache
 def _let_the_allocator() -> None:
-    """Once it is imported: that takes 16 ms, and vLLM may need it at the first sleep only."""
+    """Patch vLLM's allocator as soon as it is imported.
+
+    It is not imported for that: the import takes 16 ms of an attach, and without sleep mode vLLM does it when it falls
+    asleep for the first time.
+    """
 
     def patch(_: ModuleType) -> None:
         patches.SLEEP.apply(_sleep)

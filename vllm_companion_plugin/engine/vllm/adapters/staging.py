@@ -32,7 +32,7 @@ LOCKED_BYTES = 32 << 20
 """Of page-locked memory in one piece: PyTorch takes the next power of two, and keeps it while a tensor is in it."""
 
 
-class CannotStage(ValueError):
+class CannotStage(Exception):
     """Tensors do not begin at multiples of their width, or there is no page-locked memory. vLLM can load them."""
 
 
@@ -113,8 +113,6 @@ class Staging:
         text = read_text(self._file.fds[0], self._label)
         try:
             plan = _planned(text, self._file.info.size_bytes, dtype, frozenset(names))
-        except CannotStage:
-            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{self._label} is no adapter of this version: {error!r}.") from error
         memory = [self._locked(size) for size in plan.sizes]
@@ -131,8 +129,8 @@ class Staging:
                     )
         verification.check(NOTHING, self._label)
         self._wait()
-        typed = {(number, each.dtype): memory[number] for each in plan.tensors.values() for number in (each.memory,)}
-        typed = {(number, kind): whole.view(kind) for (number, kind), whole in typed.items()}
+        kinds = {(each.memory, each.dtype) for each in plan.tensors.values()}
+        typed = {(number, kind): memory[number].view(kind) for number, kind in kinds}
         return {
             name: typed[each.memory, each.dtype].as_strided(
                 each.shape, each.strides, each.target // each.dtype.itemsize
