@@ -292,15 +292,16 @@ def main() -> None:
     sleeping_together.make(args.out, {model: (args.layers, 0), other: (args.layers, 1)})
     more = {"quantization": args.quantization} if args.quantization else {}
     ours = through_the_companion(report, model, other, args.updates, more)
-    theirs = by_ipc(report, model, other) if not more else {"before": None, "after": []}
+    theirs = None if more else by_ipc(report, model, other)
     wanted = fresh(report, other, more)
-    report.add(
-        "tokens",
-        companion_as_fresh=[tokens == wanted for tokens in ours["after"]],
-        ipc_as_fresh=[tokens == wanted for tokens in theirs["after"]],
-        changed=ours["before"] != wanted,
-        before_as_ipc=ours["before"] == theirs["before"],
-    )
+    found = {
+        "companion_as_fresh": [tokens == wanted for tokens in ours["after"]],
+        "changed": ours["before"] != wanted,
+    }
+    if theirs is not None:
+        found["ipc_as_fresh"] = [tokens == wanted for tokens in theirs["after"]]
+        found["before_as_ipc"] = ours["before"] == theirs["before"]
+    report.add("tokens", **found)
     print(json.dumps(report.rows["tokens"]))
     matrix.fork(lambda: matrix.look.stop_all(resolve({})), args.out / "stop.log")
 

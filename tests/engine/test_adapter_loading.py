@@ -257,7 +257,7 @@ def test_another_failure(published: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: Any) -> None:
         raise ValueError("no thread")
 
-    monkeypatch.setattr(loading._Fetched, "read_ahead", fail)
+    monkeypatch.setattr(loading._Fetched, "reading_ahead", fail)
     with pytest.raises(BadRequestError, match=r"^no thread"):
         worker()
 

@@ -211,11 +211,12 @@ def _effects(name: str) -> tuple[bool, bool]:
 
 
 def _first(args: Any, kwargs: Any) -> Any:
-    """What a function takes as its first argument, which has the name `input` if it has one."""
-    return args[0] if args else kwargs.get("input")
+    """The first argument of a function, however it is given: PyTorch calls it `input` where it has a name."""
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and instead of a list or tuple what is in it."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from value
@@ -228,13 +229,13 @@ def _is_real(value: Any) -> bool:
 
 
 def _check(func: Any, args: Any, kwargs: Any, deferred: list[torch.Tensor]) -> None:
-    """Raise `RuntimeError` if `func` would do something with deferred values that is lost without a word.
+    """Raise `RuntimeError` if `func` would write deferred values to a real tensor, or draw random numbers for them.
 
-    PyTorch refuses most of what has tensors on meta and others. What it takes writes nothing, or makes memory without
-    values.
+    PyTorch refuses most functions of a tensor on meta and a real one. It runs some without a word, and then nothing is
+    written, and no number is drawn.
     """
     writes, _ = _effects(func.__name__)
-    written = _flat(args[:1] if args else list(kwargs.values())[:1])
+    written = _flat((_first(args, kwargs),))
     if isinstance(func, _OPERATORS):  # whose names say nothing
         writes, written = True, _flat((*args, *kwargs.values()))
     if writes and any(map(_is_real, written)):
@@ -259,7 +260,7 @@ class _Deferring(TorchFunctionMode):
         if type(func) is types.MethodWrapperType:  # a property is read, or set
             return self._property(func, args)
         if self._is_drawn(func, args, kwargs):
-            return args[0] if args else next(iter(kwargs.values()))
+            return _first(args, kwargs)
         if func in _MADE_LIKE:
             if kwargs.get("device") is None and self._model.is_ours(_first(args, kwargs)):
                 kwargs = kwargs | {"device": self._model.device}
@@ -288,7 +289,7 @@ class _Deferring(TorchFunctionMode):
 
     def _noted(self, result: Any, *, is_ours: bool) -> Any:
         """The result, of which the model knows what is on meta. `is_ours`: it was computed from what was deferred."""
-        for made in result if isinstance(result, (tuple, list)) else (result,):
+        for made in _flat((result,)):
             if isinstance(made, torch.Tensor) and made.is_meta:
                 self._model.note_made(made, is_ours=is_ours)
         return result
@@ -324,7 +325,7 @@ class _Deferring(TorchFunctionMode):
 
     def _is_drawn(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Make real what `func` is about to write to, or draw the random numbers that it would write to a parameter."""
-        target = args[0] if args else next(iter(kwargs.values()), None)
+        target = _first(args, kwargs)
         if isinstance(target, torch.Tensor) and target.is_meta:
             writes, draws = _effects(func.__name__)
             if writes:

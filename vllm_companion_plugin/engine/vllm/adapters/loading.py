@@ -69,8 +69,9 @@ class _Fetched:
             self.file.check(self.verify, str(self.bound))
             self.is_proved = True
 
-    def read_ahead(self) -> None:
-        """Begin to read, for `stage`; ends with `stop`."""
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """While open, threads read the file for `stage`. Afterwards it may be closed."""
         if self.device.type == "cuda":
             from vllm_companion_plugin.engine.vllm.adapters.staging import CannotStage, Staging
 
@@ -78,6 +79,12 @@ class _Fetched:
                 self._staging = Staging(self.file, self.device, str(self.bound))
             except CannotStage as error:
                 logger.info("%s is read without the GPU: %s", self.bound, error)
+        try:
+            yield
+        finally:
+            staging, self._staging = self._staging, None
+            if staging is not None:
+                staging.close()
 
     def stage(self, names: Collection[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
         """Tensors as a GPU takes them, proved; None: vLLM makes them itself, and nothing is proved.
@@ -97,12 +104,6 @@ class _Fetched:
             return None
         self.is_proved = True
         return staged
-
-    def stop(self) -> None:
-        """Nothing is read any more: the file may be closed. Idempotent."""
-        staging, self._staging = self._staging, None
-        if staging is not None:
-            staging.close()
 
 
 class _Kept:
@@ -188,15 +189,13 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
         known = kept.fetch(bound, number)
         before = _loaded.set(known)
         try:
-            known.read_ahead()  # while vLLM reads and checks the names
-            with _directory_of(known.file.fds, bound) as directory:
+            # vLLM reads and checks the names meanwhile.
+            with known.reading_ahead(), _directory_of(known.file.fds, bound) as directory:
                 in_directory = copy.copy(lora_request)
                 in_directory.lora_path = directory
                 made = inner(self, in_directory)
-            known.stop()
             known.prove()  # if vLLM has come to its tensors in another way
         except Exception as error:
-            known.stop()
             try:
                 if not isinstance(error, IntegrityError):
                     known.prove()  # or what is damaged would be the adapter's fault
@@ -207,7 +206,6 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
             text = str(error).replace(directory, str(bound)) if directory else str(error)
             raise BadRequestError(text) from error
         finally:
-            known.stop()
             _loaded.reset(before)
         return made
 
