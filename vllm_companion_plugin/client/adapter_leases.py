@@ -7,6 +7,7 @@ memory, so every process of the host can map it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from contextlib import ExitStack
@@ -23,11 +24,13 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.errors import (
+    BadRequestError,
     CompanionUnavailableError,
     EntryNotFoundError,
     LeaseLostError,
     ManifestError,
     StaleError,
+    WaitTimeoutError,
 )
 from vllm_companion_plugin.host import notes
 from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
@@ -37,6 +40,12 @@ from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.settings import Settings
 
+logger = logging.getLogger("vllm.companion.adapters")
+
+ANSWER_S = 2.0
+"""A companion that has not said by then what it has is silent."""
+SILENT_S = 30.0
+"""For so long a silent companion is not asked again."""
 HAND_BACK_TIMEOUT_S = 10.0
 """For a process that holds an adapter to hand it to the companion that follows one that died."""
 NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())
@@ -95,6 +104,7 @@ class AdapterLeases:
         self._first = first
         self._connections: dict[str, CompanionConnection] = {}
         self._had: dict[str, str] = {}  # the devices of companions that had an adapter when it was asked for
+        self._silent_until: dict[str, float] = {}
         self._mutex = threading.Lock()
 
     def is_current(self, held: AdapterLease, found: list[Where]) -> bool:
@@ -139,6 +149,11 @@ class AdapterLeases:
             time.sleep(_POLL_S)
         if isinstance(problem, StaleError):
             raise problem
+        if self._silent_until:
+            raise CompanionUnavailableError(
+                f"{asked} is not held by any companion in {self._settings.runtime_dir} that answers; that of "
+                f"{', '.join(sorted(self._silent_until))} is silent."
+            )
         raise EntryNotFoundError(
             f"{asked} is not held by any companion in {self._settings.runtime_dir}.",
             remedy="Publish it by CompanionClient.publish_adapter; `vllm-companion status` shows what there is.",
@@ -194,13 +209,29 @@ class AdapterLeases:
             try:
                 if not is_listening(device_paths(device, self._settings)):
                     continue
-                entries = self._connection(device).status(key_id=key_id).entries
+                entries = self._answer_of(device, key_id)
             except CompanionUnavailableError:
                 self._forget(device)
+                continue
+            except BadRequestError as error:  # of another version
+                logger.debug("%s", error)
                 continue
             states = (EntryState.READY, EntryState.LOADING)
             found += [(device, entry) for entry in entries if entry.key.id == key_id and entry.state in states]
         return sorted(found, key=lambda each: (each[0] != self._first, -each[1].ready_unix_s))
+
+    def _answer_of(self, device: str, key_id: str) -> tuple[EntryStatus, ...]:
+        """What a companion has of this key. One that hangs is left alone for a while: others have adapters, too."""
+        if time.monotonic() < self._silent_until.get(device, 0.0):
+            return ()
+        try:
+            entries = self._connection(device).status(ANSWER_S, key_id=key_id).entries
+        except WaitTimeoutError as error:
+            logger.warning("Looking for adapters elsewhere: %s", error)
+            self._silent_until[device] = time.monotonic() + SILENT_S
+            return ()
+        self._silent_until.pop(device, None)
+        return entries
 
     def _is_held(self, key_id: str) -> bool:
         return any(notes.is_held(device_paths(each, self._settings), key_id) for each in list_devices(self._settings))

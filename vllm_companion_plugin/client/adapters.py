@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
+import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.core.status import EntryStatus, Published
-from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds.memfd import SharedWriter, new_memfd
 from vllm_companion_plugin.memory.tensors.checksum import Summing
@@ -36,6 +38,8 @@ from vllm_companion_plugin.memory.tensors.views import Flat, host_bytes
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire import codec
 from vllm_companion_plugin.wire.adapter_file import Part, header_of, read_header
+
+logger = logging.getLogger("vllm.companion.adapters")
 
 _CPU = torch.device("cpu")
 DTYPES = {
@@ -138,7 +142,8 @@ class _Hold:
         """Publish the next generation, and hold that instead; its number."""
         number, published = _commit(self.mirror.lease, info, fds, count, version)
         self._held = replace(self._held, generation=number, arena=info, fds=fds, published=published)
-        self.mirror.hold_instead(self._held)
+        with _noting_after_commit(number):
+            self.mirror.hold_instead(self._held)
         return number
 
     def close(self) -> None:
@@ -146,15 +151,27 @@ class _Hold:
         self._with_it.close()
 
 
+@contextlib.contextmanager
+def _noting_after_commit(number: int) -> Iterator[None]:
+    """What fails now takes nothing of the publication back: engines have the generation."""
+    try:
+        yield
+    except CompanionError as error:
+        logger.warning(
+            "Generation %d of an adapter is published, and not held for the next companion: %s", number, error
+        )
+
+
 def _commit(lease: Lease, info: ArenaInfo, fds: Descriptors, count: int, version: str) -> tuple[int, Published]:
     """The file is the adapter's current generation, which this client holds from now on."""
-    lease.stage()
     try:
+        lease.stage()  # which may have been heard, whatever it raises
         number = lease.commit_staged(info, fds, version)
     except BaseException:
         lease.abort_staged()
         raise
-    lease.advanced(number)
+    with _noting_after_commit(number):
+        lease.advanced(number)
     return number, Published(count, {}, time.time(), 0.0, "", version)
 
 
@@ -255,7 +272,7 @@ def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if file.exists() or not pickled.exists():
             return _read_tensors(file), config
         return torch.load(pickled, map_location="cpu", weights_only=True), config
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError, RuntimeError) as error:
         raise BadRequestError(f"{path} is no directory of an adapter that PEFT has saved: {error}") from error
 
 

@@ -48,6 +48,8 @@ from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_fr
 
 logger = logging.getLogger("vllm.companion.client")
 
+DIES_S = 1.0
+"""Until a companion that has died is known to have, by its stream."""
 KNOWN_TIMEOUT_S = 10.0
 """For the next companion, if this one has died, to know what this process holds, before a call fails that needs it."""
 
@@ -294,6 +296,8 @@ class Attachment:
             raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
         self._level = level
         if self.is_private:  # as vLLM does with memory of its own
+            if self.device.type == "cuda":  # the engine may have written to it just now
+                torch.cuda.synchronize(self.device)
             self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
             return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
         return self._told(lambda lease: lease.fall_asleep(level, when_asleep, self._leave_copy))
@@ -313,15 +317,22 @@ class Attachment:
 
     def _told(self, ask: Callable[[Lease], str]) -> str:
         """Tell the companion that this process falls asleep, or the next one if it dies; where the bytes are then."""
-        mirror, late = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S
+        mirror, late, renewed = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S, False
+        if mirror is None and not self.lease.lost.is_set():  # it is not handed back, if its companion dies
+            return ask(self.lease)
         while mirror is not None and not mirror.ended:
             mirror.wait_known(late - time.monotonic())
             lease = mirror.lease
             try:
                 where = ask(lease)
-            except (CompanionUnavailableError, BadRequestError):
+            except (CompanionUnavailableError, BadRequestError) as error:
+                refused = isinstance(error, BadRequestError)
                 # It has died, and the next one, that may answer there already, does not know the lease.
-                if not lease.lost.wait(max(0.0, late - time.monotonic())) or time.monotonic() > late:
+                lost = lease.lost.wait(DIES_S if refused else max(0.0, late - time.monotonic()))
+                if refused and not lost and not renewed:  # it may take us for asleep, as an answer was lost
+                    renewed = True
+                    mirror.know_again()
+                elif not lost or time.monotonic() > late:
                     raise
                 continue
             if where != Residence.HOST.value:
@@ -564,7 +575,7 @@ class Attachment:
             raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
         fds = ready.redeem()
         try:
-            if settings.verify != "off" and not ready.arena.trained:
+            if settings.verify != "off" and not ready.arena.trained and ready.generation != self.generation:
                 label = f"{self.label}, generation {ready.generation},"
                 with contextlib.closing(arenas.open_arena(ready.arena, fds.dup(), self.device.index)) as arena:
                     views = ArenaViews(arena, ready.arena.size_bytes, self.device)
@@ -601,6 +612,7 @@ class Attachment:
         held = prepared.held
         self.arena.replace(held.arena, arenas.Descriptors(prepared.fds.take()))
         self._follows = prepared.follows
+        self._drop_kept()  # of what was mapped
         self.renew()
         self.held = replace(held, fds=self.arena.fds)
         if self._mirror is not None:
@@ -624,21 +636,52 @@ class Attachment:
         with self.arena.written_through(writer):
             yield
 
-    def privatize(self, connection: CompanionConnection | None) -> None:
+    def privatize(
+        self, connection: CompanionConnection | None, free_bytes: Callable[[torch.device], int | None] = lambda _: None
+    ) -> None:
         """Make the memory this process's own, at the same addresses and with the same bytes, so that it may write.
 
         The entry is not used here any more. If nobody else uses it, it goes: this process needs its memory. Nothing
         else may use the memory meanwhile.
 
         Args:
-            connection: to the companion; None: there is none.
+            connection: to the companion; None: there is none, and nobody else has the entry.
+            free_bytes: memory of a device that nobody uses; None: that is not known.
 
         Raises:
-            ArenaError: it is asleep, or there is no memory for a copy; nothing has changed, or it may be tried again.
+            ArenaError: it is asleep, or there is no memory for a copy; what is mapped has the bytes that it had, and
+                this may be tried again. The companion still knows of this process, if others use the entry.
         """
         self._check_awake()
         if self._is_private:
             return
+        is_alone = connection is None or self._is_alone(connection)
+        free, sizes = free_bytes(self.device), self.held.arena.block_sizes
+        needed = max(sizes) if is_alone else sum(sizes)
+        if free is not None and free < needed:
+            what = "the first block of its own" if is_alone else "a copy, as others use the entry,"
+            raise ArenaError(
+                f"{self.label} needs {needed / 2**30:.2f} GiB for {what} and {free / 2**30:.2f} GiB of the device are "
+                "free."
+            )
+        if not is_alone:  # then none of its memory becomes free by our leaving
+            self.arena.privatize()
+        self._leave(connection)
+        if is_alone:
+            self.arena.privatize()
+        self._drop_kept()
+        self._is_private = True
+
+    def _is_alone(self, connection: CompanionConnection) -> bool:
+        """Whether nobody else uses the entry, or wants it to stay; not if that cannot be found out."""
+        try:
+            status = connection.status(key_id=self.held.key.id)
+        except CompanionError:
+            return False
+        return not status.owner_pid and sum(len(entry.leases) for entry in status.entries) <= 1
+
+    def _leave(self, connection: CompanionConnection | None) -> None:
+        """The entry is not used here any more, and goes, if nobody else uses it."""
         lease = self.lease
         if self._mirror is not None:
             lease, own = self._mirror.keep_lease()
@@ -650,9 +693,6 @@ class Attachment:
             with contextlib.suppress(EntryInUseError, EntryNotFoundError, CompanionUnavailableError):
                 if not connection.status().owner_pid:
                     connection.unload(key_id=self.held.key.id)
-        self._drop_kept()
-        self.arena.privatize()
-        self._is_private = True
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows that this process maps the entry, or the time is over."""

@@ -275,13 +275,13 @@ class Lease:
         while ticket := (answer := self._call_with_token("Sleep", request)).deposit_ticket:
             try:
                 request.host_generation, info, fds = leave_copy()
+                with fds:
+                    fd_channel.deposit(self._paths.fd_socket, ticket, fds, FD_TIMEOUT_S)
             except BaseException:
                 with contextlib.suppress(CompanionError):  # it may be what failed
                     awake = messages.SleepRequest(lease_token=self._token, stays_awake=True)
                     self._call_with_token("Sleep", awake)
                 raise
-            with fds:
-                fd_channel.deposit(self._paths.fd_socket, ticket, fds, FD_TIMEOUT_S)
             request.host.CopyFrom(codec.arena_to_message(info))
         self._sleeps = True
         return str(answer.residence)

@@ -184,7 +184,13 @@ class Mirror:
             logger.info("%s The weights stay mapped here.", error)
             self._let_go()
             return
-        # Not here: this is the thread of a stream of gRPC.
+        if not self._closed.is_set():
+            title = self._held.key.short_title
+            logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
+            self.attach_again()  # in another thread: this is that of a stream of gRPC
+
+    def attach_again(self) -> None:
+        """Start to be attached again, by a thread of its own: the lease was lost, or released with its connection."""
         threading.Thread(target=self._hand_back, name="companion-hand-back", daemon=True).start()
 
     def _hand_back(self) -> None:
@@ -192,21 +198,20 @@ class Mirror:
         if self._closed.is_set():
             return
         title, pause_s, late = self._held.key.short_title, RETRY_S, time.monotonic() + SAID_AFTER_S
-        logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
         while not self._closed.is_set():
             try:
                 with self._attaching:
-                    if self.lost:  # `know_again` may have been quicker
+                    if self.lost or self._lease.released:  # `know_again` may have been quicker
                         self._attach_again()
                 return
             except (LeaseLostError, EntryNotFoundError) as error:  # unloaded or stopped, on purpose
                 logger.info("%s The weights stay mapped here.", error)
                 self._let_go()
-            except (CompanionError, OSError) as error:
+            except Exception as error:  # whatever it is: nobody else may have it
                 if time.monotonic() > late:
                     late = math.inf
                     logger.warning("%s cannot be handed back yet: %s It stays here; trying on.", title, error)
-                logger.debug("Handing back failed: %s", error)
+                logger.debug("Handing back failed", exc_info=True)
                 self._closed.wait(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MOST_S)
 
@@ -300,12 +305,16 @@ class Mirror:
         logger.info(
             "%s %s, generation %d, in %.2f s", done, held.key.short_title, held.generation, time.monotonic() - started
         )
-        self._lease, old, self._connection = lease, self._connection, connection
+        with self._mutex:
+            is_wanted = not self._closed.is_set()
+            if is_wanted:
+                self._lease, old, self._connection = lease, self._connection, connection
+            else:  # the lease of before was given away, or released, meanwhile
+                old = connection
         if old is not None:
             old.close()
-        if self._closed.is_set():
-            self.close()
-        self._watch(lease)
+        if is_wanted:
+            self._watch(lease)
 
 
 def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, client_name: str) -> Mirror:

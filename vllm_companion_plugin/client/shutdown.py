@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import time
 
 from vllm_companion_plugin.client.connection import CompanionConnection
+from vllm_companion_plugin.core.polling import readable
 from vllm_companion_plugin.errors import WaitTimeoutError
 from vllm_companion_plugin.host.locks import is_locked
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
@@ -40,6 +40,6 @@ def shut_down(connection: CompanionConnection, *, replaced: bool = False) -> int
 def _ended(paths: DevicePaths, pidfd: int) -> bool:
     """Wait a moment for a companion to end, by its lock if it runs in another container."""
     if pidfd >= 0:
-        return bool(select.select([pidfd], [], [], 0.05)[0])
+        return bool(readable([pidfd], 0.05))
     time.sleep(0.05)
     return not is_locked(paths.companion_lock)

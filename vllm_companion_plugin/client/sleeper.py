@@ -106,10 +106,10 @@ class Sleeper:
     def _tell_next(self) -> None:
         paths = device_paths(self._device, self._settings)
         while not self._closed.wait(POLL_S):
-            if not is_listening(paths):
-                continue
             with contextlib.ExitStack() as undo:
                 try:
+                    if not is_listening(paths):
+                        continue
                     connection = undo.enter_context(connect(self._device, self._settings, spawn=False))
                     lease = connection.attach(
                         self._key, may_load=False, client_name=self._client_name, asleep=self._level

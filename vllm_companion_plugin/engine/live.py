@@ -75,8 +75,8 @@ def falling_asleep(models: list[LiveModel], level: int, client_name: str) -> Ite
     try:
         for model in filter(_can_sleep, models):
             started = time.perf_counter()
+            told.append(model)  # which may have been heard, whatever it raises
             where = model.attachment.fall_asleep(level, WhenAsleep(model.settings.when_asleep))
-            told.append(model)
             logger.info(
                 "%s falls asleep at level %d, after %.3f s: its %.2f GiB %s.",
                 *(model.attachment.label, level, time.perf_counter() - started, model.attachment.size_bytes / 2**30),
@@ -162,7 +162,7 @@ def privatize(
 
     Raises:
         SharedWeightsError: the setting `on_write` refuses that. Nothing has changed.
-        ArenaError: there is not so much memory. Nothing has changed, and what is mapped is right.
+        ArenaError: as `Attachment.privatize`.
     """
     attachment = model.attachment
     size_gib = attachment.size_bytes / 2**30
@@ -172,15 +172,11 @@ def privatize(
             remedy="""Start the engine with --model-loader-extra-config '{"on_write": "privatize"}', or with """
             """'{"share": "copy"}'.""",
         )
-    free = free_bytes(attachment.device)
-    largest = max(attachment.held.arena.block_sizes)
-    if free is not None and free < largest:
-        raise ArenaError(
-            f"{attachment.label} needs {largest / 2**30:.2f} GiB for the first block of its own, and "
-            f"{free / 2**30:.2f} GiB of the device are free, so {by} cannot write to it."
-        )
     started = time.perf_counter()
-    attachment.privatize(connection)
+    try:
+        attachment.privatize(connection, free_bytes)
+    except ArenaError as error:
+        raise ArenaError(f"{by} cannot write to weights that are shared: {error.what}", remedy=error.remedy) from error
     logger.info(
         "%s writes to %s: its %.2f GiB are this engine's own since %.3f s, and shared no more.",
         *(by, attachment.label, size_gib, time.perf_counter() - started),

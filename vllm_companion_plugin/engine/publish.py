@@ -229,7 +229,7 @@ class _Publisher:
                 report=report,
                 before_rebinding=lambda: _refuse(search.result()),
             )
-            self._arena = arena  # the model views it, published or not
+            self._arena, self._manifest = arena, packed.manifest  # the model views it, published or not
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
         ways = processing.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
@@ -246,7 +246,6 @@ class _Publisher:
                 raise
             logger.info("%s It goes to the next companion.", error)
             generation = self._publication.generation
-        self._manifest = packed.manifest
         self._held = Held(
             self._decision.key, generation, arena.info, arena.fds, manifest.result(), self._publication.published
         )
@@ -310,6 +309,21 @@ class _Publisher:
         if not self._settings.fallback:
             raise reason
         current().not_shared(self._decision.key.model, self._decision.key.role, str(reason), reason.code)
+        if self.is_bound and self._arena is not None and self._manifest is not None:
+            self._keep_alone(self._arena, self._manifest)
+
+    def _keep_alone(self, arena: arenas.Arena, manifest: Manifest) -> None:
+        """The model views memory that was sealed for others: from now on it is this engine's own, which may write.
+
+        Raises `ArenaError` if there is no memory for that.
+        """
+        device, key = self._decision.device, self._decision.key
+        if not arenas.KINDS[arena.info.kind].can_remap:
+            return  # its own as it is
+        held = Held(key, self._publication.generation, arena.info, arena.fds, b"", self._publication.published)
+        attachment = Attachment(device.id, device.torch_device, self._decision.lease, held, arena, manifest)
+        attachment.privatize(None)
+        self._keep(attachment)
 
 
 def _unwatched(error: Exception) -> NotShareableError:

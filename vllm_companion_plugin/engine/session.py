@@ -105,12 +105,13 @@ class EngineSession:
 
     def models(self) -> list[LiveModel]:
         """What this process maps, published or attached, in the order in which it was loaded."""
-        return [model for model in self._models.values() if model.attachment.in_use]
+        return [model for model in list(self._models.values()) if model.attachment.in_use]
 
     def keep(self, model: LiveModel, *, published: bool = False) -> None:
         """Keep what a model is bound to, whatever becomes of the companion, until no tensor views it."""
         attachment, settings = model.attachment, model.settings
-        attachment.mirror(settings, client_name())
+        if not attachment.is_private:
+            attachment.mirror(settings, client_name())
         number = next(self._numbers)
         self._models[number] = model
         attachment.leave_to_tensors(functools.partial(self._unused.put, number))
@@ -127,7 +128,11 @@ class EngineSession:
         """End the leases of models that are gone, as in a process that runs one engine after the other."""
         while True:
             attachment = self._models.pop(self._unused.get()).attachment
-            attachment.close()
+            try:
+                attachment.close()
+            except Exception:  # those that follow are given back all the same
+                logger.exception("%s could not be given back", attachment.held.key.short_title)
+                continue
             logger.info("%s is not in use here any more, and given back.", attachment.held.key.short_title)
 
     # ---- new weights

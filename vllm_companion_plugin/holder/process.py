@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import grpc
@@ -146,7 +147,8 @@ async def serve(
         if on_ready is not None:
             on_ready.set()
         service.registry.open()
-        watches = [loop.create_task(watch) for watch in (_keep_time(service), _stay_reachable(lock, service))]
+        clocks = (partial(_keep_time, service), partial(_stay_reachable, lock, service))
+        watches = [loop.create_task(_go_on(clock)) for clock in clocks]
         await service.stop.wait()
         for watch in watches:
             watch.cancel()
@@ -197,6 +199,16 @@ def _remove(path: str) -> None:
 def _on_signal(number: int, service: CompanionService) -> None:
     logger.info("%s: ending.", signal.Signals(number).name)
     service.stop.set()
+
+
+async def _go_on(clock: Callable[[], Awaitable[None]]) -> None:
+    """Run one of the companion's clocks to its end, again and again if it fails: nobody else may have what is held."""
+    while True:
+        try:
+            return await clock()
+        except Exception:
+            logger.exception("What this companion does in time has failed; trying on.")
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
 
 async def _keep_time(service: CompanionService) -> None:

@@ -10,6 +10,7 @@ import struct
 from vllm_companion_plugin.errors import RuntimeDirError
 
 _UCRED = struct.Struct("iII")
+_TIMEVAL = struct.Struct("@ll")
 _NOBODY_YET = 0xFFFFFFFF
 
 
@@ -23,6 +24,20 @@ def credentials(sock: socket.socket) -> tuple[int, int]:
     if uid == _NOBODY_YET:
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     return pid, uid
+
+
+def connect(sock: socket.socket, path: str, timeout_s: float) -> None:
+    """Connect to whoever listens at `path`, and wait a while if its queue is full; `sock` stays a blocking one.
+
+    With `settimeout` a full queue would be an error at once, as the socket does not block then.
+
+    Raises:
+        BlockingIOError: the time is over.
+        OSError: as `socket.connect`.
+    """
+    seconds, rest = divmod(timeout_s, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), int(rest * 1e6)))
+    sock.connect(path)
 
 
 def check_listener(sock: socket.socket, path: str) -> int:

@@ -6,10 +6,8 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import site
 import socket
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +19,7 @@ from itertools import count
 from filelock import FileLock, Timeout
 
 from vllm_companion_plugin.core import logs
+from vllm_companion_plugin.core.polling import readable
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.host import peer, systemd
 from vllm_companion_plugin.host.locks import owner_text
@@ -73,11 +72,8 @@ def listener_pid(paths: DevicePaths) -> int | None:
 
 def _listener_pid(paths: DevicePaths) -> int | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        # `settimeout` would not do: a non-blocking connect to a Unix socket with a full queue fails at once.
-        seconds, rest = divmod(CONNECT_TIMEOUT_S, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(rest * 1e6)))
         try:
-            sock.connect(paths.grpc_socket)
+            peer.connect(sock, paths.grpc_socket, CONNECT_TIMEOUT_S)
             return peer.check_listener(sock, paths.grpc_socket)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
@@ -285,7 +281,7 @@ def why_not(answer: str | None) -> str:
 def _read_until_closed(fd: int, deadline: float) -> str | None:
     """Return what the child wrote until it closed its end, "" if it wrote nothing; None if the time is over."""
     data = b""
-    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    while readable([fd], max(0.0, deadline - time.monotonic())):
         chunk = os.read(fd, 4096)
         if not chunk:
             return data.decode(errors="replace")

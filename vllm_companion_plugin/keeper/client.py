@@ -54,9 +54,9 @@ def keeper_pid(paths: DevicePaths) -> int:
 def _ask(paths: DevicePaths, size_bytes: int) -> Descriptors | None:
     """Return a descriptor from the keeper; None if no keeper runs."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(ANSWER_TIMEOUT_S)
         try:
-            sock.connect(paths.keeper_socket)
+            peer.connect(sock, paths.keeper_socket, ANSWER_TIMEOUT_S)
+            sock.settimeout(ANSWER_TIMEOUT_S)
             peer.check_listener(sock, paths.keeper_socket)
             sock.send(SIZE.pack(size_bytes))
             answer, fds, _ = receive(sock, _MAX_ANSWER_BYTES, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import time
 from types import FrameType
 
+from vllm_companion_plugin.core.polling import readable
 from vllm_companion_plugin.errors import CompanionUnavailableError, from_code
 from vllm_companion_plugin.host.spawn import child_environment
 from vllm_companion_plugin.settings import Settings
@@ -62,7 +62,7 @@ class Signals:
             Stopped: a signal asked this process to end, now or before.
         """
         if not self._stopped:
-            select.select([self._receive.fileno(), *fds], [], [], timeout_s)
+            readable([self._receive.fileno(), *fds], timeout_s)
             with contextlib.suppress(BlockingIOError):
                 self._receive.recv(4096)
         if self._stopped:
@@ -102,7 +102,7 @@ class Child:
                 if left <= 0:
                     raise CompanionUnavailableError(f"The companion of {self.device} did not start in {timeout_s:g} s.")
                 signals.wait(self._ready_fd, timeout_s=left)
-                if not select.select([self._ready_fd], [], [], 0)[0]:
+                if not readable([self._ready_fd], 0):
                     continue
                 chunk = os.read(self._ready_fd, 4096)
                 text += chunk

@@ -108,10 +108,17 @@ class Ward:
             raise
         if self._connection is not None:
             self._connection.close()
+            self._attach_again()
         self.pid, self._connection, self.error, self.ended = first.pid, connection, None, False
         arguments = (connection, itertools.chain([first], statuses), signals)
         self._thread = threading.Thread(target=self._follow, args=arguments, name="companion-ward", daemon=True)
         self._thread.start()
+
+    def _attach_again(self) -> None:
+        """Have holds whose leases went with the connection known again: nobody has noticed a companion's death."""
+        for holder in self._holders.values():
+            if holder.lease.released and not holder.lost:
+                holder.attach_again()
 
     def _follow(self, connection: CompanionConnection, statuses: Iterator[CompanionStatus], signals: Signals) -> None:
         try:

@@ -104,12 +104,7 @@ class _Exchange:
         self._deadline = time.monotonic() + timeout_s
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            # Not `settimeout`: without blocking, a Unix socket to which many connect at once fails right away.
-            seconds, rest = divmod(timeout_s, 1)
-            self._sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(rest * 1e6))
-            )
-            self._sock.connect(path)
+            peer.connect(self._sock, path, timeout_s)
             peer.check_listener(self._sock, path)
         except OSError as error:
             self._sock.close()

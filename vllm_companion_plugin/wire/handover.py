@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from vllm_companion_plugin.core.polling import readable
 from vllm_companion_plugin.errors import BadRequestError, UpdateError, WaitTimeoutError
 from vllm_companion_plugin.memory.descriptors import Descriptors, receive
 
@@ -106,7 +106,7 @@ class Channel:
         while not (ready := self._readable(late)):
             if late is not None and time.monotonic() >= late:
                 raise WaitTimeoutError(f"Waited {timeout_s:g} s for {self._who}, which has said nothing.")
-        if self._sock not in ready:
+        if self._sock.fileno() not in ready:
             raise self._gone()
         try:
             packet, fds, _ = receive(self._sock, PACKET_BYTES, MOST_FDS)
@@ -123,9 +123,9 @@ class Channel:
             raise BadRequestError(f"A packet of {self._who} is no message: {error}.") from error
         return message, fds
 
-    def _readable(self, late: float | None) -> list[Any]:
+    def _readable(self, late: float | None) -> set[int]:
         left_s = None if late is None else max(0.0, late - time.monotonic())
-        return select.select([self._sock, *self._process], [], [], left_s)[0]
+        return readable([self._sock.fileno(), *self._process], left_s)
 
     def _gone(self) -> UpdateError:
         return UpdateError(f"{self._who} has ended.")

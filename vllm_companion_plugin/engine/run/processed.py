@@ -44,6 +44,8 @@ _FLAGS = {
 }
 _SMALL = ("--gpu-memory-utilization", "0.01", "--max-num-seqs", "1", "--enforce-eager", "--skip-tokenizer-init")
 """No limit is in a key. What this process takes beside the weights, it takes from engines."""
+MOST_SAID = 10_000
+"""Characters of an error that a trainer is told: six bytes each, at worst, in a packet."""
 _OF_VLLM = "env."
 """Fields of a key that begin so are variables of vLLM's environment."""
 
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say_error(channel: Channel, error: CompanionError, *, ends: bool = True) -> None:
     with contextlib.suppress(UpdateError):  # the trainer has gone, and nobody asks
-        channel.send({"error": error.code, "text": str(error)[:60_000], "ends": ends})
+        channel.send({"error": error.code, "text": str(error)[:MOST_SAID], "ends": ends})
 
 
 def _serve(channel: Channel) -> None:

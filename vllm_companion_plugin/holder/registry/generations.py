@@ -27,7 +27,10 @@ class Generations:
 
     def roll_back(self, key_id: str, generation: int) -> None:
         """This generation was current in the companion before, though it was not the latest one; 0: it is no more."""
-        self._rolled_back[key_id] = generation
+        if generation:
+            self._rolled_back[key_id] = generation
+        else:
+            self._rolled_back.pop(key_id, None)
 
     def rolled_back_to(self, key_id: str) -> int:
         """As `roll_back` said; 0: the latest one was current."""

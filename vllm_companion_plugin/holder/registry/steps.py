@@ -1,7 +1,7 @@
 """The steps that entries and leases take, one at a time, as `table.py` allows them. Nothing here decides anything.
 
 The registry owns file descriptors as numbers. They enter it by a deposit, go from the lease to its entry by a commit,
-and leave it in `Steps.release` and `release_device` alone, each one once.
+and leave it in `Steps.release`, `release_host` and `release_device` alone, each one once.
 """
 
 from __future__ import annotations
@@ -127,6 +127,12 @@ class Steps:
         """Have all descriptors of one generation closed."""
         fds, generation.fds, generation.host_fds = (*generation.fds, *generation.host_fds), (), ()
         generation.host = None
+        if fds:
+            self._close_fds(fds)
+
+    def release_host(self, generation: Generation) -> None:
+        """Have the descriptors of its copy in host memory closed, if there is one; its memory on the device stays."""
+        fds, generation.host_fds, generation.host = generation.host_fds, (), None
         if fds:
             self._close_fds(fds)
 

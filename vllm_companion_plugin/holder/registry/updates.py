@@ -141,6 +141,14 @@ class Updates:
         self.prune(lease.entry)
         self._on_change()
 
+    def told(self, lease: Lease) -> None:
+        """The client is told of the current generation just now, which another may have become meanwhile."""
+        current = lease.entry.current.number
+        if not lease.holds and lease.maps != current:
+            lease.maps = current
+            self.prune(lease.entry)
+            self._on_change()
+
     def make_current(self, entry: Entry, number: int) -> None:
         """What clients get from now on is this generation, older or newer. Raises `EntryNotFoundError`."""
         wanted = self.find(entry, number)
@@ -174,7 +182,8 @@ class Updates:
         self._steps.release_generation(generation)
 
     def _tell_current(self, entry: Entry, before: Generation) -> None:
-        """Tell observers, and those who map the entry."""
+        """Tell observers, and those who map the entry. Only what is current has a copy in host memory."""
+        self._steps.release_host(before)
         current = entry.current
         is_latest = current.number == self._numbers.latest(entry.key.id)
         self._steps.emit(CurrentChanged(entry, current, before.number, is_latest))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.errors import CompanionError
+from vllm_companion_plugin.errors import CompanionError, RuntimeDirError
 from vllm_companion_plugin.holder.registry import limits
 from vllm_companion_plugin.holder.registry.entries import Entry
 from vllm_companion_plugin.holder.registry.moves import (
@@ -77,14 +77,14 @@ class Journal:
             for number in {entry.current.number, *entry.noted, *(lease.maps for lease in entry.leases)}:
                 self._dismiss(entry.key, number)
             self._roll_back(entry.key, 0)
-        except OSError as error:
+        except (OSError, RuntimeDirError) as error:
             logger.warning("Those who map %s may hand it back: %s", entry.key.title, error)
 
     def _note_current(self, move: CurrentChanged) -> None:
         key = move.entry.key
         try:
             self._roll_back(key, 0 if move.is_latest else move.generation.number)
-        except OSError as error:
+        except (OSError, RuntimeDirError) as error:
             logger.warning("The next companion may take another generation of %s: %s", key.title, error)
 
 

@@ -46,6 +46,7 @@ from vllm_companion_plugin.holder.registry.entries import (
     RetiredEvent,
     WaitingEvent,
 )
+from vllm_companion_plugin.holder.registry.moves import Move, Observer
 from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.service.descriptors import check_descriptors, close_aside, memory_is_lost
@@ -102,7 +103,7 @@ class CompanionService:
             max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
             on_event=self._on_event,
             on_change=self._on_change,
-            observers=(self._counting.observe, Journal(dismiss, roll_back).observe),
+            observers=(_harmless(self._counting.observe), _harmless(Journal(dismiss, roll_back).observe)),
         )
         self.tickets = Tickets()
         self._started_unix_s = time.time()
@@ -250,6 +251,7 @@ class CompanionService:
             if granted.HasField("parked"):
                 await self._send_manifest(lease, granted.parked, context)
         elif isinstance(event, ReadyEvent):
+            self.registry.updates.told(lease)
             ready = self._ready(lease, known_manifest)
             await context.write(messages.AttachEvent(ready=ready))
             await self._send_manifest(lease, ready, context)
@@ -512,6 +514,18 @@ class CompanionService:
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
         self.registry.close()
+
+
+def _harmless(observe: Observer) -> Observer:
+    """`observe`, whose errors are logged: the registry calls it in the midst of a transition."""
+
+    def harmless(move: Move) -> None:
+        try:
+            observe(move)
+        except Exception:
+            logger.exception("%s was not noted", type(move).__name__)
+
+    return harmless
 
 
 def _query(message: Any) -> Query:
