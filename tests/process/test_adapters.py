@@ -6,7 +6,8 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ from tests.support.lora import tiny_peft
 from tests.support.place import Place, alive, open_fds, until
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.adapter_leases import AdapterLeases
-from vllm_companion_plugin.client.connection import CompanionConnection, connect
+from vllm_companion_plugin.client.connection import CompanionConnection, Lease, connect
+from vllm_companion_plugin.client.mirror import Mirror
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.engine.adapters import FrontEnd
 from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
 from vllm_companion_plugin.errors import (
+    ArenaError,
     BadRequestError,
     CompanionUnavailableError,
     EntryNotFoundError,
     IntegrityError,
     StaleError,
+    WaitTimeoutError,
 )
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.host.spawn import is_listening
 
 NAME = "team/my-adapter"
 A_NAME = "base_model.model.layer.lora_A.weight"
@@ -50,6 +56,13 @@ def client(place: Place) -> Iterator[CompanionClient]:
     place.companion()
     with made_client(place) as made:
         yield made
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def act(*_: object, **__: object) -> Any:
+        raise error
+
+    return act
 
 
 class made_client:
@@ -209,6 +222,55 @@ class TestQuestions:
         ]
         with connect("cpu", place.settings, spawn=False) as connection:
             assert [series for series in connection.metrics()[1] if series.name == "failures" and series.value] == []
+
+
+class TestSilence:
+    """Companions and answers that do not come."""
+
+    def test_of_another_companion(self, client: CompanionClient, place: Place) -> None:
+        """Requests of adapters that others have wait for it once, and not long."""
+        gpu = "GPU-00000000-0000-0000-0000-000000000000"
+        silent = place.run("-m", "vllm_companion_plugin.holder", "--device", gpu)
+        until(lambda: is_listening(device_paths(gpu, place.settings)), 20, "it listens")
+        client.publish_adapter(NAME, small(1), config())
+        leases = AdapterLeases(place.settings, "front end")
+        try:
+            assert bound_now(leases).generation == 1
+            silent.send_signal(signal.SIGSTOP)
+            began = time.monotonic()
+            assert [bound_now(leases).generation for _ in range(5)] == [1] * 5
+            assert time.monotonic() - began < 8  # five times ten seconds, if each one waited
+            with pytest.raises(CompanionUnavailableError, match=f"{gpu} is silent"):
+                leases.lease(Asked("unknown"))
+        finally:
+            silent.send_signal(signal.SIGCONT)
+            leases.close()
+
+    def test_of_who_may_write(self, client: CompanionClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It may have been heard, so it is taken back."""
+        client.publish_adapter(NAME, small(1), config())
+        inner = Lease.stage
+
+        def stage(self: Lease, base: int = 0) -> int:
+            inner(self, base)
+            raise WaitTimeoutError("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Lease, "stage", stage)
+            with pytest.raises(WaitTimeoutError):
+                client.publish_adapter(NAME, small(2), config())
+        assert client.publish_adapter(NAME, small(3), config()) == 2
+
+    def test_after_the_commit(
+        self, client: CompanionClient, leases: AdapterLeases, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Engines have it by then, so it is no failure."""
+        client.publish_adapter(NAME, small(1), config())
+        with monkeypatch.context() as patch:
+            patch.setattr(Lease, "advanced", raising(WaitTimeoutError("no answer")))
+            patch.setattr(Mirror, "hold_instead", raising(ArenaError("no descriptors")))
+            assert client.publish_adapter(NAME, small(2), config()) == 2
+        assert fetched(leases, bound_now(leases))[A_NAME].unique().tolist() == [2.0]
 
 
 class TestDeaths:

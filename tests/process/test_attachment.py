@@ -28,11 +28,14 @@ from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
     LayoutError,
+    TicketError,
     WaitTimeoutError,
 )
 from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.memory.arena import Arena
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds import KINDS
+from vllm_companion_plugin.wire import fd_channel
 
 AUTO, STAY, PARK, DROP = WhenAsleep
 READY, PARKED, DROPPED = EntryState.READY, EntryState.PARKED, EntryState.DROPPED
@@ -328,6 +331,95 @@ class TestCompanionDies:
         assert alone.sleep(one, 1) == "host"
         assert alone.wake(one) == "host"
         assert content(one) == expected
+
+
+class TestAnswers:
+    """That are lost, or refusals: nobody is left in a state that it cannot leave."""
+
+    def test_of_a_sleep(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The companion takes the client for asleep, and is told better: at once, or the next time that it sleeps."""
+        one, inner = sleeping.attach(), Lease.fall_asleep
+        expected = content(one)
+
+        def fall_asleep(self: Lease, *arguments: Any) -> str:
+            inner(self, *arguments)
+            raise WaitTimeoutError("no answer")
+
+        for told_at_once in (True, False):
+            with monkeypatch.context() as patch:
+                patch.setattr(Lease, "fall_asleep", fall_asleep)
+                with pytest.raises(WaitTimeoutError):
+                    one.fall_asleep(2, AUTO)
+            assert states(sleeping) == (DROPPED, [LeaseState.ASLEEP])
+            if told_at_once:
+                one.stay_awake()
+                assert states(sleeping) == (READY, [LeaseState.ATTACHED])
+            assert sleeping.sleep(one, 1) == "host"
+            assert states(sleeping) == (PARKED, [LeaseState.ASLEEP])
+            assert sleeping.wake(one) == "host"
+            assert content(one) == expected
+
+    def test_of_a_deposit(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The client is not taken for one that leaves a copy, who could not write."""
+        one = sleeping.attach()
+        with monkeypatch.context() as patch:
+            patch.setattr(fd_channel, "deposit", raising(TicketError("refused")))
+            with pytest.raises(TicketError):
+                one.fall_asleep(1, AUTO)
+        assert states(sleeping) == (READY, [LeaseState.ATTACHED])
+        one.lease.stage()
+        one.lease.abort_staged()
+
+    def test_without_a_mirror(self, sleeping: Sleeping) -> None:
+        """What is not handed back sleeps like the others: the companion is told."""
+        lease = sleeping.connection().attach(sleeping.key, may_load=True, client_name="test")
+        granted = lease.wait(5)
+        assert isinstance(granted, Granted)
+        one = sleeping.load(lease, granted)
+        sleeping.attachments.append(one)
+        assert sleeping.sleep(one, 1) == "host"
+        assert states(sleeping) == (PARKED, [LeaseState.ASLEEP])
+        assert sleeping.wake(one) == "host"
+
+
+class TestNoRoom:
+    """There is no memory of one's own: whoever wanted to write stays what it was."""
+
+    @pytest.mark.parametrize("others", [0, 1])
+    def test_known_before(self, sleeping: Sleeping, others: int) -> None:
+        """As much is asked for as will be needed: all, if others keep what is shared; else one block at a time."""
+        one = sleeping.attach()
+        for _ in range(others):
+            sleeping.attach()
+        needed = sum(one.held.arena.block_sizes) if others else max(one.held.arena.block_sizes)
+        with pytest.raises(ArenaError, match="others use the entry" if others else "first block of its own"):
+            one.privatize(sleeping.connection(), lambda _: needed - 1)
+        assert states(sleeping) == (READY, [LeaseState.ATTACHED] * (1 + others))
+        one.privatize(sleeping.connection(), lambda _: needed)
+        assert one.is_private
+
+    def test_in_the_middle(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While others use the entry, the companion knows of this one until all blocks are its own."""
+        one, _ = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "privatize", raising(ArenaError("no memory")))
+            with pytest.raises(ArenaError, match="no memory"):
+                one.privatize(sleeping.connection())
+        assert not one.is_private
+        assert states(sleeping) == (READY, [LeaseState.ATTACHED] * 2)
+        assert sleeping.sleep(one, 1) == "device"
+        assert sleeping.wake(one) == "device"
+        one.privatize(sleeping.connection())
+        assert content(one) == expected
+
+
+def test_what_is_mapped_already_is_not_proved_again(sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparing it takes no reading of all its bytes; another generation's is read."""
+    one = sleeping.attach()
+    with monkeypatch.context() as patch:
+        patch.setattr(client_attachment, "Verification", raising(AssertionError("read")))
+        one.prepare(0, sleeping.settings).close()
 
 
 class Late:

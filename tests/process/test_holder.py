@@ -21,6 +21,7 @@ import pytest
 
 from tests.support.place import KEY, Place, alive, arena_of, open_fds, until
 from tests.support.publishing import Small, load
+from vllm_companion_plugin.client import mirror
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
@@ -127,6 +128,35 @@ def test_a_killed_companion_is_replaced_and_its_entry_comes_back_as_it_was(engin
     fourth = engines.start()
     assert fourth is not None
     assert (fourth.generation, fourth.manifest) == (1, b"manifest")
+
+
+def test_whatever_fails_it_is_handed_back(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This may be the last copy: an error that nobody thought of ends no attempt."""
+    engines.start()
+    inner, failed = mirror.connect, threading.Event()
+
+    def connect_later(*arguments: Any, **named: Any) -> CompanionConnection:
+        if not failed.is_set():
+            failed.set()
+            raise ValueError("filedescriptor out of range in select()")
+        return inner(*arguments, **named)
+
+    monkeypatch.setattr(mirror, "connect", connect_later)
+    engines.kill_companion()
+    until(lambda: engines.all_attached(1), 10, "it is attached again")
+    assert failed.is_set()
+
+
+def test_a_hold_whose_connection_was_closed_is_known_again(engines: Engines) -> None:
+    """Its lease was released, and not lost: nothing else would tell."""
+    engines.start()
+    (holder,) = engines.holders
+    (connection,) = [undo.__self__ for undo in engines._undo if isinstance(undo.__self__, CompanionConnection)]  # type: ignore[attr-defined]
+    connection.close()
+    until(lambda: engines.all_attached(0), 5, "the companion knows of none")
+    assert not holder.lost
+    holder.attach_again()
+    until(lambda: engines.all_attached(1), 10, "it is attached again")
 
 
 def test_who_comes_in_between_waits_instead_of_loading_again(engines: Engines) -> None:

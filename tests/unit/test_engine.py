@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from contextlib import ExitStack
@@ -36,13 +37,14 @@ from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.publish import _Publisher
 from vllm_companion_plugin.engine.run import processed
 from vllm_companion_plugin.engine.vllm import budget, building, devices, flags, processing, sharing, sources
-from vllm_companion_plugin.errors import ManifestError, NotShareableError
+from vllm_companion_plugin.errors import ManifestError, NotShareableError, UpdateError
 from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.host.runtime_dir import device_paths, ensure_private_directory
 from vllm_companion_plugin.memory.tensors.views import dtype_of
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.pack import prepare
+from vllm_companion_plugin.wire.handover import Channel
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
 pytestmark = pytest.mark.core
@@ -342,6 +344,17 @@ class TestHeadless:
     def test_has_the_flags_that_follow_from_the_key(self, tmp_path: Path) -> None:
         args = flags.parse("update", [str(tmp_path), *processed._flags_of(self.KEY), *processed._SMALL])
         assert (args.dtype, args.quantization, args.kv_cache_dtype) == ("bfloat16", "fp8", "auto")
+
+    def test_tells_of_any_error(self) -> None:
+        """However long it is, and whatever it is written in: else the trainer would hear of none."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        there, here = Channel(ours, "the child"), Channel(theirs, "the trainer")
+        processed._say_error(there, UpdateError("\u6a21" * 50_000))
+        message, _ = here.receive(5)
+        assert message["error"] == UpdateError.code
+        assert message["text"].startswith("\u6a21" * 5000)
+        here.close()
+        there.close()
 
     def test_loads_no_other_entry(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The error says how that would be loaded differently."""

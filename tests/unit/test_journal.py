@@ -10,6 +10,7 @@ import pytest
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, hold, key
 from tests.unit.test_updates import write
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.errors import RuntimeDirError
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.service.journal import Journal
@@ -34,7 +35,7 @@ class Notes:
         self.left: list[tuple[str, int]] = []
         self.rolled_back: list[tuple[str, int]] = []
         self.world = World(linger_s=10)
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def dismiss(self, noted: EntryKey, generation: int) -> None:
         if self.error is not None:
@@ -104,9 +105,12 @@ class TestNotes:
         notes.world.registry.close()
         assert sorted(notes.write()) == [("k1", 1), ("k1", 2)]
 
-    def test_that_cannot_be_left_are_logged(self, notes: Notes, log: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("error", [OSError, RuntimeDirError])
+    def test_that_cannot_be_left_are_logged(
+        self, notes: Notes, log: pytest.LogCaptureFixture, error: type[Exception]
+    ) -> None:
         """The entry is dropped all the same."""
-        notes.error = OSError("Read-only file system")
+        notes.error = error("Read-only file system")
         notes.world.publish(key())
         notes.world.registry.unload(Query(), force=True)
         notes.write()

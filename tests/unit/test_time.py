@@ -34,6 +34,21 @@ def test_how_long_a_load_took_is_right_though_the_clock_was_set_back() -> None:
     assert registry.lifetime.idle_since == 57.0
 
 
+def test_what_fails_in_time_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the companion would hold what it has for ever, without a word."""
+    monkeypatch.setattr(process, "CHECK_INTERVAL_S", 0.01)
+    tries = 0
+
+    async def clock() -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError("Stale file handle")
+
+    asyncio.run(asyncio.wait_for(process._go_on(clock), 5))
+    assert tries == 3
+
+
 def test_a_companion_lingers_as_long_as_it_should_while_the_clock_jumps_by_days(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

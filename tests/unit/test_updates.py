@@ -32,6 +32,7 @@ from vllm_companion_plugin.holder.registry.entries import (
     ReadyEvent,
     RetiredEvent,
 )
+from vllm_companion_plugin.holder.registry.generations import Generations
 from vllm_companion_plugin.holder.registry.moves import CurrentChanged
 from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState
@@ -78,6 +79,39 @@ def engine(world: World) -> Lease:
 @pytest.fixture
 def trainer(world: World, engine: Lease) -> Lease:
     return world.attach(KEY, may_load=False, pid=2)
+
+
+def test_who_is_told_late_maps_what_is_current_then(world: World, engine: Lease) -> None:
+    """And what it would have mapped before goes, if nobody maps it."""
+    late = world.attach(KEY, may_load=False, pid=3)
+    assert kinds(late) == [ReadyEvent]
+    write(world, engine)
+    write(world, engine)
+    world.registry.updates.advance(engine, 3)
+    assert held(late.entry) == [1, 2, 3]
+    world.registry.updates.told(late)
+    assert (late.maps, held(late.entry)) == (3, [2, 3])
+
+
+def test_only_what_is_current_has_a_copy_in_host_memory(world: World, engine: Lease) -> None:
+    """Copies of what was current before would be shown by nobody."""
+    fall_asleep(world, engine)
+    woken = wake(world)
+    world.registry.deposit(woken, (17, 18))
+    world.registry.commit(woken, ARENA, MANIFEST, SHOWN, 1)
+    assert woken.entry.current.host == HOST
+    write(world, woken)
+    assert [each.host for each in (woken.entry.current, *woken.entry.others)] == [None, None]
+    assert HOST_FD in world.closed
+
+
+def test_what_was_rolled_back_to_is_forgotten() -> None:
+    """Each key that was ever committed would stay known."""
+    numbers = Generations()
+    for number in range(50):
+        numbers.roll_back(f"k{number}", 3)
+        numbers.roll_back(f"k{number}", 0)
+    assert not numbers._rolled_back
 
 
 class TestWriter:
