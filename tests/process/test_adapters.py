@@ -123,8 +123,10 @@ class TestPublish:
             client.register_adapter(NAME, str(path))
             got = fetched(leases, bound_now(leases))
             assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
-        with pytest.raises(BadRequestError, match="no directory of an adapter"):
-            client.register_adapter(NAME, str(tmp_path))
+        for damaged in (b"", b"no pickle", (path / "adapter_model.bin").read_bytes()[:500], None):
+            (path / "adapter_model.bin").write_bytes(damaged) if damaged is not None else path.rename(tmp_path / "gone")
+            with pytest.raises(BadRequestError, match="no directory of an adapter"):
+                client.register_adapter(NAME, str(path))
 
     def test_generations(self, client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
         """Each is the current one, also of another rank and by another client; the one before it stays."""

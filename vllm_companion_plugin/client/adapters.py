@@ -30,6 +30,7 @@ from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.core.status import EntryStatus, Published
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds.memfd import SharedWriter, new_memfd
@@ -49,6 +50,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 """Types that an adapter's tensors can have, by the names of the file's format."""
+_SHOWN = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -214,7 +216,7 @@ def file_of(
     tensors = sorted(adapter.tensors.items(), key=lambda pair: (-types[pair[0]].itemsize, str(pair[1].dtype), pair[0]))
     if unknown := [f"{name} of {types[name]}" for name, _ in tensors if types[name] not in _NAMES]:
         raise BadRequestError(
-            f"An adapter cannot have {', '.join(unknown[:4])}.", remedy=f"Publish it as one of {', '.join(DTYPES)}."
+            f"An adapter cannot have {several(unknown, _SHOWN)}.", remedy=f"Publish it as one of {', '.join(DTYPES)}."
         )
     sizes = {name: tensor.numel() * types[name].itemsize for name, tensor in tensors}
     header = header_of(
@@ -258,9 +260,8 @@ def _cast(flat: Sequence[torch.Tensor], target: torch.Tensor) -> None:
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wrong:
-        shown, dtype = ", ".join(wrong[:4]), next(iter(tensors.values())).dtype
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise BadRequestError(f"NaN or infinity in {shown}{more}, in {dtype}.")
+        dtype = next(iter(tensors.values())).dtype
+        raise BadRequestError(f"NaN or infinity in {several(wrong, _SHOWN)}, in {dtype}.")
 
 
 def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -272,7 +273,7 @@ def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if file.exists() or not pickled.exists():
             return _read_tensors(file), config
         return torch.load(pickled, map_location="cpu", weights_only=True), config
-    except (OSError, ValueError, pickle.UnpicklingError, RuntimeError) as error:
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
         raise BadRequestError(f"{path} is no directory of an adapter that PEFT has saved: {error}") from error
 
 

@@ -141,7 +141,7 @@ class Attachment:
         """
         manifest = _checked_manifest(ready, device_id, stage)
         arena = arenas.open_arena(ready.arena, ready.redeem(), device.index)
-        held = Held(ready.key, ready.generation, arena.info, arena.fds, ready.manifest, ready.published)
+        held = Held.of(ready, arena.fds)
         return cls(device_id, device, lease, held, arena, manifest)
 
     @classmethod
@@ -489,7 +489,7 @@ class Attachment:
         fds = ready.redeem()
         if ready is not current:
             lease.advanced(ready.generation)
-        return Held(*(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)), fds
+        return Held.of(ready, fds), fds
 
     def _wake_private(self) -> str:
         self.arena.map_private()
@@ -583,7 +583,7 @@ class Attachment:
         except BaseException:
             fds.close()
             raise
-        return Prepared(Held(*(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)), fds)
+        return Prepared(Held.of(ready, fds), fds)
 
     def check_can_advance(self) -> None:
         """Raise `ArenaError` if this sleeps, or has memory of its own."""

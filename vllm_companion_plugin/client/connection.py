@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,7 @@ class CompanionConnection:
         self._channel = open_channel(paths.grpc_socket)
         self._stub = Stub(self._channel)
         self._leases: list[Lease] = []
+        self._mutex = threading.Lock()  # of the leases
 
     @property
     def device(self) -> str:
@@ -269,7 +271,8 @@ class CompanionConnection:
         name = key.model if key is not None else model or key_id or "the only entry"
         label = f"{name} on {self.device}"
         lease = Lease(self._stub, self._paths, request, label, known_manifest=known_manifest)
-        self._leases = [other for other in self._leases if not other.released] + [lease]
+        with self._mutex:
+            self._leases = [other for other in self._leases if not other.released] + [lease]
         return lease
 
     def unload(
@@ -331,9 +334,10 @@ class CompanionConnection:
 
     def close(self) -> None:
         """Release all leases and close the channel. Idempotent."""
-        for lease in self._leases:
+        with self._mutex:
+            leases, self._leases = self._leases, []
+        for lease in leases:
             lease.release()
-        self._leases = []
         self._channel.close()
 
     def __enter__(self) -> CompanionConnection:

@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm_companion_plugin.core.module_tree import TensorInfo
 from vllm_companion_plugin.core.placements import Source
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import BadRequestError
 
 Weights = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -55,8 +56,7 @@ def refuse(problems: Iterable[str], label: str) -> None:
     """Raise `BadRequestError` with those that are not empty, if there are any."""
     found = [text for text in problems if text]
     if found:
-        rest = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise BadRequestError(f"{label} cannot take {'; '.join(found[:_SHOWN])}{rest}.")
+        raise BadRequestError(f"{label} cannot take {several(found, _SHOWN, '; ')}.")
 
 
 def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source], *, check_finite: bool) -> str:

@@ -1,4 +1,4 @@
-"""Who maps an entry can hand it back: a companion that dies takes nothing with it.
+"""Every process that maps an entry can hand it to the next companion: one that dies takes nothing with it.
 
 Every process that keeps an entry's descriptors has all that a companion needs to know about it. The
 first to notice that the companion has died starts another one, and hands the entry back under its old
@@ -55,6 +55,11 @@ class Held:
     fds: Sequence[int]
     manifest: bytes
     published: Published
+
+    @classmethod
+    def of(cls, ready: Ready, fds: Sequence[int]) -> Held:
+        """What is ready, with its descriptors."""
+        return cls(ready.key, ready.generation, ready.arena, fds, ready.manifest, ready.published)
 
 
 class Mirror:
@@ -329,7 +334,7 @@ def hold(connection: CompanionConnection, key: EntryKey, settings: Settings, cli
         if not isinstance(outcome, Ready):
             raise LeaseLostError(f"{key.title} was unloaded meanwhile.")
         with outcome.redeem() as fds:
-            held = Held(outcome.key, outcome.generation, outcome.arena, fds, outcome.manifest, outcome.published)
+            held = Held.of(outcome, fds)
             return Mirror(connection.device, settings, held, lease, client_name, passive=True)
     except BaseException:
         lease.release()

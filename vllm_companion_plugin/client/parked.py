@@ -64,4 +64,4 @@ def bring_back(
         arena.close()
         raise
     logger.debug("%s was brought back in %.3f s", label, time.perf_counter() - started)
-    return Held(entry.key, entry.generation, entry.arena, arena.fds, entry.manifest, entry.published), arena
+    return Held.of(entry, arena.fds), arena

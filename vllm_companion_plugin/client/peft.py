@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import BadRequestError
 
 T = TypeVar("T")
@@ -104,9 +105,8 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
     if any(_is_fused(name) and rank != max(ranks.values()) for name, rank in ranks.items()):
         problems.append("experts of one tensor have another rank than other modules")
     if problems:
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise BadRequestError(
-            f"The adapter cannot be served by vLLM as LoRA: {'; '.join(problems[:_SHOWN])}{rest}.",
+            f"The adapter cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
             remedy="Train it without, or convert it to plain LoRA with PEFT.",
         )
     tensors |= _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)

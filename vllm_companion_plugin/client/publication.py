@@ -75,7 +75,7 @@ class Publication:
         Args:
             fds: one descriptor for each block, in order; borrowed, the companion gets duplicates.
             ways: modules by the way in which engines restore them, for the status.
-            layout: `layout_digest` of both; without it nothing can take this publication's place later.
+            layout: `layout_digest` of both, to be shown.
             version: the user's name for it; empty: it is what the checkpoint has.
 
         Raises:

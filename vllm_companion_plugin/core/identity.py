@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_companion_plugin.core.text import short_name
+from vllm_companion_plugin.core.text import several, short_name
 
 _MAX_DIFFERENCES = 8
 
@@ -129,8 +129,7 @@ class EntryKey:
         """Say in one line how the most similar of `published` differs."""
         nearest = min(published, key=lambda key: len(self.differences(key)))
         lines = self.differences(nearest) or [f"its key is {nearest.id[:12]}"]
-        rest = len(lines) - _MAX_DIFFERENCES
-        return "; ".join(lines[:_MAX_DIFFERENCES] + ([f"and {rest} more"] if rest > 0 else []))
+        return several(lines, _MAX_DIFFERENCES, "; ")
 
 
 def _named(key: EntryKey, names: Sequence[str]) -> dict[str, str]:

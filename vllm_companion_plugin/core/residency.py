@@ -37,7 +37,8 @@ def residence(wish: WhenAsleep, levels: Iterable[int], *, is_owned: bool) -> Res
     Args:
         wish: of the client that fell asleep last.
         levels: at which the clients sleep, all of them.
-        is_owned: a `serve` keeps the entry for clients to come. It never goes for good then.
+        is_owned: a `serve` keeps the entry for clients to come, or it was written, so that no checkpoint has it. It
+            never goes for good then.
     """
     if wish is WhenAsleep.AUTO:
         chosen = (Residence.DEVICE, Residence.HOST, Residence.NOWHERE)[min(levels)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 CUT = ".."
 """Stands for the middle of a text that was cut. Every terminal can show it."""
@@ -29,6 +30,12 @@ def sendable(text: str) -> str:
 def encodable(text: str, encoding: str) -> str:
     """Make `text` printable, and escape what a stream of that encoding cannot carry."""
     return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def several(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Join `texts`, and say how many more there are than the `most` that are shown."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return separator.join([*texts[:most], *more])
 
 
 def columns_of(text: str) -> int:

@@ -89,7 +89,7 @@ class InstanceLock:
 
 
 def _locked_soon(fd: int) -> bool:
-    """Take the lock for ourselves. Who only looks whether it is taken (`doctor`) shares it for an instant."""
+    """Take the lock. Several tries, as `doctor`, which looks whether it is taken, holds it for an instant."""
     for _ in range(LOOKS):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 
+from vllm_companion_plugin.core.text import printable
+
 _HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -23,8 +25,4 @@ def model_name(model: str) -> str:
         name = os.path.realpath(path) if model and os.path.exists(path) else model
     with contextlib.suppress(UnicodeEncodeError):  # such text names no file
         name = os.fsencode(name).decode("utf-8", "surrogateescape")
-    return name if name.isprintable() else "".join(map(_escaped, name))
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    return printable(name)

@@ -8,7 +8,7 @@ import sys
 class Closing:
     """Closes itself when nothing refers to it any more, and not while the interpreter ends.
 
-    Every tensor that views an arena refers to it, or to the writer that it came from (`module_tree.views`), so nothing
+    Every tensor that views an arena refers to it, or to the writer that it came from (`tensors.views`), so nothing
     is unmapped under one.
     """
 

@@ -19,6 +19,7 @@ from transformers import modeling_utils
 
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.core.placements import Placed, Source, View
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import NotShareableError, SettingsError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
 from vllm_companion_plugin.training.names import Part, parts_of
@@ -230,9 +231,9 @@ def refuse(problems: Mapping[str, str], blueprint: Blueprint, label: str, remedy
     if not problems:
         return
     state = blueprint.state
-    shown = [f"{name} ({state[name].nbytes} bytes) {why}" for name, why in list(problems.items())[:_SHOWN]]
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise NotShareableError(f"{label} has no view of {len(problems)} tensors: {'; '.join(shown)}{more}.", remedy=remedy)
+    shown = [f"{name} ({state[name].nbytes} bytes) {why}" for name, why in problems.items()]
+    what = several(shown, _SHOWN, "; ")
+    raise NotShareableError(f"{label} has no view of {len(problems)} tensors: {what}.", remedy=remedy)
 
 
 def bind(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import NotSharedError
 from vllm_companion_plugin.training.frozen import FrozenParameter
 
@@ -58,9 +59,8 @@ class Places:
         with torch._C.DisableTorchFunctionSubclass():
             left = [place.name for place in self._places if not _is_there(place, self._model())]
         if left:
-            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
             raise NotSharedError(
-                f"{', '.join(left[:_SHOWN])}{more} left the memory of {self._label}: another dtype or device, a "
+                f"{several(left, _SHOWN)} left the memory of {self._label}: another dtype or device, a "
                 "wrapper or assigned weights have replaced what engines use.",
                 remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters.",
             )

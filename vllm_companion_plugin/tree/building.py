@@ -6,7 +6,7 @@ device: its values are this engine's own, and may follow from this engine's flag
 becomes real when a constructor writes to it by hand; a parameter's does not, but random numbers for it are drawn as in
 a normal load, because what is drawn later follows from them. And what was deferred says that it is on the real device,
 where a constructor that asks makes something of its own, as Marlin's work space. What would be computed of values that
-are not there yet is on meta, too, and an error where it would reach what is real.
+are not there yet is on meta, too; where it would reach something real, building fails.
 """
 
 from __future__ import annotations

@@ -336,7 +336,7 @@ def copy(
         rebind: let the model's shared tensors view the arena and drop the originals. Private
             ones stay as they are.
         release: returns freed memory to the device, called after each chunk.
-        keeper: as for `arena.create`.
+        keeper: as for `memory.create`.
         report: told bytes done and in all.
         before_rebinding: called once, while nothing is changed yet; what it raises ends the copying.
 

@@ -1,7 +1,7 @@
 """Checks of `doctor`: the states of companions, keepers, locks and limits, what each state means, and the repair.
 
-The checks change nothing. Some states may end in a moment (a start, a hand-over); a check watches such a state for
-`LASTING_S` before it reports a fault.
+The checks change nothing, except that they remove notes of holders that have gone. Some states may end in a moment (a
+start, a hand-over); a check watches such a state for `LASTING_S` before it reports a fault.
 """
 
 from __future__ import annotations

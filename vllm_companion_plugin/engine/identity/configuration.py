@@ -56,12 +56,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("lora.max_lora_rank", "lora.max_loras", "lora.max_cpu_loras", "lora.default_mm_loras"),
     ),
     "it is about caches of keys and values and what they are for": (
-        *(
-            "cache.kv_cache_layout",
-            "cache.prefix_match_unit",
-            "cache.enable_prefix_caching",
-            "cache.swa_bounded_replay",
-        ),
+        *("cache.kv_cache_layout", "cache.prefix_match_unit", "cache.enable_prefix_caching"),
         *("cache.prefix_caching_hash_algo", "cache.prefix_cache_retention_interval", "cache.mamba_cache_mode"),
         *("cache.enable_mamba_shared_prefix_checkpoint", "cache.use_replayssm", "cache.use_kda_recoverssm"),
         "cache.swa_bounded_replay",

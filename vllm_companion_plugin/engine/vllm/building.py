@@ -87,7 +87,7 @@ def beside(vllm_config: Any, *, is_draft: bool) -> Iterator[Any]:
 
 @contextmanager
 def _noting_for_reloads(built: WithoutWeights) -> Iterator[None]:
-    """While open, what vLLM notes of parameters for a later reload is no use of them."""
+    """While open, that vLLM notes parameters for a later reload does not count as using them."""
 
     def paused(record: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def record_metadata_for_reloading(model: nn.Module) -> None:

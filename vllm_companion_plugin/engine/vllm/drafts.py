@@ -62,7 +62,7 @@ def replaced_by_target(vllm_config: Any, draft: nn.Module, target: nn.Module) ->
 
 
 def owns(draft: nn.Module, path: str) -> bool:
-    """Whether the draft's checkpoint has the module at `path`. Of MTP models, which are not asked, it counts as not."""
+    """Whether the draft's checkpoint has the module at `path`. For MTP models the answer is always no."""
     return bool(getattr(draft, DRAFT_FLAGS[0] if path.endswith("embed_tokens") else DRAFT_FLAGS[1], False))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.engine.vllm.naming import LOAD_FORMAT
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.settings import BY_NAME, TABLE, resolve_extra_config
@@ -74,8 +75,7 @@ class _Parser(FlexibleArgumentParser):
         _, found, words = message.partition("unrecognized arguments: ")
         names = [word.split("=")[0] for word in words.split() if word.startswith("-")] if found else []
         if names:
-            message = f"vLLM has no flag {', '.join(map(self._with_nearest, names[:_MAX_NAMED]))}"
-            message += f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            message = f"vLLM has no flag {several(list(map(self._with_nearest, names)), _MAX_NAMED)}"
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 

@@ -36,7 +36,7 @@ def when_imported(name: str, callback: Callback) -> None:
 @contextmanager
 def around_imports(around: Around) -> Iterator[None]:
     """While open, each Python module that this thread executes is executed inside `around(module)`."""
-    # Not a finder: `trust_remote_code` imports without any. They stay, as other threads may be importing.
+    # Not a finder: `trust_remote_code` imports without any. These patches stay, as other threads may be importing.
     for patch in (patches.SOURCE_FILES, patches.COMPILED_FILES):
         patch.apply(_surrounded)
     _open.contexts = (*_contexts(), around)

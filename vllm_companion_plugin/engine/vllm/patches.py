@@ -445,7 +445,7 @@ NOTES_FOR_RELOADS = Patch(
     "engine.vllm.building",
     How.REPLACED,
     Lifetime.BUILDING,
-    reason="What vLLM notes of parameters for a later reload is no use of them.",
+    reason="That vLLM notes parameters for a later reload does not count as using them.",
     link="vllm/model_executor/model_loader/utils.py: initialize_model",
     undo="when the model is built",
 )

@@ -14,9 +14,8 @@ load; but a client that holds the entry already goes before those who would load
 descriptors. If the LOADING lease ends before its commit the next client is elected; if none may load the others fail.
 
 An entry that the companion before held begins as EXPECTED. Only a client that holds it is elected, to hand it back,
-until `limits.HAND_BACK_S` after `open`; then whoever may load is. That is the latest generation, or an older one that
-was current there. A client that has been elected to hand back and hangs
-for as long loses its turn.
+until `limits.HAND_BACK_S` after `open`; then whoever may load is. What it hands back is the latest generation, or an
+older one that was current there. A client that has been elected to hand back and hangs for as long loses its turn.
 
 While nobody uses a READY entry its idle time runs. An entry that has been idle for the linger time expires, whatever
 becomes of the others; before that it may be dropped for a client that needs its memory (`room.py`). How long entries

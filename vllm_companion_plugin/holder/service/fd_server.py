@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from vllm_companion_plugin.errors import BadRequestError, CompanionError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, CompanionUnavailableError
 from vllm_companion_plugin.holder.service.descriptors import close_aside
 from vllm_companion_plugin.holder.service.journal import level_of
 from vllm_companion_plugin.host.peer import credentials
@@ -34,9 +34,9 @@ class FdServer:
     """The listening socket and its connections.
 
     Args:
-        redeem: spends a ticket and returns what gives the descriptors, now and again; they stay the giver's.
-        check_deposit: spends the ticket of a deposit of so many and returns what takes the descriptors.
-            Only if that returns have they a new owner. All raise `CompanionError`.
+        redeem: spends a ticket, and returns a function that returns the descriptors to send. They stay whose they are.
+        check_deposit: spends the ticket of a deposit, given how many descriptors come, and returns a function that
+            takes them. They are its own if it returns, and the caller's if it raises. All raise `CompanionError`.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class FdServer:
             listener.bind(self._path)
             os.chmod(self._path, 0o600)
             listener.listen(128)
-        except BaseException:
+        except OSError as error:
             listener.close()
-            raise
+            raise CompanionUnavailableError(f"Cannot listen at {self._path}: {error.strerror}.") from error
         self._listener = listener
         self._listen()
 

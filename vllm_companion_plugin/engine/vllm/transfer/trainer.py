@@ -22,6 +22,7 @@ from vllm_companion_plugin.client.processed import ProcessedUpdate
 from vllm_companion_plugin.client.update import Update
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import EntryState, EntryStatus
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.engine.register import register
 from vllm_companion_plugin.engine.vllm.sharing import TRANSFER_BACKEND
 from vllm_companion_plugin.engine.vllm.transfer.engines import Engines
@@ -295,9 +296,8 @@ def _checked(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
             missing.pop(name, None)
             yield name, tensor
     if missing:
-        rest = f", and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise BadRequestError(
-            f"The source did not yield {', '.join(list(missing)[:_SHOWN])}{rest}.",
+            f"The source did not yield {several(list(missing), _SHOWN)}.",
             remedy="Each process that writes needs all weights, gathered.",
         )
 
