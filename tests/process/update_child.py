@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tests.support.place import until
 from vllm_companion_plugin import CompanionClient, CompanionError
 from vllm_companion_plugin.client.attachment import Attachment, Prepared, tensors_by_name
 from vllm_companion_plugin.client.connection import Granted, Lease, connect
@@ -159,8 +160,17 @@ class Child:
         return {"source": source, **self.look()}
 
     def wait_known(self) -> dict[str, Any]:
+        """After the death of a companion, which this process may not have noticed yet."""
+        until(self._is_known, 20, "the next companion knows of this process")
         self.attachment.wait_known(20)
         return {"lost": self.attachment.lost, **self.look()}
+
+    def _is_known(self) -> bool:
+        try:
+            entries = self.client.status().entries
+        except CompanionError:
+            return False
+        return any(lease.pid == os.getpid() for entry in entries for lease in entry.leases)
 
 
 def main() -> None:

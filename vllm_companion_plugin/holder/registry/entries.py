@@ -95,6 +95,7 @@ class Lease:
         deposited: descriptors of the publication that it is making; the registry owns them.
         level: at which it sleeps, as vLLM counts.
         maps: the generation that it maps, which may be one that this companion never had; 0: none.
+        to_be_told: it will map what is current when it is told, and has not been told yet.
         events: what the client has not been told yet.
     """
 
@@ -113,6 +114,7 @@ class Lease:
     deposited: tuple[int, ...] = ()
     level: int = 0
     maps: int = 0
+    to_be_told: bool = False
     events: deque[Event] = field(default_factory=deque)
 
     def __str__(self) -> str:

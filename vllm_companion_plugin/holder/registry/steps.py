@@ -93,7 +93,8 @@ class Steps:
     def map_entry(self, lease: Lease) -> None:
         """The client may map the entry, which another client has published."""
         self.move_lease(lease, LeaseEvent.MAP)
-        lease.maps = lease.maps or lease.entry.current.number
+        if not lease.maps:
+            lease.maps, lease.to_be_told = lease.entry.current.number, True
         self.tell(lease, ReadyEvent())
 
     def end_lease(self, lease: Lease, event: LeaseEvent, error: CompanionError | None = None, reason: str = "") -> None:

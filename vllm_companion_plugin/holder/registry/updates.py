@@ -143,8 +143,9 @@ class Updates:
 
     def told(self, lease: Lease) -> None:
         """The client is told of the current generation just now, which another may have become meanwhile."""
-        current = lease.entry.current.number
-        if not lease.holds and lease.maps != current:
+        current, to_be_told = lease.entry.current.number, lease.to_be_told
+        lease.to_be_told = False
+        if to_be_told and lease.maps != current:
             lease.maps = current
             self.prune(lease.entry)
             self._on_change()
