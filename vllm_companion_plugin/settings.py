@@ -14,12 +14,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+from vllm_companion_plugin.core.text import did_you_mean
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.memory.kinds import names
 
 ENV_PREFIX = "COMPANION_"
 _LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a JSON object"}
 LONGEST_WAIT_S = 30 * 86400.0
 """Upper limit of durations in seconds: the operating system cannot wait for ever."""
 
@@ -63,7 +65,7 @@ class Setting:
         """Convert `value` to this setting's type and check it. Raises `SettingsError` naming `origin`."""
         parsed = self._convert(value)
         if parsed is None:
-            expected = " | ".join(self.choices) or ("a JSON object" if self.type is dict else self.type.__name__)
+            expected = " | ".join(self.choices) or _IN_WORDS[self.type]
             raise SettingsError(f"{origin}: {value!r} is not valid for {self.name!r}; expected {expected}.")
         if self.minimum is not None and parsed < self.minimum:
             raise SettingsError(f"{origin}: {self.name!r} is {value!r}; the least allowed value is {self.minimum:g}.")
@@ -416,7 +418,8 @@ def resolve(
     present = {name: value for name, value in (given or {}).items() if value is not None}
     unknown = sorted(map(str, set(present) - set(BY_NAME)))
     if unknown:
-        raise SettingsError(f"{origin}: unknown key(s) {', '.join(unknown)}; known keys: {', '.join(BY_NAME)}.")
+        named = ", ".join(name + did_you_mean(name, BY_NAME) for name in unknown)
+        raise SettingsError(f"{origin}: unknown key(s) {named}; known keys: {', '.join(BY_NAME)}.")
     return Settings(**{setting.name: _value(setting, present, origin, setting.name in reads) for setting in TABLE})
 
 
@@ -452,9 +455,9 @@ def resolve_extra_config(extra: Any) -> Settings:
     known = [setting.name for setting in TABLE if setting.engine]
     unknown = sorted(map(str, set(extra or {}) - set(known)))
     if unknown:
+        named = ", ".join(name + did_you_mean(name, known) for name in unknown)
         raise SettingsError(
-            f"{origin}: unknown key(s) {', '.join(unknown)} for --load-format companion; "
-            f"known keys: {', '.join(known)}."
+            f"{origin}: unknown key(s) {named} for --load-format companion; known keys: {', '.join(known)}."
         )
     return resolve(extra, origin=origin)
 

@@ -17,12 +17,14 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
 from tests.support.lora import tiny_peft
-from tests.support.place import Place, alive, open_fds, until
+from tests.support.place import KEY, Place, alive, open_fds, until
+from tests.support.publishing import hold_zeros
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.adapter_leases import AdapterLeases
 from vllm_companion_plugin.client.connection import CompanionConnection, Lease, connect
 from vllm_companion_plugin.client.mirror import Mirror
 from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.core.identity import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.engine.adapters import FrontEnd
 from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
@@ -170,6 +172,26 @@ class TestPublish:
             client.remove_adapter(NAME)
         assert client.publish_adapter(NAME, small(5), config()) == 2
         assert bound_now(leases) != first
+
+    def test_named_as_a_model(self, place: Place) -> None:
+        """The name of a model means its weights: users may name their adapters as they like."""
+        place.companion()
+        holder = hold_zeros(place)
+        with made_client(place) as client:
+            client.publish_adapter(KEY.model, small(1), config())
+            with client.attach(KEY.model) as attachment:
+                assert attachment.held.key.kind == WEIGHTS
+            with client.update(KEY.model, version="ones") as new:
+                new.load({"embed.weight": torch.ones(64, 16, dtype=torch.bfloat16)})
+            (changed,) = client.make_current(KEY.model, 1)
+            assert changed.key.kind == WEIGHTS
+            assert client.wait_ready(KEY.model, timeout_s=5).key.kind == WEIGHTS
+            with connect("cpu", place.settings, spawn=False) as connection:
+                (gone,) = connection.unload(model=KEY.model)
+                assert gone.key.kind == WEIGHTS
+                (gone,) = connection.unload(model=KEY.model, force=True)
+                assert gone.key.kind == ADAPTER
+        holder.close()
 
     def test_no_companion(self, place: Place) -> None:
         with made_client(place) as client, pytest.raises(CompanionUnavailableError):

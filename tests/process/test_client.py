@@ -245,7 +245,7 @@ def test_a_companion_that_goes_away_is_noticed_by_idle_clients(place: Place, how
             assert isinstance(errors[0], CompanionUnavailableError)
         else:
             assert isinstance(errors[0], LeaseLostError)
-            assert "has shut down" in str(errors[0])
+            assert "was stopped" in str(errors[0])
         with pytest.raises(CompanionUnavailableError):
             connection.status()
 

@@ -187,7 +187,7 @@ def test_it_exits_after_its_linger_time_and_says_so(place: Place) -> None:
         lease.release()
         _, text = process.communicate(timeout=5)
     assert process.returncode == 0
-    assert "are held until" in text
+    assert "If nobody comes until" in text
     assert "Nobody was attached for 0.5 s" in text
 
 

@@ -299,7 +299,7 @@ def test_limits_and_variables_and_a_port_that_is_taken(place: Place) -> None:
         "metrics port": FAIL,
     }
     assert f"df -h {place.settings.runtime_dir}" in bad["runtime directory"].mend
-    assert "COMPANION_LINGER_S was meant" in bad["COMPANION_LINGER"].text
+    assert "did you mean COMPANION_LINGER_S?" in bad["COMPANION_LINGER"].text
     assert bad["COMPANION_LINGER"].mend == "unset COMPANION_LINGER"
     assert bad["shared memory"].mend == "ulimit -f unlimited"
     assert "COMPANION_METRICS_PORT" in bad["metrics port"].mend

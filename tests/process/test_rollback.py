@@ -81,7 +81,7 @@ class TestRollback:
         assert cli(place, "rollback", MODEL)[0] == 4
         loaded(place)
         code, _, error = cli(place, "rollback", MODEL)
-        assert (code, "has none that is known to come before it; generation 1 is current" in error) == (1, True)
+        assert (code, "has no earlier one that is known; generation 1 is current" in error) == (1, True)
         code, _, error = cli(place, "rollback", "other/model")
         assert (code, "matches nothing. Here: test/model (single) on cpu" in error) == (1, True)
         assert cli(place, "rollback", MODEL, "--rank", "tp0/2")[0] == 1

@@ -635,6 +635,7 @@ class FakeWard:
     def __init__(self, device: str, start: Callable[[Signals], None]) -> None:
         self.device, self.pid, self.ended = device, 1, False
         self.error: CompanionError | None = CompanionUnavailableError("killed")
+        self.farewell = f"The companion of {device} was stopped."
         self.start = start
 
 

@@ -169,7 +169,7 @@ def test_the_log_names_who_did_what(notes: Notes, log: pytest.LogCaptureFixture)
     world.registry.decline(world.attach(key("k3", model="o"), pid=4), "because")
     notes.write()
     assert log.messages == [
-        "Expecting m (single), generation 4, from those who map it.",
+        "Expecting m (single) from those who map it.",
         "Nobody handed back m within 5 s.",
         "holder1 (pid 1) was elected to hand back m and did not within 5 s: the next one may.",
         "holder2 (pid 2) handed back m (target, single), generation 4: 0.00 GiB of memfd, loaded in 0.0 s.",

@@ -436,7 +436,7 @@ class TestLifetime:
         """The error says whether another companion follows."""
         world.registry.end(replaced=True)
         before = world.snapshot()
-        with pytest.raises(CompanionReplacedError, match=r"The companion of cpu \(pid 77\) has shut down"):
+        with pytest.raises(CompanionReplacedError, match=r"The companion of cpu \(pid 77\) makes room for another one"):
             world.attach(key())
         assert world.snapshot() == before
         world.registry.end(replaced=False)
@@ -484,6 +484,19 @@ class TestOwner:
         assert world.wait(19) == Due(False, 1)
         assert world.happened(GenerationEvent.EXPIRE) == []
         assert world.wait(1).over
+
+    def test_may_wait_for_the_first_client(self) -> None:
+        """Who loads a model for it comes when vLLM has been imported, which may take longer than the linger time."""
+        world = World(linger_s=10, grace_s=50)
+        world.registry.own(5, 20, from_first_client=True)
+        assert world.wait(1000) == Due(False, None)
+        assert world.registry.exits_at_unix_s == 0
+        world.registry.end_lease(world.publish(key()))
+        assert world.wait(19) == Due(False, 1)
+        assert world.wait(1).over
+        world.registry.end(replaced=False)
+        with pytest.raises(LeaseLostError, match=r"Nobody used the companion of cpu \(pid 77\) for 20 s"):
+            world.attach(key())
 
     def test_leaves_and_idle_time_begins_anew(self) -> None:
         """The time while the entry belonged to a `serve` does not count."""

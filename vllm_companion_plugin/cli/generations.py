@@ -74,7 +74,8 @@ def _find(
     """
     query, statuses = asked(parsed, connections)
     there = [(c, e) for c, s in zip(connections, statuses, strict=True) for e in s.entries]
-    found = [(c, e) for c, e in there if query.matches(e.key) and e.state is not EntryState.RETIRED]
+    meant = query.among(e for _, e in there if e.state is not EntryState.RETIRED)
+    found = [(c, e) for c, e in there if any(e is each for each in meant)]
     if not found and (parsed.model or parsed.key or parsed.rank):
         held = ", ".join(f"{e.key.title} ({e.key.rank}) on {c.device}" for c, e in there)
         raise EntryNotFoundError(f"{query} matches nothing. Here: {held or 'nothing'}.")
@@ -98,7 +99,7 @@ def _target(device: str, entry: EntryStatus, to: int | None) -> int:
     if any(each.number == number for each in entry.generations):
         return number
     others = [generation_name(each.number, each.version) for each in entry.generations if not each.is_current]
-    missing = f"has no generation {number}" if number else "has none that is known to come before it"
+    missing = f"has no generation {number}" if number else "has no earlier one that is known"
     raise EntryNotFoundError(
         f"{what} {missing}; generation {generation_name(current.number, current.version)} is current.",
         remedy=f"Held besides it: {', '.join(others)}. Choose with --to." if others else "No other one is held.",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli.settings_options import add_settings
+from vllm_companion_plugin.core.text import did_you_mean
 from vllm_companion_plugin.errors import SettingsError
 
 PROGRAM = "vllm-companion"
@@ -63,12 +63,6 @@ EXAMPLES = {
         ("vllm-companion completion zsh > ~/.zfunc/_vllm-companion", "with `fpath+=~/.zfunc` before compinit"),
     ),
 }
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a question that names the known word nearest to `word`; empty if none is near."""
-    near = get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def before_the_model(command: str, word: str, flags: Iterable[str]) -> SettingsError:

@@ -46,7 +46,8 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
     with Signals() as signals:
         try:
             for device in devices:
-                ward = Ward(device, settings, settings.linger_s if parsed.linger_s is not None else -1.0)
+                linger_s = settings.linger_s if parsed.linger_s is not None else -1.0
+                ward = Ward(device, settings, linger_s, expects_client=model is not None)
                 wards.append(ward)
                 if not _own(ward, signals, may_join=model is not None):
                     wards.remove(ward)
@@ -54,6 +55,8 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
             if model is not None:
                 _warm(model, flags, _environment(parsed.device, devices, settings), signals)
                 _try_to_show_held(model, devices, settings)
+                for ward in wards:
+                    ward.expects_client = False
             say("Ready")
             return _supervise(wards, signals)
         except Stopped:
@@ -80,10 +83,10 @@ def _own(ward: Ward, signals: Signals, *, may_join: bool) -> bool:
     """Own the companion of this device. Returns False if another `serve` owns it; then this one only uses it."""
     try:
         ward.start(signals)
-    except AlreadyRunningError as error:
+    except AlreadyRunningError:
         if not may_join:
             raise
-        say(f"Using the companion of {ward.device}: {error}")
+        say(f"Using the companion of {ward.device}, which another `vllm-companion serve` has.")
         return False
     if not ward.started:
         say(f"Using the companion of {ward.device} (pid {ward.pid}); from now on it ends with this process.")
@@ -181,7 +184,7 @@ def _supervise(wards: list[Ward], signals: Signals) -> int:
         for ward in [ward for ward in wards if ward.ended]:
             if ward.error is None:
                 wards.remove(ward)
-                say(f"The companion of {ward.device} was stopped.", error=True)
+                say(ward.farewell, error=True)
                 continue
             restart = restarts.setdefault(ward.device, _Restart())
             if time.monotonic() < restart.due:

@@ -210,7 +210,7 @@ def _notes(
         if key.variant:
             notes.append(f"{id} {name} is held as a variant: {key.variant}.")
             continue
-        other = first.setdefault((key.model, key.role, key.rank), key)
+        other = first.setdefault((key.kind, key.model, key.role, key.rank), key)
         if other.id != key.id:
             notes.append(f"{id} {name} is loaded otherwise than {ids[other.id]}: {key.nearest_text([other])}.")
     shown = [encodable(note, encoding) for note in notes]

@@ -21,7 +21,7 @@ import grpc
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.client.lease import Granted, Lease, Parked, Ready
 from vllm_companion_plugin.client.publication import Publication
-from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.identity import WEIGHTS, EntryKey
 from vllm_companion_plugin.core.metrics import Series
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, Report
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
@@ -102,7 +102,7 @@ class Wanted:
         name = model_name(self._model)
         for entry in status.entries:
             key = entry.key
-            is_it = (key.model, key.role) == (name, self._role) and self._rank in (None, key.rank)
+            is_it = (key.kind, key.model, key.role) == (WEIGHTS, name, self._role) and self._rank in (None, key.rank)
             if is_it and entry.state is EntryState.READY:
                 return entry
         held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
@@ -182,11 +182,14 @@ class CompanionConnection:
         answer = self._call("Metrics", messages.MetricsRequest(), timeout_s)
         return list(answer.bounds_s), [codec.series_from_message(series) for series in answer.series]
 
-    def watch(self, timeout_s: float | None = None, own_linger_s: float | None = None) -> Iterator[CompanionStatus]:
+    def watch(
+        self, timeout_s: float | None = None, own_linger_s: float | None = None, *, from_first_client: bool = False
+    ) -> Iterator[CompanionStatus]:
         """The status now and after every change, until the companion ends or the caller stops iterating.
 
         Args:
             own_linger_s: the companion belongs to us while we iterate, and has this linger time; negative: for ever.
+            from_first_client: that time begins with the first client that comes.
 
         Raises:
             CompanionUnavailableError: the companion is gone.
@@ -196,7 +199,10 @@ class CompanionConnection:
         """
         request = messages.StatusRequest()
         if own_linger_s is not None:
-            request.own.CopyFrom(messages.StatusRequest.Own(pid=os.getpid(), linger_s=own_linger_s))
+            own = messages.StatusRequest.Own(
+                pid=os.getpid(), linger_s=own_linger_s, from_first_client=from_first_client
+            )
+            request.own.CopyFrom(own)
         call = self._stub.Watch(request, timeout=timeout_s)
         try:
             for message in call:

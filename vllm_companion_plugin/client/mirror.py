@@ -23,6 +23,7 @@ from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.errors import (
     ArenaError,
     CompanionError,
+    CompanionReplacedError,
     CompanionUnavailableError,
     EntryNotFoundError,
     LeaseLostError,
@@ -185,14 +186,25 @@ class Mirror:
                 self._fds.close()
 
     def _on_lost(self, error: CompanionError) -> None:
+        if isinstance(error, CompanionUnavailableError):
+            if self._closed.is_set():
+                return
+            try:
+                self._check_wanted(self._held)
+            except LeaseLostError as unheard:  # it ended before it could say so
+                error = unheard
+        title = self._held.key.short_title
         if not isinstance(error, CompanionUnavailableError):
-            logger.info("%s The weights stay mapped here.", error)
+            logger.info("%s This process keeps its weights of %s.", error, title)
             self._let_go()
             return
-        if not self._closed.is_set():
-            title = self._held.key.short_title
-            logger.info("The companion of %s has ended; handing %s to the next one.", self._device, title)
-            self.attach_again()  # in another thread: this is that of a stream of gRPC
+        is_replaced = isinstance(error, CompanionReplacedError)
+        logger.log(
+            logging.INFO if is_replaced or self._passive else logging.WARNING,
+            "The companion of %s %s; this process keeps its weights of %s and hands them to the next one.",
+            *(self._device, "makes room" if is_replaced else "has died", title),
+        )
+        self.attach_again()  # in another thread: this is that of a stream of gRPC
 
     def attach_again(self) -> None:
         """Start to be attached again, by a thread of its own: the lease was lost, or released with its connection."""

@@ -112,24 +112,48 @@ class EntryKey:
 
     def differences(self, published: EntryKey) -> list[str]:
         """List how `published` was loaded differently: each differing field and weight file with both values."""
+        return [_line(name, *values) for name, values in self._changed(published).items()]
+
+    def _changed(self, published: EntryKey) -> dict[str, tuple[str | None, str | None]]:
+        """The value there and the one here of each differing field and weight file, by name; None: it is absent."""
         fields = self.fields.keys() | published.fields.keys()
         files = [name for name in self.files.keys() | published.files.keys() if f"file.{name}" not in fields]
         sides = (self.fields, published.fields), (_named(self, files), _named(published, files))
         changed = {
-            name: f"{name} is {there.get(name, 'absent')!r} there and {here.get(name, 'absent')!r} here"
+            name: (there.get(name), here.get(name))
             for here, there in sides
             for name in here.keys() | there.keys()
             if here.get(name) != there.get(name)
         }
         if len(changed) > 1 and any(name in changed for name in files):
             changed.pop(CHECKPOINT, None)
-        return [changed[name] for name in sorted(changed)]
+        return {name: changed[name] for name in sorted(changed)}
 
     def nearest_text(self, published: Sequence[EntryKey]) -> str:
         """Say in one line how the most similar of `published` differs."""
         nearest = min(published, key=lambda key: len(self.differences(key)))
-        lines = self.differences(nearest) or [f"its key is {nearest.id[:12]}"]
+        lines = _by_weight(self._changed(nearest)) or [f"its key is {nearest.id[:12]}"]
         return several(lines, _MAX_DIFFERENCES, "; ")
+
+
+def _line(name: str, there: str | None, here: str | None) -> str:
+    values = ["absent" if value is None else value for value in (there, here)]
+    return f"{name} is {values[0]!r} there and {values[1]!r} here"
+
+
+def _by_weight(changed: Mapping[str, tuple[str | None, str | None]]) -> list[str]:
+    """Lines for people: other values first, as many fields come and go with one flag. Those are one line together."""
+    lines = [_line(name, *values) for name, values in changed.items() if None not in values]
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name, values in changed.items():
+        if None in values:
+            groups.setdefault((name.partition(".")[0], values[0] is None), []).append(name)
+    for (group, is_absent_there), names in groups.items():
+        if len(names) == 1:
+            lines.append(_line(names[0], *changed[names[0]]))
+        else:
+            lines.append(f"{group} ({len(names)} fields) is 'absent' {'there' if is_absent_there else 'here'}")
+    return lines
 
 
 def _named(key: EntryKey, names: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 CUT = ".."
 """Stands for the middle of a text that was cut. Every terminal can show it."""
@@ -36,6 +37,12 @@ def several(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     """Join `texts`, and say how many more there are than the `most` that are shown."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return separator.join([*texts[:most], *more])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word nearest to `word`; empty if none is near."""
+    near = get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def columns_of(text: str) -> int:

@@ -177,8 +177,9 @@ def privatize(
         attachment.privatize(connection, free_bytes)
     except ArenaError as error:
         raise ArenaError(f"{by} cannot write to weights that are shared: {error.what}", remedy=error.remedy) from error
-    logger.info(
-        "%s writes to %s: its %.2f GiB are this engine's own since %.3f s, and shared no more.",
+    logger.warning(
+        "%s is about to write to weights of %s, so this engine has made a copy of its own (%.2f GiB, %.3f s), and "
+        "shares them no more.",
         *(by, attachment.label, size_gib, time.perf_counter() - started),
     )
 

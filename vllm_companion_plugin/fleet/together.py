@@ -258,7 +258,9 @@ class _Round:
                 case Step.SWITCH | Step.BACK | Step.FORGET:
                     engine.tell(step, self._timeout_s)
         except NotDone as failure:
-            self._failures[number].append(f"it could not {step.value}: {failure}")
+            failures = self._failures[number]
+            if not (failures and failures[-1].endswith(str(failure))):  # one reason is said once
+                failures.append(f"it could not {step.value}: {failure}")
             return failure.answer
         return Answer.DONE
 

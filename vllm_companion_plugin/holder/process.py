@@ -166,7 +166,7 @@ async def serve(
         await server.stop(STOP_GRACE_S)
         _remove(paths.grpc_socket)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        logger.info("Companion of %s (pid %d) has ended; its memory is free.", paths.device, os.getpid())
+        logger.info("Companion of %s (pid %d) has ended. What engines map stays.", paths.device, os.getpid())
 
 
 async def _start_grpc(paths: DevicePaths, service: CompanionService, health: Health) -> grpc.aio.Server:

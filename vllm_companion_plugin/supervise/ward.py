@@ -37,16 +37,20 @@ class Ward:
 
     Args:
         own_linger_s: seconds that the owned companion stays without a client; negative or infinite: for ever.
+        expects_client: that time begins with the first client; an attribute, too.
 
     Attributes:
         pid: pid of the companion.
-        error: why the companion ended; None if a user stopped it, or if it runs.
+        error: why the companion ended; None if a user stopped it, it was idle for too long, or it runs.
+        farewell: what the companion said at its end, if it was meant to end.
         ended: whether the companion has ended.
     """
 
-    def __init__(self, device: str, settings: Settings, own_linger_s: float) -> None:
+    def __init__(self, device: str, settings: Settings, own_linger_s: float, *, expects_client: bool = False) -> None:
         self.device = device
         self.pid = 0
+        self.expects_client = expects_client
+        self.farewell = f"The companion of {device} was stopped."
         self.error: CompanionError | None = None
         self.ended = False
         self._settings = replace(settings, wait_timeout_s=min(settings.wait_timeout_s, HOLD_S))
@@ -101,7 +105,7 @@ class Ward:
     def _own(self, signals: Signals) -> None:
         connection = connect(self.device, self._settings, spawn=False)
         try:
-            statuses = connection.watch(own_linger_s=self._own_linger_s)
+            statuses = connection.watch(own_linger_s=self._own_linger_s, from_first_client=self.expects_client)
             first = next(statuses)
         except BaseException:
             connection.close()
@@ -124,8 +128,8 @@ class Ward:
         try:
             for status in statuses:
                 self._keep(connection, status)
-        except LeaseLostError:
-            self.error = None
+        except LeaseLostError as error:
+            self.error, self.farewell = None, str(error)
         except CompanionError as error:
             self.error = None if last_word.was_left(connection.paths) else error
         except Exception as error:  # no error of this kind means that a user stopped the companion

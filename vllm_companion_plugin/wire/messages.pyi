@@ -401,12 +401,14 @@ class PublishResponse(_message.Message):
 class StatusRequest(_message.Message):
     __slots__ = ("own", "key_id")
     class Own(_message.Message):
-        __slots__ = ("pid", "linger_s")
+        __slots__ = ("pid", "linger_s", "from_first_client")
         PID_FIELD_NUMBER: _ClassVar[int]
         LINGER_S_FIELD_NUMBER: _ClassVar[int]
+        FROM_FIRST_CLIENT_FIELD_NUMBER: _ClassVar[int]
         pid: int
         linger_s: float
-        def __init__(self, pid: _Optional[int] = ..., linger_s: _Optional[float] = ...) -> None: ...
+        from_first_client: bool
+        def __init__(self, pid: _Optional[int] = ..., linger_s: _Optional[float] = ..., from_first_client: _Optional[bool] = ...) -> None: ...
     OWN_FIELD_NUMBER: _ClassVar[int]
     KEY_ID_FIELD_NUMBER: _ClassVar[int]
     own: StatusRequest.Own

@@ -15,12 +15,12 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.status import CompanionStatus
+from vllm_companion_plugin.core.text import did_you_mean
 from vllm_companion_plugin.errors import CompanionError, ProtocolMismatchError
 from vllm_companion_plugin.host import notes
 from vllm_companion_plugin.host.locks import is_locked
@@ -275,8 +275,7 @@ def check_variables() -> Iterator[Check]:
         text = f"{os.environ['XDG_RUNTIME_DIR']} {problem}, and is not used"
         yield Check("XDG_RUNTIME_DIR", WARN, text, "unset XDG_RUNTIME_DIR")
     for name in unknown_variables():
-        near = get_close_matches(name, [setting.env for setting in BY_NAME.values()], 1)
-        meant = f"; {near[0]} was meant?" if near else ""
+        meant = did_you_mean(name, [setting.env for setting in BY_NAME.values()])
         yield Check(name, WARN, f"is set, and is no setting{meant}", f"unset {name}")
 
 

@@ -7,13 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_companion_plugin.core.text import several
+from vllm_companion_plugin.core.text import did_you_mean, several
 from vllm_companion_plugin.engine.vllm.naming import LOAD_FORMAT
 from vllm_companion_plugin.errors import SettingsError
 from vllm_companion_plugin.settings import BY_NAME, TABLE, resolve_extra_config
@@ -80,8 +79,7 @@ class _Parser(FlexibleArgumentParser):
         raise SystemExit(2)
 
     def _with_nearest(self, name: str) -> str:
-        near = get_close_matches(name, [*self._option_string_actions, *self._ours], 1)
-        return f"{name} (did you mean {near[0]}?)" if near else name
+        return name + did_you_mean(name, [*self._option_string_actions, *self._ours])
 
 
 def through_companion(args: EngineArgs, **forced: Any) -> EngineArgs:

@@ -38,6 +38,7 @@ class Lifetime:
         owner_pid: the owner's; 0: it has none.
         idle_since: monotonic time since which nobody uses anything (a load is a use); None while somebody does.
         ending: nobody is let in any more.
+        is_over: it ends because nobody came within its linger time.
     """
 
     def __init__(self, device: str, pid: int, linger_s: float, grace_s: float, now_s: float) -> None:
@@ -48,6 +49,7 @@ class Lifetime:
         self.owner_pid = 0
         self.idle_since: float | None = now_s
         self.ending = False
+        self.is_over = False
 
     # ---- users
 
@@ -63,7 +65,7 @@ class Lifetime:
     @property
     def ends_at(self) -> float | None:
         """Monotonic time at which the companion should end if nobody comes; None: that is not in sight."""
-        if self.idle_since is None or self.linger_s < 0:
+        if self.idle_since is None or self.linger_s < 0 or math.isinf(self._grace_s):
             return None
         return self.idle_since + max(self.linger_s, self._grace_s)
 
@@ -74,8 +76,11 @@ class Lifetime:
         """Seconds that an entry stays while nobody uses it; negative: for ever."""
         return FOR_EVER if self.owner_pid else self.linger_s
 
-    def own(self, pid: int, linger_s: float) -> None:
+    def own(self, pid: int, linger_s: float, *, from_first_client: bool = False) -> None:
         """The companion belongs to process `pid`, and stays as long as that says.
+
+        Args:
+            from_first_client: the linger time begins when the first user has come.
 
         Raises:
             AlreadyRunningError: it has an owner.
@@ -88,11 +93,12 @@ class Lifetime:
             )
         if pid <= 0 or not math.isfinite(linger_s):
             raise BadRequestError("An owner has a pid and a finite linger time.")
-        self.owner_pid, self.linger_s, self._grace_s = pid, linger_s, 0.0
+        self.owner_pid, self.linger_s = pid, linger_s
+        self._grace_s = math.inf if from_first_client else 0.0
 
     def disown(self, now_s: float) -> None:
         """The owner has gone. Time that has passed before does not count."""
-        self.owner_pid, self.linger_s = 0, self._without_owner_s
+        self.owner_pid, self.linger_s, self._grace_s = 0, self._without_owner_s, 0.0
         if self.idle_since is not None:
             self.idle_since = now_s
 
@@ -115,4 +121,8 @@ class Lifetime:
     def end_error(self, *, to_spectator: bool = False) -> CompanionError:
         """What a client is told at the end. How it came about matters only to those who hold something, or own us."""
         kind = CompanionUnavailableError if to_spectator else self._ended_by
-        return kind(f"The companion of {self._device} (pid {self._pid}) has shut down. Mapped memory stays valid.")
+        who = f"companion of {self._device} (pid {self._pid})"
+        if self.is_over:
+            return kind(f"Nobody used the {who} for {self.linger_s:g} s, so it has ended.")
+        how = "makes room for another one" if self.replaced else "was stopped"
+        return kind(f"The {who} {how}. What is mapped stays valid.")

@@ -210,6 +210,7 @@ class Registry:
         if ends_at is None:
             return False
         if ends_at <= now_s:
+            self.lifetime.is_over = True
             self._steps.emit(LingerOver(self.lifetime.linger_s))
             return True
         if ends_at != told_before:
@@ -218,9 +219,9 @@ class Registry:
 
     # ---- the companion's owner and end
 
-    def own(self, pid: int, linger_s: float) -> None:
+    def own(self, pid: int, linger_s: float, *, from_first_client: bool = False) -> None:
         """The companion belongs to process `pid`, and stays for `linger_s`. Raises as `Lifetime.own`."""
-        self.lifetime.own(pid, linger_s)
+        self.lifetime.own(pid, linger_s, from_first_client=from_first_client)
         self._steps.emit(Owned(pid, linger_s))
         self._on_change()
 
@@ -388,9 +389,12 @@ class Registry:
 
     def _by_query(self, query: Query) -> Entry | None:
         for state in (EntryState.READY, EntryState.PARKED, EntryState.LOADING):
-            found = [entry for entry in self.entries if entry.current.shown is state and query.matches(entry.key)]
+            found = query.among(entry for entry in self.entries if entry.current.shown is state)
             if len(found) > 1:
-                raise BadRequestError(f"{query} matches {len(found)} entries; name one of: {describe(found)}.")
+                raise BadRequestError(
+                    f"{query} matches {len(found)} entries: {describe(found)}.",
+                    remedy="Choose by rank or key id.",
+                )
             if found:
                 return found[0]
         return None
@@ -512,7 +516,7 @@ class Registry:
             EntryNotFoundError: nothing matches, or one of them does not have it. Nothing has changed.
             StaleError: as `Updates.check_base`, of one of them. Nothing has changed.
         """
-        found = [entry for entry in self._current() if query.matches(entry.key)]
+        found = query.among(self._current())
         if not found:
             raise EntryNotFoundError(no_match_text(query, self._current()))
         for entry in found:
@@ -532,13 +536,13 @@ class Registry:
             EntryNotFoundError: nothing matches.
             EntryInUseError: without `force`, one of them has leases. Nothing was unloaded.
         """
-        found = [entry for entry in self._current() if query.matches(entry.key)]
+        found = query.among(self._current())
         if not found:
             raise EntryNotFoundError(no_match_text(query, self._current()))
         used = [entry for entry in found if entry.users]
         if used and not force:
             users = ", ".join(f"{x.client} (pid {x.pid}, {x.state.value})" for e in used for x in e.users if x.state)
-            raise EntryInUseError(f"{describe(used)} is in use by {users}. Stop them, or force the unload.")
+            raise EntryInUseError(f"{describe(used)} is in use by {users}. End them, or unload with --force.")
         return self._drop(found, GenerationEvent.UNLOAD)
 
     def make_room(self, size_bytes: int) -> tuple[EntryStatus, ...]:

@@ -61,7 +61,8 @@ class Journal:
         elif isinstance(move, Lingering):
             until = time.strftime("%m-%d %H:%M:%S", time.localtime(time.time() + move.left_s))
             held_gib = move.held_bytes / (1 << 30)
-            logger.info("Nobody is attached. %.2f GiB are held until %s, then the companion exits.", held_gib, until)
+            held = f"{held_gib:.2f} GiB are held" if move.held_bytes else "Nothing is held"
+            logger.info("Nobody is attached. %s. If nobody comes until %s the companion exits.", held, until)
         elif isinstance(move, LingerOver):
             logger.info("Nobody was attached for %g s: ending.", move.linger_s)
         elif isinstance(move, Owned):
@@ -102,7 +103,7 @@ def _log_generation(move: GenerationMoved) -> None:
     entry, event = move.entry, move.event
     title, rank, held_gib = entry.key.title, entry.key.rank, entry.size_bytes / (1 << 30)
     if event is GenerationEvent.EXPECT:
-        logger.info("Expecting %s (%s), generation %d, from those who map it.", title, rank, entry.current.number)
+        logger.info("Expecting %s (%s) from those who map it.", title, rank)
     elif event is GenerationEvent.GIVE_UP:
         logger.warning("Nobody handed back %s within %g s.", title, limits.HAND_BACK_S)
     elif event is GenerationEvent.EXPIRE:

@@ -24,7 +24,7 @@ from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.core.identity import MAX_TEXT, EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S
 from vllm_companion_plugin.core.residency import WhenAsleep
-from vllm_companion_plugin.core.status import CompanionStatus
+from vllm_companion_plugin.core.status import CompanionStatus, LeaseState
 from vllm_companion_plugin.core.text import printable, sendable
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
@@ -219,8 +219,7 @@ class CompanionService:
             passive=request.passive,
             asleep=request.asleep if request.HasField("asleep") else None,
         )
-        state = lease.state.value if lease.state else "ended"
-        logger.info("%s asks for %s: %s.", lease.who, lease.entry.key.model, state)
+        logger.info("%s asks for %s: %s.", lease.who, lease.entry.key.model, _answer(lease))
         return lease
 
     async def _serve_lease(self, lease: Lease, context: Any, known_manifest: bytes) -> None:
@@ -458,7 +457,7 @@ class CompanionService:
     @contextmanager
     def _owned(self, own: Any) -> Iterator[None]:
         """While open, we belong to a client, and stay as long as it says."""
-        self.registry.own(own.pid, own.linger_s)
+        self.registry.own(own.pid, own.linger_s, from_first_client=own.from_first_client)
         try:
             yield
         finally:
@@ -514,6 +513,15 @@ class CompanionService:
     def close(self) -> None:
         """Tell all clients and close all descriptors."""
         self.registry.close()
+
+
+def _answer(lease: Lease) -> str:
+    """What became of a client's question, for the log."""
+    if lease.state is not LeaseState.LOADING:
+        return lease.state.value if lease.state else "ended"
+    if lease.entry.current.host is not None:
+        return "bringing it back from host memory"
+    return "handing it back" if lease.holds else "loading"
 
 
 def _harmless(observe: Observer) -> Observer:
