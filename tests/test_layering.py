@@ -14,7 +14,12 @@ import pytest
 PACKAGE = "vllm_companion_plugin"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
-TOP = {"errors": set(), "settings": {"core", "errors", "memory.kinds"}, "_version": set(), "": {"_version", "client", "errors"}}
+TOP = {
+    "errors": set(),
+    "settings": {"core", "errors", "memory.kinds"},
+    "_version": set(),
+    "": {"_version", "client", "errors"},
+}
 """What the modules beside the packages may import; "" is the package's own `__init__`."""
 EVERYWHERE = {"_version"}
 CUDA_ONLY_IN = ("memory/cuda_driver.py", "memory/tensors/cuda_")
