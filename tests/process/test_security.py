@@ -57,7 +57,7 @@ from vllm_companion_plugin.holder.service import fd_server
 fd_server.MAX_CONNECTIONS = 16
 limits.MAX_LEASES, limits.MAX_ENTRIES = 12, 8
 limits.MAX_WATCHES = limits.MAX_PUBLICATIONS = 4
-limits.MAX_MANIFESTS_BYTES = 6 << 20
+limits.MAX_MANIFESTS_BYTES, limits.MAX_KEYS_CHARACTERS = 6 << 20, 1_930_000
 resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
 sys.exit(main(["--device", "cpu"]))
 """
@@ -364,6 +364,9 @@ def test_keys_of_many_entries_do_not_make_the_status_unreadable(victim: Victim) 
         leases = [elected(connection, key(number, fields=fields))[0] for number in range(8)]
         assert len(connection.status().entries) == 8
         victim.connect().close()
+        leases.pop().release()
+        with pytest.raises(LimitError, match="keys of 1930000 characters"):
+            elected(connection, key(9, fields=dict.fromkeys(fields, "x" * 21500)))
         for lease in leases:
             lease.release()
 

@@ -44,6 +44,8 @@ __all__ = ["CompanionConnection", "Granted", "Lease", "Parked", "Publication", "
 logger = logging.getLogger("vllm.companion.client")
 
 CALL_TIMEOUT_S = 10.0
+NO_KEY = "-"
+"""No entry has it: whoever asks for this key is told of the companion alone."""
 
 
 def _where() -> str:
@@ -146,7 +148,7 @@ class CompanionConnection:
     def check_protocol(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Raises `ProtocolMismatchError` unless the companion speaks our protocol version."""
         # By the message, not by the mapped status: another version's states may be unknown here.
-        status = self._call("Status", messages.StatusRequest(), timeout_s)
+        status = self._call("Status", messages.StatusRequest(key_id=NO_KEY), timeout_s)
         if status.protocol_version == PROTOCOL_VERSION:
             return
         older = "companion" if status.protocol_version < PROTOCOL_VERSION else "client"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm_companion_plugin.core.text import several, short_name
@@ -93,17 +94,27 @@ class EntryKey:
         maps = (self.fields, self.files)
         if not all(isinstance(one, Mapping) for one in maps):
             return "'fields' or 'files' is no mapping"
-        parts = [self.source, *texts.values(), *(part for one in maps for pair in one.items() for part in pair)]
         try:
-            "".join(parts)
+            "".join(self._parts())
             "".join(self.fields.values()).encode()
         except (TypeError, UnicodeEncodeError):
             return "it holds a value that is no text"
         if not all(map(str.isprintable, self.fields)):
             return "a field has a name that cannot be printed"
-        if (total := sum(map(len, parts))) > MAX_KEY_CHARACTERS:
-            return f"it has {total} characters; at most {MAX_KEY_CHARACTERS} are allowed"
+        if self.characters > MAX_KEY_CHARACTERS:
+            return f"it has {self.characters} characters; at most {MAX_KEY_CHARACTERS} are allowed"
         return None
+
+    @functools.cached_property
+    def characters(self) -> int:
+        """The length of all its texts together."""
+        return sum(map(len, self._parts()))
+
+    def _parts(self) -> Iterator[str]:
+        yield from (self.source, self.id, self.model, self.role, self.rank)
+        for texts in (self.fields, self.files):
+            for pair in texts.items():
+                yield from pair
 
     def is_draft_of(self, target: EntryKey) -> bool:
         """Tell whether this is a draft for `target`: its fields hold the target's fields."""

@@ -35,7 +35,7 @@ STOP_LIMIT_S = 1.8
 CHECK_INTERVAL_S = 2.0
 HANDSHAKE_MS = 10_000
 LOOKS, LOOK_S = 10, 0.01
-MAX_RPCS = 2048
+MAX_RPCS = 8192
 """More than all leases, watches and publications that the registry allows, so that it is the registry that refuses."""
 
 

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from vllm_companion_plugin.errors import LimitError
 
-MAX_ENTRIES = 128
-MAX_LEASES = 1024
+MAX_ENTRIES = 512
+MAX_KEYS_CHARACTERS = 32 << 20
+"""Of the keys of all entries together: a status, which shows them, can be read by any client."""
+MAX_LEASES = 4096
 MAX_WATCHES = 256
 MAX_PUBLICATIONS = 256
 MAX_MANIFESTS_BYTES = 1 << 30

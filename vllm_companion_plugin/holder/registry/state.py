@@ -280,6 +280,14 @@ class Registry:
         """A place among the publications that are being received, while open. Raises `LimitError` if there is none."""
         return self._publications.one()
 
+    def _no_room_for(self, key: EntryKey) -> str:
+        """What there is too much of for another entry with this key; empty if there is room."""
+        if len(self.entries) >= limits.MAX_ENTRIES:
+            return f"{limits.MAX_ENTRIES} entries"
+        if sum(entry.key.characters for entry in self.entries) + key.characters > limits.MAX_KEYS_CHARACTERS:
+            return f"keys of {limits.MAX_KEYS_CHARACTERS} characters"
+        return ""
+
     def check_manifests(self, incoming_bytes: int) -> None:
         """Raise `LimitError` if with so many bytes on their way all manifests together are too large."""
         stored = sum(entry.current.manifest.size_bytes for entry in self.entries if entry.current.manifest)
@@ -299,7 +307,7 @@ class Registry:
             self._generations.roll_back(key.id, generation)
         entry = self._by_key(key)
         if entry is None:
-            if len(self.entries) >= limits.MAX_ENTRIES:
+            if self._no_room_for(key):
                 return
             current = Generation(load_since_unix_s=self._wall())
             entry = self._steps.add(Entry(key, current=current), GenerationEvent.EXPECT)
@@ -349,10 +357,8 @@ class Registry:
         if entry is None:
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
-            if len(self.entries) >= limits.MAX_ENTRIES:
-                raise LimitError(
-                    f"The companion has {limits.MAX_ENTRIES} entries already; unload some: vllm-companion unload"
-                )
+            if problem := self._no_room_for(select):
+                raise LimitError(f"The companion has {problem} already.", remedy="Unload some: vllm-companion unload")
             first = GenerationEvent.ASK if asleep is None else GenerationEvent.REMEMBER
             entry = self._steps.add(Entry(select), first)
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive, maps=maps)
