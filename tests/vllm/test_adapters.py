@@ -104,7 +104,7 @@ def test_offline(
     # What cannot be served is refused by name, and the engine goes on.
     refused(ask("nobody"), "Adapter nobody is not held")
     client.publish_adapter("large", lora.peft_of(tiny_llama, r=16))
-    refused(ask("large"), "cannot serve Adapter large, generation 1: ", "rank 16 is greater than max_lora_rank 8")
+    refused(ask("large"), "cannot serve Adapter large, generation 1: LoRA rank 16 is greater than max_lora_rank 8")
     strange = {name.replace("q_proj", "strange"): t for name, t in get_peft_model_state_dict(model).items()}
     client.publish_adapter("strange", strange, model.peft_config["default"].to_dict() | {"rank_pattern": {"v_proj": 8}})
     refused(ask("strange"), "While loading Adapter strange, generation 1, expected target modules")
@@ -216,6 +216,7 @@ def test_served(server: Server, client: CompanionClient, long_llama: Path) -> No
     for more in ({}, {"stream": True}):
         status, answer = ask("large", **more)
         assert (status, "rank 16 is greater than max_lora_rank 8" in str(answer)) == (400, True), answer
+    assert "Traceback" not in server.log.read_text()  # which a worker would write for each request
     client.remove_adapter("mine")
     assert "Adapter mine is not held" in str(ask("mine")[1])
     for more in ({}, {"stream": True}):

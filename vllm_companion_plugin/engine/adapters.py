@@ -9,10 +9,12 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_companion_plugin.client.adapter_leases import AdapterLease, AdapterLeases
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.settings import Settings
+from vllm_companion_plugin.wire.adapter_file import config_in
 
 MAX_NUMBERS = 1 << 16
 """Numbers of adapters that are remembered, so that no two have the same."""
@@ -33,6 +35,11 @@ class Served:
     @property
     def bound(self) -> Bound:
         return self.lease.bound
+
+    def config(self) -> dict[str, Any]:
+        """PEFT's configuration. Works once, within 30 s; raises `CompanionError` otherwise."""
+        with self.lease.ready.redeem() as fds:
+            return config_in(fds[0], str(self.bound))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Every process of vLLM imports this, so what talks to companions is imported with
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
 import weakref
@@ -89,6 +90,7 @@ async def serve_async(engine: Any, path: str) -> Served:
     served = found.pop()
     if not front.is_sent(served):
         with _refusing_misfit(served):
+            await asyncio.to_thread(_check_legal, engine.vllm_config.lora_config, served)
             await engine.engine_core.add_lora_async(_bound_request(_blank(served), served))
         await _forget_async(engine, front.sent(served))
     return served
@@ -107,10 +109,20 @@ def serve(engine: Any, path: str) -> Served:
             raise
     if not front.is_sent(served):
         with _refusing_misfit(served):
+            _check_legal(engine.vllm_config.lora_config, served)
             engine.engine_core.add_lora(_bound_request(_blank(served), served))
         for number in front.sent(served):
             engine.engine_core.remove_lora(number)
     return served
+
+
+def _check_legal(lora_config: Any, served: Served) -> None:
+    """Have vLLM check the configuration here: a worker that refuses it writes a page into the log each time."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    with contextlib.suppress(CompanionError):  # then the workers alone check it
+        config = served.config()
+        PEFTHelper.from_dict(config).validate_legal(lora_config)
 
 
 async def _forget_async(engine: Any, numbers: list[int]) -> None:
