@@ -273,7 +273,7 @@ def pair(report: Report, model: Path, other: Path, way: str) -> dict[str, Any]:
             used_mib=settled() - report.empty_mib,
             **{key: value for key, value in written.items() if key != "tokens"},
             **found,
-            said=first.told(r"load_weights writes to .*"),
+            said=first.told(r"load_weights is about to write to .*"),
         )
         return {"before": started["tokens"], "written": written["tokens"]}
     finally:

@@ -75,6 +75,42 @@ def test_a_model_that_was_packed_in_vain_has_memory_of_its_own(elected: tuple[de
     attachment.close()
 
 
+class Scaled(nn.Linear):
+    """Small buffers: one that loading fills, and one that is the engine's own."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64, bias=False)
+        self.register_buffer("scale", torch.zeros(1))
+        self.register_buffer("limit", torch.full((1,), 5.0))
+
+
+def test_what_is_private_to_a_publisher_follows_its_generation(place: Place) -> None:
+    """Its own copies of what is small are renewed, as those of an engine that attached."""
+    place.companion()
+    kept: list[Attachment] = []
+    with connect("cpu", place.settings, spawn=False) as connection:
+        lease = connection.attach(KEY, may_load=True, client_name="loader")
+        granted = lease.wait(5)
+        assert isinstance(granted, Granted)
+        load = decisions.Load(
+            DEVICE, KEY, lease, granted, LoaderElection(device_paths("cpu", place.settings)), None, {}
+        )
+        publisher, model = _Publisher(load, place.settings, None, None, kept.append), Scaled()
+        with ExitStack() as until:
+            publisher.begin(model, until)
+            model.weight.data.fill_(1)
+            model.scale.fill_(0.25)
+            publisher.loaded(model)
+        publisher.publish(model)
+        publisher.finish()
+        (attachment,) = kept
+        model.scale.fill_(7)
+        model.limit.fill_(7)
+        attachment.renew()
+        assert (model.scale.item(), model.limit.item()) == (0.25, 7.0)
+        attachment.close()
+
+
 def test_without_fallback_it_is_an_error(elected: tuple[decisions.Load, Place]) -> None:
     load, place = elected
     kept: list[Attachment] = []

@@ -17,8 +17,8 @@ import torch
 
 from tests.process.test_metrics import collect, value
 from tests.process.update_child import MODEL, Child, digests, values
-from tests.support.place import KEY, Place, until
-from tests.support.publishing import Small, load
+from tests.support.place import KEY, Place, alive, until
+from tests.support.publishing import Small, hold_zeros, load
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client import headless, lease
 from vllm_companion_plugin.client.attachment import Attachment
@@ -158,6 +158,7 @@ def test_twenty_updates_reach_two_clients_when_these_want_them(
             opened = [memfds(companion.pid), *(process.tell("open") for process in (quick, slow, trainer))]
         elif step % 3 == 0:
             until(is_as_open_as_before, 10, f"as much is open as before: {opened}")
+    assert len(os.listdir(place.paths.holders)) <= 3, "notes of generations that have gone are removed"
     entry = entry_of(place)
     assert (entry.generation, entry.version) == (21, "step-20")
     assert [(each.number, len(each.pids)) for each in entry.generations] == [(19, 1), (20, 0), (21, 1)]
@@ -505,6 +506,30 @@ class TestClient:
         assert "error" not in here().tell("write", step=2)
         assert has(behind.tell("advance"), 2, 3)
 
+    def test_advances_though_the_companion_dies(
+        self, place: Place, companion: subprocess.Popen[str], start: Start
+    ) -> None:
+        """It asks the next one, as it does when it falls asleep: updates go on."""
+        engine, other, trainer = start(), start(), start()
+        engine.tell("attach"), other.tell("attach")
+        for step in range(1, 6):
+            assert trainer.tell("write", step=step) == {}
+            assert has(other.tell("advance"), step, step + 1)
+            pid = place.companion_pid()
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: not alive(pid), 5, "it is dead")  # noqa: B023
+            assert has(engine.tell("advance"), step, step + 1)
+
+    def test_is_told_that_the_entry_was_unloaded(self, companion: object, place: Place, here: Here) -> None:
+        """It keeps what it maps, and cannot advance."""
+        engine = here()
+        engine.tell("attach")
+        with connect("cpu", place.settings, spawn=False) as connection:
+            connection.unload(force=True)
+        until(lambda: engine.attachment._mirror is None or engine.attachment._mirror.ended, 5, "it is told")
+        answer = engine.tell("advance")
+        assert (answer["error"], "was unloaded" in answer["text"]) == ("not_found", True)
+
     @pytest.mark.parametrize("forward", [False, True])
     def test_hands_back_what_was_current_after_a_rollback(
         self, place: Place, companion: subprocess.Popen[str], start: Start, here: Here, forward: bool
@@ -559,7 +584,7 @@ class TestSleeper:
         assert [number for number, _ in held(place)] == [2, 3]
         refused = engine.tell("wake")
         assert refused["error"] == "layout"
-        assert "generation 1 is not held any more" in refused["text"]
+        assert "what the engine had is not held any more" in refused["text"]
         assert "follow_updates" in refused["text"]
 
     @pytest.mark.parametrize("how", ["by the setting", "by having advanced before"])
@@ -615,6 +640,50 @@ class TestSleeper:
         refused = engine.tell("wake")
         assert refused["error"] == "layout"
         assert "was step-1, which a trainer had written, and nobody has it any more" in refused["text"]
+
+    def test_gets_no_checkpoint_that_another_one_has_loaded_since(
+        self, place: Place, companion: subprocess.Popen[str], here: Here
+    ) -> None:
+        """Though its number is lower than that of what was lost."""
+        engine = here()
+        engine.tell("attach")
+        here().tell("write", step=1)
+        engine.tell("advance")
+        until(lambda: len(entry_of(place).leases) == 1, 5, "the trainer has left")
+        engine.tell("sleep")
+        companion.kill()
+        companion.wait(5)
+        place.companion()
+        until(lambda: is_listening(place.paths), 20, "the next one listens")
+        hold_zeros(place).close()
+        assert held(place) == [(1, "")]
+        refused = engine.tell("wake")
+        assert refused["error"] == "layout"
+        assert "was step-1, which a trainer had written, and nobody has it any more" in refused["text"]
+
+    @pytest.mark.parametrize("follows", [False, True])
+    def test_knows_that_its_number_was_given_again(
+        self, place: Place, companion: subprocess.Popen[str], start: Start, here: Here, follows: bool
+    ) -> None:
+        """The companion that had it has died, and what was handed back to the next one is older."""
+        behind, engine = start(), here()
+        behind.tell("attach"), engine.tell("attach")
+        here().tell("write", step=1)
+        engine.tell("advance")
+        until(lambda: len(entry_of(place).leases) == 2, 5, "the trainer has left")
+        engine.tell("sleep")
+        engine.attachment._follows = follows
+        companion.kill()
+        companion.wait(5)
+        behind.tell("wait_known")
+        here().tell("write", step=2)
+        assert held(place) == [(1, ""), (2, "step-2")]
+        woken = engine.tell("wake")
+        if follows:
+            assert has(woken, 2, 2)
+            assert woken["is_stale"], "what it has cloned is of before"
+        else:
+            assert woken["error"] == "layout"
 
 
 class TestHolder:

@@ -34,6 +34,7 @@ class Notes:
     def __init__(self) -> None:
         self.left: list[tuple[str, int]] = []
         self.rolled_back: list[tuple[str, int]] = []
+        self.cleared: list[tuple[str, int]] = []
         self.world = World(linger_s=10)
         self.error: Exception | None = None
 
@@ -49,7 +50,7 @@ class Notes:
 
     def write(self) -> list[tuple[str, int]]:
         """Have all moves written down; the notes."""
-        journal = Journal(self.dismiss, self.roll_back)
+        journal = Journal(self.dismiss, self.roll_back, lambda noted, number: self.cleared.append((noted.id, number)))
         for move in self.world.moves:
             journal.observe(move)
         return self.left

@@ -132,7 +132,7 @@ def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
 
     writer.do("load", others)
     assert writer.do("state")[1::2] == [True, address]
-    assert "load_weights writes to" in writer.log()
+    assert "load_weights is about to write to" in writer.log()
     assert writer.do("tokens") == theirs
     assert reader.do("tokens") == expected
     writer.do("sleep", 1)

@@ -38,6 +38,7 @@ from vllm_companion_plugin.errors import (
     ManifestError,
     OvertakenError,
     ParityError,
+    TicketError,
 )
 from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.tensors.checksum import Verification
@@ -338,7 +339,9 @@ class Attachment:
             if where != Residence.HOST.value:
                 self._drop_kept()
             return where
-        return Residence.NOWHERE.value  # it was unloaded: there is nobody to be told
+        with contextlib.suppress(CompanionError):  # it was unloaded: nobody waits for an answer
+            ask(self.current_lease)
+        return Residence.NOWHERE.value
 
     def _leave_copy(self) -> tuple[int, ArenaInfo, arenas.Descriptors]:
         """Of the current generation, which need not be the one that is mapped here."""
@@ -424,7 +427,7 @@ class Attachment:
                 if isinstance(outcome, Granted) and outcome.parked is not None:
                     source = "host"
                     self._generation_to_wake(lease, outcome.parked.entry, settings)
-                    kept = self._kept if outcome.parked.entry.generation == self.generation else None
+                    kept = self._kept if self._had(outcome.parked.entry) else None
                     held, arena = bring_back(connection, outcome, outcome.parked, self.device, settings.verify, kept)
                     with contextlib.closing(arena):
                         fds = arena.fds.dup()
@@ -479,7 +482,7 @@ class Attachment:
         return True
 
     def _has_woken(self, held: Held, lease: Lease, mirror: Mirror) -> None:
-        self.is_stale |= held.generation != self.generation or held.arena.trained
+        self.is_stale |= not self._had(held) or held.arena.trained
         self.held, self.lease, self._mirror = held, lease, mirror
         self._asleep = False
 
@@ -515,19 +518,26 @@ class Attachment:
         Raises:
             LayoutError: what it had is not held any more.
         """
-        if not current.published.version and current.generation > self.generation:  # it was loaded anew
+        if self._had(current):
+            return current
+        written = current.published.version
+        if not written and current.published.ready_unix_s > self.held.published.ready_unix_s:  # it was loaded anew
             self._check_not_lost(settings)
-        written = current.published.version and current.generation != self.generation
         if not written or ((self._follows or settings.follow_updates) and not self._fixed):
             return current
-        try:
-            return lease.generation(self.generation, self.held.manifest)
-        except EntryNotFoundError as error:
-            raise LayoutError(
-                f"{self.label} is {current.published.version} by now, which a trainer has written while this engine "
-                f"slept, and generation {self.generation} is not held any more.",
-                remedy="Start the engine anew, or with the setting follow_updates.",
-            ) from error
+        with contextlib.suppress(EntryNotFoundError):
+            mine = lease.generation(self.generation, self.held.manifest)
+            if self._had(mine):
+                return mine
+        raise LayoutError(
+            f"{self.label} is {current.published.version} by now, which a trainer has written while this engine slept, "
+            "and what the engine had is not held any more.",
+            remedy="Start the engine anew, or with the setting follow_updates.",
+        )
+
+    def _had(self, other: Ready | Held) -> bool:
+        """Whether this process had that very generation: its number may be given again after a companion has died."""
+        return (other.generation, other.published) == (self.generation, self.held.published)
 
     def _check_not_lost(self, settings: Settings) -> None:
         """Raise `LayoutError` if this process had what a trainer wrote: the checkpoint does not take its place."""
@@ -550,7 +560,7 @@ class Attachment:
                     f"of other values: {error} Start this engine anew to use it."
                 ) from error
         self.arena.map_again(held.arena, fds)
-        if held.generation != self.held.generation:
+        if not self._had(held):
             Verification(self.views(), held.arena, settings.verify, self.device).check(self.manifest, self.label)
 
     # ---- generations
@@ -568,14 +578,13 @@ class Attachment:
             ArenaError: as `check_can_advance`.
         """
         self.check_can_advance()
-        ready = self.current_lease.generation(number, self.held.manifest)
-        if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
-            raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
-        if self._fixed and (ready.generation != self.generation or ready.arena.trained):
-            raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
-        fds = ready.redeem()
+        ready, fds = self._asked_for(number)
         try:
-            if settings.verify != "off" and not ready.arena.trained and ready.generation != self.generation:
+            if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
+                raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
+            if self._fixed and (ready.generation != self.generation or ready.arena.trained):
+                raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
+            if settings.verify != "off" and not ready.arena.trained and not self._had(ready):
                 label = f"{self.label}, generation {ready.generation},"
                 with contextlib.closing(arenas.open_arena(ready.arena, fds.dup(), self.device.index)) as arena:
                     views = ArenaViews(arena, ready.arena.size_bytes, self.device)
@@ -585,12 +594,33 @@ class Attachment:
             raise
         return Prepared(Held.of(ready, fds), fds)
 
+    def _asked_for(self, number: int) -> tuple[Ready, arenas.Descriptors]:
+        """A generation and its descriptors, of the next companion if this one dies. Raises as `prepare`."""
+        mirror, late = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S
+        while True:
+            if mirror is not None:
+                mirror.wait_known(late - time.monotonic())
+            lease = self.current_lease
+            try:
+                ready = lease.generation(number, self.held.manifest)
+                return ready, ready.redeem()
+            except (CompanionUnavailableError, BadRequestError, TicketError):
+                # It has died, and the next one, that may answer there already, does not know the lease.
+                if mirror is None or mirror.ended or not lease.lost.wait(DIES_S) or time.monotonic() > late:
+                    raise
+
     def check_can_advance(self) -> None:
-        """Raise `ArenaError` if this sleeps, or has memory of its own."""
+        """Raise `ArenaError` if this sleeps or is private, `EntryNotFoundError` if the entry was unloaded."""
         if self._asleep:
             raise ArenaError(f"{self.label} sleeps, so it cannot advance.", remedy="Wake the engine first.")
         if self._is_private:
             raise ArenaError(f"{self.label} is private, so it cannot advance.", remedy="Start the engine anew.")
+        if self._mirror is not None and self._mirror.ended:
+            raise EntryNotFoundError(
+                f"{self.label} was unloaded, or its companion was stopped. This process keeps what it maps, and cannot "
+                "advance.",
+                remedy="Start the engine anew.",
+            )
 
     def way_back(self) -> Prepared:
         """What is mapped now, to advance to after something else. Raises `ArenaError` as `check_can_advance`."""

@@ -39,7 +39,7 @@ from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.capture import Tree, capture, plain_tensors
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.tree.observe import Observation
-from vllm_companion_plugin.tree.pack import copy, prepare, sources_of
+from vllm_companion_plugin.tree.pack import copy, prepare, private_bytes, sources_of
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_to_bytes
 
 logger = init_logger("vllm.companion")
@@ -112,6 +112,7 @@ class _Publisher:
         self._observation: Observation | None = None
         self.reading: Reading | None = None
         self.copied: list[int] = []
+        self._private: list[tuple[int, torch.Tensor]] = []
         self._bytes_before = devices.requested_bytes(decision.device)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
@@ -230,6 +231,7 @@ class _Publisher:
                 before_rebinding=lambda: _refuse(search.result()),
             )
             self._arena, self._manifest = arena, packed.manifest  # the model views it, published or not
+            self._private = private_bytes(packed)
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
         ways = processing.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
@@ -291,6 +293,7 @@ class _Publisher:
             if self.is_bound and self._arena is not None and self._manifest is not None:
                 device, lease = self._decision.device, self._decision.lease
                 attachment = Attachment(device.id, device.torch_device, lease, self._held, self._arena, self._manifest)
+                attachment.keep_private(self._private)
                 attachment.fix(fixed_reason(device.stage, self.copied, self._settings))
                 self._keep(attachment)
                 self._decision.election.release()

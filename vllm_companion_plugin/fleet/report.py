@@ -41,7 +41,7 @@ class EngineReport:
             said += f", after a pause of {self.paused_s:.3f} s"
         if self.may_be_paused:
             said += ", and may be paused"
-        return ": ".join([said, "; ".join(self.failures)]) if self.failures else said
+        return ": ".join([said, "; ".join(each.rstrip(".") for each in self.failures)]) if self.failures else said
 
     def _weights(self) -> str:
         if self.version is None:
@@ -89,7 +89,7 @@ class FleetReport:
         lost = [each.engine for each in self.engines if each.state in ("gone", "unknown") or each.may_be_paused]
         if lost:
             return f"Restart {', '.join(lost)}, then advance again."
-        return "Every engine answers requests. Mend what failed, then advance again."
+        return "No engine was left paused. Mend what failed, then advance again."
 
     def __str__(self) -> str:
         return ". ".join(map(str, self.engines))

@@ -127,7 +127,12 @@ async def serve(
             _remove(paths.grpc_socket)
 
     service = CompanionService(
-        *(paths.device, linger_s, partial(notes.dismiss, paths), partial(notes.roll_back, paths), hide),
+        paths.device,
+        linger_s,
+        dismiss=partial(notes.dismiss, paths),
+        roll_back=partial(notes.roll_back, paths),
+        clear=partial(notes.clear, paths),
+        hide=hide,
         grace_s=grace_s,
         keep_previous=keep_previous,
     )

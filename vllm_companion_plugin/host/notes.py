@@ -73,6 +73,19 @@ def dismiss(paths: DevicePaths, key: EntryKey, generation: int) -> None:
             os.unlink(path)
 
 
+def clear(paths: DevicePaths, key: EntryKey, generation: int) -> None:
+    """Remove the note of a generation that nobody is to hand back any more, unless a process still holds it."""
+    path = _path(paths, key, generation)
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+                os.unlink(path)
+        finally:
+            os.close(fd)
+
+
 def roll_back(paths: DevicePaths, key: EntryKey, generation: int) -> None:
     """Tell the next companion that this generation is current, though processes may hold newer ones.
 

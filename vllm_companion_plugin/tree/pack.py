@@ -390,6 +390,21 @@ def copy(
         raise
 
 
+def private_bytes(packed: Packed) -> list[tuple[int, torch.Tensor]]:
+    """What the publisher keeps for itself of what it has published: where it begins in the arena, and its own memory.
+
+    As `Attachment.keep_private` takes it: other generations have other bytes for it.
+    """
+    found = []
+    for storage, offset in zip(packed.packing.storages, packed.placement.offsets, strict=True):
+        if storage.private and not any(packed.packing.infos[number].own for number in storage.tensors):
+            whole = packed.packing.tensors[storage.tensors[0]].untyped_storage()
+            first, size_bytes = storage.start - whole.data_ptr(), storage.stop - storage.start
+            mine = torch.empty(0, dtype=torch.uint8, device=whole.device)
+            found.append((offset, mine.set_(whole, first, (size_bytes,), (1,))))
+    return found
+
+
 def _replacements(packed: Packed, chunk: Chunk, views: ArenaViews) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The shared tensors of a chunk, each with its view of the arena."""
     packing = packed.packing

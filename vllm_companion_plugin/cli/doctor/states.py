@@ -131,7 +131,9 @@ def _check_entries(paths: DevicePaths, status: CompanionStatus, connection: Comp
             yield Check(name, WARN, text, f"kill {pid}")
 
     def unknown() -> list[tuple[str, str]]:
-        known = {(entry.key.id, entry.generation) for entry in connection.status(ANSWER_S).entries}
+        entries = connection.status(ANSWER_S).entries
+        known = {(entry.key.id, entry.generation) for entry in entries}
+        known |= {(entry.key.id, each.number) for entry in entries for each in entry.generations}
         return [
             (key.title, os.path.join(paths.holders, f"{key.id}.{generation}"))
             for key, generation in notes.held(paths)

@@ -125,8 +125,11 @@ class Updates:
         for generation in (entry.current, *entry.others):
             if generation.state is GenerationState.READY and number in (0, generation.number):
                 return generation
-        there = ", ".join(str(each.number) for each in (entry.current, *entry.others))
-        raise EntryNotFoundError(f"Generation {number} of {entry.key.title} is not held; there are: {there}.")
+        there = [each.number for each in (entry.current, *entry.others) if each.state is GenerationState.READY]
+        what = f"Generation {number}" if number else "The current generation"
+        raise EntryNotFoundError(
+            f"{what} of {entry.key.title} is not held; there are: {', '.join(map(str, there)) or 'none'}."
+        )
 
     def advance(self, lease: Lease, number: int) -> None:
         """The client maps this generation from now on.

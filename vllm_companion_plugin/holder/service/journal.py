@@ -6,6 +6,7 @@ one was current. The log says what happened to which entry, and by whom.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -34,6 +35,9 @@ def level_of(error: CompanionError) -> int:
     return logging.INFO if error.expected else logging.WARNING
 
 
+Note = Callable[[EntryKey, int], None]
+
+
 class Journal:
     """An observer of a registry.
 
@@ -41,17 +45,22 @@ class Journal:
         dismiss: notes that no client shall hand back this generation of the entry. May raise `OSError`.
         roll_back: notes that this generation is current, though it is not the latest; 0: the latest is. May raise
             `OSError`.
+        clear: removes the note of those who held this generation, which nobody has any more. May raise `OSError`.
     """
 
-    def __init__(self, dismiss: Callable[[EntryKey, int], None], roll_back: Callable[[EntryKey, int], None]) -> None:
+    def __init__(self, dismiss: Note, roll_back: Note, clear: Note) -> None:
         self._dismiss = dismiss
         self._roll_back = roll_back
+        self._clear = clear
 
     def observe(self, move: Move) -> None:
         """Write down one move."""
         if isinstance(move, GenerationMoved):
             if move.event in DISMISSING:
                 self._note(move.entry)
+            elif move.event is GenerationEvent.FORGET:
+                with contextlib.suppress(OSError):  # the next companion looks through what is left
+                    self._clear(move.entry.key, move.generation.number)
             _log_generation(move)
         elif isinstance(move, LeaseMoved):
             _log_lease(move)

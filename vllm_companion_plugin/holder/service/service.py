@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 
 from vllm_companion_plugin._version import __version__
-from vllm_companion_plugin.core.identity import MAX_TEXT, EntryKey
+from vllm_companion_plugin.core.identity import MAX_TEXT
 from vllm_companion_plugin.core.metrics import BOUNDS_S
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import CompanionStatus, LeaseState
@@ -51,7 +51,7 @@ from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.service.descriptors import check_descriptors, close_aside, memory_is_lost
 from vllm_companion_plugin.holder.service.incoming import IncomingManifest
-from vllm_companion_plugin.holder.service.journal import Journal, level_of
+from vllm_companion_plugin.holder.service.journal import Journal, Note, level_of
 from vllm_companion_plugin.holder.service.tickets import Ticket, Tickets
 from vllm_companion_plugin.memory.kinds import KINDS
 from vllm_companion_plugin.wire import codec, fd_channel, messages
@@ -71,7 +71,7 @@ class CompanionService:
     Args:
         linger_s, grace_s: as of `Lifetime`.
         keep_previous: as of `Registry`.
-        dismiss, roll_back: as of `Journal`.
+        dismiss, roll_back, clear: as of `Journal`.
         hide: removes us from where new clients look.
     """
 
@@ -79,8 +79,9 @@ class CompanionService:
         self,
         device: str,
         linger_s: float,
-        dismiss: Callable[[EntryKey, int], None] = lambda key, generation: None,
-        roll_back: Callable[[EntryKey, int], None] = lambda key, generation: None,
+        dismiss: Note = lambda key, generation: None,
+        roll_back: Note = lambda key, generation: None,
+        clear: Note = lambda key, generation: None,
         hide: Callable[[], None] = lambda: None,
         *,
         grace_s: float = 0.0,
@@ -103,7 +104,7 @@ class CompanionService:
             max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
             on_event=self._on_event,
             on_change=self._on_change,
-            observers=(_harmless(self._counting.observe), _harmless(Journal(dismiss, roll_back).observe)),
+            observers=(_harmless(self._counting.observe), _harmless(Journal(dismiss, roll_back, clear).observe)),
         )
         self.tickets = Tickets()
         self._started_unix_s = time.time()
