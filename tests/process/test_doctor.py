@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.process.test_cli import CLI, read_until, serve
 from tests.support.place import KEY, Place, alive, answering, until
+from tests.support.publishing import hold_zeros
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli.doctor import states
 from vllm_companion_plugin.cli.doctor.check import FAIL, OK, WARN, Check
@@ -189,6 +191,17 @@ def test_what_is_mapped_and_unknown_to_the_companion(place: Place) -> None:
     note = notes.hold(place.paths, KEY, 3)
     assert found(place, "test/model on cpu", WARN).mend.startswith(f"kill {os.getpid()},")
     os.close(note)
+
+
+def test_who_has_not_followed_an_update_is_well(place: Place) -> None:
+    """The companion has what it maps, beside what is current."""
+    place.companion()
+    client = hold_zeros(place)
+    with client.attach("test/model"):
+        with client.update("test/model", version="ones") as new:
+            new.load({"embed.weight": torch.ones(64, 16, dtype=torch.bfloat16)})
+        assert [number for _, number in notes.held(place.paths)] == [1]
+        assert "test/model on cpu" not in look(place)
 
 
 def test_a_load_that_does_not_get_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
