@@ -84,7 +84,7 @@ class ProtocolMismatchError(CompanionError):
 
 
 class BadRequestError(CompanionError):
-    """A message that no correct client sends: wrong order, size, token or content."""
+    """Input that cannot be taken, or a message that no correct client sends: wrong order, size, token or content."""
 
     code = "bad_request"
     grpc_status = "INVALID_ARGUMENT"
@@ -209,7 +209,7 @@ class NotSharedError(CompanionError):
 
 
 class ArenaError(CompanionError):
-    """Memory could not be created, mapped, exported or imported."""
+    """Memory could not be created, mapped, exported or imported, or an engine sleeps or has made it its own."""
 
     code = "arena"
     grpc_status = "RESOURCE_EXHAUSTED"
