@@ -270,6 +270,39 @@ class TestSilence:
             silent.send_signal(signal.SIGCONT)
             leases.close()
 
+    def test_of_the_only_one(self, place: Place) -> None:
+        """For a moment: requests wait, and what comes next is answered at once."""
+        companion = place.companion()
+        with made_client(place) as client:
+            client.publish_adapter(NAME, small(1), config())
+            leases = AdapterLeases(place.settings, "front end")
+            bound_now(leases)
+            companion.send_signal(signal.SIGSTOP)
+            waker = threading.Timer(2.5, companion.send_signal, (signal.SIGCONT,))
+            waker.start()
+            assert bound_now(leases).generation == 1
+            began = time.monotonic()
+            assert bound_now(leases).generation == 1
+            assert time.monotonic() - began < 1.5
+            with pytest.raises(EntryNotFoundError):
+                leases.lease(Asked("unknown"))
+            leases.close()
+
+    def test_of_one_that_dies_then(self, client: CompanionClient, place: Place) -> None:
+        """What nobody has is not found again."""
+        gpu = "GPU-00000000-0000-0000-0000-000000000000"
+        silent = place.run("-m", "vllm_companion_plugin.holder", "--device", gpu)
+        until(lambda: is_listening(device_paths(gpu, place.settings)), 20, "it listens")
+        leases = AdapterLeases(place.settings, "front end")
+        silent.send_signal(signal.SIGSTOP)
+        with pytest.raises(CompanionUnavailableError, match="silent"):
+            leases.lease(Asked("unknown"))
+        silent.kill()
+        silent.wait(5)
+        with pytest.raises(EntryNotFoundError):
+            leases.lease(Asked("unknown"))
+        leases.close()
+
     def test_of_who_may_write(self, client: CompanionClient, monkeypatch: pytest.MonkeyPatch) -> None:
         """It may have been heard, so it is taken back."""
         client.publish_adapter(NAME, small(1), config())

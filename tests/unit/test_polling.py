@@ -40,10 +40,10 @@ def test_readable(number: int | None) -> None:
         with pipe(number) as (read, write), pipe(None) as (other, _):
             began = time.monotonic()
             assert readable([read, other], 0.05) == set()
-            assert 0.04 < time.monotonic() - began < 1
+            assert time.monotonic() - began > 0.04
             assert readable([read, other], -1) == set()
             os.write(write, b"x")
-            assert readable([other, read]) == {read}
+            assert readable([other, read]) == readable([other, read], 1e9) == {read}
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from vllm_companion_plugin.core.adapters import key_of
+from vllm_companion_plugin.core.adapters import key_of as adapter_key
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.residency import WhenAsleep
@@ -240,6 +241,17 @@ def test_several_entries_of_one_query_are_unloaded_together_or_not_at_all(world:
         world.registry.unload(Query(model="m"))
     assert len(world.registry.status()) == 2
     assert len(world.registry.unload(Query(model="m"), force=True)) == 2
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_the_name_of_a_model_means_its_weights(world: World, is_loaded: bool) -> None:
+    """Also while they are loaded, and an adapter of that name is ready."""
+    world.publish(adapter_key("m"))
+    weights = world.publish(key()) if is_loaded else world.attach(key())
+    reader = world.attach(Query(model="m"), may_load=False, pid=3)
+    assert reader.entry is weights.entry
+    other = world.attach(Query(key_id=adapter_key("m").id), may_load=False, pid=4)
+    assert other.entry is not weights.entry
 
 
 def test_a_query_finds_the_only_entry_or_waits_for_the_one_that_loads(world: World) -> None:
@@ -494,6 +506,11 @@ class TestOwner:
         world.registry.end_lease(world.publish(key()))
         assert world.wait(19) == Due(False, 1)
         assert world.wait(1).over
+        used = World(linger_s=10)
+        lease = used.publish(key())
+        used.registry.own(5, 20, from_first_client=True)
+        used.registry.end_lease(lease)
+        assert used.wait(20).over, "there was a client"
         world.registry.end(replaced=False)
         with pytest.raises(LeaseLostError, match=r"Nobody used the companion of cpu \(pid 77\) for 20 s"):
             world.attach(key())

@@ -45,7 +45,7 @@ logger = logging.getLogger("vllm.companion.adapters")
 ANSWER_S = 2.0
 """A companion that has not said by then what it has is silent."""
 SILENT_S = 30.0
-"""For so long a silent companion is not asked again."""
+"""For so long a silent companion is asked only for what no other one has."""
 HAND_BACK_TIMEOUT_S = 10.0
 """For a process that holds an adapter to hand it to the companion that follows one that died."""
 NOTHING = Manifest(stage=Stage.UNPROCESSED, modules=(), tensors=(), storages=())
@@ -149,10 +149,10 @@ class AdapterLeases:
             time.sleep(_POLL_S)
         if isinstance(problem, StaleError):
             raise problem
-        if self._silent_until:
+        if silent := self._silent():
             raise CompanionUnavailableError(
                 f"{asked} is not held by any companion in {self._settings.runtime_dir} that answers; that of "
-                f"{', '.join(sorted(self._silent_until))} is silent."
+                f"{', '.join(sorted(silent))} is silent."
             )
         raise EntryNotFoundError(
             f"{asked} is not held by any companion in {self._settings.runtime_dir}.",
@@ -204,34 +204,35 @@ class AdapterLeases:
     def where(self, name: str) -> list[Where]:
         """The companions that have an adapter of this name, the one that counts first."""
         key_id = adapters.key_of(name).id
-        found = []
-        for device in list_devices(self._settings):
-            try:
-                if not is_listening(device_paths(device, self._settings)):
-                    continue
-                entries = self._answer_of(device, key_id)
-            except CompanionUnavailableError:
-                self._forget(device)
-                continue
-            except BadRequestError as error:  # of another version
-                logger.debug("%s", error)
-                continue
-            states = (EntryState.READY, EntryState.LOADING)
-            found += [(device, entry) for entry in entries if entry.key.id == key_id and entry.state in states]
+        devices, silent = list_devices(self._settings), self._silent()
+        found = [each for device in devices if device not in silent for each in self._there(device, key_id)]
+        if not found:  # a companion that hung a moment ago is asked if nobody else has it
+            found = [each for device in devices if device in silent for each in self._there(device, key_id)]
         return sorted(found, key=lambda each: (each[0] != self._first, -each[1].ready_unix_s))
 
-    def _answer_of(self, device: str, key_id: str) -> tuple[EntryStatus, ...]:
-        """What a companion has of this key. One that hangs is left alone for a while: others have adapters, too."""
-        if time.monotonic() < self._silent_until.get(device, 0.0):
-            return ()
+    def _there(self, device: str, key_id: str) -> list[Where]:
+        """The entry of this key, if the companion of a device has one."""
+        entries: tuple[EntryStatus, ...] = ()
         try:
-            entries = self._connection(device).status(ANSWER_S, key_id=key_id).entries
+            if is_listening(device_paths(device, self._settings)):
+                entries = self._connection(device).status(ANSWER_S, key_id=key_id).entries
+            self._silent_until.pop(device, None)
         except WaitTimeoutError as error:
-            logger.warning("Looking for adapters elsewhere: %s", error)
+            if device not in self._silent():
+                logger.warning("Adapters are looked for elsewhere: %s", error)
             self._silent_until[device] = time.monotonic() + SILENT_S
-            return ()
-        self._silent_until.pop(device, None)
-        return entries
+        except CompanionUnavailableError:
+            self._silent_until.pop(device, None)
+            self._forget(device)
+        except BadRequestError as error:  # of another version
+            logger.debug("%s", error)
+        states = (EntryState.READY, EntryState.LOADING)
+        return [(device, entry) for entry in entries if entry.key.id == key_id and entry.state in states]
+
+    def _silent(self) -> set[str]:
+        """Devices whose companions have not answered a moment ago: others are not kept waiting for them."""
+        now_s = time.monotonic()
+        return {device for device, until_s in list(self._silent_until.items()) if now_s < until_s}
 
     def _is_held(self, key_id: str) -> bool:
         return any(notes.is_held(device_paths(each, self._settings), key_id) for each in list_devices(self._settings))

@@ -32,7 +32,6 @@ from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
     CompanionUnavailableError,
-    EntryInUseError,
     EntryNotFoundError,
     LayoutError,
     ManifestError,
@@ -319,8 +318,8 @@ class Attachment:
     def _told(self, ask: Callable[[Lease], str]) -> str:
         """Tell the companion that this process falls asleep, or the next one if it dies; where the bytes are then."""
         mirror, late, renewed = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S, False
-        if mirror is None and not self.lease.lost.is_set():  # it is not handed back, if its companion dies
-            return ask(self.lease)
+        if mirror is None and not (self.lease.lost.is_set() or self.lease.released):
+            return ask(self.lease)  # it is not handed back if its companion dies
         while mirror is not None and not mirror.ended:
             mirror.wait_known(late - time.monotonic())
             lease = mirror.lease
@@ -348,7 +347,7 @@ class Attachment:
         kind = arenas.KINDS[self.held.arena.kind]
         ready = self.current_lease.generation(0, self.held.manifest)
         self._drop_kept()
-        if ready.generation != self.generation:
+        if not self.had(ready):
             with contextlib.closing(arenas.open_arena(ready.arena, ready.redeem(), self.device.index)) as arena:
                 return ready.generation, *kind.to_host(arena, self.device.index)
         info, fds = kind.to_host(self.arena, self.device.index)
@@ -427,7 +426,7 @@ class Attachment:
                 if isinstance(outcome, Granted) and outcome.parked is not None:
                     source = "host"
                     self._generation_to_wake(lease, outcome.parked.entry, settings)
-                    kept = self._kept if self._had(outcome.parked.entry) else None
+                    kept = self._kept if self.had(outcome.parked.entry) else None
                     held, arena = bring_back(connection, outcome, outcome.parked, self.device, settings.verify, kept)
                     with contextlib.closing(arena):
                         fds = arena.fds.dup()
@@ -482,7 +481,7 @@ class Attachment:
         return True
 
     def _has_woken(self, held: Held, lease: Lease, mirror: Mirror) -> None:
-        self.is_stale |= not self._had(held) or held.arena.trained
+        self.is_stale |= not self.had(held) or held.arena.trained
         self.held, self.lease, self._mirror = held, lease, mirror
         self._asleep = False
 
@@ -518,7 +517,7 @@ class Attachment:
         Raises:
             LayoutError: what it had is not held any more.
         """
-        if self._had(current):
+        if self.had(current):
             return current
         written = current.published.version
         if not written and current.published.ready_unix_s > self.held.published.ready_unix_s:  # it was loaded anew
@@ -527,7 +526,7 @@ class Attachment:
             return current
         with contextlib.suppress(EntryNotFoundError):
             mine = lease.generation(self.generation, self.held.manifest)
-            if self._had(mine):
+            if self.had(mine):
                 return mine
         raise LayoutError(
             f"{self.label} is {current.published.version} by now, which a trainer has written while this engine slept, "
@@ -535,7 +534,7 @@ class Attachment:
             remedy="Start the engine anew, or with the setting follow_updates.",
         )
 
-    def _had(self, other: Ready | Held) -> bool:
+    def had(self, other: Ready | Held) -> bool:
         """Whether this process had that very generation: its number may be given again after a companion has died."""
         return (other.generation, other.published) == (self.generation, self.held.published)
 
@@ -560,7 +559,7 @@ class Attachment:
                     f"of other values: {error} Start this engine anew to use it."
                 ) from error
         self.arena.map_again(held.arena, fds)
-        if not self._had(held):
+        if not self.had(held):
             Verification(self.views(), held.arena, settings.verify, self.device).check(self.manifest, self.label)
 
     # ---- generations
@@ -584,7 +583,7 @@ class Attachment:
                 raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
             if self._fixed and (ready.generation != self.generation or ready.arena.trained):
                 raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
-            if settings.verify != "off" and not ready.arena.trained and not self._had(ready):
+            if settings.verify != "off" and not ready.arena.trained and not self.had(ready):
                 label = f"{self.label}, generation {ready.generation},"
                 with contextlib.closing(arenas.open_arena(ready.arena, fds.dup(), self.device.index)) as arena:
                     views = ArenaViews(arena, ready.arena.size_bytes, self.device)
@@ -613,7 +612,7 @@ class Attachment:
         """Raise `ArenaError` if this sleeps or is private, `EntryNotFoundError` if the entry was unloaded."""
         if self._asleep:
             raise ArenaError(f"{self.label} sleeps, so it cannot advance.", remedy="Wake the engine first.")
-        if self._is_private:
+        if self._is_private or self.arena.is_private:
             raise ArenaError(f"{self.label} is private, so it cannot advance.", remedy="Start the engine anew.")
         if self._mirror is not None and self._mirror.ended:
             raise EntryNotFoundError(
@@ -686,8 +685,8 @@ class Attachment:
         if self._is_private:
             return
         is_alone = connection is None or self._is_alone(connection)
-        free, sizes = free_bytes(self.device), self.held.arena.block_sizes
-        needed = max(sizes) if is_alone else sum(sizes)
+        free, sizes = free_bytes(self.device), self.arena.shared_sizes
+        needed = max(sizes, default=0) if is_alone else sum(sizes)
         if free is not None and free < needed:
             what = "the first block of its own" if is_alone else "a copy, as others use the entry,"
             raise ArenaError(
@@ -704,6 +703,8 @@ class Attachment:
 
     def _is_alone(self, connection: CompanionConnection) -> bool:
         """Whether nobody else uses the entry, or wants it to stay; not if that cannot be found out."""
+        if self.lost:
+            return False
         try:
             status = connection.status(key_id=self.held.key.id)
         except CompanionError:
@@ -720,7 +721,7 @@ class Attachment:
                 own.close()
         lease.release()
         if connection is not None:
-            with contextlib.suppress(EntryInUseError, EntryNotFoundError, CompanionUnavailableError):
+            with contextlib.suppress(CompanionError):  # it is used, or has gone, or cannot be reached
                 if not connection.status().owner_pid:
                     connection.unload(key_id=self.held.key.id)
 

@@ -195,15 +195,14 @@ class Mirror:
                 error = unheard
         title = self._held.key.short_title
         if not isinstance(error, CompanionUnavailableError):
-            logger.info("%s This process keeps its weights of %s.", error, title)
+            logger.info("%s What this process maps of %s stays.", error, title)
             self._let_go()
             return
-        is_replaced = isinstance(error, CompanionReplacedError)
-        logger.log(
-            logging.INFO if is_replaced or self._passive else logging.WARNING,
-            "The companion of %s %s; this process keeps its weights of %s and hands them to the next one.",
-            *(self._device, "makes room" if is_replaced else "has died", title),
-        )
+        level, text = logging.INFO, "The companion of %s makes room for another one, which gets %s from this process."
+        if not isinstance(error, CompanionReplacedError):
+            level = logging.INFO if self._passive else logging.WARNING
+            text = "The companion of %s has died; this process keeps what it has of %s and hands it to the next one."
+        logger.log(level, text, self._device, title)
         self.attach_again()  # in another thread: this is that of a stream of gRPC
 
     def attach_again(self) -> None:

@@ -203,7 +203,7 @@ def _staged(
     try:
         lease.stage(base)  # which may have been heard, whatever it raises
         with contextlib.closing(attachment.prepare(0, settings)) as current:
-            if current.generation != attachment.generation:
+            if not attachment.had(current.held):
                 attachment.advance(current)
         update = Update(attachment, lease, check_finite=check_finite, base=base)
         try:

@@ -49,12 +49,14 @@ class LiveModel:
 
     Attributes:
         load: loads it again, if nobody has it any more when it wakes. Refers to nothing of the model.
+        is_alone: nobody else was ever given it, so it takes no updates.
         unsleepable: whether the log has said why its memory cannot leave.
     """
 
     attachment: Attachment
     settings: Settings
     load: LoadAgain
+    is_alone: bool = False
     unsleepable: bool = False
 
 

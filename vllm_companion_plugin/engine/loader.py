@@ -104,7 +104,8 @@ class CompanionModelLoader(DefaultModelLoader):
                 )
 
                 def keep(attachment: Attachment) -> None:
-                    current().keep(LiveModel(attachment, settings, load_again), published=True)
+                    live = LiveModel(attachment, settings, load_again, is_alone=attachment.is_private)
+                    current().keep(live, published=True)
 
                 model = load_and_publish(decision, source, vllm_config, model_config, prefix, settings, keep)
             except BaseException:

@@ -33,7 +33,13 @@ from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import devices, patches, processing, sources
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.engine.vllm.imports import around_imports
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, NotShareableError, OvertakenError
+from vllm_companion_plugin.errors import (
+    ArenaError,
+    CompanionError,
+    CompanionUnavailableError,
+    NotShareableError,
+    OvertakenError,
+)
 from vllm_companion_plugin.keeper import client
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.capture import Tree, capture, plain_tensors
@@ -316,16 +322,17 @@ class _Publisher:
             self._keep_alone(self._arena, self._manifest)
 
     def _keep_alone(self, arena: arenas.Arena, manifest: Manifest) -> None:
-        """The model views memory that was sealed for others: from now on it is this engine's own, which may write.
-
-        Raises `ArenaError` if there is no memory for that.
-        """
+        """The model views memory that was sealed for others: from now on it is this engine's own, which may write."""
         device, key = self._decision.device, self._decision.key
         if not arenas.KINDS[arena.info.kind].can_remap:
             return  # its own as it is
         held = Held(key, self._publication.generation, arena.info, arena.fds, b"", self._publication.published)
         attachment = Attachment(device.id, device.torch_device, self._decision.lease, held, arena, manifest)
-        attachment.privatize(None)
+        try:
+            attachment.privatize(None)
+        except ArenaError as error:
+            logger.warning("%s stays as it is, and nothing can write to it: %s", attachment.label, error)
+            return
         self._keep(attachment)
 
 

@@ -107,6 +107,10 @@ class EngineSession:
         """What this process maps, published or attached, in the order in which it was loaded."""
         return [model for model in list(self._models.values()) if model.attachment.in_use]
 
+    def shared_models(self) -> list[LiveModel]:
+        """Of these, what others were given, too."""
+        return [model for model in self.models() if not model.is_alone]
+
     def keep(self, model: LiveModel, *, published: bool = False) -> None:
         """Keep what a model is bound to, whatever becomes of the companion, until no tensor views it."""
         attachment, settings = model.attachment, model.settings
@@ -145,7 +149,7 @@ class EngineSession:
             CompanionError: as `Switch`.
         """
         self.forget_switch()
-        if not (models := self.models()):
+        if not (models := self.shared_models()):
             raise EntryNotFoundError(
                 "This engine has no model of a companion.", remedy="Its log says why its weights are not shared."
             )

@@ -78,7 +78,7 @@ class Switch:
         Raises:
             CompanionError: one of them cannot be mapped. Those before it are as they were, and this is closed.
         """
-        steps = [each for each in self._steps if each[1].generation != each[0].attachment.generation]
+        steps = [(model, new) for model, new in self._steps if not model.attachment.had(new.held)]
         written = [model for model, new in self._steps if (model, new) not in steps and new.held.arena.trained]
         with ExitStack() as unused, ExitStack() as undo:
             unused.callback(self.close)

@@ -141,6 +141,11 @@ class Arena(Closing):
             self.mapping.allow_writes(False)
 
     @property
+    def shared_sizes(self) -> list[int]:
+        """The sizes of the blocks that are not this process's own."""
+        return [size for number, size in enumerate(self.info.block_sizes) if number not in self.mapping.private_blocks]
+
+    @property
     def is_private(self) -> bool:
         """Whether the memory is this process's own, and may be written to."""
         return self.mapping.is_private

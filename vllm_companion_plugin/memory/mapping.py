@@ -96,9 +96,14 @@ class Mapping(Closing, ABC):
         raise ArenaError("This kind of memory cannot be protected against writes.")
 
     @property
+    def private_blocks(self) -> frozenset[int]:
+        """Numbers of the blocks that are this process's own."""
+        return frozenset()
+
+    @property
     def is_private(self) -> bool:
-        """Whether the memory is this process's own, and may be written to."""
-        return False
+        """Whether the memory, or a part of it, is this process's own, and may be written to."""
+        return bool(self.private_blocks)
 
     def privatize(self, release: Callable[[int], None]) -> None:
         """Map memory of this process's own, writable and with the same bytes, in place of what is mapped.
@@ -155,8 +160,8 @@ class Reservation(Mapping):
         return self._mapped is not None
 
     @property
-    def is_private(self) -> bool:
-        return bool(self._private)
+    def private_blocks(self) -> frozenset[int]:
+        return frozenset(self._private)
 
     def map(self, blocks: Blocks) -> None:
         self._require_open()

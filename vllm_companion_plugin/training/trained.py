@@ -205,7 +205,7 @@ class Trained:
     def _check_current(self) -> None:
         self._attachment.wait_known(KNOWN_TIMEOUT_S)
         current = self._attachment.current_lease.generation(0, self._attachment.held.manifest)
-        if current.generation != self.generation:
+        if not self._attachment.had(current):
             raise StaleError(
                 f"Generation {self.generation} of {self.label} is not current any more: {current.generation} is.",
                 remedy="Make it current again (`vllm-companion rollback MODEL --to NUMBER`), or train that one anew.",

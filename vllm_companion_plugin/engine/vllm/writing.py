@@ -65,7 +65,7 @@ def _processed_as_before(model: nn.Module, models: list[live.LiveModel]) -> Abst
 def _reload(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        models = current().models()
+        models = current().shared_models()
         # What an engine has written to memory of its own, only vLLM knows how to undo.
         is_private = any(model.attachment.is_private for model in models)
         others = args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None

@@ -94,7 +94,7 @@ class Lifetime:
         if pid <= 0 or not math.isfinite(linger_s):
             raise BadRequestError("An owner has a pid and a finite linger time.")
         self.owner_pid, self.linger_s = pid, linger_s
-        self._grace_s = math.inf if from_first_client else 0.0
+        self._grace_s = math.inf if from_first_client and self.idle_since is not None else 0.0
 
     def disown(self, now_s: float) -> None:
         """The owner has gone. Time that has passed before does not count."""

@@ -394,8 +394,10 @@ class Registry:
         return next((entry for entry in self._current() if entry.key.id == key.id), None)
 
     def _by_query(self, query: Query) -> Entry | None:
-        for state in (EntryState.READY, EntryState.PARKED, EntryState.LOADING):
-            found = query.among(entry for entry in self.entries if entry.current.shown is state)
+        states = (EntryState.READY, EntryState.PARKED, EntryState.LOADING)
+        meant = query.among(entry for entry in self.entries if entry.current.shown in states)
+        for state in states:
+            found = [entry for entry in meant if entry.current.shown is state]
             if len(found) > 1:
                 raise BadRequestError(
                     f"{query} matches {len(found)} entries: {describe(found)}.",
