@@ -216,7 +216,7 @@ def test_served(server: Server, client: CompanionClient, long_llama: Path) -> No
     for more in ({}, {"stream": True}):
         status, answer = ask("large", **more)
         assert (status, "rank 16 is greater than max_lora_rank 8" in str(answer)) == (400, True), answer
-    assert "Traceback" not in server.log.read_text()  # which a worker would write for each request
+    assert " ERROR " not in server.log.read_text()  # a worker would write a page of them for each request
     client.remove_adapter("mine")
     assert "Adapter mine is not held" in str(ask("mine")[1])
     for more in ({}, {"stream": True}):

@@ -125,7 +125,7 @@ def test_computed_weights_are_those_of_a_fresh_load_and_whoever_dies_leaves_noth
     assert all(text in str(refused.value) for text in (shape, f"{name},", f"{A_LOG} of torch.float64"))
     with pytest.raises(BadRequestError, match=f"{A_LOG}, which has values that are not finite"):
         update(client, model, weights | {A_LOG: weights[A_LOG] / 0}, check_finite=True)
-    with pytest.raises(BadRequestError, match=r"weights without .*, and \d+ more"):
+    with pytest.raises(BadRequestError, match=r"weights without .*; and \d+ more"):
         update(client, model, {A_LOG: weights[A_LOG]})
     (headless,) = [each.process.pid for _, each in client._headless.values()]
     assert not writers(place)
