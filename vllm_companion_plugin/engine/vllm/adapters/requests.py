@@ -120,6 +120,8 @@ def _check_legal(lora_config: Any, served: Served) -> None:
     """Have vLLM check the configuration here: a worker that refuses it writes a page into the log each time."""
     from vllm.lora.peft_helper import PEFTHelper
 
+    if lora_config is None:  # which the engine says itself
+        return
     with contextlib.suppress(CompanionError):  # then the workers alone check it
         config = served.config()
         PEFTHelper.from_dict(config).validate_legal(lora_config)
