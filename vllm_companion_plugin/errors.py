@@ -209,7 +209,7 @@ class NotSharedError(CompanionError):
 
 
 class ArenaError(CompanionError):
-    """Memory could not be created, mapped, exported or imported, or an engine sleeps or has made it its own."""
+    """Memory could not be created, mapped, exported or imported, or its engine sleeps or has made it private."""
 
     code = "arena"
     grpc_status = "RESOURCE_EXHAUSTED"

@@ -75,12 +75,20 @@ def test_a_model_that_was_packed_in_vain_has_memory_of_its_own(elected: tuple[de
     attachment.close()
 
 
+FILLED = ("first", "second", "turned", "narrow", "attribute")
+
+
 class Scaled(nn.Linear):
-    """Small buffers: one that loading fills, and one that is the engine's own."""
+    """Small tensors that loading fills, of several kinds, and one that is the engine's own."""
 
     def __init__(self) -> None:
         super().__init__(64, 64, bias=False)
-        self.register_buffer("scale", torch.zeros(1))
+        whole = torch.zeros(8)
+        self.register_buffer("first", whole[:4])
+        self.register_buffer("second", whole[4:])
+        self.register_buffer("turned", torch.zeros(3, 5).t())
+        self.register_buffer("narrow", torch.zeros(7, dtype=torch.float16))
+        self.attribute = torch.zeros(2)
         self.register_buffer("limit", torch.full((1,), 5.0))
 
 
@@ -99,15 +107,17 @@ def test_what_is_private_to_a_publisher_follows_its_generation(place: Place) -> 
         with ExitStack() as until:
             publisher.begin(model, until)
             model.weight.data.fill_(1)
-            model.scale.fill_(0.25)
+            for value, name in enumerate(FILLED, 1):
+                getattr(model, name).fill_(value)
             publisher.loaded(model)
         publisher.publish(model)
         publisher.finish()
         (attachment,) = kept
-        model.scale.fill_(7)
-        model.limit.fill_(7)
+        for name in (*FILLED, "limit"):
+            getattr(model, name).fill_(9)
         attachment.renew()
-        assert (model.scale.item(), model.limit.item()) == (0.25, 7.0)
+        assert [getattr(model, name).unique().tolist() for name in FILLED] == [[1], [2], [3], [4], [5]]
+        assert model.limit.item() == 9
         attachment.close()
 
 

@@ -581,7 +581,7 @@ class Attachment:
         try:
             if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
                 raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
-            if self._fixed and (ready.generation != self.generation or ready.arena.trained):
+            if self._fixed and (not self.had(ready) or ready.arena.trained):
                 raise LayoutError(f"{self.label} cannot advance to generation {ready.generation}: {self._fixed}.")
             if settings.verify != "off" and not ready.arena.trained and not self.had(ready):
                 label = f"{self.label}, generation {ready.generation},"
@@ -695,8 +695,11 @@ class Attachment:
             )
         if not is_alone:  # then none of its memory becomes free by our leaving
             self.arena.privatize()
-        self._leave(connection)
+        self._leave()
         if is_alone:
+            if connection is not None:
+                with contextlib.suppress(CompanionError):  # somebody else uses it by now, or it has gone
+                    connection.unload(key_id=self.held.key.id)
             self.arena.privatize()
         self._drop_kept()
         self._is_private = True
@@ -711,8 +714,8 @@ class Attachment:
             return False
         return not status.owner_pid and sum(len(entry.leases) for entry in status.entries) <= 1
 
-    def _leave(self, connection: CompanionConnection | None) -> None:
-        """The entry is not used here any more, and goes, if nobody else uses it."""
+    def _leave(self) -> None:
+        """The entry is not used here any more, nor handed back."""
         lease = self.lease
         if self._mirror is not None:
             lease, own = self._mirror.keep_lease()
@@ -720,10 +723,6 @@ class Attachment:
             if own is not None:
                 own.close()
         lease.release()
-        if connection is not None:
-            with contextlib.suppress(CompanionError):  # it is used, or has gone, or cannot be reached
-                if not connection.status().owner_pid:
-                    connection.unload(key_id=self.held.key.id)
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows that this process maps the entry, or the time is over."""

@@ -212,7 +212,7 @@ async def _go_on(clock: Callable[[], Awaitable[None]]) -> None:
         try:
             return await clock()
         except Exception:
-            logger.exception("What this companion does in time has failed; trying on.")
+            logger.exception("A regular task of this companion has failed; it will be tried again.")
             await asyncio.sleep(CHECK_INTERVAL_S)
 
 
