@@ -78,7 +78,9 @@ def one_rank() -> Iterator[None]:
 def config_of(path: Path) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(model=str(path), skip_tokenizer_init=True, max_model_len=64).create_engine_config()
+    arguments: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 64}
+    arguments["compilation_config"] = {"custom_ops": ["all"]}  # as on a GPU, where no constructor compiles anything
+    return EngineArgs(model=str(path), enforce_eager=True, **arguments).create_engine_config()
 
 
 def publish(path: Path, clock: Clock, repeat: int) -> tuple[Any, Any, int]:
@@ -124,7 +126,7 @@ def attach(path: Path, manifest: Any, arena: Any, clock: Clock) -> None:
     from vllm.config import set_current_vllm_config
 
     from vllm_companion_plugin.core.process import collector_paused
-    from vllm_companion_plugin.engine.vllm import building, processing
+    from vllm_companion_plugin.engine.vllm import building, processing, reload_notes
     from vllm_companion_plugin.memory.tensors.views import ArenaViews
     from vllm_companion_plugin.tree.building import WithoutWeights
     from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
@@ -143,7 +145,7 @@ def attach(path: Path, manifest: Any, arena: Any, clock: Clock) -> None:
         with clock.timed("build"):
             model = without_weights.__enter__()
         source = Source(manifest, ArenaViews(arena, arena.info.size_bytes, cpu), cpu, copy=False)
-        restorer = Restorer(model, source, cpu, built=built, besides=building.noted_for_reloads)
+        restorer = Restorer(model, source, cpu, built=built, besides=reload_notes.noted)
         with clock.timed("early"):
             restorer.bind_early(lambda module: Strategy.HIDE)
         with clock.timed("finish"):

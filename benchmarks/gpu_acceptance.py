@@ -266,7 +266,6 @@ def three_engines(run: Run) -> None:
 
 
 COSTS = ("model_loading_s", "load_model_s", "again_load_model_s", "built_s", "bound_s", "engine_start_s")
-TURNS = 3
 
 
 @contextlib.contextmanager
@@ -303,26 +302,27 @@ def preloaded(run: Run, model: Path) -> Iterator[list[str]]:
             daemon.wait(60)
 
 
-def costs(run: Run, model: Path) -> None:
-    """What a start costs with weights that somebody holds, in turns: the companion, vLLM's loader and its own cache."""
+def costs(run: Run, model: Path, turns: int, formats: tuple[str, ...] = ("auto", "companion", "ipc_cache")) -> None:
+    """What a start costs with weights that somebody holds, in turns: vLLM's loader, the companion, vLLM's own cache."""
     run.model, whole = model, run.model
     label = f"costs-{model.name}"
     matrix.fork(lambda: companion("unload"), run.out / "unload.log")  # gRPC's threads must not be here before a fork
     try:
         with contextlib.ExitStack() as undo:
-            ways = {"auto": ["--format", "auto"], "companion": ["--format", "companion"]}
+            ways = {way: ["--format", way] for way in formats}
             run.forked(f"{label}-publish", *ways["companion"], "--eager", "--utilization", "0.3")
             try:
                 ways["ipc_cache"] = undo.enter_context(preloaded(run, model))
             except (RuntimeError, OSError) as error:  # this vLLM has none
                 print(f"note: no ipc_cache: {error}", flush=True)
-            for turn in range(TURNS):
+                del ways["ipc_cache"]
+            for turn in range(turns):
                 for way, flags in ways.items():
                     again = ["--again"] if way != "auto" and turn == 0 else []
                     run.forked(f"{label}-{way}-{turn}", *flags, "--eager", "--utilization", "0.3", *again)
         for way in ways:
-            turns = [run.results[f"{label}-{way}-{turn}"] for turn in range(TURNS)]
-            taken = {name: [round(one[name], 3) for one in turns if name in one] for name in COSTS}
+            each = [run.results[f"{label}-{way}-{turn}"] for turn in range(turns)]
+            taken = {name: [round(one[name], 3) for one in each if name in one] for name in COSTS}
             run.check(f"{label}: {way}", True, ", ".join(f"{name} {values}" for name, values in taken.items()))
     finally:
         run.model = whole
@@ -417,12 +417,16 @@ sys.stdin.read()
 """
 
 
+STEPS = ["eager", "tight", "graphs", "three", "shares", "fp8", "costs", "costs-many"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "llama-8b-random")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--only", nargs="*", default=["eager", "tight", "graphs", "three", "shares", "fp8", "costs"])
+    parser.add_argument("--only", nargs="*", default=STEPS, choices=STEPS)
+    parser.add_argument("--turns", type=int, default=3, help="of each way, of `costs` and `costs-many`")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("COMPANION_RUNTIME_DIR", tempfile.mkdtemp(prefix="vc-"))
@@ -439,21 +443,20 @@ def main() -> None:
         )
         print(f"model made in {time.perf_counter() - started:.0f} s", flush=True)
     run = Run(args.model, args.out)
-    if {"costs", "costs-8b"} & set(args.only):
-        matrix.ready(on_gpu=True)
+    if {"costs", "costs-many"} & set(args.only):
+        matrix.ready(on_gpu=True, freeze=False)
     try:
         if "eager" in args.only:
             compare(run, "eager", "--eager")
-        if "costs-8b" in args.only:
-            costs(run, args.model)
         if "costs" in args.only:
+            costs(run, args.model, args.turns)
+        if "costs-many" in args.only:
             from benchmarks.attach_cost import write_model
 
             many = args.model.with_name("many-layers")
             if not many.exists():
                 write_model(many, 1250)
-            costs(run, args.model)
-            costs(run, many)
+            costs(run, many, args.turns, ("companion", "ipc_cache"))
         if "tight" in args.only:
             tight(run)
         if "graphs" in args.only:

@@ -45,7 +45,7 @@ class SaidInLog(logging.Handler):
 def watch_loader(name: str, figures: dict[str, float]) -> None:
     """Time `load_model` of the loader in use, and note free memory around packing."""
     import torch
-    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor import model_loader
 
     if name == "companion":
         from vllm_companion_plugin.engine import attach, loader, publish
@@ -98,7 +98,8 @@ def watch_loader(name: str, figures: dict[str, float]) -> None:
 
         publish._Publisher._publish = publish_all
     else:
-        owner = base_loader.BaseModelLoader
+        kind = model_loader._LOAD_FORMAT_TO_MODEL_LOADER[name]
+        owner = next(each for each in kind.__mro__ if "load_model" in vars(each))
     inner = owner.load_model
 
     def load_model(self, *args, **kwargs):

@@ -344,15 +344,20 @@ def main() -> None:
     raise SystemExit(any(row["verdict"] not in ("equal", "vLLM refuses") for row in rows))
 
 
-def ready(*, on_gpu: bool) -> None:
-    """Import what every engine imports, once; no thread may start before a fork."""
+def ready(*, on_gpu: bool, freeze: bool = True) -> None:
+    """Import what every engine imports, once; no thread may start before a fork.
+
+    Args:
+        freeze: let no engine's collector look at what was imported, as it does in an engine that a user starts.
+    """
 
     importlib.import_module("vllm.v1.worker.gpu_worker" if on_gpu else "vllm.v1.worker.cpu_worker")
 
     from vllm_companion_plugin.engine.run import verify  # noqa: F401
 
     gc.collect()
-    gc.freeze()  # vLLM collects eight times in each engine
+    if freeze:
+        gc.freeze()  # vLLM collects eight times in each engine
 
 
 if __name__ == "__main__":

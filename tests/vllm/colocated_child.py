@@ -22,7 +22,7 @@ PROMPT = [1, 2, 3, 4, 5]
 
 
 def main() -> None:
-    rank = int(os.environ["RANK"])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.is_available()
     engine: dict[str, Any] = {"enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
     engine |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 28} if on_gpu else {"dtype": "float32"}
@@ -48,8 +48,8 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         found = {"base": base, "mine": says(name), "wanted": target}
-        torch.distributed.barrier()  # both have published
-        found["others"] = says(f"user {1 - rank}")
+        torch.distributed.barrier()  # all have published
+        found["others"] = says(f"user {(rank + 1) % ranks}")
         try:
             says("nobody")
         except EntryNotFoundError as error:

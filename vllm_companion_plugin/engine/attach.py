@@ -18,7 +18,7 @@ from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.decisions import Attach, Outcome
 from vllm_companion_plugin.engine.identity import reading
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import building, processing
+from vllm_companion_plugin.engine.vllm import building, processing, reload_notes
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree.building import WithoutWeights
@@ -60,7 +60,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
             source = Source(attachment.manifest, views, device, copy=copy)
-            restorer = Restorer(model, source, device, built=without_weights, besides=building.noted_for_reloads)
+            restorer = Restorer(model, source, device, built=without_weights, besides=reload_notes.noted)
             if decision.device.stage is Stage.UNPROCESSED:
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,9 @@ from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader.utils import get_model_architecture, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm import patches, reload_notes
 from vllm_companion_plugin.engine.vllm.drafts import has_draft_weights, is_draft
 from vllm_companion_plugin.tree.building import WithoutWeights
-from vllm_companion_plugin.tree.capture import named_modules
 
 
 class _Registered:
@@ -53,7 +52,7 @@ def model_without_weights(
     ropes = set(_rope_cache())
     try:
         with set_default_torch_dtype(model_config.dtype):
-            with built.building(), _noting_for_reloads(built):
+            with built.building(), patches.NOTES_FOR_RELOADS.on(loader_utils, lambda _: reload_notes.note):
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             yield model
     except BaseException:
@@ -83,31 +82,6 @@ def beside(vllm_config: Any, *, is_draft: bool) -> Iterator[Any]:
     finally:
         ropes.clear()
         ropes.update(known)
-
-
-@contextmanager
-def _noting_for_reloads(built: WithoutWeights) -> Iterator[None]:
-    """While open, that vLLM notes parameters for a later reload does not count as using them."""
-
-    def paused(record: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-        def record_metadata_for_reloading(model: nn.Module) -> None:
-            with built.paused():
-                record(model)
-
-        return record_metadata_for_reloading
-
-    with patches.NOTES_FOR_RELOADS.on(loader_utils, paused):
-        yield
-
-
-def noted_for_reloads(model: nn.Module) -> Iterator[torch.Tensor]:
-    """What vLLM keeps of the parameters of `model`, without data, for a later reload."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    for _, module in named_modules(model):
-        if (info := layerwise.LAYERWISE_INFO.get(module)) is not None:
-            for noted in info.restore_metadata:
-                yield from noted.values()
 
 
 @contextmanager
