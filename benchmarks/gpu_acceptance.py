@@ -310,7 +310,8 @@ def costs(run: Run, model: Path, turns: int, formats: tuple[str, ...] = ("auto",
     try:
         with contextlib.ExitStack() as undo:
             ways = {way: ["--format", way] for way in formats}
-            run.forked(f"{label}-publish", *ways["companion"], "--eager", "--utilization", "0.3")
+            eager = ["--eager", "--utilization", "0.3", "--tokens", "2"]
+            run.forked(f"{label}-publish", *ways["companion"], *eager)
             try:
                 ways["ipc_cache"] = undo.enter_context(preloaded(run, model))
             except (RuntimeError, OSError) as error:  # this vLLM has none
@@ -319,7 +320,7 @@ def costs(run: Run, model: Path, turns: int, formats: tuple[str, ...] = ("auto",
             for turn in range(turns):
                 for way, flags in ways.items():
                     again = ["--again"] if way != "auto" and turn == 0 else []
-                    run.forked(f"{label}-{way}-{turn}", *flags, "--eager", "--utilization", "0.3", *again)
+                    run.forked(f"{label}-{way}-{turn}", *flags, *eager, *again)
         for way in ways:
             each = [run.results[f"{label}-{way}-{turn}"] for turn in range(turns)]
             taken = {name: [round(one[name], 3) for one in each if name in one] for name in COSTS}

@@ -17,7 +17,6 @@ import time
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-
 SECONDS = {
     "model_loading_s": re.compile(r"Model loading took .* and ([\d.]+) seconds"),
     "built_s": re.compile(r"model built in ([\d.]+) s"),
@@ -25,21 +24,19 @@ SECONDS = {
 }
 
 
-WHO_TELLS = ("vllm.companion", "vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.gpu_model_runner")
+def listen(figures: dict[str, float]) -> None:
+    """Note the seconds that vLLM and the loader tell of by themselves. vLLM takes handlers from its loggers."""
+    make = logging.getLogRecordFactory()
 
-
-class SaidInLog(logging.Handler):
-    """Seconds that vLLM and the loader tell of by themselves."""
-
-    def __init__(self, figures: dict[str, float]) -> None:
-        super().__init__()
-        self.figures = figures
-
-    def emit(self, record: logging.LogRecord) -> None:
+    def made(*args, **kwargs):
+        record = make(*args, **kwargs)
         text = record.getMessage()
         for name, pattern in SECONDS.items():
             if (found := pattern.search(text)) is not None:
-                self.figures[name] = float(found[1])
+                figures[name] = float(found[1])
+        return record
+
+    logging.setLogRecordFactory(made)
 
 
 def watch_loader(name: str, figures: dict[str, float]) -> None:
@@ -125,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--utilization", type=float, default=0.5)
     parser.add_argument("--kv-gib", type=float)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--tokens", type=int, default=64, help="of each of 16 answers")
     parser.add_argument("--stay", action="store_true")
     parser.add_argument("--again", action="store_true", help="then a second engine in this process, after the first")
     args = parser.parse_args(argv)
@@ -133,8 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     from vllm import LLM, SamplingParams
 
     figures: dict[str, float] = {}
-    for logger in WHO_TELLS:  # vLLM configures "vllm" anew when an engine is made
-        logging.getLogger(logger).addHandler(SaidInLog(figures))
+    listen(figures)
     watch_loader(args.format, figures)
 
     def start() -> LLM:
@@ -173,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [
         {"prompt_token_ids": torch.randint(10, words, (16 + 8 * i,), generator=generator).tolist()} for i in range(16)
     ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0, detokenize=False, ignore_eos=True))
+    answers = SamplingParams(max_tokens=args.tokens, temperature=0, detokenize=False, ignore_eos=True)
+    outputs = llm.generate(prompts, answers)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     cache = llm.llm_engine.vllm_config.cache_config
     import vllm
