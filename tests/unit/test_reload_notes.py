@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_companion_plugin.engine.vllm import reload_notes
+from vllm_companion_plugin.engine.vllm import processing, reload_notes
 from vllm_companion_plugin.tree.building import WithoutWeights
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 class Layer(nn.Module):
     """Every kind of tensor of a layer, large enough to be deferred, and small."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, is_online: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, 256), requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self.load, "input_dim": 1})
@@ -32,9 +32,11 @@ class Layer(nn.Module):
         self.register_buffer("nothing", None, persistent=False)
         self.register_buffer("tied", self.weight.data, persistent=False)
         self.register_buffer("below", torch.empty(0), persistent=False)
+        if is_online:
+            layerwise.initialize_online_processing(self)
 
-    def load(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        parameter.data.copy_(loaded)
+    def load(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        param.data.copy_(loaded_weight)
 
 
 class HadamardTransform(nn.Linear):
@@ -42,9 +44,11 @@ class HadamardTransform(nn.Linear):
 
 
 class Model(nn.Module):
+    """The second layer is one of online quantization, which notes something when it is built."""
+
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(rows) for _ in range(2))
+        self.layers = nn.ModuleList((Layer(rows), Layer(rows, is_online=True)))
         self.register_buffer("of_a_layer", self.layers[0].weight.data, persistent=False)
         self.head = nn.Linear(256, rows)
         self.turned = HadamardTransform(256, rows)
@@ -55,7 +59,7 @@ def notes(model: nn.Module) -> dict[str, Any]:
 
     def described(tensor: torch.Tensor) -> tuple[Any, ...]:
         assert tensor.is_meta
-        attributes = {name: str(value) for name, value in vars(tensor).items()}
+        attributes = {name: getattr(value, "__qualname__", value) for name, value in vars(tensor).items()}
         return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, attributes
 
     found = {}
@@ -88,6 +92,48 @@ def test_a_model_is_noted_as_vllm_notes_it_with_weights_and_without(rows: int) -
         reload_notes.note(without := Model(rows))
     assert without.layers[0].weight.is_meta == (rows == 1024)
     assert notes(without) == wanted
+
+
+def test_a_model_without_weights_is_reloaded_as_vllm_reloads_one() -> None:
+    """With vLLM's own reloading: into the memory that the model has got since, layer by layer."""
+    built = WithoutWeights(CPU)
+    with built.building():
+        reload_notes.note(model := Model(1024))
+    for layer in model.layers:
+        processing.end_online_loading(layer)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta:
+            torch.utils.swap_tensors(tensor, _like(tensor))
+    for layer in model.layers:
+        layer.tied = layer.weight.data
+    model.of_a_layer = model.layers[0].weight.data
+    held = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+    new = {
+        name: torch.rand_like(tensor, dtype=torch.float32).to(tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    with CPU:
+        layerwise.initialize_layerwise_reload(model)
+        for name, parameter in list(model.named_parameters()):
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, new[name])
+        layerwise.finalize_layerwise_reload(model, None)
+    now = model.state_dict()
+    for name in dict(model.named_parameters()):
+        assert torch.equal(now[name], new[name]), name
+        assert now[name].data_ptr() == held[name], name
+    assert model.layers[0].space.shape == model.layers[1].space.shape == (1024, 256)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    data = torch.zeros_like(tensor, device=CPU)
+    twin = (
+        torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else data
+    )
+    twin.__dict__.update(tensor.__dict__)
+    return twin
 
 
 def test_all_that_is_noted_is_found() -> None:

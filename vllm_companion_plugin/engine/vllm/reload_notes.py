@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,12 +21,10 @@ def note(model: nn.Module) -> None:
     with torch._C.DisableTorchFunction():  # modes would slow down each look at a tensor
         for module in model.modules():
             found = _tensors(module)
-            info = layerwise.LAYERWISE_INFO.get(module)
-            layerwise.LAYERWISE_INFO[module] = (
-                replace(info, restore_metadata=found, restore_device=device)
-                if info is not None  # online quantization has begun one
-                else types.LayerReloadingInfo(found, device)
-            )
+            if (info := layerwise.LAYERWISE_INFO.get(module)) is None:
+                layerwise.LAYERWISE_INFO[module] = types.LayerReloadingInfo(found, device)
+            else:  # online quantization has made it, and its weight loaders know this object
+                info.restore_metadata = found
 
 
 def noted(model: nn.Module) -> Iterator[torch.Tensor]:
