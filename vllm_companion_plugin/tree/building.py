@@ -114,6 +114,12 @@ class WithoutWeights:
         address = tensor.untyped_storage()._cdata
         return address in self._deferred and address not in self._touched and tensor._version == 0
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, nobody watches what is done with tensors, because no constructor does it."""
+        with torch.overrides._pop_mode_temporarily():  # `_Deferring`, which else would be asked for nothing
+            yield
+
     def is_left(self, besides: Iterable[torch.Tensor] = ()) -> bool:
         """Whether something still uses what was deferred, or what was computed from it. Ask once, at the end.
 

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,9 +51,10 @@ def model_without_weights(
     """
     registered = _Registered(vllm_config)
     ropes = set(_rope_cache())
+    noting = partial(reload_notes.noting, built)
     try:
         with set_default_torch_dtype(model_config.dtype):
-            with built.building(), patches.NOTES_FOR_RELOADS.on(loader_utils, lambda _: reload_notes.note):
+            with built.building(), patches.NOTES_FOR_RELOADS.on(loader_utils, noting):
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             yield model
     except BaseException:

@@ -445,19 +445,9 @@ NOTES_FOR_RELOADS = Patch(
     "engine.vllm.building",
     How.REPLACED,
     Lifetime.BUILDING,
-    reason="What vLLM notes for a later reload took half of the time of building, and took memory on meta for shared.",
+    reason="Noting parameters for a later reload took half of the time of building, and counted as using them.",
     link="vllm/model_executor/model_loader/utils.py: initialize_model",
     undo="when the model is built",
-)
-NOTES_OF_LAYERS = Patch(
-    "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo.restore_metadata",
-    "engine.vllm.reload_notes",
-    How.SET,
-    Lifetime.BUILDING,
-    reason="The same: where online quantization has begun such notes, vLLM completes them in place.",
-    link="vllm/model_executor/model_loader/reload/layerwise.py: record_metadata_for_reloading",
-    undo="with the model",
-    each=True,
 )
 LAYERS = Patch(
     "vllm.config.compilation:CompilationConfig.static_forward_context",
@@ -469,17 +459,7 @@ LAYERS = Patch(
     undo="its items are put back if the build fails; after a second model of `vllm-companion verify`",
     each=True,
 )
-MOE_NOTES_OF_LAYERS = Patch(
-    "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo.restore_metadata",
-    "engine.vllm.reload_notes",
-    How.SET,
-    Lifetime.BUILDING,
-    reason="The same: where online quantization has begun such notes, vLLM completes them in place.",
-    link="vllm/model_executor/model_loader/reload/layerwise.py: record_metadata_for_reloading",
-    undo="with the model",
-    each=True,
-)
-LAYERS = Patch(
+MOE_LAYERS = Patch(
     "vllm.config.compilation:CompilationConfig.static_all_moe_layers",
     "engine.vllm.building",
     How.SET,

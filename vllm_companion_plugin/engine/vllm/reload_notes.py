@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.reload import layerwise, meta, types, utils
 
+from vllm_companion_plugin.tree.building import WithoutWeights
 from vllm_companion_plugin.tree.capture import named_modules
 
 
-def note(model: nn.Module) -> None:
-    """Note what vLLM's `record_metadata_for_reloading` notes, in a fifth of the time, which is half of the building.
+def noting(built: WithoutWeights, record: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """What takes the place of vLLM's `record` while a model is built that will be attached.
 
-    vLLM asks for the default device at each module, and for the memory of all parameters below each one. And it tells
-    by addresses of memory which buffers view a parameter; on the meta device, all memory has the same one.
+    It notes the same in a fifth of the time, which was half of the building: vLLM asks for the default device at each
+    module, and for the memory of all parameters below each one. Nor does it count as using the parameters.
     """
+
+    def record_metadata_for_reloading(model: nn.Module) -> None:
+        with built.paused():
+            infos = map(layerwise.LAYERWISE_INFO.get, model.modules())
+            if any(info is not None and info.can_load() for info in infos):
+                record(model)  # online quantization has begun such notes, which its weight loaders refer to
+            else:
+                _note(model)
+
+    return record_metadata_for_reloading
+
+
+def _note(model: nn.Module) -> None:
     device = torch.get_default_device()
     with torch._C.DisableTorchFunction():  # modes would slow down each look at a tensor
         for module in model.modules():
-            found = _tensors(module)
-            if (info := layerwise.LAYERWISE_INFO.get(module)) is None:
-                layerwise.LAYERWISE_INFO[module] = types.LayerReloadingInfo(found, device)
-            else:  # online quantization has made it, and its weight loaders know this object
-                info.restore_metadata = found
+            layerwise.LAYERWISE_INFO[module] = types.LayerReloadingInfo(_tensors(module), device)
 
 
 def noted(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -38,7 +48,8 @@ def noted(model: nn.Module) -> Iterator[torch.Tensor]:
 def _tensors(module: nn.Module) -> types.LayerTensors:
     """Parameters and buffers of `module` itself by name, on meta, with class and attributes.
 
-    A buffer that is not saved and views a parameter's memory is not among them: processing makes it anew.
+    A buffer that is not saved and views a parameter's memory is not among them: processing makes it anew. vLLM tells
+    that by addresses, and on meta all memory has the same one.
     """
     if type(module).__name__ in meta.SKIP_MODULES:
         return {}, {}
