@@ -97,7 +97,7 @@ def test_a_model_is_noted_as_vllm_notes_it(rows: int, is_online: bool) -> None:
             del wanted[layer][1]["space"], wanted[layer][1]["below"]
     assert notes(without) == wanted
     every = [len(parameters) + len(buffers) for parameters, buffers, _ in wanted.values()]
-    assert len([*reload_notes.noted(without)]) == sum(every) > 7
+    assert len([*reload_notes.noted(without)]) == sum(every) > 0
 
 
 @pytest.mark.parametrize("is_online", [False, True], ids=["plain", "online"])
