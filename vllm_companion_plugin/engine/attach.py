@@ -67,11 +67,12 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 if current().written is None:  # which is to load weights once more, and never to run
                     with process_privately(model, settings) as copied:
                         processing.post_process(model, model_config, device)
+                model.eval()
             else:
                 restorer.bind_early(processing.strategy)
                 with processing.around_post_processing(model, around_restore(restorer)):
                     processing.post_process(model, model_config, device)
-                model.eval()  # as loaders return it
+                model.eval()  # as loaders return it, and as it was published
                 restorer.finish()
             with reported(decision, settings.verify if verification.pieces else ""):
                 verified = verification.check(attachment.manifest, attachment.label)
@@ -122,7 +123,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         key_id=decision.key.id,
         attach_s=decision.seconds - decision.waited_s + finished - started,
     )
-    return model.eval()
+    return model
 
 
 def _check_files(decision: Attach) -> None:
