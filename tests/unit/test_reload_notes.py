@@ -1,7 +1,8 @@
-"""What is noted of a model for a later reload: as vLLM notes it, of a model with weights and of one without."""
+"""What is noted of a model for a later reload, as vLLM notes it, and what vLLM leaves as it was when it reloads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.core.module_tree import Stage
+from vllm_companion_plugin.engine.reloading import _check_loaded
 from vllm_companion_plugin.engine.vllm import processing, reload_notes
+from vllm_companion_plugin.errors import UpdateError
+from vllm_companion_plugin.tree import pack
 from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.observe import Observation
 
 CPU = torch.device("cpu")
 
@@ -137,3 +145,44 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     )
     twin.__dict__.update(tensor.__dict__)
     return twin
+
+
+def loaded_and_tied() -> nn.Module:
+    """Two linear layers, a head that is tied to the first one, and one whose weight no checkpoint has."""
+    model = nn.Module()
+    model.first, model.second, model.head, model.made = (nn.Linear(4, 4, bias=False) for _ in range(4))
+    model.head.weight = model.first.weight
+    reload_notes._note(model)
+    return model
+
+
+def reload(model: nn.Module, names: Sequence[str]) -> dict[nn.Module, frozenset[str]]:
+    """What vLLM leaves if it is given these tensors."""
+    with reload_notes.seeing_what_is_left() as left, CPU:
+        layerwise.initialize_layerwise_reload(model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in names:
+            parameters[name].weight_loader(parameters[name], torch.ones(4, 4))
+        layerwise.finalize_layerwise_reload(model, None)
+    return left
+
+
+def test_a_layer_that_vllm_left_as_it_was_is_an_error() -> None:
+    model = loaded_and_tied()
+    observation = Observation(model)
+    with observation.watching(), torch.no_grad():
+        for layer in (model.first, model.second):
+            layer.weight.copy_(torch.zeros(4, 4))
+    observation.end_loading(model)
+    manifest = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation).manifest
+
+    left = reload(model, ["first.weight", "second.weight"])
+    assert {*left} == {model.head, model.made}
+    _check_loaded(model, manifest, left)
+    assert model.head.weight is model.first.weight
+    assert model.first.weight.unique().tolist() == [1.0]
+
+    with pytest.raises(UpdateError, match=r"^vLLM loaded nothing into second\.weight\.$"):
+        _check_loaded(model, manifest, reload(model, ["first.weight"]))
+    with pytest.raises(UpdateError, match=r"^vLLM loaded nothing into first\.weight\.$"):
+        _check_loaded(model, manifest, reload(model, ["second.weight"]))

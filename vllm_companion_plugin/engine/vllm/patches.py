@@ -449,6 +449,15 @@ NOTES_FOR_RELOADS = Patch(
     link="vllm/model_executor/model_loader/utils.py: initialize_model",
     undo="when the model is built",
 )
+WHAT_IS_LEFT = Patch(
+    "vllm.model_executor.model_loader.reload.layerwise:_place_kernel_tensors",
+    "engine.vllm.reload_notes",
+    How.REPLACED,
+    Lifetime.UPDATING,
+    reason="A layer into which vLLM loads nothing keeps what it has, and vLLM only warns: such an update is an error.",
+    link="vllm/model_executor/model_loader/reload/layerwise.py: finalize_layerwise_processing",
+    undo="when the weights are loaded",
+)
 LAYERS = Patch(
     "vllm.config.compilation:CompilationConfig.static_forward_context",
     "engine.vllm.building",

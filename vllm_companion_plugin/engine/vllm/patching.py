@@ -43,6 +43,7 @@ class Lifetime(Enum):
     LOADING = "while a model is loaded for others", False
     PROCESSING = "while a model is post-processed", False
     WORKING = "while a model is published or attached", False
+    UPDATING = "while a headless process loads new weights for others", False
     STARTING = "while the first engine of a process starts", False
     DECIDED = "from the first model on that this process decides about", True
 

@@ -1,13 +1,15 @@
-"""What vLLM notes of a model that it has built, for a later reload: its parameters and buffers, without data."""
+"""vLLM's reloading of a model: what it notes when it has built one, and what it left as it was when it reloaded one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.reload import layerwise, meta, types, utils
 
+from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.tree.building import WithoutWeights
 from vllm_companion_plugin.tree.capture import named_modules
 
@@ -28,6 +30,28 @@ def noting(built: WithoutWeights, record: Callable[[nn.Module], None]) -> Callab
                 _note(model)
 
     return record_metadata_for_reloading
+
+
+@contextmanager
+def seeing_what_is_left() -> Iterator[dict[nn.Module, frozenset[str]]]:
+    """While open, vLLM may reload a model. Gives the modules that it loaded nothing into, and gave back their tensors.
+
+    By module: the names of the tensors that loading could have filled. vLLM warns of such a module, and goes on. Ask at
+    the end.
+    """
+    left: dict[nn.Module, frozenset[str]] = {}
+
+    def seeing(place: Callable[..., None]) -> Callable[..., None]:
+        def _place_kernel_tensors(layer: nn.Module, info: types.LayerReloadingInfo) -> None:
+            names = frozenset(name for tensors in info.restore_metadata for name in tensors)
+            if names and info.load_numel <= 0:
+                left[layer] = names
+            place(layer, info)
+
+        return _place_kernel_tensors
+
+    with patches.WHAT_IS_LEFT.on(layerwise, seeing):
+        yield left
 
 
 def _note(model: nn.Module) -> None:
