@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.module_tree import Manifest, Stage, TensorKind
 from vllm_companion_plugin.engine.live import LiveModel
-from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError
+from vllm_companion_plugin.engine.vllm import reload_notes
+from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError, UpdateError
 from vllm_companion_plugin.memory.tensors.views import without_storage
-from vllm_companion_plugin.tree.capture import Tree, capture, full_name, plain_tensors
+from vllm_companion_plugin.tree.capture import Tree, capture, full_name, named_modules, plain_tensors
 from vllm_companion_plugin.tree.parity import compare_modules, compare_values, tensor_difference
 
 logger = init_logger("vllm.companion")
@@ -47,6 +48,7 @@ def write_generation(
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         LayoutError: what vLLM made of the weights is laid out differently.
+        UpdateError: vLLM left a parameter as it was, and only warned.
         Exception: of vLLM, which cannot load them.
     """
     attachment = live.attachment
@@ -82,12 +84,31 @@ def _reload(worker: Any, manifest: Manifest, model: nn.Module, weights: Iterator
     Weights that are shared unprocessed are just loaded once more.
     """
     if manifest.stage is Stage.PROCESSED:
-        worker.reload_weights(weights_iterator=weights)
+        with reload_notes.seeing_what_is_left() as left:
+            worker.reload_weights(weights_iterator=weights)
+        _check_loaded(model, manifest, left)
         return
     config = worker.vllm_config
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype), torch.no_grad():
         load: Callable[[Iterator[tuple[str, torch.Tensor]]], object] = model.load_weights  # type: ignore[assignment]
         load(weights)
+
+
+def _check_loaded(model: nn.Module, manifest: Manifest, left: Mapping[nn.Module, Collection[str]]) -> None:
+    """Raise `UpdateError` if a parameter that the publisher loaded is what it was, because vLLM loaded nothing into it.
+
+    Args:
+        left: the modules that vLLM loaded nothing into, with the names of what it could have loaded.
+    """
+    published = {module.path: module for module in manifest.modules}
+    modules = [(path, module) for path, module in named_modules(model) if path in published]
+    filled = {slot.tensor for path, module in modules if module not in left for slot in published[path].slots}
+    for path, module in modules:
+        loadable = {*left.get(module, ())} - {*published[path].observed.untouched}
+        for slot in published[path].slots:
+            # A tied parameter is filled by another module.
+            if slot.kind is TensorKind.PARAMETER and slot.name in loadable and slot.tensor not in filled:
+                raise UpdateError(f"vLLM loaded nothing into {full_name(path, slot.name)}.")
 
 
 def _collect(model: nn.Module, attachment: Attachment) -> None:
