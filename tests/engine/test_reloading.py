@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.mirror import Held
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.status import Published
-from vllm_companion_plugin.engine.reloading import _collect
+from vllm_companion_plugin.engine.reloading import _begun, _collect
 from vllm_companion_plugin.errors import LayoutError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import pack
@@ -84,6 +85,24 @@ def test_what_was_loaded_in_place_stays(world: World) -> None:
     _collect(world.model, world.attachment)
     assert world.written("weight").unique().tolist() == [3.0]
     assert world.written("scale").tolist() == [1.0] * 3
+
+
+def test_of_the_tensors_that_come_none_is_kept() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(4):
+            tensor = torch.ones(number)
+            made.append(weakref.ref(tensor))
+            yield str(number), tensor
+
+    weights = _begun(tensors())
+    assert len(made) == 1  # it has been asked for
+    names = [next(weights)[0] for _ in range(3)]
+    assert names == ["0", "1", "2"]
+    assert [tensor() is None for tensor in made[:2]] == [True, True]  # the generator has the last one
+    assert next(weights)[0] == "3"
+    assert not [*_begun(iter(()))]
 
 
 @pytest.mark.parametrize("what", ["shape", "value", "slot"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,11 +56,10 @@ def write_generation(
     attachment = live.attachment
     with updating(attachment, version, live.settings, base=base) as update:
         update.complete()  # what loading leaves alone is what it was
-        first = next(weights, None)
+        weights = _begun(weights)
         with attachment.written_through(update.writer):
-            _reload(worker, attachment.manifest, model, _chained(first, weights))
-            for _ in weights:
-                pass  # vLLM may leave the last ones
+            _reload(worker, attachment.manifest, model, weights)
+            deque(weights, maxlen=0)  # vLLM may leave the last ones
             _collect(model, attachment)
     known = replace(live.settings, verify="off")  # the sums that came with it are those of what was just written
     try:
@@ -70,12 +71,16 @@ def write_generation(
     return update.generation
 
 
-def _chained(
-    first: tuple[str, torch.Tensor] | None, rest: Iterator[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if first is not None:
-        yield first
-    yield from rest
+def _begun(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, of which the first one has been asked for. None is kept: it may be a GiB of the device."""
+    begun = list(itertools.islice(weights, 1))
+
+    def every() -> Iterator[tuple[str, torch.Tensor]]:
+        while begun:
+            yield begun.pop()
+        yield from weights
+
+    return every()
 
 
 def _reload(worker: Any, manifest: Manifest, model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
