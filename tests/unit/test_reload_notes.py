@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_companion_plugin import memory
-from vllm_companion_plugin.core.module_tree import Stage
-from vllm_companion_plugin.engine.reloading import _check_loaded
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.engine.reloading import _reload
 from vllm_companion_plugin.engine.vllm import processing, reload_notes
 from vllm_companion_plugin.errors import UpdateError
 from vllm_companion_plugin.tree import pack
@@ -22,7 +22,8 @@ from vllm_companion_plugin.tree.building import WithoutWeights
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.observe import Observation
 
-CPU = torch.device("cpu")
+CPU = torch.device("cpu", 0)
+"""Not the default, which has no index."""
 
 
 class Layer(nn.Module):
@@ -67,8 +68,13 @@ def notes(model: nn.Module) -> dict[str, Any]:
 
     def described(tensor: torch.Tensor) -> tuple[Any, ...]:
         assert tensor.is_meta
-        attributes = {name: getattr(value, "__qualname__", value) for name, value in vars(tensor).items()}
+        attributes = {
+            name: (getattr(value, "__qualname__", value), owner(value)) for name, value in vars(tensor).items()
+        }
         return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, attributes
+
+    def owner(value: Any) -> str:
+        return type(getattr(value, "__self__", None)).__name__  # no module: it would keep itself alive
 
     found = {}
     for name, module in model.named_modules():
@@ -147,42 +153,71 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return twin
 
 
-def loaded_and_tied() -> nn.Module:
-    """Two linear layers, a head that is tied to the first one, and one whose weight no checkpoint has."""
-    model = nn.Module()
-    model.first, model.second, model.head, model.made = (nn.Linear(4, 4, bias=False) for _ in range(4))
-    model.head.weight = model.first.weight
-    reload_notes._note(model)
-    return model
+class Head(nn.Module):
+    """A parameter that is loaded by vLLM's loaders, and one that the model's own code copies by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.sinks = (nn.Parameter(torch.zeros(4), requires_grad=False) for _ in range(2))
 
 
-def reload(model: nn.Module, names: Sequence[str]) -> dict[nn.Module, frozenset[str]]:
-    """What vLLM leaves if it is given these tensors."""
-    with reload_notes.seeing_what_is_left() as left, CPU:
-        layerwise.initialize_layerwise_reload(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in names:
-            parameters[name].weight_loader(parameters[name], torch.ones(4, 4))
-        layerwise.finalize_layerwise_reload(model, None)
-    return left
+class Whole(nn.Module):
+    """Two layers that are loaded, one tied to the first by its object and one by its memory, and one that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.tied, self.same, self.made = (nn.Linear(4, 4, bias=False) for _ in range(5))
+        self.tied.weight = self.first.weight
+        self.same.weight = nn.Parameter(self.first.weight.data)
+        self.head = Head()
+        self.kernel = nn.Module()
+        self.kernel.tensors = [self.head.sinks, self.second.weight]  # who refers to a parameter does not load it
+        reload_notes._note(self)
 
 
-def test_a_layer_that_vllm_left_as_it_was_is_an_error() -> None:
-    model = loaded_and_tied()
+LOADED = ("first.weight", "second.weight", "head.weight", "head.sinks")
+
+
+def published() -> tuple[Whole, Manifest]:
+    model = Whole()
     observation = Observation(model)
     with observation.watching(), torch.no_grad():
-        for layer in (model.first, model.second):
-            layer.weight.copy_(torch.zeros(4, 4))
+        for name in LOADED:
+            model.get_parameter(name).zero_()
     observation.end_loading(model)
-    manifest = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation).manifest
+    return model, pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation).manifest
 
-    left = reload(model, ["first.weight", "second.weight"])
-    assert {*left} == {model.head, model.made}
-    _check_loaded(model, manifest, left)
-    assert model.head.weight is model.first.weight
-    assert model.first.weight.unique().tolist() == [1.0]
 
-    with pytest.raises(UpdateError, match=r"^vLLM loaded nothing into second\.weight\.$"):
-        _check_loaded(model, manifest, reload(model, ["first.weight"]))
-    with pytest.raises(UpdateError, match=r"^vLLM loaded nothing into first\.weight\.$"):
-        _check_loaded(model, manifest, reload(model, ["second.weight"]))
+def reload(model: Whole, manifest: Manifest, *names: str) -> None:
+    """As the headless process does it. vLLM loads ones into the parameters of these names."""
+
+    class Worker:
+        def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+            with CPU:
+                layerwise.initialize_layerwise_reload(model)
+                parameters = dict(model.named_parameters(remove_duplicate=False))
+                for name, weight in weights_iterator:
+                    parameters[name].weight_loader(parameters[name], weight)
+                layerwise.finalize_layerwise_reload(model, None)
+
+    weights = ((name, torch.ones(model.get_parameter(name).shape)) for name in names)
+    _reload(Worker(), manifest, model, weights)
+
+
+def test_what_was_loaded_is_loaded_again() -> None:
+    model, manifest = published()
+    reload(model, manifest, *LOADED)
+    assert model.tied.weight is model.first.weight
+    for layer in (model.first, model.tied, model.same, model.second, model.head):
+        assert layer.weight.unique().tolist() == [1.0]
+    reload(model, manifest, *LOADED)
+
+
+@pytest.mark.parametrize("missing", LOADED)
+def test_a_parameter_that_vllm_loads_nothing_into_is_an_error(missing: str) -> None:
+    """Also in a layer that it loaded something else into."""
+    model, manifest = published()
+    with pytest.raises(UpdateError) as error:
+        reload(model, manifest, *(name for name in LOADED if name != missing))
+    names = f"{missing}, tied.weight, same.weight" if missing == "first.weight" else missing
+    assert error.value.what == f"When vLLM reloads this model, it loads nothing into {names}."

@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.module_tree import Manifest, Stage, TensorKind
+from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.vllm import reload_notes
 from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError, UpdateError
@@ -50,7 +51,7 @@ def write_generation(
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         LayoutError: what vLLM made of the weights is laid out differently.
-        UpdateError: vLLM left a parameter as it was, and only warned.
+        UpdateError: vLLM loaded nothing into a parameter, and said nothing or only warned.
         Exception: of vLLM, which cannot load them.
     """
     attachment = live.attachment
@@ -100,20 +101,32 @@ def _reload(worker: Any, manifest: Manifest, model: nn.Module, weights: Iterator
 
 
 def _check_loaded(model: nn.Module, manifest: Manifest, left: Mapping[nn.Module, Collection[str]]) -> None:
-    """Raise `UpdateError` if a parameter that the publisher loaded is what it was, because vLLM loaded nothing into it.
+    """Raise `UpdateError` if vLLM loaded nothing into a parameter that the publisher loaded.
+
+    Some models copy weights by hand, which vLLM's reloading does not see.
 
     Args:
-        left: the modules that vLLM loaded nothing into, with the names of what it could have loaded.
+        left: the tensors that vLLM loaded nothing into, by module and name.
     """
     published = {module.path: module for module in manifest.modules}
-    modules = [(path, module) for path, module in named_modules(model) if path in published]
-    filled = {slot.tensor for path, module in modules if module not in left for slot in published[path].slots}
-    for path, module in modules:
-        loadable = {*left.get(module, ())} - {*published[path].observed.untouched}
-        for slot in published[path].slots:
-            # A tied parameter is filled by another module.
-            if slot.kind is TensorKind.PARAMETER and slot.name in loadable and slot.tensor not in filled:
-                raise UpdateError(f"vLLM loaded nothing into {full_name(path, slot.name)}.")
+    filled: set[tuple[int, int]] = set()
+    missing: dict[str, tuple[int, int]] = {}
+    for path, module in named_modules(model):
+        info, names = published.get(path), left.get(module, ())
+        for slot in info.slots if info is not None else ():
+            if slot.kind is TensorKind.PARAMETER:
+                tensor = manifest.tensors[slot.tensor]
+                place = tensor.storage, tensor.storage_offset if tensor.storage >= 0 else slot.tensor
+                if slot.name not in names:
+                    filled.add(place)
+                elif info is not None and slot.name not in info.observed.untouched:
+                    missing[full_name(path, slot.name)] = place
+    lost = [name for name, place in missing.items() if place not in filled]  # others are tied to what was loaded
+    if lost:
+        raise UpdateError(
+            f"When vLLM reloads this model, it loads nothing into {several(lost, 3)}.",
+            remedy='Write with mode="direct" if that is possible, or start the engines anew with the new checkpoint.',
+        )
 
 
 def _collect(model: nn.Module, attachment: Attachment) -> None:

@@ -445,7 +445,7 @@ NOTES_FOR_RELOADS = Patch(
     "engine.vllm.building",
     How.REPLACED,
     Lifetime.BUILDING,
-    reason="Noting parameters for a later reload took half of the time of building, and counted as using them.",
+    reason="Noting parameters for a later reload took a third of the time of building, and counted as using them.",
     link="vllm/model_executor/model_loader/utils.py: initialize_model",
     undo="when the model is built",
 )
@@ -454,7 +454,7 @@ WHAT_IS_LEFT = Patch(
     "engine.vllm.reload_notes",
     How.REPLACED,
     Lifetime.UPDATING,
-    reason="A layer into which vLLM loads nothing keeps what it has, and vLLM only warns: such an update is an error.",
+    reason="A parameter into which vLLM loads nothing has anything then, and vLLM goes on: such an update is an error.",
     link="vllm/model_executor/model_loader/reload/layerwise.py: finalize_layerwise_processing",
     undo="when the weights are loaded",
 )

@@ -17,7 +17,7 @@ from vllm_companion_plugin.tree.capture import named_modules
 def noting(built: WithoutWeights, record: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     """What takes the place of vLLM's `record` while a model is built that will be attached.
 
-    It notes the same in a fifth of the time, which was half of the building: vLLM asks for the default device at each
+    It notes the same, in a tenth of the time of building instead of a third: vLLM asks for the default device at each
     module, and for the memory of all parameters below each one. Nor does it count as using the parameters.
     """
 
@@ -34,18 +34,18 @@ def noting(built: WithoutWeights, record: Callable[[nn.Module], None]) -> Callab
 
 @contextmanager
 def seeing_what_is_left() -> Iterator[dict[nn.Module, frozenset[str]]]:
-    """While open, vLLM may reload a model. Gives the modules that it loaded nothing into, and gave back their tensors.
+    """While open, vLLM may reload a model. Gives the tensors of each module that it loaded nothing into, by name.
 
-    By module: the names of the tensors that loading could have filled. vLLM warns of such a module, and goes on. Ask at
-    the end.
+    vLLM warns of a module that it loaded nothing into at all, and gives it back what it had. Tensors in other modules
+    have whatever was in new memory. Ask at the end.
     """
     left: dict[nn.Module, frozenset[str]] = {}
 
     def seeing(place: Callable[..., None]) -> Callable[..., None]:
         def _place_kernel_tensors(layer: nn.Module, info: types.LayerReloadingInfo) -> None:
-            names = frozenset(name for tensors in info.restore_metadata for name in tensors)
-            if names and info.load_numel <= 0:
-                left[layer] = names
+            names = {name for tensors in info.restore_metadata for name in tensors}
+            if names := names - {name for name, _ in info.loaded_weights}:
+                left[layer] = frozenset(names)
             place(layer, info)
 
         return _place_kernel_tensors
