@@ -156,8 +156,9 @@ class Manifest:
 
     Attributes:
         added_modules: classes of the modules that loading made, by path; a module precedes the modules inside it.
-        removed_modules: paths of modules that loading took out of the model.
-        retied_modules: paths that loading gave to another module of the model, with that module's first path.
+        removed_modules: paths of modules that loading took out of the model; with a colon if there is None now.
+        retied_modules: paths that loading gave to another module of the model, with that module's first path; with a
+            colon if loading put another module there, and the one that was built there is meant.
         files: digests by name of the small files that the publisher read to build and load the model.
         sources: where tensors of the checkpoint went, as `wire.manifest.sources_from_bytes` reads it; empty if it was
             not observed.

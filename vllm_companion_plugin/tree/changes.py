@@ -40,6 +40,9 @@ from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 CHILDREN = "_modules"
 """Among the values that loading changed: names of a module's children, in their order."""
+MARK = ":"
+"""Behind the path of a module: there is None now, if it was removed; else the module is meant that was built there, and
+not the one that took its place."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -47,6 +50,8 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
 }
+_PARTLY = (list, dict, set, collections.deque, collections.OrderedDict)
+"""Containers of which loading may change a part."""
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
@@ -183,14 +188,18 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
     try:
         added = manifest.added_modules
         found = {path: first for path, first in manifest.retied_modules.items() if first not in added}
-        modules = {path: model.get_submodule(first) for path, first in found.items()}
+        modules = {path: model.get_submodule(first.removesuffix(MARK)) for path, first in found.items()}
         for path, class_name in manifest.added_modules.items():
             _put_module(model, path, _empty_module(path, class_name))
         for path, first in manifest.retied_modules.items():
             _put_module(model, path, modules[path] if path in modules else model.get_submodule(first))
         for path in manifest.removed_modules:
-            parent, _, name = path.rpartition(".")
-            model.get_submodule(parent)._modules.pop(name, None)
+            parent, _, name = path.removesuffix(MARK).rpartition(".")
+            children = model.get_submodule(parent)._modules
+            if path.endswith(MARK):
+                children[name] = None
+            else:
+                children.pop(name, None)
         if manifest.added_modules or manifest.retied_modules:
             for _ in named_modules(model):
                 pass
@@ -300,7 +309,7 @@ class _Values:
         for name in sorted(names - {CHILDREN}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
-                self._set(live, name, text, in_place=built is not None)
+                self._set(live, name, text, built)
 
     def tensor(self, full: str) -> torch.Tensor:
         """The tensor at "path:name"."""
@@ -355,7 +364,7 @@ class _Values:
     def _place(self, live: LiveModule, name: str) -> Place | None:
         return self._places[live.index].get(name)
 
-    def _set(self, live: LiveModule, name: str, text: str, *, in_place: bool) -> None:
+    def _set(self, live: LiveModule, name: str, text: str, built: str | None) -> None:
         try:
             if (method := _METHOD.fullmatch(text)) is not None:
                 value = self._method(method["method"], method["owner"])
@@ -370,15 +379,27 @@ class _Values:
                     while len(place.value) > int(container["size"]):
                         place.value.pop()
                 return  # what is in it changes by itself
-            if in_place and _assign_in_place(place.value, value):
+            if built is not None:
+                self._check_built(live, name, place.value, built)
+            if built is not None and _assign_in_place(place.value, value):
                 return
-            if in_place and type(place.value) in MUTABLE:  # whoever else had the object has the other one, too
+            if built is not None and type(place.value) in MUTABLE:  # whoever else had the object has the other one, too
                 value = self._replaced.setdefault(id(place.value), (place.value, value))[1]
             _change(live, name, lambda: place.set(value))
             self._forget_parts(live, name)
             place.value = value
         else:
             self._put(live, name, value)
+
+    def _check_built(self, live: LiveModule, name: str, value: Any, built: str) -> None:
+        """Raise `ParityError` if loading changed a part of a container that was built with other items here.
+
+        The rest of it follows from what this engine was given.
+        """
+        here = describe_value(value) if type(value) in _PARTLY else None
+        if here is not None and here != built:
+            full = full_name(live.path, name)
+            raise ParityError(f"{full} is built as {here} here and as {built} in the published model.", full)
 
     def _forget_parts(self, live: LiveModule, name: str) -> None:
         """What was in the value that was at `name` is no part of the one that is there now."""

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
 from vllm_companion_plugin.core.placements import Source
@@ -44,7 +44,7 @@ from vllm_companion_plugin.tree.capture import (
     plain_tensors,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import CHILDREN, MARK, can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.times import is_time, plain
 from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
@@ -125,9 +125,9 @@ def _held_by_classes(derived: Iterable[type]) -> dict[type, dict[str, Any]]:
     classes = {base for cls in derived for base in cls.__mro__}
     return {
         cls: {
-            name: describe_value(value) or _Object(value)
+            name: _Object(value) if isinstance(value, _CODE) else describe_value(value) or _Object(value)
             for name, value in vars(cls).items()
-            if not (name.startswith("__") or isinstance(value, _CODE))
+            if not name.startswith("__")
         }
         for cls in classes
         if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing")
@@ -203,6 +203,7 @@ class Observation:
     def __init__(self, model: nn.Module) -> None:
         with plain_tensors():
             tree = capture(model)
+            check_plain(tree)
             self._built = Snapshot.of(model, tree)
             self._watch = _Watch()
             # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
@@ -341,7 +342,11 @@ class Observation:
                 raise NotShareableError(f"loading changed {class_name(cls)}.{min(changed)}, which its objects share")
         paths = {path: reference() for path, reference in built.modules.items()}
         removed = [path for path in paths if path not in now.modules]
-        loaded.removed_modules = tuple(path for path in removed if path.rpartition(".")[0] not in removed)
+        for path in removed:
+            parent, _, name = path.rpartition(".")
+            if parent not in removed:
+                is_none = name in now.children.get(parent, ())
+                loaded.removed_modules += (path + MARK if is_none else path,)
         for path, weak in now.modules.items():
             module = weak()
             is_in_new_one = path.rpartition(".")[0] in loaded.added_modules
@@ -357,7 +362,8 @@ class Observation:
             if first is None:  # another name of one that was added
                 first = next(live.path for live in tree.modules if live.module is module)
             if path.rpartition(".")[0] not in loaded.retied_modules:
-                loaded.retied_modules[path] = first
+                there = now.modules.get(first, lambda: None)()
+                loaded.retied_modules[path] = first if there is module or first not in paths else first + MARK
         was_at: dict[int, str] = {}
         for path, module in paths.items():
             was_at.setdefault(id(module), path)
@@ -522,7 +528,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read.update(_storages(value))
         if reads:
             self.placing.looked_at(read)
-        derived = not read <= self.clean
+        derived = not read <= self.clean and func._schema.name not in _SHAPED
         targets: list[torch.Tensor] = []
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
@@ -543,6 +549,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.built.discard(storage)
             self.written.discard(storage)
             (self.clean.discard if derived else self.clean.add)(storage)
+
+
+_SHAPED = frozenset(
+    f"aten::{name}"
+    for name in ("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full")
+)
+"""Operators that give a tensor values of their own, and take the shape of another one. What makes empty tensors is not
+among them: kernels fill those, unseen."""
 
 
 @functools.cache
@@ -598,6 +612,27 @@ def _storage_of(tensor: torch.Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
         return None
+
+
+def check_plain(tree: Tree) -> None:
+    """Raise `NotShareableError` if what a tensor holds is elsewhere than in its own storage, or in another form."""
+    for slot in tree.slots():
+        tensor = slot.tensor
+        if not (tensor.is_meta or is_lazy(tensor) or _is_strided(tensor)):
+            what = f"a {class_name(type(tensor))} ({'nested' if tensor.is_nested else tensor.layout})"
+            raise NotShareableError(f"{tree.describe(slot)} is not a plain tensor but {what}.")
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    if is_traceable_wrapper_subclass(tensor):
+        return False
+    storage = tensor.untyped_storage()
+    try:
+        return storage.nbytes() == 0 or storage.data_ptr() != 0
+    except RuntimeError:  # a wrapper that nothing traces
+        return False
 
 
 def _fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import PIECE_BYTES
@@ -37,7 +36,7 @@ from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree.capture import LiveSlot, Tree, full_name, tensor_attributes
-from vllm_companion_plugin.tree.observe import Loaded, Observation
+from vllm_companion_plugin.tree.observe import Loaded, Observation, check_plain
 from vllm_companion_plugin.tree.values import class_name
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
@@ -84,6 +83,7 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
     Raises:
         NotShareableError: a tensor that cannot be placed in an arena of `device`.
     """
+    check_plain(tree)
     tensors: list[torch.Tensor] = []
     index_of: dict[int, int] = {}
     first_slots: list[LiveSlot] = []
@@ -211,9 +211,6 @@ def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
     """First and last address (exclusive) that `tensor` can touch."""
     if tensor.is_meta or is_lazy(tensor):
         raise NotShareableError(f"{tree.describe(slot)} has no data (it is on the meta device).")
-    if tensor.layout is not torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
-        what = f"a {class_name(type(tensor))} ({tensor.layout})"
-        raise NotShareableError(f"{tree.describe(slot)} is not a plain tensor but {what}.")
     if tensor.numel() == 0:
         return 0, 0
     if tensor.is_contiguous():

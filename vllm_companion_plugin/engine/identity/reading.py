@@ -35,7 +35,7 @@ _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_to
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 # Files of the machine, not of the model.
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
-_CODE = (".py", ".pyc", ".pyi", ".so", ".pth", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
+_CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
 _active: list[Reading] = []
 _adding = threading.Lock()
 _installed = False

@@ -1,0 +1,187 @@
+"""What few constructors and few `load_weights` do: it is the same in an attached engine, or refused."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tests.unit.test_origins import LARGE, Model, attach, in_arena, nothing, publish
+from vllm_companion_plugin.errors import NotShareableError, ParityError
+
+ONES = torch.ones(2, 6)
+
+
+def plain(m: Model, flag: float) -> None:
+    """Two linear layers, and no more."""
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)  # type: ignore[no-any-return]
+
+
+def wrap(m: Model) -> None:
+    m.first = Around(m.first)  # type: ignore[assignment]
+
+
+def wrap_twice(m: Model) -> None:
+    wrap(m)
+    wrap(m)
+
+
+def wrap_and_swap(m: Model) -> None:
+    m.first, m.second = Around(m.second), m.first  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("load", [wrap, wrap_twice, wrap_and_swap])
+def test_loading_wraps_a_module_under_its_own_name(load: Callable[[Model], None]) -> None:
+    x = torch.ones(1, 8)
+    published = publish(plain, load)
+    attached = attach(published, plain)
+    assert [*attached.state_dict()] == [*published.model.state_dict()]
+    assert torch.equal(attached.first(x), published.model.first(x))
+    assert torch.equal(attached.second(x), published.model.second(x))
+    assert not torch.equal(attached.first(x), attached.second(x))
+
+
+def test_loading_puts_none_in_the_place_of_a_module() -> None:
+    def load(m: Model) -> None:
+        m.first = None  # type: ignore[assignment]
+
+    attached = attach(publish(plain, load), plain)
+    assert [*attached._modules] == ["first", "second"]
+    assert attached.first is None
+
+
+LIKE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros_like": torch.zeros_like,
+    "ones_like": torch.ones_like,
+    "full_like": lambda w: torch.full_like(w, 2.0),
+    "new_zeros": lambda w: w.new_zeros(LARGE),
+    "new_full": lambda w: w.new_full((LARGE,), 2.0),
+    "rand_like": torch.rand_like,
+}
+
+
+@pytest.mark.parametrize("when", ["load", "process"])
+@pytest.mark.parametrize("kind", LIKE)
+def test_work_space_of_the_shape_of_a_weight_is_private(kind: str, when: str) -> None:
+    """Nothing of it is the checkpoint's, and engines write to it."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+
+    def fill(m: Model) -> None:
+        m.weight.data.copy_(torch.from_numpy(torch.full((LARGE,), 3.0).numpy()))
+
+    def make(m: Model) -> None:
+        m.space = LIKE[kind](m.weight)
+
+    def load(m: Model) -> None:
+        fill(m)
+        if when == "load":
+            make(m)
+
+    process = make if when == "process" else nothing
+    published = publish(build, load, process)
+    attached = attach(published, build, process)
+    assert in_arena(attached.weight, published)
+    assert not in_arena(attached.space, published)
+    attached.space.fill_(7)
+    assert published.model.space[0] != 7
+
+
+class Wrapper(torch.Tensor):
+    """Has its values in another tensor."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(Wrapper, lambda each: each.held, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        return Wrapper(out) if func is torch.ops.aten.detach.default else out
+
+
+ELSEWHERE: dict[str, Callable[[], Any]] = {
+    "wrapper": lambda: Wrapper(torch.ones(3)),
+    "parameter": lambda: nn.Parameter(Wrapper(torch.ones(3)), requires_grad=False),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "masked": lambda: torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)")
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_tensor_whose_bytes_are_elsewhere_is_refused(kind: str) -> None:
+    """By a publisher, which goes on with the model by itself."""
+    with pytest.raises(NotShareableError, match=r"x"):
+        publish(lambda m, flag: setattr(m, "x", ELSEWHERE[kind]()))
+
+
+class Scaled(nn.Module):
+    scale = 1.0
+
+    def factor(self) -> float:
+        return self.scale
+
+
+def test_loading_changes_the_code_of_a_class() -> None:
+    class Own(Scaled):
+        def factor(self) -> float:
+            return 2.0
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Own()
+
+    published = publish(build)
+    assert attach(published, build).own.factor() == 2.0
+    for change in (
+        lambda m: setattr(type(m.own), "factor", lambda self: 3.0),
+        lambda m: setattr(type(m.own), "new", property(lambda self: 4.0)),
+        lambda m: delattr(type(m.own), "factor"),
+    ):
+        with pytest.raises(NotShareableError, match=r"loading changed .*Own\.(factor|new), which its objects share"):
+            publish(build, change)
+
+
+PARTLY: dict[str, tuple[Callable[[float], Any], Callable[[Any], object]]] = {
+    "list": (lambda flag: [flag], lambda held: held.append(5)),
+    "dict": (lambda flag: {"limit": flag}, lambda held: held.update(scale=5)),
+    "set": (lambda flag: {flag}, lambda held: held.add(5)),
+    "deque": (lambda flag: collections.deque([flag]), lambda held: held.append(5)),
+}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_loading_changes_a_part_of_what_an_engine_was_given(kind: str) -> None:
+    """The other part is this engine's, and may be another one: that of the publisher must not take its place."""
+    make, change = PARTLY[kind]
+
+    def build(m: Model, flag: float) -> None:
+        m.limits = make(flag)
+
+    published = publish(build, lambda m: change(m.limits), flag=1.0)
+    expected = make(1.0)
+    change(expected)
+    assert attach(published, build, flag=1.0).limits == expected
+    with pytest.raises(ParityError, match=r"limits is built as .* here and as .* in the published model"):
+        attach(published, build, flag=0.25)
