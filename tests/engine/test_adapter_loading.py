@@ -48,7 +48,12 @@ class Worker:
     def __init__(self, file: AdapterFile, device: torch.device) -> None:
         self.file, self.fetched = file, 0
         self.options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
-        self.kept = loading._Kept(self, device, "full")  # type: ignore[arg-type]
+        self.kept = loading._Kept(self, device, "full", has_all=True)  # type: ignore[arg-type]
+        attention = "model.layers.0.self_attn"
+        projections = [f"{attention}.{each}_proj" for each in "qkv"]
+        self._adapter_manager = SimpleNamespace(
+            modules={f"{attention}.qkv_proj": None}, packed_modules={f"{attention}.qkv_proj": projections}
+        )
         loading._kept[self] = self.kept
         self.load = loading._loading(lambda _, request: self.from_directory(request.lora_path))
 
@@ -135,6 +140,17 @@ def test_what_is_skipped(staged: list[str], published: Any) -> None:
     names = [name for name in expected if "q_proj" in name]
     found = worker()
     check(found, {name: expected[name] for name in names})
+
+
+@pytest.mark.parametrize("where", ["layers.0.self_attn", "model.layers.7.self_attn", "model.layers.0.attn"])
+def test_an_adapter_of_no_module_of_the_model(where: str, staged: list[str], published: Any) -> None:
+    """vLLM would serve the base model."""
+    other = {name.replace("model.layers.0.self_attn", where, 1): each for name, each in tensors().items()}
+    worker = Worker(published(other), GPU)
+    with pytest.raises(BadRequestError, match=r"mine.*: this model has none of its modules, the first is "):
+        worker()
+    worker.kept.has_all = False  # a rank of a pipeline may have none of them
+    assert len(worker()) == 4
 
 
 def test_another_way(staged: list[str], published: Any) -> None:

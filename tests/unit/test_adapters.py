@@ -263,6 +263,108 @@ class TestCanonical:
             peft.canonical({}, {"r": 4, "lora_alpha": 4}, check_finite=False)
 
 
+class TestAsked:
+    """What is published is what the trainer's model computes with, whatever it is wrapped in."""
+
+    def test_compiled_and_wrapped(self) -> None:
+        model = tiny_peft()
+        plain = peft.canonical(model, check_finite=True)
+        state, config = get_peft_model_state_dict(model), model.peft_config["default"]
+        compiled = torch.compile(model)
+        assert isinstance(compiled, nn.Module)
+        part = tiny_peft()
+        part.base_model.model.model.layers[0] = torch.compile(part.base_model.model.model.layers[0])  # type: ignore
+        for given, its in (
+            (compiled, None),
+            (part, None),
+            ({f"module.{name}": each for name, each in state.items()}, config),
+            ({f"_orig_mod.{name}": each for name, each in state.items()}, config),
+            ({f"module._orig_mod.{name}": each for name, each in state.items()}, config),
+        ):
+            found = peft.canonical(given, its, check_finite=True)
+            assert {*found.tensors} == {*plain.tensors}
+            assert all(torch.equal(found.tensors[name], each) for name, each in plain.tensors.items())
+
+    def test_layers_that_compute_with_another_adapter(self) -> None:
+        """PEFT's tuner says which, and its model says what it was told last."""
+        model = tiny_peft()
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        peft.canonical(model, check_finite=True)
+        for active in ("other", ["default", "other"]):
+            model.base_model.set_adapter(active)
+            assert model.active_adapter == "default"
+            with pytest.raises(BadRequestError, match=r"_proj computes with the adapters \[.*other.*\], and the model"):
+                peft.canonical(model, check_finite=True)
+
+    def test_several_adapters_in_one(self) -> None:
+        model = tiny_peft()
+        state = {
+            name.replace(".weight", ".default.weight" if "q_proj" in name else ".other.weight"): each
+            for name, each in get_peft_model_state_dict(model).items()
+        }
+        with pytest.raises(BadRequestError, match="tensors of 2 adapters: default, other"):
+            peft.canonical(state, model.peft_config["default"], check_finite=True)
+
+    @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+    def test_a_scaling_that_is_no_number(self, alpha: float) -> None:
+        model = tiny_peft()
+        config = model.peft_config["default"].to_dict() | {"lora_alpha": alpha}
+        with pytest.raises(BadRequestError, match=r"has a scaling of (nan|inf)"):
+            peft.canonical(get_peft_model_state_dict(model), config, check_finite=False)
+
+    def test_finite_after_scaling(self) -> None:
+        model = tiny_peft()
+        state = {
+            name: torch.full_like(each, 4e4, dtype=torch.float16)
+            for name, each in get_peft_model_state_dict(model).items()
+        }
+        config = model.peft_config["default"].to_dict() | {"lora_alpha": 4 * model.peft_config["default"].r}
+        peft.canonical(state, config, check_finite=False)
+        with pytest.raises(BadRequestError, match=r"lora_B\.weight has values that are not finite"):
+            peft.canonical(state, config, check_finite=True)
+
+    def test_one_of_two_fused_experts(self) -> None:
+        """PEFT saves the one that is there under the name that both have; vLLM takes both or none."""
+        prefix = "base_model.model.model.layers.0.mlp.experts"
+        sides = {"lora_A": torch.ones(8, 4), "lora_B": torch.ones(4, 8)}
+        config = {"r": 2, "lora_alpha": 2}
+        both = {f"{prefix}{end}.{side}.weight": each for end in ("", ".base_layer") for side, each in sides.items()}
+        peft.canonical(both, config, check_finite=True)
+        for end in ("", ".base_layer"):
+            one = {f"{prefix}{end}.{side}.weight": each for side, each in sides.items()}
+            with pytest.raises(BadRequestError, match="vLLM takes both projections of experts, or none"):
+                peft.canonical(one, config, check_finite=True)
+
+    def test_an_embeddings_own_weight_is_left_alone(self) -> None:
+        """PEFT saves it beside the adapter."""
+        model = tiny_peft(target_modules=["q_proj", "embed_tokens"])
+        state, config = get_peft_model_state_dict(model), model.peft_config["default"]
+        assert any(name.endswith("embed_tokens.base_layer.weight") for name in state)
+        assert {*peft.canonical(state, config, check_finite=True).tensors} == {
+            *peft.canonical(model, check_finite=True).tensors
+        }
+        with pytest.raises(BadRequestError, match="no tensor of LoRA"):
+            peft.canonical(state | {f"{Q_PROJ}.base_layer.weight": torch.ones(2)}, config, check_finite=True)
+
+    def test_a_start_that_changed_the_base(self) -> None:
+        model = tiny_peft()
+        config = model.peft_config["default"].to_dict() | {"init_lora_weights": "lora_ga"}
+        with pytest.raises(BadRequestError, match="has changed the base model's weights"):
+            peft.canonical(get_peft_model_state_dict(model), config, check_finite=True)
+
+    def test_strided_tensors(self) -> None:
+        """Parts of larger tensors, repeated ones and negated ones are written as what they show."""
+        whole = torch.randn(64, 8)
+        given = {
+            f"{Q_PROJ}.lora_A.weight": whole[::2, :1].T,
+            f"{Q_PROJ}.lora_B.weight": torch.ones(1).expand(48, 1),
+        }
+        adapter = peft.canonical(given, {"r": 1, "lora_alpha": 1}, check_finite=True)
+        with closing(AdapterFile(*file_of(adapter))) as file:
+            found = stage(file, [*given], None)
+        assert all(torch.equal(found[name], each) for name, each in given.items())
+
+
 class TestFile:
     """The bytes between processes."""
 

@@ -230,7 +230,7 @@ def file_of(
         whole[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         offset = len(header)
         for (before, after), group in itertools.groupby(tensors, key=lambda pair: (pair[1].dtype, types[pair[0]])):
-            flat = [tensor.detach().to(device).reshape(-1) for _, tensor in group]
+            flat = [tensor.detach().to(device).resolve_neg().contiguous().reshape(-1) for _, tensor in group]
             target = whole[offset : offset + sum(each.numel() for each in flat) * after.itemsize]
             if before == after:
                 torch.cat([each.view(torch.uint8) for each in flat], out=target)

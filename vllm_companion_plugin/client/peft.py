@@ -29,8 +29,12 @@ _MARKS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B"
 _TENSOR = re.compile(rf"(?P<module>.+)\.(?P<mark>{_MARKS})(\.(?P<adapter>[^.]+))??(?P<weight>\.weight)?")
 _OF_ADAPTER = r"(lora_\w+|modules_to_save|trainable_tokens_\w+|\w*_lora_\w+)"
 _PREFIX = "base_model.model."
+_WRAPPED = re.compile(r"(^module\.)|(?<![^.])_orig_mod\.")
+"""What DDP and `torch.compile` put into names."""
+_OF_BASE = ".base_layer.weight"
+"""PEFT saves an embedding's own weight beside the adapter of it. vLLM leaves it alone, too."""
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-_ORDINARY_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga", "true", "false")
+_ORDINARY_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Values of `init_lora_weights` that leave the base model as it is."""
 _REFUSED = {
     "use_dora": "DoRA",
@@ -100,16 +104,19 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
         ranks[name] = rank
         tensors[a_name], tensors[b_name] = a, b
         factors[b_name] = scaling if module.scaling is None else module.scaling
+        if not math.isfinite(factors[b_name]):
+            problems.append(f"{name} has a scaling of {factors[b_name]}")
+        if _is_fused(name) and _other_experts(name) not in modules:
+            problems.append(f"{name} without {_other_experts(name)}: vLLM takes both projections of experts, or none")
     if not modules and not problems:
         problems.append("it has no tensors of LoRA")
     if any(_is_fused(name) and rank != max(ranks.values()) for name, rank in ranks.items()):
         problems.append("experts of one tensor have another rank than other modules")
-    if problems:
-        raise BadRequestError(
-            f"The adapter cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
-            remedy="Train it without, or convert it to plain LoRA with PEFT.",
-        )
-    tensors |= _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
+    _refuse(problems)
+    scaled = _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
+    if check_finite:  # what was finite may be no more
+        _refuse([f"{name} has values that are not finite" for name, each in scaled.items() if not _is_finite(each)])
+    tensors |= scaled
     rank = max(ranks.values())
     plain = {
         "peft_type": "LORA",
@@ -123,6 +130,18 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
         "init_lora_weights": True,
     }
     return Adapter(tensors, plain)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise BadRequestError(
+            f"The adapter cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
+            remedy="Train it without, or convert it to plain LoRA with PEFT.",
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str, float]]:
@@ -147,6 +166,12 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
         scaling = fields.get("scaling")
         if scaling is not None and isinstance(scaling, Mapping) and adapter in scaling:
             scalings[path] = float(scaling[adapter])
+            active = list(getattr(module, "active_adapters", (adapter,)))
+            if active != [adapter]:
+                raise BadRequestError(
+                    f"{path} computes with the adapters {active}, and the model says that {adapter} is active.",
+                    remedy="Choose the one to publish by set_adapter(NAME) of the PeftModel.",
+                )
         if fields["_state_dict_hooks"] or fields["_state_dict_pre_hooks"]:
             has_hooks = True
         for kind in ("_parameters", "_buffers"):
@@ -198,8 +223,12 @@ def _modules_of(
 ) -> dict[str, _Module]:
     """The tensors by module, with names that say nothing of the adapter's name. What is none goes to `problems`."""
     modules: dict[str, _Module] = {}
-    for name, shard in weights.items():
+    adapters: set[str] = set()
+    for raw, shard in weights.items():
+        name = _WRAPPED.sub("", raw)
         found = _TENSOR.fullmatch(name)
+        if found is None and f"{name.removesuffix(_OF_BASE)}.lora_embedding_A" in weights:
+            continue
         is_embedding = found is not None and "embedding" in found["mark"]
         if found is None or is_embedding == bool(found["weight"]) or not isinstance(shard, torch.Tensor):
             problems.append(f"{name}, which is no tensor of LoRA")
@@ -211,7 +240,10 @@ def _modules_of(
         if found["mark"] in module.sides:
             problems.append(f"{name}, which is there twice")
         module.sides[found["mark"]] = f"{found['module']}.{found['mark']}{ending}", tensor
-        module.scaling = scalings.get(found["module"])
+        module.scaling = scalings.get(raw[: len(raw) - (len(name) - len(found["module"]))])
+        adapters.add(found["adapter"] or "")
+    if len(adapters) > 1:
+        problems.append(f"tensors of {len(adapters)} adapters: {several(sorted(adapters), _SHOWN)}")
     return modules
 
 
@@ -228,7 +260,7 @@ def _misfit(name: str, module: _Module, rank: int, check_finite: bool) -> str:
         return f"{name} has A of rank {there[0]} and B of rank {there[1]}, and its configuration says {rank}"
     if not (a.is_floating_point() and b.is_floating_point()):
         return f"{name} has tensors of {a.dtype} and {b.dtype}"
-    if check_finite and not all(bool(torch.isfinite(side).all()) for side in (a, b)):
+    if check_finite and not (_is_finite(a) and _is_finite(b)):
         return f"{name} has values that are not finite"
     return ""
 
@@ -236,6 +268,11 @@ def _misfit(name: str, module: _Module, rank: int, check_finite: bool) -> str:
 def _is_fused(module: str) -> bool:
     """Whether PEFT has all experts of a layer in one tensor of this module, one rank after the other."""
     return module.endswith((".experts", ".experts.base_layer"))
+
+
+def _other_experts(module: str) -> str:
+    """Where PEFT has the other projection of the experts that are fused in `module`."""
+    return module.removesuffix(".base_layer") if module.endswith(".base_layer") else f"{module}.base_layer"
 
 
 def _rank_and_scaling(fields: Mapping[str, Any], module: str) -> tuple[int, float]:

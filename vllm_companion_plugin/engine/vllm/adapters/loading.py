@@ -107,9 +107,14 @@ class _Fetched:
 
 
 class _Kept:
-    """What one worker has fetched of adapters, by their numbers."""
+    """What one worker has fetched of adapters, by their numbers.
 
-    def __init__(self, leases: AdapterLeases, device: torch.device, verify: str) -> None:
+    Attributes:
+        has_all: this worker has all layers of the model.
+    """
+
+    def __init__(self, leases: AdapterLeases, device: torch.device, verify: str, *, has_all: bool) -> None:
+        self.has_all = has_all
         self._leases = leases
         self._device = device
         self._verify = verify
@@ -169,7 +174,8 @@ def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
         name = arenas.cuda_device(index) if device.type == "cuda" else device.type
         settings = settings_of(vllm_config)
         its = torch.device(device.type, index)
-        _kept[self] = _Kept(AdapterLeases(settings, "worker", first=name), its, settings.verify)
+        has_all = vllm_config.parallel_config.pipeline_parallel_size == 1
+        _kept[self] = _Kept(AdapterLeases(settings, "worker", first=name), its, settings.verify, has_all=has_all)
 
     return __init__
 
@@ -194,6 +200,8 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 in_directory = copy.copy(lora_request)
                 in_directory.lora_path = directory
                 made = inner(self, in_directory)
+                if kept.has_all:
+                    _check_applies(self._adapter_manager, made, bound)
             known.prove()  # if vLLM has come to its tensors in another way
         except Exception as error:
             try:
@@ -210,6 +218,25 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return _load_adapter
+
+
+def _check_applies(manager: Any, lora: Any, bound: Bound) -> None:
+    """Raise `BadRequestError` if vLLM would serve the base model: it looks at the ends of modules' names only."""
+    known = {*manager.modules, *(name for names in manager.packed_modules.values() for name in names)}
+    if getattr(manager, "is_pooling_model", False):  # of whose names vLLM takes the first part away
+        known |= {name.partition(".")[2] for name in known}
+    names = list(lora.loras)
+    if names and not any(name in known or _parents(name) & known for name in names):
+        raise BadRequestError(
+            f"{bound}: this model has none of its modules, the first is {names[0]}.",
+            remedy="Publish the adapter with the names that PEFT gives for this model's checkpoint.",
+        )
+
+
+def _parents(name: str) -> set[str]:
+    """Of one expert of several, which vLLM has in one module."""
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def _staging(inner: Callable[..., Any]) -> staticmethod[..., Any]:
