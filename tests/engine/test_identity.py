@@ -316,6 +316,23 @@ class TestCode:
         monkeypatch.delenv("FACTOR")
         assert key_of(first).differences(plain) == ["env.FACTOR is '1' there and 'absent' here"]
 
+    @pytest.mark.parametrize(
+        ("name", "is_compared"),
+        [
+            *((name, True) for name in ("FACTOR", "down_scale", "MODEL_KEY_SCALE", "MAX_TOKENS_FACTOR", "KEYS")),
+            *((name, False) for name in ("HF_TOKEN", "API_KEY", "MY_API_KEY_2", "AWS_SECRET_ACCESS_KEY", "KEY")),
+            *((name, False) for name in ("DB_PASSWORD", "CREDENTIALS_FILE", "http_proxy", "LOCAL_RANK", "home")),
+        ],
+    )
+    def test_whatever_a_variable_is_called(
+        self, plugin: Path, first: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_compared: bool
+    ) -> None:
+        """But for secrets, which a key would show, and what says who a process is."""
+        (plugin / "factors.py").write_text(f"import os\nFACTOR = float(os.environ.get('{name}', '1'))\n")
+        plain = key_of(first)
+        monkeypatch.setenv(name, "2")
+        assert (key_of(first) != plain) == is_compared
+
     def test_vllm_as_released_is_said(self, tiny: Path) -> None:
         assert key_of(tiny).fields["code.vllm"] == "as released"
 

@@ -56,12 +56,14 @@ _SHORT = 16
 _MOST_SHOWN = 3
 _RECORD_LINE = re.compile(r"^(?:(vllm/[^,]+\.py),sha256=([^,]+),|(vllm/[^/,]+\.so),sha256=[^,]+,(\d+))", re.MULTILINE)
 _INSTALLED = ("site-packages", "dist-packages")
-_VARIABLE = re.compile(rb"""["']([A-Z][A-Z0-9_]+)["']""")
+_VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_]+)["']""")
 # Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
 _OF_THE_PROCESS = re.compile(
     r".*(RANK|WORLD_SIZE|VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
-    r"|.*(TOKEN|KEY|SECRET|PASSW|CREDENTIAL).*|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
-    r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS"
+    r"|(.*_)?(TOKEN|KEY|PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
+    r"|.*_PROXY|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
+    r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS",
+    re.IGNORECASE,
 )
 
 
