@@ -41,10 +41,11 @@ class TestReading:
         found = read(model, model / "modules.json", model / "2_Dense" / "config.json")
         assert list(found) == ["2_Dense/config.json", "modules.json"]
 
-    def test_files_elsewhere_have_full_names(self, model: Path, tmp_path: Path) -> None:
-        """A flag or hf_overrides named one."""
-        (tmp_path / "scales.json").write_text("1")
-        assert list(read(model, tmp_path / "scales.json")) == [str(tmp_path / "scales.json")]
+    @pytest.mark.parametrize("name", ["scales.json", "factor.pt", "factor.pth"])
+    def test_files_elsewhere_have_full_names(self, model: Path, tmp_path: Path, name: str) -> None:
+        """A flag or hf_overrides named one, or the model's code."""
+        (tmp_path / name).write_text("1")
+        assert list(read(model, tmp_path / name)) == [str(tmp_path / name)]
 
     def test_files_of_the_hub_are_named_wherever_the_cache_is(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
