@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,10 @@ class TestRefused:
             with pytest.raises(NotSharedError, match=r"lm_head\.weight"), training.step():
                 head.weight = torch.nn.Parameter(mine.detach().clone())
             head.weight = mine
+            training.model.lm_head = deepcopy(head)
+            with pytest.raises(NotSharedError, match=r"lm_head\.weight"), training.step():
+                raise AssertionError("it writes")
+            training.model.lm_head = head
             with training.step():
                 pass
 
