@@ -374,6 +374,15 @@ def test_what_leaves_the_shared_memory_is_an_error_at_the_next_step(
         KEPT.clear()
 
 
+def test_a_part_of_a_model_is_looked_at_alone(place: Place, tiny: Path) -> None:
+    with held(place, tiny):
+        part = on_companion(place, tiny).model
+        gc.collect()
+        part.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+        with pytest.raises(NotSharedError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight left"):
+            part(TOKENS)
+
+
 def wrapped(model: Any) -> Any:
     model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp)
     return model

@@ -121,6 +121,9 @@ def test_an_optimizer_is_stopped_outside_of_a_step(on: tuple[Place, Path]) -> No
         training.model(TOKENS, labels=TOKENS).loss.backward()
         with pytest.raises(SharedWeightsError, match=r"SGD would write to .*Call it inside of `with trained.step"):
             optimizer.step()
+        with pytest.raises(SharedWeightsError, match="SGD would write to"):
+            torch.compile(optimizer.step, backend="eager")()
+        torch.compiler.reset()
         assert torch.equal(logits(training.model), before)
         own = torch.nn.Parameter(torch.ones(1))
         own.grad = torch.ones(1)

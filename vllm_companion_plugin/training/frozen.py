@@ -58,7 +58,9 @@ class FrozenParameter(nn.Parameter):
 
     def __copy__(self) -> FrozenParameter:
         """On the same memory, as of any other; so it is guarded, too."""
-        return freeze(self.companion_name, self).requires_grad_(self.requires_grad)
+        copied = freeze(self.companion_name, self)
+        copied.requires_grad = self.requires_grad
+        return copied
 
     def as_subclass(self, cls: type[Any]) -> Any:
         return _as_subclass(self, cls)
@@ -125,12 +127,14 @@ _ELEMENT_BY_ELEMENT = ("apply_", "map_", "map2_")
 
 
 def _may_write(func: Any, name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a function may write to what it is given: by its schema or its name, or because it is Python. What it does
-    is looked at then. Functions whose names say nothing do not write to what they are given."""
+    """Whether a function may write to what it is given: by its schema or its name, or because it is Python.
+
+    What it does is looked at then. Functions whose names say nothing do not write to what they are given.
+    """
     if isinstance(func, OpOverload):
         return bool(func._schema.is_mutable)
     if isinstance(func, OpOverloadPacket):
-        return any(getattr(func, each)._schema.is_mutable for each in func.overloads())
+        return any(getattr(func, each)._schema.is_mutable for each in func.overloads())  # type: ignore[no-untyped-call]
     if isinstance(func, types.FunctionType):
         return True
     if name.startswith("__"):

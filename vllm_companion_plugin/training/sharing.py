@@ -61,19 +61,18 @@ class Places:
         root, path = next(((each, path) for ref, path in self._roots if (each := ref()) is not None), (None, ""))
         if root is None:
             return
-        modules = _reachable(root, path)
-        there = set(map(id, modules.values()))
+        there = _reachable(root)
         with torch._C.DisableTorchFunctionSubclass():
             left = [
                 each.name
                 for each in self._places
-                if each.name.startswith(path and f"{path}.") and not _is_there(each, modules, there)
+                if each.name.startswith(path and f"{path}.") and not _is_there(each, root, path, there)
             ]
         if left:
             raise NotSharedError(
                 f"{several(left, _SHOWN)} left the memory of {self._label}: another dtype or device, a "
-                "wrapper or assigned weights have replaced what engines use.",
-                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters.",
+                "wrapper, assigned weights or other modules have replaced what engines use.",
+                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters and modules.",
             )
 
 
@@ -184,25 +183,33 @@ def _place(model: nn.Module, name: str) -> _Place:
     )
 
 
-def _reachable(root: nn.Module, path: str) -> dict[str, nn.Module]:
-    """All modules in `root`, which is at `path`, by theirs; each path of one that is at several."""
-    found: dict[str, nn.Module] = {}
-    waiting = [(path, root)]
+def _reachable(root: nn.Module) -> set[int]:
+    """The ids of all modules in `root`: `root.modules()`, which makes names of them, takes several times as long."""
+    found: set[int] = set()
+    waiting = [root]
     while waiting:
-        path, module = waiting.pop()
-        found[path] = module
-        prefix = path and f"{path}."
-        waiting += [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+        module = waiting.pop()
+        if id(module) not in found:
+            found.add(id(module))
+            waiting += [child for child in module._modules.values() if child is not None]
     return found
 
 
-def _is_there(place: _Place, modules: Mapping[str, nn.Module], there: set[int]) -> bool:
-    """Whether a module where it was, or the module that had it, if a wrapper has moved it in the model, has it."""
+def _is_there(place: _Place, root: nn.Module, path: str, there: set[int]) -> bool:
+    """Whether the module that had it does, wherever a wrapper has put it; or another one in its place.
+
+    Args:
+        root: of the model's modules, that was at `path`.
+        there: ids of all modules in it.
+    """
     module = place.module()
     if module is not None and id(module) in there and _has(module, place):
         return True
-    module = modules.get(place.name.rpartition(".")[0])
-    return module is not None and _has(module, place)
+    try:
+        module = root.get_submodule(place.name.rpartition(".")[0].removeprefix(path).removeprefix("."))
+    except AttributeError:
+        return False
+    return _has(module, place)
 
 
 def _has(module: nn.Module, place: _Place) -> bool:

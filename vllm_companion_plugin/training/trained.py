@@ -243,6 +243,7 @@ class _Watch:
         hook = register_optimizer_step_pre_hook(self._stop)
         weakref.finalize(arena, hook.remove).atexit = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, parameters have no addresses
     def _stop(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Raise `SharedWeightsError` if it is about to write. Whatever views the arena counts, in any model."""
         if self.is_writing:
