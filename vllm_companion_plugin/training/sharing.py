@@ -72,7 +72,7 @@ class Places:
             raise NotSharedError(
                 f"{several(left, _SHOWN)} left the memory of {self._label}: another dtype or device, a "
                 "wrapper, assigned weights or other modules have replaced what engines use.",
-                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters and modules.",
+                remedy="Ask for the dtype that the engines have, and wrap the model, but replace nothing in it.",
             )
 
 
