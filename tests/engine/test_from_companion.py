@@ -314,6 +314,33 @@ def another_module(model: Any) -> None:
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
 
 
+KEPT: list[Any] = []
+"""Modules that a test has taken out of a model."""
+
+
+def another_module_beside_the_old_one(model: Any) -> None:
+    KEPT.append(model.model.layers[0].mlp.up_proj)
+    another_module(model)
+
+
+def another_head(model: Any) -> None:
+    KEPT.append(model.lm_head)
+    model.set_output_embeddings(torch.nn.Linear(64, model.config.vocab_size, bias=False))
+
+
+def a_copied_layer(model: Any) -> None:
+    KEPT.append(model.model.layers[0])
+    model.model.layers[0] = copy.deepcopy(model.model.layers[0])
+
+
+def wrapped_another_module(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(torch.nn.Linear(64, 128, bias=False))
+
+
+def quantized(model: Any) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+
+
 def sharded(model: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -328,6 +355,11 @@ def sharded(model: Any) -> None:
         (assigned, "model.embed_tokens.weight"),
         (merged_safely, "model.layers.0.self_attn.q_proj.weight"),
         (another_module, "model.layers.0.mlp.up_proj.weight"),
+        (another_module_beside_the_old_one, "model.layers.0.mlp.up_proj.weight"),
+        (another_head, "lm_head.weight"),
+        (a_copied_layer, "model.layers.0.self_attn.q_proj.weight"),
+        (wrapped_another_module, "model.layers.0.mlp.up_proj.weight"),
+        (quantized, "model.layers.0.self_attn.q_proj.weight"),
         (sharded, "model.layers.1.self_attn.q_proj.weight"),
     ],
 )
@@ -339,6 +371,50 @@ def test_what_leaves_the_shared_memory_is_an_error_at_the_next_step(
         leave(model)
         with pytest.raises(NotSharedError, match=re.escape(name)):
             model(TOKENS)
+        KEPT.clear()
+
+
+def test_a_part_of_a_model_is_looked_at_alone(place: Place, tiny: Path) -> None:
+    with held(place, tiny):
+        part = on_companion(place, tiny).model
+        gc.collect()
+        part.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+        with pytest.raises(NotSharedError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight left"):
+            part(TOKENS)
+
+
+def wrapped(model: Any) -> Any:
+    model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp)
+    return model
+
+
+def parametrized(model: Any) -> Any:
+    torch.nn.utils.parametrizations.spectral_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+@pytest.mark.parametrize("change", [wrapped, parametrized, lambda model: model.model], ids=str)
+def test_what_moves_in_the_model_has_not_left(place: Place, tiny: Path, change: Callable[[Any], Any]) -> None:
+    """Nor has what is around the part of it that is kept."""
+    with held(place, tiny):
+        part = change(on_companion(place, tiny))
+        gc.collect()
+        assert part(TOKENS)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("around", [lambda model: model, adapted], ids=["alone", "with an adapter"])
+def test_it_is_compiled_as_any_model(place: Place, tiny: Path, around: Callable[[Any], Any]) -> None:
+    """And looked at before each call, too."""
+    with held(place, tiny):
+        model = on_companion(place, tiny)
+        made = torch.compile(around(model), backend="eager")
+        expected = logits(around(of_files(tiny)))
+        for _ in range(2):
+            assert torch.allclose(logits(made), expected, atol=1e-5)
+        another_module(model)
+        with pytest.raises(NotSharedError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+            made(TOKENS)
+        torch.compiler.reset()
 
 
 def test_an_adapter_of_a_model_that_left_is_an_error_too(place: Place, tiny: Path) -> None:

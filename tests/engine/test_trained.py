@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.test_from_companion import TOKENS, held, logits, mappings_of, on_companion
+from tests.engine.test_from_companion import TOKENS, adapted, held, logits, mappings_of, on_companion
 from tests.support.checkpoints import models
 from tests.support.place import Place, until
 from tests.unit.test_fleet import Rollout
@@ -113,13 +114,16 @@ def test_it_has_one_copy_and_one_more_mapping(on: tuple[Place, Path]) -> None:
 
 
 def test_an_optimizer_is_stopped_outside_of_a_step(on: tuple[Place, Path]) -> None:
-    """Others are none of its business, and neither is this one after the end."""
+    """Others are none of its business."""
     with begin(*on) as training:
         before = logits(training.model)
         optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
         training.model(TOKENS, labels=TOKENS).loss.backward()
         with pytest.raises(SharedWeightsError, match=r"SGD would write to .*Call it inside of `with trained.step"):
             optimizer.step()
+        with pytest.raises(SharedWeightsError, match="SGD would write to"):
+            torch.compile(optimizer.step, backend="eager")()
+        torch.compiler.reset()
         assert torch.equal(logits(training.model), before)
         own = torch.nn.Parameter(torch.ones(1))
         own.grad = torch.ones(1)
@@ -127,6 +131,58 @@ def test_an_optimizer_is_stopped_outside_of_a_step(on: tuple[Place, Path]) -> No
         with training.step():
             optimizer.step()
         assert not torch.equal(logits(training.model), before)
+
+
+def test_an_optimizer_of_an_adapter_is_not_stopped(on: tuple[Place, Path]) -> None:
+    with begin(*on) as training:
+        made = adapted(training.model)
+        mine = [each for name, each in made.named_parameters() if "lora_" in name]
+        optimizer = torch.optim.SGD(mine, lr=1.0)
+        made(TOKENS, labels=TOKENS).loss.backward()
+        before = mine[0].detach().clone()
+        optimizer.step()
+        assert not torch.equal(mine[0], before)
+
+
+STEP = """
+import gc, sys, torch
+from torch.optim import optimizer
+from vllm_companion_plugin.errors import SharedWeightsError
+from vllm_companion_plugin.training import trained
+
+def closed(training):
+    training.close()
+    return training.model.parameters()
+
+def dropped(training):
+    return training.model.parameters()
+
+def of_others(training):
+    return [torch.nn.Parameter(each.detach()) for each in training.model.parameters()]
+
+def step(then):
+    mine = list(then(trained(sys.argv[1], version="run", device="cpu", runtime_dir=sys.argv[2])))
+    gc.collect()
+    for each in mine:
+        each.grad = torch.ones_like(each)
+    try:
+        torch.optim.SGD(mine, lr=1.0).step()
+    except SharedWeightsError:
+        print(then.__name__, flush=True)
+
+for then in (closed, dropped, of_others):
+    step(then)
+    gc.collect()
+print(len(optimizer._global_optimizer_pre_hooks))
+"""
+
+
+def test_an_optimizer_is_stopped_as_long_as_there_are_parameters(on: tuple[Place, Path]) -> None:
+    """Also when nobody can open a step any more. In another process, which a write would end."""
+    place, path = on
+    command = [sys.executable, "-c", STEP, str(path), place.settings.runtime_dir]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.stdout.split(), done.returncode) == (["closed", "dropped", "of_others", "0"], 0), done.stderr[-2000:]
 
 
 WRITE = """
@@ -197,6 +253,10 @@ class TestRefused:
             with pytest.raises(NotSharedError, match=r"lm_head\.weight"), training.step():
                 head.weight = torch.nn.Parameter(mine.detach().clone())
             head.weight = mine
+            training.model.lm_head = deepcopy(head)
+            with pytest.raises(NotSharedError, match=r"lm_head\.weight"), training.step():
+                raise AssertionError("it writes")
+            training.model.lm_head = head
             with training.step():
                 pass
 

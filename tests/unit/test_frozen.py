@@ -46,6 +46,16 @@ def load_state(frozen: FrozenParameter) -> None:
         raise SharedWeightsError(str(error)) from error
 
 
+def differentiated(frozen: FrozenParameter) -> None:
+    """A view that is made while `torch.func` traces: it is wrapped, on the same memory."""
+
+    def zeroed(other: torch.Tensor) -> torch.Tensor:
+        frozen.t().zero_()
+        return (frozen @ other).sum()
+
+    torch.func.grad(zeroed)(OTHER)
+
+
 WRITES: dict[str, Callable[[FrozenParameter], object]] = {
     "data +=": data_in_place,
     "data.copy_": lambda frozen: frozen.data.copy_(OTHER),
@@ -70,6 +80,27 @@ WRITES: dict[str, Callable[[FrozenParameter], object]] = {
     "out": lambda frozen: torch.add(OTHER, 1, out=frozen),
     "foreach": lambda frozen: torch._foreach_add_([frozen], [OTHER]),
     "init": nn.init.kaiming_uniform_,
+    "an overload": lambda frozen: torch.ops.aten.add_.Tensor(frozen, OTHER),
+    "an overload of a view": lambda frozen: torch.ops.aten.copy_.default(frozen[1:], OTHER[1:]),
+    "an overload with out": lambda frozen: torch.ops.aten.add.out(OTHER, OTHER, out=frozen),
+    "an operator whose name does not say it": lambda frozen: torch.ops.aten._fused_sgd_.default(
+        [frozen],
+        [OTHER],
+        [],
+        weight_decay=0,
+        momentum=0,
+        lr=1,
+        dampening=0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=True,
+    ),
+    "a shallow copy": lambda frozen: copy.copy(frozen).zero_(),
+    "a shallow copy of a view": lambda frozen: copy.copy(frozen.data).zero_(),
+    "another class": lambda frozen: frozen.as_subclass(torch.Tensor).zero_(),
+    "another class of a view": lambda frozen: frozen.t().as_subclass(torch.Tensor).zero_(),
+    "the class of parameters": lambda frozen: frozen.as_subclass(nn.Parameter),
+    "a view in torch.func": differentiated,
     "an optimizer": step,
     "load_state_dict": load_state,
 }
@@ -106,6 +137,21 @@ def test_what_only_reads_is_as_of_any_parameter() -> None:
     frozen.requires_grad_(False)
 
 
+def test_functions_are_differentiated_beside_it() -> None:
+    """Of one input and of several, where results have no memory that one can ask for."""
+    memory, there = torch.randn(4, 4), torch.randn(3, 2, 4)
+
+    def gradients(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def loss(each: torch.Tensor) -> torch.Tensor:
+            return F.linear(each @ weight.t(), weight).square().sum()
+
+        return torch.func.grad(loss)(there[0]), torch.func.vmap(torch.func.grad(loss))(there)
+
+    for one, other in zip(gradients(freeze("a", memory)), gradients(memory), strict=True):
+        assert type(one) is torch.Tensor
+        assert torch.equal(one, other)
+
+
 def test_an_array_of_it_cannot_be_written_to() -> None:
     frozen = freeze("a", torch.randn(4, 4))
     with pytest.raises(ValueError, match="read-only"):
@@ -121,6 +167,17 @@ def test_a_copy_is_a_parameter_with_memory_of_its_own() -> None:
     assert other.weight.data_ptr() != memory.data_ptr()
     with torch.no_grad():
         other.weight.zero_()
+    assert memory.any()
+
+
+def test_a_copy_of_a_state_has_memory_of_its_own() -> None:
+    memory = torch.randn(4, 4)
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight = freeze("a", memory)
+    state = copy.deepcopy({**linear.state_dict(), "again": linear.weight.data})
+    assert type(state["weight"]) is torch.Tensor
+    assert torch.equal(state["weight"], memory)
+    state["weight"].zero_()
     assert memory.any()
 
 

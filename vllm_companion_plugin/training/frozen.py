@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -23,6 +24,19 @@ class FrozenTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
+
+    def __copy__(self) -> FrozenTensor:
+        return _view(plain(self), self.companion_name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """A tensor of PyTorch's own, with memory of its own."""
+        if id(self) not in memo:
+            memo[id(self)] = plain(self).clone()
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
+    def as_subclass(self, cls: type[Any]) -> Any:
+        return _as_subclass(self, cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a tensor of PyTorch's own: what is saved can be loaded anywhere."""
@@ -41,6 +55,15 @@ class FrozenParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
+
+    def __copy__(self) -> FrozenParameter:
+        """On the same memory, as of any other; so it is guarded, too."""
+        copied = freeze(self.companion_name, self)
+        copied.requires_grad = self.requires_grad
+        return copied
+
+    def as_subclass(self, cls: type[Any]) -> Any:
+        return _as_subclass(self, cls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A parameter with memory of its own, as of any other."""
@@ -66,6 +89,20 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
         return torch.Tensor._make_subclass(torch.Tensor, tensor.detach(), False)
 
 
+def _view(tensor: torch.Tensor, name: str) -> FrozenTensor:
+    view: FrozenTensor = tensor.as_subclass(FrozenTensor)
+    view.companion_name = name
+    return view
+
+
+def _as_subclass(frozen: Any, cls: type[Any]) -> Any:
+    """PyTorch asks no `__torch_function__` here, and a tensor of a class without the guard could be written to."""
+    if not issubclass(FrozenTensor, cls):
+        raise _refused(frozen.companion_name)
+    with torch._C.DisableTorchFunctionSubclass():
+        return _view(frozen.view_as(frozen), frozen.companion_name)
+
+
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name: str = getattr(func, "__name__", "")
     if name in _ELEMENT_BY_ELEMENT:
@@ -79,7 +116,7 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(result, np.ndarray):
             result.flags.writeable = False
             return result
-        frozen = {_storage(each): each for each in _frozen_in((args, kwargs))}
+        frozen = _by_storage((args, kwargs))
         if isinstance(result, (tuple, list)) and all(type(each) is torch.Tensor for each in result):
             return type(result)(_guarded(each, frozen) for each in result)
         return _guarded(result, frozen) if type(result) is torch.Tensor else result
@@ -90,8 +127,14 @@ _ELEMENT_BY_ELEMENT = ("apply_", "map_", "map2_")
 
 
 def _may_write(func: Any, name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a function may write to what it is given, by its name or because it is Python; what it does is looked at
-    then. Operators whose names say nothing do not write to what they are given."""
+    """Whether a function may write to what it is given: by its schema or its name, or because it is Python.
+
+    What it does is looked at then. Functions whose names say nothing do not write to what they are given.
+    """
+    if isinstance(func, OpOverload):
+        return bool(func._schema.is_mutable)
+    if isinstance(func, OpOverloadPacket):
+        return any(getattr(func, each)._schema.is_mutable for each in func.overloads())  # type: ignore[no-untyped-call]
     if isinstance(func, types.FunctionType):
         return True
     if name.startswith("__"):
@@ -99,17 +142,17 @@ def _may_write(func: Any, name: str, kwargs: dict[str, Any]) -> bool:
     return name.endswith("_") or "out" in kwargs
 
 
-def _guarded(result: torch.Tensor, frozen: dict[int, Any]) -> torch.Tensor:
+def _guarded(result: torch.Tensor, frozen: dict[int | None, Any]) -> torch.Tensor:
     """`result`, guarded as well if it views the memory of a frozen argument: so do views, `detach` and `data`."""
     if (of := frozen.get(_storage(result))) is not None:
-        view: FrozenTensor = result.as_subclass(FrozenTensor)
-        view.companion_name = of.companion_name
-        return view
+        return _view(result, of.companion_name)
     return result
 
 
-def _frozen_in(values: Any) -> Iterator[Any]:
-    return (each for each in tree_iter(values) if isinstance(each, (FrozenParameter, FrozenTensor)))
+def _by_storage(values: Any) -> dict[int | None, Any]:
+    """The frozen tensors among `values`."""
+    frozen = (each for each in tree_iter(values) if isinstance(each, (FrozenParameter, FrozenTensor)))
+    return {address: each for each in frozen if (address := _storage(each)) is not None}
 
 
 def _refused(name: str) -> SharedWeightsError:
@@ -118,8 +161,14 @@ def _refused(name: str) -> SharedWeightsError:
     )
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: torch.Tensor) -> int | None:
+    """Where its memory is; None of a tensor without any. What `torch.func` wraps has that of what is in it."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
 
 
 class _Guard(TorchDispatchMode):
@@ -127,7 +176,7 @@ class _Guard(TorchDispatchMode):
 
     def __init__(self, args: Any, kwargs: dict[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names = {_storage(each): each.companion_name for each in _frozen_in((args, kwargs))}
+        self._frozen = _by_storage((args, kwargs))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,5 +190,5 @@ class _Guard(TorchDispatchMode):
         if value is None or argument.alias_info is None or not argument.alias_info.is_write:
             return
         for tensor in tree_iter(value):
-            if isinstance(tensor, torch.Tensor) and (name := self._names.get(_storage(tensor))) is not None:
-                raise _refused(name)
+            if isinstance(tensor, torch.Tensor) and (of := self._frozen.get(_storage(tensor))) is not None:
+                raise _refused(of.companion_name)

@@ -49,20 +49,30 @@ class Places:
 
     def __init__(self, model: nn.Module, names: Iterable[str], label: str) -> None:
         self._label = label
-        self._model = weakref.ref(model)
         self._places = [_place(model, name) for name in names]
+        base = getattr(model, "base_model", model)  # which may be all that the user keeps
+        paths = {each: path for path, each in model.named_modules()}
+        self._roots = [(weakref.ref(each), path) for each, path in {model: "", base: paths.get(base, "")}.items()]
         sizes = {place.address: place.shape.numel() * place.dtype.itemsize for place in self._places}
         self.size_bytes = sum(sizes.values())
 
     def check(self) -> None:
         """Raise `NotSharedError` if parameters are not there any more."""
+        root, path = next(((each, path) for ref, path in self._roots if (each := ref()) is not None), (None, ""))
+        if root is None:
+            return
+        there = _reachable(root)
         with torch._C.DisableTorchFunctionSubclass():
-            left = [place.name for place in self._places if not _is_there(place, self._model())]
+            left = [
+                each.name
+                for each in self._places
+                if each.name.startswith(path and f"{path}.") and not _is_there(each, root, path, there)
+            ]
         if left:
             raise NotSharedError(
                 f"{several(left, _SHOWN)} left the memory of {self._label}: another dtype or device, a "
-                "wrapper or assigned weights have replaced what engines use.",
-                remedy="Ask for the dtype that the engines have, and wrap the model without replacing its parameters.",
+                "wrapper, assigned weights or other modules have replaced what engines use.",
+                remedy="Ask for the dtype that the engines have, and wrap the model, but replace nothing in it.",
             )
 
 
@@ -122,6 +132,7 @@ class Sharing:
         threading.Thread(target=self._attachment.close, name="companion-training-end", daemon=True).start()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, the parameters would have other addresses
 def _check(module: nn.Module, _: Any) -> None:
     """Before the forward pass of a model that shares, or of a copy of one."""
     if (sharing := vars(module).get(_ATTRIBUTE)) is not None:
@@ -172,15 +183,36 @@ def _place(model: nn.Module, name: str) -> _Place:
     )
 
 
-def _is_there(place: _Place, model: nn.Module | None) -> bool:
+def _reachable(root: nn.Module) -> set[int]:
+    """The ids of all modules in `root`: `root.modules()`, which makes names of them, takes several times as long."""
+    found: set[int] = set()
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found.add(id(module))
+            waiting += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def _is_there(place: _Place, root: nn.Module, path: str, there: set[int]) -> bool:
+    """Whether the module that had it does, wherever a wrapper has put it; or another one in its place.
+
+    Args:
+        root: of the model's modules, that was at `path`.
+        there: ids of all modules in it.
+    """
     module = place.module()
-    if module is None:  # the user has removed it, or put another one in its place
-        try:
-            module = model.get_submodule(place.name.rpartition(".")[0]) if model is not None else None
-        except AttributeError:
-            module = None
-        if module is None or place.attribute not in module._parameters:
-            return True
+    if module is not None and id(module) in there and _has(module, place):
+        return True
+    try:
+        module = root.get_submodule(place.name.rpartition(".")[0].removeprefix(path).removeprefix("."))
+    except AttributeError:
+        return False
+    return _has(module, place)
+
+
+def _has(module: nn.Module, place: _Place) -> bool:
     now: Any = module._parameters.get(place.attribute)
     if now is None and hasattr(module, "parametrizations"):  # as PEFT does with parameters of experts
         now = getattr(getattr(module.parametrizations, place.attribute, None), "original", None)

@@ -22,6 +22,7 @@ from vllm_companion_plugin.errors import (
     SharedWeightsError,
     StaleError,
 )
+from vllm_companion_plugin.memory import Arena
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.settings import Given
 from vllm_companion_plugin.training.base import attached
@@ -141,12 +142,10 @@ class Trained:
         self._arena = owned.arena
         self._attachment = attachment
         self._engines: list[Any] = []
-        self._is_writing = False
+        self._watch = _Watch(owned.arena, attachment.label)
         self._is_closed = False
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._places = Places(model, names, attachment.label)
-        hook = register_optimizer_step_pre_hook(_stopping(weakref.ref(self)))
-        self._stop_watching = weakref.finalize(self, hook.remove)
 
     @property
     def label(self) -> str:
@@ -177,7 +176,7 @@ class Trained:
         self._check_idle()
         self._check_current()
         self._places.check()
-        self._is_writing = True
+        self._watch.is_writing = True
         written = fleet.Written()
         try:
             with contextlib.ExitStack() as stack:
@@ -188,7 +187,7 @@ class Trained:
                 self._places.check()
             self.steps += 1
         finally:
-            self.report, self._is_writing = written.report, False
+            self.report, self._watch.is_writing = written.report, False
 
     def _paused(self) -> contextlib.AbstractContextManager[fleet.Written]:
         key = self._attachment.held.key
@@ -199,7 +198,7 @@ class Trained:
     def _check_idle(self) -> None:
         if self._is_closed:
             raise BadRequestError(f"The training of {self.label} has ended.")
-        if self._is_writing:
+        if self._watch.is_writing:
             raise BadRequestError(f"A step of {self.label} is open already.")
 
     def _check_current(self) -> None:
@@ -209,17 +208,6 @@ class Trained:
             raise StaleError(
                 f"Generation {self.generation} of {self.label} is not current any more: {current.generation} is.",
                 remedy="Make it current again (`vllm-companion rollback MODEL --to NUMBER`), or train that one anew.",
-            )
-
-    def _stop(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise `SharedWeightsError` if it is about to write to parameters outside of a step."""
-        if self._is_writing or self._is_closed:
-            return
-        mine = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(each) in mine for group in optimizer.param_groups for each in group["params"]):
-            raise SharedWeightsError(
-                f"{type(optimizer).__name__} would write to {self.label} while engines use it.",
-                remedy="Call it inside of `with trained.step():`.",
             )
 
     def close(self) -> None:
@@ -232,7 +220,6 @@ class Trained:
             return
         self._check_idle()
         self._is_closed = True
-        self._stop_watching()
         self._attachment.close()
 
     def __enter__(self) -> Trained:
@@ -242,9 +229,34 @@ class Trained:
         self.close()
 
 
-def _stopping(trained: weakref.ref[Trained]) -> Any:
-    def stop(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (this := trained()) is not None:
-            this._stop(optimizer)
+class _Watch:
+    """Stops optimizers of PyTorch before they write to an arena outside of a step, as long as anything views it.
 
-    return stop
+    Attributes:
+        is_writing: whether a step is open.
+    """
+
+    def __init__(self, arena: Arena, label: str) -> None:
+        self.is_writing = False
+        self._addresses = range(arena.address, arena.address + arena.info.size_bytes)
+        self._label = label
+        hook = register_optimizer_step_pre_hook(self._stop)
+        weakref.finalize(arena, hook.remove).atexit = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, parameters have no addresses
+    def _stop(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Raise `SharedWeightsError` if it is about to write. Whatever views the arena counts, in any model."""
+        if self.is_writing:
+            return
+        if any(_address(each) in self._addresses for group in optimizer.param_groups for each in group["params"]):
+            raise SharedWeightsError(
+                f"{type(optimizer).__name__} would write to {self._label} while engines use it.",
+                remedy="Call it inside of `with trained.step():`.",
+            )
+
+
+def _address(parameter: torch.Tensor) -> int | None:
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:  # of a tensor that is spread over ranks
+        return None
