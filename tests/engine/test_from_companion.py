@@ -393,7 +393,9 @@ def parametrized(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("change", [wrapped, parametrized, lambda model: model.model], ids=str)
+@pytest.mark.parametrize(
+    "change", [wrapped, parametrized, lambda model: model.model], ids=["wrapped", "parametrized", "part"]
+)
 def test_what_moves_in_the_model_has_not_left(place: Place, tiny: Path, change: Callable[[Any], Any]) -> None:
     """Nor has what is around the part of it that is kept."""
     with held(place, tiny):
