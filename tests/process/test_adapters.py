@@ -456,7 +456,7 @@ class TestFrontEnd:
 
 
 def kept_by(leases: AdapterLeases) -> _Kept:
-    return _Kept(leases, torch.device("cpu"), "full")
+    return _Kept(leases, torch.device("cpu"), "full", has_all=True)
 
 
 class TestWorker:
