@@ -343,6 +343,8 @@ class TestAsked:
         assert {*peft.canonical(state, config, check_finite=True).tensors} == {
             *peft.canonical(model, check_finite=True).tensors
         }
+        for wrapped in ("module.", "_orig_mod."):
+            peft.canonical({f"{wrapped}{name}": each for name, each in state.items()}, config, check_finite=True)
         with pytest.raises(BadRequestError, match="no tensor of LoRA"):
             peft.canonical(state | {f"{Q_PROJ}.base_layer.weight": torch.ones(2)}, config, check_finite=True)
 

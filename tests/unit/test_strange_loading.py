@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,9 @@ LIKE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "new_zeros": lambda w: w.new_zeros(LARGE),
     "new_full": lambda w: w.new_full((LARGE,), 2.0),
     "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "randint_like": lambda w: torch.randint_like(w, 1, 3),
+    "new_ones": lambda w: w.new_ones(LARGE),
 }
 
 
@@ -167,6 +171,9 @@ PARTLY: dict[str, tuple[Callable[[float], Any], Callable[[Any], object]]] = {
     "list": (lambda flag: [flag], lambda held: held.append(5)),
     "dict": (lambda flag: {"limit": flag}, lambda held: held.update(scale=5)),
     "set": (lambda flag: {flag}, lambda held: held.add(5)),
+    "defaultdict": (lambda flag: collections.defaultdict(int, limit=flag), lambda held: held.update(scale=5)),
+    "bytearray": (lambda flag: bytearray([int(flag * 8)]), lambda held: held.append(5)),
+    "array": (lambda flag: array.array("d", [flag]), lambda held: held.append(5)),
     "deque": (lambda flag: collections.deque([flag]), lambda held: held.append(5)),
 }
 

@@ -227,7 +227,7 @@ def _modules_of(
     for raw, shard in weights.items():
         name = _WRAPPED.sub("", raw)
         found = _TENSOR.fullmatch(name)
-        if found is None and f"{name.removesuffix(_OF_BASE)}.lora_embedding_A" in weights:
+        if found is None and f"{raw.removesuffix(_OF_BASE)}.lora_embedding_A" in weights:
             continue
         is_embedding = found is not None and "embedding" in found["mark"]
         if found is None or is_embedding == bool(found["weight"]) or not isinstance(shard, torch.Tensor):

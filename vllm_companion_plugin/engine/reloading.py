@@ -116,7 +116,7 @@ def _check_loaded(model: nn.Module, manifest: Manifest, left: Mapping[nn.Module,
         for slot in info.slots if info is not None else ():
             if slot.kind is TensorKind.PARAMETER:
                 tensor = manifest.tensors[slot.tensor]
-                place = tensor.storage, tensor.storage_offset if tensor.storage >= 0 else slot.tensor
+                place = tensor.storage, (tensor.storage_offset if tensor.storage >= 0 else slot.tensor)
                 if slot.name not in names:
                     filled.add(place)
                 elif info is not None and slot.name not in info.observed.untouched:

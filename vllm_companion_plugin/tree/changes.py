@@ -50,7 +50,7 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
 }
-_PARTLY = (list, dict, set, collections.deque, collections.OrderedDict)
+_PARTLY = (*_CONTAINERS.values(), set, bytearray, array.array, collections.defaultdict)
 """Containers of which loading may change a part."""
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
@@ -379,12 +379,12 @@ class _Values:
                     while len(place.value) > int(container["size"]):
                         place.value.pop()
                 return  # what is in it changes by itself
-            if built is not None:
+            if built is not None:  # loading changed this very object
                 self._check_built(live, name, place.value, built)
-            if built is not None and _assign_in_place(place.value, value):
-                return
-            if built is not None and type(place.value) in MUTABLE:  # whoever else had the object has the other one, too
-                value = self._replaced.setdefault(id(place.value), (place.value, value))[1]
+                if _assign_in_place(place.value, value):
+                    return
+                if type(place.value) in MUTABLE:  # whoever else had the object has the other one, too
+                    value = self._replaced.setdefault(id(place.value), (place.value, value))[1]
             _change(live, name, lambda: place.set(value))
             self._forget_parts(live, name)
             place.value = value

@@ -553,7 +553,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _SHAPED = frozenset(
     f"aten::{name}"
-    for name in ("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full")
+    for name in (
+        *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+        *("new_zeros", "new_ones", "new_full"),
+    )
 )
 """Operators that give a tensor values of their own, and take the shape of another one. What makes empty tensors is not
 among them: kernels fill those, unseen."""

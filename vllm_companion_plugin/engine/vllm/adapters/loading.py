@@ -223,8 +223,8 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
 def _check_applies(manager: Any, lora: Any, bound: Bound) -> None:
     """Raise `BadRequestError` if vLLM would serve the base model: it looks at the ends of modules' names only."""
     known = {*manager.modules, *(name for names in manager.packed_modules.values() for name in names)}
-    if getattr(manager, "is_pooling_model", False):  # of whose names vLLM takes the first part away
-        known |= {name.partition(".")[2] for name in known}
+    if getattr(manager, "is_pooling_model", False):  # vLLM takes such names without the first part, too
+        known |= {name.removeprefix("model.") for name in known}
     names = list(lora.loras)
     if names and not any(name in known or _parents(name) & known for name in names):
         raise BadRequestError(
