@@ -447,16 +447,26 @@ def test_an_upgrade_takes_over_what_engines_map_and_what_nobody_does(engines: En
         engines.start(id=identity, model=f"model/{identity[:2]}")
     engines.start(id=KEY.id, model="model/ab")
     engines.holders[0].close()  # its entry stays, used by nobody
-    before = engines.status()
-    assert before is not None
+
+    def settled() -> CompanionStatus:
+        """What the companion shows once both engines hold the one entry, and nobody the other."""
+        seen: list[CompanionStatus] = []
+
+        def is_settled() -> bool:
+            status = engines.status()
+            seen[:] = [status] if status is not None else []
+            return [sorted(len(entry.leases) for entry in shown.entries) for shown in seen] == [[0, 2]]
+
+        until(is_settled, 5, "two engines hold one entry, and nobody the other")
+        return seen[0]
+
+    before = settled()
     code, text = upgrade(engines.place)
     assert code == 0, text
-    after = engines.status()
-    assert after is not None
+    after = settled()
     assert f"is now pid {after.pid}" in text
     assert after.pid != before.pid
     assert after.linger_s == before.linger_s
-    until(lambda: [len(e.leases) for e in (engines.status() or before).entries] in ([0, 2], [2, 0]), 5, "all are back")
     shown = {entry.key.id: replace(entry, leases=(), expires_at_unix_s=0) for entry in after.entries}
     assert shown == {entry.key.id: replace(entry, leases=(), expires_at_unix_s=0) for entry in before.entries}
 
