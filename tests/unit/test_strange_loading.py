@@ -7,6 +7,7 @@ import collections
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,6 +75,14 @@ LIKE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "randn_like": torch.randn_like,
     "randint_like": lambda w: torch.randint_like(w, 1, 3),
     "new_ones": lambda w: w.new_ones(LARGE),
+    "empty_like": torch.empty_like,
+    "new_empty": lambda w: w.new_empty(LARGE),
+    "emptied": lambda w: torch.empty_like(w).zero_(),
+    "filled": lambda w: w.clone().fill_(2.0),
+    "copied": lambda w: w.clone().copy_(torch.zeros(LARGE)),
+    "torch.tensor": lambda w: torch.tensor([0.0] * LARGE),
+    "from_numpy": lambda w: torch.from_numpy(np.zeros(LARGE, np.float32)),
+    "frombuffer": lambda w: torch.frombuffer(bytearray(4 * LARGE), dtype=torch.float32),
 }
 
 
@@ -103,6 +112,53 @@ def test_work_space_of_the_shape_of_a_weight_is_private(kind: str, when: str) ->
     assert not in_arena(attached.space, published)
     attached.space.fill_(7)
     assert published.model.space[0] != 7
+
+
+COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "clone": torch.clone,
+    "product": lambda w: w * 2,
+    "written": lambda w: torch.empty_like(w).copy_(w),
+    "part of it": lambda w: torch.zeros_like(w).index_copy_(0, torch.tensor([1]), w[:1]),
+    "half of it": lambda w: _first_half(w.clone()).fill_(0)._base,  # type: ignore[dict-item]
+}
+
+
+def _first_half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[: LARGE // 2]
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_what_was_computed_from_a_weight_is_shared(kind: str) -> None:
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+
+    def load(m: Model) -> None:
+        m.weight.data.copy_(torch.from_numpy(torch.full((LARGE,), 3.0).numpy()))
+        m.made = COMPUTED[kind](m.weight.data)
+
+    published = publish(build, load)
+    attached = attach(published, build)
+    assert in_arena(attached.made, published)
+    assert torch.equal(attached.made, published.model.made)
+
+
+def test_what_loading_uses_of_what_building_made_is_private() -> None:
+    """It may be a weight, or work space, which engines write to."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+        m.space = torch.zeros(LARGE)
+
+    def load(m: Model) -> None:
+        m.space.copy_(torch.from_numpy(torch.full((LARGE,), 3.0).numpy()))
+        m.weight.data.copy_(m.space)
+
+    published = publish(build, load)
+    attached = attach(published, build)
+    assert in_arena(attached.weight, published)
+    assert torch.equal(attached.space, published.model.space)
+    attached.space.fill_(7)
+    assert published.model.space[0] == 3
 
 
 class Wrapper(torch.Tensor):

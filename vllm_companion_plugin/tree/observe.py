@@ -6,8 +6,9 @@ when it has been processed, and in between every operation on tensors is watched
 
 - a storage is *own* if building the model made it, no operation wrote to it and its bytes are still
   what they were;
-- it is *derived* if it holds bytes of the checkpoint, or was computed from such a storage. What was made of
-  nothing (zeros, a workspace) is not.
+- it is *derived* if it may hold bytes of the checkpoint, or what was computed from such a storage. What was made of
+  nothing (zeros, a workspace) is not;
+- it is *computed* if it was seen to get such bytes. What Python or a kernel fills unseen may be a weight or a workspace.
 
 What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes. A large
 parameter that nothing was seen to write is published without being shared: no engine computes with a guess.
@@ -240,9 +241,8 @@ class Observation:
 
     def note_read(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` was read from the checkpoint. No operator shows who fills empty memory."""
-        storage = _storage_of(tensor)
-        if storage is not None:
-            self._watch.clean.discard(storage)
+        if _storage_of(tensor) is not None:
+            self._watch.came(tensor)
             self._watch.placing.read(name, tensor)
 
     def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
@@ -306,6 +306,11 @@ class Observation:
     def is_derived(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` holds, or was computed from, bytes of the checkpoint."""
         return _storage_of(tensor) not in self._watch.clean
+
+    def is_computed(self, tensor: torch.Tensor) -> bool:
+        """Whether loading or processing made the storage of `tensor`, and was seen to fill it from the checkpoint."""
+        storage = _storage_of(tensor)
+        return storage in self._watch.computed and storage not in self._watch.built
 
     def finish(self, tree: Tree) -> Loaded:
         """What was observed, for a model that is ready to be published.
@@ -489,6 +494,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         built: storages that building the model made.
         written: storages that an operation wrote to.
         clean: storages that hold nothing of the checkpoint.
+        computed: storages that were read from the checkpoint, or that an operation filled from such.
         measured: ids of modules whose processing read data into Python; None for what belongs to no module.
         module: what is being processed.
     """
@@ -498,10 +504,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.built: set[int] = set()
         self.written: set[int] = set()
         self.clean: set[int] = set()
+        self.computed: set[int] = set()
         self.measured: set[int | None] = set()
         self.module: nn.Module | None = None
         self.placing = Placing()
         self._paused = False
+        # They free no memory late. Without them, `torch.tensor` and NumPy would make storages, which no operation
+        # shows, at the addresses of storages that were freed.
+        self._addresses: list[StorageWeakRef] = []
+
+    def came(self, tensor: torch.Tensor) -> None:
+        """`tensor` comes from the checkpoint."""
+        self._addresses.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+        storage = int(tensor.untyped_storage()._cdata)
+        self.clean.discard(storage)
+        self.computed.add(storage)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -539,6 +556,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.written.add(storage)
                 if derived:
                     self.clean.discard(storage)
+                    self.computed.add(storage)
+        if targets and func._schema.name in _FILLING:
+            self._filled(targets[0], args[1:])
         made = [storage for storage in _storages(result) if storage not in read]  # else it is a view
         for storage in made:
             self.placing.made(storage)
@@ -549,6 +569,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.built.discard(storage)
             self.written.discard(storage)
             (self.clean.discard if derived else self.clean.add)(storage)
+            (self.computed.add if derived and func._schema.name not in _EMPTY else self.computed.discard)(storage)
+        if made:
+            self._addresses += map(StorageWeakRef, _storages_of(result))
+
+    def _filled(self, target: torch.Tensor, values: Any) -> None:
+        """All elements of `target` have got `values`, whatever they were."""
+        storage = target.untyped_storage()
+        if target.nbytes == storage.nbytes() and target.is_contiguous() and {*_storages(values)} <= self.clean:
+            self.clean.add(int(storage._cdata))
+            self.computed.discard(int(storage._cdata))
 
 
 _SHAPED = frozenset(
@@ -560,6 +590,13 @@ _SHAPED = frozenset(
 )
 """Operators that give a tensor values of their own, and take the shape of another one. What makes empty tensors is not
 among them: kernels fill those, unseen."""
+_EMPTY = frozenset(f"aten::{name}" for name in ("empty_like", "new_empty", "new_empty_strided"))
+"""Operators that take the shape of a tensor, and nothing else."""
+_FILLING = frozenset(
+    f"aten::{name}_"
+    for name in ("zero", "fill", "copy", "normal", "uniform", "random", "bernoulli", "exponential", "log_normal")
+)
+"""Operators that overwrite their first argument, and read the others alone."""
 
 
 @functools.cache
@@ -584,13 +621,19 @@ def _leaves_device(args: Any, result: Any) -> bool:
 
 
 def _storages(value: Any) -> Iterator[int]:
+    for storage in _storages_of(value):
+        yield int(storage._cdata)
+
+
+def _storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
     if isinstance(value, torch.Tensor):
-        storage = _storage_of(value)
-        if storage is not None:
-            yield storage
+        try:
+            yield value.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # as in `_storage_of`
+            return
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _storages(item)
+            yield from _storages_of(item)
 
 
 def _renamed(full: str, is_at: dict[str, str]) -> str:

@@ -155,8 +155,8 @@ def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
     """Whether engines may write to this tensor while serving, so that each needs its own.
 
     What was not made from the checkpoint is a cache or work space. So are buffers and small tensors in
-    attributes (scales, maps), wherever they came from; weights are parameters, or large attributes that
-    processing made from them.
+    attributes (scales, maps), wherever they came from; weights are parameters, or large attributes that loading or
+    processing made and was seen to fill from the checkpoint.
     """
     tensor = slot.tensor
     if observation is not None and (observation.is_own(tensor) or not observation.is_derived(tensor)):
@@ -165,7 +165,9 @@ def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
         return True
     if slot.kind is _PARAMETER:
         return False
-    return slot.kind is not _ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES
+    if slot.kind is not _ATTRIBUTE or tensor.nbytes <= PRIVATE_ATTRIBUTE_BYTES:
+        return True
+    return observation is not None and not observation.is_computed(tensor)
 
 
 def _check_addresses(tree: Tree, packing: Packing) -> None:
