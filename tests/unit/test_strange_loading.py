@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
+import enum
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tests.unit.test_origins import LARGE, Model, attach, in_arena, nothing, publish
+from tests.unit.test_origins import LARGE, Box, Model, attach, in_arena, nothing, publish
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 
 ONES = torch.ones(2, 6)
@@ -248,3 +252,166 @@ def test_loading_changes_a_part_of_what_an_engine_was_given(kind: str) -> None:
     assert attach(published, build, flag=1.0).limits == expected
     with pytest.raises(ParityError, match=r"limits is built as .* here and as .* in the published model"):
         attach(published, build, flag=0.25)
+
+
+class Colour(enum.Enum):
+    """Members may have attributes."""
+
+    RED = "red"
+
+
+class Local(threading.local):
+    """Its attributes are those of one thread."""
+
+
+class Torchs(torch.utils.data.Dataset[Any]):
+    """What is made from a class of torch has attributes of its own."""
+
+    def __init__(self) -> None:
+        self.held = [1.0]
+
+
+class Key:
+    """Can be a key of weak containers."""
+
+
+SCALE = 1.0
+TABLE = {"a": [1.0]}
+BOX = Box([1.0])
+KEY = Key()
+WEAK: weakref.WeakKeyDictionary[Key, float] = weakref.WeakKeyDictionary({KEY: 1.0})
+THREAD = threading.local()
+THREAD.held = 1.0
+LOCAL = Local()
+LOCAL.held = 1.0
+CONTEXT = contextvars.ContextVar("CONTEXT", default=1.0)
+FACTORS = torch.ones(3)
+
+
+def times(x: float, by: float = 1.0) -> float:
+    return x * by
+
+
+def counter() -> Callable[[], float]:
+    count = 1.0
+
+    def next_one() -> float:
+        nonlocal count
+        count += 1
+        return count
+
+    return next_one
+
+
+COUNT = counter()
+
+
+class Using(nn.Module):
+    """A module of this file, whose globals belong to the model's code for that."""
+
+    box = Box([1.0])
+    table: ClassVar[dict[str, Any]] = {"a": Box(1.0)}
+    torchs = Torchs()
+
+    def scale(self, by: float = 1.0) -> float:
+        return by
+
+
+def _set_global(name: str, value: Any) -> Callable[[], object]:
+    return lambda: globals().__setitem__(name, value)
+
+
+BESIDE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "global": (_set_global("SCALE", 2.0), _set_global("SCALE", 1.0)),
+    "part of a global": (lambda: TABLE["a"].append(2.0), lambda: TABLE["a"].pop()),
+    "object of a global": (lambda: setattr(BOX, "value", 2.0), lambda: setattr(BOX, "value", [1.0])),
+    "list in it": (lambda: BOX.value.append(2.0), lambda: BOX.value.pop()),
+    "weak dictionary": (lambda: WEAK.update({KEY: 2.0}), lambda: WEAK.update({KEY: 1.0})),
+    "of a thread": (lambda: setattr(THREAD, "held", 2.0), lambda: setattr(THREAD, "held", 1.0)),
+    "made from that": (lambda: setattr(LOCAL, "held", 2.0), lambda: setattr(LOCAL, "held", 1.0)),
+    "of a context": (lambda: CONTEXT.set(2.0), lambda: CONTEXT.set(1.0)),
+    "tensor": (lambda: FACTORS.mul_(2), lambda: FACTORS.div_(2)),
+    "default of a function": (
+        lambda: setattr(times, "__defaults__", (2.0,)),
+        lambda: setattr(times, "__defaults__", (1.0,)),
+    ),
+    "of a function": (lambda: setattr(times, "held", 2.0), lambda: delattr(times, "held")),
+    "nonlocal": (COUNT, lambda: None),
+    "object of a class": (lambda: Using.box.value.append(2.0), lambda: Using.box.value.pop()),
+    "object in a dict of a class": (
+        lambda: setattr(Using.table["a"], "value", 2.0),
+        lambda: setattr(Using.table["a"], "value", 1.0),
+    ),
+    "made from torch's": (lambda: Using.torchs.held.append(2.0), lambda: Using.torchs.held.pop()),
+    "default of a method": (
+        lambda: setattr(Using.scale, "__defaults__", (2.0,)),
+        lambda: setattr(Using.scale, "__defaults__", (1.0,)),
+    ),
+    "member of an enum": (lambda: setattr(Colour.RED, "held", 2.0), lambda: delattr(Colour.RED, "held")),
+}
+
+
+@pytest.mark.parametrize("where", BESIDE)
+def test_loading_changes_what_is_no_part_of_the_model(where: str) -> None:
+    """No publication carries it, and an attached engine would have it as it was built."""
+    change, undo = BESIDE[where]
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+
+    attach(publish(build), build)
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed .*(its objects|all models of this code) share"):
+            publish(build, lambda m: change())
+    finally:
+        undo()
+
+
+WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], object]]] = {
+    "weak dictionary": (
+        lambda: weakref.WeakKeyDictionary({KEY: 1.0}),
+        lambda held: held.update({KEY: 2.0}),
+        lambda held: held[KEY],
+    ),
+    "weak set": (lambda: weakref.WeakSet([KEY]), lambda held: held.clear(), len),
+    "of a thread": (threading.local, lambda held: setattr(held, "held", 2.0), lambda held: vars(held)),
+    "made from that": (Local, lambda held: setattr(held, "held", 2.0), lambda held: vars(held)),
+    "of a context": (
+        lambda: contextvars.ContextVar("held", default=1.0),
+        lambda held: held.set(2.0),
+        lambda c: c.get(),
+    ),
+    "generator": (lambda: (each for each in (1, 2, 3)), next, next),
+    "made from torch's": (Torchs, lambda held: held.held.append(2.0), lambda held: held.held),
+}
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+def test_loading_changes_what_hardly_shows(kind: str) -> None:
+    """An attached engine has it as it was published, or it is not shared."""
+    make, change, look = WITHIN[kind]
+
+    def build(m: Model, flag: float) -> None:
+        m.held = make()
+
+    attach(publish(build), build)
+    try:
+        published = publish(build, lambda m: change(m.held))
+    except NotShareableError:
+        return
+    attached = attach(published, build)
+    assert look(attached.held) == look(published.model.held)
+
+
+def test_loading_changes_a_member_of_an_enum_that_the_model_has() -> None:
+    """It is the same member in all models of a process."""
+
+    def build(m: Model, flag: float) -> None:
+        m.held = Colour.RED
+
+    attach(publish(build), build)
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed .*Colour\.RED\.held, which its objects share"):
+            publish(build, lambda m: setattr(m.held, "held", 2.0))
+    finally:
+        vars(Colour.RED).pop("held", None)

@@ -41,10 +41,9 @@ _MAX_DEPTH = 48
 """The walk goes no deeper: nothing in vLLM is half as deep."""
 
 # Objects of these packages, and of classes made from theirs, are noted by their class alone. They are shared
-# infrastructure: an engine's configuration (its flags are its own), tokenizers and processors, process groups, loggers,
-# locks, handles of the driver. What they hold is the same for every model of an engine, or belongs to the process.
+# infrastructure: an engine's configuration (its flags are its own), tokenizers and processors, process groups, loggers.
+# What they hold is the same for every model of an engine, or belongs to the process.
 _OPAQUE = (
-    "torch",
     "transformers.feature_extraction_utils",
     "transformers.image_processing_base",
     "transformers.processing_utils",
@@ -53,14 +52,12 @@ _OPAQUE = (
     "vllm.config",
     "vllm.distributed",
     "logging",
-    "threading",
-    "_thread",
-    "numpy",
-    "pydantic",
     "asyncio",
     "concurrent",
-    "weakref",
 )
+# So are objects of these packages: locks, handles of the driver. What other code makes from their classes has its own
+# attributes beside.
+_OPAQUE_THEMSELVES = ("torch", "threading", "_thread", "numpy", "pydantic", "weakref")
 _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
 MUTABLE: frozenset[type] = frozenset(
     (
@@ -166,8 +163,9 @@ class Tree:
         mutable: plain values that can be changed in place, by module and name.
         orders: texts of the keys of dicts that hold more than plain values, in their order, by module and name.
         places: where the wanted values live, by module and name.
-        classes: the classes of all objects that the walk looked into, besides modules.
+        classes: the classes of all objects that the walk looked into, besides modules, and all enums.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
+        met: where each object was met first (path of the module, name), by its id. The model keeps objects alive.
     """
 
     modules: list[LiveModule]
@@ -177,6 +175,7 @@ class Tree:
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
     hung: dict[int, dict[str, str]] = field(default_factory=dict)
+    met: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def slots(self) -> Iterator[LiveSlot]:
         for module in self.modules:
@@ -211,6 +210,24 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
         walk.named_module(live)
     tree.classes = walk.classes()
     return tree
+
+
+def capture_values(held: Iterable[tuple[str, Mapping[str, Any]]], known: Tree) -> Tree:
+    """A tree of what is behind values of others, without what is in `known`.
+
+    Args:
+        held: names for who holds values, and these by name. Each is a "module" of the result, whose path is the name.
+    """
+    tree = Tree([], met=known.met.copy())
+    walk = _Walk(tree, {id(live.module): live for live in known.modules}, None)
+    for path, values in held:
+        live = LiveModule(_NOBODY, path, len(tree.modules))
+        tree.modules.append(live)
+        walk.values(live, values)
+    return tree
+
+
+_NOBODY = nn.Module()
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -285,11 +302,11 @@ def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
 @functools.cache
 def _is_opaque(cls: Any) -> bool:
     assert isinstance(cls, type)
-    return any(
-        module == package or module.startswith(f"{package}.")
-        for module in (getattr(base, "__module__", None) or "" for base in cls.__mro__)
-        for package in _OPAQUE
-    )
+    modules = [getattr(base, "__module__", None) or "" for base in cls.__mro__]
+    if any(module == package or module.startswith(f"{package}.") for module in modules for package in _OPAQUE):
+        return True
+    tops = [module.partition(".")[0] for module in modules]
+    return tops[0] in (*_OPAQUE_THEMSELVES, "vllm") and any(top in _OPAQUE_THEMSELVES for top in tops)
 
 
 @functools.cache
@@ -311,6 +328,7 @@ class _Kind(Enum):
     EXACT = "the text is the `repr`, and many modules have the same"
     SIMPLE = "the text is the `repr`; a float 0.0 equals -0.0, and many strings are names of one module"
     CONSTANT = "there is one of it, with one text"
+    MEMBER = "of an enum: there is one of it, with one text, and it may have attributes"
     FUNCTION = "code, and what it takes along"
     ITEMS = "a list or a tuple"
     TENSOR = "a tensor that needs no further look"
@@ -330,8 +348,10 @@ def _kind(cls: Any) -> _Kind:
         return _Kind.ITEMS
     if not _is_what_it_says(cls):
         return _Kind.OTHER
-    if issubclass(cls, (type, torch.dtype, Enum)):
+    if issubclass(cls, (type, torch.dtype)):
         return _Kind.CONSTANT
+    if issubclass(cls, Enum):
+        return _Kind.MEMBER
     if issubclass(cls, _FUNCTIONS):
         return _Kind.FUNCTION
     if issubclass(cls, torch.Tensor):
@@ -416,8 +436,7 @@ class _Walk:
         self._tree = tree
         self._named = named
         self._wanted = wanted
-        # Object id to where it was first met: path of the module, name. The model keeps objects alive.
-        self._met: dict[int, tuple[str, str]] = {}
+        self._met = tree.met
         self._noting: dict[type, _Noting] = {}
         self._classes: dict[type, None] = {}
         self._layouts: dict[tuple[str, tuple[Any, ...], tuple[type, ...]], _Layout] = {}
@@ -426,8 +445,12 @@ class _Walk:
         self._steps: list[tuple[Any, Any]] = []
 
     def classes(self) -> list[type]:
-        """The classes of all objects that this walk looked into, besides modules."""
+        """As of `Tree`."""
         return list(self._classes)
+
+    def values(self, live: LiveModule, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self._value(live, name, value, None, name, 0)
 
     def named_module(self, live: LiveModule) -> None:
         self._module(live, "", live.module, 0)
@@ -561,6 +584,7 @@ class _Walk:
             _Kind.EXACT: self._simple,
             _Kind.SIMPLE: self._simple,
             _Kind.CONSTANT: self._constant,
+            _Kind.MEMBER: self._member,
             _Kind.FUNCTION: self._callable,
             _Kind.ITEMS: self._list,
             _Kind.TENSOR: self._tensor,
@@ -576,6 +600,10 @@ class _Walk:
         live.attributes[path] = repr(value)
 
     def _constant(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        live.attributes[path] = self._text_once(value)
+
+    def _member(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        self._classes[type(value)] = None
         live.attributes[path] = self._text_once(value)
 
     def _weak(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:

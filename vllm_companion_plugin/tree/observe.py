@@ -8,7 +8,7 @@ when it has been processed, and in between every operation on tensors is watched
   what they were;
 - it is *derived* if it may hold bytes of the checkpoint, or what was computed from such a storage. What was made of
   nothing (zeros, a workspace) is not;
-- it is *computed* if it was seen to get such bytes. What Python or a kernel fills unseen may be a weight or a workspace.
+- it is *computed* if it was seen to get such bytes. What Python or a kernel fills unseen may be a workspace.
 
 What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes. A large
 parameter that nothing was seen to write is published without being shared: no engine computes with a guess.
@@ -17,16 +17,12 @@ parameter that nothing was seen to write is published without being shared: no e
 from __future__ import annotations
 
 import functools
-import random
-import types
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -40,15 +36,16 @@ from vllm_companion_plugin.tree.capture import (
     LiveSlot,
     Tree,
     capture,
-    describe_value,
     full_name,
     plain_tensors,
     tensor_attributes,
 )
 from vllm_companion_plugin.tree.changes import CHILDREN, MARK, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.placing import Placing
+from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.times import is_time, plain
-from vllm_companion_plugin.tree.values import class_name, loaded_class, text_of
+from vllm_companion_plugin.tree.values import class_name, loaded_class
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
 
@@ -75,8 +72,6 @@ class Snapshot:
     """Where the walk met a value before, for values that can be changed in place and that it met before."""
     states: dict[tuple[str, str], str | None]
     """What only C code sees of the state of opaque objects."""
-    classes: dict[type, dict[str, Any]]
-    """What the classes of modules and objects hold beside code: the texts of plain values, and other objects."""
 
     @classmethod
     def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
@@ -117,58 +112,8 @@ class Snapshot:
             children={live.path: list(live.module._modules) for live in tree.modules},
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
-            states={(tree.modules[index].path, name): _state(value) for (index, name), value in tree.opaque.items()},
-            classes=_held_by_classes({*tree.classes, *(type(live.module) for live in tree.modules)}),
+            states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
         )
-
-
-def _held_by_classes(derived: Iterable[type]) -> dict[type, dict[str, Any]]:
-    classes = {base for cls in derived for base in cls.__mro__}
-    return {
-        cls: {
-            name: _Object(value) if isinstance(value, _CODE) else describe_value(value) or _Object(value)
-            for name, value in vars(cls).items()
-            if not name.startswith("__")
-        }
-        for cls in classes
-        if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "typing")
-    }
-
-
-_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, types.MemberDescriptorType)
-
-
-@dataclass(slots=True)
-class _Object:
-    """Equal to itself alone, whatever its class says."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and self.value is other.value
-
-
-def _state(value: Any) -> str | None:
-    """State of an object that only C code sees, as far as that tells: positions of iterators, bytes of memory."""
-    if isinstance(value, (np.ndarray, memoryview)):
-        return text_of(np.asarray(value))
-    if isinstance(value, random.Random):
-        return text_of(value.getstate())
-    reduce = next(vars(cls)["__reduce__"] for cls in type(value).__mro__ if "__reduce__" in vars(cls))
-    if type(reduce) is not types.MethodDescriptorType or reduce is object.__reduce__:
-        return None  # Python code, or nothing
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return repr([_parts_text(part) for part in reduce(value)[1:]])
-    except Exception:  # it cannot be asked
-        return None
-
-
-def _parts_text(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_parts_text(part) for part in value]
-    return describe_value(value) or class_name(type(value))
 
 
 def _added(slot: LiveSlot) -> AddedSlot:
@@ -206,6 +151,7 @@ class Observation:
             tree = capture(model)
             check_plain(tree)
             self._built = Snapshot.of(model, tree)
+            self._common = Common.of(tree)
             self._watch = _Watch()
             # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
             # PyTorch makes some (`torch.tensor`) without an operator that could be watched.
@@ -341,10 +287,8 @@ class Observation:
         loaded = Loaded()
         built = self._built
         # What processing sets there each engine sets for itself.
-        for cls in () if self._processed_early else built.classes.keys() & now.classes.keys():
-            before, after = built.classes[cls], now.classes[cls]
-            if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
-                raise NotShareableError(f"loading changed {class_name(cls)}.{min(changed)}, which its objects share")
+        if not self._processed_early and (changed := self._common.first_change(self._common.now(tree))) is not None:
+            raise NotShareableError(f"loading changed {changed}")
         paths = {path: reference() for path, reference in built.modules.items()}
         removed = [path for path in paths if path not in now.modules]
         for path in removed:

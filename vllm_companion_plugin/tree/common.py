@@ -1,0 +1,178 @@
+"""What a model's code keeps outside of its objects: attributes of its classes, and globals of its modules.
+
+All objects of a process have these in common, so no publication carries them. If loading changes them, a model is not
+shared: an attached engine would compute with what building left there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, EnumMeta
+from pathlib import Path
+from typing import Any
+
+from vllm_companion_plugin.tree.capture import Tree, capture_values, describe_value
+from vllm_companion_plugin.tree.states import state_of
+from vllm_companion_plugin.tree.times import is_time
+from vllm_companion_plugin.tree.values import class_name
+
+_INSTALLED = ("site-packages", "dist-packages")
+_FOUNDATION = ("torch", "builtins", "abc", "typing")
+# Of the code of these packages only what its classes hold themselves is compared: what is behind that serves all models
+# (registries, caches of kernels).
+_GENERAL = frozenset(("torch", "vllm", "transformers", "numpy", __name__.partition(".")[0], *sys.stdlib_module_names))
+_Holder = type | types.ModuleType
+
+
+@dataclass(slots=True)
+class Common:
+    """What classes, and modules of the model's own code, hold at one moment.
+
+    Attributes:
+        held: texts of plain values, and other objects, by name.
+        behind: of all that is behind such objects the texts, and what tells it from another one. It has no entry for
+            what the model holds, too.
+    """
+
+    held: dict[_Holder, dict[str, Any]]
+    behind: dict[_Holder, dict[str, Any]]
+
+    @classmethod
+    def of(cls, tree: Tree) -> Common:
+        """Of the model that `tree` was captured from."""
+        classes = _with_bases([*tree.classes, *(type(live.module) for live in tree.modules)])
+        modules = _modules_of(classes)
+        classes |= _with_bases(each for module in modules for each in _classes_in(module))
+        return cls._of([*modules, *(one for one in classes if _top(one.__module__) not in _FOUNDATION)], tree)
+
+    def now(self, tree: Tree) -> Common:
+        """The same holders, as they are now that the model is `tree`."""
+        return self._of([*self.held], tree)
+
+    @classmethod
+    def _of(cls, holders: Sequence[_Holder], tree: Tree) -> Common:
+        own = [one for one in holders if isinstance(one, types.ModuleType) or _is_own(one.__module__)]
+        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree))
+
+    def first_change(self, now: Common) -> str | None:
+        """What is another one in `now`, and who shares it; None if all is the same."""
+        changes = [
+            f"{_name(one)}.{name}, which {_users(one)}"
+            for one, before in self.held.items()
+            for name in _different(before, now.held[one])
+        ]
+        changes += [
+            f"{_name(one)}.{name}, which {_users(one)}"
+            for one, before in self.behind.items()
+            for name in _different(before, now.behind[one])
+        ]
+        return min(changes, default=None)
+
+
+def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for name in before.keys() | after.keys():
+        text = after.get(name)
+        if before.get(name) != text and not (isinstance(text, str) and is_time(text)):
+            yield name
+
+
+def _shown(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _Object(value) if isinstance(value, _CODE) else describe_value(value) or _Object(value)
+        for name, value in list(values.items())
+        if not (name.startswith("__") or isinstance(value, types.ModuleType))
+    }
+
+
+_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, types.MemberDescriptorType)
+
+
+@dataclass(slots=True)
+class _Object:
+    """Equal to itself alone, whatever its class says."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+
+def _behind(holders: Sequence[_Holder], tree: Tree) -> dict[_Holder, dict[str, Any]]:
+    found = capture_values([(_name(one), dict(_values_of(one))) for one in holders], tree)
+    behind: list[dict[str, Any]] = [dict(live.attributes) for live in found.modules]
+    for (index, name), value in found.opaque.items():
+        behind[index][name] = _Object(value), state_of(value)
+    for slot in found.slots():
+        behind[slot.module][slot.name] = _Object(slot.tensor), slot.tensor._version
+    return dict(zip(holders, behind, strict=True))
+
+
+def _values_of(one: _Holder) -> Iterator[tuple[str, Any]]:
+    """What `one` holds, with the functions in their wrappings, and attributes of members."""
+    for name, value in list(vars(one).items()):
+        if name.startswith("__") or isinstance(value, (type, types.ModuleType, types.MemberDescriptorType)):
+            continue
+        if isinstance(value, (staticmethod, classmethod)):
+            yield name, value.__func__
+        elif isinstance(value, property):
+            yield from ((f"{name}.{part}", getattr(value, part)) for part in ("fget", "fset") if getattr(value, part))
+        elif isinstance(value, functools.cached_property):
+            yield name, value.func
+        elif not isinstance(value, Enum):
+            yield name, value
+    for member in one if isinstance(one, EnumMeta) else ():
+        yield from ((f"{member.name}.{part}", held) for part, held in vars(member).items() if not part.startswith("_"))
+
+
+def _modules_of(classes: Iterable[type]) -> list[types.ModuleType]:
+    """The modules of the model's own code: those of its classes, and those that these modules use."""
+    found: dict[str, types.ModuleType] = {}
+    waiting = [each.__module__ for each in classes]
+    packages = {_top(name) for name in waiting}
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        if module is None or name in found or not _is_own(name):
+            continue
+        if _top(name) not in packages and _is_installed(module):
+            continue
+        found[name] = module
+        for value in list(vars(module).values()):
+            used = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if isinstance(used, str):
+                waiting.append(used)
+    return list(found.values())
+
+
+def _classes_in(module: types.ModuleType) -> list[type]:
+    values = list(vars(module).values())
+    return [value for value in values if isinstance(value, type) and value.__module__ == module.__name__]
+
+
+def _with_bases(classes: Iterable[type]) -> set[type]:
+    return {base for each in classes for base in each.__mro__}
+
+
+def _is_own(module: str) -> bool:
+    return _top(module) not in _GENERAL
+
+
+def _is_installed(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is None or any(part in _INSTALLED for part in Path(file).parts)
+
+
+def _users(one: _Holder) -> str:
+    return "its objects share" if isinstance(one, type) else "all models of this code share"
+
+
+def _name(one: _Holder) -> str:
+    return class_name(one) if isinstance(one, type) else one.__name__
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
