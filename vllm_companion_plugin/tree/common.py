@@ -124,8 +124,9 @@ def _values_of(one: _Holder) -> Iterator[tuple[str, Any]]:
             yield name, value.func
         elif not isinstance(value, Enum):
             yield name, value
-    for member in one if isinstance(one, EnumMeta) else ():
-        yield from ((f"{member.name}.{part}", held) for part, held in vars(member).items() if not part.startswith("_"))
+    members: Mapping[str, Any] = one.__members__ if isinstance(one, EnumMeta) else {}
+    for name, member in members.items():
+        yield from ((f"{name}.{part}", held) for part, held in vars(member).items() if not part.startswith("_"))
 
 
 def _modules_of(classes: Iterable[type]) -> list[types.ModuleType]:
