@@ -156,9 +156,10 @@ class Manifest:
 
     Attributes:
         added_modules: classes of the modules that loading made, by path; a module precedes the modules inside it.
-        removed_modules: paths of modules that loading took out of the model; with a colon if there is None now.
-        retied_modules: paths that loading gave to another module of the model, with that module's first path; with a
-            colon if loading put another module there, and the one that was built there is meant.
+        removed_modules: paths of modules that loading took out of the model.
+        emptied_modules: paths where loading put None in the place of a module.
+        retied_modules: paths that loading gave to another module of the model, with that module's first path.
+        moved_modules: the same for modules in whose place loading put another one, with the path where each was built.
         files: digests by name of the small files that the publisher read to build and load the model.
         sources: where tensors of the checkpoint went, as `wire.manifest.sources_from_bytes` reads it; empty if it was
             not observed.
@@ -171,7 +172,9 @@ class Manifest:
     modules: tuple[ModuleInfo, ...]
     added_modules: Mapping[str, str] = field(default_factory=dict)
     removed_modules: tuple[str, ...] = ()
+    emptied_modules: tuple[str, ...] = ()
     retied_modules: Mapping[str, str] = field(default_factory=dict)
+    moved_modules: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     is_observed: bool = False
     sources: bytes = b""

@@ -40,9 +40,6 @@ from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 CHILDREN = "_modules"
 """Among the values that loading changed: names of a module's children, in their order."""
-MARK = ":"
-"""Behind the path of a module: there is None now, if it was removed; else the module is meant that was built there, and
-not the one that took its place."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -186,21 +183,24 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
 
 def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
     try:
-        added = manifest.added_modules
-        found = {path: first for path, first in manifest.retied_modules.items() if first not in added}
-        modules = {path: model.get_submodule(first.removesuffix(MARK)) for path, first in found.items()}
+        # All are looked up before the first is put: loading may have swapped them.
+        retied = {**manifest.retied_modules, **manifest.moved_modules}
+        built = {
+            path: model.get_submodule(first)
+            for path, first in retied.items()
+            if path in manifest.moved_modules or first not in manifest.added_modules
+        }
         for path, class_name in manifest.added_modules.items():
             _put_module(model, path, _empty_module(path, class_name))
-        for path, first in manifest.retied_modules.items():
-            _put_module(model, path, modules[path] if path in modules else model.get_submodule(first))
+        for path, first in retied.items():
+            _put_module(model, path, built[path] if path in built else model.get_submodule(first))
         for path in manifest.removed_modules:
-            parent, _, name = path.removesuffix(MARK).rpartition(".")
-            children = model.get_submodule(parent)._modules
-            if path.endswith(MARK):
-                children[name] = None
-            else:
-                children.pop(name, None)
-        if manifest.added_modules or manifest.retied_modules:
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules.pop(name, None)
+        for path in manifest.emptied_modules:
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = None
+        if manifest.added_modules or retied:
             for _ in named_modules(model):
                 pass
         for info in manifest.modules:

@@ -40,7 +40,7 @@ from vllm_companion_plugin.tree.capture import (
     plain_tensors,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.changes import CHILDREN, MARK, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import state_of
@@ -135,7 +135,9 @@ class Loaded:
 
     added_modules: dict[str, str] = field(default_factory=dict)
     removed_modules: tuple[str, ...] = ()
+    emptied_modules: tuple[str, ...] = ()
     retied_modules: dict[str, str] = field(default_factory=dict)
+    moved_modules: dict[str, str] = field(default_factory=dict)
     modules: dict[str, Observed] = field(default_factory=dict)
 
 
@@ -293,9 +295,12 @@ class Observation:
         removed = [path for path in paths if path not in now.modules]
         for path in removed:
             parent, _, name = path.rpartition(".")
-            if parent not in removed:
-                is_none = name in now.children.get(parent, ())
-                loaded.removed_modules += (path + MARK if is_none else path,)
+            if parent in removed:
+                continue
+            if name in now.children.get(parent, ()):
+                loaded.emptied_modules += (path,)
+            else:
+                loaded.removed_modules += (path,)
         for path, weak in now.modules.items():
             module = weak()
             is_in_new_one = path.rpartition(".")[0] in loaded.added_modules
@@ -310,9 +315,10 @@ class Observation:
                 continue
             if first is None:  # another name of one that was added
                 first = next(live.path for live in tree.modules if live.module is module)
-            if path.rpartition(".")[0] not in loaded.retied_modules:
+            if path.rpartition(".")[0] not in (*loaded.retied_modules, *loaded.moved_modules):
                 there = now.modules.get(first, lambda: None)()
-                loaded.retied_modules[path] = first if there is module or first not in paths else first + MARK
+                is_moved = there is not module and first in paths
+                (loaded.moved_modules if is_moved else loaded.retied_modules)[path] = first
         was_at: dict[int, str] = {}
         for path, module in paths.items():
             was_at.setdefault(id(module), path)

@@ -121,6 +121,12 @@ def _own_values(path: str, attributes: Mapping[str, str], published: ModuleInfo,
     return own
 
 
+_WHOLE = (
+    *("stage", "storages", "files", "is_observed"),
+    *("added_modules", "removed_modules", "emptied_modules", "retied_modules", "moved_modules"),
+)
+
+
 def compare_published(mine: Manifest, other: Manifest) -> None:
     """Check that a model that was published anew can take the place of the one of before, where its bytes were.
 
@@ -129,7 +135,7 @@ def compare_published(mine: Manifest, other: Manifest) -> None:
     Raises:
         ParityError: naming the first that is not.
     """
-    for name in ("stage", "storages", "added_modules", "removed_modules", "retied_modules", "files", "is_observed"):
+    for name in _WHOLE:
         here, there = getattr(mine, name), getattr(other, name)
         if here != there:
             raise ParityError(f"{name.replace('_', ' ')}: {here} here, and {there} in the published model.", name)

@@ -86,7 +86,9 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         for path, class_name in manifest.added_modules.items():
             message.added_modules.add(path=path, class_name=class_name)
         message.removed_modules.extend(manifest.removed_modules)
+        message.emptied_modules.extend(manifest.emptied_modules)
         message.retied_modules.update(manifest.retied_modules)
+        message.moved_modules.update(manifest.moved_modules)
         message.files.update(manifest.files)
         message.sources = manifest.sources
         return bytes(message.SerializeToString(deterministic=True))
@@ -203,12 +205,15 @@ def manifest_from_bytes(data: bytes) -> Manifest:
         storages = tuple(_storages(message))
         tensors = tuple(_tensors(message, storages))
         modules = tuple(_modules(message, len(tensors)))
-        removed, retied = tuple(message.removed_modules), dict(message.retied_modules)
-        added = {module.path: module.class_name for module in message.added_modules}
-        files, observed = dict(message.files), message.is_observed
         return Manifest(
-            *(stage, storages, tensors, modules, added, removed, retied, files),
-            is_observed=observed,
+            *(stage, storages, tensors, modules),
+            added_modules={module.path: module.class_name for module in message.added_modules},
+            removed_modules=tuple(message.removed_modules),
+            emptied_modules=tuple(message.emptied_modules),
+            retied_modules=dict(message.retied_modules),
+            moved_modules=dict(message.moved_modules),
+            files=dict(message.files),
+            is_observed=message.is_observed,
             sources=message.sources,
         )
 

@@ -768,7 +768,7 @@ class Module(_message.Message):
     def __init__(self, path: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., observed: _Optional[_Union[Observed, _Mapping]] = ..., type: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources")
+    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources", "emptied_modules", "moved_modules")
     class RetiedModulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -777,6 +777,13 @@ class Manifest(_message.Message):
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MovedModulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -795,6 +802,8 @@ class Manifest(_message.Message):
     ADDED_MODULES_FIELD_NUMBER: _ClassVar[int]
     MODULE_TYPES_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    EMPTIED_MODULES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_MODULES_FIELD_NUMBER: _ClassVar[int]
     stage: str
     storages: _containers.RepeatedCompositeFieldContainer[Storage]
     types: _containers.RepeatedCompositeFieldContainer[TensorType]
@@ -807,7 +816,9 @@ class Manifest(_message.Message):
     added_modules: _containers.RepeatedCompositeFieldContainer[AddedModule]
     module_types: _containers.RepeatedCompositeFieldContainer[ModuleType]
     sources: bytes
-    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ...) -> None: ...
+    emptied_modules: _containers.RepeatedScalarFieldContainer[str]
+    moved_modules: _containers.ScalarMap[str, str]
+    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ..., emptied_modules: _Optional[_Iterable[str]] = ..., moved_modules: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("shape", "stride", "offset")
