@@ -593,7 +593,7 @@ WEIGHT_LOADERS = Patch(
 )
 WARNINGS = Patch(
     "warnings:simplefilter",
-    "tree.observe",
+    "tree.states",
     How.HOOKED,
     Lifetime.LOADING,
     reason="Python warns that it will not tell the state of its iterators any more, which is asked for here.",
