@@ -1,4 +1,7 @@
-"""Having vLLM load new weights into the generation that this process writes: the headless process's part (adr/0016)."""
+"""Having vLLM load new weights into the generation that this process writes: the headless process's part (adr/0016).
+
+vLLM reloads the model that this process has, or, where that would lose something, loads a second one.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,7 @@ def write_generation(
         version, base: as of `updating`.
         weights: all tensors of a checkpoint that loading uses, as the checkpoint has them. The first one is asked for
             once this process is the entry's writer; after the last one nothing else is.
+        anew: load them into a second model, because of what `why_anew` says.
 
     Raises:
         StaleError: another generation than `base` is current.
