@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "moe-fp8-block": ("qwen3-moe-fp8-block", {}),
     "hybrid": ("hybrid", {}),
     "deepseek-v3": ("deepseek-v3", {}),
+    "gpt-oss": ("gpt-oss", {}),
+    "gpt-oss-mxfp4": ("gpt-oss-mxfp4", {}),
     "big": ("llama", FP8),
 }
 """By name: the checkpoint, and the flags of both engines."""

@@ -105,6 +105,17 @@ def test_of_the_tensors_that_come_none_is_kept() -> None:
     assert not [*_begun(iter(()))]
 
 
+def test_another_model_is_copied_and_keeps_its_ties(world: World) -> None:
+    """Two tensors that share a place would else have the bytes of whichever is copied last."""
+    other = Scaled(6.0)
+    _collect(other, world.attachment, anew=True)
+    assert world.written("weight").unique().tolist() == [6.0]
+    assert world.written("scale").tolist() == [6.0] * 3
+    other.kernel["scale"] = torch.full((3,), 5.0)
+    with pytest.raises(LayoutError, match=r"kernel\['scale'\] of .* does not share the memory of scale"):
+        _collect(other, world.attachment, anew=True)
+
+
 @pytest.mark.parametrize("what", ["shape", "value", "slot"])
 def test_another_model_is_refused(world: World, what: str) -> None:
     if what == "shape":

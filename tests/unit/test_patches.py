@@ -121,8 +121,9 @@ class TestTable:
         assert patched.applies(patches.REQUEST_MEMORY_OF_WORKER) is looked
 
     def test_all_rows(self) -> None:
-        """One row for each place; of single objects, one for each time."""
-        assert len(PATCHES) == len({(patch.where, patch.each and patch.lifetime) for patch in PATCHES}) > 20
+        """One row for each place; of single objects, one for each time; of an interface, one for each user."""
+        rows = {(patch.where, patch.each and patch.lifetime, patch.how is How.HOOKED and patch.by) for patch in PATCHES}
+        assert len(PATCHES) == len(rows) > 20
 
 
 class TestScan:
@@ -195,6 +196,7 @@ OF_OURS = {
     ("engine.vllm.imports", "__loader__"),  # of a module that its own loader is about to execute
     ("engine.vllm.imports", "loader"),  # of the spec that the module's own finder just made
     ("engine.vllm.imports", "contexts"),  # of our own `threading.local`
+    ("engine.vllm.rehearsal", "weight_loader"),  # of tensors that were just made
 }
 """Attributes of objects that the module, or the plugin, has made."""
 

@@ -798,7 +798,7 @@ def gemma3(path: Path, tiny: bool, *, name: str, embeds: bool = False) -> None:
     )
 
 
-def gpt_oss(path: Path, tiny: bool, *, name: str) -> None:
+def gpt_oss(path: Path, tiny: bool, *, name: str, quantized: bool = True) -> None:
     if tiny:
         hidden, heads, kv_heads, head, inner, experts, top, vocab = 256, 4, 2, 64, 256, 8, 2, 512
     else:
@@ -817,12 +817,27 @@ def gpt_oss(path: Path, tiny: bool, *, name: str) -> None:
         for part, out, width in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             # Two 4-bit floats a byte, 32 to a block; a block's scale is a power of two less its bias, 127.
             expert = f"{prefix}.mlp.experts.{part}"
-            weights.put(f"{expert}_blocks", weights.octets(experts, out, width // 32, 16))
-            weights.put(f"{expert}_scales", weights.octets(experts, out, width // 32, low=118, high=121))
+            if quantized:
+                weights.put(f"{expert}_blocks", weights.octets(experts, out, width // 32, 16))
+                weights.put(f"{expert}_scales", weights.octets(experts, out, width // 32, low=118, high=121))
+            else:
+                weights.normal(expert, experts, width, out, std=width**-0.5)
             weights.normal(f"{expert}_bias", experts, out)
+    format_config = {
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        }
+    }
     weights.save(
         path,
-        {
+        (format_config if quantized else {})
+        | {
             "architectures": ["GptOssForCausalLM"],
             "model_type": "gpt_oss",
             "hidden_size": hidden,
@@ -855,15 +870,6 @@ def gpt_oss(path: Path, tiny: bool, *, name: str) -> None:
             "tie_word_embeddings": False,
             "eos_token_id": 2,
             "pad_token_id": 0,
-            "quantization_config": {
-                "quant_method": "mxfp4",
-                "modules_to_not_convert": [
-                    "model.layers.*.self_attn",
-                    "model.layers.*.mlp.router",
-                    "model.embed_tokens",
-                    "lm_head",
-                ],
-            },
         },
     )
 

@@ -186,6 +186,7 @@ for form in ("fp8-block", "awq", "gptq"):
 add("deepseek-v3.2", deepseek_v3, options={"sparse": True})
 add("deepseek-v3-fp8-block", deepseek_v3, options={"quant": "fp8-block"})
 add("gpt-oss-mxfp4", gpt_oss)
+add("gpt-oss", gpt_oss, options={"quantized": False})
 mtp: dict[str, object] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
 add("deepseek-v3-mtp", deepseek_v3, options={"mtp": True}, flags=mtp)
 add("mimo-mtp", mimo, flags=mtp, on_cpu=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.logger import init_logger
 from vllm.plugins import load_general_plugins
 from vllm.v1.executor.abstract import Executor
@@ -23,7 +24,8 @@ from vllm.v1.executor.abstract import Executor
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.client.handing import Taking
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.engine.reloading import write_generation
+from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.engine.reloading import why_anew, write_generation
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import flags
 from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError, NotShareableError, UpdateError
@@ -76,9 +78,10 @@ def _say_error(channel: Channel, error: CompanionError, *, ends: bool = True) ->
 def _serve(channel: Channel) -> None:
     hello, _ = channel.receive()
     executor = _executor(hello["device"], hello["key_id"], hello["flags"])
+    (anew,) = executor.collective_rpc(_loads_anew)
     channel.send({"pid": os.getpid()})
     while (wanted := _next(channel)) is not None:
-        executor.collective_rpc(_update, args=(channel, wanted["version"], wanted["base"]))
+        executor.collective_rpc(_update, args=(channel, wanted["version"], wanted["base"], anew))
 
 
 def _next(channel: Channel) -> dict[str, Any] | None:
@@ -88,15 +91,34 @@ def _next(channel: Channel) -> dict[str, Any] | None:
         return None
 
 
-def _update(worker: Any, channel: Channel, version: str, base: int) -> None:
-    """In the worker: one update, from the question for it to its answer."""
+def _model() -> tuple[LiveModel, nn.Module]:
+    """What this process is there to write, and the model that is bound to it."""
     model = current().target()
     lives = [each for each in current().models() if each.attachment.held.key.role == "target"]
     if model is None or len(lives) != 1:
         raise UpdateError("The headless process has no model any more.")
-    weights = _Weights(channel, lives[0].attachment.device)
+    return lives[0], model
+
+
+def _loads_anew(worker: Any) -> bool:
+    """In the worker: whether each update is loaded into a second model, because vLLM's reload would lose some of it."""
+    attachment = _model()[0].attachment
+    reason = why_anew(worker.vllm_config, attachment)
+    if reason:
+        logger.warning(
+            "vLLM's reload would not load %s right: %s. Each update is loaded into a second model instead, which takes "
+            "%.2f GiB or more of the device meanwhile.",
+            *(attachment.label, reason, attachment.size_bytes / 2**30),
+        )
+    return bool(reason)
+
+
+def _update(worker: Any, channel: Channel, version: str, base: int, anew: bool) -> None:
+    """In the worker: one update, from the question for it to its answer. `anew` is as of `write_generation`."""
+    live, model = _model()
+    weights = _Weights(channel, live.attachment.device)
     try:
-        generation = write_generation(worker, lives[0], model, version, base, iter(weights))
+        generation = write_generation(worker, live, model, version, base, iter(weights), anew=anew)
     except _NotWanted:
         channel.send({})
     except CompanionError as error:

@@ -76,14 +76,14 @@ def beside(vllm_config: Any, *, is_draft: bool) -> Iterator[Any]:
     if hasattr(config.compilation_config, "static_all_moe_layers"):
         config.compilation_config.static_all_moe_layers = []
     config.load_config = copy.copy(vllm_config.load_config)
-    ropes, known = _rope_cache(), dict(_rope_cache())
+    known = dict(_rope_cache())
     if not is_draft:
-        ropes.clear()
+        _rope_cache().clear()
     try:
         yield config
-    finally:
-        ropes.clear()
-        ropes.update(known)
+    finally:  # by now it may be another one: the model imports it
+        _rope_cache().clear()
+        _rope_cache().update(known)
 
 
 @contextmanager

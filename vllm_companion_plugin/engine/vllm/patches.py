@@ -514,6 +514,15 @@ OPERATIONS = Patch(
     link="torch/utils/_python_dispatch.py: TorchDispatchMode",
     undo="when the model is loaded",
 )
+REHEARSAL = Patch(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    "engine.vllm.rehearsal",
+    How.HOOKED,
+    Lifetime.REHEARSING,
+    reason="It is known which parameters a model's own code writes, past the loaders that vLLM's reload repeats.",
+    link="vllm/model_executor/model_loader/reload/layerwise.py: initialize_layerwise_reload",
+    undo="when loading was rehearsed",
+)
 CLOCK = Patch(
     "time:perf_counter",
     "engine.vllm.clocks",

@@ -44,6 +44,7 @@ class Lifetime(Enum):
     PROCESSING = "while a model is post-processed", False
     WORKING = "while a model is published or attached", False
     UPDATING = "while a headless process loads new weights for others", False
+    REHEARSING = "while a headless process rehearses a load", False
     STARTING = "while the first engine of a process starts", False
     DECIDED = "from the first model on that this process decides about", True
 

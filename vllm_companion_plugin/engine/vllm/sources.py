@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_companion_plugin.engine.vllm.naming import LOAD_FORMAT
 from vllm_companion_plugin.errors import EngineVersionError, SettingsError
@@ -43,6 +47,22 @@ def source_loader(load_config: Any, source_format: str) -> BaseModelLoader:
         raise SettingsError(
             f"vLLM has no loader for source_format {source_format!r} with source_extra_config {extra}: {error}"
         ) from error
+
+
+class GivenWeights(DefaultModelLoader):
+    """vLLM's own loading, of tensors that somebody hands over instead of a checkpoint's.
+
+    Args:
+        weights: all that loading uses, as the checkpoint has them; the caller's to go on with if vLLM leaves the last.
+    """
+
+    def __init__(self, load_config: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
+        self._weights = weights
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Any:
+        self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
+        return self._weights
 
 
 # How fast a loader reads, and not what.
