@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
+import resource
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +33,7 @@ from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryState, LeaseState, LoaderInfo
 from vllm_companion_plugin.errors import (
     ArenaError,
+    BadRequestError,
     CompanionError,
     CompanionUnavailableError,
     LayoutError,
@@ -635,8 +639,8 @@ class TestWakesByLease:
         sleeping.sleep(one, 1, DROP)
         inner = Lease.wake
 
-        def wake(self: Lease, manifest: bytes) -> Any:
-            inner(self, manifest)
+        def wake(self: Lease, key: EntryKey, manifest: bytes) -> Any:
+            inner(self, key, manifest)
             raise WaitTimeoutError("no answer")
 
         with monkeypatch.context() as patch:
@@ -648,6 +652,46 @@ class TestWakesByLease:
         until(lambda: states(sleeping) == (DROPPED, [LeaseState.ASLEEP]), 5, "nobody wants it")
         assert sleeping.wake(one) == "checkpoint"
         assert content(one) == expected
+
+    def test_one_round_trip(self, sleeping: Sleeping, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The companion tells what to map, and gives it, in one answer."""
+        one, _ = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Lease, "_call_with_token", raising(AssertionError("asked over gRPC, too")))
+            patch.setattr(fd_channel, "redeem", raising(AssertionError("asked with a ticket, too")))
+            assert sleeping.wake(one) == "device"
+        assert content(one) == expected
+
+    def test_no_descriptor_is_left(self, sleeping: Sleeping) -> None:
+        """It cannot have what it is given: it sleeps on, as the companion knows, and can be woken again."""
+        one, two = sleeping.attach(), sleeping.attach()
+        expected = content(one)
+        sleeping.sleep(one, 1)
+        with one_descriptor_left(), pytest.raises(BadRequestError, match="limit of open files"):
+            sleeping.wake(one)
+        assert one.asleep
+        until(lambda: states(sleeping) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED]), 5, "it is known to sleep")
+        assert sleeping.wake(one) == "device"
+        assert content(one) == content(two) == expected
+
+    def test_hangs_up(self, alone: Sleeping, place: Place) -> None:
+        """Who asked, and was gone when the answer came, has not woken: it still can, with the lease that slept."""
+        one, two = alone.attach(), alone.attach()
+        alone.sleep(one, 2)
+        lease = one.lease
+        place.processes[0].send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(WaitTimeoutError):
+                fd_channel.wake(
+                    place.paths.fd_socket, lease._token, hashlib.sha256(one.held.manifest).digest(), timeout_s=0.1
+                )
+        finally:
+            place.processes[0].send_signal(signal.SIGCONT)
+        assert alone.wake(one) == "device"
+        assert one.lease is lease
+        assert content(one) == content(two)
 
     def test_private_in_vain(self, sleeping: Sleeping) -> None:
         """It has its own bytes afterwards."""
@@ -684,7 +728,7 @@ class TestWakesByLease:
     def test_is_not_asked_in_vain(self, alone: Sleeping, place: Place) -> None:
         """A companion that does not know that the lease sleeps: it is the next one, or the client has not slept."""
         one, two = alone.attach(), alone.attach()
-        assert one.lease.wake(one.held.manifest) is None
+        assert one.lease.wake(one.held.key, one.held.manifest) is None
         alone.sleep(one, 1)
         kill_companion(place, alone)
         until(lambda: states(alone) == (READY, [LeaseState.ASLEEP, LeaseState.ATTACHED]), 20, "both are known")
@@ -698,11 +742,27 @@ class TestWakesByLease:
 WITHOUT_WAKE = """
 import sys
 from vllm_companion_plugin.holder.__main__ import main
-from vllm_companion_plugin.wire import schema
-methods = schema._methods
-schema._methods = lambda service: [each for each in methods(service) if each[0] != "Wake"]
+from vllm_companion_plugin.wire import fd_channel
+del fd_channel._REQUEST_BYTES[fd_channel.WAKE]
 sys.exit(main(["--device", "cpu"]))
 """
+
+
+@contextlib.contextmanager
+def one_descriptor_left() -> Iterator[None]:
+    """While open, this process can have one more file, and no other."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        Descriptors(taken).close()
 
 
 def raising(error: Exception) -> Callable[..., Any]:

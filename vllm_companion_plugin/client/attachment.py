@@ -436,7 +436,7 @@ class Attachment:
                     loaded.enter_context(load(lease, outcome))
                     continue
                 else:
-                    held, fds = self._redeemed(lease, outcome, settings)
+                    held, fds = self._to_wake(lease, outcome, outcome.redeem(), settings)
                 self._map(held, fds, settings)
                 mirror = Mirror(self.device_id, settings, replace(held, fds=self.arena.fds), lease, client_name)
             except OvertakenError as error:
@@ -464,9 +464,9 @@ class Attachment:
         sleeper = self._sleeper
         if sleeper is None or (woken := sleeper.wake(self.held.manifest)) is None:
             return False
-        lease, ready = woken
+        lease, ready, fds = woken
         try:
-            held, fds = self._redeemed(lease, ready, settings)
+            held, fds = self._to_wake(lease, ready, fds, settings)
             self._map(held, fds, settings)
             held = replace(held, fds=self.arena.fds)
             own = sleeper.connection_of(lease)
@@ -485,12 +485,23 @@ class Attachment:
         self.held, self.lease, self._mirror = held, lease, mirror
         self._asleep = False
 
-    def _redeemed(self, lease: Lease, current: Ready, settings: Settings) -> tuple[Held, arenas.Descriptors]:
-        """What this process maps when it wakes, which is the current generation or its own, and the descriptors."""
-        ready = self._generation_to_wake(lease, current, settings)
-        fds = ready.redeem()
-        if ready is not current:
-            lease.advanced(ready.generation)
+    def _to_wake(
+        self, lease: Lease, current: Ready, fds: arenas.Descriptors, settings: Settings
+    ) -> tuple[Held, arenas.Descriptors]:
+        """What this process maps when it wakes, which is the current generation or its own, and its descriptors.
+
+        Args:
+            fds: of the current generation; this method's from now on.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(fds.close)
+            ready = self._generation_to_wake(lease, current, settings)
+            if ready is not current:
+                fds.close()
+                fds = ready.redeem()
+                undo.callback(fds.close)
+                lease.advanced(ready.generation)
+            undo.pop_all()
         return Held.of(ready, fds), fds
 
     def _wake_private(self) -> str:
