@@ -9,11 +9,11 @@ import contextlib
 import functools
 import gc
 import logging
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -31,13 +31,11 @@ from vllm_companion_plugin.errors import (
     ArenaError,
     BadRequestError,
     CompanionError,
-    CompanionUnavailableError,
     EntryNotFoundError,
     LayoutError,
     ManifestError,
     OvertakenError,
     ParityError,
-    TicketError,
 )
 from vllm_companion_plugin.memory.host_copy import HostCopy
 from vllm_companion_plugin.memory.tensors.checksum import Verification
@@ -48,10 +46,7 @@ from vllm_companion_plugin.wire.manifest import check_manifest_fits, manifest_fr
 
 logger = logging.getLogger("vllm.companion.client")
 
-DIES_S = 1.0
-"""Until a companion that has died is known to have, by its stream."""
-KNOWN_TIMEOUT_S = 10.0
-"""For the next companion, if this one has died, to know what this process holds, before a call fails that needs it."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -300,7 +295,7 @@ class Attachment:
                 torch.cuda.synchronize(self.device)
             self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
             return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
-        return self._told(lambda lease: lease.fall_asleep(level, when_asleep, self._leave_copy))
+        return self._tell(lambda lease: lease.fall_asleep(level, when_asleep, self._leave_copy))
 
     def sleep_on(self) -> None:
         """Take `wake` back: `let_go` follows, at the level of before. What was wished of the bytes stays.
@@ -311,36 +306,30 @@ class Attachment:
             self.fall_asleep(self._level, WhenAsleep.AUTO)
             return
         try:
-            self._told(lambda lease: lease.sleep_on(self._level))
+            self._tell(lambda lease: lease.sleep_on(self._level))
         except BadRequestError:  # the companion is of before this call
             self.fall_asleep(self._level, WhenAsleep.STAY)
 
-    def _told(self, ask: Callable[[Lease], str]) -> str:
+    def _tell(self, how: Callable[[Lease], str]) -> str:
         """Tell the companion that this process falls asleep, or the next one if it dies; where the bytes are then."""
-        mirror, late, renewed = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S, False
-        if mirror is None and not (self.lease.lost.is_set() or self.lease.released):
-            return ask(self.lease)  # it is not handed back if its companion dies
-        while mirror is not None and not mirror.ended:
-            mirror.wait_known(late - time.monotonic())
-            lease = mirror.lease
-            try:
-                where = ask(lease)
-            except (CompanionUnavailableError, BadRequestError) as error:
-                refused = isinstance(error, BadRequestError)
-                # It has died, and the next one, that may answer there already, does not know the lease.
-                lost = lease.lost.wait(DIES_S if refused else max(0.0, late - time.monotonic()))
-                if refused and not lost and not renewed:  # it may take us for asleep, as an answer was lost
-                    renewed = True
-                    mirror.know_again()
-                elif not lost or time.monotonic() > late:
-                    raise
-                continue
-            if where != Residence.HOST.value:
-                self._drop_kept()
-            return where
-        with contextlib.suppress(CompanionError):  # it was unloaded: nobody waits for an answer
-            ask(self.current_lease)
-        return Residence.NOWHERE.value
+        try:
+            where = self._ask(how)
+        except CompanionError:
+            if not self._is_forgotten:
+                raise
+            where = Residence.NOWHERE.value  # it was unloaded: nobody waits for an answer
+        if where != Residence.HOST.value:
+            self._drop_kept()
+        return where
+
+    @property
+    def _is_forgotten(self) -> bool:
+        """Whether no companion is to know any more of what this process maps."""
+        return self._mirror.ended if self._mirror is not None else self.lease.lost.is_set() or self.lease.released
+
+    def _ask(self, question: Callable[[Lease], T]) -> T:
+        """Ask the companion, and the next one if it dies, unless the entry is not handed back then. Raises as that."""
+        return question(self.lease) if self._mirror is None else self._mirror.ask(question)
 
     def _leave_copy(self) -> tuple[int, ArenaInfo, arenas.Descriptors]:
         """Of the current generation, which need not be the one that is mapped here."""
@@ -588,7 +577,12 @@ class Attachment:
             ArenaError: as `check_can_advance`.
         """
         self.check_can_advance()
-        ready, fds = self._asked_for(number)
+
+        def fetch(lease: Lease) -> tuple[Ready, arenas.Descriptors]:
+            ready = lease.generation(number, self.held.manifest)
+            return ready, ready.redeem()
+
+        ready, fds = self._ask(fetch)
         try:
             if ready.manifest != self.held.manifest or ready.arena.block_sizes != self.held.arena.block_sizes:
                 raise LayoutError(f"Generation {ready.generation} of {self.label} is laid out differently.")
@@ -603,21 +597,6 @@ class Attachment:
             fds.close()
             raise
         return Prepared(Held.of(ready, fds), fds)
-
-    def _asked_for(self, number: int) -> tuple[Ready, arenas.Descriptors]:
-        """A generation and its descriptors, of the next companion if this one dies. Raises as `prepare`."""
-        mirror, late = self._mirror, time.monotonic() + KNOWN_TIMEOUT_S
-        while True:
-            if mirror is not None:
-                mirror.wait_known(late - time.monotonic())
-            lease = self.current_lease
-            try:
-                ready = lease.generation(number, self.held.manifest)
-                return ready, ready.redeem()
-            except (CompanionUnavailableError, BadRequestError, TicketError):
-                # It has died, and the next one, that may answer there already, does not know the lease.
-                if mirror is None or mirror.ended or not lease.lost.wait(DIES_S) or time.monotonic() > late:
-                    raise
 
     def check_can_advance(self) -> None:
         """Raise `ArenaError` if this sleeps or is private, `EntryNotFoundError` if the entry was unloaded."""
