@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin import memory as arenas
-from vllm_companion_plugin.client import attachment as module
+from vllm_companion_plugin.client import sleeping
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.client.mirror import Held
@@ -162,7 +162,7 @@ def clocks(clock: Clock) -> Iterator[None]:
             ("answer", Sleeper, "wake"),
             ("answer", Ready, "redeem"),
             ("map", arenas.Arena, "map_again"),
-            ("hold", module, "Mirror"),
+            ("hold", sleeping, "Mirror"),
         ):
             if hasattr(owner, name):
                 stack.enter_context(mock.patch.object(owner, name, clock.clocked(part, getattr(owner, name))))

@@ -41,9 +41,9 @@ from tests.support.manifests import type_of
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import devices_named
-from vllm_companion_plugin.client.attachment import tensors_by_name
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
+from vllm_companion_plugin.client.mapped import tensors_by_name
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
