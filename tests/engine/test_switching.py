@@ -11,8 +11,9 @@ import torch
 from tests.support.place import Place, until
 from tests.support.publishing import hold_zeros
 from vllm_companion_plugin import CompanionClient
-from vllm_companion_plugin.client.attachment import Attachment, tensors_by_name
+from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.client.mapped import tensors_by_name
 from vllm_companion_plugin.client.update import begin_training
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.engine.live import LiveModel

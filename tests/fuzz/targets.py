@@ -41,9 +41,9 @@ from tests.support.manifests import type_of
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.devices import devices_named
-from vllm_companion_plugin.client.attachment import tensors_by_name
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
+from vllm_companion_plugin.client.mapped import tensors_by_name
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
@@ -70,7 +70,7 @@ from vllm_companion_plugin.errors import (
     TicketError,
 )
 from vllm_companion_plugin.holder.service.descriptors import CLOSING
-from vllm_companion_plugin.holder.service.fd_server import FdServer
+from vllm_companion_plugin.holder.service.fd_server import FdServer, Woken
 from vllm_companion_plugin.holder.service.service import CompanionService
 from vllm_companion_plugin.host import notes
 from vllm_companion_plugin.host.election import LoaderElection
@@ -638,6 +638,11 @@ def descriptors(data: bytes) -> None:
                 fds = fd_channel.redeem(paths().fd_socket, b"t" * 16, count, 1.0)
                 assert len(fds) == count
                 fds.close()
+            elif pieces[0][:1] == b"W":
+                woken = fd_channel.wake(paths().fd_socket, b"t" * 16, b"s" * 32, 1.0)
+                if woken is not None:
+                    assert len(woken[1]) == len(woken[0].arena.block_sizes)
+                    woken[1].close()
             else:
                 fd_channel.deposit(paths().fd_socket, b"t" * 16, [null()] * count, 1.0)
         except CompanionError:
@@ -649,7 +654,10 @@ def descriptor_seeds() -> list[bytes]:
     one = bytes([1]) + fd_channel.pack_fds(1)
     error = b"\0" + fd_channel.pack_error(TicketError("spent"))
     ok = b"\0" + fd_channel.OK
-    return [framed(pieces) for pieces in ([b"R\2", two], [b"R\3", two, one], [b"R\1", error], [b"D\1", ok, ok])]
+    ready = messages.Ready(arena=messages.ArenaDescriptor(block_sizes=[7, 7])).SerializeToString()
+    told, sleeps = (b"\0" + fd_channel.pack_ready(each)[0] for each in (ready, b""))
+    seeds = ([b"R\2", two], [b"R\3", two, one], [b"R\1", error], [b"D\1", ok, ok], [b"W", told, two], [b"W", sleeps])
+    return [framed(pieces) for pieces in seeds]
 
 
 def fd_socket(data: bytes) -> None:
@@ -663,8 +671,9 @@ def fd_socket(data: bytes) -> None:
 
 def fd_socket_seeds() -> list[bytes]:
     redeem, deposit = b"\0" + fd_channel.REDEEM + b"r" * 16, b"\0" + fd_channel.pack_deposit(b"d" * 16, 3)
+    wake = b"\0" + fd_channel.WAKE + b"w" * 16 + b"s" * 32
     two, one = (bytes([n]) + fd_channel.pack_fds(n) for n in (2, 1))
-    return [framed(pieces) for pieces in ([redeem], [deposit, two, one], [deposit], [one])]
+    return [framed(pieces) for pieces in ([redeem], [deposit, two, one], [deposit], [one], [wake])]
 
 
 async def _serve_descriptors(pieces: Sequence[bytes]) -> None:
@@ -677,7 +686,10 @@ async def _serve_descriptors(pieces: Sequence[bytes]) -> None:
         redeem(ticket.replace(b"d", b"r"))
         return lambda fds: Descriptors(fds).close()
 
-    server = FdServer(paths().fd_socket, redeem=redeem, check_deposit=check_deposit)
+    def wake(token: bytes, known_manifest: bytes) -> Woken:
+        return Woken(known_manifest, redeem(token.replace(b"w", b"r")))
+
+    server = FdServer(paths().fd_socket, redeem=redeem, check_deposit=check_deposit, wake=wake)
     server.start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(paths().fd_socket)
@@ -765,10 +777,10 @@ def errors(data: bytes) -> None:
     )
     assert isinstance(typed_error(call, "fuzzing"), CompanionError)
     with contextlib.suppress(BadRequestError):
-        verb, ticket, count = fd_channel.unpack_request(data)
-        assert verb in (fd_channel.REDEEM, fd_channel.DEPOSIT)
+        verb, ticket, rest = fd_channel.unpack_request(data)
+        assert verb in (fd_channel.REDEEM, fd_channel.DEPOSIT, fd_channel.WAKE)
         assert len(ticket) == fd_channel.TICKET_BYTES
-        assert (count == 0) or verb == fd_channel.DEPOSIT
+        assert verb != fd_channel.DEPOSIT or fd_channel.count_of(rest) >= 0
 
 
 # ---- texts: settings, files, names

@@ -22,8 +22,8 @@ from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.client import peft
 from vllm_companion_plugin.client.adapter_leases import AdapterFile
 from vllm_companion_plugin.client.adapters import file_of
-from vllm_companion_plugin.client.attachment import tensors_by_name
 from vllm_companion_plugin.client.connection import connect
+from vllm_companion_plugin.client.mapped import tensors_by_name
 from vllm_companion_plugin.core.arena import PIECE_BYTES
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.placement import CHUNK_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import mmap
 import os
@@ -28,6 +29,7 @@ from tests.support.place import KEY, Place, arena_of, memfd, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import GENERATIONS, Published
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
@@ -321,6 +323,33 @@ def test_replayed_guessed_and_stolen_tickets_give_nothing(victim: Victim) -> Non
         until(lambda: len(connection.status().entries[0].leases) == 2, 2, "the lease has ended")
         with pytest.raises(TicketError):
             stolen.redeem()
+
+
+def test_guessed_and_stolen_tokens_wake_nobody(victim: Victim) -> None:
+    """Only who has slept by a lease that goes on gets what it slept on."""
+    path, known = victim.place.paths.fd_socket, hashlib.sha256(b"manifest").digest()
+    with victim.connect() as connection:
+        publish(connection, b"secret")
+        awake = ready(connection)[0]
+        sleeper, ended = ready(connection)[0], ready(connection)[0]
+        for lease in (sleeper, ended):
+            lease.fall_asleep(1, WhenAsleep.STAY, leave_copy=lambda: pytest.fail("it is asked for a copy"))
+        ended.release()
+        until(lambda: len(connection.status().entries[0].leases) == 3, 2, "the lease has ended")
+        for token in (*(os.urandom(16) for _ in range(100)), ended._token):
+            with pytest.raises(BadRequestError, match="token is unknown"):
+                fd_channel.wake(path, token, known, 5)
+        with pytest.raises(BadRequestError):  # and nobody gets twice what it maps
+            fd_channel.wake(path, awake._token, known, 5)
+        assert fd_channel.wake(path, sleeper._token, os.urandom(32), 5) is None
+        states = sorted(lease.state.value for lease in connection.status().entries[0].leases)
+        assert states == ["asleep", "attached", "attached"]
+        woken = fd_channel.wake(path, sleeper._token, known, 5)
+        assert woken is not None
+        with woken[1] as fds:
+            assert os.pread(fds[0], 10, 0) == b"secret"
+        with pytest.raises(BadRequestError):  # replayed
+            fd_channel.wake(path, sleeper._token, known, 5)
 
 
 # ---- messages

@@ -17,8 +17,9 @@ import torch
 
 from tests.support.place import until
 from vllm_companion_plugin import CompanionClient, CompanionError
-from vllm_companion_plugin.client.attachment import Attachment, Prepared, tensors_by_name
+from vllm_companion_plugin.client.attachment import Attachment, Prepared
 from vllm_companion_plugin.client.connection import Granted, Lease, connect
+from vllm_companion_plugin.client.mapped import tensors_by_name
 from vllm_companion_plugin.client.update import Owned, begin_training
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.memory.tensors.views import ArenaViews

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from vllm_companion_plugin.client.mirror import Held
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.residency import WhenAsleep
-from vllm_companion_plugin.core.status import EntryStatus, LoaderInfo
+from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState, LoaderInfo
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, EntryNotFoundError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening, listener_pid
@@ -148,3 +150,27 @@ def clone(attachment: Attachment) -> torch.Tensor:
     made = attachment.views().bytes_at(first.offset_bytes, first.size_bytes).clone()
     attachment.keep_private([(first.offset_bytes, made)])
     return made
+
+
+_numbers = itertools.count(1)
+
+
+def new_key() -> EntryKey:
+    """One that no other test of this process has."""
+    number = next(_numbers)
+    return EntryKey(f"{number:064x}", f"test/model-{number}")
+
+
+def states(sleeping: Sleeping) -> tuple[EntryState, list[LeaseState]] | None:
+    """Of its entry, and of the leases of that in the order of their names; None if no companion has it."""
+    entry = sleeping.entry()
+    return (entry.state, sorted((x.state for x in entry.leases), key=lambda x: x.value)) if entry else None
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    """What a test puts in the place of something that fails."""
+
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    return fail

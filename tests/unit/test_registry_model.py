@@ -610,6 +610,11 @@ class Clients(RuleBasedStateMachine):
         """As who has woken in vain; the wish stays what it was, and nobody need have wished anything."""
         self.falling = level
         can = self.maps(lease) and not lease.passive and lease.id not in self.writing | self.copying
+        if lease.id in self.levels and not lease.ended:  # it may not know whether it was woken
+            before = self.snapshot()
+            self.attempt(lambda: self.registry.sleeping.sleep_on(lease, level), legal=level in range(3))
+            assert self.snapshot() == before
+            return
         if can and level in range(3):
             self.wishes.setdefault(id(lease.entry), WhenAsleep.AUTO)
         self.attempt(lambda: self.registry.sleeping.sleep_on(lease, level), legal=can and level in range(3))

@@ -68,7 +68,6 @@ def test_every_method_of_the_service_has_a_callable_of_its_kind() -> None:
         "/vllm_companion.v1.Companion/Attach": "unary_stream",
         "/vllm_companion.v1.Companion/Publish": "stream_unary",
         "/vllm_companion.v1.Companion/Sleep": "unary_unary",
-        "/vllm_companion.v1.Companion/Wake": "unary_unary",
         "/vllm_companion.v1.Companion/Stage": "unary_unary",
         "/vllm_companion.v1.Companion/CommitStaged": "unary_unary",
         "/vllm_companion.v1.Companion/GetGeneration": "unary_unary",

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from vllm_companion_plugin.client.attachment import KNOWN_TIMEOUT_S
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
-from vllm_companion_plugin.client.mirror import Held, Mirror
+from vllm_companion_plugin.client.mirror import KNOWN_TIMEOUT_S, Held, Mirror
 from vllm_companion_plugin.client.peft import AT_ONCE_BYTES, Adapter, in_groups
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters

@@ -130,6 +130,7 @@ class Lease:
         self._error: CompanionError | None = None
         self._released = False
         self._publication: Publication | None = None
+        self._known_manifest = self._known_sha256 = b""
         self._know(known_manifest)
         self._token = self._deposit_ticket = b""
         self._sleeps = False  # and has told it by the token
@@ -219,9 +220,11 @@ class Lease:
         return event
 
     def _know(self, manifest: bytes) -> None:
-        self._known_manifest, self._known_sha256 = manifest, hashlib.sha256(manifest).digest()
+        if manifest is not self._known_manifest:
+            self._known_manifest, self._known_sha256 = manifest, hashlib.sha256(manifest).digest()
 
-    def _receive_ready(self, ready: Any, timeout_s: float) -> Ready:
+    def _receive_ready(self, ready: Any, timeout_s: float, key: EntryKey | None = None) -> Ready:
+        """`key`: the entry's, if the companion leaves it out because the client has it."""
         chunks: list[bytes] = []
         missing = 0 if ready.manifest_known else ready.manifest_bytes
         if missing > MAX_MANIFEST_BYTES:
@@ -241,8 +244,9 @@ class Lease:
             digest = hashlib.sha256(manifest).digest()
         if missing != 0 or digest != ready.manifest_sha256:
             raise ManifestError(f"{self._label}: the manifest arrived damaged ({len(manifest)} bytes).")
+        self._known_manifest, self._known_sha256 = manifest, digest
         arena, ticket = codec.arena_from_message(ready.arena)
-        key = codec.key_from_message(ready.key)
+        key = key or codec.key_from_message(ready.key)
         if self._key_id not in ("", key.id):
             raise ManifestError(f"{self._label}: asked for {self._key_id[:12]}, and got {key.id[:12]}.")
         published = codec.published_from_message(ready.published)
@@ -293,27 +297,35 @@ class Lease:
         self._sleeps = True
         return str(answer.residence)
 
-    def wake(self, manifest: bytes) -> Ready | None:
-        """Tell the companion that this client maps the entry again; what that is.
+    def wake(self, key: EntryKey, manifest: bytes) -> tuple[Ready, Descriptors] | None:
+        """Tell the companion that this client maps the entry again; what that is, and its descriptors.
+
+        Not over gRPC, which cannot carry descriptors, and takes three times as long.
 
         Returns:
             None: the client sleeps on, and has to attach; or it sleeps by a lease that a companion does not know so.
 
         Args:
-            manifest: the entry's, which this client has.
+            key, manifest: the entry's, which this client has.
 
         Raises:
-            CompanionError: the companion does not answer, or does not know that this client sleeps.
+            CompanionError: the companion does not answer, or does not know that this client sleeps. It may take it for
+                awake.
         """
         if not self._sleeps or self.lost.is_set():
             return None
         self._know(manifest)
-        request = messages.WakeRequest(lease_token=self._token, known_manifest_sha256=self._known_sha256)
-        answer = self._call_with_token("Wake", request, WAKE_TIMEOUT_S)
-        if not answer.HasField("ready"):
+        woken = fd_channel.wake(self._paths.fd_socket, self._token, self._known_sha256, WAKE_TIMEOUT_S)
+        if woken is None:
             return None
+        ready, fds = woken
+        try:
+            received = self._receive_ready(ready, FD_TIMEOUT_S, key)
+        except BaseException:
+            fds.close()
+            raise
         self._sleeps = False
-        return self._receive_ready(answer.ready, FD_TIMEOUT_S)
+        return received, fds
 
     # ---- generations
 

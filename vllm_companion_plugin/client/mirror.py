@@ -13,8 +13,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
@@ -22,11 +23,13 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.errors import (
     ArenaError,
+    BadRequestError,
     CompanionError,
     CompanionReplacedError,
     CompanionUnavailableError,
     EntryNotFoundError,
     LeaseLostError,
+    TicketError,
 )
 from vllm_companion_plugin.host import notes
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
@@ -40,6 +43,12 @@ SAID_AFTER_S = 60.0
 RETRY_S, RETRY_MOST_S = 0.1, 2.0
 """Between attempts to hand back: at first, and after many."""
 POLL_S = 0.02
+DIES_S = 1.0
+"""Until a companion that has died is known to have, by its stream."""
+KNOWN_TIMEOUT_S = 10.0
+"""For the next companion, if this one has died, to know what this process holds, before a call fails that needs it."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,37 @@ class Mirror:
             before = self._lease
             self._attach_again()
         before.release()
+
+    def ask(self, question: Callable[[Lease], T]) -> T:
+        """Ask the companion that knows of this hold; the next one, if this one dies meanwhile.
+
+        Args:
+            question: asked by the lease that a companion knows, once or several times.
+
+        Raises:
+            CompanionError: as `question`; as `know_again`.
+        """
+        late, renewed = time.monotonic() + KNOWN_TIMEOUT_S, False
+        while True:
+            self.wait_known(late - time.monotonic())
+            lease = self._lease
+            try:
+                return question(lease)
+            except (CompanionUnavailableError, BadRequestError, TicketError) as error:
+                if self.ended:
+                    raise
+                refused = not isinstance(error, CompanionUnavailableError)
+                # It has died, and the next one, that may answer there already, does not know the lease.
+                if lease.lost.wait(DIES_S if refused else max(0.0, late - time.monotonic())):
+                    if time.monotonic() > late:
+                        raise
+                elif (
+                    isinstance(error, BadRequestError) and not renewed
+                ):  # it may take us for asleep: an answer was lost
+                    renewed = True
+                    self.know_again()
+                else:
+                    raise
 
     def wait_known(self, timeout_s: float) -> None:
         """Return once a companion knows of this hold, nothing is to be handed back, or the time is over."""

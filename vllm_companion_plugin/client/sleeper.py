@@ -9,9 +9,10 @@ import threading
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.client.lease import Lease, Ready
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, ManifestError, WaitTimeoutError
+from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
+from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings
 
 logger = logging.getLogger("vllm.companion.client")
@@ -50,8 +51,8 @@ class Sleeper:
         self._connection = connection
         lease.on_lost(self._on_lost)
 
-    def wake(self, manifest: bytes) -> tuple[Lease, Ready] | None:
-        """What this process maps from now on, and the lease, which stays this one's until `hand_over`.
+    def wake(self, manifest: bytes) -> tuple[Lease, Ready, Descriptors] | None:
+        """What this process maps from now on, its descriptors, and the lease, which stays this one's until `hand_over`.
 
         Returns:
             None: the companion has to be asked in another way, by attaching.
@@ -62,13 +63,12 @@ class Sleeper:
         with self._mutex:
             lease = self._lease
         try:
-            ready = lease.wake(manifest)
-        except CompanionError as error:  # who attaches is told the same, or that this companion is of before `Wake`
+            woken = lease.wake(self._key, manifest)
+        except CompanionError as error:  # who attaches is told the same, or that this companion is of before this
             logger.debug("%s was not woken by its lease: %s", self._key.short_title, error)
-            if isinstance(error, (WaitTimeoutError, ManifestError)):  # it may take us for awake
-                self.sleep_again(lease)
+            self.sleep_again(lease)
             return None
-        return None if ready is None else (lease, ready)
+        return None if woken is None else (lease, *woken)
 
     def sleep_again(self, lease: Lease) -> None:
         """What `wake` has told the companion has come to nothing."""

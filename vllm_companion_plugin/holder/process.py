@@ -141,7 +141,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, _on_signal, number, service)
-    fd_server = FdServer(paths.fd_socket, redeem=service.redeem, check_deposit=service.check_deposit)
+    fd_server = FdServer(paths.fd_socket, redeem=service.redeem, check_deposit=service.check_deposit, wake=service.wake)
     health = Health(schema.SERVICE)
     server = await _start_grpc(paths, service, health)
     try:

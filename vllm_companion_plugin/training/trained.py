@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vllm_companion_plugin import fleet
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.client.attachment import KNOWN_TIMEOUT_S, Attachment
+from vllm_companion_plugin.client.attachment import Attachment
+from vllm_companion_plugin.client.mirror import KNOWN_TIMEOUT_S
 from vllm_companion_plugin.client.update import Owned, begin_training, check_version
 from vllm_companion_plugin.errors import (
     BadRequestError,

@@ -6,6 +6,11 @@ send is one packet). A client opens a connection for one exchange:
     redeem   R ticket            ->   F count + fds, as often as needed, or E code NUL text
     deposit  D ticket count      ->   O (the companion waits for descriptors), or E ...
              F count + fds ...   ->   O (it has them all), or E ...
+    wake     W token sum         ->   A left bytes, as often as needed, then F count + fds as above, or E ...
+
+A client that wakes shows the token of its lease and the sha256 of the manifest that it has. The bytes are a `Ready`;
+`left` says how many of them follow; none at all tell that the client sleeps on. So waking takes one round trip, not
+one over gRPC and one more with the ticket that it brings.
 
 The kernel passes at most 253 descriptors a packet (SCM_MAX_FD in linux/net/scm.h).
 """
@@ -19,6 +24,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from google.protobuf.message import DecodeError
+
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionError,
@@ -29,12 +36,20 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.host import peer
 from vllm_companion_plugin.memory.descriptors import Descriptors, receive
+from vllm_companion_plugin.wire import messages
 
 TICKET_BYTES = 16
+"""Of a token, too."""
+SUM_BYTES = 32
 FDS_PER_PACKET = 253
 PACKET_BYTES = 4096
-REDEEM, DEPOSIT, FDS, OK, ERROR = b"R", b"D", b"F", b"O", b"E"
+READY_PACKET_BYTES = 64 << 10
+MAX_READY_BYTES = 64 << 20
+"""Most of it are checksums: 8 bytes for each 16 MiB."""
+REDEEM, DEPOSIT, WAKE, FDS, OK, READY, ERROR = b"R", b"D", b"W", b"F", b"O", b"A", b"E"
 _COUNT = struct.Struct("!I")
+_REQUEST_BYTES = {REDEEM: 0, DEPOSIT: _COUNT.size, WAKE: SUM_BYTES}
+"""What follows a ticket or a token."""
 
 
 def pack_fds(count: int) -> bytes:
@@ -59,28 +74,42 @@ def pack_deposit(ticket: bytes, count: int) -> bytes:
     return DEPOSIT + ticket + _COUNT.pack(count)
 
 
-def unpack_request(packet: bytes) -> tuple[bytes, bytes, int]:
-    """Verb, ticket and number of descriptors (0 to redeem). Raises `BadRequestError`."""
+def pack_ready(ready: bytes) -> list[bytes]:
+    """The packets that tell a client that it has woken; of b"": that it sleeps on."""
+    chunk = READY_PACKET_BYTES - 1 - _COUNT.size
+    return [
+        READY + _COUNT.pack(max(0, len(ready) - start - chunk)) + ready[start : start + chunk]
+        for start in range(0, max(1, len(ready)), chunk)
+    ]
+
+
+def unpack_request(packet: bytes) -> tuple[bytes, bytes, bytes]:
+    """Verb, ticket or token, and what else: a count (`count_of`) or a sum. Raises `BadRequestError`."""
     verb, ticket, rest = packet[:1], packet[1 : 1 + TICKET_BYTES], packet[1 + TICKET_BYTES :]
-    expected = {REDEEM: 0, DEPOSIT: _COUNT.size}.get(verb)
-    if expected != len(rest) or len(ticket) != TICKET_BYTES:
+    if _REQUEST_BYTES.get(verb) != len(rest) or len(ticket) != TICKET_BYTES:
         raise BadRequestError(f"A packet of {len(packet)} bytes on the fd socket is no request.")
-    return verb, ticket, _COUNT.unpack(rest)[0] if rest else 0
+    return verb, ticket, rest
+
+
+def count_of(rest: bytes) -> int:
+    """How many descriptors a deposit brings, by what `unpack_request` returned."""
+    return int(_COUNT.unpack(rest)[0])
 
 
 def receive_packet(
-    sock: socket.socket, close: Callable[[Descriptors], None] = Descriptors.close
+    sock: socket.socket, close: Callable[[Descriptors], None] = Descriptors.close, most_bytes: int = PACKET_BYTES
 ) -> tuple[bytes, Descriptors]:
     """One packet and the descriptors it carries, which the caller then owns (close-on-exec).
 
     Args:
         close: what becomes of descriptors that are refused.
+        most_bytes: that the packet may have.
 
     Raises:
         BadRequestError: truncated, or a count that contradicts the descriptors.
         OSError: from the socket, e.g. BlockingIOError.
     """
-    packet, fds, flags = receive(sock, PACKET_BYTES, FDS_PER_PACKET)
+    packet, fds, flags = receive(sock, most_bytes, FDS_PER_PACKET)
     arrived = len(fds)
     if flags & socket.MSG_CTRUNC:
         # The kernel dropped descriptors that did not fit: mostly this process is at RLIMIT_NOFILE.
@@ -146,10 +175,10 @@ class _Exchange:
                     self._fail(error)
                 time.sleep(0.001)
 
-    def receive(self) -> tuple[bytes, Descriptors]:
+    def receive(self, most_bytes: int = PACKET_BYTES) -> tuple[bytes, Descriptors]:
         try:
             self._arm()
-            packet, fds = receive_packet(self._sock)
+            packet, fds = receive_packet(self._sock, most_bytes=most_bytes)
         except OSError as error:
             self._fail(error)
         if packet[:1] == ERROR:
@@ -165,6 +194,36 @@ class _Exchange:
         if packet != OK:
             raise BadRequestError(f"Expected {OK!r} from {self._path}; got {packet[:1]!r} with {count} descriptors.")
 
+    def receive_ready(self) -> bytes:
+        ready, left = b"", -1
+        while left:
+            packet, fds = self.receive(READY_PACKET_BYTES)
+            count = len(fds)
+            fds.close()
+            if packet[:1] != READY or len(packet) < 1 + _COUNT.size or count:
+                raise BadRequestError(
+                    f"Expected {READY!r} from {self._path}; got {packet[:1]!r} with {count} descriptors."
+                )
+            chunk = packet[1 + _COUNT.size :]
+            ready, (left,) = ready + chunk, _COUNT.unpack_from(packet, 1)
+            if len(ready) + left > MAX_READY_BYTES or (left and not chunk):
+                raise BadRequestError(f"{self._path} tells with {len(ready) + left} bytes what it has.")
+        return ready
+
+    def receive_fds(self, count: int) -> Descriptors:
+        received = Descriptors()
+        try:
+            while len(received) < count:
+                packet, fds = self.receive()
+                is_answer = packet[:1] == FDS and len(fds) > 0
+                received = Descriptors(received.take() + fds.take())
+                if not is_answer or len(received) > count:
+                    raise BadRequestError(f"Expected {count} descriptors from {self._path}; got {len(received)}.")
+        except BaseException:
+            received.close()
+            raise
+        return received
+
 
 def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> Descriptors:
     """The `count` descriptors that `ticket` stands for, in order; the caller owns them.
@@ -175,20 +234,34 @@ def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> Descriptor
         RuntimeDirError: somebody else listens there.
         CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
     """
-    received = Descriptors()
-    try:
-        with _Exchange(path, timeout_s) as exchange:
-            exchange.send(REDEEM + ticket)
-            while len(received) < count:
-                packet, fds = exchange.receive()
-                is_answer = packet[:1] == FDS and len(fds) > 0
-                received = Descriptors(received.take() + fds.take())
-                if not is_answer or len(received) > count:
-                    raise BadRequestError(f"Expected {count} descriptors from {path}; got {len(received)}.")
-    except BaseException:
-        received.close()
-        raise
-    return received
+    with _Exchange(path, timeout_s) as exchange:
+        exchange.send(REDEEM + ticket)
+        return exchange.receive_fds(count)
+
+
+def wake(
+    path: str, token: bytes, known_manifest_sha256: bytes, timeout_s: float
+) -> tuple[messages.Ready, Descriptors] | None:
+    """What a client that sleeps maps from now on, and the descriptors of that, in order; the caller owns them.
+
+    Returns:
+        None: it sleeps on.
+
+    Raises:
+        BadRequestError: the lease with this token does not sleep, or the answer is none. No descriptor stays open.
+        RuntimeDirError, CompanionUnavailableError, WaitTimeoutError: as `redeem`. The companion may take the client for
+            awake, unless it refused.
+    """
+    with _Exchange(path, timeout_s) as exchange:
+        exchange.send(WAKE + token + known_manifest_sha256)
+        answer = exchange.receive_ready()
+        if not answer:
+            return None
+        try:
+            ready = messages.Ready.FromString(answer)
+        except DecodeError as error:
+            raise BadRequestError(f"{path} answers {len(answer)} bytes that tell nothing.") from error
+        return ready, exchange.receive_fds(len(ready.arena.block_sizes))
 
 
 def deposit(path: str, ticket: bytes, fds: Sequence[int], timeout_s: float) -> None:

@@ -313,20 +313,6 @@ class SleepResponse(_message.Message):
     residence: str
     def __init__(self, deposit_ticket: _Optional[bytes] = ..., residence: _Optional[str] = ...) -> None: ...
 
-class WakeRequest(_message.Message):
-    __slots__ = ("lease_token", "known_manifest_sha256")
-    LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    KNOWN_MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
-    lease_token: bytes
-    known_manifest_sha256: bytes
-    def __init__(self, lease_token: _Optional[bytes] = ..., known_manifest_sha256: _Optional[bytes] = ...) -> None: ...
-
-class WakeResponse(_message.Message):
-    __slots__ = ("ready",)
-    READY_FIELD_NUMBER: _ClassVar[int]
-    ready: Ready
-    def __init__(self, ready: _Optional[_Union[Ready, _Mapping]] = ...) -> None: ...
-
 class Published(_message.Message):
     __slots__ = ("tensor_count", "ways", "ready_unix_s", "load_s", "layout", "version")
     class WaysEntry(_message.Message):

@@ -67,7 +67,6 @@ class Stub:
     Attach: Callable[..., Any]
     Publish: Callable[..., Any]
     Sleep: Callable[..., Any]
-    Wake: Callable[..., Any]
     Stage: Callable[..., Any]
     CommitStaged: Callable[..., Any]
     GetGeneration: Callable[..., Any]

@@ -72,11 +72,15 @@ class Sleeping:
     def sleep_on(self, lease: Lease, level: int) -> None:
         """The client has woken, and could not map the entry. What was wished stays, and nobody is asked for a copy.
 
+        Nothing changes if it sleeps: it may not know whether it was woken.
+
         Raises:
             BadRequestError: as `sleep`.
         """
-        self._steps.check(lease, LeaseEvent.SLEEP)
         check_sleeper(level, lease.passive)
+        if lease.state is LeaseState.ASLEEP:
+            return
+        self._steps.check(lease, LeaseEvent.SLEEP)
         if lease.state is not LeaseState.ATTACHED:
             raise BadRequestError("Only a client that has woken can sleep on.")
         self.fall_asleep(lease, level, lease.entry.wish)

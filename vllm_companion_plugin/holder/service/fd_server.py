@@ -1,4 +1,4 @@
-"""Server side of the fd socket: descriptors out for redeem tickets, in for deposit tickets.
+"""Server side of the fd socket: descriptors out for redeem tickets and to who wakes, in for deposit tickets.
 
 Runs on the companion's event loop and never blocks it: sockets are non-blocking, a connection
 has a deadline, and a peer of another user is refused before it can say anything. Descriptors that
@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, CompanionUnavailableError
@@ -30,6 +31,21 @@ MAX_CONNECTIONS = 256
 ACCEPT_RETRY_S = 1.0
 
 
+@dataclass(frozen=True)
+class Woken:
+    """What a client that wakes is told, and given.
+
+    Attributes:
+        ready: b"": it sleeps on.
+        current: as of `FdServer`'s `redeem`.
+        settle: is told whether the client has been sent all of it; else it sleeps on.
+    """
+
+    ready: bytes = b""
+    current: Callable[[], Sequence[int]] = tuple
+    settle: Callable[[bool], None] = lambda told: None
+
+
 class FdServer:
     """The listening socket and its connections.
 
@@ -37,6 +53,7 @@ class FdServer:
         redeem: spends a ticket, and returns a function that returns the descriptors to send. They stay whose they are.
         check_deposit: spends the ticket of a deposit, given how many descriptors come, and returns a function that
             takes them. They are its own if it returns, and the caller's if it raises. All raise `CompanionError`.
+        wake: wakes the client whose lease has a token, given the sum of the manifest that it has.
     """
 
     def __init__(
@@ -45,10 +62,12 @@ class FdServer:
         *,
         redeem: Callable[[bytes], Callable[[], Sequence[int]]],
         check_deposit: Callable[[bytes, int], Callable[[Sequence[int]], None]],
+        wake: Callable[[bytes, bytes], Woken],
     ) -> None:
         self._path = path
         self._redeem = redeem
         self._check_deposit = check_deposit
+        self._wake = wake
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # Connections that have not shown a ticket, in order of arrival.
@@ -144,13 +163,19 @@ class FdServer:
             raise BadRequestError("Descriptors came before a ticket.")
         if not packet:
             return
-        verb, ticket, count = fd_channel.unpack_request(packet)
+        verb, ticket, rest = fd_channel.unpack_request(packet)
         if verb == fd_channel.REDEEM:
             current = self._redeem(ticket)
             self._strangers.pop(peer, None)
-            for number in range(len(fd_channel.batches(current()))):
-                await _send(peer, partial(_packet, current, number))
-            return
+            await _send_fds(peer, current)
+        elif verb == fd_channel.WAKE:
+            woken = self._wake(ticket, rest)
+            self._strangers.pop(peer, None)
+            await _send_woken(peer, woken)
+        else:
+            await self._take(peer, ticket, fd_channel.count_of(rest))
+
+    async def _take(self, peer: socket.socket, ticket: bytes, count: int) -> None:
         if not 1 <= count <= MAX_BLOCKS:
             raise BadRequestError(f"A deposit of {count} descriptors; 1 to {MAX_BLOCKS} are allowed.")
         take = self._check_deposit(ticket, count)
@@ -159,7 +184,7 @@ class FdServer:
         received: list[int] = []
         try:
             while len(received) < count:
-                packet, fds = await _receive(peer)
+                _, fds = await _receive(peer)
                 received += fds
                 if not fds or len(received) > count:
                     raise BadRequestError(f"A deposit announced {count} descriptors and brought {len(received)}.")
@@ -168,6 +193,22 @@ class FdServer:
             close_aside(received)
             raise
         await _send(peer, lambda: (fd_channel.OK, ()))
+
+
+async def _send_woken(peer: socket.socket, woken: Woken) -> None:
+    try:
+        for packet in fd_channel.pack_ready(woken.ready):
+            await _send(peer, lambda packet=packet: (packet, ()))  # type: ignore[misc]
+        await _send_fds(peer, woken.current)
+    except BaseException:
+        woken.settle(False)
+        raise
+    woken.settle(True)
+
+
+async def _send_fds(peer: socket.socket, current: Callable[[], Sequence[int]]) -> None:
+    for number in range(len(fd_channel.batches(current()))):
+        await _send(peer, partial(_packet, current, number))
 
 
 def _packet(current: Callable[[], Sequence[int]], number: int) -> tuple[bytes, Sequence[int]]:

@@ -37,6 +37,7 @@ from vllm_companion_plugin.errors import (
 from vllm_companion_plugin.holder.registry.counting import Counting
 from vllm_companion_plugin.holder.registry.entries import (
     CurrentEvent,
+    Entry,
     Event,
     FailedEvent,
     Generation,
@@ -50,6 +51,7 @@ from vllm_companion_plugin.holder.registry.moves import Move, Observer
 from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.service.descriptors import check_descriptors, close_aside, memory_is_lost
+from vllm_companion_plugin.holder.service.fd_server import Woken
 from vllm_companion_plugin.holder.service.incoming import IncomingManifest
 from vllm_companion_plugin.holder.service.journal import Journal, Note, level_of
 from vllm_companion_plugin.holder.service.tickets import Ticket, Tickets
@@ -136,18 +138,29 @@ class CompanionService:
     def redeem(self, ticket: bytes) -> Callable[[], Sequence[int]]:
         """The descriptors behind a ticket, to be asked for anew each time: they end with their entry."""
         spent = self._spend(fd_channel.REDEEM, ticket)
-        entry, number = spent.lease.entry, spent.generation
+        return partial(_descriptors, spent.lease.entry, spent.generation, host=spent.host)
 
-        def current() -> Sequence[int]:
-            there = next((each for each in (entry.current, *entry.others) if each.number == number), Generation())
-            fds = there.host_fds if spent.host else there.fds
-            if not fds:
-                raise TicketError(
-                    f"Generation {number} of {entry.key.model} was dropped before its descriptors were fetched."
-                )
-            return fds
+    def wake(self, token: bytes, known_manifest: bytes) -> Woken:
+        """Wake the client whose lease has this token, if the bytes are on the device; else it sleeps on."""
+        try:
+            lease = self._lease_of(token)
+            self.registry.lose(memory_is_lost)
+            level = lease.level
+            if not self.registry.sleeping.wake(lease, known_manifest):
+                return Woken()
+        except CompanionError as error:
+            self._counting.refused(error)
+            raise
 
-        return current
+        def settle(told: bool) -> None:
+            if told:
+                logger.info("%s woke on %s.", lease.who, lease.entry.key.model)
+                return
+            with suppress(CompanionError):  # it has gone
+                self.registry.sleeping.sleep_on(lease, level)
+
+        ready = self._ready(lease, known_manifest, token=token, is_woken=True)
+        return Woken(ready.SerializeToString(), partial(_descriptors, lease.entry, ready.generation), settle)
 
     def check_deposit(self, ticket: bytes, count: int) -> Callable[[Sequence[int]], None]:
         lease = self._spend(fd_channel.DEPOSIT, ticket).lease
@@ -278,14 +291,20 @@ class CompanionService:
         *,
         host: bool = False,
         token: bytes = b"",
+        is_woken: bool = False,
     ) -> messages.Ready:
-        """`token`: of the lease, if the client has one already."""
+        """What a client maps.
+
+        Args:
+            token: of the lease, if the client has one already.
+            is_woken: it has the key, and gets the descriptors without a ticket.
+        """
         current = generation or lease.entry.current
         assert current.arena is not None
         assert current.manifest is not None
-        ticket = self.tickets.issue(fd_channel.REDEEM, lease, current.number, host=host)
+        ticket = b"" if is_woken else self.tickets.issue(fd_channel.REDEEM, lease, current.number, host=host)
         return messages.Ready(
-            key=codec.key_to_message(lease.entry.key),
+            key=None if is_woken else codec.key_to_message(lease.entry.key),
             generation=current.number,
             arena=codec.arena_to_message(current.arena, ticket),
             manifest_bytes=current.manifest.size_bytes,
@@ -301,15 +320,15 @@ class CompanionService:
             for chunk in manifest.chunks:
                 await context.write(messages.AttachEvent(manifest_chunk=chunk))
 
-    def _lease_of(self, request: Any) -> Lease:
-        lease = self._tokens.get(request.lease_token)
+    def _lease_of(self, token: bytes) -> Lease:
+        lease = self._tokens.get(token)
         if lease is None:
             raise BadRequestError("The lease token is unknown; the lease has ended.")
         return lease
 
     async def Stage(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            lease = self._lease_of(request)
+            lease = self._lease_of(request.lease_token)
             if request.abort:
                 self.registry.updates.abort(lease)
                 return messages.StageResponse()
@@ -322,7 +341,7 @@ class CompanionService:
 
     async def CommitStaged(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            lease = self._lease_of(request)
+            lease = self._lease_of(request.lease_token)
             arena, _ = codec.arena_from_message(request.arena)
             check_descriptors(arena, lease.deposited)
             version = codec.version_from_message(request.version)
@@ -333,14 +352,14 @@ class CompanionService:
 
     async def GetGeneration(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            lease = self._lease_of(request)
+            lease = self._lease_of(request.lease_token)
             generation = self.registry.updates.find(lease.entry, request.generation)
             assert generation.manifest is not None
             return self._ready(lease, generation.manifest.sha256, generation, token=request.lease_token)
 
     async def Advance(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            self.registry.updates.advance(self._lease_of(request), request.generation)
+            self.registry.updates.advance(self._lease_of(request.lease_token), request.generation)
             return messages.AdvanceResponse()
 
     async def MakeCurrent(self, request: Any, context: Any) -> Any:
@@ -351,7 +370,7 @@ class CompanionService:
 
     async def Sleep(self, request: Any, context: Any) -> Any:
         async with self._errors(context):
-            lease = self._lease_of(request)
+            lease = self._lease_of(request.lease_token)
             if request.stays_awake:
                 self.registry.sleeping.stay_awake(lease)
                 return messages.SleepResponse()
@@ -374,16 +393,6 @@ class CompanionService:
                 return messages.SleepResponse(residence=lease.entry.current.residence.value)
             return messages.SleepResponse(deposit_ticket=self.tickets.issue(fd_channel.DEPOSIT, lease))
 
-    async def Wake(self, request: Any, context: Any) -> Any:
-        async with self._errors(context):
-            lease = self._lease_of(request)
-            self.registry.lose(memory_is_lost)
-            if not self.registry.sleeping.wake(lease, request.known_manifest_sha256):
-                return messages.WakeResponse()
-            logger.info("%s wakes on %s.", lease.who, lease.entry.key.model)
-            ready = self._ready(lease, request.known_manifest_sha256, token=request.lease_token)
-            return messages.WakeResponse(ready=ready)
-
     async def Publish(self, requests: AsyncIterator[Any], context: Any) -> Any:
         async with self._errors(context):
             with self.registry.receive(), self._incoming() as manifest:
@@ -405,9 +414,7 @@ class CompanionService:
             if (step == "begin") != (lease is None):
                 raise BadRequestError("A publication begins with exactly one begin.")
             if lease is None:
-                lease = self._tokens.get(request.begin.lease_token)
-                if lease is None:
-                    raise BadRequestError("The lease token is unknown; the lease has ended.")
+                lease = self._lease_of(request.begin.lease_token)
             elif step == "progress":
                 self.registry.progress(lease, codec.progress_from_message(request.progress))
             elif step == "manifest_chunk":
@@ -523,6 +530,15 @@ def _answer(lease: Lease) -> str:
     if lease.entry.current.host is not None:
         return "bringing it back from host memory"
     return "handing it back" if lease.holds else "loading"
+
+
+def _descriptors(entry: Entry, number: int, *, host: bool = False) -> Sequence[int]:
+    """Of a generation, or of its copy in host memory. Raises `TicketError` if it is not held any more."""
+    there = next((each for each in (entry.current, *entry.others) if each.number == number), Generation())
+    fds = there.host_fds if host else there.fds
+    if not fds:
+        raise TicketError(f"Generation {number} of {entry.key.model} was dropped before its descriptors were fetched.")
+    return fds
 
 
 def _harmless(observe: Observer) -> Observer:
