@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +32,14 @@ def mentions_of(path: str) -> Mentions:
     """Return what a file mentions; nothing if it is no Python source. This process parses each version once."""
     try:
         version = version_of(path)
-        if _known.get(path, ((),))[0] != version:
-            _known[path] = version, _parsed(Path(path).read_bytes())
-        return _known[path][1]
-    except (OSError, ValueError, SyntaxError, RecursionError):  # Python could not import the file either
+    except OSError:
         return Mentions()
+    if _known.get(path, ((),))[0] != version:
+        try:
+            _known[path] = version, _parsed(path)
+        except (OSError, ValueError, SyntaxError, RecursionError):  # Python could not import the file either
+            _known[path] = version, Mentions()
+    return _known[path][1]
 
 
 def version_of(path: str) -> tuple[int, ...]:
@@ -46,13 +48,10 @@ def version_of(path: str) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _parsed(source: bytes) -> Mentions:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escape sequences in code of others
-        tree = ast.parse(source)
+def _parsed(path: str) -> Mentions:
     modules: set[str] = set()
     texts: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(Path(path).read_bytes(), path)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules.update(_imported(node))
         elif isinstance(node, ast.Call):
