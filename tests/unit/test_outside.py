@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -112,6 +114,20 @@ class TestImports:
         name = f"code.oot_space/{helper.relative_to(path / 'oot_space')}"
         assert changed(helper, "SIGN = -1\n", "oot_space.model") == [name]
         assert changed(path / "oot_space" / "other.py", "SIGN = -1\n", "oot_space.model") == []
+
+    @pytest.mark.parametrize("how", [("-m", "oot_app.serve"), ("oot_app/serve.py",)])
+    def test_a_program_that_has_its_own_model(self, path: Path, how: tuple[str, ...]) -> None:
+        """What runs by `python -m` can import its siblings by relative names."""
+        write(path / "oot_app" / "__init__.py", "")
+        write(path / "oot_app" / "helper.py", "")
+        ask = "from vllm_companion_plugin.engine.identity import code, outside\nprint(*outside.fields(['__main__']))\n"
+        write(path / "oot_app" / "serve.py", MODEL.format("from . import helper") + ask)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, *how], cwd=path, env=environment, capture_output=True, text=True, timeout=100, check=True
+        )
+        whole = [f"code.oot_app/{name}.py" for name in ("__init__", "helper", "serve")]
+        assert done.stdout.split() == (whole if "-m" in how else ["code.serve.py"])
 
     def test_code_in_an_archive(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It counts as one file."""

@@ -432,3 +432,11 @@ class TestDifferences:
     def test_names_from_another_process_hang_nobody(self, model: Path) -> None:
         os.mkfifo(model / "pipe")
         assert len(differences({"pipe": "0" * 64, "\0": "0" * 64, "/dev/zero": "0" * 64}, model)) == 3
+
+    def test_names_from_another_process_import_nothing(self, model: Path, path: Path) -> None:
+        write(path / "oot_model" / "part" / "__init__.py", "")
+        write(path / "oot_model" / "__init__.py", "")
+        tops = ("", ".", "..", "oot_model.part", "oot_model.part.py", "\0", "oot_absent")
+        names = [f"package:{top}{rest}" for top in tops for rest in ("", "/", "/\0", "/../oot_model/x")]
+        differences(dict.fromkeys(names, "0" * 64), model)
+        assert "oot_model" not in sys.modules

@@ -89,7 +89,7 @@ class Names:
 def path_of(name: str) -> str | None:
     """Return where the file of a name (`Names`) is here, without an import; None if nothing is."""
     top, slash, inner = name.partition("/")
-    file, folders = _place(top if slash else top.partition(".")[0])
+    file, folders = _place(_top(top))  # to find a part of a package would import the package
     if not slash:
         return file
     return next((path for folder in folders if os.path.exists(path := os.path.join(folder, inner))), None)
@@ -185,7 +185,7 @@ class _Unit:
 
 def _followed(modules: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
     """Return the units of `modules` and of what they use, and the versions of installed packages that they use."""
-    waiting = sorted(name for name in modules if name in sys.modules and _top(name) not in KNOWN)
+    waiting = sorted(_full_name(name) for name in modules if name in sys.modules and _top(name) not in KNOWN)
     # These count by their files though they may be installed: a plugin may be made anew under its old version.
     ours = {unit.place for unit in map(_unit, waiting) if unit is not None}
     units: dict[str, _Unit] = {}
@@ -205,6 +205,12 @@ def _followed(modules: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
             units[unit.place] = unit
             waiting += unit.uses()
     return sorted(units.values(), key=lambda unit: unit.place), versions
+
+
+def _full_name(module: str) -> str:
+    """Return the name by which others import a module, also if it runs as a program (`python -m`)."""
+    spec = getattr(sys.modules[module], "__spec__", None) if module in ("__main__", "__mp_main__") else None
+    return module if spec is None else str(spec.name)
 
 
 def _unit(module: str) -> _Unit | None:

@@ -81,7 +81,6 @@ class Reading:
             if os.path.basename(path) in _TOKENIZER_SEEN:
                 opened |= {os.path.join(os.path.dirname(path), name) for name in _TOKENIZER}
         written = {os.path.abspath(path) for path in list(self._written)}
-        outside_vllm = {os.path.abspath(path) for path in list(self._read_outside)}
         imported = outside.loaded_since(self._modules)
         listed = {
             os.path.join(folder, "")
@@ -89,10 +88,11 @@ class Reading:
             if not any(_is_in(folder, place) for place in (self._checkpoint, places.hub()))
         }
         weights = {path for folder in listed for path in _weights_in(folder)}
+        by_outside = {os.path.abspath(path) for path in list(self._read_outside)} | imported | listed | weights
         names = outside.Names()
         found = {}
-        for path in sorted((opened | imported | listed | weights) - written):
-            name = _name(path, self._checkpoint, names, path in outside_vllm | imported | listed | weights)
+        for path in sorted((opened | by_outside) - written):
+            name = _name(path, self._checkpoint, names, path in by_outside)
             if name is not None and (identity := _identity(name, path)) is not None:
                 found[name] = identity
         return found
