@@ -340,9 +340,9 @@ class TestCode:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The file that is not its wheel's is named, with a digest."""
-        read = code._sha256
+        read = code.sha256_of
         monkeypatch.setattr(
-            code, "_sha256", lambda path: b"patched" if path.endswith("layers/linear.py") else read(path)
+            code, "sha256_of", lambda path: b"patched" if path.endswith("layers/linear.py") else read(path)
         )
         code._vllm_state.cache_clear()
         found = key_of(tiny).fields["code.vllm"]
@@ -351,10 +351,10 @@ class TestCode:
 
     def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It has no list of what was released."""
-        read, patched = code._sha256, b""
+        read, patched = code.sha256_of, b""
         monkeypatch.setattr(code, "_released", lambda place: {})
         monkeypatch.setattr(
-            code, "_sha256", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
+            code, "sha256_of", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
         )
         code._vllm_state.cache_clear()
         plain = key_of(tiny)

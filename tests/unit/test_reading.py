@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import glob
+import importlib
+import importlib.metadata
 import json
+import linecache
 import os
+import pkgutil
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
 import timeit
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from vllm.model_executor.model_loader import weight_utils
 
+from vllm_companion_plugin.engine.identity import code, places
 from vllm_companion_plugin.engine.identity.reading import LARGEST_BYTES, differences, observed_reading
 
 pytestmark = pytest.mark.core
@@ -27,6 +39,28 @@ def model(tmp_path: Path) -> Path:
     (path / "modules.json").write_text("[]")
     (path / "2_Dense" / "config.json").write_text("{}")
     return path
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder from which Python imports modules, whose names begin with oot_."""
+    (tmp_path / "path").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "path"), *sys.path])
+    importlib.invalidate_caches()
+    yield tmp_path / "path"
+    forget()
+
+
+def forget() -> None:
+    """As in another process."""
+    for name in [name for name in sys.modules if name.startswith("oot_")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def read(model: Path, *paths: Path) -> dict[str, str]:
@@ -139,6 +173,237 @@ class TestReading:
         assert timeit.timeit(lambda: sys.audit("import", "x"), number=10_000) / 10_000 < 20e-6
 
 
+class TestOpeners:
+    """In folders of caches, and code: what counts is who reads it."""
+
+    @pytest.fixture
+    def hidden(self, tmp_path: Path) -> Path:
+        path = tmp_path / ".mine" / "scales.json"
+        path.parent.mkdir()
+        path.write_text("{}")
+        return path
+
+    def test_what_the_models_code_reads_counts(self, model: Path, hidden: Path) -> None:
+        assert list(read(model, hidden)) == [str(hidden)]
+
+    @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "TRITON_CACHE_DIR"])
+    def test_a_folder_of_caches_need_not_be_hidden(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+    ) -> None:
+        monkeypatch.setenv(variable, str(tmp_path / "caches"))
+        file = tmp_path / "caches" / "model.safetensors.index.json"
+        file.parent.mkdir()
+        file.write_text('{"weight_map": {}}')
+        with observed_reading(model) as reading:
+            weight_utils.filter_duplicate_safetensors_files([], str(file.parent), file.name)
+        assert reading.files() == {}
+        assert list(read(model, file)) == [str(file)]
+
+    @pytest.mark.parametrize("how", [np.load, torch.load, lambda path: shutil.copy(path, "/dev/null")])
+    def test_libraries_read_for_whoever_calls_them(
+        self, model: Path, hidden: Path, how: Callable[[Path], object]
+    ) -> None:
+        if how is np.load:
+            np.save(hidden.open("wb"), np.ones(2))
+        else:
+            torch.save({}, hidden)
+        with observed_reading(model) as reading:
+            how(hidden)
+        assert list(reading.files()) == [str(hidden)]
+
+    def test_in_a_thread_nobody_knows_who_called_a_library(self, model: Path, hidden: Path) -> None:
+        np.save(hidden.open("wb"), np.ones(2))
+        with observed_reading(model) as reading, ThreadPoolExecutor(1) as threads:
+            threads.submit(np.load, hidden).result()
+        assert list(reading.files()) == [str(hidden)]
+
+    def test_a_key_to_the_hub_is_never_noted(self, model: Path, hidden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(hidden))
+        places._no_models.cache_clear()
+        assert read(model, hidden) == {}
+        places._no_models.cache_clear()
+
+    def test_what_vllm_reads_does_not_count(self, model: Path, hidden: Path) -> None:
+        hidden.write_text('{"weight_map": {}}')
+        with observed_reading(model) as reading:
+            weight_utils.filter_duplicate_safetensors_files([], str(hidden.parent), hidden.name)
+        assert reading.files() == {}
+
+    def test_what_a_compiler_keeps_does_not_count(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Other machines have compiled other things."""
+        cache = pytest.importorskip("triton.runtime.cache")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / ".triton"))
+        kept = cache.get_cache_manager("a" * 64)
+        kept.put_group("kernel.json", {"kernel.json": kept.put("{}", "kernel.json")})
+        with observed_reading(model) as reading:
+            assert cache.get_cache_manager("a" * 64).get_group("kernel.json")
+        assert reading.files() == {}
+
+    def test_code_counts_where_it_is_read_and_not_imported(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("recipe.py", "shown.py"):
+            (tmp_path / name).write_text("SCALE = 2\n")
+        with observed_reading(model) as reading:
+            runpy.run_path(str(tmp_path / "recipe.py"))
+            assert linecache.getlines(str(tmp_path / "shown.py"))
+        assert list(reading.files()) == [str(tmp_path / "recipe.py")]
+
+    def test_what_packages_read_on_their_import_is_theirs(self, model: Path, hidden: Path, path: Path) -> None:
+        place = path / "site-packages"
+        write(place / "oot_installed.py", f"open({str(hidden)!r}).close()\n")
+        sys.path.insert(0, str(place))
+        with observed_reading(model) as reading:
+            importlib.import_module("oot_installed")
+        assert reading.files() == {}
+
+    def test_a_model_may_be_installed(self, model: Path, hidden: Path, path: Path) -> None:
+        """The key names the files of its package."""
+        place = path / "site-packages"
+        write(place / "oot_model.py", "class Model:\n    def load(self, path):\n        open(path).close()\n")
+        sys.path.insert(0, str(place))
+        made = importlib.import_module("oot_model").Model
+        code.fields(made)
+        with observed_reading(model) as reading, ThreadPoolExecutor(1) as threads:
+            threads.submit(made().load, str(hidden)).result()
+        assert list(reading.files()) == [str(hidden)]
+
+
+class TestModules:
+    """What code of the model imports while it loads, and no key has named."""
+
+    def imported(self, model: Path, name: str) -> dict[str, str]:
+        with observed_reading(model) as reading:
+            importlib.import_module(name)
+        return reading.files()
+
+    def test_they_are_compared(self, model: Path, path: Path) -> None:
+        write(path / "oot_late.py", "SCALE = 1\n")
+        found = self.imported(model, "oot_late")
+        assert list(found) == ["package:oot_late.py"]
+        assert differences(found, model) == []
+        write(path / "oot_late.py", "SCALE = 2\n")
+        assert len(differences(found, model)) == 1
+
+    def test_each_engine_may_have_them_elsewhere(self, model: Path, path: Path, tmp_path: Path) -> None:
+        """Also their data; who compares imports nothing."""
+        write(path / "oot_late" / "__init__.py", "")
+        write(
+            path / "oot_late" / "of.py",
+            "from pathlib import Path\nPath(__file__, '../scales/of.json').resolve().read_text()\n",
+        )
+        write(path / "oot_late" / "scales" / "of.json", "1")
+        found = self.imported(model, "oot_late.of")
+        names = ["package:oot_late/__init__.py", "package:oot_late/of.py", "package:oot_late/scales/of.json"]
+        assert list(found) == names
+        forget()
+        assert differences(found, model) == []
+        path.rename(tmp_path / "other")
+        assert len(differences(found, model)) == 3
+        sys.path.insert(0, str(tmp_path / "other"))
+        assert differences(found, model) == []
+        assert not any(name.startswith("oot_") for name in sys.modules)
+        write(tmp_path / "other" / "oot_late" / "scales" / "of.json", "2")
+        assert len(differences(found, model)) == 1
+
+    def test_in_a_folder_without_init(self, model: Path, path: Path) -> None:
+        write(path / "oot_space" / "late.py", "")
+        found = self.imported(model, "oot_space.late")
+        assert list(found) == ["package:oot_space/late.py"]
+        forget()
+        assert differences(found, model) == []
+
+    def test_those_of_python_and_of_packages_with_versions_are_not(self, model: Path, path: Path) -> None:
+        sys.modules.pop("this", None)
+        write(path / "site-packages" / "oot_late.py", "import this\n")
+        sys.path.insert(0, str(path / "site-packages"))
+        assert self.imported(model, "oot_late") == {}
+
+
+LISTING: dict[str, Callable[[Path], object]] = {
+    "listdir": os.listdir,
+    "listdir of bytes": lambda path: os.listdir(os.fsencode(path)),
+    "scandir": lambda path: [*os.scandir(path)],
+    "glob": lambda path: glob.glob(f"{path}/*.safetensors"),
+    "Path.glob": lambda path: [*path.glob("*.safetensors")],
+    "iterdir": lambda path: [*path.iterdir()],
+    "walk": lambda path: [*os.walk(path)],
+    "chdir": lambda path: (os.chdir(path), os.listdir()),
+}
+
+
+class TestListing:
+    """Files whose names come from a folder may be read by C++ or Rust, which nobody sees."""
+
+    @pytest.fixture
+    def extra(self, tmp_path: Path) -> Path:
+        path = tmp_path / "extra"
+        path.mkdir()
+        save_file({"a": torch.ones(2)}, path / "a.safetensors")
+        (path / "notes.txt").write_text("1")
+        (path / ".hidden").touch()
+        return path
+
+    @pytest.mark.parametrize("how", LISTING)
+    def test_a_folder_counts_with_its_weights(
+        self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        monkeypatch.chdir(model)
+        with observed_reading(model) as reading:
+            LISTING[how](extra)
+            with safe_open(extra / "a.safetensors", "pt") as file:
+                file.get_tensor("a")
+        found = reading.files()
+        assert list(found) == [f"{extra}/", f"{extra}/a.safetensors"]
+        (extra / "notes.txt").write_text("2")
+        (extra / ".hidden").unlink()
+        assert differences(found, model) == []
+        save_file({"a": torch.zeros(2)}, extra / "a.safetensors")
+        assert [text.split(" has ")[0] for text in differences(found, model)] == [f"{extra}/a.safetensors"]
+        (extra / "b.safetensors").touch()
+        assert len(differences(found, model)) == 2
+        shutil.rmtree(extra)
+        assert [text.split(" and ")[1] for text in differences(found, model)] == ["is absent here"] * 2
+
+    def test_what_is_known_or_nobodys_does_not_count(
+        self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(extra))
+        with observed_reading(model) as reading:
+            for folder in (model, model / "2_Dense", extra, "/proc", "/usr", os.path.dirname(torch.__file__)):
+                os.listdir(folder)
+        assert reading.files() == {}
+
+    def test_what_importing_lists_does_not_count(
+        self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(extra)
+        with observed_reading(model) as reading:
+            for find in (
+                lambda: importlib.import_module("oot_absent"),
+                lambda: importlib.metadata.version("oot-absent"),
+            ):
+                with pytest.raises(ImportError):
+                    find()
+            assert any(True for _ in pkgutil.iter_modules())
+        assert reading.files() == {}
+
+    def test_a_folder_of_a_package_is_named_wherever_it_is(self, model: Path, path: Path) -> None:
+        write(path / "oot_model" / "__init__.py", "")
+        write(path / "oot_model" / "parts" / "a.bin", "1")
+        importlib.import_module("oot_model")
+        with observed_reading(model) as reading:
+            os.listdir(path / "oot_model")
+            os.listdir(path / "oot_model" / "parts")
+        found = reading.files()
+        assert list(found) == [f"package:oot_model/{name}" for name in ("", "parts/", "parts/a.bin")]
+        assert differences(found, model) == []
+        write(path / "oot_model" / "parts" / "b.bin", "1")
+        assert [text.split(" has ")[0] for text in differences(found, model)] == ["package:oot_model/parts/"]
+
+
 class TestDifferences:
     def test_a_copy_has_none(self, model: Path, tmp_path: Path) -> None:
         found = read(model, model / "modules.json")
@@ -167,3 +432,11 @@ class TestDifferences:
     def test_names_from_another_process_hang_nobody(self, model: Path) -> None:
         os.mkfifo(model / "pipe")
         assert len(differences({"pipe": "0" * 64, "\0": "0" * 64, "/dev/zero": "0" * 64}, model)) == 3
+
+    def test_names_from_another_process_import_nothing(self, model: Path, path: Path) -> None:
+        write(path / "oot_model" / "part" / "__init__.py", "")
+        write(path / "oot_model" / "__init__.py", "")
+        tops = ("", ".", "..", "oot_model.part", "oot_model.part.py", "\0", "oot_absent")
+        names = [f"package:{top}{rest}" for top in tops for rest in ("", "/", "/\0", "/../oot_model/x")]
+        differences(dict.fromkeys(names, "0" * 64), model)
+        assert "oot_model" not in sys.modules

@@ -66,3 +66,53 @@ def test_variant_is_loaded_once(start_engine: StartEngine, place: Place, tiny_ll
         engine.stop()
     assert tokens[1:] == tokens[:-1]
     assert sorted(entry.key.variant for entry in entries(place)) == ["", "kind is torch.int8"]
+
+
+HIDDEN = """
+import importlib
+import os
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+class KindForCausalLM(LlamaForCausalLM):
+    def load_weights(self, weights):
+        loaded = super().load_weights(weights)
+        scale = importlib.import_module("_".join(("kind", "scale"))).SCALE
+        self.model.norm.weight.data.mul_(scale * len(os.listdir(os.path.dirname(__file__) + "/../extra")))
+        return loaded
+"""
+
+
+def test_code_and_folders_that_no_key_names_are_compared(
+    start_engine: StartEngine, place: Place, tiny_llama: Path, plugin: Path
+) -> None:
+    """A module whose name is computed, and a folder that is listed: another engine's may differ."""
+    model = Path(shutil.copytree(tiny_llama, plugin / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["KindForCausalLM"]}))
+    (plugin / "kind_model" / "model.py").write_text(HIDDEN)
+    scale, extra = plugin / "kind_scale.py", plugin / "extra"
+    extra.mkdir()
+    (extra / "a.bin").touch()
+    for text, names, said in (
+        ("1.0", 1, "Published"),
+        ("2.0", 1, "Published"),
+        ("2.0", 2, "Published"),
+        ("1.0", 1, "Attached"),
+    ):
+        scale.write_text(f"SCALE = {text}\n")
+        for number in range(names):
+            (extra / f"{number}.txt").touch()
+        for surplus in [path for path in extra.glob("*.txt") if int(path.stem) >= names]:
+            surplus.unlink()
+        engine = start_engine(
+            environment={"PYTHONPATH": str(plugin)},
+            model=model,
+            load_format="companion",
+            skip_tokenizer_init=True,
+            prompts=[[3, 5, 7]],
+        )
+        engine.result()
+        assert said in engine.output()
+        engine.stop()
+    variants = sorted(entry.key.variant.partition(" is ")[0] for entry in entries(place))
+    assert variants == ["", f"file {extra}/", "file package:kind_scale.py"]

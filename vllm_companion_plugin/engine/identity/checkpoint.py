@@ -62,9 +62,11 @@ def files_of(checkpoint: Path, folders: Iterable[str] = ()) -> list[Path]:
     for name in _modules(checkpoint):
         found.update(_top_level(checkpoint / name, ("config.json",)))
     for name in folders:
-        found |= {path for path in _walk(checkpoint / name) if path.name.endswith((*WEIGHT_SUFFIXES, ".json", ".py"))}
+        found |= {
+            path for path in files_below(checkpoint / name) if path.name.endswith((*WEIGHT_SUFFIXES, ".json", ".py"))
+        }
     if not any(map(_is_weight, found)):  # vLLM's loader knows a place that this module does not
-        found |= {path for path in _walk(checkpoint) if path.name.endswith((*WEIGHT_SUFFIXES, *_SMALL_SUFFIXES))}
+        found |= {path for path in files_below(checkpoint) if path.name.endswith((*WEIGHT_SUFFIXES, *_SMALL_SUFFIXES))}
     # A dangling link is no file: vLLM would fail on such a link, or never look at it.
     return sorted(path for path in found if os.path.isfile(path))
 
@@ -97,7 +99,7 @@ def _is_small(path: Path) -> bool:
     return not path.name.endswith((*WEIGHT_SUFFIXES, _INDEX))
 
 
-def _walk(directory: Path) -> Iterator[Path]:
+def files_below(directory: Path) -> Iterator[Path]:
     """Yield all files that are not hidden. Follows links to directories, and visits each directory once."""
     seen = set()
     for root, directories, names in os.walk(directory, followlinks=True):

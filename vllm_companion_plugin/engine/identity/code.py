@@ -1,8 +1,8 @@
 """The identity of the code that makes weights: the model's classes, the code they use, and plugins that change vLLM.
 
 This module compares vLLM's own files with the list in vLLM's wheel (RECORD). If they agree, the version of vLLM
-identifies all of them. A digest of the source identifies each file of other code, such as plugins and code that came
-with a checkpoint. Versions identify the packages that lay out weights. This module imports none of this code.
+identifies all of them. Versions identify the packages that lay out weights. `outside` identifies other code, such as
+plugins and code that came with a checkpoint. This module imports none of this code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+
+from vllm_companion_plugin.engine.identity import outside
+from vllm_companion_plugin.engine.identity.outside import sha256_of
 
 # Names of distributions. The key leaves out those that are not installed.
 _LAYING_OUT = (
@@ -43,28 +45,13 @@ _LAYING_OUT = (
     "zentorch",
     "aiter",
 )
-_OWN = __name__.partition(".")[0]
-# Packages that their versions identify.
-_KNOWN = {"vllm", "torch", "transformers", "numpy", _OWN, *sys.stdlib_module_names}
-# Code of checkpoints, each in its own folder of transformers' cache.
-_REMOTE = "transformers_modules"
 # Parts of vLLM's package that lay out and process weights of every model. Only the used models are added to these.
 _LOADING = ("model_executor", "kernels", "platforms", "_custom_ops.py", "scalar_type.py")
 _MODELS = ("vllm.model_executor.models.", "vllm.models.")
-_MOST_FILES = 40
 _SHORT = 16
 _MOST_SHOWN = 3
 _RECORD_LINE = re.compile(r"^(?:(vllm/[^,]+\.py),sha256=([^,]+),|(vllm/[^/,]+\.so),sha256=[^,]+,(\d+))", re.MULTILINE)
-_INSTALLED = ("site-packages", "dist-packages")
-_VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_]+)["']""")
-# Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
-_OF_THE_PROCESS = re.compile(
-    r".*(RANK|WORLD_SIZE|VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
-    r"|(.*_)?(TOKEN|KEY|PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
-    r"|.*_PROXY|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
-    r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS",
-    re.IGNORECASE,
-)
+_IMPORT = re.compile(rb"^\s*(?:from(?= [\w.]+ import )|import) (\w+)", re.MULTILINE)
 
 
 def versions() -> dict[str, str]:
@@ -88,11 +75,10 @@ def fields(model_class: type, *involved: type) -> dict[str, str]:
     """
     found = {"class": " ".join(f"{one.__module__}.{one.__name__}" for one in _own_classes(model_class))}
     found |= _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
-    own = (one for kind in involved for one in _own_classes(kind)[1:] if _top(kind.__module__) not in _KNOWN)
+    found |= _used_by(model_class.__module__)
+    own = (one for kind in involved for one in _own_classes(kind)[1:] if _top(kind.__module__) not in outside.KNOWN)
     names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins()}
-    for files in map(_files_of, sorted(_outside(names))):
-        found |= _digests(files) | _variables(files.values())
-    return found
+    return found | outside.fields(names)
 
 
 def folders(model_class: type, checkpoint: Path) -> list[str]:
@@ -117,7 +103,7 @@ def _top(module: str) -> str:
 
 def _own_classes(kind: type) -> list[type]:
     """Return `kind` and its base classes up to the first class of a known package."""
-    names = [_top(one.__module__) in _KNOWN for one in kind.__mro__]
+    names = [_top(one.__module__) in outside.KNOWN for one in kind.__mro__]
     return [kind, *kind.__mro__[1 : max(1, names.index(True))]]
 
 
@@ -127,7 +113,7 @@ def _modules_of(classes: Iterable[type]) -> set[str]:
     for one in classes:
         found.add(one.__module__)
         put_in = {value.__module__ for value in vars(one).values() if isinstance(value, FunctionType)}
-        found |= {name for name in put_in if isinstance(name, str) and not _is_installed(name)}
+        found |= {name for name in put_in if isinstance(name, str) and not outside.is_installed(name)}
     return found
 
 
@@ -146,108 +132,6 @@ def _entry_points(allowed: str | None) -> tuple[str, ...]:
     return tuple(point.module for point in points if names is None or point.name in names)
 
 
-# ---- what is outside vLLM
-
-
-def _outside(names: set[str]) -> set[str]:
-    """Return the modules of `names` that no version identifies, and such code that they use; one name per package."""
-    found: dict[str, str] = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        package = name if name.startswith(_REMOTE) else _top(name)
-        if package in _KNOWN or package in found or name not in sys.modules:
-            continue
-        found[package] = name
-        for module in _loaded(package):
-            used = (_module_of(value) for value in list(vars(module).values()))
-            waiting += [one for one in used if one and not _is_installed(one)]
-    return set(found.values())
-
-
-def _loaded(package: str) -> list[ModuleType]:
-    return [one for name, one in list(sys.modules.items()) if name == package or name.startswith(f"{package}.")]
-
-
-def _module_of(value: Any) -> str:
-    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-    return name if isinstance(name, str) else ""
-
-
-def _is_installed(name: str) -> bool:
-    """Tell whether `name` is a package with a version, which does not belong to the model."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return file is None or any(part in _INSTALLED for part in Path(file).parts)
-
-
-def _files_of(name: str) -> dict[str, str]:
-    """Return the source files of the package of module `name`, or of the module alone, by the names to show."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return {}
-    here = os.path.dirname(file)
-    if name.startswith(_REMOTE):
-        return {f"{_REMOTE}/{one}": os.path.join(here, one) for one in sorted(os.listdir(here)) if one.endswith(".py")}
-    package = getattr(sys.modules.get(_top(name)), "__file__", None)
-    if package is None or os.path.basename(package) != "__init__.py":  # one file, or a namespace package
-        return {os.path.basename(file): file}
-    root = os.path.dirname(package)
-    start = len(os.path.dirname(root)) + 1
-    return {path[start:]: path for path in _sources(root)}
-
-
-def _sources(root: str, without: str = "__pycache__") -> Iterator[str]:
-    if os.path.isfile(root):
-        yield root
-    for directory, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if name not in ("__pycache__", without))
-        yield from (os.path.join(directory, name) for name in sorted(files) if name.endswith(".py"))
-
-
-def _digests(files: Mapping[str, str]) -> dict[str, str]:
-    """Return the digest of each file, or one digest of all files if there are many."""
-    found = {f"code.{name}": _sha256(path).hex()[:_SHORT] for name, path in files.items()}
-    if len(found) <= _MOST_FILES:
-        return found
-    package = next(iter(found)).partition("/")[0]
-    return {package: f"{len(found)} files {hashlib.sha256(repr(found).encode()).hexdigest()[:_SHORT]}"}
-
-
-def _variables(paths: Iterable[str]) -> dict[str, str]:
-    """Return the variables of the environment that source files name in quotation marks, except those of the process.
-
-    Those that begin with VLLM_ are compared anyway (`configuration`).
-    """
-    named = {name.decode() for path in paths for name in _VARIABLE.findall(_bytes(path))}
-    return {
-        f"env.{name}": os.environ[name]
-        for name in sorted(named & os.environ.keys())
-        if not name.startswith("VLLM_") and not _OF_THE_PROCESS.fullmatch(name)
-    }
-
-
-_read: dict[str, tuple[tuple[int, ...], bytes]] = {}
-
-
-def _sha256(path: str) -> bytes:
-    """Return the digest of a file, empty if the file cannot be read. This process reads each version once."""
-    try:
-        status = os.stat(path)
-        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        if _read.get(path, ((),))[0] != version:
-            _read[path] = version, hashlib.sha256(_bytes(path)).digest()
-        return _read[path][1]
-    except OSError:
-        return b""
-
-
-def _bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        return b""
-
-
 # ---- vLLM's own
 
 
@@ -260,7 +144,7 @@ def _vllm_models(classes: Iterable[type]) -> set[str]:
         if name in found or not name.startswith(_MODELS) or name not in sys.modules:
             continue
         found.add(name)
-        waiting += [one for one in map(_module_of, list(vars(sys.modules[name]).values())) if one]
+        waiting += [one for one in map(outside.module_of, list(vars(sys.modules[name]).values())) if one]
     return found
 
 
@@ -270,7 +154,7 @@ def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
     root = os.path.dirname(str(sys.modules["vllm"].__file__))
     start = len(os.path.dirname(root)) + 1
     files = [*_common_files(root), *sorted(str(sys.modules[name].__file__) for name in models)]
-    here = {path[start:]: _base64(_sha256(path)) for path in files}
+    here = {path[start:]: _base64(sha256_of(path)) for path in files}
     # Sizes tell libraries apart, because libraries are too large to be read here.
     here |= {f"vllm/{one.name}": str(one.stat().st_size) for one in os.scandir(root) if one.name.endswith(".so")}
     released = _released(os.path.dirname(root))
@@ -282,6 +166,16 @@ def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
         more = f"and {len(shown) - _MOST_SHOWN} more ({hashlib.sha256(repr(shown).encode()).hexdigest()[:_SHORT]})"
         shown = [*shown[:_MOST_SHOWN], more]
     return {"code.vllm": ", ".join(shown) or "as released"}
+
+
+@cache
+def _used_by(module: str) -> Mapping[str, str]:
+    """Return the versions of packages that vLLM's module of a model imports, at whatever time, such as terratorch."""
+    if not module.startswith(_MODELS) or module not in sys.modules:
+        return {}
+    source = Path(str(sys.modules[module].__file__)).read_bytes()
+    names = {name.decode() for name in _IMPORT.findall(source)} - outside.KNOWN
+    return {f"version.{name}": found for name in sorted(names) if (found := _version(name)) is not None}
 
 
 def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
@@ -302,7 +196,15 @@ def _base64(digest: bytes) -> str:
 
 def _common_files(root: str) -> Iterator[str]:
     for name in _LOADING:
-        yield from _sources(os.path.join(root, name), without="models")
+        yield from _sources(os.path.join(root, name))
+
+
+def _sources(root: str) -> Iterator[str]:
+    if os.path.isfile(root):
+        yield root
+    for directory, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if name not in ("__pycache__", "models"))
+        yield from (os.path.join(directory, name) for name in sorted(files) if name.endswith(".py"))
 
 
 def _released(place: str) -> Mapping[str, str]:

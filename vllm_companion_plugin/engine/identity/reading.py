@@ -2,24 +2,27 @@
 
 Decisions before loading use the file names that are known at that time (`checkpoint`). Model code may read more files.
 So the loader notes each file that was opened and is none of these weights, with its content, and an attaching engine
-compares them (`differences`). The interpreter does not see files that Rust or C++ open (safetensors, tokenizers,
-sentencepiece). `checkpoint` knows the weights, and tokenizers count with the files beside them that Python opens.
+compares them (`differences`). Caches and code elsewhere count only if code outside vLLM reads them (`openers`). Modules
+that the model's code imports meanwhile are files, too.
+
+The interpreter does not see files that Rust or C++ open (safetensors, tokenizers, sentencepiece). `checkpoint` knows
+the weights, tokenizers count with the files beside them that Python opens, and a folder that code outside vLLM lists
+counts with the weights in it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import sys
-import sysconfig
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vllm_companion_plugin.engine.identity import openers, outside, places
 from vllm_companion_plugin.engine.identity.checkpoint import WEIGHT_SUFFIXES
 from vllm_companion_plugin.engine.identity.digest import digest_of
 from vllm_companion_plugin.host.files import Lasts, look, whole_digest_of
@@ -29,13 +32,14 @@ LARGEST_BYTES = 16 << 20
 
 _HUB = "hub:"
 """Prefix of the name of a file in the hub's cache, wherever that cache is."""
+_PACKAGE = "package:"
+"""Prefix of the name of a file in a package that is no part of vLLM, wherever that package is."""
 _SHORT = 16
 # A tokenizer's own files. Rust or C++ reads the others once Python has opened the first.
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
-# Files of the machine, not of the model.
-_SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
+_EVENTS = ("open", "os.listdir", "os.scandir")
 _active: list[Reading] = []
 _adding = threading.Lock()
 _installed = False
@@ -48,24 +52,47 @@ class Reading:
         self._checkpoint = _directory_of(checkpoint)
         self._read: set[str] = set()
         self._written: set[str] = set()
+        self._read_outside: set[str] = set()
+        self._listed: set[str] = set()
+        self._modules = set(sys.modules)
 
-    def note(self, path: str, flags: int) -> None:
-        """Note an opened file. The interpreter calls this, in any thread."""
+    def note(self, path: str, flags: int, is_outside: bool) -> None:
+        """Note an opened file. The interpreter calls this, in any thread.
+
+        Args:
+            is_outside: code outside vLLM opens the file. False also if that makes no difference.
+        """
         (self._read if flags & os.O_ACCMODE == os.O_RDONLY else self._written).add(path)
+        if is_outside:
+            self._read_outside.add(path)
+
+    def note_listed(self, folder: str) -> None:
+        """Note a folder that code outside vLLM lists. The interpreter calls this, in any thread."""
+        self._listed.add(folder)
 
     def files(self) -> dict[str, str]:
         """Return the identities of the files that were read and not written, by name.
 
-        A name is a path below the checkpoint, `hub:` and a path below the hub's cache, or an absolute path.
+        A name is a path below the checkpoint; `hub:` and a path below the hub's cache; `package:` and a path below a
+        package; or an absolute path. The name of a folder that was listed ends with a slash.
         """
-        found = {}
         opened = {os.path.abspath(path) for path in list(self._read)}
         for path in sorted(opened):
             if os.path.basename(path) in _TOKENIZER_SEEN:
                 opened |= {os.path.join(os.path.dirname(path), name) for name in _TOKENIZER}
         written = {os.path.abspath(path) for path in list(self._written)}
-        for path in sorted(opened - written):
-            name = _name(path, self._checkpoint)
+        imported = outside.loaded_since(self._modules)
+        listed = {
+            os.path.join(folder, "")
+            for folder in map(os.path.abspath, list(self._listed))
+            if not any(_is_in(folder, place) for place in (self._checkpoint, places.hub()))
+        }
+        weights = {path for folder in listed for path in _weights_in(folder)}
+        by_outside = {os.path.abspath(path) for path in list(self._read_outside)} | imported | listed | weights
+        names = outside.Names()
+        found = {}
+        for path in sorted((opened | by_outside) - written):
+            name = _name(path, self._checkpoint, names, path in by_outside)
             if name is not None and (identity := _identity(name, path)) is not None:
                 found[name] = identity
         return found
@@ -96,7 +123,7 @@ def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | No
         The identity of the file here, by name; None for an absent file.
     """
     base = _directory_of(checkpoint)
-    here = {name: _identity(name, _path(name, base)) for name in sorted(recorded)}
+    here = {name: _identity(name, path) if (path := _path(name, base)) else None for name in sorted(recorded)}
     return {name: identity for name, identity in here.items() if identity != recorded[name]}
 
 
@@ -125,70 +152,83 @@ def _install() -> None:
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _active or event != "open":
+    if not _active or event not in _EVENTS:
         return
-    path, _, flags = arguments
-    if isinstance(path, (str, bytes)) and isinstance(flags, int):
+    path = arguments[0]
+    if path is None:
+        path = os.curdir
+    if not isinstance(path, (str, bytes)):  # a number of an open file
+        return
+    path = os.fsdecode(path)
+    if event == "open":
+        flags = arguments[2]
+        is_outside = _depends_on_opener(path) and openers.is_outside()
+        if isinstance(flags, int):
+            for reading in _active:
+                reading.note(path, flags, is_outside)
+    elif openers.is_outside():
         for reading in _active:
-            reading.note(os.fsdecode(path), flags)
+            reading.note_listed(path)
 
 
 def _directory_of(checkpoint: Path) -> str:
     return os.path.abspath(checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint))
 
 
-def _name(path: str, checkpoint: str) -> str | None:
+def _name(path: str, checkpoint: str, names: outside.Names, is_outside: bool) -> str | None:
     """Return a file's name for other processes; None if the file does not belong to the model."""
-    if _is_below(path, checkpoint):
+    if places.is_below(path, checkpoint):
         return os.path.relpath(path, checkpoint)
-    if path.endswith(_CODE):  # the key identifies code, which may be gone after an update
-        return None
-    hub = _hub()
-    if _is_below(path, hub):
+    hub = places.hub()
+    if places.is_below(path, hub):
         return _HUB + os.path.relpath(path, hub)
-    hidden = any(part.startswith(".") for part in Path(path).parts)
-    return None if hidden or any(_is_below(path, place) for place in _not_models()) else path
+    if places.is_no_models(path) or (_depends_on_opener(path) and not is_outside):
+        return None
+    name = names.of(path)
+    return path if name is None else _PACKAGE + name
 
 
-def _path(name: str, checkpoint: str) -> str:
-    return os.path.join(_hub(), name.removeprefix(_HUB)) if name.startswith(_HUB) else os.path.join(checkpoint, name)
+def _depends_on_opener(path: str) -> bool:
+    """Tell whether a file may be one that compilers keep, or code that is imported and may be gone after an update."""
+    return path.endswith(_CODE) or places.may_be_cached(path)
 
 
-def _is_below(path: str, directory: str) -> bool:
-    return path.startswith(directory.rstrip("/") + "/")
+def _path(name: str, checkpoint: str) -> str | None:
+    if name.startswith(_PACKAGE):
+        return outside.path_of(name.removeprefix(_PACKAGE))
+    return os.path.join(places.hub() if name.startswith(_HUB) else checkpoint, name.removeprefix(_HUB))
 
 
-def _hub() -> str:
-    from huggingface_hub import constants
-
-    return os.path.abspath(str(constants.HF_HUB_CACHE))
+def _is_in(path: str, directory: str) -> bool:
+    return path == directory or places.is_below(path, directory)
 
 
-@cache
-def _not_models() -> tuple[str, ...]:
-    """Return the directories of the machine, of Python and its packages, and of caches that processes fill."""
-    from vllm import envs
+def _weights_in(folder: str) -> list[str]:
+    try:
+        return [path for path in _entries(folder) if path.endswith(WEIGHT_SUFFIXES)]
+    except OSError:
+        return []
 
-    caches = (os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"))
-    pythons = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values())
-    ours = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), envs.VLLM_CACHE_ROOT, envs.VLLM_CONFIG_ROOT)
-    inductor = os.path.join(tempfile.gettempdir(), "torchinductor_")
-    found = (*_SYSTEM, *pythons, *ours, *(place for place in caches if place), inductor)
-    return tuple({os.path.abspath(place) for place in found} - {"/"})
+
+def _entries(folder: str) -> list[str]:
+    return sorted(entry.path for entry in os.scandir(folder) if not entry.name.startswith("."))
 
 
 def _identity(name: str, path: str) -> str | None:
-    """Return the identity of a regular file; None for anything else, and for weights that `checkpoint` knows.
+    """Return the identity of a regular file or a listed folder; None for others, and for weights `checkpoint` knows.
 
-    It is the digest of the content. For a large file elsewhere it is a look, where that proves the content.
+    It is the digest of the content, or of the names in a folder. For a large file elsewhere it is a look, where that
+    proves the content.
     """
     try:
+        if name.endswith("/"):
+            return hashlib.sha256(repr([*map(os.path.basename, _entries(path))]).encode()).hexdigest()
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return None
         if status.st_size <= LARGEST_BYTES:
             return digest_of(Path(path))
-        if os.path.isabs(name) or name.startswith(_HUB):
+        if os.path.isabs(name) or name.startswith((_HUB, _PACKAGE)):
             seen = look(path)
             return seen.text if seen.lasts is Lasts.EVER else whole_digest_of(Path(path))
         return None if name.endswith(WEIGHT_SUFFIXES) else whole_digest_of(Path(path))

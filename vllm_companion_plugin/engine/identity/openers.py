@@ -1,0 +1,50 @@
+"""Whose code opens a file or lists a folder, as the frames on the stack say."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from functools import cache
+
+from vllm_companion_plugin.engine.identity import outside, places
+
+# What these read is no data of their caller: modules and their sources.
+_IMPORTING = ("<frozen importlib", "<frozen zipimport", "importlib/metadata/", "pkgutil.py", "linecache.py")
+# Packages that keep what they compile for their callers.
+_COMPILERS = (
+    *("torch/_inductor/", "torch/_dynamo/", "torch/_functorch/", "torch/utils/cpp_extension.py", "triton/"),
+    *("flashinfer/", "deep_gemm/", "deep_ep/", "tvm_ffi/", "tilelang/", "cutlass/", "nvidia_cutlass_dsl/", "humming/"),
+    *("aiter/", "numba/", "llvmlite/", "cupy/"),
+)
+
+
+def is_outside() -> bool:
+    """Tell whether the nearest caller that opens files on its own account is code outside vLLM, such as a model's.
+
+    Packages open files for whoever calls them, except what imports modules, and compilers. If a thread runs nothing but
+    functions of packages, then nothing says who called them, and it may have been a model.
+    """
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        name = caller.f_code.co_filename
+        known = _is_outside(name)
+        if known is not None or outside.has_read(name):  # a plugin may be installed
+            return known is not False
+        frame = caller
+    return threading.get_ident() != threading.main_thread().ident
+
+
+@cache
+def _is_outside(filename: str) -> bool | None:
+    """Return whether code in a file is outside vLLM; None if it acts for its caller."""
+    if filename.startswith(_IMPORTING):
+        return False
+    path = os.path.abspath(filename)
+    if places.is_vllms(path):
+        return False
+    if filename.startswith("<") or places.is_own(path):  # made by its caller, or around a function of its caller
+        return None
+    if not places.is_installed(path) and not places.is_pythons(path):
+        return True
+    return False if any(f"/{part}" in path for part in (*_IMPORTING, *_COMPILERS)) else None

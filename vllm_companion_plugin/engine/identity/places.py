@@ -1,0 +1,85 @@
+"""Folders that belong to no model: those of the machine, of Python and its packages, and of caches."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+
+_SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
+_INSTALLED = ("site-packages", "dist-packages")
+_OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+"""Variables that name a folder of caches, wherever that is. Other caches are in hidden folders."""
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Tell whether `path` is below `directory`; both are absolute."""
+    return path.startswith(directory.rstrip("/") + "/")
+
+
+def is_installed(path: str) -> bool:
+    """Tell whether a file is in a folder into which packages are installed."""
+    return any(f"/{name}/" in path for name in _INSTALLED)
+
+
+def is_vllms(path: str) -> bool:
+    """Tell whether a file belongs to vLLM's package."""
+    return is_below(path, _vllm())
+
+
+def is_own(path: str) -> bool:
+    """Tell whether a file belongs to this package."""
+    return is_below(path, _OWN)
+
+
+def is_pythons(path: str) -> bool:
+    """Tell whether a file belongs to Python or its packages."""
+    return any(is_below(path, place) for place in _pythons())
+
+
+def is_no_models(path: str) -> bool:
+    """Tell whether a file belongs to the machine, Python, vLLM or this package, or is the user's key to the hub."""
+    return any(path == place or is_below(path, place) for place in _no_models())
+
+
+def may_be_cached(path: str) -> bool:
+    """Tell whether a path is, or could be, in a hidden folder or in a folder of caches."""
+    return not path.startswith("/") or "/." in path or path.startswith(_caches())
+
+
+def hub() -> str:
+    """Return the folder of the hub's cache."""
+    from huggingface_hub import constants
+
+    return os.path.abspath(str(constants.HF_HUB_CACHE))
+
+
+def _caches() -> tuple[str, ...]:
+    named = (os.path.join(place, "") for name in _CACHES if (place := os.environ.get(name)))
+    return (*named, os.path.join(tempfile.gettempdir(), "torchinductor_"))  # and the user's name
+
+
+@cache
+def _vllm() -> str:
+    import vllm
+
+    return os.path.dirname(os.path.abspath(str(vllm.__file__)))
+
+
+@cache
+def _pythons() -> tuple[str, ...]:
+    found = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values())
+    return tuple({os.path.abspath(place) for place in found} - {"/"})
+
+
+@cache
+def _no_models() -> tuple[str, ...]:
+    from huggingface_hub import constants
+    from vllm import envs
+
+    secrets = (constants.HF_TOKEN_PATH, constants.HF_STORED_TOKENS_PATH)
+    others = (_vllm(), _OWN, envs.VLLM_CACHE_ROOT, envs.VLLM_CONFIG_ROOT, *secrets)
+    return (*_SYSTEM, *_pythons(), *map(os.path.abspath, others))
