@@ -181,7 +181,7 @@ def test_other_widths(llama: Worker, path_of: Callable[[str], Path], tmp_path: P
             with pytest.raises(RuntimeError, match="vocabulary size"):
                 llama.check(adapter, tmp_path)
             continue
-        with pytest.raises(BadRequestError, match=f"another model: .*{module} has .* inputs and .* outputs"):
+        with pytest.raises(BadRequestError, match=f"does not fit .*: .*{module} has .* inputs and .* outputs"):
             llama.check(adapter, tmp_path)
 
 
@@ -205,6 +205,11 @@ def test_experts(path_of: Callable[[str], Path], tmp_path: Path) -> None:
     worker.check(experts(count, hidden, width), tmp_path)
     with pytest.raises(BadRequestError, match=rf"{SHARED}\.0\.gate_proj has {hidden} inputs and {width // 2} outputs"):
         worker.check(experts(count, hidden, width // 2), tmp_path)
+    part = experts(count, hidden, width)
+    for name in [name for name in part.tensors if "experts.3.down_proj" in name]:
+        del part.tensors[name]
+    with pytest.raises(BadRequestError, match=rf"{SHARED}\.3\.down_proj is missing of {SHARED}, and vLLM adapts all"):
+        worker.check(part, tmp_path)
     with pytest.raises(BadRequestError, match=r"layers\.99\.mlp\.experts\.0\.gate_proj"):
         worker.check(renamed(experts(count, hidden, width), "layers.0", "layers.99"), tmp_path)
 
@@ -232,6 +237,17 @@ def test_experts_in_one_tensor(path_of: Callable[[str], Path], tmp_path: Path) -
     worker.check(fused(count), tmp_path)
     with pytest.raises(BadRequestError, match=rf"{SHARED} has {4 * count} ranks, and the model {count} experts with 2"):
         worker.check(fused(2 * count), tmp_path)
+
+
+def test_values_that_the_engines_type_does_not_have(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """vLLM casts what was published; what becomes infinite would reach requests of other adapters as NaN."""
+    worker = Worker(path_of("llama"), lora_dtype="float16")
+    adapter = adapter_of(path_of("llama"))
+    worker.check(adapter, tmp_path)
+    name = next(name for name in adapter.tensors if "layers.1.self_attn.q_proj.lora_B" in name)
+    adapter.tensors[name][0, 0] = 1e5
+    with pytest.raises(BadRequestError, match=r"1\.self_attn\.q_proj has values that are infinite in torch.float16"):
+        worker.check(adapter, tmp_path)
 
 
 def test_layers_of_another_rank(path_of: Callable[[str], Path], tmp_path: Path) -> None:

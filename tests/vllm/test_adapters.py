@@ -114,7 +114,7 @@ def test_offline(
     narrow = {name: t[:, :8] if "lora_A" in name else t for name, t in get_peft_model_state_dict(model).items()}
     client.publish_adapter("narrow", narrow, fields)
     for _ in range(2):
-        refused(ask("narrow"), "is an adapter of another model", "has 8 inputs")
+        refused(ask("narrow"), "does not fit this engine's model", "has 8 inputs")
     strange = {name.replace("q_proj", "strange"): t for name, t in get_peft_model_state_dict(model).items()}
     client.publish_adapter("strange", strange, fields)
     refused(ask("strange"), "While loading Adapter strange, generation 1, expected target modules")

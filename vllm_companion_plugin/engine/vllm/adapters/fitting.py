@@ -7,7 +7,7 @@ are too small into a part of their place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class _Place:
 
 
 def check_fits(manager: Any, lora: Any, bound: Bound) -> None:
-    """Raise `BadRequestError` unless every module of an adapter has a place in the model and the shape of that place.
+    """Raise `BadRequestError` unless all of an adapter has a place in the model, and fits there.
 
     What is dropped and would change nothing is passed over: modules that another rank has, or that this engine was told
     to do without, and those that were never trained, whose B is zero.
@@ -67,11 +67,12 @@ def check_fits(manager: Any, lora: Any, bound: Bound) -> None:
                 "that vLLM does not adapt. Other parts than the language model take --enable-tower-connector-lora."
             ),
         )
-    wrong = [text for name, each in lora.loras.items() if (text := _misfit(name, each, places.get(name), lora.rank))]
+    found = (_misfit(name, each, places.get(name), lora.rank) for name, each in lora.loras.items())
+    wrong = [text for text in (*found, *_incomplete(manager, lora.loras)) if text]
     if wrong:
         raise BadRequestError(
-            f"{bound} is an adapter of another model: {several(wrong, _SHOWN, '; ')}.",
-            remedy="Ask an engine of its base model for it.",
+            f"{bound} does not fit this engine's model: {several(wrong, _SHOWN, '; ')}.",
+            remedy="Ask an engine of its base model for it, or train it for what this one takes.",
         )
 
 
@@ -154,9 +155,22 @@ def _misfit(name: str, weights: Any, place: _Place | None, rank: int) -> str:
         return (
             f"{name} has {a.shape[1]} inputs and {b.shape[0]} outputs, and the model {place.input} and {place.output}"
         )
+    if a.dtype == torch.float16 and not all(bound.isfinite() for each in (a, b) for bound in each.aminmax()):
+        return f"{name} has values that are infinite in {a.dtype}, in which this engine computes adapters"
     if place.count and a.shape[0] != rank * place.count:
         return f"{name} has {a.shape[0]} ranks, and the model {place.count} experts with {rank} each"
     return ""
+
+
+def _incomplete(manager: Any, names: Collection[str]) -> Iterator[str]:
+    """Layers of which some projections of experts are there, and not all, which vLLM asserts."""
+    for name, module in manager.modules.items():
+        if not isinstance(module, FusedMoEWithLoRA) or module.moe_config.moe_parallel_config.use_ep:
+            continue  # where experts are spread over ranks, each rank has read those of its own
+        parts = manager.packed_modules.get(name, ())
+        missing = [part for part in parts if part not in names]
+        if 0 < len(missing) < len(parts):
+            yield f"{several(missing, 3)} is missing of {name}, and vLLM adapts all projections of all experts, or none"
 
 
 def _shape(tensor: torch.Tensor) -> str:
