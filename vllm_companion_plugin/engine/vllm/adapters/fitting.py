@@ -111,7 +111,7 @@ def _places_of(module: Any, count: int) -> list[_Place]:
 
 def _places_of_experts(name: str, module: Any, parts: Any) -> Iterator[tuple[str, _Place]]:
     """Of a layer's experts: one by one, or all in one tensor for each projection."""
-    config = module.moe_config
+    config = module.base_layer.moe_config
     hidden = getattr(config, "hidden_dim_unpadded", None) or config.hidden_dim
     width = getattr(config, "intermediate_size_per_partition_unpadded", None) or config.intermediate_size_per_partition
     width *= module.tp_size
@@ -165,7 +165,7 @@ def _misfit(name: str, weights: Any, place: _Place | None, rank: int) -> str:
 def _incomplete(manager: Any, names: Collection[str]) -> Iterator[str]:
     """Layers of which some projections of experts are there, and not all, which vLLM asserts."""
     for name, module in manager.modules.items():
-        if not isinstance(module, FusedMoEWithLoRA) or module.moe_config.moe_parallel_config.use_ep:
+        if not isinstance(module, FusedMoEWithLoRA) or module.base_layer.moe_config.moe_parallel_config.use_ep:
             continue  # where experts are spread over ranks, each rank has read those of its own
         parts = manager.packed_modules.get(name, ())
         missing = [part for part in parts if part not in names]
