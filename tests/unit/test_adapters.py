@@ -151,6 +151,7 @@ class TestCanonical:
             ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
             ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+            ({"init_lora_weights": ["pissa"]}, r"init_lora_weights=\['pissa'\]"),
             ({"layer_replication": [(0, 2)]}, "layer_replication"),
             ({"alora_invocation_tokens": [1]}, "activated LoRA"),
             ({"use_qalora": True}, "QALoRA"),

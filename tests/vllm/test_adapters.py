@@ -168,6 +168,8 @@ def server(
     flags = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--load-format", "companion"]
     flags += ["--served-model-name", str(long_llama), "taken", "--dtype", "float32", "--enforce-eager"]
     flags += ["--max-model-len", "1024", "--skip-tokenizer-init"]
+    lora.peft_of(long_llama, 9).save_pretrained(tmp_path / "static")
+    flags += ["--lora-modules", f"static={tmp_path / 'static'}"]
     flags += ["--host", "127.0.0.1", "--port", str(port), "--block-size", str(BLOCK)]
     with log.open("w") as file:
         process = nursery.start(
@@ -239,7 +241,10 @@ def test_served(server: Server, client: CompanionClient, long_llama: Path) -> No
         client.publish_adapter(str(long_llama), model)
     client.publish_adapter("taken", model)
     assert ask("taken")[1]["choices"][0]["token_ids"] == base
-    until(lambda: "not with the adapter taken that" in server.log.read_text(), 10, "the log says so")
-    client.remove_adapter("taken")
+    client.publish_adapter("static", model)
+    assert tokens("static") == said(lora.peft_of(long_llama, 9)) != said(model)
+    for name in ("taken", "static"):
+        until(lambda name=name: f"not with the adapter {name} that" in server.log.read_text(), 10, "the log says so")
+        client.remove_adapter(name)
     status, listed = server.http.ask("GET", "/v1/models", 20)
-    assert (status, [each["id"] for each in listed["data"]]) == (200, [str(long_llama), "taken"])  # type: ignore[index]
+    assert (status, [each["id"] for each in listed["data"]]) == (200, [str(long_llama), "taken", "static"])  # type: ignore[index]

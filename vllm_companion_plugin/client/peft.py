@@ -276,7 +276,7 @@ def _problems_of(fields: Mapping[str, Any]) -> Iterator[str]:
     if fields.get("bias", "none") != "none":
         yield f"trained biases (bias={fields['bias']!r})"
     start = fields.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _ORDINARY_STARTS:
+    if not isinstance(start, bool | None) and str(start).lower() not in _ORDINARY_STARTS:
         yield f"init_lora_weights={start!r}, which has changed the base model's weights"
 
 
