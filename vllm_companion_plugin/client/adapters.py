@@ -219,7 +219,7 @@ def file_of(
 
     Raises:
         BadRequestError: a type of tensors that the file's format has no name for; values that are not finite, which a
-            cast may have made. vLLM multiplies a slot's values by zero for requests of others, so NaN would reach them.
+            cast may have made. vLLM computes requests of several adapters together, and NaN of one can reach others.
         ArenaError: there is no memory for it.
     """
     types = {name: dtype or tensor.dtype for name, tensor in adapter.tensors.items()}
