@@ -45,14 +45,19 @@ def tensors(dtype: torch.dtype = torch.float32, width: int = 32) -> dict[str, to
 class Worker:
     """As vLLM's manager of a worker's adapters, which loads from a directory, and one file that a companion has."""
 
-    def __init__(self, file: AdapterFile, device: torch.device) -> None:
+    def __init__(self, file: AdapterFile, device: torch.device, q_outputs: int = 32) -> None:
         self.file, self.fetched = file, 0
         self.options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
-        self.kept = loading._Kept(self, device, "full", has_all=True)  # type: ignore[arg-type]
+        self.kept = loading._Kept(self, device, "full")  # type: ignore[arg-type]
         attention = "model.layers.0.self_attn"
         projections = [f"{attention}.{each}_proj" for each in "qkv"]
+        linear = SimpleNamespace(base_layer=SimpleNamespace(input_size=32, output_sizes=[q_outputs, 32, 32]))
         self._adapter_manager = SimpleNamespace(
-            modules={f"{attention}.qkv_proj": None}, packed_modules={f"{attention}.qkv_proj": projections}
+            modules={f"{attention}.qkv_proj": linear},
+            packed_modules={f"{attention}.qkv_proj": projections},
+            packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj", "v_proj"]},
+            model=torch.nn.Module(),
+            lora_config=SimpleNamespace(target_modules=None),
         )
         loading._kept[self] = self.kept
         self.load = loading._loading(lambda _, request: self.from_directory(request.lora_path))
@@ -143,14 +148,14 @@ def test_what_is_skipped(staged: list[str], published: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["layers.0.self_attn", "model.layers.7.self_attn", "model.layers.0.attn"])
-def test_an_adapter_of_no_module_of_the_model(where: str, staged: list[str], published: Any) -> None:
-    """vLLM would serve the base model."""
+def test_modules_that_the_model_does_not_have(where: str, staged: list[str], published: Any) -> None:
+    """It is an error each time, and nothing of the adapter is kept."""
     other = {name.replace("model.layers.0.self_attn", where, 1): each for name, each in tensors().items()}
     worker = Worker(published(other), GPU)
-    with pytest.raises(BadRequestError, match=r"mine.*: this model has none of its modules, the first is "):
-        worker()
-    worker.kept.has_all = False  # a rank of a pipeline may have none of them
-    assert len(worker()) == 4
+    for _ in range(2):
+        with pytest.raises(BadRequestError, match=r"mine.*: 2 of its 2 modules have no place in this engine's model"):
+            worker()
+    assert worker.fetched == 2
 
 
 def test_another_way(staged: list[str], published: Any) -> None:
@@ -225,9 +230,9 @@ def test_the_adapters_fault(staged: list[str], published: Any) -> None:
 def test_unaligned(staged: list[str], published: Any) -> None:
     """Where a float32 begins between two of its places, vLLM reads the file itself."""
     expected = tensors(width=32)
-    odd = f"{PREFIX}q_proj.lora_B.weight"
-    expected[odd] = torch.randn(3, 5, dtype=torch.bfloat16)
-    worker = Worker(published(expected), GPU)
+    expected[f"{PREFIX}q_proj.lora_A.weight"] = torch.randn(3, 32)
+    expected[f"{PREFIX}q_proj.lora_B.weight"] = torch.randn(5, 3, dtype=torch.bfloat16)
+    worker = Worker(published(expected), GPU, q_outputs=5)
     check(worker(), expected)
     assert worker.kept.fetch(Bound("mine", 1, content_of(worker.file.info)), NUMBER).is_proved
 

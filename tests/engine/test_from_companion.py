@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import Unsupported
 from transformers import modeling_utils
 
 from tests.support.checkpoints import models
@@ -417,6 +418,17 @@ def test_it_is_compiled_as_any_model(place: Place, tiny: Path, around: Callable[
         with pytest.raises(NotSharedError, match=r"layers\.0\.mlp\.up_proj\.weight"):
             made(TOKENS)
         torch.compiler.reset()
+
+
+def test_it_is_not_compiled_whole(place: Place, tiny: Path) -> None:
+    """What guards it is Python; the error says what to do."""
+    with held(place, tiny):
+        model = on_companion(place, tiny)
+        for part, given in ((model, TOKENS), (model.lm_head, torch.ones(1, model.config.hidden_size))):
+            with pytest.raises(Unsupported, match="Compile the model without fullgraph=True"):
+                torch.compile(part, backend="eager", fullgraph=True)(given)
+        torch.compiler.reset()
+        assert model(TOKENS)[0].isfinite().all()
 
 
 def test_an_adapter_of_a_model_that_left_is_an_error_too(place: Place, tiny: Path) -> None:

@@ -174,11 +174,15 @@ class TestPublish:
         assert bound_now(leases) != first
 
     def test_named_as_a_model(self, place: Place) -> None:
-        """The name of a model means its weights: users may name their adapters as they like."""
+        """The name of a model means its weights, so no adapter takes it; one that came first stays as it is."""
         place.companion()
-        holder = hold_zeros(place)
         with made_client(place) as client:
             client.publish_adapter(KEY.model, small(1), config())
+            holder = hold_zeros(place)
+            client.publish_adapter(KEY.model, small(2), config())
+            with made_client(place) as other, pytest.raises(BadRequestError, match="has the name of a model"):
+                other.publish_adapter(KEY.model, small(3), config())
+            assert client.list_adapters()[0].generation == 2
             with client.attach(KEY.model) as attachment:
                 assert attachment.held.key.kind == WEIGHTS
             with client.update(KEY.model, version="ones") as new:
@@ -456,7 +460,7 @@ class TestFrontEnd:
 
 
 def kept_by(leases: AdapterLeases) -> _Kept:
-    return _Kept(leases, torch.device("cpu"), "full", has_all=True)
+    return _Kept(leases, torch.device("cpu"), "full")
 
 
 class TestWorker:

@@ -62,7 +62,9 @@ def hold_zeros(place: Place) -> CompanionClient:
         torch.nn.init.zeros_(model.embed.weight)
         load(connection, model)
     client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
-    until(lambda: not client.status().entries[0].leases, 5, "the loader has left")
+    until(
+        lambda: not next(each for each in client.status().entries if each.key == KEY).leases, 5, "the loader has left"
+    )
     return client
 
 

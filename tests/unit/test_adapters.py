@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -99,7 +99,7 @@ class TestCanonical:
         """B times A with no scaling at all is what PEFT adds to each weight; what was given is unchanged."""
         model = tiny_peft(**options)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        adapter = peft.canonical(model, check_finite=True)
+        adapter = peft.canonical(model)
         changes = 0
         for name, module in model.named_modules():
             if isinstance(getattr(module, "scaling", None), dict):
@@ -121,12 +121,12 @@ class TestCanonical:
     def test_state_dicts(self) -> None:
         """With and without the adapter's name in the tensors' names, and with a configuration or its fields."""
         model = tiny_peft(rank_pattern={"v_proj": 8})
-        expected = peft.canonical(model, check_finite=False)
+        expected = peft.canonical(model)
         config = model.peft_config["default"]
         named = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
         for weights in (get_peft_model_state_dict(model), named):
             for fields in (config, config.to_dict()):
-                made = peft.canonical(weights, fields, check_finite=False)
+                made = peft.canonical(weights, fields)
                 assert made.config == expected.config
                 assert made.tensors.keys() == expected.tensors.keys()
                 assert all(torch.equal(made.tensors[name], tensor) for name, tensor in expected.tensors.items())
@@ -136,7 +136,7 @@ class TestCanonical:
         model = tiny_peft(1)
         model.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
         model.set_adapter("other")
-        adapter = peft.canonical(model, check_finite=False)
+        adapter = peft.canonical(model)
         assert adapter.config["r"] == 2
         assert f"{Q_PROJ}.lora_A.weight" in adapter.tensors
         assert len(adapter.tensors) == 4
@@ -151,10 +151,10 @@ class TestCanonical:
             ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
             ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
             ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+            ({"init_lora_weights": ["pissa"]}, r"init_lora_weights=\['pissa'\]"),
             ({"layer_replication": [(0, 2)]}, "layer_replication"),
             ({"alora_invocation_tokens": [1]}, "activated LoRA"),
             ({"use_qalora": True}, "QALoRA"),
-            ({"peft_type": "LOHA"}, "no LoRA but LOHA"),
         ],
     )
     def test_refused(self, options: dict[str, Any], text: str) -> None:
@@ -163,7 +163,7 @@ class TestCanonical:
         fields = model.peft_config["default"].to_dict() | options
         weights = get_peft_model_state_dict(model) | {"extra.weight": torch.zeros(1)}
         with pytest.raises(BadRequestError, match=text) as caught:
-            peft.canonical(weights, fields, check_finite=False)
+            peft.canonical(weights, fields)
         assert "extra.weight, which is no tensor of LoRA" in str(caught.value)
 
     def test_wrapped(self) -> None:
@@ -171,16 +171,16 @@ class TestCanonical:
         model = tiny_peft()
         attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
         attention.q_proj.set_scale("default", 3.0)
-        before = peft.canonical(model, check_finite=False)
+        before = peft.canonical(model)
         attention.q_proj = checkpoint_wrapper(attention.q_proj)
-        after = peft.canonical(model, check_finite=False)
+        after = peft.canonical(model)
         assert after.tensors.keys() == before.tensors.keys()
         assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
 
     def test_hooks(self) -> None:
         """Where a module says what its tensors are, as FSDP's do, that counts."""
         model = tiny_peft()
-        before = peft.canonical(model, check_finite=False)
+        before = peft.canonical(model)
 
         def doubled(module: nn.Module, state: dict[str, torch.Tensor], *_: object) -> None:
             for name in state:
@@ -188,7 +188,7 @@ class TestCanonical:
                     state[name] = state[name] * 2
 
         model.register_state_dict_post_hook(doubled)
-        after = peft.canonical(model, check_finite=False)
+        after = peft.canonical(model)
         assert after.tensors.keys() == before.tensors.keys()
         for name, tensor in after.tensors.items():
             assert torch.equal(tensor, before.tensors[name] * (2 if "lora_A" in name else 1))
@@ -196,7 +196,7 @@ class TestCanonical:
     def test_trained_models_are_refused(self) -> None:
         """Tensors that PEFT has beside LoRA's own are found in a model, too."""
         for options, text in (
-            ({"use_dora": True}, "lora_magnitude_vector"),
+            ({"use_dora": True}, "layers.1.mlp.down_proj computes it in PEFT's way of DoraLinearVariant"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
             ({"lora_bias": True}, "lora_B"),
             ({"trainable_token_indices": [1, 2]}, "trainable_tokens"),
@@ -204,7 +204,7 @@ class TestCanonical:
             model = tiny_peft(**options)
             fields = tiny_peft().peft_config["default"]
             with pytest.raises(BadRequestError, match=text):
-                peft.canonical(model, fields, check_finite=False)
+                peft.canonical(model, fields)
 
     def test_misfits(self) -> None:
         """All tensors that do not fit are named in one error."""
@@ -216,16 +216,19 @@ class TestCanonical:
         weights["base_model.model.conv.lora_B.weight"] = torch.zeros(3, 4, 1, 1)
         weights["base_model.model.steps.lora_A.weight"] = torch.zeros(4, 3, dtype=torch.int64)
         weights["base_model.model.steps.lora_B.weight"] = torch.zeros(3, 4, dtype=torch.int64)
-        down = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
-        weights[down] = weights[down].clone().fill_(float("nan"))
+        down = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+        weights[down.format("A")] = torch.zeros(4, 64, device="meta")
+        up = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+        weights[up.format("A")], weights[up.format("B")] = torch.zeros(4, 32), torch.zeros(0, 4)
         with pytest.raises(BadRequestError) as caught:
-            peft.canonical(weights, {"r": 4, "lora_alpha": 4}, check_finite=True)
+            peft.canonical(weights, {"r": 4, "lora_alpha": 4})
         for text in (
             "layers.0.self_attn.q_proj has lora_A alone",
             "layers.1.self_attn.q_proj has A of rank 2 and B of rank 4",
             "conv has tensors of 4 and 4 dimensions",
             "steps has tensors of torch.int64",
-            "layers.0.mlp.down_proj has values that are not finite",
+            "layers.0.mlp.down_proj has tensors without values of their own, on the meta device or sparse",
+            "layers.0.mlp.up_proj has tensors of [4, 32] and [0, 4], without any values",
         ):
             assert text in str(caught.value)
 
@@ -246,7 +249,7 @@ class TestCanonical:
             tensors[f"layers.{number}.q_proj.lora_A.weight"] = torch.randn(4, 8, dtype=dtype)
             tensors[f"layers.{number}.q_proj.lora_B.weight"] = torch.randn(rows, 4, dtype=dtype)
         before = {name: tensor.clone() for name, tensor in tensors.items()}
-        scaled = peft.canonical(tensors, {"r": 4, "lora_alpha": 5}, check_finite=False).tensors
+        scaled = peft.canonical(tensors, {"r": 4, "lora_alpha": 5}).tensors
         assert sorted(sizes) == [160, 640, 4000, 9600]
         for name, tensor in before.items():
             assert torch.equal(tensors[name], tensor)
@@ -256,11 +259,11 @@ class TestCanonical:
     @pytest.mark.parametrize("given", [nn.Linear(2, 2), {}, {f"{Q_PROJ}.lora_A.weight": torch.zeros(4, 32)}])
     def test_nothing_to_go_by(self, given: Any) -> None:
         with pytest.raises(BadRequestError, match=r"no PEFT model|configuration"):
-            peft.canonical(given, check_finite=False)
+            peft.canonical(given)
 
     def test_empty(self) -> None:
         with pytest.raises(BadRequestError, match="no tensors of LoRA"):
-            peft.canonical({}, {"r": 4, "lora_alpha": 4}, check_finite=False)
+            peft.canonical({}, {"r": 4, "lora_alpha": 4})
 
 
 class TestAsked:
@@ -268,7 +271,7 @@ class TestAsked:
 
     def test_compiled_and_wrapped(self) -> None:
         model = tiny_peft()
-        plain = peft.canonical(model, check_finite=True)
+        plain = peft.canonical(model)
         state, config = get_peft_model_state_dict(model), model.peft_config["default"]
         compiled = torch.compile(model)
         assert isinstance(compiled, nn.Module)
@@ -281,7 +284,7 @@ class TestAsked:
             ({f"_orig_mod.{name}": each for name, each in state.items()}, config),
             ({f"module._orig_mod.{name}": each for name, each in state.items()}, config),
         ):
-            found = peft.canonical(given, its, check_finite=True)
+            found = peft.canonical(given, its)
             assert {*found.tensors} == {*plain.tensors}
             assert all(torch.equal(found.tensors[name], each) for name, each in plain.tensors.items())
 
@@ -289,12 +292,12 @@ class TestAsked:
         """PEFT's tuner says which, and its model says what it was told last."""
         model = tiny_peft()
         model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
-        peft.canonical(model, check_finite=True)
+        peft.canonical(model)
         for active in ("other", ["default", "other"]):
             model.base_model.set_adapter(active)
             assert model.active_adapter == "default"
             with pytest.raises(BadRequestError, match=r"_proj computes with the adapters \[.*other.*\], and the model"):
-                peft.canonical(model, check_finite=True)
+                peft.canonical(model)
 
     def test_several_adapters_in_one(self) -> None:
         model = tiny_peft()
@@ -303,25 +306,70 @@ class TestAsked:
             for name, each in get_peft_model_state_dict(model).items()
         }
         with pytest.raises(BadRequestError, match="tensors of 2 adapters: default, other"):
-            peft.canonical(state, model.peft_config["default"], check_finite=True)
+            peft.canonical(state, model.peft_config["default"])
 
-    @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
-    def test_a_scaling_that_is_no_number(self, alpha: float) -> None:
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+    def test_a_scaling_that_is_no_number(self, scale: float) -> None:
         model = tiny_peft()
-        config = model.peft_config["default"].to_dict() | {"lora_alpha": alpha}
-        with pytest.raises(BadRequestError, match=r"has a scaling of (nan|inf)"):
-            peft.canonical(get_peft_model_state_dict(model), config, check_finite=False)
+        model.get_submodule(Q_PROJ).set_scale("default", scale)
+        with pytest.raises(BadRequestError, match=r"0\.self_attn\.q_proj has a scaling of (nan|inf)"):
+            peft.canonical(model)
 
-    def test_finite_after_scaling(self) -> None:
+    def test_a_model_around_another(self) -> None:
+        """PEFT puts its prefix before the names once more, and vLLM drops both: they are one module."""
         model = tiny_peft()
-        state = {
-            name: torch.full_like(each, 4e4, dtype=torch.float16)
-            for name, each in get_peft_model_state_dict(model).items()
-        }
-        config = model.peft_config["default"].to_dict() | {"lora_alpha": 4 * model.peft_config["default"].r}
-        peft.canonical(state, config, check_finite=False)
-        with pytest.raises(BadRequestError, match=r"lora_B\.weight has values that are not finite"):
-            peft.canonical(state, config, check_finite=True)
+        state, config = get_peft_model_state_dict(model), model.peft_config["default"]
+        plain = peft.canonical(state, config)
+        nested = {f"base_model.model.{name}": each for name, each in state.items()}
+        assert {*peft.canonical(nested, config).tensors} == {*plain.tensors}
+        with pytest.raises(BadRequestError, match="which is there twice"):
+            peft.canonical(state | nested, config)
+
+    @pytest.mark.parametrize(
+        ("fields", "text"),
+        [
+            ({"r": "8"}, "r is '8', and not a positive integer"),
+            ({"r": 0}, "r is 0"),
+            ({"r": -1}, "r is -1"),
+            ({"r": True}, "r is True"),
+            ({"r": 4.0}, r"r is 4\.0"),
+            ({"r": 10**400}, "r is 1000"),
+            ({"lora_alpha": None}, "lora_alpha is None, and not a finite number"),
+            ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+            ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+            ({"lora_alpha": float("-inf")}, "lora_alpha is -inf"),
+            ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+            ({"use_rslora": "false"}, "use_rslora is 'false', and neither true nor false"),
+            ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\], and not an object"),
+            ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern has '4' for 'q_proj', and not a positive integer"),
+            ({"rank_pattern": {"q_proj": None}}, "rank_pattern has None"),
+            ({"alpha_pattern": {"q_proj": [1]}}, r"alpha_pattern has \[1\] for 'q_proj', and not a finite number"),
+            ({"alpha_pattern": {"q_(proj": 1}}, r"alpha_pattern has 'q_\(proj', which is no regular expression"),
+            ({"peft_type": "LOHA"}, "it is no LoRA but 'LOHA'"),
+            ({"peft_type": 3, "r": "x"}, "it is no LoRA but 3"),
+        ],
+    )
+    def test_a_configuration_that_says_nothing(self, fields: dict[str, Any], text: str) -> None:
+        """It is named with what is wrong, and with whose it is."""
+        model = tiny_peft()
+        config = model.peft_config["default"].to_dict() | fields
+        with pytest.raises(BadRequestError, match=f"^Adapter mine has a configuration from which .*{text}") as caught:
+            peft.canonical(get_peft_model_state_dict(model), config, label="Adapter mine")
+        assert caught.value.remedy
+
+    @pytest.mark.parametrize("config", [[], "r", 8, LoraConfig, IA3Config(), {"lora_alpha": 4}], ids=str)
+    def test_no_configuration(self, config: Any) -> None:
+        with pytest.raises(BadRequestError, match="configuration from which no scaling of LoRA follows"):
+            peft.canonical(get_peft_model_state_dict(tiny_peft()), config)
+
+    @pytest.mark.parametrize("weights", [None, [], "mine", torch.zeros(2)], ids=["none", "list", "text", "tensor"])
+    def test_no_weights(self, weights: Any) -> None:
+        with pytest.raises(BadRequestError, match=r"^Adapter mine is given as "):
+            peft.canonical(weights, {"r": 4}, label="Adapter mine")
+
+    def test_names_that_are_none(self) -> None:
+        with pytest.raises(BadRequestError, match="3, which is no tensor of LoRA"):
+            peft.canonical({3: torch.zeros(2)}, {"r": 4})  # type: ignore[dict-item]
 
     def test_one_of_two_fused_experts(self) -> None:
         """PEFT saves the one that is there under the name that both have; vLLM takes both or none."""
@@ -329,30 +377,32 @@ class TestAsked:
         sides = {"lora_A": torch.ones(8, 4), "lora_B": torch.ones(4, 8)}
         config = {"r": 2, "lora_alpha": 2}
         both = {f"{prefix}{end}.{side}.weight": each for end in ("", ".base_layer") for side, each in sides.items()}
-        peft.canonical(both, config, check_finite=True)
+        peft.canonical(both, config)
         for end in ("", ".base_layer"):
             one = {f"{prefix}{end}.{side}.weight": each for side, each in sides.items()}
             with pytest.raises(BadRequestError, match="vLLM takes both projections of experts, or none"):
-                peft.canonical(one, config, check_finite=True)
+                peft.canonical(one, config)
 
     def test_an_embeddings_own_weight_is_left_alone(self) -> None:
         """PEFT saves it beside the adapter."""
         model = tiny_peft(target_modules=["q_proj", "embed_tokens"])
         state, config = get_peft_model_state_dict(model), model.peft_config["default"]
         assert any(name.endswith("embed_tokens.base_layer.weight") for name in state)
-        assert {*peft.canonical(state, config, check_finite=True).tensors} == {
-            *peft.canonical(model, check_finite=True).tensors
-        }
+        assert {*peft.canonical(state, config).tensors} == {*peft.canonical(model).tensors}
         for wrapped in ("module.", "_orig_mod."):
-            peft.canonical({f"{wrapped}{name}": each for name, each in state.items()}, config, check_finite=True)
+            peft.canonical({f"{wrapped}{name}": each for name, each in state.items()}, config)
+        model = tiny_peft(target_modules=["q_proj", "lm_head"])
+        state, config = get_peft_model_state_dict(model), model.peft_config["default"]
+        assert any(name.endswith("lm_head.base_layer.weight") for name in state)
+        assert {*peft.canonical(state, config).tensors} == {*peft.canonical(model).tensors}
         with pytest.raises(BadRequestError, match="no tensor of LoRA"):
-            peft.canonical(state | {f"{Q_PROJ}.base_layer.weight": torch.ones(2)}, config, check_finite=True)
+            peft.canonical(state | {f"{Q_PROJ}.base_layer.weight": torch.ones(2)}, config)
 
     def test_a_start_that_changed_the_base(self) -> None:
         model = tiny_peft()
         config = model.peft_config["default"].to_dict() | {"init_lora_weights": "lora_ga"}
         with pytest.raises(BadRequestError, match="has changed the base model's weights"):
-            peft.canonical(get_peft_model_state_dict(model), config, check_finite=True)
+            peft.canonical(get_peft_model_state_dict(model), config)
 
     def test_strided_tensors(self) -> None:
         """Parts of larger tensors, repeated ones and negated ones are written as what they show."""
@@ -361,7 +411,7 @@ class TestAsked:
             f"{Q_PROJ}.lora_A.weight": whole[::2, :1].T,
             f"{Q_PROJ}.lora_B.weight": torch.ones(1).expand(48, 1),
         }
-        adapter = peft.canonical(given, {"r": 1, "lora_alpha": 1}, check_finite=True)
+        adapter = peft.canonical(given, {"r": 1, "lora_alpha": 1})
         with closing(AdapterFile(*file_of(adapter))) as file:
             found = stage(file, [*given], None)
         assert all(torch.equal(found[name], each) for name, each in given.items())
@@ -441,10 +491,29 @@ class TestFile:
     def test_finite_in_its_dtype(self) -> None:
         tensors = {"a.lora_A.weight": torch.full((1, 5), 1e5), "a.lora_B.weight": torch.ones(3, 1)}
         adapter = peft.Adapter(tensors, {"r": 4})
-        file_of(adapter, torch.bfloat16, check_finite=True)[1].close()
-        file_of(adapter, torch.float16)[1].close()
-        with pytest.raises(BadRequestError, match=r"in a\.lora_A\.weight, in torch\.float16"):
-            file_of(adapter, torch.float16, check_finite=True)
+        file_of(adapter, torch.bfloat16)[1].close()
+        with pytest.raises(
+            BadRequestError, match=r"^The adapter has values .* finite: a\.lora_A\.weight in torch\.float16"
+        ):
+            file_of(adapter, torch.float16)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("rows", [3, 4])
+    def test_finite(self, value: float, rows: int) -> None:
+        """Wherever it is, of whatever type, and where a type begins between two of its places."""
+        tensors = {
+            "a.lora_A.weight": torch.randn(1, 5),
+            "b.lora_A.weight": torch.randn(2, 4, dtype=torch.float64),
+            "c.lora_B.weight": torch.randn(rows, 1).to(torch.bfloat16),
+            "d.lora_B.weight": torch.full((4, 4), -65504.0, dtype=torch.float16),
+        }
+        file_of(peft.Adapter(tensors, {"r": 4}))[1].close()
+        for name, tensor in tensors.items():
+            right, tensor[-1, -1] = tensor[-1, -1].clone(), value
+            with pytest.raises(BadRequestError, match=rf"^Adapter mine has .* not finite: {name} in {tensor.dtype}\."):
+                file_of(peft.Adapter(tensors, {"r": 4}), label="Adapter mine")
+            file_of(peft.Adapter(tensors, {"r": 4}), check_finite=False)[1].close()
+            tensor[-1, -1] = right
 
     def test_staged_and_damaged(self) -> None:
         info, fds = file_of(peft.Adapter({"a.lora_A.weight": torch.zeros(3000, 4096)}, {"r": 4}))

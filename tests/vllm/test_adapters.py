@@ -23,6 +23,7 @@ from tests.vllm.conftest import MANY_PROCESSES, Engine, StartEngine, make_llama
 from tests.vllm.nursery import Nursery
 from tests.vllm.test_fleet import BLOCK, PROMPT, Server
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.settings import to_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.core, pytest.mark.timeout(600)]
@@ -105,8 +106,17 @@ def test_offline(
     refused(ask("nobody"), "Adapter nobody is not held")
     client.publish_adapter("large", lora.peft_of(tiny_llama, r=16))
     refused(ask("large"), "cannot serve Adapter large, generation 1: LoRA rank 16 is greater than max_lora_rank 8")
+    part = {name.replace("layers.0.", "layers.9."): t for name, t in get_peft_model_state_dict(model).items()}
+    fields = model.peft_config["default"].to_dict() | {"rank_pattern": {"v_proj": 8}}
+    client.publish_adapter("part", part, fields)
+    for _ in range(2):  # also after it has been read once
+        refused(ask("part"), "3 of its 9 modules have no place in this engine's model", "layers.9.mlp.down_proj")
+    narrow = {name: t[:, :8] if "lora_A" in name else t for name, t in get_peft_model_state_dict(model).items()}
+    client.publish_adapter("narrow", narrow, fields)
+    for _ in range(2):
+        refused(ask("narrow"), "does not fit this engine's model", "has 8 inputs")
     strange = {name.replace("q_proj", "strange"): t for name, t in get_peft_model_state_dict(model).items()}
-    client.publish_adapter("strange", strange, model.peft_config["default"].to_dict() | {"rank_pattern": {"v_proj": 8}})
+    client.publish_adapter("strange", strange, fields)
     refused(ask("strange"), "While loading Adapter strange, generation 1, expected target modules")
 
     # Requests that have come end with what they began with, though it is removed before the engine has room for it.
@@ -156,7 +166,10 @@ def server(
         port = free.getsockname()[1]
     log = tmp_path / "server.log"
     flags = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--load-format", "companion"]
-    flags += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--skip-tokenizer-init"]
+    flags += ["--served-model-name", str(long_llama), "taken", "--dtype", "float32", "--enforce-eager"]
+    flags += ["--max-model-len", "1024", "--skip-tokenizer-init"]
+    lora.peft_of(long_llama, 9).save_pretrained(tmp_path / "static")
+    flags += ["--lora-modules", f"static={tmp_path / 'static'}"]
     flags += ["--host", "127.0.0.1", "--port", str(port), "--block-size", str(BLOCK)]
     with log.open("w") as file:
         process = nursery.start(
@@ -222,5 +235,16 @@ def test_served(server: Server, client: CompanionClient, long_llama: Path) -> No
     for more in ({}, {"stream": True}):
         assert ask("mine", **more)[0] == 404
     assert ask("a/../b\n")[0] == 404
+
+    # Names that the server has itself.
+    with pytest.raises(BadRequestError, match="has the name of a model"):
+        client.publish_adapter(str(long_llama), model)
+    client.publish_adapter("taken", model)
+    assert ask("taken")[1]["choices"][0]["token_ids"] == base
+    client.publish_adapter("static", model)
+    assert tokens("static") == said(lora.peft_of(long_llama, 9)) != said(model)
+    for name in ("taken", "static"):
+        until(lambda name=name: f"not with the adapter {name} that" in server.log.read_text(), 10, "the log says so")
+        client.remove_adapter(name)
     status, listed = server.http.ask("GET", "/v1/models", 20)
-    assert (status, [each["id"] for each in listed["data"]]) == (200, [str(long_llama)])  # type: ignore[index]
+    assert (status, [each["id"] for each in listed["data"]]) == (200, [str(long_llama), "taken", "static"])  # type: ignore[index]

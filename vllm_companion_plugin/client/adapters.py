@@ -12,7 +12,7 @@ import json
 import logging
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from vllm_companion_plugin.client.peft import AT_ONCE_BYTES, Adapter, in_groups
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.arena import ArenaInfo
-from vllm_companion_plugin.core.identity import ADAPTER
+from vllm_companion_plugin.core.identity import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus, Published
 from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
@@ -74,7 +74,7 @@ class AdapterHolds:
         connect: Callable[[], CompanionConnection],
         *,
         dtype: torch.dtype | None = None,
-        check_finite: bool = False,
+        check_finite: bool = True,
     ) -> int:
         """Publish an adapter, or its next generation; the number of that.
 
@@ -84,7 +84,7 @@ class AdapterHolds:
         """
         key = adapters.key_of(name)
         codec.version_from_message(version)
-        info, fds = file_of(adapter, dtype, check_finite=check_finite, memory_of=self._spare.memory)
+        info, fds = file_of(adapter, dtype, label=f"Adapter {name}", check_finite=check_finite, memory_of=self._spare.memory)
         with fds:
             version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
@@ -94,6 +94,7 @@ class AdapterHolds:
                 return number
             with ExitStack() as undo:
                 connection = undo.enter_context(connect())
+                _check_free(connection, name)
                 lease = connection.attach(key, may_load=True, client_name="trainer")
                 outcome = lease.wait(self._settings.wait_timeout_s)
                 if isinstance(outcome, Granted):
@@ -176,6 +177,16 @@ def _commit(lease: Lease, info: ArenaInfo, fds: Descriptors, count: int, version
     return number, Published(count, {}, time.time(), 0.0, "", version)
 
 
+def _check_free(connection: CompanionConnection, name: str) -> None:
+    """Raise `BadRequestError` if a model has the name: engines answer with the model itself where it is asked for."""
+    if any(entry.key.kind == WEIGHTS and entry.key.model == name for entry in connection.status().entries):
+        raise BadRequestError(
+            f"Adapter {name} has the name of a model that the companion of {connection.device} holds, and servers "
+            "would answer with the model alone.",
+            remedy="Publish it under another name.",
+        )
+
+
 def remove(connection: CompanionConnection, name: str) -> None:
     """Have the companion forget an adapter. Raises `EntryNotFoundError` if it has none of this name."""
     try:
@@ -193,7 +204,8 @@ def file_of(
     adapter: Adapter,
     dtype: torch.dtype | None = None,
     *,
-    check_finite: bool = False,
+    label: str = "The adapter",
+    check_finite: bool = True,
     memory_of: Callable[[int], contextlib.AbstractContextManager[SharedWriter]] = new_memfd,
 ) -> tuple[ArenaInfo, Descriptors]:
     """The adapter's file in host memory, sealed, with the checksums of its bytes; the caller owns the descriptor.
@@ -203,11 +215,12 @@ def file_of(
 
     Args:
         dtype: of its tensors in the file; None: as they are.
-        check_finite: refuse tensors with NaN or infinity, which a cast may make.
+        label: of the adapter, for errors.
+        check_finite: refuse values that are not finite, which a cast may have made.
         memory_of: as `new_memfd`.
 
     Raises:
-        BadRequestError: a type of tensors that the file's format has no name for; tensors that are not finite.
+        BadRequestError: a type of tensors that the file's format has no name for; values that are not finite.
         ArenaError: there is no memory for it.
     """
     types = {name: dtype or tensor.dtype for name, tensor in adapter.tensors.items()}
@@ -215,7 +228,7 @@ def file_of(
     tensors = sorted(adapter.tensors.items(), key=lambda pair: (-types[pair[0]].itemsize, str(pair[1].dtype), pair[0]))
     if unknown := [f"{name} of {types[name]}" for name, _ in tensors if types[name] not in _NAMES]:
         raise BadRequestError(
-            f"An adapter cannot have {several(unknown, _SHOWN)}.", remedy=f"Publish it as one of {', '.join(DTYPES)}."
+            f"{label} cannot have {several(unknown, _SHOWN)}.", remedy=f"Publish it as one of {', '.join(DTYPES)}."
         )
     sizes = {name: tensor.numel() * types[name].itemsize for name, tensor in tensors}
     header = header_of(
@@ -227,7 +240,7 @@ def file_of(
         there = host_bytes(memory.address, size_bytes)
         whole = there if device.type == "cpu" else torch.empty(size_bytes, dtype=torch.uint8, device=device)
         whole[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        offset = len(header)
+        offset, are_finite = len(header), list[torch.Tensor]()
         for (before, after), group in itertools.groupby(tensors, key=lambda pair: (pair[1].dtype, types[pair[0]])):
             flat = [tensor.detach().to(device).resolve_neg().contiguous().reshape(-1) for _, tensor in group]
             target = whole[offset : offset + sum(each.numel() for each in flat) * after.itemsize]
@@ -235,9 +248,13 @@ def file_of(
                 torch.cat([each.view(torch.uint8) for each in flat], out=target)
             else:  # then all have one type, and begin at multiples of its width
                 _cast(flat, target.view(after))
+            # All at once, unless they begin between two places of their type. NaN if one is NaN; waited for below.
+            written = [target.view(after)] if not target.storage_offset() % after.itemsize else flat
+            if check_finite:
+                are_finite += [torch.stack(each.aminmax()).isfinite().all() for each in written]
             offset += target.nbytes
-        if check_finite and dtype is not None:
-            _check_finite({name: tensor.to(dtype) for name, tensor in tensors})
+        if are_finite and not torch.stack(are_finite).all():
+            _refuse_values(((name, tensor.to(types[name])) for name, tensor in tensors), label)
         summing = Summing(Flat(whole), size_bytes, device)
         summing.extend(size_bytes)
         if whole is not there:
@@ -256,11 +273,12 @@ def _cast(flat: Sequence[torch.Tensor], target: torch.Tensor) -> None:
         done += joined.numel()
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if wrong:
-        dtype = next(iter(tensors.values())).dtype
-        raise BadRequestError(f"NaN or infinity in {several(wrong, _SHOWN)}, in {dtype}.")
+def _refuse_values(tensors: Iterable[tuple[str, torch.Tensor]], label: str) -> None:
+    wrong = [f"{name} in {each.dtype}" for name, each in tensors if not torch.isfinite(each).all()]
+    raise BadRequestError(
+        f"{label} has values that are not finite: {several(wrong, _SHOWN)}.",
+        remedy="Nothing was published. Look for NaN or infinity in what the trainer computes.",
+    )
 
 
 def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -27,6 +27,7 @@ from vllm_companion_plugin.client.filling import is_placed
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.client.processed import ProcessedUpdate, processing
 from vllm_companion_plugin.client.update import Update, check_version, updating
+from vllm_companion_plugin.core.adapters import check_name
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -297,7 +298,7 @@ class CompanionClient:
         config: Any = None,
         *,
         version: str = "",
-        check_finite: bool = False,
+        check_finite: bool = True,
         dtype: torch.dtype | None = None,
     ) -> int:
         """Publish a LoRA adapter, or its next generation, which the next request of it is computed with.
@@ -311,7 +312,8 @@ class CompanionClient:
             weights: a `PeftModel`, whose active adapter is taken; or its tensors, by PEFT's names.
             config: PEFT's `LoraConfig`, or its fields; of a `PeftModel`, None.
             version: your name for these weights; empty: what they are is named.
-            check_finite: refuse tensors with NaN or infinity.
+            check_finite: refuse NaN and infinity, also if `dtype` or the scaling makes them. vLLM computes requests of
+                several adapters together, and NaN of one can reach others.
             dtype: of what is published; None: as the tensors are. Engines compute in their model's dtype
                 (`--lora-dtype`), so what PEFT trains in float32 is cast sooner or later: the model's dtype here halves
                 what is copied for one in bfloat16, and changes nothing for an engine that computes in that.
@@ -320,13 +322,14 @@ class CompanionClient:
             The number of its generation.
 
         Raises:
-            BadRequestError: vLLM's LoRA cannot compute it: all that it cannot is named. Or a name or version that
-                cannot be shown.
+            BadRequestError: vLLM's LoRA cannot compute it: all that it cannot is named. Values that are not finite. A
+                configuration from which no scaling follows. Or a name or version that cannot be shown, or the name of a
+                model that the companion holds.
             CompanionUnavailableError: no companion.
             EntryInUseError: another client writes its next generation.
             ArenaError: there is no memory for it.
         """
-        adapter = peft.canonical(weights, config, check_finite=check_finite)
+        adapter = peft.canonical(weights, config, label=f"Adapter {check_name(name)}")
         return self._adapters.publish(name, adapter, version, self._connect, dtype=dtype, check_finite=check_finite)
 
     def register_adapter(self, name: str, path: str, *, version: str = "") -> int:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from vllm_companion_plugin.core.text import several
+from vllm_companion_plugin.core.text import printable, several
 from vllm_companion_plugin.errors import BadRequestError
 
 T = TypeVar("T")
@@ -33,6 +35,12 @@ _WRAPPED = re.compile(r"(^module\.)|(?<![^.])_orig_mod\.")
 """What DDP and `torch.compile` put into names."""
 _OF_BASE = ".base_layer.weight"
 """PEFT saves an embedding's own weight beside the adapter of it. vLLM leaves it alone, too."""
+_OUTPUT = "lm_head"
+"""What PEFT and vLLM take for an output embedding."""
+_PATTERN = r"(.*\.)?({})$"
+"""How PEFT matches a key of its patterns with a module's name."""
+_ALPHA = 8
+"""`lora_alpha` where PEFT's configuration says nothing."""
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 _ORDINARY_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Values of `init_lora_weights` that leave the base model as it is."""
@@ -72,23 +80,30 @@ class _Module:
     scaling: float | None = None
 
 
-def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = None, *, check_finite: bool) -> Adapter:
+def canonical(
+    weights: nn.Module | Mapping[str, torch.Tensor], config: Any = None, *, label: str = "The adapter"
+) -> Adapter:
     """The adapter of a PEFT model, or of its tensors by name. Nothing that is given is written to.
 
     Args:
         weights: a `PeftModel`, whose active adapter is taken; or tensors as `get_peft_model_state_dict` or a saved
             adapter has them. Of FSDP, all ranks take part.
         config: a `LoraConfig`, or a dict of its fields; of a `PeftModel`, None.
-        check_finite: refuse tensors with NaN or infinity.
+        label: of the adapter, for errors.
 
     Raises:
-        BadRequestError: what vLLM's LoRA cannot compute, or tensors that are not those of an adapter; all of it.
+        BadRequestError: what vLLM's LoRA cannot compute, tensors that are not those of an adapter, or fields that say
+            nothing; all of it.
     """
     scalings: dict[str, float] = {}
     if isinstance(weights, nn.Module):
-        weights, own, scalings = _of_model(weights)
+        weights, own, scalings = _of_model(weights, label)
         config = own if config is None else config
-    fields = _fields_of(config)
+    if not isinstance(weights, Mapping):
+        raise BadRequestError(
+            f"{label} is given as {type(weights).__name__}.", remedy="Give a PeftModel, or its tensors by their names."
+        )
+    fields = _fields_of(config, label)
     problems = list(_problems_of(fields))
     modules = _modules_of(weights, scalings, problems)
     tensors: dict[str, torch.Tensor] = {}
@@ -96,7 +111,7 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
     factors: dict[str, float] = {}
     for name, module in modules.items():
         rank, scaling = _rank_and_scaling(fields, name)
-        problem = _misfit(name, module, rank, check_finite)
+        problem = _misfit(name, module, rank)
         if problem:
             problems.append(problem)
             continue
@@ -112,11 +127,12 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
         problems.append("it has no tensors of LoRA")
     if any(_is_fused(name) and rank != max(ranks.values()) for name, rank in ranks.items()):
         problems.append("experts of one tensor have another rank than other modules")
-    _refuse(problems)
-    scaled = _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
-    if check_finite:  # what was finite may be no more
-        _refuse([f"{name} has values that are not finite" for name, each in scaled.items() if not _is_finite(each)])
-    tensors |= scaled
+    if problems:
+        raise BadRequestError(
+            f"{label} cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
+            remedy="Train it without, or convert it to plain LoRA with PEFT.",
+        )
+    tensors |= _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
     rank = max(ranks.values())
     plain = {
         "peft_type": "LORA",
@@ -132,26 +148,14 @@ def canonical(weights: nn.Module | Mapping[str, torch.Tensor], config: Any = Non
     return Adapter(tensors, plain)
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise BadRequestError(
-            f"The adapter cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
-            remedy="Train it without, or convert it to plain LoRA with PEFT.",
-        )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str, float]]:
+def _of_model(model: nn.Module, label: str) -> tuple[dict[str, torch.Tensor], Any, dict[str, float]]:
     """Tensors, configuration and scalings of a PEFT model's active adapter."""
     configs = getattr(model, "peft_config", None)
     adapter = getattr(model, "active_adapter", None)
     adapter = adapter() if callable(adapter) else adapter
     if not isinstance(configs, Mapping) or not isinstance(adapter, str) or adapter not in configs:
         raise BadRequestError(
-            f"{type(model).__name__} is no PEFT model with one active adapter.",
+            f"{label}: {type(model).__name__} is no PEFT model with one active adapter.",
             remedy="Give a PeftModel after set_adapter(NAME), or the tensors and the configuration.",
         )
     its = re.compile(rf".+\.{_OF_ADAPTER}\.{re.escape(adapter)}(\..+)?")
@@ -169,8 +173,14 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
             active = list(getattr(module, "active_adapters", (adapter,)))
             if active != [adapter]:
                 raise BadRequestError(
-                    f"{path} computes with the adapters {active}, and the model says that {adapter} is active.",
+                    f"{label}: {path} computes with the adapters {active}, and the model says that "
+                    f"{adapter} is active.",
                     remedy="Choose the one to publish by set_adapter(NAME) of the PeftModel.",
+                )
+            if (variant := getattr(module, "lora_variant", {}).get(adapter)) is not None:
+                raise BadRequestError(
+                    f"{label}: {path} computes it in PEFT's way of {type(variant).__name__}, which vLLM does not.",
+                    remedy="Train plain LoRA.",
                 )
         if fields["_state_dict_hooks"] or fields["_state_dict_pre_hooks"]:
             has_hooks = True
@@ -194,27 +204,79 @@ def _of_model(model: nn.Module) -> tuple[dict[str, torch.Tensor], Any, dict[str,
     return tensors, configs[adapter], scalings
 
 
-def _fields_of(config: Any) -> Mapping[str, Any]:
-    fields = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("r"), int) or fields["r"] < 1:
+def _fields_of(config: Any, label: str) -> Mapping[str, Any]:
+    """The fields of PEFT's configuration. A scaling follows from them."""
+    fields = config.to_dict() if hasattr(config, "to_dict") and not isinstance(config, type) else config
+    if fields is None:
         raise BadRequestError(
-            "An adapter's tensors say nothing of its scaling without PEFT's configuration, with r and lora_alpha.",
+            f"{label}: its tensors say nothing of its scaling without PEFT's configuration, with r and lora_alpha.",
             remedy="Give the LoraConfig, or the fields of adapter_config.json, as `config`.",
         )
-    return fields
+    problems = (
+        list(_malformed(fields)) if isinstance(fields, Mapping) else [f"it is {_shown(fields)}, which has no fields"]
+    )
+    if problems:
+        raise BadRequestError(
+            f"{label} has a configuration from which no scaling of LoRA follows: {several(problems, _SHOWN, '; ')}.",
+            remedy="Correct PEFT's LoraConfig, or adapter_config.json.",
+        )
+    found: Mapping[str, Any] = fields
+    return found
+
+
+def _malformed(fields: Mapping[str, Any]) -> Iterator[str]:
+    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type")) or "LORA"
+    if kind != "LORA":
+        yield f"it is no LoRA but {_shown(kind)}"
+        return
+    if not _is_rank(rank := fields.get("r")):
+        yield f"r is {_shown(rank)}, and not a positive integer"
+    if not _is_factor(alpha := fields.get("lora_alpha", _ALPHA)):
+        yield f"lora_alpha is {_shown(alpha)}, and not a finite number"
+    if not isinstance(by_root := fields.get("use_rslora"), bool | None):
+        yield f"use_rslora is {_shown(by_root)}, and neither true nor false"
+    for name, is_right, what in (
+        ("rank_pattern", _is_rank, "a positive integer"),
+        ("alpha_pattern", _is_factor, "a finite number"),
+    ):
+        patterns = fields.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            yield f"{name} is {_shown(patterns)}, and not an object of patterns"
+            continue
+        for pattern, value in patterns.items():
+            if not is_right(value):
+                yield f"{name} has {_shown(value)} for {_shown(pattern)}, and not {what}"
+            try:
+                re.compile(_PATTERN.format(pattern))
+            except re.error as error:
+                yield f"{name} has {_shown(pattern)}, which is no regular expression ({error})"
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < int(value) <= sys.maxsize
+
+
+def _is_factor(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer above all floats
+        return False
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value)[:80])
 
 
 def _problems_of(fields: Mapping[str, Any]) -> Iterator[str]:
-    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type")) or "LORA"
-    if kind != "LORA":
-        yield f"it is no LoRA but {kind}"
     for name, what in _REFUSED.items():
         if fields.get(name):
             yield what
     if fields.get("bias", "none") != "none":
         yield f"trained biases (bias={fields['bias']!r})"
     start = fields.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _ORDINARY_STARTS:
+    if not isinstance(start, bool | None) and str(start).lower() not in _ORDINARY_STARTS:
         yield f"init_lora_weights={start!r}, which has changed the base model's weights"
 
 
@@ -225,9 +287,9 @@ def _modules_of(
     modules: dict[str, _Module] = {}
     adapters: set[str] = set()
     for raw, shard in weights.items():
-        name = _WRAPPED.sub("", raw)
+        name = _WRAPPED.sub("", str(raw))
         found = _TENSOR.fullmatch(name)
-        if found is None and f"{raw.removesuffix(_OF_BASE)}.lora_embedding_A" in weights:
+        if found is None and _is_of_base(str(raw), weights):
             continue
         is_embedding = found is not None and "embedding" in found["mark"]
         if found is None or is_embedding == bool(found["weight"]) or not isinstance(shard, torch.Tensor):
@@ -236,10 +298,15 @@ def _modules_of(
         gather = getattr(shard, "full_tensor", None)
         tensor = (shard if gather is None else gather()).detach()
         ending = "" if is_embedding else ".weight"
-        module = modules.setdefault(found["module"].removeprefix(_PREFIX), _Module())
+        # Once for each PEFT model around another one. vLLM drops all of them, too.
+        path = found["module"]
+        while path.startswith(_PREFIX):
+            path = path.removeprefix(_PREFIX)
+        module = modules.setdefault(path, _Module())
         if found["mark"] in module.sides:
             problems.append(f"{name}, which is there twice")
-        module.sides[found["mark"]] = f"{found['module']}.{found['mark']}{ending}", tensor
+        begins = _PREFIX if found["module"].startswith(_PREFIX) else ""
+        module.sides[found["mark"]] = f"{begins}{path}.{found['mark']}{ending}", tensor
         module.scaling = scalings.get(raw[: len(raw) - (len(name) - len(found["module"]))])
         adapters.add(found["adapter"] or "")
     if len(adapters) > 1:
@@ -247,7 +314,16 @@ def _modules_of(
     return modules
 
 
-def _misfit(name: str, module: _Module, rank: int, check_finite: bool) -> str:
+def _is_of_base(name: str, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether this is an embedding's own weight, beside the adapter of it."""
+    if not name.endswith(_OF_BASE):
+        return False
+    path = name.removesuffix(_OF_BASE)
+    is_output = path.rpartition(".")[2] == _OUTPUT and f"{path}.lora_A.weight" in weights
+    return is_output or f"{path}.lora_embedding_A" in weights
+
+
+def _misfit(name: str, module: _Module, rank: int) -> str:
     """What is wrong with a module's tensors, which the configuration says are of this rank; empty if nothing is."""
     marks = sorted(module.sides)
     if len(marks) != 2 or _PAIRS.get(marks[0]) != marks[1]:
@@ -256,12 +332,14 @@ def _misfit(name: str, module: _Module, rank: int, check_finite: bool) -> str:
     if a.ndim != 2 or b.ndim != 2:
         return f"{name} has tensors of {a.ndim} and {b.ndim} dimensions, as no linear layer and no embedding has"
     there = a.shape[0], b.shape[1]
-    if there[0] != there[1] or not there[0] or (there[0] % rank if _is_fused(name) else there[0] != rank):
+    if not a.numel() or not b.numel():
+        return f"{name} has tensors of {list(a.shape)} and {list(b.shape)}, without any values"
+    if there[0] != there[1] or (there[0] % rank if _is_fused(name) else there[0] != rank):
         return f"{name} has A of rank {there[0]} and B of rank {there[1]}, and its configuration says {rank}"
     if not (a.is_floating_point() and b.is_floating_point()):
         return f"{name} has tensors of {a.dtype} and {b.dtype}"
-    if check_finite and not (_is_finite(a) and _is_finite(b)):
-        return f"{name} has values that are not finite"
+    if a.is_meta or b.is_meta or a.layout != torch.strided or b.layout != torch.strided:
+        return f"{name} has tensors without values of their own, on the meta device or sparse"
     return ""
 
 
@@ -283,13 +361,13 @@ def _rank_and_scaling(fields: Mapping[str, Any], module: str) -> tuple[int, floa
     elif module.endswith(".experts"):
         module += ".down_proj"
     rank = int(_matching(fields.get("rank_pattern"), module, fields["r"]))
-    alpha = float(_matching(fields.get("alpha_pattern"), module, fields.get("lora_alpha", 8)))
+    alpha = float(_matching(fields.get("alpha_pattern"), module, fields.get("lora_alpha", _ALPHA)))
     return rank, alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
 
 
 def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module) is not None:
+        if re.match(_PATTERN.format(key), module) is not None:
             return value
     return otherwise
 

@@ -84,6 +84,10 @@ class FrontEnd:
                 self._current[asked.name] = served
         return served
 
+    def is_held(self, name: str) -> bool:
+        """Whether a companion has an adapter of this name. Raises as `AdapterLeases.where`."""
+        return bool(self._leases.where(name))
+
     def is_sent(self, served: Served) -> bool:
         """Whether the engine was given it by this very lease, and so has it or what it takes to have it again."""
         sent = self._sent.get(served.number)

@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_iter
 
 from vllm_companion_plugin.errors import SharedWeightsError
 
+NOT_TRACED = "Parameters on shared memory are guarded in Python. Compile the model without fullgraph=True."
+"""Why PyTorch's compiler leaves out what looks after them."""
+
 
 class FrozenTensor(torch.Tensor):
     """A view of a `FrozenParameter`: what is written to it would be written to the parameter."""
@@ -103,6 +106,7 @@ def _as_subclass(frozen: Any, cls: type[Any]) -> Any:
         return _view(frozen.view_as(frozen), frozen.companion_name)
 
 
+@torch.compiler.disable(reason=NOT_TRACED)  # type: ignore[untyped-decorator, no-untyped-call]
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name: str = getattr(func, "__name__", "")
     if name in _ELEMENT_BY_ELEMENT:

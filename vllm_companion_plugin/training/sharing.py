@@ -14,7 +14,7 @@ from torch import nn
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import NotSharedError
-from vllm_companion_plugin.training.frozen import FrozenParameter
+from vllm_companion_plugin.training.frozen import NOT_TRACED, FrozenParameter
 
 _ATTRIBUTE = "_companion_sharing"
 _SHOWN = 8
@@ -132,7 +132,8 @@ class Sharing:
         threading.Thread(target=self._attachment.close, name="companion-training-end", daemon=True).start()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, the parameters would have other addresses
+# Traced, the parameters would have other addresses.
+@torch.compiler.disable(reason=NOT_TRACED)  # type: ignore[untyped-decorator, no-untyped-call]
 def _check(module: nn.Module, _: Any) -> None:
     """Before the forward pass of a model that shares, or of a copy of one."""
     if (sharing := vars(module).get(_ATTRIBUTE)) is not None:

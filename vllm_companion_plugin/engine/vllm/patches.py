@@ -310,6 +310,18 @@ REMOVED_ADAPTERS = Patch(
     link="vllm/lora/worker_manager.py: LRUCacheWorkerLoRAManager.add_adapter",
     undo=_ENDS,
 )
+ADDED_ADAPTERS = Patch(
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter",
+    "engine.vllm.adapters.loading",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "An adapter of a companion that could be copied to its slot in part only is removed again; vLLM would serve it "
+        "so from the next request on."
+    ),
+    link="vllm/lora/worker_manager.py: LRUCacheWorkerLoRAManager.add_adapter",
+    undo=_ENDS,
+)
 NAMES_OF_MODELS = Patch(
     "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
     "engine.vllm.adapters.serving",

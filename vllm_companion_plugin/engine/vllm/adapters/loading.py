@@ -107,14 +107,9 @@ class _Fetched:
 
 
 class _Kept:
-    """What one worker has fetched of adapters, by their numbers.
+    """What one worker has fetched of adapters, by their numbers."""
 
-    Attributes:
-        has_all: this worker has all layers of the model.
-    """
-
-    def __init__(self, leases: AdapterLeases, device: torch.device, verify: str, *, has_all: bool) -> None:
-        self.has_all = has_all
+    def __init__(self, leases: AdapterLeases, device: torch.device, verify: str) -> None:
         self._leases = leases
         self._device = device
         self._verify = verify
@@ -160,6 +155,7 @@ def load_from_companions() -> None:
     patches.WORKERS_ADAPTERS.apply(_beginning)
     patches.LOADED_ADAPTERS.apply(_loading)
     patches.REMOVED_ADAPTERS.apply(_removing)
+    patches.ADDED_ADAPTERS.apply(_adding)
     patches.STAGED_ADAPTERS.apply(_staging)
 
 
@@ -174,8 +170,7 @@ def _beginning(inner: Callable[..., None]) -> Callable[..., None]:
         name = arenas.cuda_device(index) if device.type == "cuda" else device.type
         settings = settings_of(vllm_config)
         its = torch.device(device.type, index)
-        has_all = vllm_config.parallel_config.pipeline_parallel_size == 1
-        _kept[self] = _Kept(AdapterLeases(settings, "worker", first=name), its, settings.verify, has_all=has_all)
+        _kept[self] = _Kept(AdapterLeases(settings, "worker", first=name), its, settings.verify)
 
     return __init__
 
@@ -185,6 +180,8 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         if not adapters.is_path(lora_request.lora_path):
             return inner(self, lora_request)
+        from vllm_companion_plugin.engine.vllm.adapters.fitting import check_fits
+
         bound = adapters.asked_by(lora_request.lora_path)
         if not isinstance(bound, Bound):
             raise BadRequestError(
@@ -200,8 +197,7 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
                 in_directory = copy.copy(lora_request)
                 in_directory.lora_path = directory
                 made = inner(self, in_directory)
-                if kept.has_all:
-                    _check_applies(self._adapter_manager, made, bound)
+                check_fits(self._adapter_manager, made, bound)
             known.prove()  # if vLLM has come to its tensors in another way
         except Exception as error:
             try:
@@ -218,25 +214,6 @@ def _loading(inner: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return _load_adapter
-
-
-def _check_applies(manager: Any, lora: Any, bound: Bound) -> None:
-    """Raise `BadRequestError` if vLLM would serve the base model: it looks at the ends of modules' names only."""
-    known = {*manager.modules, *(name for names in manager.packed_modules.values() for name in names)}
-    if getattr(manager, "is_pooling_model", False):  # vLLM takes such names without the first part, too
-        known |= {name.removeprefix("model.") for name in known}
-    names = list(lora.loras)
-    if names and not any(name in known or _parents(name) & known for name in names):
-        raise BadRequestError(
-            f"{bound}: this model has none of its modules, the first is {names[0]}.",
-            remedy="Publish the adapter with the names that PEFT gives for this model's checkpoint.",
-        )
-
-
-def _parents(name: str) -> set[str]:
-    """Of one expert of several, which vLLM has in one module."""
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def _staging(inner: Callable[..., Any]) -> staticmethod[..., Any]:
@@ -257,6 +234,19 @@ def _removing(inner: Callable[..., Any]) -> Callable[..., Any]:
         return inner(self, adapter_id)
 
     return remove_adapter
+
+
+def _adding(inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def add_adapter(self: Any, lora_request: Any) -> Any:
+        try:
+            return inner(self, lora_request)
+        except Exception:
+            if adapters.is_path(lora_request.lora_path):
+                self.remove_adapter(lora_request.lora_int_id)
+            raise
+
+    return add_adapter
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def _refusing_misfit(served: Served) -> Iterator[None]:
     except EngineDeadError:
         raise
     except Exception as error:  # a worker's, by whatever way vLLM hands it on
-        raise AdapterRefusedError(f"This engine cannot serve {served.bound}: {error}") from error
+        raise AdapterRefusedError(f"This engine cannot serve {served.bound}: {str(error) or repr(error)}") from error
 
 
 def _blank(served: Served) -> Any:
