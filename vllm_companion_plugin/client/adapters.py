@@ -84,7 +84,9 @@ class AdapterHolds:
         """
         key = adapters.key_of(name)
         codec.version_from_message(version)
-        info, fds = file_of(adapter, dtype, label=f"Adapter {name}", check_finite=check_finite, memory_of=self._spare.memory)
+        info, fds = file_of(
+            adapter, dtype, label=f"Adapter {name}", check_finite=check_finite, memory_of=self._spare.memory
+        )
         with fds:
             version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
