@@ -306,3 +306,24 @@ def test_what_was_added_in_part_is_removed(llama: Worker, path_of: Callable[[str
             assert NUMBER not in manager.list_adapters()
     finally:
         del manager._load_adapter
+
+
+def test_experts_that_share_tensors(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """vLLM's own form of adapters: one tensor for each projection, and one A for all experts of it."""
+    flags = models.CASES["qwen3-moe"].flags | models.CASES["qwen3-moe"].tiny_flags
+    flags = {name: flag for name, flag in flags.items() if name != "skip_tokenizer_init"}
+    worker = Worker(path_of("qwen3-moe"), enable_moe_shared_loras=True, **flags)
+    experts = next(each for name, each in worker.manager._adapter_manager.modules.items() if name == SHARED)
+    count, width = experts.moe_config.num_experts, experts.moe_config.hidden_dim
+    tensors = {
+        f"base_model.model.{SHARED}.{part}.lora_{side}.weight": torch.ones(
+            (1, 4, width) if side == "A" else (count, width, 4)
+        )
+        for part in ("w1", "w2", "w3")
+        for side in "AB"
+    }
+    adapter = peft.Adapter(tensors, {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["experts"]})
+    assert len(worker.check(adapter, tmp_path).loras) == 3
+    other = renamed(adapter, "layers.0", "layers.99")
+    with pytest.raises(BadRequestError, match=r"3 of its 3 modules have no place"):
+        worker.check(other, tmp_path)

@@ -7,7 +7,7 @@ are too small into a part of their place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +76,14 @@ def check_fits(manager: Any, lora: Any, bound: Bound) -> None:
         )
 
 
-def _places(manager: Any) -> dict[str, _Place]:
-    """Of every module that adapters of this model may have, by the name that vLLM gives it."""
-    places: dict[str, _Place] = {}
+def _places(manager: Any) -> dict[str, _Place | None]:
+    """Of every module that adapters of this model may have, by the name that vLLM gives it; None: of unknown width."""
+    places: dict[str, _Place | None] = {}
     for name, module in manager.modules.items():
         parts = manager.packed_modules.get(name, ())
-        if isinstance(module, FusedMoEWithLoRA):
+        if isinstance(module, FusedMoEWithLoRA) and getattr(manager, "_enable_moe_shared_loras", False):
+            places.update(dict.fromkeys(parts))  # vLLM's own form: of some tensors all experts have the same one
+        elif isinstance(module, FusedMoEWithLoRA):
             places.update(_places_of_experts(name, module, parts))
         else:
             places.update(zip(parts or (name,), _places_of(module, len(parts) or 1), strict=True))
@@ -90,13 +92,15 @@ def _places(manager: Any) -> dict[str, _Place]:
     return places
 
 
-def _places_of(module: Any, count: int) -> list[_Place]:
+def _places_of(module: Any, count: int) -> Sequence[_Place | None]:
     """Of the parts that a checkpoint has of a module."""
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
         return [_Place(module.lora_a_stacked.shape[1], module.lora_b_stacked.shape[2])]
     if isinstance(module, LogitsProcessorWithLoRA):
         return [_Place(module.lora_a_stacked.shape[-1], module.lora_b_stacked.shape[-2])]
     base = module.base_layer
+    if not hasattr(base, "input_size"):  # no layer that vLLM knows as linear
+        return [None] * count
     if hasattr(base, "total_num_kv_heads"):  # of which ranks may have copies
         head, value = base.head_size, getattr(base, "v_head_size", base.head_size)
         outputs = [base.total_num_heads * head, base.total_num_kv_heads * head, base.total_num_kv_heads * value]
