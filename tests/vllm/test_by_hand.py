@@ -48,9 +48,9 @@ INT8 = {"quantization": "companion_test_int8"}
 @pytest.mark.parametrize(
     ("case", "architecture", "options", "by_hand"),
     [
-        ("gpt-oss", "", {}, "model.layers.0.attn.sinks"),
+        pytest.param("gpt-oss", "", {}, "model.layers.0.attn.sinks", marks=pytest.mark.slow),
         ("llama", "ByHandForCausalLM", INT8, "model.norm.weight"),
-        ("llama", "", INT8, ""),
+        pytest.param("llama", "", INT8, "", marks=pytest.mark.slow),
     ],
     ids=["gpt-oss", "quantized", "ordinary"],
 )
