@@ -94,7 +94,7 @@ def manifest() -> Manifest:
             ),
         ),
         {"extra": "torch.nn.modules.linear.Linear"}, ("vision",), {"lm_head": "embed"}, {"config.json": "ab"},
-        is_observed=True,
+        is_observed=True, emptied_modules=("head",), moved_modules={"layers.0.inner": "layers.0"},
     )  # fmt: skip
 
 

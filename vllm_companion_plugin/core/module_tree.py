@@ -157,13 +157,14 @@ class Manifest:
     Attributes:
         added_modules: classes of the modules that loading made, by path; a module precedes the modules inside it.
         removed_modules: paths of modules that loading took out of the model.
-        emptied_modules: paths where loading put None in the place of a module.
         retied_modules: paths that loading gave to another module of the model, with that module's first path.
-        moved_modules: the same for modules in whose place loading put another one, with the path where each was built.
         files: digests by name of the small files that the publisher read to build and load the model.
         sources: where tensors of the checkpoint went, as `wire.manifest.sources_from_bytes` reads it; empty if it was
             not observed.
         is_observed: the publisher observed building and loading. Otherwise the whole model counts as made by loading.
+        emptied_modules: paths where loading put None in the place of a module.
+        moved_modules: paths that loading gave to a module in whose place it put another one, with the path where that
+            module was built.
     """
 
     stage: Stage
@@ -172,12 +173,12 @@ class Manifest:
     modules: tuple[ModuleInfo, ...]
     added_modules: Mapping[str, str] = field(default_factory=dict)
     removed_modules: tuple[str, ...] = ()
-    emptied_modules: tuple[str, ...] = ()
     retied_modules: Mapping[str, str] = field(default_factory=dict)
-    moved_modules: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     is_observed: bool = False
     sources: bytes = b""
+    emptied_modules: tuple[str, ...] = ()
+    moved_modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:

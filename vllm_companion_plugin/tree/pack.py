@@ -300,9 +300,9 @@ def prepare(
         modules,
         loaded.added_modules,
         loaded.removed_modules,
-        loaded.emptied_modules,
         loaded.retied_modules,
-        loaded.moved_modules,
+        emptied_modules=loaded.emptied_modules,
+        moved_modules=loaded.moved_modules,
         is_observed=observation is not None,
     )
     return Packed(packing, placement, manifest)
