@@ -157,9 +157,10 @@ def _modules_of(classes: Iterable[type]) -> list[types.ModuleType]:
             continue
         found[name] = module
         for value in list(vars(module).values()):
-            if not answers(value):
-                continue
-            used = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if issubclass(type(value), types.ModuleType):  # one that is imported when it is asked stays as it is
+                used = object.__getattribute__(value, "__dict__").get("__name__")
+            else:
+                used = getattr(value, "__module__", None) if answers(value) else None
             if isinstance(used, str):
                 waiting.append(used)
     return list(found.values())
