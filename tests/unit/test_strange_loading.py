@@ -147,6 +147,29 @@ def test_what_was_computed_from_a_weight_is_shared(kind: str) -> None:
     assert torch.equal(attached.made, published.model.made)
 
 
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.view(2, -1).t()], ids=["whole", "transposed"])
+def test_a_parameter_that_processing_makes_a_plain_tensor_is_shared(
+    view: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Kernels have classes of their own for weights, which wrap the memory of the parameter in another layout."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+
+    def load(m: Model) -> None:
+        m.weight.data.copy_(torch.from_numpy(torch.full((LARGE,), 3.0).numpy()))
+
+    def process(m: Model) -> None:
+        memory = m.weight.data
+        del m.weight
+        m.packed = Box(view(memory))
+
+    published = publish(build, load, process)
+    attached = attach(published, build, process)
+    assert in_arena(attached.packed.value, published)
+    assert torch.equal(attached.packed.value, published.model.packed.value)
+
+
 def test_what_loading_uses_of_what_building_made_is_private() -> None:
     """It may be a weight, or work space, which engines write to."""
 
