@@ -350,10 +350,16 @@ class TestData:
             ended.set()
             thread.join()
 
-    def test_a_variable_that_is_no_text(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write(path / "oot_model.py", MODEL.format("import os; os.environ['OOT_SCALE']"))
-        monkeypatch.setenv("OOT_SCALE", os.fsdecode(b"\xff"))
-        assert fields()["env.OOT_SCALE"] == r"'\udcff'"
+    @pytest.mark.parametrize("value", [b"\xff", b"host=db;user=me;pass=it"], ids=["no text", "secret"])
+    def test_a_variable_that_cannot_be_shown(self, path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes) -> None:
+        """Keys are in logs. Such a value counts all the same."""
+        write(path / "oot_model.py", MODEL.format("import os; os.environ['OOT_DATABASE']"))
+        monkeypatch.setenv("OOT_DATABASE", os.fsdecode(value))
+        first = fields()["env.OOT_DATABASE"]
+        assert len(first) == 16
+        assert first.isalnum()
+        monkeypatch.setenv("OOT_DATABASE", os.fsdecode(value + b"."))
+        assert fields()["env.OOT_DATABASE"] != first
 
     def test_files_of_the_machine_are_no_data(self, path: Path) -> None:
         write(

@@ -40,6 +40,7 @@ _MOST_READ_BYTES = 256 << 20
 """Limit of the data of a package that is read whenever a process computes a key. Looks identify more than this."""
 _PATTERN = re.compile(r"[\w./+@-]*[*?][\w./+@*?-]*")
 """Patterns of names, and no regular expressions."""
+_LONGEST_SWITCH = 8
 _ANY_DEPTH = "**"
 _VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_]+)["']""")
 # Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
@@ -166,7 +167,7 @@ class _Unit:
         """
         named = {name.decode() for path in self._sources.values() for name in _VARIABLE.findall(_bytes(path))}
         return {
-            f"env.{name}": value if (value := os.environ[name]).isprintable() else ascii(value)
+            f"env.{name}": _value_shown(os.environ[name])
             for name in named & os.environ.keys()
             if not name.startswith("VLLM_") and not _OF_THE_PROCESS.fullmatch(name)
         }
@@ -323,6 +324,13 @@ def _has_installed(one: metadata.Distribution, place: str) -> bool:
 
 
 # ---- what it contains
+
+
+def _value_shown(value: str) -> str:
+    """Return a switch as it is, and a digest of what may be a secret, or no text."""
+    if len(value) <= _LONGEST_SWITCH and value.isprintable():
+        return value
+    return hashlib.sha256(os.fsencode(value)).hexdigest()[:_SHORT]
 
 
 def _below(folder: str) -> Iterator[str]:
