@@ -6,6 +6,8 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +142,23 @@ class TestImports:
                 before = fields()
         assert [*before] == ["code.oot_model"]
         assert fields() != before
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "class Unbound:\n    def __getattribute__(self, name): raise RuntimeError(name)\nUNBOUND = Unbound()\n",
+            "import sys\nclass Small: __slots__ = ()\nsys.modules['oot_model.small'] = Small()\n",
+            "from importlib import util as tools\n"
+            "spec = tools.spec_from_file_location('oot_lazy', __path__[0] + '/lazy.py')\n"
+            "spec.loader = tools.LazyLoader(spec.loader)\nLAZY = tools.module_from_spec(spec)\n"
+            "spec.loader.exec_module(LAZY)\n",
+        ],
+        ids=["proxy", "no module", "lazy module"],
+    )
+    def test_what_a_module_has_that_cannot_be_asked(self, path: Path, text: str) -> None:
+        write(path / "oot_model" / "__init__.py", text + MODEL.format("pass"))
+        write(path / "oot_model" / "lazy.py", "raise ImportError('nobody has asked for it')\n")
+        assert [*fields()] == ["code.oot_model/__init__.py", "code.oot_model/lazy.py"]
 
     def test_what_cannot_be_imported_is_nobodys(self, path: Path) -> None:
         write(path / "oot_model.py", MODEL.format("import oot_absent, oot_broken, os.absent; from ... import x"))
@@ -281,6 +300,66 @@ class TestData:
         write(path / "oot_model" / "__init__.py", MODEL.format(f"open({text[kind]})"))
         write(place, "1")
         assert changed(place, "2") == [f"data.{place}"]
+
+    @pytest.mark.parametrize("folder", ["/", "~", "{temporary}"])
+    def test_a_pattern_in_a_folder_of_anybody_names_no_data(
+        self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+    ) -> None:
+        """Other processes write there: each engine would have another key."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        depth = "*/" * (len(tmp_path.parts) - 1) if folder == "/" else ""
+        folder = folder.format(temporary=tmp_path)
+        write(path / "oot_model.py", MODEL.format(f"open({folder!r}), open('{depth}*.oot'), open('named.txt')"))
+        write(tmp_path / "some.oot", "1")
+        assert [*fields()] == ["code.oot_model.py"]
+        if folder != "/":  # a name is no pattern
+            write(tmp_path / "named.txt", "1")
+            assert [*fields()] == ["code.oot_model.py", f"data.{tmp_path}/named.txt"]
+
+    def test_values_side_by_side_are_no_folders(self, path: Path) -> None:
+        write(path / "oot_model.py", MODEL.format("open(f'{weights}{self}/scales.json')"))
+        write(path / "a" / "scales.json", "1")
+        write(path / "a" / "b" / "scales.json", "1")
+        assert [*fields()] == ["code.oot_model.py", "data.a/scales.json"]
+
+    def test_links_that_make_a_folder_endless(self, path: Path) -> None:
+        write(path / "oot_model.py", MODEL.format("open('tables/**/one.json'), open('tables/**')"))
+        write(path / "tables" / "a" / "one.json", "1")
+        for name in ("left", "right"):
+            (path / "tables" / name).symlink_to(".")
+        assert [*fields()] == ["code.oot_model.py", "data.tables/a/one.json"]
+
+    def test_files_that_come_and_go(self, path: Path) -> None:
+        write(path / "oot_model" / "__init__.py", MODEL.format("pass"))
+        write(path / "oot_model" / "scales.json", "1")
+        expected, ended = fields(), threading.Event()
+
+        def come_and_go() -> None:
+            while not ended.is_set():
+                write(path / "oot_model" / "lock", "")
+                (path / "oot_model" / "lock").unlink()
+
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            for _ in range(300):
+                found = fields()
+                assert {name: found[name] for name in expected} == expected
+        finally:
+            ended.set()
+            thread.join()
+
+    @pytest.mark.parametrize("value", [b"\xff", b"host=db;user=me;pass=it"], ids=["no text", "secret"])
+    def test_a_variable_that_cannot_be_shown(self, path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes) -> None:
+        """Keys are in logs. Such a value counts all the same."""
+        write(path / "oot_model.py", MODEL.format("import os; os.environ['OOT_DATABASE']"))
+        monkeypatch.setenv("OOT_DATABASE", os.fsdecode(value))
+        first = fields()["env.OOT_DATABASE"]
+        assert len(first) == 16
+        assert first.isalnum()
+        monkeypatch.setenv("OOT_DATABASE", os.fsdecode(value + b"."))
+        assert fields()["env.OOT_DATABASE"] != first
 
     def test_files_of_the_machine_are_no_data(self, path: Path) -> None:
         write(

@@ -109,6 +109,27 @@ class TestReading:
             (model / "left").touch()
         assert reading.files() == {}
 
+    def test_what_is_written_under_another_name_is_not_read(self, model: Path) -> None:
+        """So that nobody ever sees a part of it."""
+        (model / "there").write_text("1")
+        with observed_reading(model) as reading:
+            (model / "new").write_text("1")
+            (model / "new").replace(model / "cache")
+            (model / "cache").read_text()
+            with pytest.raises(FileNotFoundError):
+                (model / "new").rename(model / "there")
+            (model / "there").read_text()
+        assert [*reading.files()] == ["there"]
+
+    def test_the_working_directory_may_be_another_one_later(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(model)
+        with observed_reading(model) as reading:
+            Path("modules.json").read_text()
+            monkeypatch.chdir(tmp_path)
+        assert [*reading.files()] == ["modules.json"]
+
     def test_large_weights_are_left_to_others(self, model: Path) -> None:
         with (model / "model.bin").open("wb") as file:
             file.truncate(LARGEST_BYTES + 1)
@@ -375,6 +396,23 @@ class TestListing:
             for folder in (model, model / "2_Dense", extra, "/proc", "/usr", os.path.dirname(torch.__file__)):
                 os.listdir(folder)
         assert reading.files() == {}
+
+    def test_a_folder_made_meanwhile_does_not_count(self, model: Path, extra: Path, tmp_path: Path) -> None:
+        with observed_reading(model) as reading:
+            extra.mkdir(exist_ok=True)  # it was there
+            (tmp_path / "new").mkdir()
+            os.listdir(extra)
+            os.listdir(tmp_path / "new")
+        assert [*reading.files()] == [f"{extra}/", f"{extra}/a.safetensors"]
+
+    def test_a_folder_of_anybody_counts_with_its_weights_alone(
+        self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Others write other things there all the time."""
+        monkeypatch.setattr("tempfile.tempdir", str(extra))
+        with observed_reading(model) as reading:
+            os.listdir(extra)
+        assert [*reading.files()] == [f"{extra}/a.safetensors"]
 
     def test_what_importing_lists_does_not_count(
         self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch

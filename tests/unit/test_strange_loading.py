@@ -147,6 +147,29 @@ def test_what_was_computed_from_a_weight_is_shared(kind: str) -> None:
     assert torch.equal(attached.made, published.model.made)
 
 
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.view(2, -1).t()], ids=["whole", "transposed"])
+def test_a_parameter_that_processing_makes_a_plain_tensor_is_shared(
+    view: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Kernels have classes of their own for weights, which wrap the memory of the parameter in another layout."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+
+    def load(m: Model) -> None:
+        m.weight.data.copy_(torch.from_numpy(torch.full((LARGE,), 3.0).numpy()))
+
+    def process(m: Model) -> None:
+        memory = m.weight.data
+        del m.weight
+        m.packed = Box(view(memory))
+
+    published = publish(build, load, process)
+    attached = attach(published, build, process)
+    assert in_arena(attached.packed.value, published)
+    assert torch.equal(attached.packed.value, published.model.packed.value)
+
+
 def test_what_loading_uses_of_what_building_made_is_private() -> None:
     """It may be a weight, or work space, which engines write to."""
 
@@ -366,6 +389,57 @@ def test_loading_changes_what_is_no_part_of_the_model(where: str) -> None:
             publish(build, lambda m: change())
     finally:
         undo()
+
+
+class Unbound:
+    """As a proxy of a web framework outside of a request, or a weak one whose object is gone."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"nothing is bound that has {name}")
+
+
+class Lazy(collections.OrderedDict[str, Any]):
+    """As mappings of transformers: whoever asks for items imports them, and some cannot be."""
+
+    def items(self) -> Any:
+        raise ImportError("an item of a mapping that nobody has asked for")
+
+    __iter__ = __len__ = items
+
+
+def _for_inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize("make", [Unbound, lambda: [Unbound()], Lazy, _for_inference])
+def test_a_global_that_cannot_be_asked(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no reason not to share a model."""
+    monkeypatch.setitem(globals(), "GLOBAL", make())
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+
+    attach(publish(build), build)
+    with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL, which all models of this code share"):
+        publish(build, lambda m: monkeypatch.setitem(globals(), "GLOBAL", make()))
+
+
+def test_loading_writes_to_a_global_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts no writes to it."""
+    held = _for_inference()
+    monkeypatch.setitem(globals(), "GLOBAL", held)
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+
+    def load(m: Model) -> None:
+        with torch.inference_mode():
+            held.mul_(2)
+
+    attach(publish(build), build)
+    with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL, which all models of this code share"):
+        publish(build, load)
 
 
 WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], object]]] = {

@@ -266,15 +266,24 @@ def describe_value(value: Any) -> str | None:
     text = text_of(value)
     if text is not None:
         return text
-    if isinstance(value, type):
+    kind = type(value)  # a proxy may have no answer for whoever asks for its class
+    if issubclass(kind, type):
         return f"class {class_name(value)}"
-    if isinstance(value, functools.partial):
+    if issubclass(kind, functools.partial):
         return f"partial of {describe_value(value.func)}"
-    if isinstance(value, types.MethodType):
+    if issubclass(kind, types.MethodType):
         return f"method {value.__module__}.{value.__qualname__}{_local_code(value.__func__)}"
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+    if issubclass(kind, (types.FunctionType, types.BuiltinFunctionType)):
         return f"function {value.__module__}.{value.__qualname__}{_local_code(value)}"
     return None
+
+
+def answers(value: Any) -> bool:
+    """Whether `value` says what it is. A proxy of what is not there raises whatever it likes."""
+    try:
+        return isinstance(value.__class__, type)
+    except Exception:
+        return False
 
 
 def _local_code(function: Any) -> str:
@@ -648,7 +657,9 @@ class _Walk:
         live.attributes[path] = name
 
     def _other(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
+        if not answers(value):
+            self._weak(live, path, value, holder, key, depth)
+        elif isinstance(value, torch.Tensor):
             self._tensor(live, path, value, holder, key, depth)
         elif isinstance(value, _FUNCTIONS):
             self._callable(live, path, value, holder, key, depth)
@@ -681,7 +692,7 @@ class _Walk:
                 # The items of a holder are set otherwise than its attributes.
                 holder = _dictionary(value) if isinstance(value, _HOLDERS) else value
                 self._insides(live, path, value, holder, cls, depth)
-            return f"{name} of {len(value)}"
+            return f"{name} of {_base_of(value).__len__(value)}"
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             for position, item in enumerate(value.flat):
                 self._value(live, f"{path}[{position}]", item, None, "", depth + 1)
@@ -697,17 +708,18 @@ class _Walk:
         return name
 
     def _items(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
+        """Take note of what is in a container, and not of what its class would make for whoever asks for items."""
         if isinstance(value, dict):
-            items = list(value.items())
+            items = list((collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict).items(value))
             texts = key_texts(key for key, _ in items)
             self._tree.orders[live.index, path] = tuple(texts)
             for text, (item_key, item) in zip(texts, items, strict=True):
                 self._value(live, f"{path}[{text}]", item, value, item_key, depth + 1)
         elif isinstance(value, (set, frozenset)):
-            for position, item in enumerate(_in_order(value)):
+            for position, item in enumerate(_in_order(_base_of(value).__iter__(value))):
                 self._value(live, f"{path}{{{position}}}", item, None, "", depth + 1)
         else:
-            for position, item in enumerate(value):
+            for position, item in enumerate(_base_of(value).__iter__(value)):
                 self._value(live, f"{path}[{position}]", item, value, position, depth + 1)
 
     def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
@@ -764,6 +776,11 @@ class _Walk:
             self._met[id(value)] = live.path, path
             return None
         return ":".join(first)
+
+
+def _base_of(value: Any) -> Any:
+    """The built-in class of a container, whose methods run no code of the container's own class."""
+    return next(base for base in _CONTAINERS if isinstance(value, base))
 
 
 def key_texts(keys: Iterable[Any]) -> list[str]:

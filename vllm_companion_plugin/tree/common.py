@@ -15,7 +15,9 @@ from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
-from vllm_companion_plugin.tree.capture import Tree, capture_values, describe_value
+import torch
+
+from vllm_companion_plugin.tree.capture import Tree, answers, capture_values, describe_value
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.times import is_time
 from vllm_companion_plugin.tree.values import class_name
@@ -45,7 +47,7 @@ class Common:
     def of(cls, tree: Tree) -> Common:
         """Of the model that `tree` was captured from."""
         classes = _with_bases([*tree.classes, *(type(live.module) for live in tree.modules)])
-        modules = _modules_of(classes)
+        modules = _modules_of(classes, type(tree.modules[0].module))
         classes |= _with_bases(each for module in modules for each in _classes_in(module))
         return cls._of([*modules, *(one for one in classes if _top(one.__module__) not in _FOUNDATION)], tree)
 
@@ -82,9 +84,9 @@ def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[
 
 def _shown(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: _Object(value) if isinstance(value, _CODE) else describe_value(value) or _Object(value)
+        name: _Object(value) if issubclass(type(value), _CODE) else describe_value(value) or _Object(value)
         for name, value in list(values.items())
-        if not (name.startswith("__") or isinstance(value, types.ModuleType))
+        if not (name.startswith("__") or issubclass(type(value), types.ModuleType))
     }
 
 
@@ -107,16 +109,28 @@ def _behind(holders: Sequence[_Holder], tree: Tree) -> dict[_Holder, dict[str, A
     for (index, name), value in found.opaque.items():
         behind[index][name] = _Object(value), state_of(value)
     for slot in found.slots():
-        behind[slot.module][slot.name] = _Object(slot.tensor), slot.tensor._version
+        behind[slot.module][slot.name] = _Object(slot.tensor), _writes_of(slot.tensor)
     return dict(zip(holders, behind, strict=True))
+
+
+def _writes_of(tensor: torch.Tensor) -> int | str | None:
+    """What becomes another one when somebody writes to `tensor`. Of what was made for inference nothing is counted."""
+    if not tensor.is_inference():
+        return tensor._version
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return None
+    with torch.inference_mode():
+        return state_of(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _values_of(one: _Holder) -> Iterator[tuple[str, Any]]:
     """What `one` holds, with the functions in their wrappings, and attributes of members."""
     for name, value in list(vars(one).items()):
-        if name.startswith("__") or isinstance(value, (type, types.ModuleType, types.MemberDescriptorType)):
+        if name.startswith("__") or issubclass(type(value), (type, types.ModuleType, types.MemberDescriptorType)):
             continue
-        if isinstance(value, (staticmethod, classmethod)):
+        if not answers(value):
+            yield name, value
+        elif isinstance(value, (staticmethod, classmethod)):
             yield name, value.__func__
         elif isinstance(value, property):
             yield from ((f"{name}.{part}", getattr(value, part)) for part in ("fget", "fset") if getattr(value, part))
@@ -129,11 +143,14 @@ def _values_of(one: _Holder) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{part}", held) for part, held in vars(member).items() if not part.startswith("_"))
 
 
-def _modules_of(classes: Iterable[type]) -> list[types.ModuleType]:
-    """The modules of the model's own code: those of its classes, and those that these modules use."""
+def _modules_of(classes: Iterable[type], model: type) -> list[types.ModuleType]:
+    """The modules of the model's own code: those of its classes, and those that these modules use.
+
+    What packages with a version keep (layers of einops, pydantic) serves all models, but for the package of `model`.
+    """
     found: dict[str, types.ModuleType] = {}
     waiting = [each.__module__ for each in classes]
-    packages = {_top(name) for name in waiting}
+    packages = {_top(base.__module__) for base in model.__mro__}
     while waiting:
         name = waiting.pop()
         module = sys.modules.get(name)
@@ -143,7 +160,10 @@ def _modules_of(classes: Iterable[type]) -> list[types.ModuleType]:
             continue
         found[name] = module
         for value in list(vars(module).values()):
-            used = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if issubclass(type(value), types.ModuleType):  # one that is imported when it is asked stays as it is
+                used = object.__getattribute__(value, "__dict__").get("__name__")
+            else:
+                used = getattr(value, "__module__", None) if answers(value) else None
             if isinstance(used, str):
                 waiting.append(used)
     return list(found.values())
@@ -151,7 +171,7 @@ def _modules_of(classes: Iterable[type]) -> list[types.ModuleType]:
 
 def _classes_in(module: types.ModuleType) -> list[type]:
     values = list(vars(module).values())
-    return [value for value in values if isinstance(value, type) and value.__module__ == module.__name__]
+    return [value for value in values if issubclass(type(value), type) and value.__module__ == module.__name__]
 
 
 def _with_bases(classes: Iterable[type]) -> set[type]:

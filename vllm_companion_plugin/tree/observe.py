@@ -162,6 +162,8 @@ class Observation:
             self._built_at = {
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
             }
+            # Storages that were parameters: what loading wrote there are weights, whoever has them now.
+            self._parameters: set[int] = set()
             compared: dict[int, torch.Tensor] = {}
             for slot in tree.slots():
                 storage = _storage_of(slot.tensor)
@@ -169,6 +171,8 @@ class Observation:
                     continue
                 self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
                 self._watch.built.add(storage)
+                if slot.kind is _PARAMETER:
+                    self._parameters.add(storage)
                 if slot.kind is not _PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
                     compared.setdefault(storage, slot.tensor)
             self._fingerprints = _fingerprints(compared)
@@ -256,9 +260,10 @@ class Observation:
         return _storage_of(tensor) not in self._watch.clean
 
     def is_computed(self, tensor: torch.Tensor) -> bool:
-        """Whether loading or processing made the storage of `tensor`, and was seen to fill it from the checkpoint."""
+        """Whether `tensor` was seen to be filled from the checkpoint, and was no work space that building made."""
         storage = _storage_of(tensor)
-        return storage in self._watch.computed and storage not in self._watch.built
+        is_new = storage not in self._watch.built or storage in self._parameters
+        return storage in self._watch.computed and is_new
 
     def finish(self, tree: Tree) -> Loaded:
         """What was observed, for a model that is ready to be published.

@@ -155,8 +155,8 @@ def is_private(slot: LiveSlot, observation: Observation | None) -> bool:
     """Whether engines may write to this tensor while serving, so that each needs its own.
 
     What was not made from the checkpoint is a cache or work space. So are buffers and small tensors in
-    attributes (scales, maps), wherever they came from; weights are parameters, or large attributes that loading or
-    processing made and was seen to fill from the checkpoint.
+    attributes (scales, maps), wherever they came from; weights are parameters, or large attributes that were
+    parameters, or that loading or processing made, and that were seen to be filled from the checkpoint.
     """
     tensor = slot.tensor
     if observation is not None and (observation.is_own(tensor) or not observation.is_derived(tensor)):

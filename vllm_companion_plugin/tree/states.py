@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_companion_plugin.tree.capture import describe_value
+from vllm_companion_plugin.tree.capture import answers, describe_value
 from vllm_companion_plugin.tree.values import class_name, text_of
 
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
@@ -24,6 +24,8 @@ def state_of(value: Any) -> str | None:
     Positions of iterators, generators and random numbers, bytes of memory, items of weak containers, what a thread or
     a context sees.
     """
+    if not answers(value):
+        return None
     if isinstance(value, (np.ndarray, memoryview)):
         return text_of(np.asarray(value))
     if isinstance(value, random.Random):

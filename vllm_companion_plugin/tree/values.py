@@ -50,20 +50,20 @@ def text_of(value: Any, depth: int = 0) -> str | None:
         return repr(value)
     if kind in _WRITERS:
         return None if depth > _MAX_DEPTH else _WRITERS[kind](value, depth + 1)
-    if isinstance(value, enum.Flag) and value not in kind.__members__.values():  # several flags at once
+    if issubclass(kind, enum.Flag) and value not in kind.__members__.values():  # several flags at once
         return f"{class_name(kind)}({value.value!r})"
-    if isinstance(value, enum.Enum):
+    if issubclass(kind, enum.Enum):
         return f"{class_name(kind)}.{value.name}"
-    if isinstance(value, _TORCH_NAMES):
+    if issubclass(kind, _TORCH_NAMES):
         return str(value)
-    if isinstance(value, np.generic):
+    if issubclass(kind, np.generic):
         return _array_text("scalar", np.asarray(value))
-    if isinstance(value, tuple) and hasattr(kind, "_fields") and depth <= _MAX_DEPTH:
+    if issubclass(kind, tuple) and hasattr(kind, "_fields") and depth <= _MAX_DEPTH:
         parts = _parts(value, depth + 1)
         return None if parts is None else f"{class_name(kind)}({', '.join(parts)})"
-    if isinstance(value, (str, bytes, int, float)) and not getattr(value, "__dict__", None):
-        base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
-        if depth and isinstance(value, Marked):
+    if issubclass(kind, (str, bytes, int, float)) and not getattr(value, "__dict__", None):
+        base = next(base for base in (str, bytes, int, float) if issubclass(kind, base))
+        if depth and issubclass(kind, Marked):
             return base.__repr__(value)
         return f"{class_name(kind)}({base.__repr__(value)})"
     return None

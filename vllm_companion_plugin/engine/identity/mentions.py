@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _LONGEST = 1024
+_VALUES = re.compile("\0+")
 _IMPORTING = ("import_module", "__import__")
 
 
@@ -83,6 +85,9 @@ def _imported_by_name(node: ast.Call) -> Iterator[str]:
 def _text(node: ast.expr) -> str:
     """Return a text as written; "" for what is none, or cannot name a file or module."""
     if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part) if isinstance(part, ast.Constant) else "*" for part in node.values)
+        # Two stars would mean folders of any depth.
+        return _VALUES.sub(
+            "*", "".join(_text(part) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        )
     value = node.value if isinstance(node, ast.Constant) else None
     return value if isinstance(value, str) and value.isprintable() else ""

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -39,6 +40,11 @@ _MOST_READ_BYTES = 256 << 20
 """Limit of the data of a package that is read whenever a process computes a key. Looks identify more than this."""
 _PATTERN = re.compile(r"[\w./+@-]*[*?][\w./+@*?-]*")
 """Patterns of names, and no regular expressions."""
+_SWITCH = re.compile(r"[\w.,:+/ -]{0,31}", re.ASCII)
+"""Values of variables that are shown. Secrets are longer, or have other characters."""
+_NOTES = (".log", ".lock", ".pid", ".tmp")
+"""Files that programs write for themselves, also beside their code."""
+_ANY_DEPTH = "**"
 _VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_]+)["']""")
 # Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
 _OF_THE_PROCESS = re.compile(
@@ -164,7 +170,7 @@ class _Unit:
         """
         named = {name.decode() for path in self._sources.values() for name in _VARIABLE.findall(_bytes(path))}
         return {
-            f"env.{name}": os.environ[name]
+            f"env.{name}": _value_shown(os.environ[name])
             for name in named & os.environ.keys()
             if not name.startswith("VLLM_") and not _OF_THE_PROCESS.fullmatch(name)
         }
@@ -179,7 +185,7 @@ class _Unit:
                 with contextlib.suppress(ImportError):  # as its import would fail
                     found.add(importlib.util.resolve_name(name, package))
         within = [one for name, one in list(sys.modules.items()) if f"{name}.".startswith(f"{self.module}.")]
-        values = {module_of(value) for one in within if one is not None for value in list(vars(one).values())}
+        values = {module_of(value) for one in within for value in list(_dictionary(one).values())}
         return found | {name for name in values if not is_installed(name)}
 
 
@@ -271,8 +277,22 @@ def _folders(module: ModuleType) -> list[str]:
 
 def module_of(value: Any) -> str:
     """Return the name of the module that a value is, or comes from; "" if it does not say."""
-    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    if issubclass(type(value), ModuleType):
+        name = _dictionary(value).get("__name__")
+    else:
+        try:
+            name = getattr(value, "__module__", None)
+        except Exception:  # a proxy of what is not there
+            return ""
     return name if isinstance(name, str) else ""
+
+
+def _dictionary(module: Any) -> dict[str, Any]:
+    """Return what a module holds, without its import if it is imported when it is asked for something."""
+    try:
+        return object.__getattribute__(module, "__dict__")  # type: ignore[no-any-return]
+    except AttributeError:  # something else is in its place
+        return {}
 
 
 def _top(module: str) -> str:
@@ -309,9 +329,16 @@ def _has_installed(one: metadata.Distribution, place: str) -> bool:
 # ---- what it contains
 
 
+def _value_shown(value: str) -> str:
+    """Return a switch as it is, and a digest of what may be a secret, or no text."""
+    if _SWITCH.fullmatch(value):
+        return value
+    return hashlib.sha256(os.fsencode(value)).hexdigest()[:_SHORT]
+
+
 def _below(folder: str) -> Iterator[str]:
     for path in sorted(map(str, checkpoint.files_below(Path(folder)))):
-        if "/__pycache__/" not in path and os.path.isfile(path):
+        if "/__pycache__/" not in path and os.path.isfile(path) and not path.endswith(_NOTES):
             yield path
 
 
@@ -337,14 +364,37 @@ def _elsewhere(texts: Iterable[str]) -> Iterator[str]:
     yield from filter(os.path.isfile, full)
     for folder in filter(os.path.isdir, full):
         for text in texts:
+            if places.is_anybodys(folder) and _PATTERN.fullmatch(text):  # "/" mostly is none, and others write there
+                continue
             if not os.path.isabs(text) and text.strip("./*?"):
                 yield from (path for path in _matching(folder, text) if not places.is_no_models(path))
 
 
 def _matching(folder: str, text: str) -> Iterator[str]:
-    found = glob.iglob(text, root_dir=folder, recursive=True) if _PATTERN.fullmatch(text) else [text]
+    if not _PATTERN.fullmatch(text):
+        found: Iterable[str] = [text]
+    elif _ANY_DEPTH in (parts := text.split("/")):
+        found = _at_any_depth(folder, parts)
+    else:
+        found = glob.iglob(text, root_dir=folder)
     paths = (os.path.normpath(os.path.join(folder, one)) for one in found)
-    return filter(os.path.isfile, paths)
+    return (path for path in paths if os.path.isfile(path) and not path.endswith(_NOTES))
+
+
+def _at_any_depth(folder: str, pattern: list[str]) -> Iterator[str]:
+    """Yield the files that a pattern means, each folder once: by links a tree can be endless for `glob`."""
+    start = pattern.index(_ANY_DEPTH)
+    for top in glob.iglob(os.path.join(glob.escape(folder), *pattern[:start], "")):
+        yield from (path for path in _below(top) if _fits(os.path.relpath(path, top).split("/"), pattern[start:]))
+
+
+def _fits(parts: list[str], patterns: list[str]) -> bool:
+    """Tell whether a path has the parts that a pattern of any depth describes."""
+    if not patterns or not parts:
+        return not parts and all(pattern == _ANY_DEPTH for pattern in patterns)
+    if patterns[0] == _ANY_DEPTH:
+        return _fits(parts, patterns[1:]) or _fits(parts[1:], patterns)
+    return fnmatchcase(parts[0], patterns[0]) and _fits(parts[1:], patterns[1:])
 
 
 def _shown(kind: str, name: str, values: Mapping[str, str]) -> dict[str, str]:
@@ -368,7 +418,10 @@ def _together(lines: list[str], name: str) -> str:
 
 def _identities(paths: Iterable[str]) -> dict[str, str]:
     """Return what identifies each file: its content; or, if these are many bytes, what `checkpoint` says of weights."""
-    sizes = {path: os.path.getsize(path) for path in paths}
+    sizes = {}
+    for path in paths:
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            sizes[path] = os.path.getsize(path)
     if sum(sizes.values()) <= _MOST_READ_BYTES:
         return {path: sha256_of(path).hex()[:_SHORT] for path in sizes}
     return {str(path): identity for path, identity in checkpoint.identities_of(map(Path, sizes), Digests()).items()}

@@ -45,6 +45,11 @@ def is_no_models(path: str) -> bool:
     return any(path == place or is_below(path, place) for place in _no_models())
 
 
+def is_anybodys(folder: str) -> bool:
+    """Tell whether a folder is the machine's root, the user's home, or the one of temporary files."""
+    return folder in ("/", os.path.abspath(os.path.expanduser("~")), os.path.abspath(tempfile.gettempdir()))
+
+
 def may_be_cached(path: str) -> bool:
     """Tell whether a path is, or could be, in a hidden folder or in a folder of caches."""
     return not path.startswith("/") or "/." in path or path.startswith(_caches())

@@ -39,7 +39,7 @@ _SHORT = 16
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
-_EVENTS = ("open", "os.listdir", "os.scandir")
+_EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir")
 _active: list[Reading] = []
 _adding = threading.Lock()
 _installed = False
@@ -66,6 +66,10 @@ class Reading:
         if is_outside:
             self._read_outside.add(path)
 
+    def note_made(self, path: str) -> None:
+        """Note a folder that the process made, or a name that it gave to something. Called as `note` is."""
+        self._written.add(path)
+
     def note_listed(self, folder: str) -> None:
         """Note a folder that code outside vLLM lists. The interpreter calls this, in any thread."""
         self._listed.add(folder)
@@ -86,8 +90,10 @@ class Reading:
             os.path.join(folder, "")
             for folder in map(os.path.abspath, list(self._listed))
             if not any(_is_in(folder, place) for place in (self._checkpoint, places.hub()))
+            and folder not in written  # as a new folder for temporary files
         }
         weights = {path for folder in listed for path in _weights_in(folder)}
+        listed = {folder for folder in listed if not places.is_anybodys(os.path.dirname(folder) or "/")}
         by_outside = {os.path.abspath(path) for path in list(self._read_outside)} | imported | listed | weights
         names = outside.Names()
         found = {}
@@ -154,13 +160,23 @@ def _install() -> None:
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
     if not _active or event not in _EVENTS:
         return
-    path = arguments[0]
+    path = arguments[1 if event == "os.rename" else 0]
     if path is None:
         path = os.curdir
     if not isinstance(path, (str, bytes)):  # a number of an open file
         return
     path = os.fsdecode(path)
-    if event == "open":
+    if not os.path.isabs(path):  # the working directory may be another one later
+        try:
+            path = os.path.abspath(path)
+        except OSError:  # it is gone, and so nothing is below it
+            return
+    if event in ("os.rename", "os.mkdir"):
+        # What will fail, as for a folder that is there already, makes nothing.
+        if os.path.lexists(arguments[0]) is (event == "os.rename"):
+            for reading in _active:
+                reading.note_made(path)
+    elif event == "open":
         flags = arguments[2]
         is_outside = _depends_on_opener(path) and openers.is_outside()
         if isinstance(flags, int):
