@@ -361,6 +361,21 @@ class TestData:
         monkeypatch.setenv("OOT_DATABASE", os.fsdecode(value + b"."))
         assert fields()["env.OOT_DATABASE"] != first
 
+    def test_a_variable_is_shown_as_it_is(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(path / "oot_model.py", MODEL.format("import os; os.environ['OOT_KERNEL']"))
+        monkeypatch.setenv("OOT_KERNEL", "flash_attention,v3")
+        assert fields()["env.OOT_KERNEL"] == "flash_attention,v3"
+
+    def test_what_code_writes_for_itself_is_no_data(self, path: Path) -> None:
+        """Else the next engine would have another key."""
+        write(path / "oot_model.py", MODEL.format("open('server.log'), open('logs')"))
+        write(path / "logs" / "names.json", "{}")
+        before = fields()
+        for name in ("server.log", "logs/1.log", "logs/build.lock"):
+            write(path / name, "a line")
+        assert fields() == before
+        assert "data.logs/names.json" in before
+
     def test_files_of_the_machine_are_no_data(self, path: Path) -> None:
         write(
             path / "oot_model.py", MODEL.format("open('/proc/meminfo'), open('/etc/hostname'), open('/etc', 'passwd')")

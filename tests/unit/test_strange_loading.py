@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import einops._backends
 import numpy as np
 import pytest
 import torch
+from einops.layers import torch as einops_torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -440,6 +442,19 @@ def test_loading_writes_to_a_global_made_for_inference(monkeypatch: pytest.Monke
     attach(publish(build), build)
     with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL, which all models of this code share"):
         publish(build, load)
+
+
+def test_what_packages_keep_for_all_models_may_change() -> None:
+    """A layer of an installed package that is used for the first time: einops notes for which tensors it is."""
+
+    def build(m: Model, flag: float) -> None:
+        m.layer = einops_torch.Rearrange("a b -> b a")
+
+    def load(m: Model) -> None:
+        einops._backends._loaded_backends.clear()
+        m.layer(torch.ones(2, 3))
+
+    attach(publish(build, load), build)
 
 
 WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], object]]] = {

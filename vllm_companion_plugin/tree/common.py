@@ -57,7 +57,8 @@ class Common:
 
     @classmethod
     def _of(cls, holders: Sequence[_Holder], tree: Tree) -> Common:
-        own = [one for one in holders if isinstance(one, types.ModuleType) or _is_own(one.__module__)]
+        modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
+        own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
         return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree))
 
     def first_change(self, now: Common) -> str | None:
