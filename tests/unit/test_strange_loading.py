@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import einops._backends
+import einops
 import numpy as np
 import pytest
 import torch
@@ -445,14 +445,14 @@ def test_loading_writes_to_a_global_made_for_inference(monkeypatch: pytest.Monke
 
 
 def test_what_packages_keep_for_all_models_may_change() -> None:
-    """A layer of an installed package that is used for the first time: einops notes for which tensors it is."""
+    """einops notes what arrays it has met."""
 
     def build(m: Model, flag: float) -> None:
         m.layer = einops_torch.Rearrange("a b -> b a")
+        einops._backends._type2backend.clear()
 
     def load(m: Model) -> None:
-        einops._backends._loaded_backends.clear()
-        m.layer(torch.ones(2, 3))
+        einops.rearrange(np.ones((2, 3)), "a b -> b a")
 
     attach(publish(build, load), build)
 
