@@ -261,7 +261,7 @@ class TestData:
         [
             ("'scales.json'", "scales.json"),
             ("'tables', 'scales.json'", "tables/scales.json"),
-            ("'../shared/scales.json'", "../shared/scales.json"),
+            ("'../beside/scales.json'", "../beside/scales.json"),
             ("'*.json'", "scales.json"),
             ("'tables/**/*.npy'", "tables/a/b.npy"),
             ("f'scales_{weights}.json'", "scales_0.json"),

@@ -12,17 +12,16 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_companion_plugin.core import packages
 from vllm_companion_plugin.tree.capture import Tree, answers, capture_values, describe_value
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.times import is_time
 from vllm_companion_plugin.tree.values import class_name
 
-_INSTALLED = ("site-packages", "dist-packages")
 _FOUNDATION = ("torch", "builtins", "abc", "typing")
 # Of the code of these packages only what its classes hold themselves is compared: what is behind that serves all models
 # (registries, caches of kernels).
@@ -49,7 +48,7 @@ class Common:
         classes = _with_bases([*tree.classes, *(type(live.module) for live in tree.modules)])
         modules = _modules_of(classes, type(tree.modules[0].module))
         classes |= _with_bases(each for module in modules for each in _classes_in(module))
-        return cls._of([*modules, *(one for one in classes if _top(one.__module__) not in _FOUNDATION)], tree)
+        return cls._of([*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)], tree)
 
     def now(self, tree: Tree) -> Common:
         """The same holders, as they are now that the model is `tree`."""
@@ -65,13 +64,9 @@ class Common:
         """What is another one in `now`, and who shares it; None if all is the same."""
         changes = [
             f"{_name(one)}.{name}, which {_users(one)}"
-            for one, before in self.held.items()
-            for name in _different(before, now.held[one])
-        ]
-        changes += [
-            f"{_name(one)}.{name}, which {_users(one)}"
-            for one, before in self.behind.items()
-            for name in _different(before, now.behind[one])
+            for then, there in ((self.held, now.held), (self.behind, now.behind))
+            for one, before in then.items()
+            for name in _different(before, there[one])
         ]
         return min(changes, default=None)
 
@@ -151,22 +146,16 @@ def _modules_of(classes: Iterable[type], model: type) -> list[types.ModuleType]:
     """
     found: dict[str, types.ModuleType] = {}
     waiting = [each.__module__ for each in classes]
-    packages = {_top(base.__module__) for base in model.__mro__}
+    of_model = {packages.top(base.__module__) for base in model.__mro__}
     while waiting:
         name = waiting.pop()
         module = sys.modules.get(name)
         if module is None or name in found or not _is_own(name):
             continue
-        if _top(name) not in packages and _is_installed(module):
+        if packages.top(name) not in of_model and _is_installed(module):
             continue
         found[name] = module
-        for value in list(vars(module).values()):
-            if issubclass(type(value), types.ModuleType):  # one that is imported when it is asked stays as it is
-                used = object.__getattribute__(value, "__dict__").get("__name__")
-            else:
-                used = getattr(value, "__module__", None) if answers(value) else None
-            if isinstance(used, str):
-                waiting.append(used)
+        waiting += map(packages.module_of, list(vars(module).values()))
     return list(found.values())
 
 
@@ -180,12 +169,12 @@ def _with_bases(classes: Iterable[type]) -> set[type]:
 
 
 def _is_own(module: str) -> bool:
-    return _top(module) not in _GENERAL
+    return packages.top(module) not in _GENERAL
 
 
 def _is_installed(module: types.ModuleType) -> bool:
     file = getattr(module, "__file__", None)
-    return file is None or any(part in _INSTALLED for part in Path(file).parts)
+    return file is None or packages.is_installed(file)
 
 
 def _users(one: _Holder) -> str:
@@ -194,7 +183,3 @@ def _users(one: _Holder) -> str:
 
 def _name(one: _Holder) -> str:
     return class_name(one) if isinstance(one, type) else one.__name__
-
-
-def _top(module: str) -> str:
-    return module.partition(".")[0]

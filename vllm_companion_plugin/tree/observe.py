@@ -155,9 +155,6 @@ class Observation:
             self._built = Snapshot.of(model, tree)
             self._common = Common.of(tree)
             self._watch = _Watch()
-            # They free no memory late, and no other storage gets the address of one that is freed meanwhile:
-            # PyTorch makes some (`torch.tensor`) without an operator that could be watched.
-            self._addresses: list[StorageWeakRef] = []
             # By full name: which memory building put there.
             self._built_at = {
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
@@ -169,7 +166,7 @@ class Observation:
                 storage = _storage_of(slot.tensor)
                 if storage is None or slot.tensor.is_meta or is_lazy(slot.tensor):
                     continue
-                self._addresses.append(StorageWeakRef(slot.tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+                self._watch.keep_addresses(slot.tensor)
                 self._watch.built.add(storage)
                 if slot.kind is _PARAMETER:
                     self._parameters.add(storage)
@@ -442,8 +439,7 @@ def _make_plain(tree: Tree) -> None:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which storages operations write and make.
 
-    Storages are told apart by the address of their C++ object. One that is freed may leave its address to a new
-    one, which an operation makes and which is noted then.
+    Storages are told apart by the address of their C++ object, which no other one gets meanwhile (`keep_addresses`).
 
     Attributes:
         built: storages that building the model made.
@@ -464,16 +460,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.module: nn.Module | None = None
         self.placing = Placing()
         self._paused = False
-        # They free no memory late. Without them, `torch.tensor` and NumPy would make storages, which no operation
-        # shows, at the addresses of storages that were freed.
         self._addresses: list[StorageWeakRef] = []
+
+    def keep_addresses(self, value: Any) -> None:
+        """No other storage gets the addresses of those of `value`, though these free their memory as ever.
+
+        Else `torch.tensor` and NumPy, which no operation shows, would make storages at the addresses of freed ones.
+        """
+        self._addresses += map(StorageWeakRef, _storages_of(value))
 
     def came(self, tensor: torch.Tensor) -> None:
         """`tensor` comes from the checkpoint."""
-        self._addresses.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
-        storage = int(tensor.untyped_storage()._cdata)
-        self.clean.discard(storage)
-        self.computed.add(storage)
+        self.keep_addresses(tensor)
+        self.clean.difference_update(_storages(tensor))
+        self.computed.update(_storages(tensor))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -526,7 +526,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             (self.clean.discard if derived else self.clean.add)(storage)
             (self.computed.add if derived and func._schema.name not in _EMPTY else self.computed.discard)(storage)
         if made:
-            self._addresses += map(StorageWeakRef, _storages_of(result))
+            self.keep_addresses(result)
 
     def _filled(self, target: torch.Tensor, values: Any) -> None:
         """All elements of `target` have got `values`, whatever they were."""
@@ -584,7 +584,7 @@ def _storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
     if isinstance(value, torch.Tensor):
         try:
             yield value.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # as in `_storage_of`
+        except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
             return
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -609,10 +609,7 @@ def _is_plain(value: Any) -> bool:
 
 def _storage_of(tensor: torch.Tensor) -> int | None:
     """The address of the C++ storage; None for tensors that have none of their own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
-        return None
+    return next(_storages(tensor), None)
 
 
 def check_plain(tree: Tree) -> None:

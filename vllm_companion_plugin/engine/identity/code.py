@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
+from vllm_companion_plugin.core import packages
 from vllm_companion_plugin.engine.identity import outside
 from vllm_companion_plugin.engine.identity.outside import sha256_of
 
@@ -76,7 +77,9 @@ def fields(model_class: type, *involved: type) -> dict[str, str]:
     found = {"class": " ".join(f"{one.__module__}.{one.__name__}" for one in _own_classes(model_class))}
     found |= _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
     found |= _used_by(model_class.__module__)
-    own = (one for kind in involved for one in _own_classes(kind)[1:] if _top(kind.__module__) not in outside.KNOWN)
+    own = (
+        one for kind in involved for one in _own_classes(kind)[1:] if packages.top(kind.__module__) not in outside.KNOWN
+    )
     names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins()}
     return found | outside.fields(names)
 
@@ -97,13 +100,9 @@ def folders(model_class: type, checkpoint: Path) -> list[str]:
     return sorted(there & named)
 
 
-def _top(module: str) -> str:
-    return module.partition(".")[0]
-
-
 def _own_classes(kind: type) -> list[type]:
     """Return `kind` and its base classes up to the first class of a known package."""
-    names = [_top(one.__module__) in outside.KNOWN for one in kind.__mro__]
+    names = [packages.top(one.__module__) in outside.KNOWN for one in kind.__mro__]
     return [kind, *kind.__mro__[1 : max(1, names.index(True))]]
 
 
@@ -144,7 +143,7 @@ def _vllm_models(classes: Iterable[type]) -> set[str]:
         if name in found or not name.startswith(_MODELS) or name not in sys.modules:
             continue
         found.add(name)
-        waiting += [one for one in map(outside.module_of, list(vars(sys.modules[name]).values())) if one]
+        waiting += [one for one in map(packages.module_of, list(vars(sys.modules[name]).values())) if one]
     return found
 
 

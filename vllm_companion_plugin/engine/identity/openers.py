@@ -7,6 +7,7 @@ import sys
 import threading
 from functools import cache
 
+from vllm_companion_plugin.core.packages import is_installed
 from vllm_companion_plugin.engine.identity import outside, places
 
 # What these read is no data of their caller: modules and their sources.
@@ -45,6 +46,6 @@ def _is_outside(filename: str) -> bool | None:
         return False
     if filename.startswith("<") or places.is_own(path):  # made by its caller, or around a function of its caller
         return None
-    if not places.is_installed(path) and not places.is_pythons(path):
+    if not is_installed(path) and not places.is_pythons(path):
         return True
     return False if any(f"/{part}" in path for part in (*_IMPORTING, *_COMPILERS)) else None

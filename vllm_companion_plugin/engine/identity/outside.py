@@ -21,8 +21,8 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from vllm_companion_plugin.core import packages
 from vllm_companion_plugin.engine.identity import checkpoint, places
 from vllm_companion_plugin.engine.identity.digest import Digests
 from vllm_companion_plugin.engine.identity.mentions import mentions_of, version_of
@@ -76,7 +76,7 @@ class Names:
         self._files: dict[str, str] = {}
         self._folders: dict[str, str] = {}
         for name, module in list(sys.modules.items()):
-            if _top(name) in KNOWN or name.startswith(_REMOTE) or _is_installed(file := _file(module)):
+            if packages.top(name) in KNOWN or name.startswith(_REMOTE) or _is_installed(file := _file(module)):
                 continue
             folders = _folders(module)
             if file is not None and not folders:
@@ -95,7 +95,7 @@ class Names:
 def path_of(name: str) -> str | None:
     """Return where the file of a name (`Names`) is here, without an import; None if nothing is."""
     top, slash, inner = name.partition("/")
-    file, folders = _place(_top(top))  # to find a part of a package would import the package
+    file, folders = _place(packages.top(top))  # to find a part of a package would import the package
     if not slash:
         return file
     return next((path for folder in folders if os.path.exists(path := os.path.join(folder, inner))), None)
@@ -104,7 +104,9 @@ def path_of(name: str) -> str | None:
 def loaded_since(before: Iterable[str]) -> set[str]:
     """Return the files of such modules that are loaded and are not among `before`."""
     new = (
-        name for name in sys.modules.keys() - set(before) if _top(name) not in KNOWN and not name.startswith(_REMOTE)
+        name
+        for name in sys.modules.keys() - set(before)
+        if packages.top(name) not in KNOWN and not name.startswith(_REMOTE)
     )
     files = (_file(sys.modules.get(name)) for name in new)
     return {path for path in files if path and not _is_installed(path) and not places.is_no_models(path)}
@@ -185,13 +187,13 @@ class _Unit:
                 with contextlib.suppress(ImportError):  # as its import would fail
                     found.add(importlib.util.resolve_name(name, package))
         within = [one for name, one in list(sys.modules.items()) if f"{name}.".startswith(f"{self.module}.")]
-        values = {module_of(value) for one in within for value in list(_dictionary(one).values())}
+        values = {packages.module_of(value) for one in within for value in list(packages.dictionary(one).values())}
         return found | {name for name in values if not is_installed(name)}
 
 
 def _followed(modules: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
     """Return the units of `modules` and of what they use, and the versions of installed packages that they use."""
-    waiting = sorted(_full_name(name) for name in modules if name in sys.modules and _top(name) not in KNOWN)
+    waiting = sorted(_full_name(name) for name in modules if name in sys.modules and packages.top(name) not in KNOWN)
     # These count by their files though they may be installed: a plugin may be made anew under its old version.
     ours = {unit.place for unit in map(_unit, waiting) if unit is not None}
     units: dict[str, _Unit] = {}
@@ -199,15 +201,15 @@ def _followed(modules: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
     seen: set[str] = set()
     while waiting:
         name = waiting.pop()
-        if name in seen or _top(name) in seen or _top(name) in _NEVER:
+        if name in seen or packages.top(name) in seen or packages.top(name) in _NEVER:
             continue
         unit = _unit(name)
         seen |= {name, unit.module if unit is not None else name}
         if unit is None or unit.place in units:
             continue
-        installed = _versions(_top(name), unit.place) if unit.place not in ours else {}
+        installed = _versions(packages.top(name), unit.place) if unit.place not in ours else {}
         versions |= installed
-        if not installed and _top(name) not in KNOWN:
+        if not installed and packages.top(name) not in KNOWN:
             units[unit.place] = unit
             waiting += unit.uses()
     return sorted(units.values(), key=lambda unit: unit.place), versions
@@ -260,7 +262,7 @@ def _existing(place: str) -> str:
 
 
 def _is_installed(file: str | None) -> bool:
-    return not file or places.is_installed(file)
+    return not file or packages.is_installed(file)
 
 
 def _file(module: ModuleType | None) -> str | None:
@@ -273,30 +275,6 @@ def _folders(module: ModuleType) -> list[str]:
         return [os.path.abspath(folder) for folder in getattr(module, "__path__", ())]
     except TypeError:  # it means something else by this name
         return []
-
-
-def module_of(value: Any) -> str:
-    """Return the name of the module that a value is, or comes from; "" if it does not say."""
-    if issubclass(type(value), ModuleType):
-        name = _dictionary(value).get("__name__")
-    else:
-        try:
-            name = getattr(value, "__module__", None)
-        except Exception:  # a proxy of what is not there
-            return ""
-    return name if isinstance(name, str) else ""
-
-
-def _dictionary(module: Any) -> dict[str, Any]:
-    """Return what a module holds, without its import if it is imported when it is asked for something."""
-    try:
-        return object.__getattribute__(module, "__dict__")  # type: ignore[no-any-return]
-    except AttributeError:  # something else is in its place
-        return {}
-
-
-def _top(module: str) -> str:
-    return module.partition(".")[0]
 
 
 @cache
@@ -322,7 +300,7 @@ def _versions(package: str, place: str) -> Mapping[str, str]:
 
 def _has_installed(one: metadata.Distribution, place: str) -> bool:
     """Tell whether a distribution put there what is at `place`. It has not, where that is a folder of sources."""
-    is_put = places.is_installed(place) or one.read_text("RECORD") is not None
+    is_put = packages.is_installed(place) or one.read_text("RECORD") is not None
     return is_put and places.is_below(place, os.path.abspath(str(one.locate_file(""))))
 
 
@@ -349,7 +327,7 @@ def _beside(file: str, texts: Iterable[str]) -> Iterator[str]:
         if os.path.isabs(text) or not text.strip("./*?"):
             continue
         path = os.path.normpath(os.path.join(here, text))
-        if os.path.isdir(path) and not places.is_below(file, path) and not places.is_installed(file):
+        if os.path.isdir(path) and not places.is_below(file, path) and not packages.is_installed(file):
             yield from _below(path)
         yield from _matching(here, text)
         if text.startswith("."):

@@ -9,7 +9,6 @@ import tempfile
 from functools import cache
 
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
-_INSTALLED = ("site-packages", "dist-packages")
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 """Variables that name a folder of caches, wherever that is. Other caches are in hidden folders."""
@@ -18,11 +17,6 @@ _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 def is_below(path: str, directory: str) -> bool:
     """Tell whether `path` is below `directory`; both are absolute."""
     return path.startswith(directory.rstrip("/") + "/")
-
-
-def is_installed(path: str) -> bool:
-    """Tell whether a file is in a folder into which packages are installed."""
-    return any(f"/{name}/" in path for name in _INSTALLED)
 
 
 def is_vllms(path: str) -> bool:

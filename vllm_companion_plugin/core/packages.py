@@ -1,0 +1,38 @@
+"""Which module and package code belongs to, by what Python says; nothing is imported."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def is_installed(path: str) -> bool:
+    """Tell whether a file is in a folder into which packages are installed."""
+    return any(f"/{name}/" in path for name in _INSTALLED)
+
+
+def top(module: str) -> str:
+    """Return the name of the package that a module belongs to, which is its own name if it is in none."""
+    return module.partition(".")[0]
+
+
+def module_of(value: Any) -> str:
+    """Return the name of the module that a value is, or comes from; "" if it does not say."""
+    if issubclass(type(value), ModuleType):
+        name = dictionary(value).get("__name__")
+    else:
+        try:
+            name = getattr(value, "__module__", None)
+        except Exception:  # a proxy of what is not there
+            return ""
+    return name if isinstance(name, str) else ""
+
+
+def dictionary(module: Any) -> dict[str, Any]:
+    """Return what a module holds, without its import if it is imported when it is asked for something."""
+    try:
+        return object.__getattribute__(module, "__dict__")  # type: ignore[no-any-return]
+    except AttributeError:  # something else is in its place
+        return {}
