@@ -88,6 +88,9 @@ LIKE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "copied": lambda w: w.clone().copy_(torch.zeros(LARGE)),
     "torch.tensor": lambda w: torch.tensor([0.0] * LARGE),
     "from_numpy": lambda w: torch.from_numpy(np.zeros(LARGE, np.float32)),
+    "cast": lambda w: torch.tensor([0.0] * LARGE, dtype=torch.float64).float(),
+    "scaled": lambda w: torch.from_numpy(np.zeros(LARGE, np.float32)) * 2,
+    "set": lambda w: torch.empty(0).set_(torch.from_numpy(np.zeros(LARGE, np.float32))),
     "frombuffer": lambda w: torch.frombuffer(bytearray(4 * LARGE), dtype=torch.float32),
 }
 

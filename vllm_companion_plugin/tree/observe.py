@@ -159,8 +159,6 @@ class Observation:
             self._built_at = {
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
             }
-            # Storages that were parameters: what loading wrote there are weights, whoever has them now.
-            self._parameters: set[int] = set()
             compared: dict[int, torch.Tensor] = {}
             for slot in tree.slots():
                 storage = _storage_of(slot.tensor)
@@ -169,7 +167,7 @@ class Observation:
                 self._watch.keep_addresses(slot.tensor)
                 self._watch.built.add(storage)
                 if slot.kind is _PARAMETER:
-                    self._parameters.add(storage)
+                    self._watch.parameters.add(storage)
                 if slot.kind is not _PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
                     compared.setdefault(storage, slot.tensor)
             self._fingerprints = _fingerprints(compared)
@@ -259,7 +257,7 @@ class Observation:
     def is_computed(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` was seen to be filled from the checkpoint, and was no work space that building made."""
         storage = _storage_of(tensor)
-        is_new = storage not in self._watch.built or storage in self._parameters
+        is_new = storage not in self._watch.built or storage in self._watch.parameters
         return storage in self._watch.computed and is_new
 
     def finish(self, tree: Tree) -> Loaded:
@@ -445,7 +443,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         built: storages that building the model made.
         written: storages that an operation wrote to.
         clean: storages that hold nothing of the checkpoint.
-        computed: storages that were read from the checkpoint, or that an operation filled from such.
+        parameters: those of `built` that were parameters. What is written there are weights, whoever has them later.
+        computed: storages that were read from the checkpoint, parameters that were written, and what operations filled
+            from such. What Python made is none, nor what was computed of that alone.
         measured: ids of modules whose processing read data into Python; None for what belongs to no module.
         module: what is being processed.
     """
@@ -455,6 +455,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.built: set[int] = set()
         self.written: set[int] = set()
         self.clean: set[int] = set()
+        self.parameters: set[int] = set()
         self.computed: set[int] = set()
         self.measured: set[int | None] = set()
         self.module: nn.Module | None = None
@@ -501,6 +502,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if reads:
             self.placing.looked_at(read)
         derived = not read <= self.clean and func._schema.name not in _SHAPED
+        is_known = derived and not read.isdisjoint(self.computed) and func._schema.name not in _EMPTY
         targets: list[torch.Tensor] = []
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
@@ -511,6 +513,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.written.add(storage)
                 if derived:
                     self.clean.discard(storage)
+                if derived and (is_known or storage in self.parameters):
                     self.computed.add(storage)
         if targets and func._schema.name in _FILLING:
             self._filled(targets[0], args[1:])
@@ -524,7 +527,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.built.discard(storage)
             self.written.discard(storage)
             (self.clean.discard if derived else self.clean.add)(storage)
-            (self.computed.add if derived and func._schema.name not in _EMPTY else self.computed.discard)(storage)
+            (self.computed.add if is_known else self.computed.discard)(storage)
         if made:
             self.keep_addresses(result)
 
