@@ -42,6 +42,8 @@ class Walk:
         models.make("gemma4", self.model, tiny=True)
         self.client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
         self._start = start
+        # The version that each engine mapped when it was last known.
+        self.mapped: dict[Engine, str] = {}
         self.weights = [load_file(self.model / "model.safetensors")]
         self.said = [self._answers(self.model)]
         for content in range(1, CONTENTS):
@@ -175,7 +177,7 @@ class Walk:
         """Every engine that is awake answers as the version says that it maps, by the companion's word.
 
         A companion that followed another has the generation that was current there. Of an engine with another one it
-        knows no more than that it is attached; it answers as some version.
+        knows no more than that it is attached; that engine maps what it mapped before.
         """
         awake = [engine for engine in self.engines if engine not in self.asleep]
         versions: dict[int, str] = {}
@@ -183,19 +185,23 @@ class Walk:
         def are_known() -> bool:
             versions.clear()
             attached: set[int] = set()
+            held: set[str] = set()
             with contextlib.suppress(CompanionError):
                 for entry in self.client.status().entries:
                     attached.update(each.pid for each in entry.leases if each.state is LeaseState.ATTACHED)
                     for generation in entry.generations:
+                        held.add(generation.version)
                         versions.update(dict.fromkeys(generation.pids, generation.version))
-            known = attached if self.counts["kill companion"] else versions.keys()
+            on_others = {engine.process.pid for engine, version in self.mapped.items() if version not in held}
+            known = versions.keys() | (attached & on_others)
             return all(engine.process.pid in known for engine in awake)
 
         until(are_known, FOLLOWS_S, f"the companion knows who is awake: {self.log[-9:]}", every_s=0.05)
         for engine in awake:
-            version = versions.get(engine.process.pid)
-            said = self.said if version is None else [self.said[self.content[version]]]
-            assert engine.tokens_now() in said, (version, self.log)
+            if engine.process.pid in versions:
+                self.mapped[engine] = versions[engine.process.pid]
+            version = self.mapped[engine]
+            assert engine.tokens_now() == self.said[self.content[version]], (version, self.log)
 
 
 @pytest.mark.parametrize("seed", range(3))
