@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import linecache
 import os
@@ -194,6 +195,12 @@ class TestReading:
         assert timeit.timeit(lambda: sys.audit("import", "x"), number=10_000) / 10_000 < 20e-6
 
 
+DRIVER = """#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "oot_driver", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_oot_driver(void) { return PyModule_Create(&module); }
+"""
+
+
 class TestOpeners:
     """In folders of caches, and code: what counts is who reads it."""
 
@@ -262,6 +269,20 @@ class TestOpeners:
             assert cache.get_cache_manager("a" * 64).get_group("kernel.json")
         assert reading.files() == {}
 
+    def test_a_module_that_a_compiler_keeps_does_not_count(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As Triton's driver, which each process loads when it first runs a kernel."""
+        build = pytest.importorskip("triton.runtime.build")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / ".triton"))
+        made = f"from triton.runtime import build; build.compile_module_from_src({DRIVER!r}, 'oot_driver')"
+        subprocess.run([sys.executable, "-c", made], check=True)
+        with observed_reading(model) as reading:
+            build.compile_module_from_src(DRIVER, "oot_driver")
+        assert str(sys.modules["oot_driver"].__file__).startswith(str(tmp_path))
+        assert reading.files() == {}
+        forget()
+
     def test_code_counts_where_it_is_read_and_not_imported(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -329,6 +350,21 @@ class TestModules:
         write(tmp_path / "other" / "oot_late" / "scales" / "of.json", "2")
         assert len(differences(found, model)) == 1
 
+    def test_by_a_path(self, model: Path, tmp_path: Path) -> None:
+        """Under a name by which nobody else would find it."""
+        file = tmp_path / "helpers" / "oot_helper.py"
+        write(file, "SCALE = 1\n")
+        spec = importlib.util.spec_from_file_location("oot_helper", file)
+        assert spec is not None
+        assert spec.loader is not None
+        with observed_reading(model) as reading:
+            sys.modules["oot_helper"] = made = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(made)
+        found = reading.files()
+        assert list(found) == [str(file)]
+        forget()
+        assert differences(found, model) == []
+
     def test_in_a_folder_without_init(self, model: Path, path: Path) -> None:
         write(path / "oot_space" / "late.py", "")
         found = self.imported(model, "oot_space.late")
@@ -340,6 +376,15 @@ class TestModules:
         sys.modules.pop("this", None)
         write(path / "site-packages" / "oot_late.py", "import this\n")
         sys.path.insert(0, str(path / "site-packages"))
+        assert self.imported(model, "oot_late") == {}
+
+    def test_packages_may_be_installed_anywhere(self, model: Path, path: Path) -> None:
+        """As by `pip install --target`."""
+        write(path / "oot_late.py", "")
+        assert self.imported(model, "oot_late") != {}
+        forget()
+        write(path / "oot_late-1.0.dist-info" / "RECORD", "oot_late.py,,\n")
+        sys.path.append("")  # another process would look anew
         assert self.imported(model, "oot_late") == {}
 
 

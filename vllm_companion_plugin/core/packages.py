@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import sys
+from functools import cache
 from types import ModuleType
 from typing import Any
 
-_INSTALLED = ("site-packages", "dist-packages")
+_INSTALLED = ("/site-packages/", "/dist-packages/")
 
 
 def is_installed(path: str) -> bool:
-    """Tell whether a file is in a folder into which packages are installed."""
-    return any(f"/{name}/" in path for name in _INSTALLED)
+    """Tell whether a file is in a folder into which packages are installed, which may have any name."""
+    return any(name in path for name in _INSTALLED) or path.startswith(_targets(tuple(sys.path)))
+
+
+@cache
+def _targets(places: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the folders of `sys.path` in which an installer has left its records (`pip install --target`)."""
+    return tuple(
+        os.path.join(os.path.abspath(place), "")
+        for place in places
+        if next(glob.iglob(os.path.join(glob.escape(place), "*.dist-info", "RECORD")), None)
+    )
 
 
 def top(module: str) -> str:

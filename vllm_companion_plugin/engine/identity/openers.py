@@ -1,4 +1,4 @@
-"""Whose code opens a file or lists a folder, as the frames on the stack say."""
+"""Whose code opens a file, lists a folder or loads a module, as the frames on the stack say."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ def is_outside() -> bool:
     return threading.get_ident() != threading.main_thread().ident
 
 
+def is_compiler() -> bool:
+    """Tell whether the nearest caller that is no part of Python's import system is a compiler."""
+    frame = sys._getframe(1).f_back
+    while frame is not None and _is_importing(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None and _is_compilers(os.path.abspath(frame.f_code.co_filename))
+
+
+def _is_importing(filename: str) -> bool:
+    return filename.startswith(_IMPORTING) or places.is_own(filename)
+
+
+@cache
+def _is_compilers(path: str) -> bool:
+    is_package = is_installed(path) or places.is_pythons(path)
+    return is_package and any(f"/{part}" in path for part in _COMPILERS)
+
+
 @cache
 def _is_outside(filename: str) -> bool | None:
     """Return whether code in a file is outside vLLM; None if it acts for its caller."""
@@ -48,4 +66,4 @@ def _is_outside(filename: str) -> bool | None:
         return None
     if not is_installed(path) and not places.is_pythons(path):
         return True
-    return False if any(f"/{part}" in path for part in (*_IMPORTING, *_COMPILERS)) else None
+    return False if _is_compilers(path) or any(f"/{part}" in path for part in _IMPORTING) else None

@@ -79,7 +79,7 @@ class Names:
             if packages.top(name) in KNOWN or name.startswith(_REMOTE) or _is_installed(file := _file(module)):
                 continue
             folders = _folders(module)
-            if file is not None and not folders:
+            if file is not None and not folders and ("." in name or _is_on_path(name, file)):
                 self._files[file] = "/".join([*name.split(".")[:-1], os.path.basename(file)])
             if "." not in name:
                 self._folders |= dict.fromkeys(folders, name)
@@ -90,6 +90,15 @@ class Names:
         while folder not in self._folders and folder != os.path.dirname(folder):
             folder = os.path.dirname(folder)
         return self._folders[folder] + path[len(folder) :] if folder in self._folders else self._files.get(path)
+
+
+def _is_on_path(module: str, file: str) -> bool:
+    """Tell whether other processes would find the file by the module's name. It may have been loaded by its path."""
+    try:
+        spec = PathFinder.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None and os.path.abspath(spec.origin) == file
 
 
 def path_of(name: str) -> str | None:

@@ -39,9 +39,11 @@ _SHORT = 16
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
-_EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir")
+_EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "import")
 _active: list[Reading] = []
 _adding = threading.Lock()
+_hearing = threading.local()
+"""What the hook does itself is not heard."""
 _installed = False
 
 
@@ -67,7 +69,10 @@ class Reading:
             self._read_outside.add(path)
 
     def note_made(self, path: str) -> None:
-        """Note a folder that the process made, or a name that it gave to something. Called as `note` is."""
+        """Note a folder that the process made, a name that it gave to something, or what a compiler loads of its own.
+
+        Called as `note` is.
+        """
         self._written.add(path)
 
     def note_listed(self, folder: str) -> None:
@@ -158,10 +163,20 @@ def _install() -> None:
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _active or event not in _EVENTS:
+    if not _active or event not in _EVENTS or getattr(_hearing, "is_open", False):
         return
-    path = arguments[1 if event == "os.rename" else 0]
+    _hearing.is_open = True
+    try:
+        _note(event, arguments)
+    finally:
+        _hearing.is_open = False
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    path = arguments[1 if event in ("os.rename", "import") else 0]
     if path is None:
+        if event == "import":  # Python says where it is only of a module of machine code
+            return
         path = os.curdir
     if not isinstance(path, (str, bytes)):  # a number of an open file
         return
@@ -171,7 +186,11 @@ def _heard(event: str, arguments: tuple[Any, ...]) -> None:
             path = os.path.abspath(path)
         except OSError:  # it is gone, and so nothing is below it
             return
-    if event in ("os.rename", "os.mkdir"):
+    if event == "import":
+        if openers.is_compiler():
+            for reading in _active:
+                reading.note_made(path)
+    elif event in ("os.rename", "os.mkdir"):
         # What will fail, as for a folder that is there already, makes nothing.
         if os.path.lexists(arguments[0]) is (event == "os.rename"):
             for reading in _active:
