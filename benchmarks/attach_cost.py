@@ -96,7 +96,8 @@ def publish(path: Path, clock: Clock, repeat: int) -> tuple[Any, Any, int]:
     from vllm_companion_plugin.core.module_tree import Stage
     from vllm_companion_plugin.core.process import collector_paused
     from vllm_companion_plugin.tree import pack
-    from vllm_companion_plugin.tree.capture import capture, plain_tensors
+    from vllm_companion_plugin.tree.capture import capture
+    from vllm_companion_plugin.tree.live import plain_tensors
     from vllm_companion_plugin.tree.observe import Observation
     from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 

@@ -52,7 +52,8 @@ def fingerprints(worker: Any) -> dict[str, str]:
     """In a worker: of every tensor that its models lead to."""
     import torch
 
-    from vllm_companion_plugin.tree.capture import capture, plain_tensors
+    from vllm_companion_plugin.tree.capture import capture
+    from vllm_companion_plugin.tree.live import plain_tensors
 
     found = {}
     with plain_tensors(), torch.inference_mode():

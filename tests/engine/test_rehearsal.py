@@ -25,7 +25,7 @@ from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.status import Published
 from vllm_companion_plugin.engine.reloading import why_anew
 from vllm_companion_plugin.engine.vllm import rehearsal
-from vllm_companion_plugin.tree.capture import full_name, named_modules
+from vllm_companion_plugin.tree.live import full_name, named_modules
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
 

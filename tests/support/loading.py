@@ -16,7 +16,8 @@ from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.tree import pack
-from vllm_companion_plugin.tree.capture import capture, plain_tensors
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.live import plain_tensors
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.wire.manifest import sources_to_bytes
 

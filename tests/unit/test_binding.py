@@ -13,7 +13,8 @@ from vllm_companion_plugin.core.module_tree import Stage
 from vllm_companion_plugin.core.placement import ALIGNMENT
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import pack
-from vllm_companion_plugin.tree.capture import capture, named_modules
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.live import named_modules
 from vllm_companion_plugin.tree.restore import Source
 
 pytestmark = pytest.mark.core

@@ -29,7 +29,8 @@ from vllm_companion_plugin.errors import CompanionError, NotShareableError, Pari
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import pack
 from vllm_companion_plugin.tree.building import WithoutWeights, _Deferring
-from vllm_companion_plugin.tree.capture import MUTABLE, capture
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.classes import MUTABLE
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
 from vllm_companion_plugin.tree.values import text_of, value_of

@@ -44,9 +44,13 @@ def module_of(value: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def dictionary(module: Any) -> dict[str, Any]:
-    """Return what a module holds, without its import if it is imported when it is asked for something."""
+def dictionary(value: Any) -> dict[str, Any]:
+    """Return the attributes that a module or an object has by itself, without running code of its class.
+
+    A module that is imported when it is asked for something is not imported by this.
+    """
     try:
-        return object.__getattribute__(module, "__dict__")  # type: ignore[no-any-return]
-    except AttributeError:  # something else is in its place
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
         return {}
+    return found if isinstance(found, dict) else {}

@@ -42,8 +42,9 @@ from vllm_companion_plugin.errors import (
 )
 from vllm_companion_plugin.keeper import client
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.tree.capture import Tree, capture, plain_tensors
+from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
+from vllm_companion_plugin.tree.live import Tree, plain_tensors
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.pack import copy, prepare, private_bytes, sources_of
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_to_bytes

@@ -27,7 +27,8 @@ from vllm_companion_plugin.engine.vllm import building, rehearsal, reload_notes,
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError, UpdateError
 from vllm_companion_plugin.memory.tensors.views import dtype_of, without_storage
-from vllm_companion_plugin.tree.capture import Tree, capture, full_name, named_modules, plain_tensors
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.live import Tree, full_name, named_modules, plain_tensors
 from vllm_companion_plugin.tree.parity import compare_modules, compare_values, tensor_difference
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 

@@ -21,21 +21,10 @@ from torch import nn
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, Manifest, Observed, TensorKind
 from vllm_companion_plugin.errors import ParityError
-from vllm_companion_plugin.tree.capture import (
-    MODULE_INTERNALS,
-    MUTABLE,
-    NO_BUFFER,
-    NO_PARAMETER,
-    LiveModule,
-    Place,
-    Tree,
-    capture,
-    describe_value,
-    full_name,
-    key_texts,
-    named_modules,
-    tensor_attributes,
-)
+from vllm_companion_plugin.tree.capture import MODULE_INTERNALS, capture
+from vllm_companion_plugin.tree.classes import MUTABLE
+from vllm_companion_plugin.tree.descriptions import describe_value, key_texts, tensor_attributes
+from vllm_companion_plugin.tree.live import NO_BUFFER, NO_PARAMETER, LiveModule, Place, Tree, full_name, named_modules
 from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 CHILDREN = "_modules"

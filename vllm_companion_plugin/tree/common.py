@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from vllm_companion_plugin.core import packages
-from vllm_companion_plugin.tree.capture import Tree, answers, capture_values, describe_value
+from vllm_companion_plugin.tree.capture import capture_values
+from vllm_companion_plugin.tree.descriptions import answers, describe_value
+from vllm_companion_plugin.tree.live import Tree
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.times import is_time
 from vllm_companion_plugin.tree.values import class_name

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_companion_plugin.tree.capture import Tree
+from vllm_companion_plugin.tree.live import Tree
 from vllm_companion_plugin.tree.pack import dtype_name
 from vllm_companion_plugin.tree.values import class_name
 

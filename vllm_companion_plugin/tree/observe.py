@@ -32,16 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.tree.capture import (
-    LiveSlot,
-    Tree,
-    capture,
-    full_name,
-    plain_tensors,
-    tensor_attributes,
-)
+from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.common import Common
+from vllm_companion_plugin.tree.descriptions import tensor_attributes
+from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.times import is_time, plain

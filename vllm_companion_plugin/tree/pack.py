@@ -35,7 +35,8 @@ from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
-from vllm_companion_plugin.tree.capture import LiveSlot, Tree, full_name, tensor_attributes
+from vllm_companion_plugin.tree.descriptions import tensor_attributes
+from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name
 from vllm_companion_plugin.tree.observe import Loaded, Observation, check_plain
 from vllm_companion_plugin.tree.values import class_name
 

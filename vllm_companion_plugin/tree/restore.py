@@ -34,18 +34,10 @@ from vllm_companion_plugin.core.placement import ALIGNMENT
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of, view, without_storage
 from vllm_companion_plugin.tree.building import WithoutWeights
-from vllm_companion_plugin.tree.capture import (
-    LiveModule,
-    LiveSlot,
-    Place,
-    Tree,
-    capture,
-    full_name,
-    named_modules,
-    plain_tensors,
-)
+from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.changes import apply_loading, arrange
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors
+from vllm_companion_plugin.tree.live import LiveModule, LiveSlot, Place, Tree, full_name, named_modules, plain_tensors
 from vllm_companion_plugin.tree.parity import (
     compare_modules,
     compare_tensor_attributes,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_companion_plugin.tree.capture import answers, describe_value
+from vllm_companion_plugin.tree.descriptions import answers, describe_value
 from vllm_companion_plugin.tree.values import class_name, text_of
 
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)

@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_companion_plugin.engine.vllm import building, processing
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.tree.building import WithoutWeights
-from vllm_companion_plugin.tree.capture import full_name, named_modules, plain_tensors
+from vllm_companion_plugin.tree.live import full_name, named_modules, plain_tensors
 
 
 @dataclass(frozen=True)

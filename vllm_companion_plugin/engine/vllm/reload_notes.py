@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader.reload import layerwise, meta, types, util
 
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.tree.building import WithoutWeights
-from vllm_companion_plugin.tree.capture import named_modules
+from vllm_companion_plugin.tree.live import named_modules
 
 
 def noting(built: WithoutWeights, record: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
