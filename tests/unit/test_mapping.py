@@ -16,6 +16,7 @@ from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.module_tree import (
     NOTHING_OBSERVED,
     AddedSlot,
+    CommonValue,
     Manifest,
     ModuleInfo,
     Observed,
@@ -95,6 +96,7 @@ def manifest() -> Manifest:
         ),
         {"extra": "torch.nn.modules.linear.Linear"}, ("vision",), {"lm_head": "embed"}, {"config.json": "ab"},
         is_observed=True, emptied_modules=("head",), moved_modules={"layers.0.inner": "layers.0"},
+        common_values=(CommonValue("plugin.model", "WARNED", "False", "True"), CommonValue("a:B.C", "new", None, "''")),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
-from vllm_companion_plugin.tree import pack
+from vllm_companion_plugin.tree import common, pack
 from vllm_companion_plugin.tree.building import WithoutWeights, _Deferring
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.classes import MUTABLE
@@ -141,12 +141,14 @@ def attach(
     source = Source(
         published.manifest, ArenaViews(published.arena, published.arena.info.size_bytes, CPU), CPU, copy=False
     )
-    restorer = Restorer(model, source, CPU, built=built)
-    restorer.bind_early(lambda module: Strategy.REPLAY if module is model and process is not nothing else Strategy.HIDE)
-    if process is not nothing:
-        with restorer.replaying(model):
-            process(model)
-    restorer.finish()
+    strategy = Strategy.HIDE if process is nothing else Strategy.REPLAY
+    with common.as_loaded(published.manifest.common_values):
+        restorer = Restorer(model, source, CPU, built=built)
+        restorer.bind_early(lambda module: strategy if module is model else Strategy.HIDE)
+        if process is not nothing:
+            with restorer.replaying(model):
+                process(model)
+        restorer.finish()
     return model
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import dataclasses
 import enum
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import einops
@@ -20,7 +21,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tests.unit.test_origins import LARGE, Box, Model, attach, in_arena, nothing, publish
+from vllm_companion_plugin.core.module_tree import CommonValue
 from vllm_companion_plugin.errors import NotShareableError, ParityError
+from vllm_companion_plugin.tree import common
 
 ONES = torch.ones(2, 6)
 
@@ -252,6 +255,7 @@ def test_loading_changes_the_code_of_a_class() -> None:
         lambda m: setattr(type(m.own), "new", property(lambda self: 4.0)),
         lambda m: delattr(type(m.own), "factor"),
     ):
+        common._set_here.clear()
         with pytest.raises(NotShareableError, match=r"loading changed .*Own\.(factor|new), which its objects share"):
             publish(build, change)
 
@@ -305,6 +309,7 @@ class Key:
 
 
 SCALE = 1.0
+MODE: Any = None
 TABLE = {"a": [1.0]}
 BOX = Box([1.0])
 KEY = Key()
@@ -338,6 +343,7 @@ COUNT = counter()
 class Using(nn.Module):
     """A module of this file, whose globals belong to the model's code for that."""
 
+    factor = 1.0
     box = Box([1.0])
     table: ClassVar[dict[str, Any]] = {"a": Box(1.0)}
     torchs = Torchs()
@@ -350,8 +356,99 @@ def _set_global(name: str, value: Any) -> Callable[[], object]:
     return lambda: globals().__setitem__(name, value)
 
 
+def _another_process() -> None:
+    common._set_here.clear()
+    globals().update(SCALE=1.0, MODE=None)
+    globals().pop("NEW", None)
+    Using.factor = 1.0
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    """One in which nothing was loaded before, and another one afterwards."""
+    _another_process()
+    yield
+    _another_process()
+
+
+def using(m: Model, flag: float) -> None:
+    m.own = Using()
+
+
+CONSTANT: dict[str, tuple[Callable[[], object], Callable[[], object], object]] = {
+    "number": (_set_global("SCALE", 2.0), lambda: SCALE, 2.0),
+    "text": (_set_global("MODE", "fast"), lambda: MODE, "fast"),
+    "sizes": (_set_global("MODE", (1, (2, None))), lambda: MODE, (1, (2, None))),
+    "dtype": (_set_global("MODE", torch.float16), lambda: MODE, torch.float16),
+    "member of an enum": (_set_global("MODE", Colour.RED), lambda: MODE, Colour.RED),
+    "new": (_set_global("NEW", 1), lambda: globals().get("NEW"), 1),
+    "of a class": (lambda: setattr(Using, "factor", 2.0), lambda: Using.factor, 2.0),
+}
+
+
+@pytest.mark.usefixtures("process")
+class TestConstants:
+    """Flags, such as that somebody was warned, which loading sets beside the model."""
+
+    @pytest.mark.parametrize("kind", CONSTANT)
+    def test_an_attached_engine_has_them(self, kind: str) -> None:
+        change, look, wanted = CONSTANT[kind]
+        published = publish(using, lambda m: change())
+        _another_process()
+        assert look() != wanted
+        attach(published, using)
+        assert look() == wanted
+
+    @pytest.mark.parametrize("kind", CONSTANT)
+    def test_an_engine_that_cannot_attach_loads_as_if_it_had_not_tried(self, kind: str) -> None:
+        change, look, _ = CONSTANT[kind]
+        published = publish(using, lambda m: change())
+        _another_process()
+        before, names = look(), set(globals())
+        with pytest.raises(ParityError):
+            attach(published, lambda m, flag: setattr(m, "own", torch.nn.Identity()))
+        assert look() == before
+        assert set(globals()) == names
+
+    def test_they_must_be_the_same_before(self) -> None:
+        """What loading would make of another value is not known."""
+        published = publish(using, lambda m: globals().update(SCALE=SCALE + 1))
+        with pytest.raises(ParityError, match=r"SCALE, which all models of this code share, is 2\.0 here .* was 1\.0"):
+            attach(published, using)
+
+    def test_a_second_model_of_a_process_says_what_the_first_one_set(self) -> None:
+        """A process in which no other was loaded would have to set it."""
+        publish(using, _set_mode)
+        second = publish(using, _set_mode)
+        attach(second, using)
+        _another_process()
+        with pytest.raises(ParityError, match="MODE, which all models of this code share, is None here"):
+            attach(second, using)
+
+    def test_what_cannot_be_said_of_the_first_one_cannot_be_said_of_the_second(self) -> None:
+        def load(m: Model) -> None:
+            TABLE.setdefault("b", [2.0])
+
+        for who in ("loading", "loading another model in this process"):
+            with pytest.raises(NotShareableError, match=rf"^{who} changed .*TABLE.*, which all models"):
+                publish(using, load)
+        del TABLE["b"]
+
+    def test_a_publication_sets_nothing_in_packages_of_all(self) -> None:
+        published = publish(using)
+        for holder in ("os", "torch", "torch.nn.modules.linear:Linear", "a_module_that_is_not_there"):
+            value = CommonValue(holder, "new", None, "1")
+            manifest = dataclasses.replace(published.manifest, common_values=(value,))
+            with pytest.raises(ParityError, match="is no part of the model here"):
+                attach(dataclasses.replace(published, manifest=manifest), using)
+
+
+def _set_mode(m: Model) -> None:
+    global MODE
+    MODE = MODE or "fast"
+
+
 BESIDE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-    "global": (_set_global("SCALE", 2.0), _set_global("SCALE", 1.0)),
     "part of a global": (lambda: TABLE["a"].append(2.0), lambda: TABLE["a"].pop()),
     "object of a global": (lambda: setattr(BOX, "value", 2.0), lambda: setattr(BOX, "value", [1.0])),
     "list in it": (lambda: BOX.value.append(2.0), lambda: BOX.value.pop()),
@@ -380,6 +477,7 @@ BESIDE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
 }
 
 
+@pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("where", BESIDE)
 def test_loading_changes_what_is_no_part_of_the_model(where: str) -> None:
     """No publication carries it, and an attached engine would have it as it was built."""
@@ -417,6 +515,7 @@ def _for_inference() -> torch.Tensor:
         return torch.ones(3)
 
 
+@pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("make", [Unbound, lambda: [Unbound()], Lazy, _for_inference])
 def test_a_global_that_cannot_be_asked(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no reason not to share a model."""
@@ -430,6 +529,7 @@ def test_a_global_that_cannot_be_asked(make: Callable[[], Any], monkeypatch: pyt
         publish(build, lambda m: monkeypatch.setitem(globals(), "GLOBAL", make()))
 
 
+@pytest.mark.usefixtures("process")
 def test_loading_writes_to_a_global_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch counts no writes to it."""
     held = _for_inference()
@@ -496,6 +596,7 @@ def test_loading_changes_what_hardly_shows(kind: str) -> None:
     assert look(attached.held) == look(published.model.held)
 
 
+@pytest.mark.usefixtures("process")
 def test_loading_changes_a_member_of_an_enum_that_the_model_has() -> None:
     """It is the same member in all models of a process."""
 

@@ -151,6 +151,22 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class CommonValue:
+    """A plain value that all models of some code have in common, and that loading set.
+
+    Attributes:
+        holder: name of the module that has it; for a class the module, a colon, and the class.
+        before: its canonical text after building the model; None if there was nothing of that name.
+        after: its canonical text after loading.
+    """
+
+    holder: str
+    name: str
+    before: str | None
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A full description of a module tree, with the place of every tensor in an arena.
 
@@ -165,6 +181,7 @@ class Manifest:
         emptied_modules: paths where loading put None in the place of a module.
         moved_modules: paths that loading gave to a module in whose place it put another one, with the path where that
             module was built.
+        common_values: what loading set outside of the model.
     """
 
     stage: Stage
@@ -179,6 +196,7 @@ class Manifest:
     sources: bytes = b""
     emptied_modules: tuple[str, ...] = ()
     moved_modules: Mapping[str, str] = field(default_factory=dict)
+    common_values: tuple[CommonValue, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:

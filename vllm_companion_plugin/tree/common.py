@@ -1,7 +1,7 @@
 """What a model's code keeps outside of its objects: attributes of its classes, and globals of its modules.
 
-All objects of a process have these in common, so no publication carries them. If loading changes them, a model is not
-shared: an attached engine would compute with what building left there.
+All objects of a process have these in common, and an attached engine would compute with what building left there. So a
+publication carries the plain values that loading set. If loading changes anything else there, a model is not shared.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from vllm_companion_plugin.core import packages
+from vllm_companion_plugin.core.module_tree import CommonValue
+from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.tree.capture import capture_values
 from vllm_companion_plugin.tree.descriptions import answers, describe_value
 from vllm_companion_plugin.tree.live import Tree
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.times import is_time
-from vllm_companion_plugin.tree.values import class_name
+from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 _FOUNDATION = ("torch", "builtins", "abc", "typing")
 # Of the code of these packages only what its classes hold themselves is compared: what is behind that serves all models
@@ -62,15 +66,108 @@ class Common:
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
         return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree))
 
-    def first_change(self, now: Common) -> str | None:
-        """What is another one in `now`, and who shares it; None if all is the same."""
-        changes = [
-            f"{_name(one)}.{name}, which {_users(one)}"
-            for then, there in ((self.held, now.held), (self.behind, now.behind))
-            for one, before in then.items()
-            for name in _different(before, there[one])
-        ]
-        return min(changes, default=None)
+    def changes(self, now: Common) -> tuple[CommonValue, ...]:
+        """The plain values that are others in `now`, and those that an earlier load of this process had set.
+
+        Raises:
+            NotShareableError: something else has changed, or had; the first is named.
+        """
+        found, others = [], []
+        for one, before in self.held.items():
+            after = now.held[one]
+            changed = {*_different(before, after), *_different(self.behind.get(one, {}), now.behind.get(one, {}))}
+            earlier = _set_here.get(one, frozenset())
+            if changed:
+                _set_here[one] = earlier | changed
+            for name in sorted(earlier | changed):
+                then, text = before.get(name), after.get(name)
+                is_known = then is None or isinstance(then, str)
+                if is_known and _is_constant(text) and _find(_reference(one)) is one:
+                    found.append(CommonValue(_reference(one), name, then, text))
+                elif not (isinstance(text, str) and is_time(text)):
+                    who = "loading" if name in changed else "loading another model in this process"
+                    others.append(f"{who} changed {_name(one)}.{name}, which {_users(one)}")
+        if others:
+            raise NotShareableError(min(others))
+        return tuple(found)
+
+
+@contextmanager
+def as_loaded(values: Sequence[CommonValue]) -> Iterator[None]:
+    """Set `values` as loading did. If what goes on inside fails, all is as before.
+
+    Raises:
+        ParityError: one is not here what it was for the publisher; nothing was set.
+    """
+    places = [(_holder(value), value) for value in values]
+    for one, value in places:
+        here = _shown({value.name: vars(one)[value.name]}).get(value.name) if value.name in vars(one) else None
+        if here != value.before:
+            where, there = f"{_name(one)}.{value.name}", value.before or "absent"
+            shown = here if isinstance(here, str) else "absent" if here is None else "no plain value"
+            text = f"{where}, which {_users(one)}, is {shown} here before loading, and was {there} for the publisher."
+            raise ParityError(text, where, shown)
+    for one, value in places:
+        _set(one, value.name, value.after)
+        _set_here[one] = _set_here.get(one, frozenset()) | {value.name}
+    try:
+        yield
+    except BaseException:
+        for one, value in places:
+            _set(one, value.name, value.before)
+        raise
+
+
+_set_here: MutableMapping[_Holder, Set[str]] = weakref.WeakKeyDictionary()
+"""Names of what loading has set in this process: an engine that is new has something else there."""
+
+
+def _set(one: _Holder, name: str, text: str | None) -> None:
+    if text is None:
+        delattr(one, name)
+    else:
+        setattr(one, name, value_of(text))
+
+
+def _is_constant(text: Any) -> TypeGuard[str]:
+    """Whether a text is that of a value that can be made, and that nobody can change."""
+    try:
+        return isinstance(text, str) and _cannot_change(value_of(text))
+    except ValueError:
+        return False
+
+
+def _cannot_change(value: Any) -> bool:
+    if type(value) in (tuple, frozenset):
+        return all(map(_cannot_change, value))
+    return isinstance(value, (bool, int, float, complex, str, bytes, type(None), torch.dtype, Enum))
+
+
+def _reference(one: _Holder) -> str:
+    return f"{one.__module__}:{one.__qualname__}" if isinstance(one, type) else one.__name__
+
+
+def _find(reference: str) -> _Holder | None:
+    """Return the class or module of a reference, if it is loaded and `Common` may look at it."""
+    module, colon, qualified = reference.partition(":")
+    if packages.top(module) in (_FOUNDATION if colon else _GENERAL):
+        return None
+    return loaded_class(f"{module}.{qualified}") if colon else sys.modules.get(module)
+
+
+def _holder(value: CommonValue) -> _Holder:
+    """Return what has a value here.
+
+    Raises:
+        ParityError: nothing that is loaded here.
+    """
+    found = _find(value.holder)
+    if found is None:
+        where = f"{value.holder}.{value.name}"
+        raise ParityError(
+            f"{where}, which loading set for the publisher, is no part of the model here.", where, "absent"
+        )
+    return found
 
 
 def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
+from vllm_companion_plugin.core.module_tree import AddedSlot, CommonValue, Observed, TensorKind
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.capture import capture
@@ -133,6 +133,7 @@ class Loaded:
     emptied_modules: tuple[str, ...] = ()
     retied_modules: dict[str, str] = field(default_factory=dict)
     moved_modules: dict[str, str] = field(default_factory=dict)
+    common_values: tuple[CommonValue, ...] = ()
     modules: dict[str, Observed] = field(default_factory=dict)
 
 
@@ -283,9 +284,8 @@ class Observation:
     def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
         loaded = Loaded()
         built = self._built
-        # What processing sets there each engine sets for itself.
-        if not self._processed_early and (changed := self._common.first_change(self._common.now(tree))) is not None:
-            raise NotShareableError(f"loading changed {changed}")
+        if not self._processed_early:  # what processing sets there each engine sets for itself
+            loaded.common_values = self._common.changes(self._common.now(tree))
         paths = {path: reference() for path, reference in built.modules.items()}
         removed = [path for path in paths if path not in now.modules]
         for path in removed:

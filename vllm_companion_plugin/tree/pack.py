@@ -304,6 +304,7 @@ def prepare(
         loaded.retied_modules,
         emptied_modules=loaded.emptied_modules,
         moved_modules=loaded.moved_modules,
+        common_values=loaded.common_values,
         is_observed=observation is not None,
     )
     return Packed(packing, placement, manifest)

@@ -22,6 +22,7 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.module_tree import (
     NOTHING_OBSERVED,
     AddedSlot,
+    CommonValue,
     Manifest,
     ModuleInfo,
     Observed,
@@ -89,6 +90,8 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         message.emptied_modules.extend(manifest.emptied_modules)
         message.retied_modules.update(manifest.retied_modules)
         message.moved_modules.update(manifest.moved_modules)
+        for value in manifest.common_values:
+            message.common_values.add(holder=value.holder, name=value.name, before=value.before, after=value.after)
         message.files.update(manifest.files)
         message.sources = manifest.sources
         return bytes(message.SerializeToString(deterministic=True))
@@ -212,10 +215,17 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             emptied_modules=tuple(message.emptied_modules),
             retied_modules=dict(message.retied_modules),
             moved_modules=dict(message.moved_modules),
+            common_values=tuple(_common_values(message)),
             files=dict(message.files),
             is_observed=message.is_observed,
             sources=message.sources,
         )
+
+
+def _common_values(message: messages.Manifest) -> Iterator[CommonValue]:
+    for value in message.common_values:
+        before = value.before if value.HasField("before") else None
+        yield CommonValue(value.holder, value.name, before, value.after)
 
 
 def check_manifest_fits(manifest: Manifest, arena: ArenaInfo) -> None:

@@ -753,8 +753,20 @@ class Module(_message.Message):
     tensors: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, path: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., attributes: _Optional[_Mapping[str, str]] = ..., observed: _Optional[_Union[Observed, _Mapping]] = ..., type: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class CommonValue(_message.Message):
+    __slots__ = ("holder", "name", "before", "after")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    name: str
+    before: str
+    after: str
+    def __init__(self, holder: _Optional[str] = ..., name: _Optional[str] = ..., before: _Optional[str] = ..., after: _Optional[str] = ...) -> None: ...
+
 class Manifest(_message.Message):
-    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources", "emptied_modules", "moved_modules")
+    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources", "emptied_modules", "moved_modules", "common_values")
     class RetiedModulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -790,6 +802,7 @@ class Manifest(_message.Message):
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     EMPTIED_MODULES_FIELD_NUMBER: _ClassVar[int]
     MOVED_MODULES_FIELD_NUMBER: _ClassVar[int]
+    COMMON_VALUES_FIELD_NUMBER: _ClassVar[int]
     stage: str
     storages: _containers.RepeatedCompositeFieldContainer[Storage]
     types: _containers.RepeatedCompositeFieldContainer[TensorType]
@@ -804,7 +817,8 @@ class Manifest(_message.Message):
     sources: bytes
     emptied_modules: _containers.RepeatedScalarFieldContainer[str]
     moved_modules: _containers.ScalarMap[str, str]
-    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ..., emptied_modules: _Optional[_Iterable[str]] = ..., moved_modules: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    common_values: _containers.RepeatedCompositeFieldContainer[CommonValue]
+    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ..., emptied_modules: _Optional[_Iterable[str]] = ..., moved_modules: _Optional[_Mapping[str, str]] = ..., common_values: _Optional[_Iterable[_Union[CommonValue, _Mapping]]] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("shape", "stride", "offset")
