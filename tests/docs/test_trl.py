@@ -17,7 +17,7 @@ from benchmarks.servers import SMALL_CPU_ENGINE, Server
 from benchmarks.trl_grpo import steps_of
 from tests.support.place import Place, until
 from vllm_companion_plugin.client.connection import connect
-from vllm_companion_plugin.core.identity import WEIGHTS
+from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.settings import to_environment
 

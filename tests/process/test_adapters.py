@@ -20,13 +20,16 @@ from tests.support.lora import tiny_peft
 from tests.support.place import KEY, Place, alive, open_fds, until
 from tests.support.publishing import hold_zeros
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.cli.metrics import _gauges
 from vllm_companion_plugin.client.adapter_leases import AdapterLeases
 from vllm_companion_plugin.client.connection import CompanionConnection, Lease, connect
 from vllm_companion_plugin.client.mirror import Mirror
 from vllm_companion_plugin.core.adapters import Asked, Bound
-from vllm_companion_plugin.core.identity import ADAPTER, WEIGHTS
+from vllm_companion_plugin.core.entry_kinds import ADAPTER, WEIGHTS
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.engine.adapters import FrontEnd
+from vllm_companion_plugin.engine.room import in_the_way
 from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
 from vllm_companion_plugin.errors import (
     ArenaError,
@@ -148,6 +151,16 @@ class TestPublish:
             leases.lease(Asked(NAME, 1))
         client.make_current(NAME, 3, key_id=client.list_adapters()[0].key.id)
         assert bound_now(leases) == before
+
+    def test_is_in_nobodys_way(self, client: CompanionClient, place: Place) -> None:
+        """It is in host memory. To unload it would lose it, and free nothing on a GPU."""
+        client.publish_adapter(NAME, small(1), config())
+        with connect("cpu", place.settings, spawn=False) as connection:
+            status = connection.status()
+        assert in_the_way(status, [EntryKey("ee" * 32, "test/wanted")], 2, 1) == ""
+        held = {(name, labels): value for name, labels, value in _gauges(status, 0.0) if name.endswith("_bytes")}
+        assert sum(value for (name, _), value in held.items() if name == "arena_bytes") == 0
+        assert held["host_bytes", (NAME, "single", "target")] == status.entries[0].size_bytes
 
     def test_status(self, client: CompanionClient, place: Place) -> None:
         """Who asks for one adapter is told of no other entry."""

@@ -22,7 +22,7 @@ from vllm_companion_plugin.client.adapters import file_of
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.arena import PIECE_BYTES, ArenaInfo, Checksums
-from vllm_companion_plugin.core.identity import ADAPTER
+from vllm_companion_plugin.core.entry_kinds import ADAPTER
 from vllm_companion_plugin.engine.vllm.adapters.staging import LOCKED_BYTES, Staging
 from vllm_companion_plugin.errors import BadRequestError, IntegrityError, ManifestError
 from vllm_companion_plugin.wire.adapter_file import PAGE_BYTES, Part, config_in, header_of

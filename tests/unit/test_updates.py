@@ -114,6 +114,25 @@ def test_what_was_rolled_back_to_is_forgotten() -> None:
     assert not numbers._rolled_back
 
 
+class TestMakingRoom:
+    """What entries that nobody uses make for others."""
+
+    def test_is_never_made_of_what_a_client_has_written(self, world: World, engine: Lease) -> None:
+        """No checkpoint brings it back."""
+        write(world, engine)
+        world.registry.end_lease(engine)
+        assert world.registry.make_room(1) == ()
+        assert held(engine.entry) == [1, 2]
+
+    def test_counts_all_generations(self, world: World, engine: Lease) -> None:
+        """An entry goes as a whole."""
+        write(world, engine)
+        world.registry.updates.make_current(engine.entry, 1)
+        world.registry.end_lease(engine)
+        assert held(engine.entry) == [2, 1]
+        assert [gone.key for gone in world.registry.make_room(2 * ARENA.size_bytes)] == [KEY]
+
+
 class TestWriter:
     """An entry has at most one writer, which maps it."""
 

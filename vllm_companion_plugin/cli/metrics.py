@@ -19,7 +19,7 @@ from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.metrics import BY_NAME, PREFIX, TABLE, Series, subject
 from vllm_companion_plugin.core.output import say
-from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, LeaseState
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState, LeaseState
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, SettingsError
 from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.host.spawn import is_listening
@@ -168,12 +168,6 @@ def _families(answers: Mapping[str, Answer | None], now: float) -> Iterator[Any]
     return iter(found.values())
 
 
-def _on_device(entry: EntryStatus) -> int:
-    """Return the bytes of all generations there. A retired one is only mapped: no descriptors of it are held."""
-    held = sum(each.size_bytes for each in entry.generations)
-    return held or (entry.size_bytes if entry.state in (EntryState.READY, EntryState.RETIRED) else 0)
-
-
 def _buckets(bounds_s: list[float], counts: list[int]) -> list[tuple[str, float]]:
     """Return cumulative buckets as Prometheus has them: the number of values up to each bound."""
     bounds = [*map(str, bounds_s), "+Inf"]
@@ -195,9 +189,10 @@ def _gauges(status: CompanionStatus, now: float) -> Iterator[tuple[str, tuple[st
         of = subject(entry.key)
         # All states are sent, because a panel that adds up must not miss a state that has just become empty.
         arenas.update({(*of, state.value): int(entry.state is state) for state in EntryState})
-        on_device = _on_device(entry)
-        arena_bytes.update({(*of, state.value): on_device * (entry.state is state) for state in EntryState})
+        arena_bytes.update({(*of, state.value): entry.device_bytes * (entry.state is state) for state in EntryState})
         host_bytes[of] += entry.host_bytes
+        if not entry.key.rules.is_on_device:
+            host_bytes[of] += sum(each.size_bytes for each in entry.generations)
         leases.update({(*of, state.value): 0 for state in LeaseState})
         leases.update((*of, lease.state.value) for lease in entry.leases)
         generations[of] += len(entry.generations)

@@ -27,7 +27,7 @@ from vllm_companion_plugin.client.peft import AT_ONCE_BYTES, Adapter, in_groups
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters
 from vllm_companion_plugin.core.arena import ArenaInfo
-from vllm_companion_plugin.core.identity import ADAPTER, WEIGHTS
+from vllm_companion_plugin.core.entry_kinds import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus, Published
 from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError

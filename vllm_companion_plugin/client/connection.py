@@ -21,7 +21,8 @@ import grpc
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.client.lease import Granted, Lease, Parked, Ready
 from vllm_companion_plugin.client.publication import Publication
-from vllm_companion_plugin.core.identity import WEIGHTS, EntryKey
+from vllm_companion_plugin.core.entry_kinds import WEIGHTS
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import Series
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, Report
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION

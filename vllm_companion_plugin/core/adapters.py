@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 
 from vllm_companion_plugin.core.arena import ArenaInfo
-from vllm_companion_plugin.core.identity import ADAPTER, EntryKey
+from vllm_companion_plugin.core.entry_kinds import ADAPTER
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.errors import BadRequestError
 
 SCHEME = "companion:"

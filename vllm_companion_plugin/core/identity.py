@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vllm_companion_plugin.core.entry_kinds import ENTRY_KINDS, WEIGHTS, EntryKind
 from vllm_companion_plugin.core.text import several, short_name
 
 _MAX_DIFFERENCES = 8
@@ -25,26 +26,19 @@ VARIANT = "variant"
 """The field of a key that holds `EntryKey.variant`."""
 
 
-WEIGHTS = "weights"
-"""The kind of an entry that is a model's weights."""
-ADAPTER = "adapter"
-"""The kind of an entry that is a LoRA adapter, which `core/adapters.py` names."""
-_KIND = re.compile(r"[a-z][a-z_]{0,31}")
-
-
 @dataclass(frozen=True)
 class EntryKey:
     """What makes two loads interchangeable.
 
     Attributes:
-        id: hex sha256 over all `fields`; equal ids mean byte-equal tensors.
+        id: hex sha256 over all `fields`. Equal ids mean the same entry, and byte-equal tensors until a client writes.
         model: name that users see and ask for: `model_name` of what the user wrote. Not part of the identity.
         role: "target" or "draft".
         rank: this rank among all parallel groups, e.g. "tp0/2"; "single" without parallel groups.
         fields: everything that went into `id`, for messages that explain a mismatch.
         source: where its loader found the checkpoint. Not part of the identity.
         files: identity of each file of the checkpoint, by relative name; `id` holds their digest.
-        kind: what the entry holds, which decides how its manifest is read.
+        kind: what the entry holds, a name in `ENTRY_KINDS`.
     """
 
     id: str
@@ -55,6 +49,11 @@ class EntryKey:
     source: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     kind: str = WEIGHTS
+
+    @property
+    def rules(self) -> EntryKind:
+        """What follows from the kind."""
+        return ENTRY_KINDS[self.kind]
 
     @property
     def title(self) -> str:
@@ -89,8 +88,8 @@ class EntryKey:
                 return f"{name!r} is {text[:200]!r}, which cannot be printed"
         if not _KEY_ID.fullmatch(self.id):
             return f"'id' is no hex digest but {self.id[:80]!r}"
-        if not isinstance(self.kind, str) or not _KIND.fullmatch(self.kind):
-            return f"'kind' is no kind of an entry but {str(self.kind)[:80]!r}"
+        if self.kind not in ENTRY_KINDS:
+            return f"'kind' is {str(self.kind)[:80]!r}, and this version knows {', '.join(ENTRY_KINDS)}"
         maps = (self.fields, self.files)
         if not all(isinstance(one, Mapping) for one in maps):
             return "'fields' or 'files' is no mapping"

@@ -64,7 +64,7 @@ TABLE = (
         (*SUBJECT, "state"),
         "Bytes of the entries on the device, in all generations; 0 while loading, parked or dropped.",
     ),
-    Metric("host_bytes", "gauge", SUBJECT, "Bytes of the entries' copies in host memory, of those that sleep."),
+    Metric("host_bytes", "gauge", SUBJECT, "Bytes in host memory: copies kept for engines that sleep, and adapters."),
     Metric("leases", "gauge", (*SUBJECT, "state"), f"Clients, by state: {_listed(LeaseState)}."),
     Metric("generations", "gauge", SUBJECT, "Generations on the device: the current one, those kept, those mapped."),
     Metric("current_generation", "gauge", SUBJECT, "Number of the generation that clients get; absent while loading."),

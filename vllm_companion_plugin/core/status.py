@@ -150,6 +150,14 @@ class EntryStatus:
     version: str = ""
     generations: tuple[GenerationStatus, ...] = ()
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all generations on the device. A retired one is only mapped: the companion has no descriptors."""
+        if not self.key.rules.is_on_device:
+            return 0
+        held = sum(each.size_bytes for each in self.generations)
+        return held or (self.size_bytes if self.state in (EntryState.READY, EntryState.RETIRED) else 0)
+
 
 @dataclass(frozen=True)
 class Report:

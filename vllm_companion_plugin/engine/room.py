@@ -76,7 +76,7 @@ def _drop(connection: CompanionConnection, missing: int, key: EntryKey) -> Seque
     for entry in dropped:
         logger.info(
             "Dropped %s (%s), which nobody used, from %s: %.2f GiB for %s.",
-            *(entry.key.short_title, entry.key.rank, connection.device, entry.size_bytes / 2**30, key.short_title),
+            *(entry.key.short_title, entry.key.rank, connection.device, entry.device_bytes / 2**30, key.short_title),
         )
     return dropped
 
@@ -92,7 +92,7 @@ def _wait_for(wanted: int, device: devices.EngineDevice) -> int:
 def in_the_way(status: CompanionStatus, keys: Sequence[EntryKey], wanted: int, free: int) -> str:
     """Which entries take the memory that an engine lacks, and what frees it; empty if no other one is there."""
     own = {key.id for key in keys}
-    others = [entry for entry in status.entries if entry.size_bytes and entry.key.id not in own]
+    others = [entry for entry in status.entries if entry.device_bytes and entry.key.id not in own]
     if not others:
         return ""
     first = (
@@ -103,7 +103,9 @@ def in_the_way(status: CompanionStatus, keys: Sequence[EntryKey], wanted: int, f
 
 
 def _describe(entry: EntryStatus, status: CompanionStatus) -> str:
-    what = f"{entry.key.title} ({entry.key.rank}), {entry.size_bytes / 2**30:.2f} GiB"
+    what = f"{entry.key.title} ({entry.key.rank}), {entry.device_bytes / 2**30:.2f} GiB"
+    if len(entry.generations) > 1:
+        what += f" in {len(entry.generations)} generations"
     if entry.leases:
         users = ", ".join(f"{lease.client} (pid {lease.pid})" for lease in entry.leases)
         return f"{what}, used by {users}: free when they have ended."

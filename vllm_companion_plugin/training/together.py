@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.core.adapters import SCHEME
-from vllm_companion_plugin.core.identity import WEIGHTS
+from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError, NotShareableError
 from vllm_companion_plugin.host.models import model_name

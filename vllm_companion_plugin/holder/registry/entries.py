@@ -180,11 +180,6 @@ class Generation:
     def size_bytes(self) -> int:
         return self.arena.size_bytes if self.arena else 0
 
-    @property
-    def device_bytes(self) -> int:
-        """Of the device's memory that would be free without it, if nobody maps it."""
-        return self.size_bytes if self.fds else 0
-
 
 @dataclass(eq=False)
 class Entry:
@@ -219,6 +214,17 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return self.current.size_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the device's memory that would be free without it, if nobody maps it."""
+        held = (each.size_bytes for each in (self.current, *self.others) if each.fds)
+        return sum(held) if self.key.rules.is_on_device else 0
+
+    @property
+    def is_reloadable(self) -> bool:
+        """Whether nothing is lost without it: a checkpoint has the bytes of its current generation."""
+        return self.key.rules.is_reloadable and not self.current.written
 
     @property
     def users(self) -> list[Lease]:

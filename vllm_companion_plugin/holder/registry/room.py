@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.holder.registry.entries import Entry
 
 
@@ -23,16 +22,15 @@ def make(entries: Iterable[Entry], size_bytes: int, linger_s: float) -> list[Ent
     """The entries to drop so that `size_bytes` are free: the longest idle first, and no more than it takes.
 
     Returns none if all idle entries together would not do, because they would be lost in vain, and none if `linger_s`
-    is negative: what never expires is not dropped for others either. Adapters stay: they are small, and in host memory
-    beside a GPU's, too, and no checkpoint brings them back.
+    is negative: what never expires is not dropped for others either. What no checkpoint brings back stays, too.
     """
     chosen: list[Entry] = []
     for _, entry in sorted(_idle(entries, linger_s), key=lambda idle: idle[0]):
-        if sum(e.current.device_bytes for e in chosen) >= size_bytes:
+        if sum(e.device_bytes for e in chosen) >= size_bytes:
             break
-        if entry.current.device_bytes and entry.key.kind != ADAPTER:
+        if entry.device_bytes and entry.is_reloadable:
             chosen.append(entry)
-    return chosen if sum(e.current.device_bytes for e in chosen) >= size_bytes else []
+    return chosen if sum(e.device_bytes for e in chosen) >= size_bytes else []
 
 
 def _idle(entries: Iterable[Entry], linger_s: float) -> list[tuple[float, Entry]]:

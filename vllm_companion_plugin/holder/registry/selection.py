@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from vllm_companion_plugin.core.identity import WEIGHTS, EntryKey
+from vllm_companion_plugin.core.entry_kinds import WEIGHTS
+from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.holder.registry.entries import Entry
 
 
@@ -51,7 +52,7 @@ def describe(entries: Sequence[Entry]) -> str:
 
 
 def _which(key: EntryKey) -> str:
-    return f"{key.role}, {key.rank}" if key.kind == WEIGHTS else key.kind
+    return f"{key.role}, {key.rank}" if key.rules.has_ranks else key.kind
 
 
 def no_match_text(select: EntryKey | Query, entries: Sequence[Entry]) -> str:

@@ -128,7 +128,7 @@ class Sleeping:
 
     def _residence(self, entry: Entry, wish: WhenAsleep, *levels: int) -> Residence:
         """`levels`: of those who are about to sleep, beside those who do."""
-        lasting = bool(self._lifetime.owner_pid) or entry.current.written  # which no checkpoint brings back
+        lasting = bool(self._lifetime.owner_pid) or not entry.is_reloadable
         return residence(wish, (*levels, *(x.level for x in entry.sleepers)), is_owned=lasting)
 
     def fall_asleep(self, lease: Lease, level: int, wish: WhenAsleep = WhenAsleep.STAY) -> None:

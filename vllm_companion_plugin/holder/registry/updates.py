@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vllm_companion_plugin.core.arena import ArenaInfo
-from vllm_companion_plugin.core.identity import ADAPTER
 from vllm_companion_plugin.core.status import LeaseState
 from vllm_companion_plugin.errors import BadRequestError, EntryInUseError, EntryNotFoundError, LayoutError, StaleError
 from vllm_companion_plugin.holder.registry.entries import CurrentEvent, Entry, Generation, Lease
@@ -83,13 +82,12 @@ class Updates:
         """What the writer has deposited is the current generation; its number.
 
         Args:
-            arena: with the checksums of its bytes; of weights, laid out like the current one.
+            arena: with the checksums of its bytes; laid out like the current one, if the entry's kind has a layout.
             version: the user's name for it.
 
         Raises:
             BadRequestError: not the writer, or not one descriptor for each block.
-            LayoutError: it is laid out differently. An adapter may have another size, as nobody maps one generation in
-                another's place.
+            LayoutError: it is laid out differently.
             StaleError: as `check_base`.
         """
         entry = lease.entry
@@ -99,8 +97,8 @@ class Updates:
             raise BadRequestError("Weights that a client has written need a version, by which they are known.")
         before = entry.current
         assert before.arena is not None  # a client that writes keeps it on the device
-        is_alike = arena.block_sizes == before.arena.block_sizes or entry.key.kind == ADAPTER
-        if arena.kind != before.arena.kind or not is_alike:
+        is_other = arena.block_sizes != before.arena.block_sizes and entry.key.rules.has_layout
+        if arena.kind != before.arena.kind or is_other:
             raise LayoutError(f"{entry} has {len(before.arena.block_sizes)} blocks of other sizes, or of another kind.")
         if len(lease.deposited) != len(arena.block_sizes):
             raise BadRequestError(f"{len(lease.deposited)} of {len(arena.block_sizes)} descriptors were deposited.")
