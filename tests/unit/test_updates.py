@@ -129,7 +129,7 @@ class TestMakingRoom:
         write(world, engine)
         world.registry.updates.make_current(engine.entry, 1)
         world.registry.end_lease(engine)
-        assert held(engine.entry) == [2, 1]
+        assert held(engine.entry) == [1, 2]
         assert [gone.key for gone in world.registry.make_room(2 * ARENA.size_bytes)] == [KEY]
 
 
