@@ -62,7 +62,7 @@ def key_of(model: Path, **options: Any) -> EntryKey:
 
 def key_of_config(made: Any, model: Path) -> EntryKey:
     files = checkpoint.identity(model)
-    return key.compute(made, made.model_config, devices.engine_device(made), "auto", model, files)
+    return key.compute(made, made.model_config, devices.engine_device(), "auto", model, files)
 
 
 # ---- what is part of the key

@@ -107,7 +107,7 @@ import json
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.cli.devices import visible_gpus
 from vllm_companion_plugin.engine.vllm import devices
-print(json.dumps([visible_gpus(), CompanionClient().device, devices.engine_device(None).id]))
+print(json.dumps([visible_gpus(), CompanionClient().device, devices.engine_device().id]))
 """
 
 
@@ -301,7 +301,7 @@ def test_the_memory_of_a_model_is_accounted_for_to_the_byte() -> None:
     from vllm_companion_plugin.engine.vllm import devices
 
     torch.cuda.init()
-    device = devices.engine_device(None)
+    device = devices.engine_device()
     torch.zeros(5, 5, device="cuda") @ torch.zeros(5, 5, device="cuda")  # its workspace stays
     before = devices.requested_bytes(device)
     model = Small().cuda()

@@ -43,7 +43,7 @@ def join(config: Any, store: Path, rank: int) -> None:
 
 def run(config: Any, directory: Path, engine: int, rank: int, device_id: str, results: Any) -> None:
     device = devices.EngineDevice(device_id, CPU, arenas.MEMFD, Stage.UNPROCESSED)
-    devices.engine_device = lambda vllm_config, arena: device
+    devices.engine_device = lambda arena: device
     join(config, directory / f"{os.getppid()}-{engine}", rank)
     # Crosswise: each engine is first on one device.
     time.sleep(0 if engine == rank else 1.5)

@@ -83,7 +83,10 @@ class TestRollback:
         code, _, error = cli(place, "rollback", MODEL)
         assert (code, "has no earlier one that is known; generation 1 is current" in error) == (1, True)
         code, _, error = cli(place, "rollback", "other/model")
-        assert (code, "matches nothing. Here: test/model (single) on cpu" in error) == (1, True)
+        assert (code, "Nothing that is held matches model 'other/model'. `vllm-companion status` lists" in error) == (
+            1,
+            True,
+        )
         assert cli(place, "rollback", MODEL, "--rank", "tp0/2")[0] == 1
         assert cli(place, "rollback", MODEL, "--to", "first")[0] == 2
         assert held(place) == [(1, "")]

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, kinds
 from tests.unit.test_state import key as make_key
 from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryState, LeaseState
 from vllm_companion_plugin.errors import (
@@ -28,7 +29,6 @@ from vllm_companion_plugin.holder.registry.entries import (
     WaitingEvent,
 )
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState
 
 KEY = make_key()

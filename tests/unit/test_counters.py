@@ -11,9 +11,9 @@ from tests.unit.test_updates import write
 from vllm_companion_plugin.core import metrics
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import BOUNDS_S
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.holder.registry.counters import MAX_SUBJECTS, Counters
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
-from vllm_companion_plugin.holder.registry.selection import Query
 
 KEY = EntryKey("ab" * 32, "org/model")
 

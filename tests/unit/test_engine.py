@@ -161,7 +161,7 @@ def test_what_this_engine_cannot_use_is_refused_before_it_is_mapped(monkeypatch:
     def open_(published: Manifest) -> None:
         # Asking for descriptors would fail otherwise: nobody listens there.
         data, arena = manifest_to_bytes(published), ArenaInfo("memfd", (384,))
-        ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16, b"r" * 16)
+        ready = Ready(test_mapping.KEY, 1, arena, data, Published(0), "/nonexistent", b"t" * 16)
         Attachment.open(device.id, device.torch_device, None, ready, stage=device.stage)  # type: ignore[arg-type]
 
     with pytest.raises(ManifestError, match="published unprocessed; cpu needs processed"):

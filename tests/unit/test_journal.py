@@ -10,9 +10,9 @@ import pytest
 from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, hold, key
 from tests.unit.test_updates import write
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.errors import RuntimeDirError
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.service.journal import Journal
 
 

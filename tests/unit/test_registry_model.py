@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import LeaseState, Progress, Published
 from vllm_companion_plugin.errors import CompanionError, CompanionReplacedError, LeaseLostError, NotShareableError
@@ -48,7 +49,6 @@ from vllm_companion_plugin.holder.registry.entries import (
 )
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.moves import GenerationMoved, LeaseMoved, LingerOver, Move
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.registry.table import (
     DISMISSING,

@@ -10,6 +10,7 @@ from vllm_companion_plugin.core.adapters import key_of
 from vllm_companion_plugin.core.adapters import key_of as adapter_key
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
@@ -39,7 +40,6 @@ from vllm_companion_plugin.holder.registry.entries import (
 from vllm_companion_plugin.holder.registry.lifetime import FOR_EVER
 from vllm_companion_plugin.holder.registry.limits import HAND_BACK_S
 from vllm_companion_plugin.holder.registry.moves import GenerationMoved, Lingering, LingerOver, Move, OwnerGone
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Due, Registry
 from vllm_companion_plugin.holder.registry.table import DISMISSING, GenerationEvent
 

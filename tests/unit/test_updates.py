@@ -12,6 +12,7 @@ from tests.unit.test_state import ARENA, MANIFEST, SHOWN, World, kinds
 from tests.unit.test_state import key as make_key
 from vllm_companion_plugin.core.adapters import key_of
 from vllm_companion_plugin.core.arena import ArenaInfo
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import LeaseState
 from vllm_companion_plugin.errors import (
@@ -34,7 +35,6 @@ from vllm_companion_plugin.holder.registry.entries import (
 )
 from vllm_companion_plugin.holder.registry.generations import Generations
 from vllm_companion_plugin.holder.registry.moves import CurrentChanged
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState
 
 KEY = make_key()

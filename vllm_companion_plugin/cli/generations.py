@@ -77,8 +77,9 @@ def _find(
     meant = query.among(e for _, e in there if e.state is not EntryState.RETIRED)
     found = [(c, e) for c, e in there if any(e is each for each in meant)]
     if not found and (parsed.model or parsed.key or parsed.rank):
-        held = ", ".join(f"{e.key.title} ({e.key.rank}) on {c.device}" for c, e in there)
-        raise EntryNotFoundError(f"{query} matches nothing. Here: {held or 'nothing'}.")
+        raise EntryNotFoundError(
+            f"Nothing that is held matches {query}.", remedy="`vllm-companion status` lists what is held."
+        )
     return statuses, found
 
 

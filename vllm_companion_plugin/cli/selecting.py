@@ -9,9 +9,9 @@ from vllm_companion_plugin.cli import table
 from vllm_companion_plugin.cli.exits import NothingRunsError
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.status import CompanionStatus
 from vllm_companion_plugin.errors import SettingsError
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.host.models import model_name
 
 ID_LEAST = 4

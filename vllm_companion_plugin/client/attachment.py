@@ -171,7 +171,9 @@ class Attachment(Sleepable):
             what = "the first block of its own" if is_alone else "a copy, as others use the entry,"
             raise ArenaError(
                 f"{self.label} needs {needed / 2**30:.2f} GiB for {what} and {free / 2**30:.2f} GiB of the device are "
-                "free."
+                "free.",
+                remedy="Lower --gpu-memory-utilization, or start the engine with "
+                """--model-loader-extra-config '{"share": "copy"}'.""",
             )
         if not is_alone:  # then none of its memory becomes free by our leaving
             self.arena.privatize()

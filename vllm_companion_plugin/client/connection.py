@@ -116,7 +116,8 @@ class Wanted:
         """The error that says what there was instead."""
         return WaitTimeoutError(
             f"{self._model} ({self._role}, {self._rank or 'any rank'}) was not published on {device} within "
-            f"{timeout_s:g} s; the companion has: {self._latest}."
+            f"{timeout_s:g} s; the companion has: {self._latest}.",
+            remedy=f"`vllm-companion serve {self._model}` loads it; `vllm-companion status` shows how far a load is.",
         )
 
 

@@ -66,7 +66,6 @@ class Ready:
     published: Published
     _fd_socket: str
     _ticket: bytes
-    _token: bytes
 
     def redeem(self) -> Descriptors:
         """The arena's descriptors, one a block, in order; the caller owns them. Works once.
@@ -253,7 +252,7 @@ class Lease:
         self._token = ready.lease_token
         return Ready(
             *(key, ready.generation, arena, manifest, published),
-            *(self._paths.fd_socket, ticket, ready.lease_token),
+            *(self._paths.fd_socket, ticket),
         )
 
     # ---- sleeping

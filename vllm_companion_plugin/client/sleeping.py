@@ -113,7 +113,10 @@ class Sleepable(Mapped):
         self._check_awake()
         kind = arenas.KINDS[self.held.arena.kind]
         if not kind.can_remap:
-            raise ArenaError(f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.")
+            raise ArenaError(
+                f"{self.label} is memory of kind {kind.name}, which cannot leave its addresses.",
+                remedy='Leave out the setting "arena"; the default can.',
+            )
         self._level = level
         if self.is_private:  # as vLLM does with memory of its own
             if self.device.type == "cuda":  # the engine may have written to it just now
@@ -186,7 +189,9 @@ class Sleepable(Mapped):
 
     def _check_awake(self) -> None:
         if self.asleep:
-            raise ArenaError(f"{self.label} sleeps: there is no memory at its addresses.")
+            raise ArenaError(
+                f"{self.label} sleeps: there is no memory at its addresses.", remedy="Wake the engine first."
+            )
 
     def _drop_kept(self) -> None:
         if self._kept is not None:

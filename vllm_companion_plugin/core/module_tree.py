@@ -197,8 +197,3 @@ class Manifest:
     emptied_modules: tuple[str, ...] = ()
     moved_modules: Mapping[str, str] = field(default_factory=dict)
     common_values: tuple[CommonValue, ...] = ()
-
-    @property
-    def tensor_bytes(self) -> int:
-        """The sum of the bytes of all storages, without padding."""
-        return sum(storage.size_bytes for storage in self.storages)

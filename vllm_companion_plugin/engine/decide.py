@@ -123,7 +123,7 @@ def _decide(vllm_config: Any, model_config: Any, settings: Settings) -> Decision
     if reason := sharing.unshareable_reason(vllm_config):
         raise NotShareableError(reason)
     with Turn(settings.wait_timeout_s) as turn:
-        device = devices.engine_device(vllm_config, settings.arena)
+        device = devices.engine_device(settings.arena)
         turn.announce(device.id)
         checksum.prepare(device.torch_device)
         warming.load_kernels(device.torch_device)
@@ -174,7 +174,7 @@ def _decide_draft(vllm_config: Any, draft: Any, settings: Settings, *, may_load:
     fields, target_key = noted
     found = find(vllm_config, draft, settings)
     wanted = key.compute_draft(fields, draft, target_key, sources.source_text(settings), found.path, found.content)
-    device = devices.engine_device(vllm_config, settings.arena)
+    device = devices.engine_device(settings.arena)
     return _obtain(vllm_config, device, wanted, found, settings, may_load=may_load)
 
 

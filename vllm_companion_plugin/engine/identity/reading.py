@@ -42,8 +42,8 @@ _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".pt
 _EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "import")
 _active: list[Reading] = []
 _adding = threading.Lock()
-_hearing = threading.local()
-"""What the hook does itself is not heard."""
+_hearing: set[int] = set()
+"""Threads that are in the hook. What it does itself is not heard."""
 _installed = False
 
 
@@ -163,13 +163,13 @@ def _install() -> None:
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _active or event not in _EVENTS or getattr(_hearing, "is_open", False):
+    if not _active or event not in _EVENTS or (thread := threading.get_ident()) in _hearing:
         return
-    _hearing.is_open = True
+    _hearing.add(thread)
     try:
         _note(event, arguments)
     finally:
-        _hearing.is_open = False
+        _hearing.discard(thread)
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:

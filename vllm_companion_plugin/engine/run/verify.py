@@ -51,7 +51,7 @@ class WorkerExtension:
                 engine's own model cannot be compared after processing.
         """
         worker: Any = self
-        device = devices.engine_device(worker.vllm_config)
+        device = devices.engine_device()
         running = {"target": worker.model_runner.model, "draft": drafts.running_draft(worker.model_runner)}
         running = {name: model for name, model in running.items() if model is not None}
         models = {name: describe(model) for name, model in running.items()}

@@ -34,7 +34,7 @@ class EngineDevice:
     stage: Stage
 
 
-def engine_device(vllm_config: Any, arena: str = "auto") -> EngineDevice:
+def engine_device(arena: str = "auto") -> EngineDevice:
     """The device of this worker.
 
     Args:

@@ -21,6 +21,10 @@ HAND_BACK_S = 5.0
 """Clients need about a second to hand back what the companion before held. Clients that want an entry wait so long."""
 
 
+UNLOAD = "Unload some: vllm-companion unload"
+"""What to do if too much is held."""
+
+
 class Places:
     """A number of conversations that may be open at a time."""
 
@@ -32,7 +36,7 @@ class Places:
     def one(self) -> Iterator[None]:
         """Take a place while open. Raises `LimitError` if there is none."""
         if self._free <= 0:
-            raise LimitError(self._refusal)
+            raise LimitError(self._refusal, remedy="Try again when some have ended.")
         self._free -= 1
         try:
             yield

@@ -38,6 +38,7 @@ from itertools import count
 
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState, Progress, Published
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -69,7 +70,7 @@ from vllm_companion_plugin.holder.registry.moves import (
     Owned,
     OwnerGone,
 )
-from vllm_companion_plugin.holder.registry.selection import Query, describe, no_match_text
+from vllm_companion_plugin.holder.registry.selection import LOAD_IT, describe, no_match_text
 from vllm_companion_plugin.holder.registry.sleeping import Sleeping, check_sleeper
 from vllm_companion_plugin.holder.registry.steps import Steps
 from vllm_companion_plugin.holder.registry.table import GenerationEvent, GenerationState, LeaseEvent
@@ -292,7 +293,9 @@ class Registry:
         """Raise `LimitError` if with so many bytes on their way all manifests together are too large."""
         stored = sum(entry.current.manifest.size_bytes for entry in self.entries if entry.current.manifest)
         if stored + incoming_bytes > limits.MAX_MANIFESTS_BYTES:
-            raise LimitError(f"All manifests together would be larger than {limits.MAX_MANIFESTS_BYTES} bytes.")
+            raise LimitError(
+                f"All manifests together would be larger than {limits.MAX_MANIFESTS_BYTES} bytes.", remedy=limits.UNLOAD
+            )
 
     # ---- leases
 
@@ -345,7 +348,10 @@ class Registry:
         if asleep is not None:
             check_sleeper(asleep, passive)
         if len(self.leases) >= limits.MAX_LEASES:
-            raise LimitError(f"The companion has {limits.MAX_LEASES} clients already.")
+            raise LimitError(
+                f"The companion has {limits.MAX_LEASES} clients already.",
+                remedy="Use another runtime directory for some, or end those that `vllm-companion status` shows.",
+            )
         entry = self._by_key(select) if isinstance(select, EntryKey) else self._by_query(select)
         maps = holds
         key_id = select.id if isinstance(select, EntryKey) else entry.key.id if entry else ""
@@ -353,12 +359,12 @@ class Registry:
             holds = 0
         held = self._held(passive)
         if entry not in held and asleep is None and not may_load and not holds:
-            raise EntryNotFoundError(no_match_text(select, held))
+            raise EntryNotFoundError(no_match_text(select, held), remedy=LOAD_IT)
         if entry is None:
             if not isinstance(select, EntryKey):
                 raise BadRequestError("Only a client that knows the full key may load; attach with a key.")
             if problem := self._no_room_for(select):
-                raise LimitError(f"The companion has {problem} already.", remedy="Unload some: vllm-companion unload")
+                raise LimitError(f"The companion has {problem} already.", remedy=limits.UNLOAD)
             first = GenerationEvent.ASK if asleep is None else GenerationEvent.REMEMBER
             entry = self._steps.add(Entry(select), first)
         lease = Lease(next(self._lease_ids), pid, client, may_load, self._wall(), entry, holds, passive, maps=maps)
@@ -400,7 +406,7 @@ class Registry:
             found = [entry for entry in meant if entry.current.shown is state]
             if len(found) > 1:
                 raise BadRequestError(
-                    f"{query} matches {len(found)} entries: {describe(found)}.",
+                    f"{len(found)} entries match {query}: {describe(found)}.",
                     remedy="Choose by rank or key id.",
                 )
             if found:
@@ -470,7 +476,7 @@ class Registry:
         entry = lease.entry
         brings_back = entry.current.host is not None
         if brings_back and (generation != entry.current.number or arena != entry.current.arena):
-            raise BadRequestError("Who brings an entry back from host memory publishes what it was.")
+            raise BadRequestError("An entry that comes back from host memory can only be what it was.")
         if generation and not brings_back and generation != lease.holds:
             raise BadRequestError("Only a client that holds this generation of the entry may hand it back.")
         if len(lease.deposited) != len(arena.block_sizes):
@@ -509,7 +515,9 @@ class Registry:
         """
         self._steps.check(lease, LeaseEvent.DECLINE)
         if lease.entry.current.host is not None:
-            raise BadRequestError("Who brings an entry back from host memory may stop, but not decline it for all.")
+            raise BadRequestError(
+                "A client that brings an entry back from host memory may stop, but not decline it for all."
+            )
         self._steps.end_lease(lease, LeaseEvent.DECLINE, reason=reason)
         self._on_event(lease)  # nothing to read, but it has ended
         self._steps.end_entry(lease.entry, GenerationEvent.DECLINE, NotShareableError(reason))

@@ -23,6 +23,7 @@ import grpc
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.core.identity import MAX_TEXT
 from vllm_companion_plugin.core.metrics import BOUNDS_S
+from vllm_companion_plugin.core.query import Query
 from vllm_companion_plugin.core.residency import WhenAsleep
 from vllm_companion_plugin.core.status import CompanionStatus, LeaseState
 from vllm_companion_plugin.core.text import printable, sendable
@@ -48,7 +49,6 @@ from vllm_companion_plugin.holder.registry.entries import (
     WaitingEvent,
 )
 from vllm_companion_plugin.holder.registry.moves import Move, Observer
-from vllm_companion_plugin.holder.registry.selection import Query
 from vllm_companion_plugin.holder.registry.state import Registry
 from vllm_companion_plugin.holder.service.descriptors import check_descriptors, close_aside, memory_is_lost
 from vllm_companion_plugin.holder.service.fd_server import Woken
@@ -101,8 +101,8 @@ class CompanionService:
             pid=os.getpid(),
             linger_s=linger_s,
             grace_s=grace_s,
-            # Half of them are left for connections.
             keep_previous=keep_previous,
+            # Half of them are left for connections.
             max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
             on_event=self._on_event,
             on_change=self._on_change,

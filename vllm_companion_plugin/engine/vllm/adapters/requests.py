@@ -80,7 +80,7 @@ async def serve_async(engine: Any, path: str) -> Served:
     """
     front = front_end_of(engine)
     found: list[Served] = []  # not the thread's result: asyncio's futures keep that until a collection finds them
-    with _refusing(path):
+    with _refusing():
         asked = adapters.asked_by(path)
         try:
             await asyncio.to_thread(lambda: found.append(front.serve(asked)))
@@ -99,7 +99,7 @@ async def serve_async(engine: Any, path: str) -> Served:
 def serve(engine: Any, path: str) -> Served:
     """As `serve_async`, of an engine without an event loop."""
     front = front_end_of(engine)
-    with _refusing(path):
+    with _refusing():
         asked = adapters.asked_by(path)
         try:
             served = front.serve(asked)
@@ -133,7 +133,7 @@ async def _forget_async(engine: Any, numbers: list[int]) -> None:
 
 
 @contextmanager
-def _refusing(path: str) -> Iterator[None]:
+def _refusing() -> Iterator[None]:
     from vllm_companion_plugin.engine.vllm.adapters.refusals import refusal_of
 
     try:
