@@ -788,7 +788,7 @@ class TestFilesOfACheckpoint:
         adapter.mkdir(parents=True)
         (adapter / "adapter_config.json").write_text('{"lora_alpha": 8}')
         (adapter / "adapter_model.safetensors").write_bytes(b"x")
-        assert not any(name.startswith("adapters") for name in engines.load(first).content)
+        assert not any(name.startswith("adapters") for name in engines.load(first).found.content)
         made = json.loads((first / "config.json").read_text())
         jina = made | {"architectures": ["JinaEmbeddingsV5Model"], "model_type": "qwen3", "head_dim": 32}
         (first / "config.json").write_text(json.dumps(jina))
@@ -796,7 +796,7 @@ class TestFilesOfACheckpoint:
         assert {
             "adapters/retrieval/adapter_config.json",
             f"adapters/retrieval/adapter_{WEIGHTS}",
-        } <= loaded.content.keys()
+        } <= loaded.found.content.keys()
         (adapter / "adapter_config.json").write_text('{"lora_alpha": 64}')
         other = engines.decide(first, runner="pooling")
         assert [line.split(" is ")[0] for line in other.key.differences(loaded.key)] == [
@@ -889,7 +889,7 @@ class TestLooks:
             monkeypatch.setattr(files, "_engine", lambda: "1-2")
             assert files.look(place / WEIGHTS).lasts is files.Lasts.ENGINE, "its other ranks need not read, too"
             monkeypatch.setattr(files, "_engine", lambda: None)
-            load = decisions.Load(nobody, nobody, nobody, nobody, nobody, place, content, (), mine)
+            load = decisions.Load(nobody, nobody, nobody, nobody, nobody, decisions.Found(place, content, (), mine))
             reads = []
             read = digest.whole_digest_of
             monkeypatch.setattr(digest, "whole_digest_of", lambda path: reads.append(path.name) or read(path))

@@ -39,7 +39,7 @@ def elected(place: Place) -> Iterator[tuple[decisions.Load, Place]]:
         granted = lease.wait(5)
         assert isinstance(granted, Granted)
         election = LoaderElection(device_paths("cpu", place.settings))
-        yield decisions.Load(DEVICE, KEY, lease, granted, election, None, {}), place
+        yield decisions.Load(DEVICE, KEY, lease, granted, election, decisions.Found()), place
         lease.release()
 
 
@@ -101,7 +101,7 @@ def test_what_is_private_to_a_publisher_follows_its_generation(place: Place) -> 
         granted = lease.wait(5)
         assert isinstance(granted, Granted)
         load = decisions.Load(
-            DEVICE, KEY, lease, granted, LoaderElection(device_paths("cpu", place.settings)), None, {}
+            DEVICE, KEY, lease, granted, LoaderElection(device_paths("cpu", place.settings)), decisions.Found()
         )
         publisher, model = _Publisher(load, place.settings, None, None, kept.append), Scaled()
         with ExitStack() as until:

@@ -143,6 +143,7 @@ class TestPublish:
             assert other.publish_adapter(NAME, small(3, rank=64, width=512), config(64), version="step-3") == 3
             [entry] = client.list_adapters()
             assert (entry.key.model, entry.key.kind, entry.generation, entry.version) == (NAME, "adapter", 3, "step-3")
+            assert entry.tensor_count == len(small(3))
             assert fetched(leases, bound_now(leases))[A_NAME].shape == (64, 512)
             assert client.publish_adapter(NAME, small(4), config()) == 4
         before = bound_now(leases, Asked(NAME, 3))
@@ -161,6 +162,21 @@ class TestPublish:
         held = {(name, labels): value for name, labels, value in _gauges(status, 0.0) if name.endswith("_bytes")}
         assert sum(value for (name, _), value in held.items() if name == "arena_bytes") == 0
         assert held["host_bytes", (NAME, "single", "target")] == status.entries[0].size_bytes
+
+    def test_its_tensors_are_counted(self, client: CompanionClient) -> None:
+        """Of each generation, which may have other modules than the one before."""
+        client.publish_adapter(NAME, small(1), config())
+        [before] = client.list_adapters()
+        model = tiny_peft(lora_alpha=4)
+        client.publish_adapter(NAME, model)
+        [entry] = client.list_adapters()
+        assert entry.tensor_count == len(get_peft_model_state_dict(model)) != before.tensor_count
+
+    def test_is_no_model(self, client: CompanionClient) -> None:
+        """Who asks for a model by its name is told what it is."""
+        client.publish_adapter(NAME, small(1), config())
+        with pytest.raises(EntryNotFoundError, match=rf"{NAME} \(adapter\) on cpu has no tensors .* by its name"):
+            client.attach(NAME)
 
     def test_status(self, client: CompanionClient, place: Place) -> None:
         """Who asks for one adapter is told of no other entry."""

@@ -54,7 +54,9 @@ def test_what_changed_on_disk_while_it_was_loaded_is_not_published(tmp_path: Pat
     weights = tmp_path / "model.safetensors"
     weights.write_text("before")
     nobody: Any = None
-    load = decisions.Load(nobody, nobody, nobody, nobody, nobody, tmp_path, checkpoint.identity(tmp_path))
+    load = decisions.Load(
+        nobody, nobody, nobody, nobody, nobody, decisions.Found(tmp_path, checkpoint.identity(tmp_path))
+    )
     load.check_unchanged()
     weights.write_text("after!")
     with pytest.raises(NotShareableError, match=r"model.safetensors of .* changed while it was loaded"):

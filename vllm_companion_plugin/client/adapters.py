@@ -170,7 +170,7 @@ def _commit(lease: Lease, info: ArenaInfo, fds: Descriptors, count: int, version
     """The file is the adapter's current generation, which this client holds from now on."""
     try:
         lease.stage()  # which may have been heard, whatever it raises
-        number = lease.commit_staged(info, fds, version)
+        number = lease.commit_staged(info, fds, version, tensor_count=count)
     except BaseException:
         lease.abort_staged()
         raise

@@ -349,8 +349,13 @@ class Lease:
         with contextlib.suppress(CompanionError):
             self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, abort=True))
 
-    def commit_staged(self, arena: ArenaInfo, fds: Sequence[int], version: str, base: int = 0) -> int:
+    def commit_staged(
+        self, arena: ArenaInfo, fds: Sequence[int], version: str, base: int = 0, *, tensor_count: int = 0
+    ) -> int:
         """Hand over what was written, as the current generation; its number.
+
+        Args:
+            tensor_count: of an entry without a layout; 0: as many as before.
 
         Raises:
             CommitUnknownError: it may be current: the companion did not answer.
@@ -359,7 +364,11 @@ class Lease:
         """
         fd_channel.deposit(self._paths.fd_socket, self._deposit_ticket, fds, FD_TIMEOUT_S)
         request = messages.CommitStagedRequest(
-            lease_token=self._token, arena=codec.arena_to_message(arena), version=version, base=base
+            lease_token=self._token,
+            arena=codec.arena_to_message(arena),
+            version=version,
+            base=base,
+            tensor_count=tensor_count,
         )
         before = self.current
         try:

@@ -19,8 +19,9 @@ from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease, Ready
 from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.client.parked import bring_back
+from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
-from vllm_companion_plugin.errors import CompanionError, ManifestError
+from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError, ManifestError
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
@@ -240,7 +241,17 @@ class Mapped:
 
 
 def _checked_manifest(ready: Ready, device_id: str, stage: Stage | None) -> Manifest:
-    """The manifest of an entry that is about to be mapped. Raises `ManifestError` as `Attachment.open`."""
+    """The manifest of an entry that is about to be mapped.
+
+    Raises:
+        EntryNotFoundError: it is no model.
+        ManifestError: as `Attachment.open`.
+    """
+    if ready.key.kind != WEIGHTS:
+        raise EntryNotFoundError(
+            f"{ready.key.title} on {device_id} has no tensors of a model.",
+            remedy="Engines serve an adapter by its name; `list_adapters` lists them.",
+        )
     manifest = manifest_from_bytes(ready.manifest)
     check_manifest_fits(manifest, ready.arena)
     check_dtypes(manifest)

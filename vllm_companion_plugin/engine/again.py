@@ -53,7 +53,7 @@ def loader_of(
                 "take the place of what it was. Start the engine anew."
             )
         election = decide.elect(device.id, key, alone, granted.publication)
-        decision = Load(device, key, lease, granted, election, *vars(found).values())
+        decision = Load(device, key, lease, granted, election, found)
         kept: list[Attachment] = []
         try:
             with (

@@ -135,12 +135,12 @@ def _check_files(decision: Attach) -> None:
         ParityError: naming them.
     """
     files = decision.attachment.manifest.files
-    if decision.checkpoint is None or not files:
+    if decision.found.path is None or not files:
         return
-    changed = reading.changed(files, decision.checkpoint)
+    changed = reading.changed(files, decision.found.path)
     if changed:
         name, digest = next(iter(changed.items()))
-        text = "; ".join(reading.differences({name: files[name] for name in changed}, decision.checkpoint))
+        text = "; ".join(reading.differences({name: files[name] for name in changed}, decision.found.path))
         raise ParityError(f"files that were read to load it differ: {text}.", f"file {name}", (digest or "absent")[:16])
 
 

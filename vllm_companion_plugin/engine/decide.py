@@ -288,7 +288,7 @@ class _Question:
             if held is None:
                 _explain(status, self.wanted)
                 logger.info("Elected to load %s (%s) for all engines on %s.", *self._names())
-                return Load(self.device, asked, lease, outcome, election, *vars(self.found).values())
+                return Load(self.device, asked, lease, outcome, election, self.found)
         except BaseException:
             if election is not None:
                 election.release()
@@ -316,8 +316,7 @@ class _Question:
             verify = self.settings.verify
             attachment = Attachment.bring_back(*where, outcome, self.connection, verify=verify, stage=device.stage)
         seconds = time.perf_counter() - self.started
-        found = self.found
-        return Attach(device, self.wanted, asked, attachment, seconds, waited_s, False, found.path, found.content)
+        return Attach(device, self.wanted, asked, attachment, seconds, waited_s, self.found)
 
 
 def _make_room(decision: Attach | Load, attached: list[Attach], vllm_config: Any, settings: Settings) -> None:

@@ -17,6 +17,23 @@ from vllm_companion_plugin.host.election import LoaderElection
 
 
 @dataclass
+class Found:
+    """Where a checkpoint is and what it contains.
+
+    Attributes:
+        path: None if that is not known.
+        content: identity of each file there.
+        folders: below it that count, too.
+        digests: of files that were read.
+    """
+
+    path: Path | None = None
+    content: dict[str, str] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
+    digests: Digests = field(default_factory=Digests)
+
+
+@dataclass
 class Attach:
     """The weights are held: map them. Owns the attachment.
 
@@ -24,9 +41,8 @@ class Attach:
         wanted: the key of this engine's own checkpoint.
         key: the key under which the entry was asked for; that of a copy of the checkpoint, if it is one.
         seconds: since the companion was asked, of which `waited_s` for somebody else to load.
+        found: where this engine would have loaded from.
         announced: vLLM subtracted the entry from this engine's memory budget.
-        checkpoint: where this engine would have loaded from.
-        content: identity of each file there.
     """
 
     device: devices.EngineDevice
@@ -35,9 +51,8 @@ class Attach:
     attachment: Attachment
     seconds: float
     waited_s: float
+    found: Found
     announced: bool = False
-    checkpoint: Path | None = None
-    content: dict[str, str] = field(default_factory=dict)
 
     def announce(self) -> int:
         """The bytes to subtract."""
@@ -57,27 +72,26 @@ class Load:
     lease: Lease
     granted: Granted
     election: LoaderElection
-    checkpoint: Path | None
-    content: dict[str, str]
-    folders: tuple[str, ...] = ()
-    digests: Digests = field(default_factory=Digests)
+    found: Found
 
     @property
     def checkpoint_bytes(self) -> int:
         """For progress; 0 if not known."""
+        path = self.found.path
         try:
-            return checkpoint.weight_bytes(self.checkpoint) if self.checkpoint else 0
+            return checkpoint.weight_bytes(path) if path else 0
         except OSError:
             return 0
 
     def check_unchanged(self) -> None:
         """Raise `NotShareableError` if what was loaded may not be what the key names."""
-        if self.checkpoint is None:
+        path, before = self.found.path, self.found.content
+        if path is None:
             return
-        now = checkpoint.identity(self.checkpoint, self.digests, self.folders)
-        if now != self.content:
-            names = sorted(name for name in now.keys() | self.content.keys() if now.get(name) != self.content.get(name))
-            raise NotShareableError(f"{', '.join(names)} of {self.checkpoint} changed while it was loaded.")
+        now = checkpoint.identity(path, self.found.digests, self.found.folders)
+        if now != before:
+            names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+            raise NotShareableError(f"{', '.join(names)} of {path} changed while it was loaded.")
 
     def close(self) -> None:
         self.election.release()
@@ -118,13 +132,3 @@ class Outcome:
     size_bytes: int = 0
     seconds: float = 0.0
     ways: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Found:
-    """Where a checkpoint is and what it contains, as `Load` has it."""
-
-    path: Path | None
-    content: dict[str, str]
-    folders: tuple[str, ...]
-    digests: Digests

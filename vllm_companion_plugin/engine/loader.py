@@ -100,7 +100,7 @@ class CompanionModelLoader(DefaultModelLoader):
                 source = self._source(vllm_config)
                 key, settings = decision.key, self._settings
                 load_again = again.loader_of(
-                    decision.device, key, decision.content, vllm_config, model_config, prefix, settings
+                    decision.device, key, decision.found.content, vllm_config, model_config, prefix, settings
                 )
 
                 def keep(attachment: Attachment) -> None:
@@ -130,9 +130,8 @@ class CompanionModelLoader(DefaultModelLoader):
             decision.close()
             return
         attachment = decision.attachment
-        load = again.loader_of(
-            decision.device, attachment.held.key, decision.content, vllm_config, model_config, prefix, self._settings
-        )
+        key, content = attachment.held.key, decision.found.content
+        load = again.loader_of(decision.device, key, content, vllm_config, model_config, prefix, self._settings)
         current().keep(LiveModel(attachment, self._settings, load))
         if not decision.announced:
             budget.adjust_budget(-attachment.size_bytes, attachment.held.published.ready_unix_s)

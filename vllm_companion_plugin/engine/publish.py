@@ -77,12 +77,12 @@ def load_and_publish(
     """
     publisher = _Publisher(decision, settings, vllm_config, model_config, keep)
     with (
-        checkpoint.pinned(model_config, decision.checkpoint),
+        checkpoint.pinned(model_config, decision.found.path),
         around_imports(publisher.importing),
         ExitStack() as after_processing,
     ):
-        if decision.checkpoint is not None:
-            publisher.reading = after_processing.enter_context(observed_reading(decision.checkpoint))
+        if decision.found.path is not None:
+            publisher.reading = after_processing.enter_context(observed_reading(decision.found.path))
         after_processing.enter_context(patches.LOADERS_WEIGHTS.on(source, _watched(publisher, after_processing)))
         with devices.own_pool(decision.device):
             model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)

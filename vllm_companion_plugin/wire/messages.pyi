@@ -234,16 +234,18 @@ class StageResponse(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., deposit_ticket: _Optional[bytes] = ...) -> None: ...
 
 class CommitStagedRequest(_message.Message):
-    __slots__ = ("lease_token", "arena", "version", "base")
+    __slots__ = ("lease_token", "arena", "version", "base", "tensor_count")
     LEASE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_COUNT_FIELD_NUMBER: _ClassVar[int]
     lease_token: bytes
     arena: ArenaDescriptor
     version: str
     base: int
-    def __init__(self, lease_token: _Optional[bytes] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., version: _Optional[str] = ..., base: _Optional[int] = ...) -> None: ...
+    tensor_count: int
+    def __init__(self, lease_token: _Optional[bytes] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ..., version: _Optional[str] = ..., base: _Optional[int] = ..., tensor_count: _Optional[int] = ...) -> None: ...
 
 class CommitStagedResponse(_message.Message):
     __slots__ = ("generation",)

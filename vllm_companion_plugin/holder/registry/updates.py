@@ -78,12 +78,13 @@ class Updates:
                 remedy="Begin anew from that, or name no base.",
             )
 
-    def commit(self, lease: Lease, arena: ArenaInfo, version: str, base: int = 0) -> int:
+    def commit(self, lease: Lease, arena: ArenaInfo, version: str, base: int = 0, *, tensor_count: int = 0) -> int:
         """What the writer has deposited is the current generation; its number.
 
         Args:
             arena: with the checksums of its bytes; laid out like the current one, if the entry's kind has a layout.
             version: the user's name for it.
+            tensor_count: 0: as many as before.
 
         Raises:
             BadRequestError: not the writer, or not one descriptor for each block.
@@ -104,7 +105,10 @@ class Updates:
             raise BadRequestError(f"{len(lease.deposited)} of {len(arena.block_sizes)} descriptors were deposited.")
         number = self._numbers.latest(entry.key.id) + 1
         self._numbers.note(entry.key.id, number)
-        published = replace(before.published, ready_unix_s=self._wall(), load_s=0.0, version=version)
+        count = tensor_count or before.published.tensor_count
+        published = replace(
+            before.published, tensor_count=count, ready_unix_s=self._wall(), load_s=0.0, version=version
+        )
         new = Generation(
             number=number, follows=before.number, arena=arena, manifest=before.manifest, published=published
         )

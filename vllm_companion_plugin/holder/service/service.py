@@ -346,7 +346,7 @@ class CompanionService:
             check_descriptors(arena, lease.deposited)
             version = codec.version_from_message(request.version)
             base = codec.generation_from_message(request.base)
-            generation = self.registry.updates.commit(lease, arena, version, base)
+            generation = self.registry.updates.commit(lease, arena, version, base, tensor_count=request.tensor_count)
             logger.info("%s committed generation %d of %s: %s.", lease.who, generation, lease.entry.key.model, version)
             return messages.CommitStagedResponse(generation=generation)
 
