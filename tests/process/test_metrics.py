@@ -165,7 +165,7 @@ def test_the_dashboard_uses_only_metrics_that_a_companion_has_and_every_panel_ha
     queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
     assert len(queries) >= 8
     used = set(re.findall(rf"{PREFIX}\w+", " ".join(queries)))
-    # Only a companion that follows another one has re-adoptions: tests of that are test_holder.py's.
+    # Only a companion that follows another one has re-adoptions: tests of that are test_handing_back.py's.
     assert used - {f"{PREFIX}readoptions_total"} <= {name for name, _ in found}
     assert f"{PREFIX}readoptions_total" in {metric.exported_name for metric in TABLE}
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.process.chaos import World
 from tests.process.standin import companions
-from tests.process.test_holder import Engines
+from tests.process.test_handing_back import Engines
 from tests.support.place import KEY, Place, alive, until
 from vllm_companion_plugin.client import mirror
 from vllm_companion_plugin.client.connection import CompanionConnection, connect

@@ -221,7 +221,7 @@ def test_what_is_unloaded_is_not_handed_back(engines: Engines) -> None:
 
 HOLDER = """
 import sys
-from tests.process.test_holder import Engines
+from tests.process.test_handing_back import Engines
 from tests.support.place import Place
 place = Place(sys.argv[1]); engines = Engines(place)
 print("ready" if engines.start() else "loaded", flush=True)
