@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
+SCALE = 1.0
+"""Loading sets it."""
+
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -68,6 +71,8 @@ class Box:
 class ValuesPluginForCausalLM(LlamaForCausalLM):
     """Has values of many kinds, which building makes one way and loading, from the weights, another."""
 
+    has_loaded = False
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.derive(1.0)
@@ -94,7 +99,10 @@ class ValuesPluginForCausalLM(LlamaForCausalLM):
 
     def load_weights(self, weights: Weights) -> set[str]:
         found: set[str] = super().load_weights(weights)
-        self.derive(float(self.lm_head.weight.detach().abs().mean()))
+        global SCALE
+        SCALE = float(self.lm_head.weight.detach().abs().mean())
+        type(self).has_loaded = True
+        self.derive(SCALE)
         return found
 
     def compute_logits(self, hidden: torch.Tensor, *args: Any) -> torch.Tensor | None:
@@ -103,5 +111,6 @@ class ValuesPluginForCausalLM(LlamaForCausalLM):
         while isinstance(number, Box):
             number = number.part
         number = number + self.slots.scale + self.pair[0] + float(self.scalar) + self.table["tensor"].sum()
+        number = number + SCALE * self.has_loaded
         number = number + self.modules_aside["scale"].weight.detach().sum() + self.lm_head.weight.scale_of_rows.sum()
         return None if logits is None else self.partial(logits) * number
