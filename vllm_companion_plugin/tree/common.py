@@ -107,26 +107,23 @@ def as_loaded(values: Sequence[CommonValue]) -> Iterator[None]:
             shown = here if isinstance(here, str) else "absent" if here is None else "no plain value"
             text = f"{where}, which {_users(one)}, is {shown} here before loading, and was {there} for the publisher."
             raise ParityError(text, where, shown)
+    before = [vars(one).get(value.name) for one, value in places]
     for one, value in places:
-        _set(one, value.name, value.after)
+        setattr(one, value.name, value_of(value.after))
         _set_here[one] = _set_here.get(one, frozenset()) | {value.name}
     try:
         yield
     except BaseException:
-        for one, value in places:
-            _set(one, value.name, value.before)
+        for (one, value), there in zip(places, before, strict=True):
+            if value.before is None:
+                delattr(one, value.name)
+            else:
+                setattr(one, value.name, there)
         raise
 
 
 _set_here: MutableMapping[_Holder, Set[str]] = weakref.WeakKeyDictionary()
 """Names of what loading has set in this process: an engine that is new has something else there."""
-
-
-def _set(one: _Holder, name: str, text: str | None) -> None:
-    if text is None:
-        delattr(one, name)
-    else:
-        setattr(one, name, value_of(text))
 
 
 def _is_constant(text: Any) -> TypeGuard[str]:
