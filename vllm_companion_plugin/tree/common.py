@@ -103,9 +103,9 @@ def as_loaded(values: Sequence[CommonValue]) -> Iterator[None]:
     for one, value in places:
         here = _shown({value.name: vars(one)[value.name]}).get(value.name) if value.name in vars(one) else None
         if here != value.before:
-            where, there = f"{_name(one)}.{value.name}", value.before or "absent"
-            shown = here if isinstance(here, str) else "absent" if here is None else "no plain value"
-            text = f"{where}, which {_users(one)}, is {shown} here before loading, and was {there} for the publisher."
+            where = f"{_name(one)}.{value.name}"
+            shown, published = _in_words(here), _in_words(value.before)
+            text = f"{where}, which {_users(one)}, is {shown} here before loading, and was {published} there."
             raise ParityError(text, where, shown)
     before = [vars(one).get(value.name) for one, value in places]
     for one, value in places:
@@ -120,6 +120,10 @@ def as_loaded(values: Sequence[CommonValue]) -> Iterator[None]:
             else:
                 setattr(one, value.name, there)
         raise
+
+
+def _in_words(value: Any) -> str:
+    return value if isinstance(value, str) else "absent" if value is None else "no plain value"
 
 
 _set_here: MutableMapping[_Holder, Set[str]] = weakref.WeakKeyDictionary()
