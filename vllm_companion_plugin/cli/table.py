@@ -27,7 +27,6 @@ WIDE = (
 """Columns of `status --wide`."""
 _RIGHT = {"PID", "SIZE", "GiB", "TENSORS", "LOAD", "GEN"}
 _LEAST = {"USED BY": 10, "MODEL": 14}
-_AWAKE = (LeaseState.ATTACHED, LeaseState.WRITING, LeaseState.PARKING)
 NOBODY = "No companion is running."
 ID_DIGITS = 8
 
@@ -114,7 +113,7 @@ def _companion(status: CompanionStatus, now: float) -> str:
 def _row(
     status: CompanionStatus, entry: EntryStatus, ids: Mapping[str, str], names: Mapping[str, str], now: float
 ) -> tuple[str, ...]:
-    awake = [str(lease.pid) for lease in entry.leases if lease.state in _AWAKE]
+    awake = [str(lease.pid) for lease in entry.leases if lease.state.is_attached]
     asleep = [f"({lease.pid})" for lease in entry.leases if lease.state is LeaseState.ASLEEP]
     users = " ".join(awake + asleep)
     return (

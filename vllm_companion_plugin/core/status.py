@@ -39,6 +39,11 @@ class LeaseState(Enum):
     PARKING = "parking"
     ASLEEP = "asleep"
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the client maps the entry, whatever else it does."""
+        return self in (LeaseState.ATTACHED, LeaseState.WRITING, LeaseState.PARKING)
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -194,5 +194,5 @@ class Updates:
         is_latest = current.number == self._numbers.latest(entry.key.id)
         self._steps.emit(CurrentChanged(entry, current, before.number, is_latest))
         for lease in entry.leases:
-            if lease.state in (LeaseState.ATTACHED, LeaseState.WRITING, LeaseState.PARKING):
+            if lease.state is not None and lease.state.is_attached:
                 self._steps.tell(lease, CurrentEvent(current.number, current.published.version))
