@@ -233,7 +233,11 @@ def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
         loader=loader_to_message(entry.loader) if entry.loader else None,
         leases=[
             messages.LeaseStatus(
-                pid=lease.pid, client=lease.client, state=lease.state.value, since_unix_s=lease.since_unix_s
+                pid=lease.pid,
+                client=lease.client,
+                state=lease.state.value,
+                since_unix_s=lease.since_unix_s,
+                generation=lease.generation,
             )
             for lease in entry.leases
         ],
@@ -272,7 +276,9 @@ def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
             load_s=_time(message.load_s),
             loader=loader_from_message(message.loader) if message.HasField("loader") else None,
             leases=tuple(
-                LeaseStatus(lease.pid, lease.client, LeaseState(lease.state), _time(lease.since_unix_s))
+                LeaseStatus(
+                    lease.pid, lease.client, LeaseState(lease.state), _time(lease.since_unix_s), lease.generation
+                )
                 for lease in message.leases
             ),
             ways=dict(message.ways),
