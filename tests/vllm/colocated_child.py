@@ -48,6 +48,20 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         found = {"base": base, "mine": says(name), "wanted": target}
+        trained = {each: each.detach().clone() for each in model.parameters() if each.requires_grad}
+        for each in trained:
+            each.data.zero_()  # which PyTorch does not count
+        found["emptied"] = says(name)
+        for each, kept in trained.items():
+            each.data.copy_(kept)
+        found["again"] = says(name)
+        layers = [each.scaling for each in model.modules() if isinstance(each, peft.tuners.lora.LoraLayer)]
+        for scaling in layers:
+            scaling[name] = 0.0
+        found["unscaled"] = says(name)
+        for scaling in layers:
+            scaling[name] = 2.0
+        assert says(name) == target
         torch.distributed.barrier()  # all have published
         found["others"] = says(f"user {(rank + 1) % ranks}")
         try:

@@ -189,6 +189,10 @@ def test_engines_and_trainers_in_the_processes_of_torchrun(
     found = sorted(map(json.loads, lines), key=lambda each: each["wanted"])
     assert [each["mine"] for each in found] == [77, 78]
     assert [each["others"] for each in found] == [78, 77]
+    # An adapter is sampled as it is, however it was written to.
+    assert [(each["emptied"], each["again"], each["unscaled"]) for each in found] == [
+        (each["base"], each["mine"], each["base"]) for each in found
+    ]
     assert found[0]["base"] == found[1]["base"] not in (77, 78)
     assert all("Adapter nobody is not held" in each["nobody"] and each["copied"] == {} for each in found)
     assert [each["pids"] for each in found] == [[sorted(each["pid"] for each in found)]] * 2

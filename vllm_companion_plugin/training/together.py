@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import peft
 import torch
 import vllm
+from peft.tuners.lora import LoraLayer
 from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
 
@@ -45,7 +47,7 @@ class Colocated:
         self.model = model
         self.client = client
         self._lora = lora
-        self._published: dict[str, tuple[int, ...]] = {}
+        self._published: dict[str, _State] = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -124,7 +126,7 @@ class Colocated:
         """
         if id is None:
             return list(self.engine.generate(prompts, sampling_params, **options))
-        if id in self.adapters and self._published.get(id) != self._state(id):
+        if id in self.adapters and not self._state(id).equals(self._published.get(id)):
             self.publish(id)
         request = LoRARequest(id, 1, SCHEME + id)
         return list(self.engine.generate(prompts, sampling_params, lora_request=request, **options))
@@ -159,10 +161,22 @@ class Colocated:
         if id not in self.adapters:
             raise EntryNotFoundError(f"No adapter {id} was made here; there are: {', '.join(self.adapters) or 'none'}.")
 
-    def _state(self, id: str) -> tuple[int, ...]:
-        """Which changes with every step of an optimizer."""
-        state = peft.get_peft_model_state_dict(self.model, adapter_name=id, save_embedding_layers=False)
-        return tuple(number for each in state.values() for number in (each.data_ptr(), each._version))
+    def _state(self, id: str) -> _State:
+        tensors = peft.get_peft_model_state_dict(self.model, adapter_name=id, save_embedding_layers=False).values()
+        layers = (each for each in self.model.modules() if isinstance(each, LoraLayer))
+        scalings = tuple(each.scaling[id] for each in layers if id in each.scaling)
+        return _State(torch.cat([each.detach().reshape(-1).view(torch.uint8) for each in tensors]), scalings)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What an adapter is: a copy of its values, as nothing tells of writes through `.data`, and its scalings."""
+
+    values: torch.Tensor
+    scalings: tuple[float, ...]
+
+    def equals(self, other: _State | None) -> bool:
+        return other is not None and self.scalings == other.scalings and torch.equal(self.values, other.values)
 
 
 def colocated(
