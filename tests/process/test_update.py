@@ -255,8 +255,8 @@ class TestTrainer:
             assert held(place) == [(1, "")]
             assert entry_of(place).leases[0].state is LeaseState.ATTACHED
 
-    @pytest.mark.parametrize("version", ["", "x" * 5000])
-    def test_needs_a_version(self, place: Place, companion: Any, version: str) -> None:
+    @pytest.mark.parametrize("version", ["", "x" * 5000, 7, b"7"])
+    def test_needs_a_version(self, place: Place, companion: Any, version: Any) -> None:
         """One that can be shown."""
         with pytest.raises(BadRequestError), client(place).update(MODEL, version=version) as new:
             new.load(values(1))

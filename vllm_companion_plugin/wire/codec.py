@@ -215,6 +215,8 @@ def published_from_message(message: messages.Published) -> Published:
 
 def version_from_message(version: str) -> str:
     """The user's name for weights. Raises `BadRequestError` for one that cannot be shown."""
+    if not isinstance(version, str):
+        raise BadRequestError(f"A version is a text, unlike {printable(repr(version)[:80])}.")
     if len(version) > MAX_VERSION or printable(version) != version:
         raise BadRequestError(f"A version has at most {MAX_VERSION} printable characters, unlike {version[:80]!r}.")
     return version
