@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,16 @@ class TestPublish:
             leases.lease(Asked(NAME, 1))
         client.make_current(NAME, 3, key_id=client.list_adapters()[0].key.id)
         assert bound_now(leases) == before
+
+    def test_by_several_threads(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        """Of one client: each publication is a generation, and the client holds the adapter once."""
+        with ThreadPoolExecutor(4) as threads:
+            numbers = list(threads.map(lambda step: client.publish_adapter(NAME, small(step), config()), range(20)))
+        assert sorted(numbers) == list(range(1, 21))
+        last = numbers.index(20)
+        assert fetched(leases, bound_now(leases))[A_NAME][0, 0] == last
+        [entry] = client.list_adapters()
+        assert len(entry.leases) == 1
 
     def test_status(self, client: CompanionClient, place: Place) -> None:
         """Who asks for one adapter is told of no other entry."""

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -54,7 +55,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class AdapterHolds:
-    """What one client has published, and holds.
+    """What one client has published, and holds. Threads may publish at once, those of one name in turns.
 
     Args:
         device: whose companion has them; their memory is the host's, whichever that is.
@@ -64,6 +65,7 @@ class AdapterHolds:
         self._device = device
         self._settings = settings
         self._holds: dict[str, _Hold] = {}
+        self._turns: dict[str, threading.Lock] = {}
         self._spare = Spare()
 
     def publish(
@@ -87,7 +89,7 @@ class AdapterHolds:
         info, fds = file_of(
             adapter, dtype, label=f"Adapter {name}", check_finite=check_finite, memory_of=self._spare.memory
         )
-        with fds:
+        with fds, self._turns.setdefault(name, threading.Lock()):
             version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
             if (own := self._own(name)) is not None:
