@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -359,6 +360,26 @@ class TestDeaths:
         assert place.companion_pid() != pid
         assert fetched(leases, before)[A_NAME][0, 0] == 2
         assert client.publish_adapter(NAME, small(3), config()) == 3
+
+    @pytest.mark.parametrize("when", ["stage", "commit_staged"])
+    def test_companion_of_a_trainer_that_publishes(
+        self, client: CompanionClient, leases: AdapterLeases, place: Place, monkeypatch: pytest.MonkeyPatch, when: str
+    ) -> None:
+        """It publishes to the next one, and training goes on."""
+        client.publish_adapter(NAME, small(1), config())
+        pid, inner = place.companion_pid(), getattr(Lease, when)
+
+        def dying(self: Lease, *args: Any) -> int:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            number: int = inner(self, *args)
+            return number
+
+        monkeypatch.setattr(Lease, when, dying)
+        assert client.publish_adapter(NAME, small(2), config()) == 2
+        assert place.companion_pid() != pid
+        assert fetched(leases, bound_now(leases))[A_NAME][0, 0] == 2
+        assert len(client.list_adapters()[0].leases) == 1
 
     def test_trainer(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """An adapter stays when its trainer goes."""

@@ -23,7 +23,7 @@ import torch
 
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
-from vllm_companion_plugin.client.mirror import KNOWN_TIMEOUT_S, Held, Mirror
+from vllm_companion_plugin.client.mirror import DIES_S, KNOWN_TIMEOUT_S, Held, Mirror
 from vllm_companion_plugin.client.peft import AT_ONCE_BYTES, Adapter, in_groups
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters
@@ -31,7 +31,13 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus, Published
 from vllm_companion_plugin.core.text import several
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CommitUnknownError,
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+)
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds.memfd import SharedWriter, new_memfd
 from vllm_companion_plugin.memory.tensors.checksum import Summing
@@ -145,8 +151,17 @@ class _Hold:
         self._with_it = with_it
 
     def replace(self, info: ArenaInfo, fds: Descriptors, count: int, version: str) -> int:
-        """Publish the next generation, and hold that instead; its number."""
-        number, published = _commit(self.mirror.lease, info, fds, count, version)
+        """Publish the next generation, and hold that instead; its number. To the next companion, if this one dies."""
+
+        def commit(lease: Lease) -> tuple[int, Published]:
+            try:
+                return _commit(lease, info, fds, count, version)
+            except CommitUnknownError as error:
+                if lease.lost.wait(DIES_S):  # what was committed has gone with it
+                    raise CompanionUnavailableError(error.what) from error
+                raise
+
+        number, published = self.mirror.ask(commit)
         self._held = replace(self._held, generation=number, arena=info, fds=fds, published=published)
         with _noting_after_commit(number):
             self.mirror.hold_instead(self._held)
@@ -173,6 +188,9 @@ def _commit(lease: Lease, info: ArenaInfo, fds: Descriptors, count: int, version
     try:
         lease.stage()  # which may have been heard, whatever it raises
         number = lease.commit_staged(info, fds, version)
+    except CommitUnknownError as error:
+        lease.abort_staged()
+        raise CommitUnknownError(error.what, remedy="Publish it again: engines use what came last.") from error
     except BaseException:
         lease.abort_staged()
         raise
