@@ -262,6 +262,22 @@ class TestTrainer:
             new.load(values(1))
         assert held(place) == [(1, "")]
 
+    @pytest.mark.parametrize("number", [-1, 1 << 60, "1", 1.0, None])
+    def test_names_a_generation_by_a_number(self, place: Place, companion: Any, here: Here, number: Any) -> None:
+        """What is none is refused as such, wherever it is given."""
+        made = client(place)
+        with pytest.raises(BadRequestError, match="is no number of a generation"):
+            made.make_current(MODEL, number)
+        with (
+            pytest.raises(BadRequestError, match="is no number of a generation"),
+            made.update(MODEL, version="one", base=number),
+        ):
+            raise AssertionError("it writes")
+        here().tell("attach")
+        with made.attach(MODEL) as attachment, pytest.raises(BadRequestError, match="is no number of a generation"):
+            attachment.prepare(number, place.settings)
+        assert held(place) == [(1, "")]
+
     def test_is_told_all_that_does_not_fit(self, place: Place, companion: Any) -> None:
         """Before anything is written: what is committed then is what was there."""
         bad = values(1) | {

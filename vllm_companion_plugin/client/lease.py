@@ -342,6 +342,7 @@ class Lease:
             BadRequestError: this client does not map the entry.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
+        base = codec.generation_to_message(base)
         answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, base=base))
         self._deposit_ticket = answer.deposit_ticket
         return int(answer.generation)
@@ -381,6 +382,7 @@ class Lease:
         Raises:
             EntryNotFoundError: it is not held.
         """
+        number = codec.generation_to_message(number)
         request = messages.GetGenerationRequest(lease_token=self._token, generation=number)
         ready = self._call_with_token("GetGeneration", request)
         self._know(manifest)

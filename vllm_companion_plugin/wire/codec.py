@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 import re
 from dataclasses import asdict, fields
@@ -44,6 +45,7 @@ __all__ = [
     "entry_status_from_message",
     "entry_status_to_message",
     "generation_from_message",
+    "generation_to_message",
     "key_from_message",
     "key_to_message",
     "loader_from_message",
@@ -124,6 +126,15 @@ def generation_from_message(generation: int) -> int:
     if generation and generation not in GENERATIONS:
         raise BadRequestError(f"Generation {generation} is out of range.")
     return generation
+
+
+def generation_to_message(generation: object) -> int:
+    """0 stands for none, or for whichever is current. Raises `BadRequestError` for what is no such number."""
+    with contextlib.suppress(TypeError):
+        number = operator.index(generation)  # type: ignore[arg-type]
+        if number == 0 or number in GENERATIONS:
+            return number
+    raise BadRequestError(f"{printable(repr(generation)[:80])} is no number of a generation.")
 
 
 def _time(seconds: float) -> float:
