@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import signal
 import threading
 import time
@@ -33,6 +34,7 @@ from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
 from vllm_companion_plugin.errors import (
     ArenaError,
     BadRequestError,
+    CompanionError,
     CompanionUnavailableError,
     EntryNotFoundError,
     IntegrityError,
@@ -344,6 +346,34 @@ class TestSilence:
             patch.setattr(Mirror, "hold_instead", raising(ArenaError("no descriptors")))
             assert client.publish_adapter(NAME, small(2), config()) == 2
         assert fetched(leases, bound_now(leases))[A_NAME].unique().tolist() == [2.0]
+
+
+class TestLimits:
+    """Of the trainer's process."""
+
+    def test_few_descriptors(self, client: CompanionClient) -> None:
+        """Each way to have too few is an error that says so, and leaves none behind."""
+        client.publish_adapter(NAME, small(1), config())
+        with contextlib.ExitStack() as filled:
+            last = max(map(int, os.listdir("/proc/self/fd")))
+            while (fd := os.open(os.devnull, os.O_RDONLY)) < last:  # no number below is free
+                filled.callback(os.close, fd)
+            os.close(fd)
+            before, limits, told = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE), list[str]()
+            for name in (NAME, "other"):
+                for left in range(5):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (fd + left, limits[1]))
+                    try:
+                        client.publish_adapter(name, small(2), config())
+                    except CompanionError as error:
+                        told.append(str(error))
+                    finally:
+                        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                until(lambda: open_fds() <= before + 4, 5, "none is left behind")  # what is held, and a spare
+            assert len(told) >= 5
+            assert all("open files" in text or "descriptors" in text for text in told), told
+        assert client.publish_adapter(NAME, small(3), config()) > 1
+        assert client.publish_adapter("other", small(3), config()) > 0
 
 
 class TestDeaths:

@@ -15,7 +15,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.support.lora import TARGETS
-from vllm_companion_plugin.errors import EntryNotFoundError
+from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
 from vllm_companion_plugin.training import colocated, sharing_of
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -68,6 +68,20 @@ def main() -> None:
             says("nobody")
         except EntryNotFoundError as error:
             found["nobody"] = str(error)
+        torch.distributed.barrier()  # all have sampled this one
+        both.create_adapter("second")
+        both.remove_adapter("second")
+        found["active"] = (both.adapters, both.model.active_adapters, says(name))
+        both.remove_adapter(name)
+        found["none"] = (both.adapters, type(both.model).__name__, says(None))
+        for bad in ("a.b", ""):
+            try:
+                both.create_adapter(bad)
+            except BadRequestError:
+                found.setdefault("refused", []).append(bad)
+        third = f"third {rank}"
+        both.create_adapter(third)
+        found["third"] = (both.adapters, says(third))
         weights = [entry for entry in both.client.status().entries if entry.key.kind == "weights"]
         found["pids"] = [sorted({lease.pid for lease in entry.leases}) for entry in weights]
         found["copied"] = getattr(sharing_of(model), "copied", None)

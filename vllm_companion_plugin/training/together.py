@@ -16,7 +16,7 @@ from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
 
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.core.adapters import SCHEME
+from vllm_companion_plugin.core.adapters import SCHEME, check_name
 from vllm_companion_plugin.core.identity import WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError, NotShareableError
@@ -39,7 +39,7 @@ class Colocated:
         client: owned from now on; an attribute, too.
 
     Attributes:
-        model: what is trained: a `PeftModel` from the first adapter on.
+        model: what is trained: a `PeftModel` as long as there is an adapter.
     """
 
     def __init__(self, engine: Any, model: Any, client: CompanionClient, lora: peft.LoraConfig | None = None) -> None:
@@ -61,8 +61,12 @@ class Colocated:
             config: None: what `colocated` was given.
 
         Raises:
-            BadRequestError: there is one of this id, or no configuration.
+            BadRequestError: there is one of this id, PEFT or engines can have none of it, or there is no configuration.
         """
+        if "." in check_name(id):
+            raise BadRequestError(
+                f"{id} is no id of an adapter that PEFT can have: its layers are named by it, with dots."
+            )
         config = config or self._lora
         if config is None:
             raise BadRequestError(f"Adapter {id} has no configuration.", remedy="Give a LoraConfig.")
@@ -81,9 +85,19 @@ class Colocated:
         self.model.set_adapter(id)
 
     def remove_adapter(self, id: str) -> None:
-        """Forget it, here and in engines. Raises `EntryNotFoundError` if it was not made here."""
+        """Forget it, here and in engines. If it is active another one is afterwards, as long as there is one.
+
+        Raises:
+            EntryNotFoundError: it was not made here.
+        """
         self._check_made(id)
-        self.model.delete_adapter(id)
+        others = [each for each in self.adapters if each != id]
+        if not others:
+            self.model = self.model.unload()
+        else:
+            if id in self.model.active_adapters:  # PEFT would have none active, and then take no other one
+                self.activate(others[-1])
+            self.model.delete_adapter(id)
         if self._published.pop(id, None) is not None:
             self.client.remove_adapter(id)
 
