@@ -344,6 +344,17 @@ class TestEngines:
             training.join(engine)
             engine.plan = Plan(2, "run", 2, "run")
 
+    def test_that_joins_again(self, on: tuple[Place, Path], engine: Rollout) -> None:
+        """As after it was started anew: it takes part once."""
+        with begin(*on, engine) as training:
+            training.join(engine)
+            engine.told.clear()
+            with training.step():
+                pass
+            assert engine.told.count("prepare") == 1
+            assert training.report is not None
+            assert len(training.report.engines) == 1
+
     def test_one_that_does_not_renew_does_not_send_the_others_back(self, on: tuple[Place, Path]) -> None:
         place, path = on
         good, bad = self.rollout(path), self.rollout(path)

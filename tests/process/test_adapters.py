@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
 from vllm_companion_plugin.errors import (
     ArenaError,
     BadRequestError,
+    CompanionError,
     CompanionUnavailableError,
     EntryNotFoundError,
     IntegrityError,
@@ -177,6 +181,16 @@ class TestPublish:
         client.publish_adapter(NAME, small(1), config())
         with pytest.raises(EntryNotFoundError, match=rf"{NAME} \(adapter\) on cpu has no tensors .* by its name"):
             client.attach(NAME)
+
+    def test_by_several_threads(self, client: CompanionClient, leases: AdapterLeases) -> None:
+        """Of one client: each publication is a generation, and the client holds the adapter once."""
+        with ThreadPoolExecutor(4) as threads:
+            numbers = list(threads.map(lambda step: client.publish_adapter(NAME, small(step), config()), range(20)))
+        assert sorted(numbers) == list(range(1, 21))
+        last = numbers.index(20)
+        assert fetched(leases, bound_now(leases))[A_NAME][0, 0] == last
+        [entry] = client.list_adapters()
+        assert len(entry.leases) == 1
 
     def test_status(self, client: CompanionClient, place: Place) -> None:
         """Who asks for one adapter is told of no other entry."""
@@ -363,6 +377,34 @@ class TestSilence:
         assert fetched(leases, bound_now(leases))[A_NAME].unique().tolist() == [2.0]
 
 
+class TestLimits:
+    """Of the trainer's process."""
+
+    def test_few_descriptors(self, client: CompanionClient) -> None:
+        """Each way to have too few is an error that says so, and leaves none behind."""
+        client.publish_adapter(NAME, small(1), config())
+        with contextlib.ExitStack() as filled:
+            last = max(map(int, os.listdir("/proc/self/fd")))
+            while (fd := os.open(os.devnull, os.O_RDONLY)) < last:  # no number below is free
+                filled.callback(os.close, fd)
+            os.close(fd)
+            before, limits, told = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE), list[str]()
+            for name in (NAME, "other"):
+                for left in range(5):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (fd + left, limits[1]))
+                    try:
+                        client.publish_adapter(name, small(2), config())
+                    except CompanionError as error:
+                        told.append(str(error))
+                    finally:
+                        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                until(lambda: open_fds() <= before + 4, 5, "none is left behind")  # what is held, and a spare
+            assert len(told) >= 5
+            assert all("open files" in text or "descriptors" in text for text in told), told
+        assert client.publish_adapter(NAME, small(3), config()) > 1
+        assert client.publish_adapter("other", small(3), config()) > 0
+
+
 class TestDeaths:
     """Whoever ends, requests go on."""
 
@@ -377,6 +419,26 @@ class TestDeaths:
         assert place.companion_pid() != pid
         assert fetched(leases, before)[A_NAME][0, 0] == 2
         assert client.publish_adapter(NAME, small(3), config()) == 3
+
+    @pytest.mark.parametrize("when", ["stage", "commit_staged"])
+    def test_companion_of_a_trainer_that_publishes(
+        self, client: CompanionClient, leases: AdapterLeases, place: Place, monkeypatch: pytest.MonkeyPatch, when: str
+    ) -> None:
+        """It publishes to the next one, and training goes on."""
+        client.publish_adapter(NAME, small(1), config())
+        pid, inner = place.companion_pid(), getattr(Lease, when)
+
+        def dying(self: Lease, *args: Any, **named: Any) -> int:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            number: int = inner(self, *args, **named)
+            return number
+
+        monkeypatch.setattr(Lease, when, dying)
+        assert client.publish_adapter(NAME, small(2), config()) == 2
+        assert place.companion_pid() != pid
+        assert fetched(leases, bound_now(leases))[A_NAME][0, 0] == 2
+        assert len(client.list_adapters()[0].leases) == 1
 
     def test_trainer(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """An adapter stays when its trainer goes."""

@@ -20,6 +20,8 @@ from tests.process.update_child import MODEL, Child, digests, values
 from tests.support.place import KEY, Place, alive, until
 from tests.support.publishing import Small, hold_zeros, load
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.cli.exits import Exit
+from vllm_companion_plugin.cli.main import main as cli
 from vllm_companion_plugin.client import headless, lease
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Ready, connect
@@ -253,11 +255,27 @@ class TestTrainer:
             assert held(place) == [(1, "")]
             assert entry_of(place).leases[0].state is LeaseState.ATTACHED
 
-    @pytest.mark.parametrize("version", ["", "x" * 5000])
-    def test_needs_a_version(self, place: Place, companion: Any, version: str) -> None:
+    @pytest.mark.parametrize("version", ["", "x" * 5000, 7, b"7"])
+    def test_needs_a_version(self, place: Place, companion: Any, version: Any) -> None:
         """One that can be shown."""
         with pytest.raises(BadRequestError), client(place).update(MODEL, version=version) as new:
             new.load(values(1))
+        assert held(place) == [(1, "")]
+
+    @pytest.mark.parametrize("number", [-1, 1 << 60, "1", 1.0, None])
+    def test_names_a_generation_by_a_number(self, place: Place, companion: Any, here: Here, number: Any) -> None:
+        """What is none is refused as such, wherever it is given."""
+        made = client(place)
+        with pytest.raises(BadRequestError, match="is no number of a generation"):
+            made.make_current(MODEL, number)
+        with (
+            pytest.raises(BadRequestError, match="is no number of a generation"),
+            made.update(MODEL, version="one", base=number),
+        ):
+            raise AssertionError("it writes")
+        here().tell("attach")
+        with made.attach(MODEL) as attachment, pytest.raises(BadRequestError, match="is no number of a generation"):
+            attachment.prepare(number, place.settings)
         assert held(place) == [(1, "")]
 
     def test_is_told_all_that_does_not_fit(self, place: Place, companion: Any) -> None:
@@ -505,6 +523,34 @@ class TestClient:
         assert has(behind.tell("advance"), 1, 2)
         assert "error" not in here().tell("write", step=2)
         assert has(behind.tell("advance"), 2, 3)
+
+    def test_is_shown_on_what_the_next_companion_does_not_have(
+        self, place: Place, companion: Any, start: Start, here: Here, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Which has what was current alone, and shows who maps something else until that client advances."""
+        quick, slow = start(), start()
+        for engine in (quick, slow):
+            engine.tell("attach")
+        here().tell("write", step=1)
+        quick.tell("advance")
+        companion.kill()
+        companion.wait(5)
+        for engine in (quick, slow):
+            engine.tell("wait_known")
+        assert held(place) == [(2, "step-1")]
+        pids = [quick.process.pid, slow.process.pid]
+        entry = entry_of(place)
+        assert {lease.pid: lease.generation for lease in entry.leases} == dict(zip(pids, (2, 1), strict=True))
+        assert entry.not_held == {1: (pids[1],)}
+        options = ["--runtime-dir", place.settings.runtime_dir]
+        assert cli(["status", *options]) == Exit.DONE
+        assert f"1 is used by {pids[1]} and not held." in " ".join(capsys.readouterr().out.split())
+        assert cli(["generations", *options]) == Exit.DONE
+        assert ["1", "-", "not", "held", "-", str(pids[1]), "-"] in [
+            line.split() for line in capsys.readouterr().out.splitlines()
+        ]
+        assert has(slow.tell("advance"), 1, 2)
+        assert entry_of(place).not_held == {}
 
     def test_advances_though_the_companion_dies(
         self, place: Place, companion: subprocess.Popen[str], start: Start

@@ -261,7 +261,9 @@ def test_the_json_schema_is_this_one() -> None:
         **{"tensor_count": 291, "arena_kind": "memfd", "ready_unix_s": NOW - 100, "load_s": 7.5, "loader": None},
         "ways": {"replay": 4, "hide": 18},
         "expires_at_unix_s": None,
-        "leases": [{"pid": 77, "client": "vLLM 0.32", "state": "attached", "since_unix_s": NOW - 3725}],
+        "leases": [
+            {"pid": 77, "client": "vLLM 0.32", "state": "attached", "since_unix_s": NOW - 3725, "generation": None}
+        ],
     }
     assert loading["loader"] == {
         **{"pid": 42, "client": "vLLM", "since_unix_s": NOW - 5},

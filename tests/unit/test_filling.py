@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from tests.support.publishing import CPU, Small
 from vllm_companion_plugin import memory
@@ -87,6 +89,29 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
+def as_laid_out(turned: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided((3, 6), (1, 3)).copy_(turned)
+
+
+class Wrapped(torch.Tensor):
+    """As libraries have whose parameters are computed when they are read: without memory of its own."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        args, kwargs = tree_map(lambda each: each.inner if isinstance(each, cls) else each, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 class TestIntervals:
     """What was marked, and what was not."""
 
@@ -155,6 +180,47 @@ class TestBytes:
         sources = {address for _, _, address in world.writer.writes}
         assert {new[name].data_ptr() for name in ("embed.weight", "quantized", "steps")} <= sources
         assert torch.equal(world.complete()[world.part("turned")], raw(new["turned"]))
+
+    @pytest.mark.parametrize("given", [dict, iter])
+    def test_are_the_values(self, given: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        """Of a tensor whose memory has others, or none: one that PyTorch negates when it is read, a wrapper."""
+        negated = torch.complex(torch.zeros(3), torch.randn(3)).conj().imag.expand(6, 3).t()
+        wrapped = Wrapped(torch.randn(5).long())
+        assert negated.is_neg()
+        world, tensors = World(), {"turned": negated, "steps": wrapped}
+        world.filling.load(tensors if given is dict else iter(tensors.items()))
+        found = world.complete()
+        assert torch.equal(
+            found[world.part("turned")].view(torch.float32), raw(as_laid_out(negated)).view(torch.float32)
+        )
+        assert torch.equal(found[world.part("steps")], raw(wrapped.inner))
+
+
+class TestTies:
+    """Several names of one place get one value."""
+
+    def test_same(self) -> None:
+        """As a trainer's state has them."""
+        world, new = World(), values()
+        assert world.filling.load({"head.weight": new["embed.weight"].clone(), **new}) == 5
+        assert torch.equal(world.complete()[world.part("embed.weight")], raw(new["embed.weight"]))
+
+    @pytest.mark.parametrize("calls", [1, 2])
+    def test_different(self, calls: int) -> None:
+        """Of a trainer that has no tie: engines would have one of both."""
+        world, new = World(), {"embed.weight": values()["embed.weight"], "head.weight": values()["embed.weight"]}
+        for some in [new.items()] if calls == 1 else [[each] for each in new.items()]:
+            world.filling.load(iter(some))
+        with pytest.raises(BadRequestError, match=r"embed\.weight and head\.weight in one place, .* different values"):
+            world.complete()
+
+    def test_different_once(self) -> None:
+        """What is written again counts no more."""
+        world, new = World(), values()
+        world.filling.load({"head.weight": values()["embed.weight"]})
+        world.filling.load({"embed.weight": new["embed.weight"]})
+        world.filling.load({"head.weight": new["embed.weight"]})
+        assert torch.equal(world.complete()[world.part("embed.weight")], raw(new["embed.weight"]))
 
 
 class TestBatches:
@@ -245,6 +311,29 @@ class TestBadInput:
             world.filling.load([("steps", new["steps"]), (name, new[name])])
         assert len(world.writer.writes) == 1
         World().filling.load(new)
+
+    @pytest.mark.parametrize(
+        ("name", "bad", "what"),
+        [
+            ("turned", None, "NoneType and no tensor"),
+            ("turned", np.zeros((3, 6), dtype=np.float32), "ndarray and no tensor"),
+            ("turned", torch.zeros(3, 6, device="meta"), "no values of its own"),
+            ("turned", torch.zeros(3, 6).to_sparse(), "no values of its own"),
+        ],
+    )
+    def test_without_values(self, name: str, bad: Any, what: str) -> None:
+        """Is named with all else, before anything is written."""
+        world, new = World(), values()
+        with pytest.raises(BadRequestError, match=f"cannot take other, which .*; {name}, which .*{what}"):
+            world.filling.load({"other": new["turned"], **new, name: bad})
+        assert world.writer.writes == []
+        with pytest.raises(BadRequestError, match=f"{name}, which .*{what}"):
+            world.filling.load(iter([(name, bad)]))
+
+    def test_says_which_names_there_are(self) -> None:
+        """As of a model that a wrapper has put into itself."""
+        with pytest.raises(BadRequestError, match=r"cannot take module.turned, .*\. .*`checkpoint_names` and `names`"):
+            World().filling.load({"module.turned": values()["turned"]})
 
     def test_finite(self) -> None:
         """The largest values are."""

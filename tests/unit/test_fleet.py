@@ -217,6 +217,14 @@ class TestObjects:
         with pytest.raises(SettingsError):
             advance(engines)
 
+    def test_twice(self) -> None:
+        """One engine under two names would prepare twice, and neither would be the way back."""
+        engine = Rollout()
+        for engines in ([engine, Rollout(), engine], ["http://127.0.0.1:1", "http://127.0.0.1:1/"]):
+            with pytest.raises(SettingsError, match="is given twice"):
+                advance(engines)
+        assert engine.told == []
+
 
 class Remote:
     """A method of an actor, as Ray has them: what it returns has a future."""

@@ -2,6 +2,7 @@
 
 A line has a list of requests, which run at once: each a path of an adapter, or null, and a prompt. The answer is their
 tokens, or the error of the first one that failed. Adapters that are to be removed are so when all requests have come.
+Some are removed when the engine is about to load one, and published anew from a directory if there is one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,22 @@ def main() -> None:
     llm = LLM(dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True, **options)
     parameters = SamplingParams(max_tokens=12, temperature=0, detokenize=False, ignore_eos=True)
 
-    def answer(requests: list[Any], removed: list[str]) -> dict[str, Any]:
+    companion, core = CompanionClient("cpu"), llm.llm_engine.engine_core
+    gone: dict[str, str | None] = {}
+
+    def add_lora(request: Any, inner: Any = core.add_lora) -> Any:
+        while gone:
+            name, path = gone.popitem()
+            companion.remove_adapter(name)
+            if path:
+                companion.register_adapter(name, path)
+        return inner(request)
+
+    core.add_lora = add_lora
+
+    def answer(requests: list[Any], removed: list[str], replaced: dict[str, str | None]) -> dict[str, Any]:
         engine, tokens = llm.llm_engine, {}
+        gone.update(replaced)
         for number, (path, prompt) in enumerate(requests):
             # As a user has them: the adapter's number says nothing.
             adapter = LoRARequest(path.partition(":")[2], 1, path) if path else None
@@ -32,7 +47,7 @@ def main() -> None:
                 engine.abort_request([str(each) for each in range(number)])
                 return {"error": [cls.__name__ for cls in type(error).__mro__], "text": str(error)}
         for name in removed:
-            CompanionClient("cpu").remove_adapter(name)
+            companion.remove_adapter(name)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 tokens[output.request_id] = list(output.outputs[0].token_ids)

@@ -15,7 +15,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.support.lora import TARGETS
-from vllm_companion_plugin.errors import EntryNotFoundError
+from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
 from vllm_companion_plugin.training import colocated, sharing_of
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -48,12 +48,40 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         found = {"base": base, "mine": says(name), "wanted": target}
+        trained = {each: each.detach().clone() for each in model.parameters() if each.requires_grad}
+        for each in trained:
+            each.data.zero_()  # which PyTorch does not count
+        found["emptied"] = says(name)
+        for each, kept in trained.items():
+            each.data.copy_(kept)
+        found["again"] = says(name)
+        layers = [each.scaling for each in model.modules() if isinstance(each, peft.tuners.lora.LoraLayer)]
+        for scaling in layers:
+            scaling[name] = 0.0
+        found["unscaled"] = says(name)
+        for scaling in layers:
+            scaling[name] = 2.0
+        assert says(name) == target
         torch.distributed.barrier()  # all have published
         found["others"] = says(f"user {(rank + 1) % ranks}")
         try:
             says("nobody")
         except EntryNotFoundError as error:
             found["nobody"] = str(error)
+        torch.distributed.barrier()  # all have sampled this one
+        both.create_adapter("second")
+        both.remove_adapter("second")
+        found["active"] = (both.adapters, both.model.active_adapters, says(name))
+        both.remove_adapter(name)
+        found["none"] = (both.adapters, type(both.model).__name__, says(None))
+        for bad in ("a.b", ""):
+            try:
+                both.create_adapter(bad)
+            except BadRequestError:
+                found.setdefault("refused", []).append(bad)
+        third = f"third {rank}"
+        both.create_adapter(third)
+        found["third"] = (both.adapters, says(third))
         weights = [entry for entry in both.client.status().entries if entry.key.kind == "weights"]
         found["pids"] = [sorted({lease.pid for lease in entry.leases}) for entry in weights]
         found["copied"] = getattr(sharing_of(model), "copied", None)

@@ -50,9 +50,11 @@ def start(start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch) -> Callabl
         engine: Engine = start_engine(**LORA | options)
         engine.result()
 
-        def ask(*names: Any, removed: Sequence[str] = ()) -> dict[str, Any]:
+        def ask(
+            *names: Any, removed: Sequence[str] = (), replaced: dict[str, str | None] | None = None
+        ) -> dict[str, Any]:
             asked = [name if isinstance(name, tuple) else (name and f"companion:{name}", PROMPT) for name in names]
-            return engine._ask(json.dumps({"requests": asked, "removed": removed}))
+            return engine._ask(json.dumps({"requests": asked, "removed": removed, "replaced": replaced or {}}))
 
         return ask
 
@@ -124,6 +126,14 @@ def test_offline(
     refused(ask("user 1"), "Adapter user 1 is not held")
     assert ask("user 2", "mine")["tokens"] == [said(models["user 2"]), answers[3]]
     assert ask(None)["tokens"] == [base]
+
+    # What is removed before the engine has loaded it is not there any more, or is what was published since.
+    client.publish_adapter("brief", model)
+    refused(ask("brief", replaced={"brief": None}), "Adapter brief is not held")
+    client.publish_adapter("brief", model)
+    models["user 0"].save_pretrained(tmp_path / "user 0")
+    answer = ask("brief", replaced={"brief": str(tmp_path / "user 0")})
+    assert answer["tokens"] == [said(models["user 0"])]
 
     # The companion dies, and the trainer hands on what it has published.
     pid = place.companion_pid()

@@ -189,6 +189,16 @@ def test_engines_and_trainers_in_the_processes_of_torchrun(
     found = sorted(map(json.loads, lines), key=lambda each: each["wanted"])
     assert [each["mine"] for each in found] == [77, 78]
     assert [each["others"] for each in found] == [78, 77]
+    # One that is removed while it is active, and the last one, leave a model that takes others.
+    for number, each in enumerate(found):
+        assert each["active"] == [[f"user {number}"], [f"user {number}"], each["wanted"]]
+        assert each["none"] == [[], "LlamaForCausalLM", each["base"]]
+        assert each["refused"] == ["a.b", ""]
+        assert each["third"] == [[f"third {number}"], each["base"]]
+    # An adapter is sampled as it is, however it was written to.
+    assert [(each["emptied"], each["again"], each["unscaled"]) for each in found] == [
+        (each["base"], each["mine"], each["base"]) for each in found
+    ]
     assert found[0]["base"] == found[1]["base"] not in (77, 78)
     assert all("Adapter nobody is not held" in each["nobody"] and each["copied"] == {} for each in found)
     assert [each["pids"] for each in found] == [[sorted(each["pid"] for each in found)]] * 2

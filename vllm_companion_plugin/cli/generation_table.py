@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ def to_text(
 ) -> str:
     """Write a line for each entry with a row for each of its generations below it, the oldest first.
 
+    What clients map though the companion does not hold it comes last.
+
     Args:
         ids: as of `table.short_ids`.
         names: as of `table.short_names`.
@@ -32,15 +35,16 @@ def to_text(
     """
     if not found:
         return NOTHING
-    rows = [HEADINGS, *(_row(entry, each, now) for _, entry in found for each in shown(entry))]
+    rows_of = [[*(_row(entry, each, now) for each in shown(entry)), *_rows_not_held(entry)] for _, entry in found]
+    rows = [HEADINGS, *itertools.chain(*rows_of)]
     cells = [tuple(encodable(cell, encoding) for cell in row) for row in rows]
     fitted = table.aligned(table.fit(cells, columns, _LEAST)).splitlines()
     lines, below = fitted[:1] if len(fitted) > 1 else [], iter(fitted[1:])
-    for device, entry in found:
+    for (device, entry), its_rows in zip(found, rows_of, strict=True):
         state = "" if entry.state is EntryState.READY else f", {entry.state.value}"
         name = encodable(f"{ids[entry.key.id]} {table.with_rank(entry.key, names)} on {device}{state}", encoding)
         lines.append(cut_to(name, columns))
-        lines += [next(below) for _ in shown(entry)]
+        lines += [next(below) for _ in its_rows]
     return "\n".join(lines)
 
 
@@ -60,6 +64,13 @@ def _row(entry: EntryStatus, generation: GenerationStatus, now: float) -> tuple[
         " ".join(map(str, generation.pids)) or "-",
         duration(now - generation.ready_unix_s),
     )
+
+
+def _rows_not_held(entry: EntryStatus) -> list[tuple[str, ...]]:
+    """Rows of what only clients have, of which the companion knows no more than the number."""
+    return [
+        (str(number), "-", "not held", "-", " ".join(map(str, pids)), "-") for number, pids in entry.not_held.items()
+    ]
 
 
 def _state(entry: EntryStatus, generation: GenerationStatus) -> str:
@@ -89,6 +100,7 @@ def to_json(found: Found) -> list[dict[str, Any]]:
             "key_id": entry.key.id,
             "state": entry.state.value,
             "generations": [table.generation_json(each) for each in shown(entry)],
+            "not_held": [{"number": number, "pids": list(pids)} for number, pids in entry.not_held.items()],
         }
         for device, entry in found
     ]

@@ -222,13 +222,15 @@ def _generations_text(entry: EntryStatus) -> str:
     """Say which generation is current, and who uses others; empty if there is only a checkpoint's."""
     others = [each for each in entry.generations if not each.is_current]
     writers = [str(lease.pid) for lease in entry.leases if lease.state is LeaseState.WRITING]
-    if entry.state in (EntryState.LOADING, EntryState.RETIRED) or not (others or writers or entry.version):
+    known = others or writers or entry.version or entry.not_held
+    if entry.state in (EntryState.LOADING, EntryState.RETIRED) or not known:
         return ""
     trained = " and trained in place" if any(each.is_current and each.trained for each in entry.generations) else ""
     texts = [f"generation {generation_name(entry.generation, entry.version)} is current{trained}"]
     for each in others:
         pids = f"used by {' '.join(map(str, each.pids))}" if each.pids else "kept"
         texts.append(f"{generation_name(each.number, each.version)} is {pids}")
+    texts += [f"{number} is used by {' '.join(map(str, pids))} and not held" for number, pids in entry.not_held.items()]
     if writers:
         texts.append(f"{writers[0]} writes the next one")
     return f"{', '.join(texts)}."
@@ -361,7 +363,13 @@ def _entry_json(entry: EntryStatus) -> dict[str, Any]:
             "total_bytes": loader.progress.total_bytes,
         },
         "leases": [
-            {"pid": x.pid, "client": x.client, "state": x.state.value, "since_unix_s": x.since_unix_s}
+            {
+                "pid": x.pid,
+                "client": x.client,
+                "state": x.state.value,
+                "since_unix_s": x.since_unix_s,
+                "generation": x.generation or None,
+            }
             for x in entry.leases
         ],
     }

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ import torch
 
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.lease import Granted, Lease
-from vllm_companion_plugin.client.mirror import KNOWN_TIMEOUT_S, Held, Mirror
+from vllm_companion_plugin.client.mirror import DIES_S, KNOWN_TIMEOUT_S, Held, Mirror
 from vllm_companion_plugin.client.peft import AT_ONCE_BYTES, Adapter, in_groups
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.core import adapters
@@ -30,7 +31,13 @@ from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.entry_kinds import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus, Published
 from vllm_companion_plugin.core.text import several
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CommitUnknownError,
+    CompanionError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+)
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.memory.kinds.memfd import SharedWriter, new_memfd
 from vllm_companion_plugin.memory.tensors.checksum import Summing
@@ -54,7 +61,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class AdapterHolds:
-    """What one client has published, and holds.
+    """What one client has published, and holds. Threads may publish at once, those of one name in turns.
 
     Args:
         device: whose companion has them; their memory is the host's, whichever that is.
@@ -64,6 +71,7 @@ class AdapterHolds:
         self._device = device
         self._settings = settings
         self._holds: dict[str, _Hold] = {}
+        self._turns: dict[str, threading.Lock] = {}
         self._spare = Spare()
 
     def publish(
@@ -87,7 +95,7 @@ class AdapterHolds:
         info, fds = file_of(
             adapter, dtype, label=f"Adapter {name}", check_finite=check_finite, memory_of=self._spare.memory
         )
-        with fds:
+        with fds, self._turns.setdefault(name, threading.Lock()):
             version = version or adapters.content_of(info)[:8]
             count = len(adapter.tensors)
             if (own := self._own(name)) is not None:
@@ -143,8 +151,17 @@ class _Hold:
         self._with_it = with_it
 
     def replace(self, info: ArenaInfo, fds: Descriptors, count: int, version: str) -> int:
-        """Publish the next generation, and hold that instead; its number."""
-        number, published = _commit(self.mirror.lease, info, fds, count, version)
+        """Publish the next generation, and hold that instead; its number. To the next companion, if this one dies."""
+
+        def commit(lease: Lease) -> tuple[int, Published]:
+            try:
+                return _commit(lease, info, fds, count, version)
+            except CommitUnknownError as error:
+                if lease.lost.wait(DIES_S):  # what was committed has gone with it
+                    raise CompanionUnavailableError(error.what) from error
+                raise
+
+        number, published = self.mirror.ask(commit)
         self._held = replace(self._held, generation=number, arena=info, fds=fds, published=published)
         with _noting_after_commit(number):
             self.mirror.hold_instead(self._held)
@@ -171,6 +188,9 @@ def _commit(lease: Lease, info: ArenaInfo, fds: Descriptors, count: int, version
     try:
         lease.stage()  # which may have been heard, whatever it raises
         number = lease.commit_staged(info, fds, version, tensor_count=count)
+    except CommitUnknownError as error:
+        lease.abort_staged()
+        raise CommitUnknownError(error.what, remedy="Publish it again: engines use what came last.") from error
     except BaseException:
         lease.abort_staged()
         raise

@@ -309,8 +309,10 @@ class CompanionConnection:
         Raises:
             EntryNotFoundError: nothing matches, or it is not held. Nothing has changed.
             StaleError: another generation than `base` is current. Nothing has changed.
+            BadRequestError: what is given is no number of a generation.
         """
         query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
+        generation, base = codec.generation_to_message(generation), codec.generation_to_message(base)
         response = self._call("MakeCurrent", messages.MakeCurrentRequest(query=query, generation=generation, base=base))
         return tuple(codec.entry_status_from_message(entry) for entry in response.entries)
 

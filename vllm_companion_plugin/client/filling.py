@@ -6,22 +6,31 @@ import collections
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from vllm_companion_plugin.client.fitting import Weights, checked, misfit, refuse
+from vllm_companion_plugin.client.fitting import Weights, checked, is_plain, misfit, refuse
 from vllm_companion_plugin.core.intervals import Intervals
 from vllm_companion_plugin.core.module_tree import Manifest, TensorInfo
 from vllm_companion_plugin.core.placements import Placed, Source
-from vllm_companion_plugin.errors import ManifestError
+from vllm_companion_plugin.errors import BadRequestError, ManifestError
 from vllm_companion_plugin.memory import ArenaWriter
-from vllm_companion_plugin.memory.tensors.views import dtype_of
+from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 BATCH_BYTES = 256 << 20
 """Sources that nobody else keeps, until their copies have landed: waiting for each of them would take longer than to
 copy it, and waiting for none of them would keep all that an iterator gathers."""
+
+
+@dataclass
+class _Begun:
+    """Tensors that begin at one place: whether each has what was written there last."""
+
+    names: dict[str, bool] = field(default_factory=dict)
+    size_bytes: int = 0
 
 
 class Filling:
@@ -60,6 +69,8 @@ class Filling:
         self._written = Intervals()
         self._sources: list[torch.Tensor] = []  # that nobody else keeps, of copies that may be on their way
         self._sources_bytes = 0
+        self._name = ""  # of the tensor that is written, until it is known where it begins
+        self._begun: dict[int, _Begun] = {}  # by the offset
         self._lasting = 0  # address of the memory of the tensor that is written, if it is kept until `load` ends
         self.infos = _by_name(manifest)
         sources = sources_from_bytes(manifest.sources)
@@ -82,6 +93,7 @@ class Filling:
             with in_order(self._device):
                 for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
                     self._lasting = tensor.untyped_storage().data_ptr() if lasting else 0
+                    self._name = name
                     self._load(name, tensor)
                     count += 1
         finally:
@@ -93,7 +105,17 @@ class Filling:
 
         Args:
             source_address: where that is mapped in this process, on the same device.
+
+        Raises:
+            BadRequestError: names of one place have different values.
         """
+        for begun in self._begun.values():
+            if not all(begun.names.values()):
+                names = " and ".join(sorted(begun.names))
+                raise BadRequestError(
+                    f"{self._label} has {names} in one place, and was given different values for them.",
+                    remedy="Tie them in the trainer, too, or give one of them.",
+                )
         for start, stop in self._written.gaps(self._size_bytes):
             self._writer.write(start, source_address + start, stop - start)
         self._writer.flush()
@@ -156,6 +178,7 @@ class Filling:
             raise ManifestError(f"{self._label} places {source.nbytes} bytes at {offset_bytes} of {self._size_bytes}.")
         if not source.nbytes:
             return
+        self._note(offset_bytes, source)
         self._written.add(offset_bytes, stop)
         if source.untyped_storage().data_ptr() == self._lasting:
             self._writer.write(offset_bytes, source.data_ptr(), source.nbytes)
@@ -166,6 +189,20 @@ class Filling:
         self._sources_bytes += source.nbytes
         if self._sources_bytes >= BATCH_BYTES:
             self._flush()
+
+    def _note(self, offset_bytes: int, source: torch.Tensor) -> None:
+        """Remember which names begin at a place, and whether what is there from now on is what each was given."""
+        if not self._name:
+            return
+        begun, name, self._name = self._begun.setdefault(offset_bytes, _Begun()), self._name, ""
+        if begun.names.keys() - {name}:
+            self._flush()
+            size_bytes = min(begun.size_bytes, source.nbytes)
+            there = ArenaViews(self._writer, self._size_bytes, self._device).bytes_at(offset_bytes, size_bytes)
+            new = source.as_strided((source.numel(),), (1,)).view(torch.uint8)[:size_bytes]
+            if not torch.equal(there, new):
+                begun.names = dict.fromkeys(begun.names, False)
+        begun.names[name], begun.size_bytes = True, max(begun.size_bytes, source.nbytes)
 
     def _flush(self) -> None:
         self._writer.flush()
@@ -198,7 +235,7 @@ def _is_kept(weights: Weights) -> bool:
         tensors = list(weights.values())
     else:
         return False
-    return not any(hasattr(tensor, "full_tensor") for tensor in tensors)
+    return all(isinstance(tensor, torch.Tensor) and is_plain(tensor) for tensor in tensors)
 
 
 def is_placed(manifest: Manifest) -> bool:

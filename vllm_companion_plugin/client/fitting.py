@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from vllm_companion_plugin.errors import BadRequestError
 Weights = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 _SHOWN = 8
 """Most names in an error."""
+_REMEDY = "`checkpoint_names` and `names` of the update are those that it has."
 _ALWAYS_FINITE = ("torch.float4_e2m1fn_x2",)
 """Types of which no value is NaN or infinite."""
 
@@ -27,18 +29,24 @@ def checked(
     Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
 
     Args:
+        known: all names that can be right.
         problem: what is wrong with a tensor; empty if nothing is.
         label: what does not take it, for errors.
 
     Raises:
         BadRequestError: with all problems; or a name that an iterator gives twice.
     """
+
+    def refuse_misfits(given: Iterable[tuple[str, Any]]) -> None:
+        found = [(name, _no_values(name, tensor) or problem(name, tensor)) for name, tensor in given]
+        refuse((text for _, text in found), label, "" if all(name in known for name, _ in found) else _REMEDY)
+
     if isinstance(weights, nn.Module):
         buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
         weights = {**dict(weights.named_parameters()), **buffers}
     looked_at = isinstance(weights, Mapping)
     if isinstance(weights, Mapping):
-        refuse((problem(name, tensor) for name, tensor in weights.items()), label)
+        refuse_misfits(weights.items())
         weights = weights.items()
     names: set[str] = set()
     for name, shard in weights:
@@ -48,15 +56,48 @@ def checked(
         gather = getattr(shard, "full_tensor", None)
         tensor = shard if gather is None else gather()  # of FSDP: all ranks take part
         if not looked_at or tensor is not shard:
-            refuse([problem(name, tensor)], label)
-        yield name, tensor.detach()
+            refuse_misfits([(name, tensor)])
+        yield name, _plain(tensor)
 
 
-def refuse(problems: Iterable[str], label: str) -> None:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its memory has its values, all of them and as they are."""
+    return not (hasattr(tensor, "full_tensor") or _is_wrapper(tensor) or tensor.is_neg() or tensor.is_conj())
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether it is of a class whose values are computed when they are read, so that it has no memory."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, detached, in memory that has them."""
+    tensor = tensor.detach()
+    if _is_wrapper(tensor):
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        made.copy_(tensor)  # what this returns is a wrapper again
+        tensor = made
+    return tensor.resolve_conj().resolve_neg()
+
+
+def _no_values(name: str, tensor: Any) -> str:
+    """Why there is nothing to copy; empty if there is."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"{name}, which is {type(tensor).__name__} and no tensor"
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return f"{name}, which has no values of its own: it is on the meta device, or sparse"
+    return ""
+
+
+def refuse(problems: Iterable[str], label: str, remedy: str = "") -> None:
     """Raise `BadRequestError` with those that are not empty, if there are any."""
     found = [text for text in problems if text]
     if found:
-        raise BadRequestError(f"{label} cannot take {several(found, _SHOWN, '; ')}.")
+        raise BadRequestError(f"{label} cannot take {several(found, _SHOWN, '; ')}.", remedy=remedy)
 
 
 def misfit(name: str, tensor: torch.Tensor, known: Sequence[TensorInfo | Source], *, check_finite: bool) -> str:

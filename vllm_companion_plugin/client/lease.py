@@ -106,6 +106,7 @@ class Lease:
 
     Attributes:
         lost: set when the companion ended the lease or died. Memory that is mapped stays valid.
+        retired: whether the companion has said that the entry was dropped.
         current: the generation that clients get, as far as the companion has told; 0: it has told none yet.
 
     Args:
@@ -125,7 +126,7 @@ class Lease:
         self._mutex = threading.Lock()
         self._callbacks: list[Callable[[CompanionError], None]] = []
         self._retired_callbacks: list[Callable[[], None]] = []
-        self._retired = False
+        self.retired = False
         self._error: CompanionError | None = None
         self._released = False
         self._publication: Publication | None = None
@@ -340,6 +341,7 @@ class Lease:
             BadRequestError: this client does not map the entry.
             CompanionUnavailableError, WaitTimeoutError: the companion does not answer.
         """
+        base = codec.generation_to_message(base)
         answer = self._call_with_token("Stage", messages.StageRequest(lease_token=self._token, base=base))
         self._deposit_ticket = answer.deposit_ticket
         return int(answer.generation)
@@ -388,6 +390,7 @@ class Lease:
         Raises:
             EntryNotFoundError: it is not held.
         """
+        number = codec.generation_to_message(number)
         request = messages.GetGenerationRequest(lease_token=self._token, generation=number)
         ready = self._call_with_token("GetGeneration", request)
         self._know(manifest)
@@ -452,14 +455,14 @@ class Lease:
     def on_retired(self, callback: Callable[[], None]) -> None:
         """Call `callback()` once when the entry is unloaded, from another thread; now if it is already."""
         with self._mutex:
-            if not self._retired:
+            if not self.retired:
                 self._retired_callbacks.append(callback)
                 return
         callback()
 
     def _retire(self) -> None:
         with self._mutex:
-            self._retired = True
+            self.retired = True
             callbacks, self._retired_callbacks = self._retired_callbacks, []
         for callback in callbacks:
             callback()

@@ -124,7 +124,7 @@ class Update:
 def check_version(version: str) -> None:
     """Raise `BadRequestError` unless weights can be known by it."""
     if not version:
-        raise BadRequestError("New weights need a version, by which they are known.")
+        raise BadRequestError("New weights need a version, by which they are known.", remedy='Name one, e.g. "step-7".')
     codec.version_from_message(version)
 
 

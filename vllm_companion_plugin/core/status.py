@@ -72,12 +72,18 @@ class LoaderInfo:
 
 @dataclass(frozen=True)
 class LeaseStatus:
-    """One attached, waiting or loading client."""
+    """One attached, waiting or loading client.
+
+    Attributes:
+        generation: the number of what it maps, which the companion need not hold; 0: it maps nothing, or that is not
+            known.
+    """
 
     pid: int
     client: str
     state: LeaseState
     since_unix_s: float
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,13 @@ class EntryStatus:
             return 0
         held = sum(each.size_bytes for each in self.generations)
         return held or (self.size_bytes if self.state in (EntryState.READY, EntryState.RETIRED) else 0)
+
+    @property
+    def not_held(self) -> dict[int, tuple[int, ...]]:
+        """Generations that clients map and the companion does not hold, with their pids: of a companion before it."""
+        held = {0, *(each.number for each in self.generations)}
+        numbers = sorted({lease.generation for lease in self.leases} - held)
+        return {each: tuple(lease.pid for lease in self.leases if lease.generation == each) for each in numbers}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Served:
     def bound(self) -> Bound:
         return self.lease.bound
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether it was removed since; its lease stays."""
+        return self.lease.lease.retired
+
     def config(self) -> dict[str, Any]:
         """PEFT's configuration. Works once, within 30 s; raises `CompanionError` otherwise."""
         with self.lease.ready.redeem() as fds:

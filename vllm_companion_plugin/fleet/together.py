@@ -53,7 +53,7 @@ def advance(
 
     Raises:
         FleetError: they have not all switched. Its `report` says which engine has what.
-        SettingsError: something in `engines` is no engine, or there are none.
+        SettingsError: something in `engines` is no engine, or is there twice, or there are none.
     """
     return _advance(engines, None, generations, clear_caches, prepare_timeout_s, timeout_s)
 
@@ -90,7 +90,13 @@ def _advance(
 def _known(engines: Sequence[Any], loop: asyncio.AbstractEventLoop | None) -> list[Engine]:
     if isinstance(engines, str) or not engines:
         raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
-    return [engine_of(engine, loop) for engine in engines]
+    known: dict[Any, Engine] = {}
+    for engine in engines:
+        identity = engine.rstrip("/") if isinstance(engine, str) else id(engine)
+        if identity in known:
+            raise SettingsError(f"{known[identity].name} is given twice.", remedy="Give each engine once.")
+        known[identity] = engine_of(engine, loop)
+    return list(known.values())
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import peft
 import torch
 import vllm
+from peft.tuners.lora import LoraLayer
 from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
 
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.core.adapters import SCHEME
+from vllm_companion_plugin.core.adapters import SCHEME, check_name
 from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus
 from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError, NotShareableError
@@ -37,7 +39,7 @@ class Colocated:
         client: owned from now on; an attribute, too.
 
     Attributes:
-        model: what is trained: a `PeftModel` from the first adapter on.
+        model: what is trained: a `PeftModel` as long as there is an adapter.
     """
 
     def __init__(self, engine: Any, model: Any, client: CompanionClient, lora: peft.LoraConfig | None = None) -> None:
@@ -45,7 +47,7 @@ class Colocated:
         self.model = model
         self.client = client
         self._lora = lora
-        self._published: dict[str, tuple[int, ...]] = {}
+        self._published: dict[str, _State] = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -59,8 +61,12 @@ class Colocated:
             config: None: what `colocated` was given.
 
         Raises:
-            BadRequestError: there is one of this id, or no configuration.
+            BadRequestError: there is one of this id, PEFT or engines can have none of it, or there is no configuration.
         """
+        if "." in check_name(id):
+            raise BadRequestError(
+                f"{id} is no id of an adapter that PEFT can have: its layers are named by it, with dots."
+            )
         config = config or self._lora
         if config is None:
             raise BadRequestError(f"Adapter {id} has no configuration.", remedy="Give a LoraConfig.")
@@ -79,9 +85,19 @@ class Colocated:
         self.model.set_adapter(id)
 
     def remove_adapter(self, id: str) -> None:
-        """Forget it, here and in engines. Raises `EntryNotFoundError` if it was not made here."""
+        """Forget it, here and in engines. If it is active another one is afterwards, as long as there is one.
+
+        Raises:
+            EntryNotFoundError: it was not made here.
+        """
         self._check_made(id)
-        self.model.delete_adapter(id)
+        others = [each for each in self.adapters if each != id]
+        if not others:
+            self.model = self.model.unload()
+        else:
+            if id in self.model.active_adapters:  # PEFT would have none active, and then take no other one
+                self.activate(others[-1])
+            self.model.delete_adapter(id)
         if self._published.pop(id, None) is not None:
             self.client.remove_adapter(id)
 
@@ -124,7 +140,7 @@ class Colocated:
         """
         if id is None:
             return list(self.engine.generate(prompts, sampling_params, **options))
-        if id in self.adapters and self._published.get(id) != self._state(id):
+        if id in self.adapters and not self._state(id).equals(self._published.get(id)):
             self.publish(id)
         request = LoRARequest(id, 1, SCHEME + id)
         return list(self.engine.generate(prompts, sampling_params, lora_request=request, **options))
@@ -159,10 +175,22 @@ class Colocated:
         if id not in self.adapters:
             raise EntryNotFoundError(f"No adapter {id} was made here; there are: {', '.join(self.adapters) or 'none'}.")
 
-    def _state(self, id: str) -> tuple[int, ...]:
-        """Which changes with every step of an optimizer."""
-        state = peft.get_peft_model_state_dict(self.model, adapter_name=id, save_embedding_layers=False)
-        return tuple(number for each in state.values() for number in (each.data_ptr(), each._version))
+    def _state(self, id: str) -> _State:
+        tensors = peft.get_peft_model_state_dict(self.model, adapter_name=id, save_embedding_layers=False).values()
+        layers = (each for each in self.model.modules() if isinstance(each, LoraLayer))
+        scalings = tuple(each.scaling[id] for each in layers if id in each.scaling)
+        return _State(torch.cat([each.detach().reshape(-1).view(torch.uint8) for each in tensors]), scalings)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What an adapter is: a copy of its values, as nothing tells of writes through `.data`, and its scalings."""
+
+    values: torch.Tensor
+    scalings: tuple[float, ...]
+
+    def equals(self, other: _State | None) -> bool:
+        return other is not None and self.scalings == other.scalings and torch.equal(self.values, other.values)
 
 
 def colocated(

@@ -158,7 +158,7 @@ class Trained:
         self._check_idle()
         if engines:
             fleet.advance(engines, {self._attachment.held.key.id: self.generation})
-            self._engines += engines
+            self._engines += [each for each in engines if each not in self._engines]
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 import re
 from dataclasses import asdict, fields
@@ -44,6 +45,7 @@ __all__ = [
     "entry_status_from_message",
     "entry_status_to_message",
     "generation_from_message",
+    "generation_to_message",
     "key_from_message",
     "key_to_message",
     "loader_from_message",
@@ -124,6 +126,15 @@ def generation_from_message(generation: int) -> int:
     if generation and generation not in GENERATIONS:
         raise BadRequestError(f"Generation {generation} is out of range.")
     return generation
+
+
+def generation_to_message(generation: object) -> int:
+    """0 stands for none, or for whichever is current. Raises `BadRequestError` for what is no such number."""
+    with contextlib.suppress(TypeError):
+        number = operator.index(generation)  # type: ignore[arg-type]
+        if number == 0 or number in GENERATIONS:
+            return number
+    raise BadRequestError(f"{printable(repr(generation)[:80])} is no number of a generation.")
 
 
 def _time(seconds: float) -> float:
@@ -215,6 +226,8 @@ def published_from_message(message: messages.Published) -> Published:
 
 def version_from_message(version: str) -> str:
     """The user's name for weights. Raises `BadRequestError` for one that cannot be shown."""
+    if not isinstance(version, str):
+        raise BadRequestError(f"A version is a text, unlike {printable(repr(version)[:80])}.")
     if len(version) > MAX_VERSION or printable(version) != version:
         raise BadRequestError(f"A version has at most {MAX_VERSION} printable characters, unlike {version[:80]!r}.")
     return version
@@ -233,7 +246,11 @@ def entry_status_to_message(entry: EntryStatus) -> messages.EntryStatus:
         loader=loader_to_message(entry.loader) if entry.loader else None,
         leases=[
             messages.LeaseStatus(
-                pid=lease.pid, client=lease.client, state=lease.state.value, since_unix_s=lease.since_unix_s
+                pid=lease.pid,
+                client=lease.client,
+                state=lease.state.value,
+                since_unix_s=lease.since_unix_s,
+                generation=lease.generation,
             )
             for lease in entry.leases
         ],
@@ -272,7 +289,9 @@ def entry_status_from_message(message: messages.EntryStatus) -> EntryStatus:
             load_s=_time(message.load_s),
             loader=loader_from_message(message.loader) if message.HasField("loader") else None,
             leases=tuple(
-                LeaseStatus(lease.pid, lease.client, LeaseState(lease.state), _time(lease.since_unix_s))
+                LeaseStatus(
+                    lease.pid, lease.client, LeaseState(lease.state), _time(lease.since_unix_s), lease.generation
+                )
                 for lease in message.leases
             ),
             ways=dict(message.ways),

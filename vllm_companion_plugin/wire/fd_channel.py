@@ -27,6 +27,7 @@ from typing import NoReturn
 from google.protobuf.message import DecodeError
 
 from vllm_companion_plugin.errors import (
+    ArenaError,
     BadRequestError,
     CompanionError,
     CompanionUnavailableError,
@@ -131,7 +132,13 @@ class _Exchange:
         self._path = path
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise ArenaError(
+                f"A socket to {path} cannot be opened: {error.strerror}.",
+                remedy="Raise the limit of open files (ulimit -n).",
+            ) from error
         try:
             peer.connect(self._sock, path, timeout_s)
             peer.check_listener(self._sock, path)
@@ -232,6 +239,7 @@ def redeem(path: str, ticket: bytes, count: int, timeout_s: float) -> Descriptor
         TicketError: unknown, spent or expired ticket, or the entry was unloaded meanwhile.
         BadRequestError: not `count` descriptors came. None stays open.
         RuntimeDirError: somebody else listens there.
+        ArenaError: this process has no descriptors left.
         CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
     """
     with _Exchange(path, timeout_s) as exchange:
@@ -249,8 +257,8 @@ def wake(
 
     Raises:
         BadRequestError: the lease with this token does not sleep, or the answer is none. No descriptor stays open.
-        RuntimeDirError, CompanionUnavailableError, WaitTimeoutError: as `redeem`. The companion may take the client for
-            awake, unless it refused.
+        RuntimeDirError, CompanionUnavailableError, WaitTimeoutError, ArenaError: as `redeem`. The companion may take
+            the client for awake, unless it refused.
     """
     with _Exchange(path, timeout_s) as exchange:
         exchange.send(WAKE + token + known_manifest_sha256)
@@ -271,6 +279,7 @@ def deposit(path: str, ticket: bytes, fds: Sequence[int], timeout_s: float) -> N
         TicketError: unknown or spent ticket.
         BadRequestError, LimitError: the companion refuses the descriptors.
         RuntimeDirError: somebody else listens there; it got none.
+        ArenaError: this process has no descriptors left.
         CompanionUnavailableError, WaitTimeoutError: nobody answers, or not in `timeout_s`.
     """
     with _Exchange(path, timeout_s) as exchange:

@@ -404,16 +404,18 @@ class StatusRequest(_message.Message):
     def __init__(self, own: _Optional[_Union[StatusRequest.Own, _Mapping]] = ..., key_id: _Optional[str] = ...) -> None: ...
 
 class LeaseStatus(_message.Message):
-    __slots__ = ("pid", "client", "state", "since_unix_s")
+    __slots__ = ("pid", "client", "state", "since_unix_s", "generation")
     PID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SINCE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     pid: int
     client: str
     state: str
     since_unix_s: float
-    def __init__(self, pid: _Optional[int] = ..., client: _Optional[str] = ..., state: _Optional[str] = ..., since_unix_s: _Optional[float] = ...) -> None: ...
+    generation: int
+    def __init__(self, pid: _Optional[int] = ..., client: _Optional[str] = ..., state: _Optional[str] = ..., since_unix_s: _Optional[float] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
     __slots__ = ("number", "version", "ready_unix_s", "size_bytes", "is_current", "pids", "follows", "trained")

@@ -275,7 +275,7 @@ class Entry:
             ready_unix_s=self.current.published.ready_unix_s,
             load_s=self.current.published.load_s,
             loader=self.loader_info(),
-            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s) for x in self.users if x.state),
+            leases=tuple(LeaseStatus(x.pid, x.client, x.state, x.since_unix_s, x.maps) for x in self.users if x.state),
             ways=self.current.published.ways,
             expires_at_unix_s=self.idle_since_unix_s + linger_s if expires else 0.0,
             layout=self.current.published.layout,

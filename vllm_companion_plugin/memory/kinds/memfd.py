@@ -288,14 +288,14 @@ class SharedWriter:
         """Nobody can write any more: what it is, and its read-only descriptor, which the caller owns.
 
         Raises:
-            ArenaError: somebody may still write.
+            ArenaError: somebody may still write, or this process has no descriptors left.
         """
         self._unmap()
         try:
             fcntl.fcntl(self._fd[0], fcntl.F_ADD_SEALS, SEALS)
+            readonly = Descriptors([os.open(f"/proc/self/fd/{self._fd[0]}", os.O_RDONLY | os.O_CLOEXEC)])
         except OSError as error:
             raise ArenaError(f"{self._size_bytes} bytes of host memory cannot be sealed: {error}.") from error
-        readonly = Descriptors([os.open(f"/proc/self/fd/{self._fd[0]}", os.O_RDONLY | os.O_CLOEXEC)])
         return ArenaInfo(Memfd.name, (self._size_bytes,)), readonly
 
     def _unmap(self) -> None:

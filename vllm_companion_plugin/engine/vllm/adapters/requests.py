@@ -79,6 +79,22 @@ async def serve_async(engine: Any, path: str) -> Served:
         CompanionError: a companion does not answer.
     """
     front = front_end_of(engine)
+    served = await _found_async(engine, front, path)
+    while not front.is_sent(served):
+        try:
+            with _refusing_misfit(served):
+                await asyncio.to_thread(_check_legal, engine.vllm_config.lora_config, served)
+                await engine.engine_core.add_lora_async(_bound_request(_blank(served), served))
+        except CompanionError:
+            if not served.is_removed:
+                raise
+            served = await _found_async(engine, front, path)  # workers find no more what was removed meanwhile
+        else:
+            await _forget_async(engine, front.sent(served))
+    return served
+
+
+async def _found_async(engine: Any, front: FrontEnd, path: str) -> Served:
     found: list[Served] = []  # not the thread's result: asyncio's futures keep that until a collection finds them
     with _refusing():
         asked = adapters.asked_by(path)
@@ -87,33 +103,40 @@ async def serve_async(engine: Any, path: str) -> Served:
         except EntryNotFoundError:
             await _forget_async(engine, front.removed(asked))
             raise
-    served = found.pop()
-    if not front.is_sent(served):
-        with _refusing_misfit(served):
-            await asyncio.to_thread(_check_legal, engine.vllm_config.lora_config, served)
-            await engine.engine_core.add_lora_async(_bound_request(_blank(served), served))
-        await _forget_async(engine, front.sent(served))
-    return served
+    return found.pop()
 
 
 def serve(engine: Any, path: str) -> Served:
     """As `serve_async`, of an engine without an event loop."""
     front = front_end_of(engine)
+    served = _found(engine, front, path)
+    while not front.is_sent(served):
+        try:
+            with _refusing_misfit(served):
+                _check_legal(engine.vllm_config.lora_config, served)
+                engine.engine_core.add_lora(_bound_request(_blank(served), served))
+        except CompanionError:
+            if not served.is_removed:
+                raise
+            served = _found(engine, front, path)
+        else:
+            _forget(engine, front.sent(served))
+    return served
+
+
+def _found(engine: Any, front: FrontEnd, path: str) -> Served:
     with _refusing():
         asked = adapters.asked_by(path)
         try:
-            served = front.serve(asked)
+            return front.serve(asked)
         except EntryNotFoundError:
-            for number in front.removed(asked):
-                engine.engine_core.remove_lora(number)
+            _forget(engine, front.removed(asked))
             raise
-    if not front.is_sent(served):
-        with _refusing_misfit(served):
-            _check_legal(engine.vllm_config.lora_config, served)
-            engine.engine_core.add_lora(_bound_request(_blank(served), served))
-        for number in front.sent(served):
-            engine.engine_core.remove_lora(number)
-    return served
+
+
+def _forget(engine: Any, numbers: list[int]) -> None:
+    for number in numbers:
+        engine.engine_core.remove_lora(number)
 
 
 def _check_legal(lora_config: Any, served: Served) -> None:
