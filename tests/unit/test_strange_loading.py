@@ -5,8 +5,10 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import ctypes
 import enum
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,8 +20,11 @@ import torch
 from einops.layers import torch as einops_torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from vllm.config import CacheConfig
 
 from tests.unit.test_origins import LARGE, Box, Model, attach, in_arena, nothing, publish
+from vllm_companion_plugin.cli.verify import differences
+from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 
 ONES = torch.ones(2, 6)
@@ -476,6 +481,13 @@ WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[An
     ),
     "generator": (lambda: (each for each in (1, 2, 3)), next, next),
     "made from torch's": (Torchs, lambda held: held.held.append(2.0), lambda held: held.held),
+    "iterator of iterators": (lambda: zip([1, 2], map(str, [3, 4]), strict=True), next, next),
+    "factory": (
+        lambda: collections.defaultdict(list, a=[Box(1.0)]),
+        lambda held: setattr(held, "default_factory", None),
+        lambda held: held.default_factory,
+    ),
+    "configuration": (CacheConfig, lambda held: setattr(held, "block_size", 77), lambda held: held.block_size),
 }
 
 
@@ -508,3 +520,133 @@ def test_loading_changes_a_member_of_an_enum_that_the_model_has() -> None:
             publish(build, lambda m: setattr(m.held, "held", 2.0))
     finally:
         vars(Colour.RED).pop("held", None)
+
+
+def test_how_many_a_queue_holds() -> None:
+    """A queue of tensors that loading makes forgets as many as it was made to."""
+
+    def load(m: Model) -> None:
+        m.queue = collections.deque([torch.ones(2)], maxlen=4)
+
+    assert attach(publish(plain, load), plain).queue.maxlen == 4
+
+
+def test_the_order_in_memory_of_an_array() -> None:
+    """The last bits of what is computed from it follow from that."""
+
+    def load(m: Model) -> None:
+        m.columns = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+
+    published = publish(plain, load)
+    attached = attach(published, plain)
+    assert attached.columns.strides == published.model.columns.strides
+    assert np.array_equal(attached.columns, published.model.columns)
+
+
+MEMORY: dict[str, Callable[[Model], object]] = {
+    "array": lambda m: setattr(m, "view", m.table.numpy()),
+    "part of an array": lambda m: setattr(m, "view", (1, [m.table.numpy()[2:4]])),
+    "storage": lambda m: setattr(m, "view", m.table.untyped_storage()),
+    "memoryview": lambda m: setattr(m, "view", Box(memoryview(m.table.numpy()))),
+    "from an array": lambda m: _on(m, np.zeros(8, np.float32), torch.from_numpy),
+    "from bytes": lambda m: _on(m, bytearray(32), lambda held: torch.frombuffer(held, dtype=torch.float32)),
+}
+
+
+def _on(m: Model, held: Any, tensor: Callable[[Any], torch.Tensor]) -> None:
+    m.view, m.table = held, tensor(held)
+
+
+@pytest.mark.parametrize("when", ["build", "load"])
+@pytest.mark.parametrize("kind", MEMORY)
+def test_a_view_of_a_tensor_that_is_none_is_refused_by_name(kind: str, when: str) -> None:
+    """What takes the place of the tensor has other memory, and the view would be of what is freed."""
+
+    def build(m: Model, flag: float) -> None:
+        m.table = torch.zeros(8)
+        if when == "build":
+            MEMORY[kind](m)
+
+    def load(m: Model) -> None:
+        if when == "load":
+            MEMORY[kind](m)
+        m.table.copy_(torch.full((8,), 3.0))
+
+    with pytest.raises(NotShareableError, match=r"view memory of tensors|a builtins.memoryview|set view"):
+        publish(build, load)
+
+
+def test_a_view_of_what_only_building_made() -> None:
+    """As vLLM's buffers on the host have: they are the engine's own."""
+
+    def build(m: Model, flag: float) -> None:
+        m.table = torch.zeros(8)
+        m.view = m.table.numpy()
+
+    attached = attach(publish(build), build)
+    attached.view[3] = 7.0
+    assert attached.table[3] == 7.0
+
+
+UNSEEN: dict[str, Callable[[torch.Tensor], float]] = {
+    "tolist": lambda w: w.tolist()[1],  # type: ignore[no-any-return]
+    "numpy": lambda w: float(w.numpy().max()),
+    "asarray": lambda w: float(np.asarray(w).max()),
+    "dlpack": lambda w: float(np.from_dlpack(w).max()),
+    "storage": lambda w: float(bytes(w.untyped_storage())[2]),
+    "address": lambda w: ctypes.c_float.from_address(w.data_ptr()).value,
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_processing_reads_a_weight_without_an_operator(kind: str) -> None:
+    """The float that it makes of it is the published weight's, not a placeholder's."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def process(m: Model) -> None:
+        m.scale = UNSEEN[kind](m.weight.data)
+
+    published = publish(build, lambda m: m.weight.copy_(torch.full((3,), 0.75)), process)
+    assert attach(published, build, process).scale == published.model.scale
+
+
+@pytest.mark.parametrize("kind", ["parameters", "modules", "methods"])
+def test_sets_of_what_looks_alike(kind: str) -> None:
+    """Their order follows from addresses, and is told by where else the parts are."""
+
+    def build(m: Model, flag: float) -> None:
+        m.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
+        parts: dict[str, Callable[[Any], Any]] = {
+            "parameters": lambda layer: layer.weight,
+            "modules": lambda layer: layer,
+            "methods": lambda layer: layer.forward,
+        }
+        m.parts = {parts[kind](layer) for layer in reversed(m.layers)}
+
+    def load(m: Model) -> None:
+        for number, parameter in enumerate(m.layers.parameters()):
+            parameter.data.fill_(number)
+
+    published = publish(build, load)
+    for _ in range(4):
+        attached = attach(published, build)
+        assert not differences(vars(walk(published.model)), vars(walk(attached)))
+
+
+def test_a_constructor_makes_tensors_for_inference() -> None:
+    """PyTorch counts no writes to them, so that only those that are seen tell whether they were filled."""
+
+    @torch.inference_mode()
+    def build(m: Model, flag: float) -> None:
+        m.space, m.table, m.weight = torch.empty(LARGE), torch.full((LARGE,), flag), nn.Linear(512, 512)
+
+    def load(m: Model) -> None:
+        for parameter in m.weight.parameters():
+            parameter.data.fill_(5.0)
+
+    attached = attach(publish(build, load), build, flag=0.25)
+    assert attached.space.shape == (LARGE,)
+    assert attached.table.unique().tolist() == [0.25]
+    assert attached.weight.weight.unique().tolist() == [5.0]

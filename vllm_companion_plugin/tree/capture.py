@@ -692,7 +692,7 @@ class _Walk:
                 # The items of a holder are set otherwise than its attributes.
                 holder = _dictionary(value) if isinstance(value, _HOLDERS) else value
                 self._insides(live, path, value, holder, cls, depth)
-            return f"{name} of {_base_of(value).__len__(value)}"
+            return f"{name} of {_base_of(value).__len__(value)}{_limits(value)}"
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             for position, item in enumerate(value.flat):
                 self._value(live, f"{path}[{position}]", item, None, "", depth + 1)
@@ -716,11 +716,38 @@ class _Walk:
             for text, (item_key, item) in zip(texts, items, strict=True):
                 self._value(live, f"{path}[{text}]", item, value, item_key, depth + 1)
         elif isinstance(value, (set, frozenset)):
-            for position, item in enumerate(_in_order(_base_of(value).__iter__(value))):
+            for position, item in enumerate(self._in_order(_base_of(value).__iter__(value))):
                 self._value(live, f"{path}{{{position}}}", item, None, "", depth + 1)
         else:
             for position, item in enumerate(_base_of(value).__iter__(value)):
                 self._value(live, f"{path}[{position}]", item, value, position, depth + 1)
+
+    def _in_order(self, values: Iterable[Any]) -> list[Any]:
+        """The parts of a set in an order that depends on no address, as far as the parts can be told apart.
+
+        Parts that are alike are told apart by where else in the model they are.
+        """
+
+        def text(value: Any) -> tuple[str, tuple[str, str]]:
+            if isinstance(value, torch.Tensor):
+                return f"{value.dtype} {tuple(value.shape)}", self._tensors.get(id(value), ("", ""))
+            held = [f"{name}={text_of(item)}" for name, item in sorted(_dictionary(value).items())]
+            whole = describe_value(value) or f"{class_name(type(value))} {held}"
+            value = value.__self__ if isinstance(value, types.MethodType) else value  # methods are made when asked for
+            module = self._named.get(id(value))
+            return whole, self._met.get(id(value), ("", "")) if module is None else (module.path, "")
+
+        return sorted(values, key=text)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[int, tuple[str, str]]:
+        """Where parameters and buffers are, by id."""
+        found: dict[int, tuple[str, str]] = {}
+        for live in self._named.values():
+            for table in (live.module._parameters, live.module._buffers):
+                for name, tensor in table.items():
+                    found.setdefault(id(tensor), (live.path, name))
+        return found
 
     def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
         self._classes[cls] = None
@@ -778,6 +805,16 @@ class _Walk:
         return ":".join(first)
 
 
+def _limits(value: Any) -> str:
+    """What a container does with items that come later, as far as its class does not say it."""
+    if isinstance(value, collections.deque):
+        return "" if value.maxlen is None else f" at most {value.maxlen}"
+    if isinstance(value, collections.defaultdict):
+        factory = value.default_factory
+        return f" made by {describe_value(factory) or class_name(type(factory))}"
+    return ""
+
+
 def _base_of(value: Any) -> Any:
     """The built-in class of a container, whose methods run no code of the container's own class."""
     return next(base for base in _CONTAINERS if isinstance(value, base))
@@ -792,18 +829,6 @@ def key_texts(keys: Iterable[Any]) -> list[str]:
         alike[text] += 1
         found.append(text if alike[text] == 1 else f"{text} {alike[text]}")  # objects of one class as keys
     return found
-
-
-def _in_order(values: Iterable[Any]) -> list[Any]:
-    """The parts of a set in an order that depends on no address, as far as the parts can be told apart."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{value.dtype} {tuple(value.shape)}"
-        held = [f"{name}={text_of(item)}" for name, item in sorted(_dictionary(value).items())]
-        return describe_value(value) or f"{class_name(type(value))} {held}"
-
-    return sorted(values, key=text)
 
 
 def _dictionary(value: Any) -> dict[str, Any]:

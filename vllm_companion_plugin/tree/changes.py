@@ -53,7 +53,9 @@ _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
 """The text of a method of a module in the tree, and where that module is."""
-_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: in the order (?P<order>.*))?", re.DOTALL)
+_CONTAINER = re.compile(
+    r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: at most (?P<most>\d+))?(?: in the order (?P<order>.*))?", re.DOTALL
+)
 """The text of a container of more than plain values; that of a dict goes on with its keys if loading changed them."""
 
 
@@ -374,7 +376,7 @@ class _Values:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
         if place is not None:
-            if (container := _CONTAINER.fullmatch(text)) and type(place.value) is type(value):
+            if (container := _CONTAINER.fullmatch(text)) and _is_same_container(place.value, value):
                 if isinstance(value, (list, collections.deque)):
                     while len(place.value) > int(container["size"]):
                         place.value.pop()
@@ -507,12 +509,19 @@ def _change(live: LiveModule, name: str, change: Callable[[], None]) -> None:
 def _made(text: str) -> Any:
     """The value of a text that needs no other object. Raises `ValueError` if there is none."""
     if (container := _CONTAINER.fullmatch(text)) is not None and container["kind"] in _CONTAINERS:
+        if (most := container["most"]) is not None:
+            return collections.deque(maxlen=int(most))
         return _CONTAINERS[container["kind"]]()
     if text.startswith("class ") and (cls := loaded_class(text.removeprefix("class "))) is not None:
         return cls
     if text.startswith("function "):
         return _loaded_function(text.removeprefix("function "))
     return value_of(text)
+
+
+def _is_same_container(one: Any, other: Any) -> bool:
+    """Whether both do the same with items that come later."""
+    return type(one) is type(other) and getattr(one, "maxlen", None) == getattr(other, "maxlen", None)
 
 
 def _is_reference(text: str | None) -> bool:

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, Observed, TensorKind
@@ -209,7 +210,8 @@ class Observation:
             self._processed_early[id(module)] = module
         before, self._watch.module = self._watch.module, module
         try:
-            yield
+            with _Unseen(self._watch):
+                yield
         finally:
             self._watch.module = before
 
@@ -476,6 +478,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.clean.difference_update(_storages(tensor))
         self.computed.update(_storages(tensor))
 
+    def note_look(self) -> None:
+        """Data was read into Python."""
+        if not self._paused:
+            self.measured.add(None if self.module is None else id(self.module))
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While open, operations are our own, and do not belong to loading."""
@@ -495,7 +502,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         writes, reads = _traits(func)
         if reads or _leaves_device(args, result):
-            self.measured.add(None if self.module is None else id(self.module))
+            self.note_look()
         read: set[int] = set()
         for value in (*args, *kwargs.values()):
             read.update(_storages(value))
@@ -539,6 +546,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.computed.discard(int(storage._cdata))
 
 
+class _Unseen(TorchFunctionMode):
+    """Notes who gives data of the host to Python, or to NumPy, without an operator."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READING and args and _is_plain(args[0]) and args[0].device.type == "cpu":
+            self._watch.note_look()
+        return func(*args, **(kwargs or {}))
+
+
+_READING = frozenset(
+    (
+        *("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__"),
+        *("storage", "untyped_storage", "_typed_storage"),
+    )
+)
+"""Names of methods that give data of a tensor, or the place of it, to others than operators."""
 _SHAPED = frozenset(
     f"aten::{name}"
     for name in (

@@ -27,8 +27,7 @@ from vllm_companion_plugin.core.module_tree import NOTHING_OBSERVED, Manifest, M
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import LiveSlot, Tree, capture, full_name, tensor_attributes
 from vllm_companion_plugin.tree.changes import is_restorable
-from vllm_companion_plugin.tree.pack import dtype_name
-from vllm_companion_plugin.tree.values import class_name, value_of
+from vllm_companion_plugin.tree.values import class_name, dtype_name, value_of
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
 

@@ -14,6 +14,7 @@ import collections
 import decimal
 import enum
 import fractions
+import functools
 import hashlib
 import itertools
 import random
@@ -41,6 +42,12 @@ class Marked:
 def class_name(cls: type) -> str:
     """The qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name without the prefix."""
+    return str(dtype).removeprefix("torch.")
 
 
 def text_of(value: Any, depth: int = 0) -> str | None:
@@ -157,7 +164,8 @@ def _array_text(what: str, value: np.ndarray[Any, Any]) -> str | None:
         return f"numpy.{value.dtype.name}({value.item()!r})"
     data = np.ascontiguousarray(value).tobytes()
     layout = value.dtype.descr if value.dtype.names else value.dtype.str
-    return f"numpy.{what}({layout!r}, {value.shape!r}, {_bytes_text(data)})"
+    order = ", 'F'" if value.flags.f_contiguous and not value.flags.c_contiguous else ""
+    return f"numpy.{what}({layout!r}, {value.shape!r}, {_bytes_text(data)}{order})"
 
 
 def _generator(value: torch.Generator, depth: int) -> str:
@@ -245,8 +253,9 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def _make_array(dtype: Any, shape: tuple[int, ...], data: bytes) -> np.ndarray[Any, Any]:
-    return np.frombuffer(bytearray(data), dtype=np.dtype(dtype)).reshape(shape)
+def _make_array(dtype: Any, shape: tuple[int, ...], data: bytes, order: str = "C") -> np.ndarray[Any, Any]:
+    made = np.frombuffer(bytearray(data), dtype=np.dtype(dtype)).reshape(shape)
+    return np.asfortranarray(made) if order == "F" else made
 
 
 def _make_generator(device: str, state: bytes) -> torch.Generator:

@@ -153,12 +153,18 @@ class _Walk:
             if cls not in self._classes:
                 self._classes.add(cls)
                 self._others.extend((f"class {name_of(cls)}.{name}", part) for name, part in _held_by(cls))
-        parts = list(_parts(value))
+        parts = list(_parts(value, self._place_of))
         for way, part, in_tree in parts:
             (self._tree if in_tree else self._others).append(((path + way).removeprefix("."), part))
         self._others.extend(
             (f"{path}<{number}>", part) for number, part in enumerate(_unnamed(value, [part for _, part, _ in parts]))
         )
+
+    def _place_of(self, value: Any) -> str:
+        """Return where the walk met an object, or the object of a method, which is made anew at each access."""
+        value = value.__self__ if issubclass(type(value), types.MethodType) else value
+        met = self._met.get(id(value))
+        return "" if met is None else met[0]
 
     def _note_weak_references(self) -> None:
         """Note what weak references lead to, by the path on which the walk reached that through its owner."""
@@ -263,8 +269,12 @@ def _form(value: Any) -> str:
     return name
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Yield the named parts of a value: name, part, and whether the part is a module or tensor of the module tree."""
+def _parts(value: Any, place_of: Callable[[Any], str]) -> Iterator[tuple[str, Any, bool]]:
+    """Yield the named parts of a value: name, part, and whether the part is a module or tensor of the module tree.
+
+    Args:
+        place_of: tells where the walk met an object; "" if it did not.
+    """
     cls = type(value)
     if issubclass(cls, nn.Module):
         for name in sorted(_MODULE_INTERNALS.intersection(value.__dict__)):
@@ -302,7 +312,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
     elif issubclass(cls, (list, tuple, collections.deque)):
         yield from ((f"[{number}]", part, False) for number, part in enumerate(value))
     elif issubclass(cls, (set, frozenset)):
-        members = sorted((part for part in value if _text(part) is None), key=lambda part: name_of(type(part)))
+        unknown = (part for part in value if _text(part) is None)
+        members = sorted(unknown, key=lambda part: (name_of(type(part)), place_of(part)))  # iteration order: addresses
         yield from ((f"{{{number}}}", part, False) for number, part in enumerate(members))
     elif issubclass(cls, np.ndarray) and value.dtype.hasobject:
         yield ".flat", list(value.flat), False
