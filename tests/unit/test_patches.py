@@ -196,6 +196,7 @@ OF_OURS = {
     ("engine.vllm.imports", "__loader__"),  # of a module that its own loader is about to execute
     ("engine.vllm.imports", "loader"),  # of the spec that the module's own finder just made
     ("engine.vllm.imports", "contexts"),  # of our own `threading.local`
+    ("engine.identity.reading", "is_open"),  # of our own `threading.local`
     ("engine.vllm.rehearsal", "weight_loader"),  # of tensors that were just made
 }
 """Attributes of objects that the module, or the plugin, has made."""

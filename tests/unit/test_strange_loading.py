@@ -8,7 +8,6 @@ import contextvars
 import ctypes
 import enum
 import threading
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
