@@ -18,10 +18,11 @@ import pytest
 import torch
 from einops.layers import torch as einops_torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 from vllm.config import CacheConfig
 
-from tests.unit.test_origins import LARGE, Box, Model, attach, in_arena, nothing, publish
+from tests.unit.test_origins import LARGE, Box, Change, Model, attach, in_arena, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
@@ -649,3 +650,88 @@ def test_a_constructor_makes_tensors_for_inference() -> None:
     assert attached.space.shape == (LARGE,)
     assert attached.table.unique().tolist() == [0.25]
     assert attached.weight.weight.unique().tolist() == [5.0]
+
+
+class Twice(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _fill(m: Model) -> None:
+    for parameter in m.parameters():
+        parameter.data.copy_(torch.linspace(0, 1, parameter.numel()).view_as(parameter))
+
+
+def _without_norm(m: Model) -> None:
+    _fill(m)
+    parametrize.remove_parametrizations(m.x, "weight")  # type: ignore[arg-type]
+
+
+def _materialized(m: Model) -> None:
+    m.x(torch.ones(1, 8))  # type: ignore[operator]
+    _fill(m)
+
+
+BECOMES: dict[str, tuple[Callable[[], nn.Module], Change]] = {
+    "without its weight norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 6)), _without_norm),
+    "no longer lazy": (lambda: nn.LazyLinear(6), _materialized),
+    "of its own class": (lambda: nn.Linear(8, 6), lambda m: (_fill(m), setattr(m.x, "__class__", Twice))),
+    "without a hook": (lambda: Hooked(8, 6), lambda m: (_fill(m), m.x.hook.remove())),  # type: ignore[union-attr]
+}
+
+
+class Hooked(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.hook = self.register_forward_hook(self._negated)
+
+    def _negated(self, module: nn.Module, x: Any, y: torch.Tensor) -> torch.Tensor:
+        return -y
+
+
+@pytest.mark.parametrize("kind", BECOMES)
+def test_loading_makes_another_module_of_one(kind: str) -> None:
+    """As vocoders lose their weight norm when their weights are there."""
+    make, load = BECOMES[kind]
+
+    def build(m: Model, flag: float) -> None:
+        m.x = make()
+
+    published = publish(build, load)
+    attached = attach(published, build)
+    assert type(attached.x) is type(published.model.x)
+    for m in (published.model, attached):
+        assert [*m.x.state_dict()] == [*published.model.x.state_dict()]
+    assert torch.equal(attached.x(ONES.new_ones(1, 8)), published.model.x(ONES.new_ones(1, 8)))
+
+
+SWITCHES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "get_float32_matmul_precision": (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: torch.set_float32_matmul_precision("highest"),
+    ),
+    "are_deterministic_algorithms_enabled": (
+        lambda: torch.use_deterministic_algorithms(True),
+        lambda: torch.use_deterministic_algorithms(False),
+    ),
+    "math_sdp_enabled": (
+        lambda: torch.backends.cuda.enable_math_sdp(False),
+        lambda: torch.backends.cuda.enable_math_sdp(True),
+    ),
+    "allow_bf16_reduced_precision_reduction": (
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_loading_turns_a_switch_of_torch(name: str) -> None:
+    """Kernels of the publisher would compute in another way than those of an engine that attaches."""
+    change, undo = SWITCHES[name]
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed torch.*, which all models of this process share"):
+            publish(plain, lambda m: change())
+    finally:
+        undo()
+    attach(publish(lambda m, flag: (change(), undo())), plain)

@@ -40,6 +40,8 @@ from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 CHILDREN = "_modules"
 """Among the values that loading changed: names of a module's children, in their order."""
+CLASS = "__class__"
+"""Among them: the class that loading gave to a module that building made of another one."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -206,6 +208,8 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
             for _ in named_modules(model):
                 pass
         for info in manifest.modules:
+            if (cls := info.observed.values.get(CLASS)) is not None:
+                _become(model.get_submodule(info.path), info.path, (cls[1] or "").removeprefix("class "))
             if (order := info.observed.values.get(CHILDREN)) is not None:
                 arrange(model.get_submodule(info.path)._modules, value_of(order[1] or ""))
     except (ValueError, TypeError) as error:
@@ -237,6 +241,17 @@ def _empty_module(path: str, class_name: str) -> nn.Module:
     module: nn.Module = cls.__new__(cls)
     nn.Module.__init__(module)
     return module
+
+
+def _become(module: nn.Module, path: str, class_name: str) -> None:
+    """Let `module` be of another class, as loading did. No constructor is called."""
+    cls = loaded_class(class_name)
+    if cls is None or not issubclass(cls, nn.Module):
+        raise ParityError(f"{path} is a {class_name} in the published model, which is not known here.", path)
+    try:
+        module.__class__ = cls
+    except TypeError as error:
+        raise ParityError(f"{path} cannot become a {class_name}: {error}.", path) from None
 
 
 def _remove_slots(module: nn.Module, observed: Observed) -> None:
@@ -296,8 +311,10 @@ class _Values:
         added = tuple(f"{slot.name}." for slot in observed.added)
         hung = {name for name in observed.values if name.startswith(added)}  # on tensors that are not there yet
         self._set_all(live, observed, observed.values.keys() - hung)
-        for name in sorted(observed.values, reverse=True):
-            if observed.values[name][1] is None:
+        gone = {name for name, (_, text) in observed.values.items() if text is None}
+        for name in sorted(gone, reverse=True):
+            part = _PART.fullmatch(name)
+            if part is None or part["parent"] not in gone:  # else it goes with what held it
                 self._delete(live, name)
         for slot in observed.added:
             self.put(live, slot.name, self._without_data(live, slot), slot.kind)
@@ -308,7 +325,7 @@ class _Values:
 
     def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
         # What holds others comes first; a reference, when what it leads to is there.
-        for name in sorted(names - {CHILDREN}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
+        for name in sorted(names - {CHILDREN, CLASS}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, built)

@@ -1,4 +1,4 @@
-"""What a model's code keeps outside of its objects: attributes of its classes, and globals of its modules.
+"""What a model's code keeps outside of its objects: in its classes and modules, and by switches of torch.
 
 All objects of a process have these in common, so no publication carries them. If loading changes them, a model is not
 shared: an attached engine would compute with what building left there.
@@ -6,10 +6,12 @@ shared: an attached engine would compute with what building left there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import operator
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
 from typing import Any
@@ -37,10 +39,12 @@ class Common:
         held: texts of plain values, and other objects, by name.
         behind: of all that is behind such objects the texts, and what tells it from another one. It has no entry for
             what the model holds, too.
+        switches: of torch, which say how kernels compute.
     """
 
     held: dict[_Holder, dict[str, Any]]
     behind: dict[_Holder, dict[str, Any]]
+    switches: dict[str, Any]
 
     @classmethod
     def of(cls, tree: Tree) -> Common:
@@ -58,7 +62,7 @@ class Common:
     def _of(cls, holders: Sequence[_Holder], tree: Tree) -> Common:
         modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
-        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree))
+        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree), _switches())
 
     def first_change(self, now: Common) -> str | None:
         """What is another one in `now`, and who shares it; None if all is the same."""
@@ -68,7 +72,37 @@ class Common:
             for one, before in then.items()
             for name in _different(before, there[one])
         ]
+        changes += [
+            f"{name}, which all models of this process share" for name in _different(self.switches, now.switches)
+        ]
         return min(changes, default=None)
+
+
+def _switches() -> dict[str, Any]:
+    found = {}
+    for name, read in _SWITCHES.items():
+        with contextlib.suppress(RuntimeError):  # it was set by the other of two ways
+            found[name] = read()
+    for place in ("cudnn", "cuda.matmul", "mkldnn", "mkldnn.matmul"):
+        holder = operator.attrgetter(place)(torch.backends)
+        for name in _OF_BACKENDS:
+            with contextlib.suppress(AttributeError, RuntimeError, AssertionError):  # this build has none of it
+                found[f"torch.backends.{place}.{name}"] = getattr(holder, name)
+    return found
+
+
+_SWITCHES: Mapping[str, Callable[[], Any]] = {
+    "torch.get_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "torch.are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+    "torch.backends.cuda.flash_sdp_enabled": torch.backends.cuda.flash_sdp_enabled,
+    "torch.backends.cuda.mem_efficient_sdp_enabled": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "torch.backends.cuda.math_sdp_enabled": torch.backends.cuda.math_sdp_enabled,
+    "torch.backends.cuda.cudnn_sdp_enabled": torch.backends.cuda.cudnn_sdp_enabled,
+}
+_OF_BACKENDS = (
+    *("enabled", "benchmark", "deterministic", "allow_tf32", "fp32_precision", "allow_fp16_accumulation"),
+    *("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
+)
 
 
 def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -37,11 +37,12 @@ from vllm_companion_plugin.tree.capture import (
     LiveSlot,
     Tree,
     capture,
+    describe_value,
     full_name,
     plain_tensors,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import CHILDREN, CLASS, can_be_put, in_order, is_restorable, reference
 from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import state_of
@@ -73,6 +74,7 @@ class Snapshot:
     """Where the walk met a value before, for values that can be changed in place and that it met before."""
     states: dict[tuple[str, str], str | None]
     """What only C code sees of the state of opaque objects."""
+    classes: dict[str, type]
 
     @classmethod
     def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
@@ -114,17 +116,19 @@ class Snapshot:
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
+            classes={live.path: type(live.module) for live in tree.modules},
         )
 
 
 def _added(slot: LiveSlot) -> AddedSlot:
     tensor = slot.tensor
+    has_form = not is_lazy(tensor)  # else loading gives it one
     return AddedSlot(
         slot.name,
         slot.kind,
         str(tensor.dtype).removeprefix("torch."),
-        tuple(tensor.shape),
-        tuple(tensor.stride()) if tensor.layout is torch.strided else (),
+        tuple(tensor.shape) if has_form else (),
+        tuple(tensor.stride()) if has_form and tensor.layout is torch.strided else (),
         class_name(type(tensor)),
         bool(tensor.requires_grad),
     )
@@ -369,6 +373,10 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        if not is_new and (cls := now.classes[path]) is not built.classes.get(was, cls):
+            if loaded_class(class_name(cls)) is not cls:
+                raise NotShareableError(f"loading made {path!r} a {class_name(cls)}, a class that cannot be found")
+            values[CLASS] = describe_value(built.classes[was]), describe_value(cls)
         if now.children[path] != ([] if is_new else built.children.get(was, [])):
             values[CHILDREN] = None, repr(now.children[path])
         opaque = {} if is_new else built.opaque.get(was, {})
@@ -629,7 +637,7 @@ def _renamed(full: str, is_at: dict[str, str]) -> str:
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A value that is equal for the same elements of the same storage, as long as that storage lives."""
-    storage = _storage_of(tensor)
+    storage = None if is_lazy(tensor) else _storage_of(tensor)
     return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 

@@ -153,7 +153,7 @@ def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
     return [
         f"{name} is absent there and has content {_shown(identity or '')} here"
         if recorded[name] == ABSENT
-        else f"{name} has content {_shown(recorded[name])} there and {_shown(identity) if identity else 'is absent'} here"
+        else f"{name} has content {_shown(recorded[name])} there and {_shown(identity or '') or 'is absent'} here"
         for name, identity in changed(recorded, checkpoint).items()
     ]
 

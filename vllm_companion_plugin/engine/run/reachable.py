@@ -47,6 +47,7 @@ NOT_THE_MODELS: Mapping[str, str] = {
     "torch._ops": "operators are the program",
     "torch._library": "operators are the program",
     "torch.library": "operators are the program",
+    "torch.utils.hooks": "handles of hooks have numbers that the process counts",
     "torch.cuda": "streams, events and graphs belong to the process",
     "vllm.lora.model_manager": "adapters come and go with requests",
     "vllm.lora.punica_wrapper": "adapters come and go with requests",
