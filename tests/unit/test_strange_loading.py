@@ -6,11 +6,14 @@ import array
 import collections
 import contextvars
 import ctypes
+import dataclasses
 import enum
+import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import einops
 import numpy as np
@@ -18,11 +21,12 @@ import pytest
 import torch
 from einops.layers import torch as einops_torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 from vllm.config import CacheConfig
 
-from tests.unit.test_origins import LARGE, Box, Change, Model, attach, in_arena, nothing, publish
+from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, in_arena, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
@@ -211,7 +215,7 @@ class Wrapper(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, classes: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(Wrapper, lambda each: each.held, (args, kwargs or {}))
         out = func(*args, **kwargs)
         return Wrapper(out) if func is torch.ops.aten.detach.default else out
@@ -735,3 +739,78 @@ def test_loading_turns_a_switch_of_torch(name: str) -> None:
     finally:
         undo()
     attach(publish(lambda m, flag: (change(), undo())), plain)
+
+
+@dataclasses.dataclass
+class Fields:
+    """Data of a model's author, with values and tensors."""
+
+    first: Any
+    second: Any = None
+
+
+class Named(NamedTuple):
+    first: Any
+    second: Any = None
+
+
+def relu_times(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+    return by * torch.relu(x)
+
+
+def relu_of(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x)
+
+
+TABLE_OF_FUNCTIONS = {"relu": torch.relu, "silu": functional.silu}
+
+
+def ones(value: float) -> torch.Tensor:
+    return torch.full((2,), value)
+
+
+MADE: dict[str, Callable[[Model], Any]] = {
+    "tuple": lambda m: (ones(1), 5, (ones(2), (ones(3), "a"))),
+    "named tuple": lambda m: Named(ones(1), [Named(ones(2), 3)]),
+    "tuple of the model's": lambda m: (m.first, m.second.weight, m.second.weight, nn.Linear),
+    "dataclass": lambda m: Fields(ones(1), {"a": Fields(2.0, (ones(3), Fields(4)))}),
+    "frozen dataclass": lambda m: Frozen(Frozen((1.0, ones(2)))),
+    "list of many": lambda m: [Fields([number], (ones(number),)) for number in range(12)],
+    "function": lambda m: [torch.relu, functional.silu, relu_times, Scaled.factor, torch.sigmoid],
+    "function of a table": lambda m: TABLE_OF_FUNCTIONS["relu"],
+    "partial": lambda m: functools.partial(relu_times, by=3.0),
+    "partial of a partial": lambda m: functools.partial(functools.partial(functional.linear, ones(1)), bias=None),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_loading_makes_of_data_and_functions(kind: str) -> None:
+    """Tuples and dataclasses are made without a constructor, and functions are found by their names."""
+    published = publish(plain, lambda m: setattr(m, "made", MADE[kind](m)))
+    attached = attach(published, plain)
+    assert not differences(vars(walk(published.model)), vars(walk(attached)))
+
+
+def test_a_function_that_loading_binds_to_a_module() -> None:
+    def load(m: Model) -> None:
+        m.first.forward = types.MethodType(relu_of, m.first)
+
+    x = torch.tensor([-1.0, 2.0])
+    assert attach(publish(plain, load), plain).first(x).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("how", [lambda f: f, functools.partial], ids=["function", "partial"])
+def test_a_function_that_says_it_is_another_is_refused(how: Callable[[Any], Any]) -> None:
+    """One that wraps it has its name, and does something else."""
+
+    def load(m: Model) -> None:
+        m.made = how(functools.wraps(relu_times)(lambda x: x))
+
+    with pytest.raises(NotShareableError, match=r"loading set made to another .*function .*relu_times"):
+        publish(plain, load)
+
+
+@pytest.mark.parametrize("make", [Box, CacheConfig, threading.Lock, lambda: functools.partial(Box(1).__init__)])
+def test_objects_that_are_more_than_data_are_refused(make: Callable[..., Any]) -> None:
+    with pytest.raises(NotShareableError, match=r"loading set made(\.func)? to .*, which cannot be described"):
+        publish(plain, lambda m: setattr(m, "made", make(1) if make is Box else make()))

@@ -62,7 +62,7 @@ _LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
 MUTABLE: frozenset[type] = frozenset(
     (
         *(list, dict, set, bytearray, array.array, itertools.count, types.SimpleNamespace, random.Random),
-        *(collections.deque, collections.OrderedDict, collections.defaultdict, torch.Generator),
+        *(collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter, torch.Generator),
         *(np.ndarray, np.random.RandomState, np.random.Generator),
     )
 )
@@ -309,7 +309,7 @@ def tensor_attributes(tensor: torch.Tensor) -> dict[str, str]:
 
 
 @functools.cache
-def _is_opaque(cls: Any) -> bool:
+def is_opaque(cls: Any) -> bool:
     assert isinstance(cls, type)
     modules = [getattr(base, "__module__", None) or "" for base in cls.__mro__]
     if any(module == package or module.startswith(f"{package}.") for module in modules for package in _OPAQUE):
@@ -367,7 +367,7 @@ def _kind(cls: Any) -> _Kind:
         return _Kind.TENSOR
     if issubclass(cls, (nn.Module, np.ndarray, *_LEAVES, *_CONTAINERS, *MAY_BE_PLAIN)):
         return _Kind.OTHER
-    return _Kind.OPAQUE if _is_opaque(cls) else _Kind.OBJECT
+    return _Kind.OPAQUE if is_opaque(cls) else _Kind.OBJECT
 
 
 def _is_what_it_says(cls: Any) -> bool:
@@ -701,7 +701,7 @@ class _Walk:
             self._insides(live, path, value, value, cls, depth)
             base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
             return f"{name} {base.__repr__(value)}"
-        if _is_opaque(cls):
+        if is_opaque(cls):
             self._tree.opaque[live.index, path] = value
             return name
         self._insides(live, path, value, value, cls, depth)

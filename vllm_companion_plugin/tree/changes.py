@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
+import dataclasses
+import functools
 import random
 import re
 import sys
@@ -32,6 +35,7 @@ from vllm_companion_plugin.tree.capture import (
     capture,
     describe_value,
     full_name,
+    is_opaque,
     key_texts,
     named_modules,
     tensor_attributes,
@@ -49,12 +53,15 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
 }
-_PARTLY = (*_CONTAINERS.values(), set, bytearray, array.array, collections.defaultdict)
+_PARTLY = (*_CONTAINERS.values(), set, bytearray, array.array, collections.defaultdict, collections.Counter)
 """Containers of which loading may change a part."""
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
 """The text of a method of a module in the tree, and where that module is."""
+_PARTIAL = "partial of "
+_KEYWORDS = ".keywords"
+_LARGEST_TUPLE = 1 << 16
 _CONTAINER = re.compile(
     r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: at most (?P<most>\d+))?(?: in the order (?P<order>.*))?", re.DOTALL
 )
@@ -80,6 +87,11 @@ def is_restorable(text: str | None) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_known_function(text: str | None) -> bool:
+    """Whether it is the text of a function that each engine finds by its name."""
+    return text is not None and text.startswith("function ") and is_restorable(text)
 
 
 def can_be_put(name: str) -> bool:
@@ -325,7 +337,9 @@ class _Values:
 
     def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
         # What holds others comes first; a reference, when what it leads to is there.
-        for name in sorted(names - {CHILDREN, CLASS}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
+        for name in sorted(
+            names - {CHILDREN, CLASS}, key=lambda name: (_is_reference(observed.values[name][1]), _by_number(name))
+        ):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, built)
@@ -462,15 +476,33 @@ class _Values:
             return  # processing makes it; if it does not, the comparison says so
         _change(live, name, lambda: self._put_into(live, name, parent, part, value))
 
+    def _put_into_tuple(self, live: LiveModule, name: str, held: tuple[Any, ...], key: int, value: Any) -> None:
+        """Let the tuple at `name` have another item: another tuple takes its place, also in a tuple that it is in."""
+        items = tuple.__new__(type(held), (*held[:key], value, *held[key + 1 :]))
+        place, part = self._place(live, name), _PART.fullmatch(name)
+        if place is None:
+            raise TypeError("it is a part of nothing that can be changed")
+        around = self._holder(live, part["parent"]) if part is not None else None
+        if part is not None and isinstance(around, tuple):
+            self._put_into_tuple(live, part["parent"], around, value_of(part["key"]), items)
+        else:
+            place.set(items)
+        place.value = items
+
     def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
         key: Any = part["name"]
         if key is not None:
             if key.startswith("__") or (isinstance(parent, nn.Module) and key in MODULE_INTERNALS):
                 raise TypeError("it is Python's own, or PyTorch's")
-            object.__setattr__(parent, key, value)
+            if not isinstance(parent, functools.partial):
+                object.__setattr__(parent, key, value)
+            elif key == "args":  # and it was made of its function
+                Place(((parent, key),), None).set(value)
         else:
             key = value_of(part["key"])
-            if isinstance(parent, (list, collections.deque)) and key == len(parent):
+            if isinstance(parent, tuple):
+                self._put_into_tuple(live, part["parent"], parent, key, value)
+            elif isinstance(parent, (list, collections.deque)) and key == len(parent):
                 parent.append(value)
             else:
                 parent[key] = value
@@ -481,6 +513,10 @@ class _Values:
 
     def _holder(self, live: LiveModule, name: str) -> Any:
         place = self._place(live, name)
+        if place is None and name.endswith(_KEYWORDS):
+            partial = self._holder(live, name.removesuffix(_KEYWORDS))
+            if isinstance(partial, functools.partial):
+                return partial.keywords
         return place.value if place is not None else self._slots.get(f"{live.path}:{name}")
 
     def _delete(self, live: LiveModule, name: str) -> None:
@@ -499,6 +535,9 @@ class _Values:
     def _method(self, text: str, owner: str) -> Any:
         live = self.by_path.get(owner)
         found = getattr(live.module, text.rpartition(".")[2], None) if live is not None else None
+        if describe_value(found) != text and live is not None:  # a function that loading bound to the module
+            with contextlib.suppress(ValueError):
+                found = types.MethodType(loaded_function(text.removeprefix("method ")), live.module)
         if describe_value(found) != text:
             raise ParityError(f"the published model refers to the {text} of {owner!r}, which does not exist here.")
         return found
@@ -529,11 +568,38 @@ def _made(text: str) -> Any:
         if (most := container["most"]) is not None:
             return collections.deque(maxlen=int(most))
         return _CONTAINERS[container["kind"]]()
+    if container is not None and (items := _tuple_of(container["kind"], int(container["size"]))) is not None:
+        return items
     if text.startswith("class ") and (cls := loaded_class(text.removeprefix("class "))) is not None:
         return cls
     if text.startswith("function "):
-        return _loaded_function(text.removeprefix("function "))
+        return loaded_function(text.removeprefix("function "))
+    if text.startswith(_PARTIAL):
+        function = _made(text.removeprefix(_PARTIAL))
+        if callable(function):
+            return functools.partial(function)  # its arguments are values of their own
+    cls = loaded_class(text)
+    if cls is not None and is_data(cls):
+        return object.__new__(cls)  # its fields are values of their own
     return value_of(text)
+
+
+def is_data(cls: type) -> bool:
+    """Whether objects of `cls` are nothing but their fields, so that one can be made without its constructor."""
+    made_by: Any = cls.__new__
+    is_plain = made_by is object.__new__ and not hasattr(cls, "__del__") and not issubclass(cls, nn.Module)
+    return is_plain and dataclasses.is_dataclass(cls) and not is_opaque(cls)
+
+
+def _tuple_of(kind: str, size: int) -> tuple[None, ...] | None:
+    """A tuple, or a named one, whose items are put there later."""
+    cls = loaded_class(kind)
+    if cls is None or not issubclass(cls, tuple) or size > _LARGEST_TUPLE:
+        return None
+    if cls is tuple or len(getattr(cls, "_fields", ())) == size:
+        made: tuple[None, ...] = tuple.__new__(cls, (None,) * size)
+        return made
+    return None
 
 
 def _is_same_container(one: Any, other: Any) -> bool:
@@ -541,16 +607,32 @@ def _is_same_container(one: Any, other: Any) -> bool:
     return type(one) is type(other) and getattr(one, "maxlen", None) == getattr(other, "maxlen", None)
 
 
+def _by_number(name: str) -> list[Any]:
+    """What orders names as their numbers: the tenth item comes after the second."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", name))]
+
+
 def _is_reference(text: str | None) -> bool:
     return text is not None and _REFERENCE.fullmatch(text) is not None
 
 
-def _loaded_function(name: str) -> Any:
-    """A function by its name. Raises `ValueError` unless a loaded module has it."""
-    module, _, last = name.rpartition(".")
-    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
-    if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) and f"{found.__module__}.{last}" == name:
-        return found
+def loaded_function(name: str) -> Any:
+    """A function by its name. Raises `ValueError` unless a loaded module, or a class of it, has it."""
+    module, rest = name, ""
+    while module and module not in sys.modules:
+        module, _, last = module.rpartition(".")
+        rest = f"{last}.{rest}" if rest else last
+    here: Any = sys.modules.get(module)
+    last = rest.rpartition(".")[2]
+    owner = loaded_class(name.rpartition(".")[0])
+    # Those of torch say that they are of a class, which has no such name.
+    for holder in (here, owner):
+        found: Any = vars(holder).get(last) if holder is not None else None
+        if isinstance(found, staticmethod):
+            found = found.__func__
+        is_function = isinstance(found, (types.FunctionType, types.BuiltinFunctionType))
+        if is_function and f"{found.__module__}.{found.__qualname__}" == name:
+            return found
     raise ValueError(f"{name} is no function that is loaded")
 
 
@@ -561,7 +643,7 @@ def _assign_in_place(current: Any, value: Any) -> bool:
         return False
     if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
         current[:] = value
-    elif kind in (dict, set, collections.OrderedDict) or (
+    elif kind in (dict, set, collections.OrderedDict, collections.Counter) or (
         kind is collections.defaultdict and current.default_factory is value.default_factory
     ):
         current.clear()

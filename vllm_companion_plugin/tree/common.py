@@ -12,7 +12,7 @@ import operator
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, EnumMeta
 from typing import Any
 
@@ -40,11 +40,13 @@ class Common:
         behind: of all that is behind such objects the texts, and what tells it from another one. It has no entry for
             what the model holds, too.
         switches: of torch, which say how kernels compute.
+        met: what the model held, as of `Tree`.
     """
 
     held: dict[_Holder, dict[str, Any]]
     behind: dict[_Holder, dict[str, Any]]
     switches: dict[str, Any]
+    met: dict[int, tuple[str, str]]
 
     @classmethod
     def of(cls, tree: Tree) -> Common:
@@ -56,13 +58,22 @@ class Common:
 
     def now(self, tree: Tree) -> Common:
         """The same holders, as they are now that the model is `tree`."""
-        return self._of([*self.held], tree)
+        found = self._of([*self.held], tree)
+        if self._misses(found):  # of what the model holds since then
+            before = self._of([*self.held], replace(tree, met=self.met))
+            for one, parts in found.behind.items():
+                for name in self.behind[one].keys() - parts.keys() & before.behind[one].keys():
+                    parts[name] = before.behind[one][name]
+        return found
+
+    def _misses(self, now: Common) -> bool:
+        return any(parts.keys() - now.behind[one].keys() for one, parts in self.behind.items())
 
     @classmethod
     def _of(cls, holders: Sequence[_Holder], tree: Tree) -> Common:
         modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
-        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree), _switches())
+        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree), _switches(), tree.met)
 
     def first_change(self, now: Common) -> str | None:
         """What is another one in `now`, and who shares it; None if all is the same."""

@@ -17,6 +17,8 @@ parameter that nothing was seen to write is published without being shared: no e
 from __future__ import annotations
 
 import functools
+import re
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +44,16 @@ from vllm_companion_plugin.tree.capture import (
     plain_tensors,
     tensor_attributes,
 )
-from vllm_companion_plugin.tree.changes import CHILDREN, CLASS, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import (
+    CHILDREN,
+    CLASS,
+    can_be_put,
+    in_order,
+    is_known_function,
+    is_restorable,
+    loaded_function,
+    reference,
+)
 from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import state_of
@@ -336,6 +347,7 @@ class Observation:
                 loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
             else:
                 loaded.modules[live.path] = self._compare_module(live.path, was, is_at, now, live.slots, is_new=is_new)
+        _check_functions(loaded, tree)
         added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
         if self._moved:
             full = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
@@ -355,6 +367,9 @@ class Observation:
             for name in texts.keys() | then.keys()
             if then.get(name) != texts.get(name) and name not in now.slots[path] and not is_time(texts.get(name))
         }
+        come_along = tuple(f"{name}." for name, (_, text) in values.items() if is_known_function(text))
+        if come_along:  # what such a function has it has wherever it is found
+            values = {name: pair for name, pair in values.items() if not name.startswith(come_along)}
         for name, (before, text) in list(values.items()):
             if (owner := now.owners.get((path, name))) is not None and text is not None:
                 values[name] = before, f"{text} of {owner}"
@@ -427,6 +442,27 @@ class Observation:
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
+
+
+def _check_functions(loaded: Loaded, tree: Tree) -> None:
+    """Raise `NotShareableError` if a function that loading put there is not the one that has its name.
+
+    One that wraps another says that it is that one.
+    """
+    wanted = {
+        path: names
+        for path, seen in loaded.modules.items()
+        if (names := {name: text for name, (_, text) in seen.values.items() if text and _FUNCTION.match(text)})
+    }
+    for (index, name), place in capture(tree.modules[0].module, wanted=wanted).places.items() if wanted else ():
+        path = tree.modules[index].path
+        function = place.value.func if isinstance(place.value, functools.partial) else place.value
+        if isinstance(function, _PYTHONS) and loaded_function(class_name(function)) is not function:  # type: ignore[arg-type]
+            raise NotShareableError(f"loading set {full_name(path, name)} to another {wanted[path][name]}")
+
+
+_FUNCTION = re.compile(r"(partial of )*function ")
+_PYTHONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 def _make_plain(tree: Tree) -> None:

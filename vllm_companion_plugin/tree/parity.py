@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -224,7 +225,7 @@ def _is_data(text: str | None) -> bool:
 
 
 def _names_code(value: Any) -> bool:
-    if isinstance(value, (enum.Enum, torch.dtype, torch.layout, torch.memory_format, type)):
+    if isinstance(value, (enum.Enum, torch.dtype, np.dtype, torch.layout, torch.memory_format, type)):
         return True
     if isinstance(value, dict):
         return any(map(_names_code, (*value.keys(), *value.values())))
