@@ -89,9 +89,14 @@ def is_restorable(text: str | None) -> bool:
     return True
 
 
-def is_known_function(text: str | None) -> bool:
-    """Whether it is the text of a function that each engine finds by its name."""
-    return text is not None and text.startswith("function ") and is_restorable(text)
+def without_known(values: dict[str, tuple[str | None, str | None]]) -> dict[str, tuple[str | None, str | None]]:
+    """Changed values without the parts of functions that each engine finds by their names: these have them there."""
+    found = tuple(
+        f"{name}."
+        for name, (_, text) in values.items()
+        if text is not None and text.startswith("function ") and is_restorable(text)
+    )
+    return {name: pair for name, pair in values.items() if not name.startswith(found)} if found else values
 
 
 def can_be_put(name: str) -> bool:
@@ -189,7 +194,9 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
         names = live.attributes.keys() | info.attributes.keys()
         texts = {name: (live.attributes.get(name), info.attributes.get(name)) for name in names} | hung
         seen[info.path] = Observed(
-            values={name: pair for name, pair in sorted(texts.items()) if pair[0] != pair[1] and name not in here},
+            values=without_known(
+                {name: pair for name, pair in sorted(texts.items()) if pair[0] != pair[1] and name not in here}
+            ),
             added=tuple(added),
             removed=tuple(here.keys() - {slot.name for slot in info.slots}),
             retied=retied,

@@ -49,10 +49,10 @@ from vllm_companion_plugin.tree.changes import (
     CLASS,
     can_be_put,
     in_order,
-    is_known_function,
     is_restorable,
     loaded_function,
     reference,
+    without_known,
 )
 from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.placing import Placing
@@ -367,9 +367,7 @@ class Observation:
             for name in texts.keys() | then.keys()
             if then.get(name) != texts.get(name) and name not in now.slots[path] and not is_time(texts.get(name))
         }
-        come_along = tuple(f"{name}." for name, (_, text) in values.items() if is_known_function(text))
-        if come_along:  # what such a function has it has wherever it is found
-            values = {name: pair for name, pair in values.items() if not name.startswith(come_along)}
+        values = without_known(values)
         for name, (before, text) in list(values.items()):
             if (owner := now.owners.get((path, name))) is not None and text is not None:
                 values[name] = before, f"{text} of {owner}"
