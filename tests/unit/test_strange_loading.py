@@ -814,3 +814,45 @@ def test_a_function_that_says_it_is_another_is_refused(how: Callable[[Any], Any]
 def test_objects_that_are_more_than_data_are_refused(make: Callable[..., Any]) -> None:
     with pytest.raises(NotShareableError, match=r"loading set made\S* to .*, which cannot be described"):
         publish(plain, lambda m: setattr(m, "made", make(1) if make is Box else make()))
+
+
+def _split(m: Model, size: int) -> None:
+    m.whole = nn.Parameter(torch.empty(size, 4), requires_grad=False)
+    m.parts = m.whole.split(size // 2)
+
+
+def _flat(m: Model, size: int) -> None:
+    m.whole = torch.zeros(size, dtype=torch.uint8)
+    m.parts = [m.whole[: size // 2].view(torch.float32), m.whole[size // 2 :]]
+
+
+def _of_a_leaf(m: Model, size: int) -> None:
+    m.whole = nn.Parameter(torch.empty(size, 4))
+    with torch.no_grad():
+        m.parts = [Box(m.whole.view(-1)[4:]), m.whole.t()]
+
+
+@pytest.mark.parametrize("size", [8, LARGE])
+@pytest.mark.parametrize("make", [_split, _flat, _of_a_leaf])
+def test_a_constructor_keeps_parts_of_a_weight(make: Callable[[Model, int], None], size: int) -> None:
+    """They are the same memory in an attached engine."""
+
+    def load(m: Model) -> None:
+        m.whole.data.copy_(torch.arange(m.whole.numel()).view_as(m.whole) % 100)
+
+    published = publish(lambda m, flag: make(m, size), load)
+    attached = attach(published, lambda m, flag: make(m, size))
+    assert torch.equal(attached.whole, published.model.whole)
+    for model in (published.model, attached):
+        for part in (getattr(part, "value", part) for part in model.parts):
+            assert part.untyped_storage().data_ptr() == model.whole.untyped_storage().data_ptr()
+
+
+def test_a_weak_reference_to_a_weight() -> None:
+    """It leads to the same object, whatever memory that has."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weak = weakref.ref(m.first.weight)
+
+    attached = attach(publish(build), build)
+    assert attached.weak() is attached.first.weight
