@@ -26,7 +26,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 from vllm.config import CacheConfig
 
-from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, in_arena, nothing, publish
+from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, checkpoint, in_arena, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
@@ -856,3 +856,23 @@ def test_a_weak_reference_to_a_weight() -> None:
 
     attached = attach(publish(build), build)
     assert attached.weak() is attached.first.weight
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_small_weight_whose_memory_is_work_space_is_private(kind: str) -> None:
+    """As scales that engines measure anew: a write to what all map would end the engine."""
+
+    def load(m: Model) -> None:
+        m.scale = nn.Parameter(checkpoint(3.0)[:4].clone(), requires_grad=False)
+        if kind == "buffer":
+            m.register_buffer("measured", m.scale.data[1:], persistent=False)
+        else:
+            m.measured = m.scale.data[1:]
+
+    published = publish(plain, load)
+    attached = attach(published, plain)
+    assert in_arena(attached.first.weight, published)
+    for model in (published.model, attached):
+        assert not in_arena(model.measured, published)
+        model.measured.fill_(7.0)
+        assert model.scale.tolist() == [3.0, 7.0, 7.0, 7.0]

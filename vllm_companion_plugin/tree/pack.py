@@ -125,6 +125,9 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
         storage.tensors.append(index)
         storage.private &= private[index]
         placed.append(storage)
+    for storage in by_storage.values():  # a weight that is work space, too; a large one stays a weight
+        is_small = storage.stop - storage.start <= PRIVATE_ATTRIBUTE_BYTES
+        storage.private |= is_small and any(private[index] for index in storage.tensors)
 
     # Largest first: a tensor larger than a chunk is copied while nothing is lost yet to partly used
     # segments of torch's allocator, and the small tensors that share such segments go together.
