@@ -582,9 +582,9 @@ def _made(text: str) -> Any:
     if text.startswith("function "):
         return loaded_function(text.removeprefix("function "))
     if text.startswith(_PARTIAL):
-        function = _made(text.removeprefix(_PARTIAL))
-        if callable(function):
-            return functools.partial(function)  # its arguments are values of their own
+        inner = text.removeprefix(_PARTIAL)
+        if inner.startswith(("function ", _PARTIAL)):
+            return functools.partial(_made(inner))  # its arguments are values of their own
     cls = loaded_class(text)
     if cls is not None and is_data(cls):
         return object.__new__(cls)  # its fields are values of their own
