@@ -876,3 +876,36 @@ def test_a_small_weight_whose_memory_is_work_space_is_private(kind: str) -> None
         assert not in_arena(model.measured, published)
         model.measured.fill_(7.0)
         assert model.scale.tolist() == [3.0, 7.0, 7.0, 7.0]
+
+
+def _swap(m: Model) -> None:
+    m.one, m.other = m.other, m.one
+
+
+def _same(m: Model) -> None:
+    m.one = m.other
+
+
+MOVED: dict[str, Change] = {
+    "swapped": _swap,
+    "at a second place": _same,
+    "reversed": lambda m: m.several.reverse(),
+    "taken from a list": lambda m: m.several.pop(0),
+    "taken from a dict": lambda m: m.named.update(a=m.named.pop("b")),
+    "another tuple": lambda m: setattr(m, "fixed", m.fixed[::-1]),
+}
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_loading_moves_objects_that_building_made(kind: str) -> None:
+    """What is in them may follow from flags: those of the publisher must not take the place of this engine's."""
+
+    def build(m: Model, flag: float) -> None:
+        m.one, m.other, m.several = Box(flag), Box(2 * flag), [Box(number * flag) for number in range(4)]
+        m.named, m.fixed = {"a": Box(flag), "b": Box(2 * flag)}, (Box(flag), Box(2 * flag))
+
+    published = publish(build, MOVED[kind], flag=1.0)
+    attached = attach(published, build, flag=1.0)
+    assert not differences(vars(walk(published.model)), vars(walk(attached)))
+    with pytest.raises(ParityError, match=r"value is built as .* here and as .* in the published model"):
+        attach(published, build, flag=0.25)

@@ -46,6 +46,8 @@ CHILDREN = "_modules"
 """Among the values that loading changed: names of a module's children, in their order."""
 CLASS = "__class__"
 """Among them: the class that loading gave to a module that building made of another one."""
+_AS_BUILT = "as built: "
+"""Before the text of what building has to have made here, too."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -76,6 +78,11 @@ def reference(kind: type, first: str) -> str:
 def in_order(text: str, keys: Sequence[str]) -> str:
     """The text of a dict, followed by the texts of its keys."""
     return f"{text} in the order {list(keys)!r}"
+
+
+def as_built(text: str) -> str:
+    """The text of a value before loading, for a value that has to be the same in an engine that was only built."""
+    return _AS_BUILT + text
 
 
 def is_restorable(text: str | None) -> bool:
@@ -143,6 +150,9 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
         wanted.setdefault(owner, set()).add(name)
     tree = capture(model, wanted=wanted)
     values = _Values(tree)
+    for path, observed in changed.items():
+        if path in values.by_path:
+            values.check_as_built(values.by_path[path], observed)
     for path, observed in changed.items():
         live = values.by_path.get(path)
         if live is not None:
@@ -326,6 +336,19 @@ class _Values:
         # By id: what replaced an object that cannot be changed in place, and that object, which keeps the id valid.
         self._replaced: dict[int, tuple[Any, Any]] = {}
 
+    def check_as_built(self, live: LiveModule, observed: Observed) -> None:
+        """Raise `ParityError` if building made something else here that loading only moved."""
+        for name, (built, _) in observed.values.items():
+            if built is None or not built.startswith(_AS_BUILT):
+                continue
+            place, there = self._place(live, name), built.removeprefix(_AS_BUILT)
+            here = None if place is None else describe_value(place.value) or there  # an object is what is in it
+            if here != there:
+                full = full_name(live.path, name)
+                raise ParityError(
+                    f"{full} is built as {here or 'absent'} here and as {there} in the published model.", full
+                )
+
     def change(self, live: LiveModule, observed: Observed) -> None:
         added = tuple(f"{slot.name}." for slot in observed.added)
         hung = {name for name in observed.values if name.startswith(added)}  # on tensors that are not there yet
@@ -420,6 +443,7 @@ class _Values:
                         place.value.pop()
                 return  # what is in it changes by itself
             if built is not None:  # loading changed this very object
+                built = built.removeprefix(_AS_BUILT)
                 self._check_built(live, name, place.value, built)
                 if _assign_in_place(place.value, value):
                     return

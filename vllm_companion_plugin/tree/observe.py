@@ -22,7 +22,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from vllm_companion_plugin.tree.capture import (
 from vllm_companion_plugin.tree.changes import (
     CHILDREN,
     CLASS,
+    as_built,
     can_be_put,
     in_order,
     is_restorable,
@@ -347,6 +348,7 @@ class Observation:
                 loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
             else:
                 loaded.modules[live.path] = self._compare_module(live.path, was, is_at, now, live.slots, is_new=is_new)
+        self._mark_moved(loaded, tree, is_at)
         _check_functions(loaded, tree)
         added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
         if self._moved:
@@ -356,6 +358,29 @@ class Observation:
             if origin in added:  # an engine could not tell the one that was there from the one that is there now
                 raise NotShareableError(f"loading moved {origin} to {name} and put another one there")
         return loaded
+
+    def _mark_moved(self, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
+        """Mark what changed in objects that building made and loading moved: an engine has to have built the same.
+
+        What is in such an object may follow from flags, and does not come from loading. (An object that takes the place
+        in memory of one that is gone counts, too, which costs no more than that.)
+        """
+        marked: dict[str, set[str]] = {}
+        for number, (was, name) in self._common.met.items():
+            now, before = tree.met.get(number), (is_at.get(was, was), name)
+            if now is not None and now != before:
+                for path, place in (now, before):
+                    marked.setdefault(path, set()).add(place)
+        for path in marked.keys() & loaded.modules.keys():
+            parts = tuple(f"{place}{sign}" for place in marked[path] for sign in ".[{")
+            seen = loaded.modules[path]
+            changed = {
+                name: (as_built(built), text)
+                for name, (built, text) in seen.values.items()
+                if built is not None and name.startswith(parts)
+            }
+            if changed:
+                loaded.modules[path] = replace(seen, values={**seen.values, **changed})
 
     def _compare_module(
         self, path: str, was: str, is_at: dict[str, str], now: Snapshot, slots: list[LiveSlot], *, is_new: bool
