@@ -10,6 +10,7 @@ import decimal
 import fractions
 import functools
 import itertools
+import pathlib
 import random
 import re
 import types
@@ -200,6 +201,10 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "numpy random state": lambda x: np.random.RandomState(int(x * 8)),
     "defaultdict": lambda x: collections.defaultdict(int, a=x),
     "namespace": lambda x: types.SimpleNamespace(a=x),
+    "Counter": lambda x: collections.Counter({"a": int(x * 8)}),
+    "Path": lambda x: pathlib.Path(f"/{x}"),
+    "Pattern": lambda x: re.compile(f"a{x}", re.I),
+    "numpy dtype": lambda x: np.dtype("f4" if x == 1.0 else "i2"),
 }
 
 
@@ -276,7 +281,7 @@ class TestValue:
         """What the constructor made of a flag stays so, but for what says how bytes are understood: that is refused."""
         make, (put, get) = KINDS[kind], PLACES[place]
         published = publish(lambda m, flag: put(m, make(flag)), flag=1.0)
-        if kind in ("dtype", "enum", "flags"):
+        if kind in ("dtype", "enum", "flags", "numpy dtype"):
             with pytest.raises(ParityError, match="x is"):
                 attach(published, lambda m, flag: put(m, make(flag)), flag=0.25)
             return

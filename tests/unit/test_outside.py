@@ -366,6 +366,29 @@ class TestData:
         monkeypatch.setenv("OOT_KERNEL", "flash_attention,v3")
         assert fields()["env.OOT_KERNEL"] == "flash_attention,v3"
 
+    @pytest.mark.parametrize(
+        ("code", "is_compared"),
+        [
+            ("{k: v for k, v in os.environ.items() if k.startswith('OOT_')}", True),
+            ("class Settings(BaseSettings, env_prefix='oot_'): pass", True),
+            ("os.getenv('OOT_' + weights)", True),
+            ("os.environ[f'OOT_{weights}']", True),
+            ("os.environ[f'{weights}_SCALE']", True),
+            ("os.environ[f'{weights}_{weights}'], os.environ['_']", False),
+            ("weights.startswith('oot_')", False),
+        ],
+    )
+    def test_variables_of_which_code_has_a_part(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, code: str, is_compared: bool
+    ) -> None:
+        """Settings of a plugin have one beginning; code asks for all, or puts names together."""
+        write(path / "oot_model.py", MODEL.format(f"import os; {code}" if "class" not in code else f"\n        {code}"))
+        monkeypatch.setenv("OOT_SCALE", "2")
+        monkeypatch.setenv("OOT_API_KEY", "secret")
+        assert {name: text for name, text in fields().items() if name.startswith("env.OOT")} == (
+            {"env.OOT_SCALE": "2"} if is_compared else {}
+        )
+
     def test_what_code_writes_for_itself_is_no_data(self, path: Path) -> None:
         """Else the next engine would have another key."""
         write(path / "oot_model.py", MODEL.format("open('server.log'), open('logs')"))

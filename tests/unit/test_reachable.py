@@ -8,6 +8,7 @@ import functools
 import itertools
 import operator
 import random
+import re
 import threading
 import types
 import weakref
@@ -175,6 +176,10 @@ PARTS: dict[str, Callable[[float], Any]] = {
     "noncontiguous tensor": lambda x: torch.full((3, 2), x).t(),
     "conjugated tensor": lambda x: torch.ones(2, dtype=torch.complex64).conj() if x < 1 else torch.ones(2) + 0j,
     "sparse tensor": lambda x: torch.eye(2).to_sparse() if x < 1 else torch.eye(2),
+    "values of a sparse tensor": lambda x: (torch.eye(2) * x).to_sparse(),
+    "rows of a sparse tensor": lambda x: (torch.eye(2) * x).to_sparse_csr(),
+    "nested tensor": lambda x: torch.nested.nested_tensor([torch.full((2,), x), torch.ones(3)]),
+    "long pattern": lambda x: re.compile("a" * 5000 + str(x)),
     "storage": lambda x: torch.full((3,), x).untyped_storage(),
     "module": lambda x: nn.Dropout(x / 2),
     "type": lambda x: Box if x < 1 else Slots,
@@ -187,6 +192,9 @@ PARTS: dict[str, Callable[[float], Any]] = {
     "weak reference": lambda x: weakly(x < 1),
     "weak dictionary": lambda x: weakref.WeakValueDictionary(a=weakly(x < 1)()),
     "attribute of a class": lambda x: type("Local", (), {"part": [x]})(),
+    "code of a class": lambda x: type("Local", (), {"part": (lambda self: x) if x < 1 else (lambda self: -x)})(),
+    "what a method captured": lambda x: type("Local", (), {"part": property(lambda self: x)})(),
+    "code of one line": lambda x: eval(f"lambda: {x}"),
     "getter": lambda x: operator.itemgetter(int(x * 8)),
     "count": lambda x: itertools.count(int(x * 8)),
     "seed": lambda x: torch.Generator().manual_seed(int(x * 8)),
@@ -228,6 +236,7 @@ def test_tensors_everywhere(holder: str) -> None:
     assert [line.there for line in found(one, model(hold(torch.ones(2, device="meta"))))] == ["meta", "meta"]
 
 
+@pytest.mark.filterwarnings("ignore:(The PyTorch API of nested|Sparse CSR)")
 @pytest.mark.parametrize("part", PARTS)
 def test_every_kind(part: str) -> None:
     """Every kind of value is compared."""
@@ -271,6 +280,18 @@ class TestModules:
         one = model(None)
         one.x = [one, (one, {"self": Box(one)})]
         assert walk(one).values["x[0]"] == "is the model"
+
+    def test_hooks_of_tensors(self) -> None:
+        """The process counts their numbers."""
+
+        def hooked() -> nn.Module:
+            made = nn.Linear(2, 2)
+            made.handle = made.weight.register_hook(torch.neg)
+            return made
+
+        one, other = hooked(), hooked()
+        other.load_state_dict(one.state_dict())
+        assert found(one, other) == []
 
 
 class TestSharing:
@@ -320,7 +341,7 @@ class TestCompilers:
 def test_program() -> None:
     """The program, its threads and its files are no part of a model."""
     reached = walk(model([torch, threading.Lock(), threading.current_thread(), open, type(None)]))
-    assert len(reached.values) < 30
+    assert len(reached.values) < 40
 
 
 def test_no_code_of_the_model_runs() -> None:

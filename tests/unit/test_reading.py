@@ -110,6 +110,20 @@ class TestReading:
             (model / "left").touch()
         assert reading.files() == {}
 
+    def test_what_was_asked_for_and_was_not_there(self, model: Path, tmp_path: Path) -> None:
+        """It would have been read. An engine that has it is another one; so is one that has lost it."""
+        missing = [model / "scales.json", tmp_path / "factors.json"]
+        with observed_reading(model) as reading:
+            for path in missing:
+                with pytest.raises(FileNotFoundError):
+                    path.read_bytes()
+        found = reading.files()
+        assert found == {"scales.json": "absent", str(tmp_path / "factors.json"): "absent"}
+        assert differences(found, model) == []
+        missing[0].write_text("1")
+        (told,) = differences(found, model)
+        assert told.startswith("scales.json is absent there and has content ")
+
     def test_what_is_written_under_another_name_is_not_read(self, model: Path) -> None:
         """So that nobody ever sees a part of it."""
         (model / "there").write_text("1")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import ctypes
 import dataclasses
 import enum
+import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import einops
 import numpy as np
@@ -18,10 +21,15 @@ import pytest
 import torch
 from einops.layers import torch as einops_torch
 from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
+from vllm.config import CacheConfig
 
-from tests.unit.test_origins import LARGE, Box, Model, attach, in_arena, nothing, publish
+from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, checkpoint, in_arena, nothing, publish
+from vllm_companion_plugin.cli.verify import differences
 from vllm_companion_plugin.core.module_tree import CommonValue
+from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.tree import common
 
@@ -209,7 +217,7 @@ class Wrapper(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, classes: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(Wrapper, lambda each: each.held, (args, kwargs or {}))
         out = func(*args, **kwargs)
         return Wrapper(out) if func is torch.ops.aten.detach.default else out
@@ -576,6 +584,13 @@ WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[An
     ),
     "generator": (lambda: (each for each in (1, 2, 3)), next, next),
     "made from torch's": (Torchs, lambda held: held.held.append(2.0), lambda held: held.held),
+    "iterator of iterators": (lambda: zip([1, 2], map(str, [3, 4]), strict=True), next, next),
+    "factory": (
+        lambda: collections.defaultdict(list, a=[Box(1.0)]),
+        lambda held: setattr(held, "default_factory", None),
+        lambda held: held.default_factory,
+    ),
+    "configuration": (CacheConfig, lambda held: setattr(held, "block_size", 77), lambda held: held.block_size),
 }
 
 
@@ -609,3 +624,388 @@ def test_loading_changes_a_member_of_an_enum_that_the_model_has() -> None:
             publish(build, lambda m: setattr(m.held, "held", 2.0))
     finally:
         vars(Colour.RED).pop("held", None)
+
+
+def test_how_many_a_queue_holds() -> None:
+    """A queue of tensors that loading makes forgets as many as it was made to."""
+
+    def load(m: Model) -> None:
+        m.queue = collections.deque([torch.ones(2)], maxlen=4)
+
+    assert attach(publish(plain, load), plain).queue.maxlen == 4
+
+
+def test_the_order_in_memory_of_an_array() -> None:
+    """The last bits of what is computed from it follow from that."""
+
+    def load(m: Model) -> None:
+        m.columns = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+
+    published = publish(plain, load)
+    attached = attach(published, plain)
+    assert attached.columns.strides == published.model.columns.strides
+    assert np.array_equal(attached.columns, published.model.columns)
+
+
+MEMORY: dict[str, Callable[[Model], object]] = {
+    "array": lambda m: setattr(m, "view", m.table.numpy()),
+    "part of an array": lambda m: setattr(m, "view", (1, [m.table.numpy()[2:4]])),
+    "storage": lambda m: setattr(m, "view", m.table.untyped_storage()),
+    "memoryview": lambda m: setattr(m, "view", Box(memoryview(m.table.numpy()))),
+    "from an array": lambda m: _on(m, np.zeros(8, np.float32), torch.from_numpy),
+    "from bytes": lambda m: _on(m, bytearray(32), lambda held: torch.frombuffer(held, dtype=torch.float32)),
+}
+
+
+def _on(m: Model, held: Any, tensor: Callable[[Any], torch.Tensor]) -> None:
+    m.view, m.table = held, tensor(held)
+
+
+@pytest.mark.parametrize("when", ["build", "load"])
+@pytest.mark.parametrize("kind", MEMORY)
+def test_a_view_of_a_tensor_that_is_none_is_refused_by_name(kind: str, when: str) -> None:
+    """What takes the place of the tensor has other memory, and the view would be of what is freed."""
+
+    def build(m: Model, flag: float) -> None:
+        m.table = torch.zeros(8)
+        if when == "build":
+            MEMORY[kind](m)
+
+    def load(m: Model) -> None:
+        if when == "load":
+            MEMORY[kind](m)
+        m.table.copy_(torch.full((8,), 3.0))
+
+    with pytest.raises(NotShareableError, match=r"view memory of tensors|a builtins.memoryview|set view"):
+        publish(build, load)
+
+
+def test_a_view_of_what_only_building_made() -> None:
+    """As vLLM's buffers on the host have: they are the engine's own."""
+
+    def build(m: Model, flag: float) -> None:
+        m.table = torch.zeros(8)
+        m.view = m.table.numpy()
+
+    attached = attach(publish(build), build)
+    attached.view[3] = 7.0
+    assert attached.table[3] == 7.0
+
+
+UNSEEN: dict[str, Callable[[torch.Tensor], float]] = {
+    "tolist": lambda w: w.tolist()[1],  # type: ignore[no-any-return]
+    "numpy": lambda w: float(w.numpy().max()),
+    "asarray": lambda w: float(np.asarray(w).max()),
+    "dlpack": lambda w: float(np.from_dlpack(w).max()),
+    "storage": lambda w: float(bytes(w.untyped_storage())[2]),
+    "address": lambda w: ctypes.c_float.from_address(w.data_ptr()).value,
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_processing_reads_a_weight_without_an_operator(kind: str) -> None:
+    """The float that it makes of it is the published weight's, not a placeholder's."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def process(m: Model) -> None:
+        m.scale = UNSEEN[kind](m.weight.data)
+
+    published = publish(build, lambda m: m.weight.copy_(torch.full((3,), 0.75)), process)
+    assert attach(published, build, process).scale == published.model.scale
+
+
+@pytest.mark.parametrize("kind", ["parameters", "modules", "methods"])
+def test_sets_of_what_looks_alike(kind: str) -> None:
+    """Their order follows from addresses, and is told by where else the parts are."""
+
+    def build(m: Model, flag: float) -> None:
+        m.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
+        parts: dict[str, Callable[[Any], Any]] = {
+            "parameters": lambda layer: layer.weight,
+            "modules": lambda layer: layer,
+            "methods": lambda layer: layer.forward,
+        }
+        m.parts = {parts[kind](layer) for layer in reversed(m.layers)}
+
+    def load(m: Model) -> None:
+        for number, parameter in enumerate(m.layers.parameters()):
+            parameter.data.fill_(number)
+
+    published = publish(build, load)
+    for _ in range(4):
+        attached = attach(published, build)
+        assert not differences(vars(walk(published.model)), vars(walk(attached)))
+
+
+def test_a_constructor_makes_tensors_for_inference() -> None:
+    """PyTorch counts no writes to them, so that only those that are seen tell whether they were filled."""
+
+    @torch.inference_mode()
+    def build(m: Model, flag: float) -> None:
+        m.space, m.table, m.weight = torch.empty(LARGE), torch.full((LARGE,), flag), nn.Linear(512, 512)
+
+    def load(m: Model) -> None:
+        for parameter in m.weight.parameters():
+            parameter.data.fill_(5.0)
+
+    attached = attach(publish(build, load), build, flag=0.25)
+    assert attached.space.shape == (LARGE,)
+    assert attached.table.unique().tolist() == [0.25]
+    assert attached.weight.weight.unique().tolist() == [5.0]
+
+
+class Twice(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _fill(m: Model) -> None:
+    for parameter in m.parameters():
+        parameter.data.copy_(torch.linspace(0, 1, parameter.numel()).view_as(parameter))
+
+
+def _without_norm(m: Model) -> None:
+    _fill(m)
+    parametrize.remove_parametrizations(m.x, "weight")  # type: ignore[arg-type]
+
+
+def _materialized(m: Model) -> None:
+    m.x(torch.ones(1, 8))  # type: ignore[operator]
+    _fill(m)
+
+
+BECOMES: dict[str, tuple[Callable[[], nn.Module], Change]] = {
+    "without its weight norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 6)), _without_norm),
+    "no longer lazy": (lambda: nn.LazyLinear(6), _materialized),
+    "of its own class": (lambda: nn.Linear(8, 6), lambda m: (_fill(m), setattr(m.x, "__class__", Twice))),
+    "without a hook": (lambda: Hooked(8, 6), lambda m: (_fill(m), m.x.hook.remove())),  # type: ignore[union-attr]
+}
+
+
+class Hooked(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.hook = self.register_forward_hook(self._negated)
+
+    def _negated(self, module: nn.Module, x: Any, y: torch.Tensor) -> torch.Tensor:
+        return -y
+
+
+@pytest.mark.parametrize("kind", BECOMES)
+def test_loading_makes_another_module_of_one(kind: str) -> None:
+    """As vocoders lose their weight norm when their weights are there."""
+    make, load = BECOMES[kind]
+
+    def build(m: Model, flag: float) -> None:
+        m.x = make()
+
+    published = publish(build, load)
+    attached = attach(published, build)
+    assert type(attached.x) is type(published.model.x)
+    for m in (published.model, attached):
+        assert [*m.x.state_dict()] == [*published.model.x.state_dict()]
+    assert torch.equal(attached.x(ONES.new_ones(1, 8)), published.model.x(ONES.new_ones(1, 8)))
+
+
+SWITCHES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "get_float32_matmul_precision": (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: torch.set_float32_matmul_precision("highest"),
+    ),
+    "are_deterministic_algorithms_enabled": (
+        lambda: torch.use_deterministic_algorithms(True),
+        lambda: torch.use_deterministic_algorithms(False),
+    ),
+    "math_sdp_enabled": (
+        lambda: torch.backends.cuda.enable_math_sdp(False),
+        lambda: torch.backends.cuda.enable_math_sdp(True),
+    ),
+    "allow_bf16_reduced_precision_reduction": (
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_loading_turns_a_switch_of_torch(name: str) -> None:
+    """Kernels of the publisher would compute in another way than those of an engine that attaches."""
+    change, undo = SWITCHES[name]
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed torch.*, which all models of this process share"):
+            publish(plain, lambda m: change())
+    finally:
+        undo()
+    attach(publish(lambda m, flag: (change(), undo())), plain)
+
+
+@dataclasses.dataclass
+class Fields:
+    """Data of a model's author, with values and tensors."""
+
+    first: Any
+    second: Any = None
+
+
+class Named(NamedTuple):
+    first: Any
+    second: Any = None
+
+
+def relu_times(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+    return by * torch.relu(x)
+
+
+def relu_of(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x)
+
+
+TABLE_OF_FUNCTIONS = {"relu": torch.relu, "silu": functional.silu}
+
+
+def ones(value: float) -> torch.Tensor:
+    return torch.full((2,), value)
+
+
+MADE: dict[str, Callable[[Model], Any]] = {
+    "tuple": lambda m: (ones(1), 5, (ones(2), (ones(3), "a"))),
+    "named tuple": lambda m: Named(ones(1), [Named(ones(2), 3)]),
+    "tuple of the model's": lambda m: (m.first, m.second.weight, m.second.weight, nn.Linear),
+    "dataclass": lambda m: Fields(ones(1), {"a": Fields(2.0, (ones(3), Fields(4)))}),
+    "frozen dataclass": lambda m: Frozen(Frozen((1.0, ones(2)))),
+    "list of many": lambda m: [Fields([number], (ones(number),)) for number in range(12)],
+    "function": lambda m: [torch.relu, functional.silu, relu_times, Scaled.factor, torch.sigmoid],
+    "function of a table": lambda m: TABLE_OF_FUNCTIONS["relu"],
+    "partial": lambda m: functools.partial(relu_times, by=3.0),
+    "partial of a partial": lambda m: functools.partial(functools.partial(functional.linear, ones(1)), bias=None),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_loading_makes_of_data_and_functions(kind: str) -> None:
+    """Tuples and dataclasses are made without a constructor, and functions are found by their names."""
+    published = publish(plain, lambda m: setattr(m, "made", MADE[kind](m)))
+    attached = attach(published, plain)
+    assert not differences(vars(walk(published.model)), vars(walk(attached)))
+
+
+def test_a_function_that_loading_binds_to_a_module() -> None:
+    def load(m: Model) -> None:
+        m.first.forward = types.MethodType(relu_of, m.first)
+
+    x = torch.tensor([-1.0, 2.0])
+    assert attach(publish(plain, load), plain).first(x).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("how", [lambda f: f, functools.partial], ids=["function", "partial"])
+def test_a_function_that_says_it_is_another_is_refused(how: Callable[[Any], Any]) -> None:
+    """One that wraps it has its name, and does something else."""
+
+    def load(m: Model) -> None:
+        m.made = how(functools.wraps(relu_times)(lambda x: x))
+
+    with pytest.raises(NotShareableError, match=r"loading set made to another .*function .*relu_times"):
+        publish(plain, load)
+
+
+@pytest.mark.parametrize("make", [Box, CacheConfig, threading.Lock, lambda: functools.partial(Box(1).__init__)])
+def test_objects_that_are_more_than_data_are_refused(make: Callable[..., Any]) -> None:
+    with pytest.raises(NotShareableError, match=r"loading set made\S* to .*, which cannot be described"):
+        publish(plain, lambda m: setattr(m, "made", make(1) if make is Box else make()))
+
+
+def _split(m: Model, size: int) -> None:
+    m.whole = nn.Parameter(torch.empty(size, 4), requires_grad=False)
+    m.parts = m.whole.split(size // 2)
+
+
+def _flat(m: Model, size: int) -> None:
+    m.whole = torch.zeros(size, dtype=torch.uint8)
+    m.parts = [m.whole[: size // 2].view(torch.float32), m.whole[size // 2 :]]
+
+
+def _of_a_leaf(m: Model, size: int) -> None:
+    m.whole = nn.Parameter(torch.empty(size, 4))
+    with torch.no_grad():
+        m.parts = [Box(m.whole.view(-1)[4:]), m.whole.t()]
+
+
+@pytest.mark.parametrize("size", [8, LARGE])
+@pytest.mark.parametrize("make", [_split, _flat, _of_a_leaf])
+def test_a_constructor_keeps_parts_of_a_weight(make: Callable[[Model, int], None], size: int) -> None:
+    """They are the same memory in an attached engine."""
+
+    def load(m: Model) -> None:
+        m.whole.data.copy_(torch.arange(m.whole.numel()).view_as(m.whole) % 100)
+
+    published = publish(lambda m, flag: make(m, size), load)
+    attached = attach(published, lambda m, flag: make(m, size))
+    assert torch.equal(attached.whole, published.model.whole)
+    for model in (published.model, attached):
+        for part in (getattr(part, "value", part) for part in model.parts):
+            assert part.untyped_storage().data_ptr() == model.whole.untyped_storage().data_ptr()
+
+
+def test_a_weak_reference_to_a_weight() -> None:
+    """It leads to the same object, whatever memory that has."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weak = weakref.ref(m.first.weight)
+
+    attached = attach(publish(build), build)
+    assert attached.weak() is attached.first.weight
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_small_weight_whose_memory_is_work_space_is_private(kind: str) -> None:
+    """As scales that engines measure anew: a write to what all map would end the engine."""
+
+    def load(m: Model) -> None:
+        m.scale = nn.Parameter(checkpoint(3.0)[:4].clone(), requires_grad=False)
+        if kind == "buffer":
+            m.register_buffer("measured", m.scale.data[1:], persistent=False)
+        else:
+            m.measured = m.scale.data[1:]
+
+    published = publish(plain, load)
+    attached = attach(published, plain)
+    assert in_arena(attached.first.weight, published)
+    for model in (published.model, attached):
+        assert not in_arena(model.measured, published)
+        model.measured.fill_(7.0)
+        assert model.scale.tolist() == [3.0, 7.0, 7.0, 7.0]
+
+
+def _swap(m: Model) -> None:
+    m.one, m.other = m.other, m.one
+
+
+def _same(m: Model) -> None:
+    m.one = m.other
+
+
+MOVED: dict[str, Change] = {
+    "swapped": _swap,
+    "at a second place": _same,
+    "reversed": lambda m: m.several.reverse(),
+    "taken from a list": lambda m: m.several.pop(0),
+    "taken from a dict": lambda m: m.named.update(a=m.named.pop("b")),
+    "another tuple": lambda m: setattr(m, "fixed", m.fixed[::-1]),
+}
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_loading_moves_objects_that_building_made(kind: str) -> None:
+    """What is in them may follow from flags: those of the publisher must not take the place of this engine's."""
+
+    def build(m: Model, flag: float) -> None:
+        m.one, m.other, m.several = Box(flag), Box(2 * flag), [Box(number * flag) for number in range(4)]
+        m.named, m.fixed = {"a": Box(flag), "b": Box(2 * flag)}, (Box(flag), Box(2 * flag))
+
+    published = publish(build, MOVED[kind], flag=1.0)
+    attached = attach(published, build, flag=1.0)
+    assert not differences(vars(walk(published.model)), vars(walk(attached)))
+    with pytest.raises(ParityError, match=r"value is built as .* here and as .* in the published model"):
+        attach(published, build, flag=0.25)

@@ -112,7 +112,9 @@ class WithoutWeights:
     def is_uninitialized(self, tensor: torch.Tensor) -> bool:
         """Whether a deferred tensor was never given a value, so that any memory will do for it."""
         address = tensor.untyped_storage()._cdata
-        return address in self._deferred and address not in self._touched and tensor._version == 0
+        if address not in self._deferred or address in self._touched:
+            return False
+        return tensor.is_inference() or tensor._version == 0  # of what was made for inference nothing is counted
 
     @contextmanager
     def paused(self) -> Iterator[None]:

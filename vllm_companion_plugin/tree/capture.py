@@ -36,9 +36,9 @@ from vllm_companion_plugin.tree.classes import (
     kind_of,
     slot_members,
 )
-from vllm_companion_plugin.tree.descriptions import answers, describe_value, in_fixed_order, key_texts
+from vllm_companion_plugin.tree.descriptions import answers, describe_value, key_texts
 from vllm_companion_plugin.tree.live import NO_BUFFER, NO_PARAMETER, LiveModule, LiveSlot, Place, Tree, named_modules
-from vllm_companion_plugin.tree.values import class_name, is_literal
+from vllm_companion_plugin.tree.values import class_name, is_literal, text_of
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 """Names of what PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
@@ -401,7 +401,7 @@ class _Walk:
                 # The items of a holder are set otherwise than its attributes.
                 holder = dictionary(value) if isinstance(value, HOLDERS) else value
                 self._insides(live, path, value, holder, cls, depth)
-            return f"{name} of {base_of(value).__len__(value)}"
+            return f"{name} of {base_of(value).__len__(value)}{_limits(value)}"
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             for position, item in enumerate(value.flat):
                 self._value(live, f"{path}[{position}]", item, None, "", depth + 1)
@@ -425,11 +425,38 @@ class _Walk:
             for text, (item_key, item) in zip(texts, items, strict=True):
                 self._value(live, f"{path}[{text}]", item, value, item_key, depth + 1)
         elif isinstance(value, (set, frozenset)):
-            for position, item in enumerate(in_fixed_order(base_of(value).__iter__(value))):
+            for position, item in enumerate(self._in_order(base_of(value).__iter__(value))):
                 self._value(live, f"{path}{{{position}}}", item, None, "", depth + 1)
         else:
             for position, item in enumerate(base_of(value).__iter__(value)):
                 self._value(live, f"{path}[{position}]", item, value, position, depth + 1)
+
+    def _in_order(self, values: Iterable[Any]) -> list[Any]:
+        """The parts of a set in an order that depends on no address, as far as the parts can be told apart.
+
+        Parts that are alike are told apart by where else in the model they are.
+        """
+
+        def text(value: Any) -> tuple[str, tuple[str, str]]:
+            if isinstance(value, torch.Tensor):
+                return f"{value.dtype} {tuple(value.shape)}", self._tensors.get(id(value), ("", ""))
+            held = [f"{name}={text_of(item)}" for name, item in sorted(dictionary(value).items())]
+            whole = describe_value(value) or f"{class_name(type(value))} {held}"
+            value = value.__self__ if isinstance(value, types.MethodType) else value  # methods are made when asked for
+            module = self._named.get(id(value))
+            return whole, self._met.get(id(value), ("", "")) if module is None else (module.path, "")
+
+        return sorted(values, key=text)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[int, tuple[str, str]]:
+        """Where parameters and buffers are, by id."""
+        found: dict[int, tuple[str, str]] = {}
+        for live in self._named.values():
+            for table in (live.module._parameters, live.module._buffers):
+                for name, tensor in table.items():
+                    found.setdefault(id(tensor), (live.path, name))
+        return found
 
     def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
         self._classes[cls] = None
@@ -485,3 +512,13 @@ class _Walk:
             self._met[id(value)] = live.path, path
             return None
         return ":".join(first)
+
+
+def _limits(value: Any) -> str:
+    """What a container does with items that come later, as far as its class does not say it."""
+    if isinstance(value, collections.deque):
+        return "" if value.maxlen is None else f" at most {value.maxlen}"
+    if isinstance(value, collections.defaultdict):
+        factory = value.default_factory
+        return f" made by {describe_value(factory) or class_name(type(factory))}"
+    return ""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
+import dataclasses
+import functools
 import random
 import re
 import sys
@@ -22,13 +25,17 @@ from torch import nn
 from vllm_companion_plugin.core.module_tree import AddedSlot, Manifest, Observed, TensorKind
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import MODULE_INTERNALS, capture
-from vllm_companion_plugin.tree.classes import MUTABLE
+from vllm_companion_plugin.tree.classes import MUTABLE, is_opaque
 from vllm_companion_plugin.tree.descriptions import describe_value, key_texts, tensor_attributes
 from vllm_companion_plugin.tree.live import NO_BUFFER, NO_PARAMETER, LiveModule, Place, Tree, full_name, named_modules
 from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 CHILDREN = "_modules"
 """Among the values that loading changed: names of a module's children, in their order."""
+CLASS = "__class__"
+"""Among them: the class that loading gave to a module that building made of another one."""
+_AS_BUILT = "as built: "
+"""Before the text of what building has to have made here, too."""
 _PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 _CONTAINERS: dict[str, Callable[[], Any]] = {
     "builtins.list": list,
@@ -36,13 +43,18 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
 }
-_PARTLY = (*_CONTAINERS.values(), set, bytearray, array.array, collections.defaultdict)
+_PARTLY = (*_CONTAINERS.values(), set, bytearray, array.array, collections.defaultdict, collections.Counter)
 """Containers of which loading may change a part."""
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
 """The text of a method of a module in the tree, and where that module is."""
-_CONTAINER = re.compile(r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: in the order (?P<order>.*))?", re.DOTALL)
+_PARTIAL = "partial of "
+_KEYWORDS = ".keywords"
+_LARGEST_TUPLE = 1 << 16
+_CONTAINER = re.compile(
+    r"(?P<kind>[\w.]+) of (?P<size>\d+)(?: at most (?P<most>\d+))?(?: in the order (?P<order>.*))?", re.DOTALL
+)
 """The text of a container of more than plain values; that of a dict goes on with its keys if loading changed them."""
 
 
@@ -56,6 +68,11 @@ def in_order(text: str, keys: Sequence[str]) -> str:
     return f"{text} in the order {list(keys)!r}"
 
 
+def as_built(text: str) -> str:
+    """The text of a value before loading, for a value that has to be the same in an engine that was only built."""
+    return _AS_BUILT + text
+
+
 def is_restorable(text: str | None) -> bool:
     """Whether a value of this text, or its absence, can be brought about in another model."""
     if text is None or text in (NO_PARAMETER, NO_BUFFER) or _REFERENCE.fullmatch(text) or _METHOD.fullmatch(text):
@@ -65,6 +82,16 @@ def is_restorable(text: str | None) -> bool:
     except ValueError:
         return False
     return True
+
+
+def without_known(values: dict[str, tuple[str | None, str | None]]) -> dict[str, tuple[str | None, str | None]]:
+    """Changed values without the parts of functions that each engine finds by their names: these have them there."""
+    found = tuple(
+        f"{name}."
+        for name, (_, text) in values.items()
+        if text is not None and text.startswith("function ") and is_restorable(text)
+    )
+    return {name: pair for name, pair in values.items() if not name.startswith(found)} if found else values
 
 
 def can_be_put(name: str) -> bool:
@@ -111,6 +138,9 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
         wanted.setdefault(owner, set()).add(name)
     tree = capture(model, wanted=wanted)
     values = _Values(tree)
+    for path, observed in changed.items():
+        if path in values.by_path:
+            values.check_as_built(values.by_path[path], observed)
     for path, observed in changed.items():
         live = values.by_path.get(path)
         if live is not None:
@@ -162,7 +192,9 @@ def _differences(tree: Tree, manifest: Manifest) -> dict[str, Observed]:
         names = live.attributes.keys() | info.attributes.keys()
         texts = {name: (live.attributes.get(name), info.attributes.get(name)) for name in names} | hung
         seen[info.path] = Observed(
-            values={name: pair for name, pair in sorted(texts.items()) if pair[0] != pair[1] and name not in here},
+            values=without_known(
+                {name: pair for name, pair in sorted(texts.items()) if pair[0] != pair[1] and name not in here}
+            ),
             added=tuple(added),
             removed=tuple(here.keys() - {slot.name for slot in info.slots}),
             retied=retied,
@@ -193,6 +225,8 @@ def _apply_to_modules(model: nn.Module, manifest: Manifest) -> None:
             for _ in named_modules(model):
                 pass
         for info in manifest.modules:
+            if (cls := info.observed.values.get(CLASS)) is not None:
+                _become(model.get_submodule(info.path), info.path, (cls[1] or "").removeprefix("class "))
             if (order := info.observed.values.get(CHILDREN)) is not None:
                 arrange(model.get_submodule(info.path)._modules, value_of(order[1] or ""))
     except (ValueError, TypeError) as error:
@@ -224,6 +258,17 @@ def _empty_module(path: str, class_name: str) -> nn.Module:
     module: nn.Module = cls.__new__(cls)
     nn.Module.__init__(module)
     return module
+
+
+def _become(module: nn.Module, path: str, class_name: str) -> None:
+    """Let `module` be of another class, as loading did. No constructor is called."""
+    cls = loaded_class(class_name)
+    if cls is None or not issubclass(cls, nn.Module):
+        raise ParityError(f"{path} is a {class_name} in the published model, which is not known here.", path)
+    try:
+        module.__class__ = cls
+    except TypeError as error:
+        raise ParityError(f"{path} cannot become a {class_name}: {error}.", path) from None
 
 
 def _remove_slots(module: nn.Module, observed: Observed) -> None:
@@ -279,12 +324,27 @@ class _Values:
         # By id: what replaced an object that cannot be changed in place, and that object, which keeps the id valid.
         self._replaced: dict[int, tuple[Any, Any]] = {}
 
+    def check_as_built(self, live: LiveModule, observed: Observed) -> None:
+        """Raise `ParityError` if building made something else here that loading only moved."""
+        for name, (built, _) in observed.values.items():
+            if built is None or not built.startswith(_AS_BUILT):
+                continue
+            place, there = self._place(live, name), built.removeprefix(_AS_BUILT)
+            here = None if place is None else describe_value(place.value) or there  # an object is what is in it
+            if here != there:
+                full = full_name(live.path, name)
+                raise ParityError(
+                    f"{full} is built as {here or 'absent'} here and as {there} in the published model.", full
+                )
+
     def change(self, live: LiveModule, observed: Observed) -> None:
         added = tuple(f"{slot.name}." for slot in observed.added)
         hung = {name for name in observed.values if name.startswith(added)}  # on tensors that are not there yet
         self._set_all(live, observed, observed.values.keys() - hung)
-        for name in sorted(observed.values, reverse=True):
-            if observed.values[name][1] is None:
+        gone = {name for name, (_, text) in observed.values.items() if text is None}
+        for name in sorted(gone, reverse=True):
+            part = _PART.fullmatch(name)
+            if part is None or part["parent"] not in gone:  # else it goes with what held it
                 self._delete(live, name)
         for slot in observed.added:
             self.put(live, slot.name, self._without_data(live, slot), slot.kind)
@@ -295,7 +355,9 @@ class _Values:
 
     def _set_all(self, live: LiveModule, observed: Observed, names: Set[str]) -> None:
         # What holds others comes first; a reference, when what it leads to is there.
-        for name in sorted(names - {CHILDREN}, key=lambda name: (_is_reference(observed.values[name][1]), name)):
+        for name in sorted(
+            names - {CHILDREN, CLASS}, key=lambda name: (_is_reference(observed.values[name][1]), _by_number(name))
+        ):
             built, text = observed.values[name]
             if text is not None and text not in (NO_PARAMETER, NO_BUFFER):
                 self._set(live, name, text, built)
@@ -363,12 +425,13 @@ class _Values:
             return  # an object, which processing makes; the comparison says it if it does not
         place = self._place(live, name)
         if place is not None:
-            if (container := _CONTAINER.fullmatch(text)) and type(place.value) is type(value):
+            if (container := _CONTAINER.fullmatch(text)) and _is_same_container(place.value, value):
                 if isinstance(value, (list, collections.deque)):
                     while len(place.value) > int(container["size"]):
                         place.value.pop()
                 return  # what is in it changes by itself
             if built is not None:  # loading changed this very object
+                built = built.removeprefix(_AS_BUILT)
                 self._check_built(live, name, place.value, built)
                 if _assign_in_place(place.value, value):
                     return
@@ -432,15 +495,33 @@ class _Values:
             return  # processing makes it; if it does not, the comparison says so
         _change(live, name, lambda: self._put_into(live, name, parent, part, value))
 
+    def _put_into_tuple(self, live: LiveModule, name: str, held: tuple[Any, ...], key: int, value: Any) -> None:
+        """Let the tuple at `name` have another item: another tuple takes its place, also in a tuple that it is in."""
+        items = tuple.__new__(type(held), (*held[:key], value, *held[key + 1 :]))
+        place, part = self._place(live, name), _PART.fullmatch(name)
+        if place is None:
+            raise TypeError("it is a part of nothing that can be changed")
+        around = self._holder(live, part["parent"]) if part is not None else None
+        if part is not None and isinstance(around, tuple):
+            self._put_into_tuple(live, part["parent"], around, value_of(part["key"]), items)
+        else:
+            place.set(items)
+        place.value = items
+
     def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
         key: Any = part["name"]
         if key is not None:
             if key.startswith("__") or (isinstance(parent, nn.Module) and key in MODULE_INTERNALS):
                 raise TypeError("it is Python's own, or PyTorch's")
-            object.__setattr__(parent, key, value)
+            if not isinstance(parent, functools.partial):
+                object.__setattr__(parent, key, value)
+            elif key == "args":  # and it was made of its function
+                Place(((parent, key),), None).set(value)
         else:
             key = value_of(part["key"])
-            if isinstance(parent, (list, collections.deque)) and key == len(parent):
+            if isinstance(parent, tuple):
+                self._put_into_tuple(live, part["parent"], parent, key, value)
+            elif isinstance(parent, (list, collections.deque)) and key == len(parent):
                 parent.append(value)
             else:
                 parent[key] = value
@@ -451,6 +532,10 @@ class _Values:
 
     def _holder(self, live: LiveModule, name: str) -> Any:
         place = self._place(live, name)
+        if place is None and name.endswith(_KEYWORDS):
+            partial = self._holder(live, name.removesuffix(_KEYWORDS))
+            if isinstance(partial, functools.partial):
+                return partial.keywords
         return place.value if place is not None else self._slots.get(f"{live.path}:{name}")
 
     def _delete(self, live: LiveModule, name: str) -> None:
@@ -469,6 +554,9 @@ class _Values:
     def _method(self, text: str, owner: str) -> Any:
         live = self.by_path.get(owner)
         found = getattr(live.module, text.rpartition(".")[2], None) if live is not None else None
+        if describe_value(found) != text and live is not None:  # a function that loading bound to the module
+            with contextlib.suppress(ValueError):
+                found = types.MethodType(loaded_function(text.removeprefix("method ")), live.module)
         if describe_value(found) != text:
             raise ParityError(f"the published model refers to the {text} of {owner!r}, which does not exist here.")
         return found
@@ -496,24 +584,74 @@ def _change(live: LiveModule, name: str, change: Callable[[], None]) -> None:
 def _made(text: str) -> Any:
     """The value of a text that needs no other object. Raises `ValueError` if there is none."""
     if (container := _CONTAINER.fullmatch(text)) is not None and container["kind"] in _CONTAINERS:
+        if (most := container["most"]) is not None:
+            return collections.deque(maxlen=int(most))
         return _CONTAINERS[container["kind"]]()
+    if container is not None and (items := _tuple_of(container["kind"], int(container["size"]))) is not None:
+        return items
     if text.startswith("class ") and (cls := loaded_class(text.removeprefix("class "))) is not None:
         return cls
     if text.startswith("function "):
-        return _loaded_function(text.removeprefix("function "))
+        return loaded_function(text.removeprefix("function "))
+    if text.startswith(_PARTIAL):
+        inner = text.removeprefix(_PARTIAL)
+        if inner.startswith(("function ", _PARTIAL)):
+            return functools.partial(_made(inner))  # its arguments are values of their own
+    cls = loaded_class(text)
+    if cls is not None and is_data(cls):
+        return object.__new__(cls)  # its fields are values of their own
     return value_of(text)
+
+
+def is_data(cls: type) -> bool:
+    """Whether objects of `cls` are nothing but their fields, so that one can be made without its constructor."""
+    made_by: Any = cls.__new__
+    is_plain = made_by is object.__new__ and not hasattr(cls, "__del__") and not issubclass(cls, nn.Module)
+    return is_plain and dataclasses.is_dataclass(cls) and not is_opaque(cls)
+
+
+def _tuple_of(kind: str, size: int) -> tuple[None, ...] | None:
+    """A tuple, or a named one, whose items are put there later."""
+    cls = loaded_class(kind)
+    if cls is None or not issubclass(cls, tuple) or size > _LARGEST_TUPLE:
+        return None
+    if cls is tuple or len(getattr(cls, "_fields", ())) == size:
+        made: tuple[None, ...] = tuple.__new__(cls, (None,) * size)
+        return made
+    return None
+
+
+def _is_same_container(one: Any, other: Any) -> bool:
+    """Whether both do the same with items that come later."""
+    return type(one) is type(other) and getattr(one, "maxlen", None) == getattr(other, "maxlen", None)
+
+
+def _by_number(name: str) -> list[Any]:
+    """What orders names as their numbers: the tenth item comes after the second."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _is_reference(text: str | None) -> bool:
     return text is not None and _REFERENCE.fullmatch(text) is not None
 
 
-def _loaded_function(name: str) -> Any:
-    """A function by its name. Raises `ValueError` unless a loaded module has it."""
-    module, _, last = name.rpartition(".")
-    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
-    if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) and f"{found.__module__}.{last}" == name:
-        return found
+def loaded_function(name: str) -> Any:
+    """A function by its name. Raises `ValueError` unless a loaded module, or a class of it, has it."""
+    module, rest = name, ""
+    while module and module not in sys.modules:
+        module, _, last = module.rpartition(".")
+        rest = f"{last}.{rest}" if rest else last
+    here: Any = sys.modules.get(module)
+    last = rest.rpartition(".")[2]
+    owner = loaded_class(name.rpartition(".")[0])
+    # Those of torch say that they are of a class, which has no such name.
+    for holder in (here, owner):
+        found: Any = vars(holder).get(last) if holder is not None else None
+        if isinstance(found, staticmethod):
+            found = found.__func__
+        is_function = isinstance(found, (types.FunctionType, types.BuiltinFunctionType))
+        if is_function and f"{found.__module__}.{found.__qualname__}" == name:
+            return found
     raise ValueError(f"{name} is no function that is loaded")
 
 
@@ -524,7 +662,7 @@ def _assign_in_place(current: Any, value: Any) -> bool:
         return False
     if kind is list or kind is bytearray or (kind is array.array and current.typecode == value.typecode):
         current[:] = value
-    elif kind in (dict, set, collections.OrderedDict) or (
+    elif kind in (dict, set, collections.OrderedDict, collections.Counter) or (
         kind is collections.defaultdict and current.default_factory is value.default_factory
     ):
         current.clear()

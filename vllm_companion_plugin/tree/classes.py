@@ -41,7 +41,7 @@ LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
 MUTABLE: frozenset[type] = frozenset(
     (
         *(list, dict, set, bytearray, array.array, itertools.count, types.SimpleNamespace, random.Random),
-        *(collections.deque, collections.OrderedDict, collections.defaultdict, torch.Generator),
+        *(collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter, torch.Generator),
         *(np.ndarray, np.random.RandomState, np.random.Generator),
     )
 )

@@ -1,4 +1,4 @@
-"""What a model's code keeps outside of its objects: attributes of its classes, and globals of its modules.
+"""What a model's code keeps outside of its objects: in its classes and modules, and by switches of torch.
 
 All objects of a process have these in common, and an attached engine would compute with what building left there. So a
 publication carries the plain values that loading set. If loading changes anything else there, a model is not shared.
@@ -6,13 +6,15 @@ publication carries the plain values that loading set. If loading changes anythi
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import operator
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, EnumMeta
 from typing import Any, TypeGuard
 
@@ -43,10 +45,14 @@ class Common:
         held: texts of plain values, and other objects, by name.
         behind: of all that is behind such objects the texts, and what tells it from another one. It has no entry for
             what the model holds, too.
+        switches: of torch, which say how kernels compute.
+        met: what the model held, as of `Tree`.
     """
 
     held: dict[_Holder, dict[str, Any]]
     behind: dict[_Holder, dict[str, Any]]
+    switches: dict[str, Any]
+    met: dict[int, tuple[str, str]]
 
     @classmethod
     def of(cls, tree: Tree) -> Common:
@@ -58,13 +64,22 @@ class Common:
 
     def now(self, tree: Tree) -> Common:
         """The same holders, as they are now that the model is `tree`."""
-        return self._of([*self.held], tree)
+        found = self._of([*self.held], tree)
+        if self._misses(found):  # of what the model holds since then
+            before = self._of([*self.held], replace(tree, met=self.met))
+            for one, parts in found.behind.items():
+                for name in self.behind[one].keys() - parts.keys() & before.behind[one].keys():
+                    parts[name] = before.behind[one][name]
+        return found
+
+    def _misses(self, now: Common) -> bool:
+        return any(parts.keys() - now.behind[one].keys() for one, parts in self.behind.items())
 
     @classmethod
     def _of(cls, holders: Sequence[_Holder], tree: Tree) -> Common:
         modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
-        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree))
+        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree), _switches(), tree.met)
 
     def changes(self, now: Common) -> tuple[CommonValue, ...]:
         """The plain values that are others in `now`, and those that an earlier load of this process had set.
@@ -87,6 +102,10 @@ class Common:
                 elif not (isinstance(text, str) and is_time(text)):
                     who = "loading" if name in changed else "loading another model in this process"
                     others.append(f"{who} changed {_name(one)}.{name}, which {_users(one)}")
+        others += [
+            f"loading changed {name}, which all models of this process share"
+            for name in _different(self.switches, now.switches)
+        ]
         if others:
             raise NotShareableError(min(others))
         return tuple(found)
@@ -169,6 +188,33 @@ def _holder(value: CommonValue) -> _Holder:
             f"{where}, which loading set for the publisher, is no part of the model here.", where, "absent"
         )
     return found
+
+
+def _switches() -> dict[str, Any]:
+    found = {}
+    for name, read in _SWITCHES.items():
+        with contextlib.suppress(RuntimeError):  # it was set by the other of two ways
+            found[name] = read()
+    for place in ("cudnn", "cuda.matmul", "mkldnn", "mkldnn.matmul"):
+        holder = operator.attrgetter(place)(torch.backends)
+        for name in _OF_BACKENDS:
+            with contextlib.suppress(AttributeError, RuntimeError, AssertionError):  # this build has none of it
+                found[f"torch.backends.{place}.{name}"] = getattr(holder, name)
+    return found
+
+
+_SWITCHES: Mapping[str, Callable[[], Any]] = {
+    "torch.get_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "torch.are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+    "torch.backends.cuda.flash_sdp_enabled": torch.backends.cuda.flash_sdp_enabled,
+    "torch.backends.cuda.mem_efficient_sdp_enabled": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "torch.backends.cuda.math_sdp_enabled": torch.backends.cuda.math_sdp_enabled,
+    "torch.backends.cuda.cudnn_sdp_enabled": torch.backends.cuda.cudnn_sdp_enabled,
+}
+_OF_BACKENDS = (
+    *("enabled", "benchmark", "deterministic", "allow_tf32", "fp32_precision", "allow_fp16_accumulation"),
+    *("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
+)
 
 
 def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from vllm_companion_plugin.core.packages import dictionary
 from vllm_companion_plugin.tree.values import class_name, text_of
 
 
@@ -71,15 +70,3 @@ def key_texts(keys: Iterable[Any]) -> list[str]:
         alike[text] += 1
         found.append(text if alike[text] == 1 else f"{text} {alike[text]}")  # objects of one class as keys
     return found
-
-
-def in_fixed_order(values: Iterable[Any]) -> list[Any]:
-    """The parts of a set in an order that depends on no address, as far as the parts can be told apart."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{value.dtype} {tuple(value.shape)}"
-        held = [f"{name}={text_of(item)}" for name, item in sorted(dictionary(value).items())]
-        return describe_value(value) or f"{class_name(type(value))} {held}"
-
-    return sorted(values, key=text)

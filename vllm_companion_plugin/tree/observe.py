@@ -17,25 +17,38 @@ parameter that nothing was seen to write is published without being shared: no e
 from __future__ import annotations
 
 import functools
+import re
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, CommonValue, Observed, TensorKind
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.capture import capture
-from vllm_companion_plugin.tree.changes import CHILDREN, can_be_put, in_order, is_restorable, reference
+from vllm_companion_plugin.tree.changes import (
+    CHILDREN,
+    CLASS,
+    as_built,
+    can_be_put,
+    in_order,
+    is_restorable,
+    loaded_function,
+    reference,
+    without_known,
+)
 from vllm_companion_plugin.tree.common import Common
-from vllm_companion_plugin.tree.descriptions import tensor_attributes
+from vllm_companion_plugin.tree.descriptions import describe_value, tensor_attributes
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import state_of
@@ -67,6 +80,7 @@ class Snapshot:
     """Where the walk met a value before, for values that can be changed in place and that it met before."""
     states: dict[tuple[str, str], str | None]
     """What only C code sees of the state of opaque objects."""
+    classes: dict[str, type]
 
     @classmethod
     def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
@@ -108,17 +122,19 @@ class Snapshot:
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
+            classes={live.path: type(live.module) for live in tree.modules},
         )
 
 
 def _added(slot: LiveSlot) -> AddedSlot:
     tensor = slot.tensor
+    has_form = not is_lazy(tensor)  # else loading gives it one
     return AddedSlot(
         slot.name,
         slot.kind,
         str(tensor.dtype).removeprefix("torch."),
-        tuple(tensor.shape),
-        tuple(tensor.stride()) if tensor.layout is torch.strided else (),
+        tuple(tensor.shape) if has_form else (),
+        tuple(tensor.stride()) if has_form and tensor.layout is torch.strided else (),
         class_name(type(tensor)),
         bool(tensor.requires_grad),
     )
@@ -205,7 +221,8 @@ class Observation:
             self._processed_early[id(module)] = module
         before, self._watch.module = self._watch.module, module
         try:
-            yield
+            with _Unseen(self._watch):
+                yield
         finally:
             self._watch.module = before
 
@@ -325,6 +342,8 @@ class Observation:
                 loaded.modules[live.path] = Observed(untouched=self._untouched(live.slots))
             else:
                 loaded.modules[live.path] = self._compare_module(live.path, was, is_at, now, live.slots, is_new=is_new)
+        self._mark_moved(loaded, tree, is_at)
+        _check_functions(loaded, tree)
         added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
         if self._moved:
             full = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
@@ -333,6 +352,29 @@ class Observation:
             if origin in added:  # an engine could not tell the one that was there from the one that is there now
                 raise NotShareableError(f"loading moved {origin} to {name} and put another one there")
         return loaded
+
+    def _mark_moved(self, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
+        """Mark what changed in objects that building made and loading moved: an engine has to have built the same.
+
+        What is in such an object may follow from flags, and does not come from loading. (An object that takes the place
+        in memory of one that is gone counts, too, which costs no more than that.)
+        """
+        marked: dict[str, set[str]] = {}
+        for number, (was, name) in self._common.met.items():
+            now, before = tree.met.get(number), (is_at.get(was, was), name)
+            if now is not None and now != before:
+                for path, place in (now, before):
+                    marked.setdefault(path, set()).add(place)
+        for path in marked.keys() & loaded.modules.keys():
+            parts = tuple(f"{place}{sign}" for place in marked[path] for sign in ".[{")
+            seen = loaded.modules[path]
+            changed = {
+                name: (as_built(built), text)
+                for name, (built, text) in seen.values.items()
+                if built is not None and name.startswith(parts)
+            }
+            if changed:
+                loaded.modules[path] = replace(seen, values={**seen.values, **changed})
 
     def _compare_module(
         self, path: str, was: str, is_at: dict[str, str], now: Snapshot, slots: list[LiveSlot], *, is_new: bool
@@ -344,6 +386,7 @@ class Observation:
             for name in texts.keys() | then.keys()
             if then.get(name) != texts.get(name) and name not in now.slots[path] and not is_time(texts.get(name))
         }
+        values = without_known(values)
         for name, (before, text) in list(values.items()):
             if (owner := now.owners.get((path, name))) is not None and text is not None:
                 values[name] = before, f"{text} of {owner}"
@@ -362,6 +405,10 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        if not is_new and (cls := now.classes[path]) is not built.classes.get(was, cls):
+            if loaded_class(class_name(cls)) is not cls:
+                raise NotShareableError(f"loading made {path!r} a {class_name(cls)}, a class that cannot be found")
+            values[CLASS] = describe_value(built.classes[was]), describe_value(cls)
         if now.children[path] != ([] if is_new else built.children.get(was, [])):
             values[CHILDREN] = None, repr(now.children[path])
         opaque = {} if is_new else built.opaque.get(was, {})
@@ -412,6 +459,27 @@ class Observation:
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
+
+
+def _check_functions(loaded: Loaded, tree: Tree) -> None:
+    """Raise `NotShareableError` if a function that loading put there is not the one that has its name.
+
+    One that wraps another says that it is that one.
+    """
+    wanted = {
+        path: names
+        for path, seen in loaded.modules.items()
+        if (names := {name: text for name, (_, text) in seen.values.items() if text and _FUNCTION.match(text)})
+    }
+    for (index, name), place in capture(tree.modules[0].module, wanted=wanted).places.items() if wanted else ():
+        path = tree.modules[index].path
+        function = place.value.func if isinstance(place.value, functools.partial) else place.value
+        if isinstance(function, _PYTHONS) and loaded_function(class_name(function)) is not function:  # type: ignore[arg-type]
+            raise NotShareableError(f"loading set {full_name(path, name)} to another {wanted[path][name]}")
+
+
+_FUNCTION = re.compile(r"(partial of )*function ")
+_PYTHONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 def _make_plain(tree: Tree) -> None:
@@ -471,6 +539,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.clean.difference_update(_storages(tensor))
         self.computed.update(_storages(tensor))
 
+    def note_look(self) -> None:
+        """Data was read into Python."""
+        if not self._paused:
+            self.measured.add(None if self.module is None else id(self.module))
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While open, operations are our own, and do not belong to loading."""
@@ -490,7 +563,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         writes, reads = _traits(func)
         if reads or _leaves_device(args, result):
-            self.measured.add(None if self.module is None else id(self.module))
+            self.note_look()
         read: set[int] = set()
         for value in (*args, *kwargs.values()):
             read.update(_storages(value))
@@ -534,6 +607,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.computed.discard(int(storage._cdata))
 
 
+class _Unseen(TorchFunctionMode):
+    """Notes who gives data of the host to Python, or to NumPy, without an operator."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READING and args and _is_plain(args[0]) and args[0].device.type == "cpu":
+            self._watch.note_look()
+        return func(*args, **(kwargs or {}))
+
+
+_READING = frozenset(
+    (
+        *("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__"),
+        *("storage", "untyped_storage", "_typed_storage"),
+    )
+)
+"""Names of methods that give data of a tensor, or the place of it, to others than operators."""
 _SHAPED = frozenset(
     f"aten::{name}"
     for name in (
@@ -597,7 +690,7 @@ def _renamed(full: str, is_at: dict[str, str]) -> str:
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A value that is equal for the same elements of the same storage, as long as that storage lives."""
-    storage = _storage_of(tensor)
+    storage = None if is_lazy(tensor) else _storage_of(tensor)
     return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 

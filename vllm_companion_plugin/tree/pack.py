@@ -36,9 +36,10 @@ from vllm_companion_plugin.memory.kind import Keeper
 from vllm_companion_plugin.memory.tensors.checksum import Summing
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree.descriptions import tensor_attributes
+from vllm_companion_plugin.tree.hidden import other_views
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name
 from vllm_companion_plugin.tree.observe import Loaded, Observation, check_plain
-from vllm_companion_plugin.tree.values import class_name
+from vllm_companion_plugin.tree.values import class_name, dtype_name
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
@@ -52,6 +53,7 @@ PRIVATE_ATTRIBUTE_BYTES = 1 << 20
 
 _LARGEST_TABLE = 1 << 20
 _ADDRESSES = (torch.int64, torch.uint64)
+_STORAGES = (torch.UntypedStorage, torch.TypedStorage)
 _SHORTEST = 9
 _LONG_NUMBER = re.compile(rf"(?<![\w.])\d{{{_SHORTEST},19}}(?![\w.])")
 
@@ -124,6 +126,9 @@ def survey(tree: Tree, device: torch.device, observation: Observation | None) ->
         storage.tensors.append(index)
         storage.private &= private[index]
         placed.append(storage)
+    for storage in by_storage.values():  # a weight that is work space, too; a large one stays a weight
+        is_small = storage.stop - storage.start <= PRIVATE_ATTRIBUTE_BYTES
+        storage.private |= is_small and any(private[index] for index in storage.tensors)
 
     # Largest first: a tensor larger than a chunk is copied while nothing is lost yet to partly used
     # segments of torch's allocator, and the small tensors that share such segments go together.
@@ -204,10 +209,24 @@ def _check_addresses(tree: Tree, packing: Packing) -> None:
                 raise NotShareableError(f"{tree.describe(slot)} holds the address of a weight")
 
 
-@functools.cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch's name without the prefix."""
-    return str(dtype).removeprefix("torch.")
+def _check_views(tree: Tree, packing: Packing) -> None:
+    """Nothing but tensors views memory that is packed: NumPy's arrays and storages would stay on what tensors leave.
+
+    Raises:
+        NotShareableError: naming what leads to such a view.
+    """
+    spans: set[tuple[int, int]] = set()
+    is_exported = any(isinstance(value, _STORAGES) for value in tree.opaque.values())
+    for tensor, info in zip(packing.tensors, packing.infos, strict=True):
+        if tensor.device.type == "cpu" and not info.own and tensor.numel():
+            storage = tensor.untyped_storage()
+            spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            # PyTorch lets no storage grow that is NumPy's, too.
+            is_exported |= not storage.resizable()
+    if is_exported and (views := other_views(tree.modules[0].module, sorted(spans))):
+        raise NotShareableError(
+            f"{len(views)} objects view memory of tensors that loading filled, the first is {views[0]}"
+        )
 
 
 def _span(tensor: torch.Tensor, tree: Tree, slot: LiveSlot) -> tuple[int, int]:
@@ -285,6 +304,7 @@ def prepare(
     if not packing.storages:
         raise NotShareableError("the model has no tensors.")
     _check_addresses(tree, packing)
+    _check_views(tree, packing)
     placement = plan(
         [s.stop - s.start for s in packing.storages],
         [s.start % (ALIGNMENT if device.type == "cuda" else HOST_ALIGNMENT) for s in packing.storages],

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,8 +30,7 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.changes import is_restorable
 from vllm_companion_plugin.tree.descriptions import tensor_attributes
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name
-from vllm_companion_plugin.tree.pack import dtype_name
-from vllm_companion_plugin.tree.values import class_name, value_of
+from vllm_companion_plugin.tree.values import class_name, dtype_name, value_of
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
 
@@ -227,7 +227,7 @@ def _is_data(text: str | None) -> bool:
 
 
 def _names_code(value: Any) -> bool:
-    if isinstance(value, (enum.Enum, torch.dtype, torch.layout, torch.memory_format, type)):
+    if isinstance(value, (enum.Enum, torch.dtype, np.dtype, torch.layout, torch.memory_format, type)):
         return True
     if isinstance(value, dict):
         return any(map(_names_code, (*value.keys(), *value.values())))

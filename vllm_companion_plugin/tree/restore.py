@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -395,7 +394,38 @@ class Restorer:
             del storage
         bound = self._source.tensor(index)
         self._bound[id(tensor)] = index, bound.data_ptr(), tensor
-        _replace(tensor, bound, name)
+        try:
+            _replace(tensor, bound, name)
+        except NotShareableError:
+            if not self._bind_views(tensor):
+                raise
+            _replace(tensor, bound, name)
+
+    def _bind_views(self, base: torch.Tensor) -> bool:
+        """Bind the published views of `base` in the model, which keep it from being replaced. Returns whether any was.
+
+        A constructor may keep parts of a parameter, or of one flat memory, under names of their own.
+        """
+        found = False
+        for path, name, tensor in self._views.get(id(base), ()):
+            published = self._modules.get(path)
+            slots = published.slots if published is not None else ()
+            index = next((want.tensor for want in slots if want.name == name), None)
+            if index is not None and tensor._is_view() and is_like(tensor, self._source.manifest.tensors[index]):
+                self._bind(tensor, index, full_name(path, name))
+                found = True
+        return found
+
+    @functools.cached_property
+    def _views(self) -> dict[int, list[tuple[str, str, torch.Tensor]]]:
+        """By id of a tensor: its views that the constructor left in the model, with path of the module and name."""
+        found: dict[int, list[tuple[str, str, torch.Tensor]]] = {}
+        tree = capture(self._model)
+        for slot in tree.slots():
+            if slot.tensor._is_view():
+                views = found.setdefault(id(slot.tensor._base), [])
+                views.append((tree.modules[slot.module].path, slot.name, slot.tensor))
+        return found
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)]
@@ -428,11 +458,12 @@ def _replace(tensor: torch.Tensor, data: torch.Tensor, name: str) -> None:
     """Let the object `tensor` carry `data` from now on, so that all that hold the object see the new data.
 
     `torch.utils.swap_tensors` does the same in four times the time, because its tensors may differ in class, in
-    attributes and in slots. What `swap_tensors` refuses is left to it, so its words are in the error.
+    attributes and in slots. What `swap_tensors` refuses is left to it, so its words are in the error. But weak
+    references, of which it cannot know whose they are meant to be: they stay with the object.
     """
     kind = type(tensor)
     twin = data if kind is torch.Tensor else torch.Tensor._make_subclass(kind, data, tensor.requires_grad)
-    if tensor._use_count() == twin._use_count() == 1 and not weakref.getweakrefcount(tensor):  # type: ignore[attr-defined]
+    if tensor._use_count() == twin._use_count() == 1:  # type: ignore[attr-defined]
         torch._C._swap_tensor_impl(tensor, twin)
         return
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import random
 import threading
 import types
@@ -16,16 +17,23 @@ from vllm_companion_plugin.tree.descriptions import answers, describe_value
 from vllm_companion_plugin.tree.values import class_name, text_of
 
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_DEEPEST = 8
 
 
 def state_of(value: Any) -> str | None:
     """The state of an object whose attributes do not show it, as far as that tells; None if nothing does.
 
     Positions of iterators, generators and random numbers, bytes of memory, items of weak containers, what a thread or
-    a context sees.
+    a context sees. Of configurations, which no walk looks into, the plain values.
     """
-    if not answers(value):
+    return _state_of(value, 0)
+
+
+def _state_of(value: Any, depth: int) -> str | None:
+    if depth > _DEEPEST or not answers(value):
         return None
+    if _is_configuration(value):
+        return _configured(value, depth) if hasattr(value, "__dict__") else None
     if isinstance(value, (np.ndarray, memoryview)):
         return text_of(np.asarray(value))
     if isinstance(value, random.Random):
@@ -46,12 +54,29 @@ def state_of(value: Any) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return repr([_parts_text(part) for part in reduce(value)[1:]])
+            return repr([_parts_text(part, depth) for part in reduce(value)[1:]])
     except Exception:  # it cannot be asked
         return None
 
 
-def _parts_text(value: Any) -> Any:
+def _is_configuration(value: Any) -> bool:
+    """Whether it is data that says all of itself: vLLM's configurations are dataclasses, those of models have this."""
+    return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or hasattr(type(value), "to_dict")
+
+
+def _configured(value: Any, depth: int) -> str:
+    """The attributes that are plain values, also those of configurations inside."""
+    found = {}
+    for name, part in list(vars(value).items()):
+        text = describe_value(part)
+        if text is None and _is_configuration(part):
+            text = _state_of(part, depth + 1)
+        found[name] = class_name(type(part)) if text is None else text
+    return repr(found)
+
+
+def _parts_text(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (tuple, list)):
-        return [_parts_text(part) for part in value]
-    return describe_value(value) or class_name(type(value))
+        return [_parts_text(part, depth) for part in value]
+    # An iterator may have its position in others.
+    return describe_value(value) or (class_name(type(value)), _state_of(value, depth + 1))

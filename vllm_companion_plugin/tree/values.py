@@ -14,9 +14,12 @@ import collections
 import decimal
 import enum
 import fractions
+import functools
 import hashlib
 import itertools
+import pathlib
 import random
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -43,6 +46,12 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name without the prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
 def text_of(value: Any, depth: int = 0) -> str | None:
     """The canonical text of a plain value; None for everything else."""
     kind = type(value)
@@ -58,6 +67,8 @@ def text_of(value: Any, depth: int = 0) -> str | None:
         return str(value)
     if issubclass(kind, np.generic):
         return _array_text("scalar", np.asarray(value))
+    if issubclass(kind, np.dtype):
+        return None if value.fields or value.subdtype else f"numpy.dtype({value.str!r})"
     if issubclass(kind, tuple) and hasattr(kind, "_fields") and depth <= _MAX_DEPTH:
         parts = _parts(value, depth + 1)
         return None if parts is None else f"{class_name(kind)}({', '.join(parts)})"
@@ -146,6 +157,11 @@ def _defaultdict(value: collections.defaultdict[Any, Any], depth: int) -> str | 
     return f"collections.defaultdict({factory.__name__ if isinstance(factory, type) else None}, {text})"
 
 
+def _counter(value: collections.Counter[Any], depth: int) -> str | None:
+    text = _dict(value, depth)
+    return None if text is None else f"collections.Counter({text})"
+
+
 def _bytes_text(data: bytes) -> str:
     return repr(data) if len(data) <= _MAX_BYTES else f"sha256 {hashlib.sha256(data).hexdigest()}"
 
@@ -157,7 +173,8 @@ def _array_text(what: str, value: np.ndarray[Any, Any]) -> str | None:
         return f"numpy.{value.dtype.name}({value.item()!r})"
     data = np.ascontiguousarray(value).tobytes()
     layout = value.dtype.descr if value.dtype.names else value.dtype.str
-    return f"numpy.{what}({layout!r}, {value.shape!r}, {_bytes_text(data)})"
+    order = ", 'F'" if value.flags.f_contiguous and not value.flags.c_contiguous else ""
+    return f"numpy.{what}({layout!r}, {value.shape!r}, {_bytes_text(data)}{order})"
 
 
 def _generator(value: torch.Generator, depth: int) -> str:
@@ -181,6 +198,7 @@ _WRITERS: dict[type, Callable[[Any, int], str | None]] = {
     frozenset: _frozenset,
     collections.deque: _deque,
     collections.OrderedDict: _ordered,
+    collections.Counter: _counter,
     collections.defaultdict: _defaultdict,
     complex: lambda value, depth: f"complex({value.real!r}, {value.imag!r})",
     torch.Size: lambda value, depth: f"torch.Size({list(value)!r})",
@@ -198,6 +216,8 @@ _WRITERS: dict[type, Callable[[Any, int], str | None]] = {
     np.random.RandomState: lambda value, depth: _random_state_text(value, depth),
     np.random.Generator: lambda value, depth: _numpy_generator_text(value, depth),
     types.SimpleNamespace: lambda value, depth: _namespace_text(value, depth),
+    pathlib.PosixPath: lambda value, depth: f"pathlib.PosixPath({str(value)!r})",
+    re.Pattern: lambda value, depth: f"re.compile({value.pattern!r}, {value.flags})",
 }
 
 
@@ -221,6 +241,7 @@ MAY_BE_PLAIN: tuple[type, ...] = (
     enum.Enum,
     *_TORCH_NAMES,
     np.generic,
+    np.dtype,
     tuple,
     str,
     bytes,
@@ -233,7 +254,7 @@ MAY_BE_PLAIN: tuple[type, ...] = (
 
 
 # What parsing and the constructors raise; the last ones of nested text.
-_NO_VALUE = (SyntaxError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+_NO_VALUE = (SyntaxError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, MemoryError, re.error)
 _CONSTANTS = {"nan": float("nan"), "inf": float("inf"), "Ellipsis": ...}
 _FACTORIES: dict[str, type] = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "str": str}
 
@@ -245,8 +266,9 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def _make_array(dtype: Any, shape: tuple[int, ...], data: bytes) -> np.ndarray[Any, Any]:
-    return np.frombuffer(bytearray(data), dtype=np.dtype(dtype)).reshape(shape)
+def _make_array(dtype: Any, shape: tuple[int, ...], data: bytes, order: str = "C") -> np.ndarray[Any, Any]:
+    made = np.frombuffer(bytearray(data), dtype=np.dtype(dtype)).reshape(shape)
+    return np.asfortranarray(made) if order == "F" else made
 
 
 def _make_generator(device: str, state: bytes) -> torch.Generator:
@@ -282,6 +304,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "frozenset": frozenset,
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
+    "collections.Counter": lambda items: collections.Counter(_checked(items, dict)),
     "collections.defaultdict": collections.defaultdict,
     "torch.Size": torch.Size,
     "torch.device": torch.device,
@@ -299,6 +322,9 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "numpy.random.RandomState": _make_random_state,
     "numpy.random.Generator": _make_numpy_generator,
     "types.SimpleNamespace": lambda values: types.SimpleNamespace(**values),
+    "numpy.dtype": lambda text: np.dtype(_checked(text, str)),
+    "pathlib.PosixPath": lambda text: pathlib.PosixPath(_checked(text, str)),
+    "re.compile": re.compile,
 }
 
 

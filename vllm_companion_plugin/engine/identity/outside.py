@@ -46,6 +46,12 @@ _NOTES = (".log", ".lock", ".pid", ".tmp")
 """Files that programs write for themselves, also beside their code."""
 _ANY_DEPTH = "**"
 _VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_]+)["']""")
+_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9]+_(\w*_)?", re.ASCII)
+"""Texts that variables may begin with: code asks for those that do, or puts the rest of the name behind it."""
+_ASKING = re.compile(rb"getenv|environ|env_?prefix|envvar", re.IGNORECASE)
+"""In sources that read variables. Elsewhere a text like `layer_` begins other names."""
+_NAMES = re.compile(r"[A-Z][A-Z0-9_]*_\*[A-Z0-9_]*|\*_[A-Z0-9_]{2,}[A-Z0-9]", re.ASCII)
+"""Names of variables in an f-string, with values in them."""
 # Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
 _OF_THE_PROCESS = re.compile(
     r".*(RANK|WORLD_SIZE|VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
@@ -177,13 +183,25 @@ class _Unit:
     def variables(self) -> dict[str, str]:
         """Return the variables of the environment that sources name in quotation marks, except those of the process.
 
-        Those that begin with VLLM_ are compared anyway (`configuration`).
+        So do those whose first part, or a pattern of which, sources name. Those that begin with VLLM_ are compared
+        anyway (`configuration`).
         """
-        named = {name.decode() for path in self._sources.values() for name in _VARIABLE.findall(_bytes(path))}
+        named: set[str] = set()
+        parts: set[str] = set()
+        for path in self._sources.values():
+            source = _bytes(path)
+            names = {name.decode() for name in _VARIABLE.findall(source)}
+            named |= names
+            if _ASKING.search(source):
+                parts |= {rf"(?i:{name}).*" for name in names if _PREFIX.fullmatch(name)}
+                parts |= {text.replace("*", r"\w*") for text in mentions_of(path).texts if _NAMES.fullmatch(text)}
+        pattern = re.compile("|".join(sorted(parts)) or "(?!)")
         return {
-            f"env.{name}": _value_shown(os.environ[name])
-            for name in named & os.environ.keys()
-            if not name.startswith("VLLM_") and not _OF_THE_PROCESS.fullmatch(name)
+            f"env.{name}": _value_shown(value)
+            for name, value in os.environ.items()
+            if (name in named or pattern.fullmatch(name))
+            and not name.startswith("VLLM_")
+            and not _OF_THE_PROCESS.fullmatch(name)
         }
 
     def uses(self) -> set[str]:

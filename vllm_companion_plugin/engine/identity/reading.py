@@ -32,6 +32,8 @@ LARGEST_BYTES = 16 << 20
 
 _HUB = "hub:"
 """Prefix of the name of a file in the hub's cache, wherever that cache is."""
+ABSENT = "absent"
+"""Identity of a file that was asked for and was not there: it would have been read."""
 _PACKAGE = "package:"
 """Prefix of the name of a file in a package that is no part of vLLM, wherever that package is."""
 _SHORT = 16
@@ -85,8 +87,9 @@ class Reading:
         A name is a path below the checkpoint; `hub:` and a path below the hub's cache; `package:` and a path below a
         package; or an absolute path. The name of a folder that was listed ends with a slash.
         """
-        opened = {os.path.abspath(path) for path in list(self._read)}
-        for path in sorted(opened):
+        asked_for = {os.path.abspath(path) for path in list(self._read)}
+        opened = set(asked_for)
+        for path in sorted(asked_for):
             if os.path.basename(path) in _TOKENIZER_SEEN:
                 opened |= {os.path.join(os.path.dirname(path), name) for name in _TOKENIZER}
         written = {os.path.abspath(path) for path in list(self._written)}
@@ -104,8 +107,12 @@ class Reading:
         found = {}
         for path in sorted((opened | by_outside) - written):
             name = _name(path, self._checkpoint, names, path in by_outside)
-            if name is not None and (identity := _identity(name, path)) is not None:
+            if name is None:
+                continue
+            if (identity := _identity(name, path)) is not None:
                 found[name] = identity
+            elif path in asked_for and not os.path.lexists(path):
+                found[name] = ABSENT
         return found
 
 
@@ -135,7 +142,7 @@ def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | No
     """
     base = _directory_of(checkpoint)
     here = {name: _identity(name, path) if (path := _path(name, base)) else None for name in sorted(recorded)}
-    return {name: identity for name, identity in here.items() if identity != recorded[name]}
+    return {name: identity for name, identity in here.items() if (identity or ABSENT) != recorded[name]}
 
 
 def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
@@ -144,7 +151,9 @@ def differences(recorded: Mapping[str, str], checkpoint: Path) -> list[str]:
     Returns one text for each file, with both values; no text if all files are the same.
     """
     return [
-        f"{name} has content {_shown(recorded[name])} there and {_shown(identity) if identity else 'is absent'} here"
+        f"{name} is absent there and has content {_shown(identity or '')} here"
+        if recorded[name] == ABSENT
+        else f"{name} has content {_shown(recorded[name])} there and {_shown(identity or '') or 'is absent'} here"
         for name, identity in changed(recorded, checkpoint).items()
     ]
 

@@ -47,6 +47,7 @@ NOT_THE_MODELS: Mapping[str, str] = {
     "torch._ops": "operators are the program",
     "torch._library": "operators are the program",
     "torch.library": "operators are the program",
+    "torch.utils.hooks": "handles of hooks have numbers that the process counts",
     "torch.cuda": "streams, events and graphs belong to the process",
     "vllm.lora.model_manager": "adapters come and go with requests",
     "vllm.lora.punica_wrapper": "adapters come and go with requests",
@@ -78,12 +79,13 @@ _EXACT_VALUES = frozenset(_VALUES)
 _TEXTS: tuple[type, ...] = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.dtype, np.generic),
     *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
-    *(uuid.UUID, os.PathLike, re.Pattern, type(Ellipsis), type(NotImplemented)),
+    *(uuid.UUID, os.PathLike, type(Ellipsis), type(NotImplemented)),
 )
 # Python makes such objects anew at each access, or interns them. So identity of two such objects means nothing.
 _WITHOUT_IDENTITY = (tuple, frozenset, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 # Their classes are the program.
 _LIBRARIES = frozenset(("torch", "numpy", *sys.stdlib_module_names))
+_WITH_VERSIONS = frozenset(("vllm", "transformers"))
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 # Attributes of torch.compile: https://github.com/pytorch/pytorch/blob/main/torch/_dynamo/decorators.py has dozens.
@@ -153,12 +155,18 @@ class _Walk:
             if cls not in self._classes:
                 self._classes.add(cls)
                 self._others.extend((f"class {name_of(cls)}.{name}", part) for name, part in _held_by(cls))
-        parts = list(_parts(value))
+        parts = list(_parts(value, self._place_of))
         for way, part, in_tree in parts:
             (self._tree if in_tree else self._others).append(((path + way).removeprefix("."), part))
         self._others.extend(
             (f"{path}<{number}>", part) for number, part in enumerate(_unnamed(value, [part for _, part, _ in parts]))
         )
+
+    def _place_of(self, value: Any) -> str:
+        """Return where the walk met an object, or the object of a method, which is made anew at each access."""
+        value = value.__self__ if issubclass(type(value), types.MethodType) else value
+        met = self._met.get(id(value))
+        return "" if met is None else met[0]
 
     def _note_weak_references(self) -> None:
         """Note what weak references lead to, by the path on which the walk reached that through its owner."""
@@ -196,6 +204,8 @@ def _text(value: Any) -> str | None:
         text = repr(value)
     elif issubclass(cls, enum.Enum):
         return f"{name_of(cls)}.{value._name_}"
+    elif issubclass(cls, re.Pattern):  # whose own text is cut short
+        text = f"{cls.__name__} {value.pattern!r} {value.flags}"
     elif issubclass(cls, _TEXTS):
         text = f"{cls.__name__} {value!r}"
     elif issubclass(cls, type):
@@ -232,7 +242,8 @@ def _form(value: Any) -> str:
     cls = type(value)
     name = name_of(cls)
     if issubclass(cls, types.FunctionType):
-        return f"function {value.__module__}.{value.__qualname__}:{value.__code__.co_firstlineno}"
+        line = value.__code__.co_firstlineno
+        return f"function {value.__module__}.{value.__qualname__}:{line} {_code_digest(value.__code__)}"
     if issubclass(cls, (types.BuiltinFunctionType, types.MethodWrapperType)):
         return f"function {value.__qualname__}"
     for kind in _VALUES:  # subclasses of these types
@@ -263,8 +274,23 @@ def _form(value: Any) -> str:
     return name
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Yield the named parts of a value: name, part, and whether the part is a module or tensor of the module tree."""
+@functools.cache
+def _code_digest(code: types.CodeType) -> str:
+    """Return what tells two functions of one name and line apart."""
+    texts = (_code_digest(one) if isinstance(one, types.CodeType) else _constant(one) for one in code.co_consts)
+    return hashlib.sha256(repr((code.co_code, code.co_names, *texts)).encode()).hexdigest()[:8]
+
+
+def _constant(value: Any) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+def _parts(value: Any, place_of: Callable[[Any], str]) -> Iterator[tuple[str, Any, bool]]:
+    """Yield the named parts of a value: name, part, and whether the part is a module or tensor of the module tree.
+
+    Args:
+        place_of: tells where the walk met an object; "" if it did not.
+    """
     cls = type(value)
     if issubclass(cls, nn.Module):
         for name in sorted(_MODULE_INTERNALS.intersection(value.__dict__)):
@@ -293,7 +319,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
     elif issubclass(cls, types.GeneratorType):
         yield ".gi_frame.f_locals", dict(value.gi_frame.f_locals) if value.gi_frame else None, False
     elif issubclass(cls, torch.Tensor):
-        yield from ((f".{name}", getattr(value, name), False) for name in ("grad", "_backward_hooks") if value.is_leaf)
+        if value.is_leaf:  # keys of hooks are numbers of this process
+            yield ".grad", value.grad, False
+            yield "._backward_hooks", list((value._backward_hooks or {}).values()), False
     elif issubclass(cls, dict):
         for number, (key, part) in enumerate(_items_of(value).items()):
             yield f"[{_key(key, number)}]", part, False
@@ -302,7 +330,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, bool]]:
     elif issubclass(cls, (list, tuple, collections.deque)):
         yield from ((f"[{number}]", part, False) for number, part in enumerate(value))
     elif issubclass(cls, (set, frozenset)):
-        members = sorted((part for part in value if _text(part) is None), key=lambda part: name_of(type(part)))
+        unknown = (part for part in value if _text(part) is None)
+        members = sorted(unknown, key=lambda part: (name_of(type(part)), place_of(part)))  # iteration order: addresses
         yield from ((f"{{{number}}}", part, False) for number, part in enumerate(members))
     elif issubclass(cls, np.ndarray) and value.dtype.hasobject:
         yield ".flat", list(value.flat), False
@@ -333,14 +362,19 @@ def _attributes(value: Any, besides: frozenset[str] = frozenset()) -> Iterator[t
 
 
 def _held_by(cls: type) -> Iterator[tuple[str, Any]]:
-    """Yield what all objects of a class share, besides code, which is what binds to an object."""
+    """Yield what all objects of a class share. Code, which is what binds to an object, only of classes outside vLLM."""
     if cls.__module__.partition(".")[0] in _LIBRARIES or _reason(cls):
         return
+    is_outside = cls.__module__.partition(".")[0] not in _WITH_VERSIONS
     for name, part in sorted(vars(cls).items()):
-        if not (
-            name.startswith("__") or name == "_abc_impl" or isinstance(part, type) or hasattr(type(part), "__get__")
-        ):
+        if name.startswith("__") or name == "_abc_impl" or isinstance(part, type):
+            continue
+        if not hasattr(type(part), "__get__"):
             yield name, part
+        elif is_outside:  # code that others may have replaced, and what it takes along
+            function = getattr(part, "__func__", getattr(part, "fget", getattr(part, "func", part)))
+            if isinstance(function, types.FunctionType):
+                yield name, function
 
 
 def _unnamed(value: Any, named: list[Any]) -> Iterator[Any]:
@@ -352,6 +386,8 @@ def _unnamed(value: Any, named: list[Any]) -> Iterator[Any]:
     seen |= {id(part) for name, part in _dictionary(value).items() if _is_compilers(value, str(name))}
     if issubclass(cls, dict):
         seen.update(map(id, _items_of(value)))
+    if issubclass(cls, torch.Tensor) and value.is_leaf:
+        seen.add(id(value._backward_hooks))
     for part in gc.get_referents(value):
         # Objects without parts are keys, names and texts; all of these that matter have names.
         if id(part) not in seen and _text(part) is None and not (type(part) is dict and not part):
@@ -423,8 +459,8 @@ def _describe(tensor: torch.Tensor) -> dict[str, Any]:
         "class": name_of(type(tensor)),
         "device": tensor.device.type,
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "stride": list(tensor.stride()) if tensor.layout is torch.strided else str(tensor.layout),
+        "shape": [list(part.shape) for part in tensor.unbind()] if tensor.is_nested else list(tensor.shape),
+        "stride": list(tensor.stride()) if _is_strided(tensor) else str(tensor.layout),
         "requires_grad": tensor.requires_grad,
         "conj": tensor.is_conj(),
         "neg": tensor.is_neg(),
@@ -432,16 +468,35 @@ def _describe(tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of the elements in logical order, in hexadecimal; or why the elements cannot be read."""
     if tensor.is_meta:
         return "meta"
+    found = hashlib.sha256()
     try:
-        plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        flat = plain.view(torch.uint8).cpu().numpy().data if plain.numel() else b""
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # a sparse tensor, or a wrapper around others
+        for part in _elements(tensor.detach()):
+            plain = part.resolve_conj().resolve_neg().contiguous().reshape(-1)
+            found.update(plain.view(torch.uint8).cpu().numpy().data if plain.numel() else b"")
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # a wrapper around others
         return type(error).__name__
-    return hashlib.sha256(flat).hexdigest()
+    return found.hexdigest()
+
+
+def _elements(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return plain tensors that say all that is in a tensor."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    if tensor.is_quantized:
+        return tensor.int_repr(), tensor.dequantize()
+    return tensor.unbind() if tensor.is_nested else (tensor,)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -450,7 +505,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return where a tensor's elements begin and end in memory; (0, 0) if the tensor has none."""
-    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+    if not _is_strided(tensor) or tensor.is_meta or not tensor.numel():
         return 0, 0
     try:
         start = tensor.data_ptr()

@@ -526,6 +526,15 @@ OPERATIONS = Patch(
     link="torch/utils/_python_dispatch.py: TorchDispatchMode",
     undo="when the model is loaded",
 )
+LOOKS = Patch(
+    "torch.overrides:TorchFunctionMode",
+    "tree.observe",
+    How.HOOKED,
+    Lifetime.LOADING,
+    reason="It is known whether post-processing gives data of a tensor to Python past all operators.",
+    link="torch/overrides.py: TorchFunctionMode",
+    undo="when the module was processed",
+)
 REHEARSAL = Patch(
     "torch.utils._python_dispatch:TorchDispatchMode",
     "engine.vllm.rehearsal",
