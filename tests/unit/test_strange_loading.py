@@ -1009,3 +1009,42 @@ def test_loading_moves_objects_that_building_made(kind: str) -> None:
     assert not differences(vars(walk(published.model)), vars(walk(attached)))
     with pytest.raises(ParityError, match=r"value is built as .* here and as .* in the published model"):
         attach(published, build, flag=0.25)
+
+
+OF_BUILT: dict[str, Change] = {
+    "scaled": lambda m: m.table.mul_(2),
+    "of another type": lambda m: m.part.half(),
+    "computed": lambda m: m.register_buffer("new", m.table[1:] + 1),
+    "in two steps": lambda m: m.register_buffer("new", torch.zeros(3).copy_(m.table).sqrt()),
+    "with a weight": lambda m: setattr(m, "new", m.first.weight.data[:3, 0] * m.table),
+}
+
+
+@pytest.mark.parametrize("kind", OF_BUILT)
+def test_loading_computes_tensors_of_what_building_made(kind: str) -> None:
+    """A rope table has the length of this engine's limit, also if loading gives it another type."""
+
+    def build(m: Model, flag: float) -> None:
+        m.register_buffer("table", torch.full((3,), flag))
+        m.part = nn.Module()
+        m.part.register_buffer("rope", torch.arange(8 * flag))
+
+    published = publish(build, OF_BUILT[kind], flag=1.0)
+    attached = attach(published, build, flag=1.0)
+    assert not differences(vars(walk(published.model)), vars(walk(attached)))
+    with pytest.raises(ParityError, match=r"(table|rope) is built as .* here and as .*, and loading used it"):
+        attach(published, build, flag=0.25)
+
+
+def test_what_is_in_parameters_before_they_are_loaded_means_nothing() -> None:
+    """A model may be given its type before it is given its weights."""
+
+    def build(m: Model, flag: float) -> None:
+        m.weight = nn.Parameter(torch.full((3,), flag), requires_grad=False)
+
+    def load(m: Model) -> None:
+        m.half()
+        for number in range(3):
+            m.weight[number].copy_(checkpoint(float(number))[0])
+
+    assert attach(publish(build, load, flag=1.0), build, flag=0.25).weight.tolist() == [0.0, 1.0, 2.0]

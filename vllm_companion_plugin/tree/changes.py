@@ -28,6 +28,7 @@ from vllm_companion_plugin.tree.capture import MODULE_INTERNALS, capture
 from vllm_companion_plugin.tree.classes import MUTABLE, is_opaque
 from vllm_companion_plugin.tree.descriptions import describe_value, key_texts, tensor_attributes
 from vllm_companion_plugin.tree.live import NO_BUFFER, NO_PARAMETER, LiveModule, Place, Tree, full_name, named_modules
+from vllm_companion_plugin.tree.states import built_text, fingerprints
 from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
 CHILDREN = "_modules"
@@ -66,6 +67,15 @@ def reference(kind: type, first: str) -> str:
 def in_order(text: str, keys: Sequence[str]) -> str:
     """The text of a dict, followed by the texts of its keys."""
     return f"{text} in the order {list(keys)!r}"
+
+
+_OF_TENSOR = "!"
+"""After the name of a tensor that has to be built the same."""
+
+
+def of_tensor(name: str) -> str:
+    """The name under which it is noted how a tensor was built."""
+    return name + _OF_TENSOR
 
 
 def as_built(text: str) -> str:
@@ -128,6 +138,7 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
     if not changed:
         return
+    _check_tensors(model, changed)
     modules = dict(named_modules(model))
     for path, observed in changed.items():
         if path in modules:
@@ -157,6 +168,33 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     for path, observed in changed.items():
         for name, (_, text) in observed.values.items() if path in values.by_path else ():
             values.put_in_order(values.by_path[path], name, text)
+
+
+def _check_tensors(model: nn.Module, changed: dict[str, Observed]) -> None:
+    """Raise `ParityError` if building made another tensor here, of which loading computed something."""
+    wanted = {
+        f"{path}:{name.removesuffix(_OF_TENSOR)}": built.removeprefix(_AS_BUILT)
+        for path, observed in changed.items()
+        for name, (built, _) in observed.values.items()
+        if name.endswith(_OF_TENSOR) and built is not None
+    }
+    if not wanted:
+        return
+    tree = capture(model)
+    found = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
+    for full, there in wanted.items():
+        tensor = found.get(full)
+        here = "without data"
+        if tensor is not None and not tensor.is_meta:
+            storage = tensor.untyped_storage()._cdata
+            here = built_text(tensor.shape, fingerprints({storage: tensor})[storage])
+        if here != there:
+            name = full_name(*full.split(":", 1))
+            raise ParityError(
+                f"{name} is built as {here} here and as {there} in the published model, and loading used it.",
+                name,
+                here,
+            )
 
 
 def _has_changes(observed: Observed) -> bool:
@@ -327,7 +365,7 @@ class _Values:
     def check_as_built(self, live: LiveModule, observed: Observed) -> None:
         """Raise `ParityError` if building made something else here that loading only moved."""
         for name, (built, _) in observed.values.items():
-            if built is None or not built.startswith(_AS_BUILT):
+            if built is None or not built.startswith(_AS_BUILT) or name.endswith(_OF_TENSOR):
                 continue
             place, there = self._place(live, name), built.removeprefix(_AS_BUILT)
             here = None if place is None else describe_value(place.value) or there  # an object is what is in it

@@ -44,6 +44,7 @@ from vllm_companion_plugin.tree.changes import (
     in_order,
     is_restorable,
     loaded_function,
+    of_tensor,
     reference,
     without_known,
 )
@@ -51,15 +52,11 @@ from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.descriptions import describe_value, tensor_attributes
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.placing import Placing
-from vllm_companion_plugin.tree.states import state_of
+from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints, state_of
 from vllm_companion_plugin.tree.times import is_time, plain
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
-
-_SMALL_BYTES = 1 << 20
-"""Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
-_ROW_BYTES = 4096
 
 
 @dataclass(slots=True)
@@ -180,9 +177,9 @@ class Observation:
                 self._watch.built.add(storage)
                 if slot.kind is _PARAMETER:
                     self._watch.parameters.add(storage)
-                if slot.kind is not _PARAMETER or slot.tensor.nbytes <= _SMALL_BYTES:
+                if slot.kind is not _PARAMETER or slot.tensor.nbytes <= SMALL_BYTES:
                     compared.setdefault(storage, slot.tensor)
-            self._fingerprints = _fingerprints(compared)
+            self._fingerprints = fingerprints(compared)
             self._watch.clean |= self._watch.built
         # By id: modules that were post-processed before all was loaded, as online quantization does. All that
         # changed in them counts as made by processing, which engines do for themselves.
@@ -238,6 +235,7 @@ class Observation:
             now = Snapshot.of(model, tree)
             self._loaded = self._compare(now, tree)
             self._loaded_values = now.attributes
+            self._watch.is_loading = False
             self._same.clear()  # processing may still write
 
     def look_at(self, tree: Tree) -> None:
@@ -260,7 +258,7 @@ class Observation:
             for slot in tree.slots()
             if (storage := _storage_of(slot.tensor)) in unwritten and storage in self._fingerprints
         }
-        now = _fingerprints(tensors)
+        now = fingerprints(tensors)
         self._same = {storage: data == self._fingerprints[storage] for storage, data in now.items()}
 
     def is_derived(self, tensor: torch.Tensor) -> bool:
@@ -343,6 +341,7 @@ class Observation:
             else:
                 loaded.modules[live.path] = self._compare_module(live.path, was, is_at, now, live.slots, is_new=is_new)
         self._mark_moved(loaded, tree, is_at)
+        self._mark_computed(loaded, tree, is_at)
         _check_functions(loaded, tree)
         added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
         if self._moved:
@@ -375,6 +374,25 @@ class Observation:
             }
             if changed:
                 loaded.modules[path] = replace(seen, values={**seen.values, **changed})
+
+    def _mark_computed(self, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
+        """Mark tensors of which only building knows, if loading computed others of them: they may follow from flags."""
+        used: set[int] = set()
+        for slot in tree.slots():
+            if (storage := _storage_of(slot.tensor)) is not None and not self.is_own(slot.tensor):
+                used |= self._watch.sources.get(storage, set())
+        if not used:
+            return
+        for full, memory in self._built_at.items():
+            was, _, name = full.partition(":")
+            if memory[0] not in used or (path := is_at.get(was, was)) not in loaded.modules:
+                continue
+            used.remove(memory[0])
+            seen, data = loaded.modules[path], self._fingerprints.get(memory[0])
+            if data is not None:
+                text = built_text(self._built.slots[was][name].shape, data)
+                values = {**seen.values, of_tensor(name): (as_built(text), "a tensor that building made")}
+                loaded.modules[path] = replace(seen, values=values)
 
     def _compare_module(
         self, path: str, was: str, is_at: dict[str, str], now: Snapshot, slots: list[LiveSlot], *, is_new: bool
@@ -511,6 +529,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             from such. What Python made is none, nor what was computed of that alone.
         measured: ids of modules whose processing read data into Python; None for what belongs to no module.
         module: what is being processed.
+        is_loading: the model is being loaded, and not yet processed.
+        sources: by storage, those of `built` that it was computed from while these were as building had made them.
     """
 
     def __init__(self) -> None:
@@ -523,6 +543,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.measured: set[int | None] = set()
         self.module: nn.Module | None = None
         self.placing = Placing()
+        self.is_loading = True
+        self.sources: dict[int, set[int]] = {}
         self._paused = False
         self._addresses: list[StorageWeakRef] = []
 
@@ -571,6 +593,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.placing.looked_at(read)
         derived = not read <= self.clean and func._schema.name not in _SHAPED
         is_known = derived and not read.isdisjoint(self.computed) and func._schema.name not in _EMPTY
+        sources = self._sources_of(func, args, kwargs, read) if self.is_loading else None
         targets: list[torch.Tensor] = []
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
@@ -579,6 +602,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             for storage in _storages(target):
                 self.written.add(storage)
+                if sources:
+                    self.sources.setdefault(storage, set()).update(sources)
                 if derived:
                     self.clean.discard(storage)
                 if derived and (is_known or storage in self.parameters):
@@ -594,10 +619,23 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in made:
             self.built.discard(storage)
             self.written.discard(storage)
+            if sources:
+                self.sources[storage] = sources
+            else:
+                self.sources.pop(storage, None)
             (self.clean.discard if derived else self.clean.add)(storage)
             (self.computed.add if is_known else self.computed.discard)(storage)
         if made:
             self.keep_addresses(result)
+
+    def _sources_of(self, func: Any, args: Any, kwargs: Any, read: set[int]) -> set[int]:
+        if func._schema.name in _FILLING:  # what was there does not count
+            read = {storage for value in (*args[1:], *kwargs.values()) for storage in _storages(value)}
+        # What is in parameters before they are loaded means nothing.
+        found = {storage for storage in read & self.built if storage not in self.written | self.parameters}
+        for storage in read & self.sources.keys():
+            found |= self.sources[storage]
+        return found
 
     def _filled(self, target: torch.Tensor, values: Any) -> None:
         """All elements of `target` have got `values`, whatever they were."""
@@ -722,26 +760,3 @@ def _is_strided(tensor: torch.Tensor) -> bool:
         return storage.nbytes() == 0 or storage.data_ptr() != 0
     except RuntimeError:  # a wrapper that nothing traces
         return False
-
-
-def _fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:
-    """For each storage a value that is equal if all bytes are: the bytes of small storages, sums of large ones.
-
-    The bytes of all come from each device at once: one after the other, hundreds of them take tens of milliseconds.
-    """
-    parts: dict[torch.device, dict[int, torch.Tensor]] = {}
-    for storage, tensor in tensors.items():
-        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        if flat.numel() > _SMALL_BYTES:
-            whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
-            rows = flat[:whole].view(-1, _ROW_BYTES)
-            flat = torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()]).view(torch.uint8)
-        parts.setdefault(tensor.device, {})[storage] = flat
-    found: dict[int, bytes] = {}
-    for device, flats in parts.items():
-        data = torch.cat(list(flats.values())).cpu().numpy().tobytes()
-        start = 0
-        for storage, flat in flats.items():
-            found[storage] = f"{device} ".encode() + data[start : start + flat.numel()]
-            start += flat.numel()
-    return found

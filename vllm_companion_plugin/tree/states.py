@@ -1,9 +1,10 @@
-"""Texts of what only C code, or Python itself, sees of an object's state."""
+"""Texts of what only C code, or Python itself, sees of an object's state, and of bytes of tensors."""
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
+import hashlib
 import random
 import threading
 import types
@@ -12,12 +13,16 @@ import weakref
 from typing import Any
 
 import numpy as np
+import torch
 
 from vllm_companion_plugin.tree.descriptions import answers, describe_value
 from vllm_companion_plugin.tree.values import class_name, text_of
 
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _DEEPEST = 8
+SMALL_BYTES = 1 << 20
+"""Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
+_ROW_BYTES = 4096
 
 
 def state_of(value: Any) -> str | None:
@@ -80,3 +85,31 @@ def _parts_text(value: Any, depth: int = 0) -> Any:
         return [_parts_text(part, depth) for part in value]
     # An iterator may have its position in others.
     return describe_value(value) or (class_name(type(value)), _state_of(value, depth + 1))
+
+
+def built_text(shape: tuple[int, ...], fingerprint: bytes) -> str:
+    """What a tensor was when it was built, to compare it with the one of another engine."""
+    return f"{tuple(shape)} {hashlib.sha256(fingerprint).hexdigest()[:16]}"
+
+
+def fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:
+    """For each storage a value that is equal if all bytes are: the bytes of small storages, sums of large ones.
+
+    The bytes of all come from each device at once: one after the other, hundreds of them take tens of milliseconds.
+    """
+    parts: dict[torch.device, dict[int, torch.Tensor]] = {}
+    for storage, tensor in tensors.items():
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        if flat.numel() > SMALL_BYTES:
+            whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
+            rows = flat[:whole].view(-1, _ROW_BYTES)
+            flat = torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()]).view(torch.uint8)
+        parts.setdefault(tensor.device, {})[storage] = flat
+    found: dict[int, bytes] = {}
+    for device, flats in parts.items():
+        data = torch.cat(list(flats.values())).cpu().numpy().tobytes()
+        start = 0
+        for storage, flat in flats.items():
+            found[storage] = f"{device.type} ".encode() + data[start : start + flat.numel()]
+            start += flat.numel()
+    return found
