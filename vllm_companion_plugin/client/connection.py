@@ -120,9 +120,10 @@ class Wanted:
 
 
 class CompanionConnection:
-    """One channel to one companion. Thread-safe. Closing it releases its leases."""
+    """One channel to one companion. Thread-safe. Closing it releases its leases, but not in a fork of its process."""
 
     def __init__(self, paths: DevicePaths) -> None:
+        self._pid = os.getpid()
         self._paths = paths
         self._channel = open_channel(paths.grpc_socket)
         self._stub = Stub(self._channel)
@@ -344,6 +345,8 @@ class CompanionConnection:
 
     def close(self) -> None:
         """Release all leases and close the channel. Idempotent."""
+        if os.getpid() != self._pid:  # the channel is its parent's, whose threads gRPC would wait for
+            return
         with self._mutex:
             leases, self._leases = self._leases, []
         for lease in leases:
