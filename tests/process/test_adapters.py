@@ -211,6 +211,16 @@ class TestPublish:
                 assert gone.key.kind == ADAPTER
         holder.close()
 
+    def test_is_no_model(self, client: CompanionClient) -> None:
+        """Who asks for weights by an adapter's name is told so, as if nobody had them."""
+        client.publish_adapter(NAME, small(1), config())
+        for ask in (lambda: client.attach(NAME), lambda: client.update(NAME, version="one").__enter__()):
+            with pytest.raises(EntryNotFoundError, match=f"has no weights of {NAME}, but an adapter of this name"):
+                ask()
+        with pytest.raises(WaitTimeoutError, match=rf"has: {NAME} \(adapter, ready\)"):
+            client.wait_ready(NAME, timeout_s=0.5)
+        until(lambda: len(client.list_adapters()[0].leases) == 1, 5, "nobody else holds it")
+
     def test_no_companion(self, place: Place) -> None:
         with made_client(place) as client, pytest.raises(CompanionUnavailableError):
             client.publish_adapter(NAME, small(1), config())

@@ -107,7 +107,7 @@ class Wanted:
             is_it = (key.kind, key.model, key.role) == (WEIGHTS, name, self._role) and self._rank in (None, key.rank)
             if is_it and entry.state is EntryState.READY:
                 return entry
-        held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
+        held = (f"{e.key.model} ({_which(e.key)}, {e.state.value})" for e in status.entries)
         self._latest = ", ".join(held) or self._latest
         return None
 
@@ -117,6 +117,10 @@ class Wanted:
             f"{self._model} ({self._role}, {self._rank or 'any rank'}) was not published on {device} within "
             f"{timeout_s:g} s; the companion has: {self._latest}."
         )
+
+
+def _which(key: EntryKey) -> str:
+    return f"{key.role}, {key.rank}" if key.kind == WEIGHTS else key.kind
 
 
 class CompanionConnection:
