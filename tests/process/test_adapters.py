@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import resource
 import signal
@@ -133,6 +134,15 @@ class TestPublish:
             (path / "adapter_model.bin").write_bytes(damaged) if damaged is not None else path.rename(tmp_path / "gone")
             with pytest.raises(BadRequestError, match="no directory of an adapter"):
                 client.register_adapter(NAME, str(path))
+
+    @pytest.mark.parametrize("damaged", [5, {}, {"data_offsets": ["a", "b"], "dtype": "F32"}, {"data_offsets": [0]}])
+    def test_directory_with_a_damaged_header(self, client: CompanionClient, tmp_path: Path, damaged: Any) -> None:
+        """Is none, whatever is wrong in it."""
+        tiny_peft().save_pretrained(tmp_path)
+        header = json.dumps({A_NAME: damaged}).encode()
+        (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(BadRequestError, match="no directory of an adapter"):
+            client.register_adapter(NAME, str(tmp_path))
 
     def test_generations(self, client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
         """Each is the current one, also of another rank and by another client; the one before it stays."""
