@@ -563,6 +563,18 @@ class TestFrontEnd:
         assert again is not served
         assert (again.bound, again.number) == (served.bound, served.number)
 
+    def test_gone(self, client: CompanionClient, front: FrontEnd, place: Place) -> None:
+        """What workers may not find any more, though it is held here: a request of it is bound anew."""
+        client.publish_adapter(NAME, small(1), config())
+        client.publish_adapter("other", small(1), config())
+        removed, lost = front.serve(Asked(NAME)), front.serve(Asked("other"))
+        assert not removed.is_gone
+        client.remove_adapter(NAME)
+        until(lambda: removed.is_gone, 5, "it is told")
+        assert not lost.is_gone
+        os.kill(place.companion_pid(), signal.SIGKILL)
+        until(lambda: lost.is_gone, 5, "the lease is lost")
+
     def test_at_once(self, client: CompanionClient, front: FrontEnd) -> None:
         """Requests that come together have one lease."""
         client.publish_adapter(NAME, small(1), config())
