@@ -29,6 +29,7 @@ from vllm_companion_plugin.errors import (
     LayoutError,
     NotShareableError,
     NotSharedError,
+    SettingsError,
     SharedWeightsError,
     StaleError,
 )
@@ -343,6 +344,13 @@ class TestEngines:
             assert "pause" not in engine.told
             training.join(engine)
             engine.plan = Plan(2, "run", 2, "run")
+
+    def test_that_are_none_are_refused_before_anything_is_made(self, on: tuple[Place, Path], engine: Rollout) -> None:
+        """A generation would stay in memory until the next one is written."""
+        for engines in ([3], [engine, engine], "http://127.0.0.1:1"):
+            with pytest.raises(SettingsError):
+                trained(str(on[1]), engines, version="run", device="cpu", runtime_dir=on[0].settings.runtime_dir)
+        assert len(entry_of(on[0]).generations) == 1
 
     def test_that_joins_again(self, on: tuple[Place, Path], engine: Rollout) -> None:
         """As after it was started anew: it takes part once."""

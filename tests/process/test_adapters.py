@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import resource
 import signal
@@ -137,6 +138,15 @@ class TestPublish:
             with pytest.raises(BadRequestError, match="no directory of an adapter"):
                 client.register_adapter(NAME, str(path))
 
+    @pytest.mark.parametrize("damaged", [5, {}, {"data_offsets": ["a", "b"], "dtype": "F32"}, {"data_offsets": [0]}])
+    def test_directory_with_a_damaged_header(self, client: CompanionClient, tmp_path: Path, damaged: Any) -> None:
+        """Is none, whatever is wrong in it."""
+        tiny_peft().save_pretrained(tmp_path)
+        header = json.dumps({A_NAME: damaged}).encode()
+        (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(BadRequestError, match="no directory of an adapter"):
+            client.register_adapter(NAME, str(tmp_path))
+
     def test_generations(self, client: CompanionClient, leases: AdapterLeases, place: Place) -> None:
         """Each is the current one, also of another rank and by another client; the one before it stays."""
         assert [client.publish_adapter(NAME, small(1), config()), client.publish_adapter(NAME, small(2), config())] == [
@@ -239,6 +249,16 @@ class TestPublish:
                 (gone,) = connection.unload(model=KEY.model, force=True)
                 assert gone.key.kind == ADAPTER
         holder.close()
+
+    def test_is_no_model(self, client: CompanionClient) -> None:
+        """Who asks for weights by an adapter's name is told so, as if nobody had them."""
+        client.publish_adapter(NAME, small(1), config())
+        for ask in (lambda: client.attach(NAME), lambda: client.update(NAME, version="one").__enter__()):
+            with pytest.raises(EntryNotFoundError, match=f"has no weights of {NAME}, but an adapter of this name"):
+                ask()
+        with pytest.raises(WaitTimeoutError, match=rf"has: {NAME} \(adapter, ready\)"):
+            client.wait_ready(NAME, timeout_s=0.5)
+        until(lambda: len(client.list_adapters()[0].leases) == 1, 5, "nobody else holds it")
 
     def test_no_companion(self, place: Place) -> None:
         with made_client(place) as client, pytest.raises(CompanionUnavailableError):
@@ -405,6 +425,45 @@ class TestLimits:
         assert client.publish_adapter("other", small(3), config()) > 0
 
 
+FORKS = """
+import multiprocessing, sys
+import torch
+from vllm_companion_plugin import CompanionClient
+
+def published(client):
+    sides = {f"layer.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    return client.publish_adapter("mine", sides, {"r": 4})
+
+def publish(client, attachment):
+    number = published(client)
+    attachment.close()
+    client.close()
+    sys.exit(number)
+
+client = CompanionClient("cpu")
+attachment = client.attach("test/model")
+published(client)
+child = multiprocessing.get_context("fork").Process(target=publish, args=(client, attachment))
+child.start()
+child.join(20)
+print(child.exitcode, flush=True)
+child.kill()
+print(published(client), attachment.lost, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_fork_publishes_and_closes(place: Place) -> None:
+    """By a connection of its own: what its parent has is the parent's."""
+    place.companion()
+    client = hold_zeros(place)
+    parent = place.run("-c", FORKS)
+    assert parent.stdout is not None
+    assert [parent.stdout.readline() for _ in range(2)] == ["2\n", "3 False\n"]
+    held = {entry.key.kind: [lease.pid for lease in entry.leases] for entry in client.status().entries}
+    assert held == {WEIGHTS: [parent.pid], ADAPTER: [parent.pid]}
+
+
 class TestDeaths:
     """Whoever ends, requests go on."""
 
@@ -532,6 +591,18 @@ class TestFrontEnd:
         again = front.serve(Asked(NAME))
         assert again is not served
         assert (again.bound, again.number) == (served.bound, served.number)
+
+    def test_gone(self, client: CompanionClient, front: FrontEnd, place: Place) -> None:
+        """What workers may not find any more, though it is held here: a request of it is bound anew."""
+        client.publish_adapter(NAME, small(1), config())
+        client.publish_adapter("other", small(1), config())
+        removed, lost = front.serve(Asked(NAME)), front.serve(Asked("other"))
+        assert not removed.is_gone
+        client.remove_adapter(NAME)
+        until(lambda: removed.is_gone, 5, "it is told")
+        assert not lost.is_gone
+        os.kill(place.companion_pid(), signal.SIGKILL)
+        until(lambda: lost.is_gone, 5, "the lease is lost")
 
     def test_at_once(self, client: CompanionClient, front: FrontEnd) -> None:
         """Requests that come together have one lease."""

@@ -312,8 +312,9 @@ def read_directory(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if file.exists() or not pickled.exists():
             return _read_tensors(file), config
         return torch.load(pickled, map_location="cpu", weights_only=True), config
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        raise BadRequestError(f"{path} is no directory of an adapter that PEFT has saved: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        why = str(error) if isinstance(error, (OSError, ValueError, RuntimeError)) else repr(error)
+        raise BadRequestError(f"{path} is no directory of an adapter that PEFT has saved: {why}") from error
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -108,7 +108,7 @@ class Wanted:
             is_it = (key.kind, key.model, key.role) == (WEIGHTS, name, self._role) and self._rank in (None, key.rank)
             if is_it and entry.state is EntryState.READY:
                 return entry
-        held = (f"{e.key.model} ({e.key.role}, {e.key.rank}, {e.state.value})" for e in status.entries)
+        held = (f"{e.key.model} ({_which(e.key)}, {e.state.value})" for e in status.entries)
         self._latest = ", ".join(held) or self._latest
         return None
 
@@ -121,10 +121,15 @@ class Wanted:
         )
 
 
+def _which(key: EntryKey) -> str:
+    return f"{key.role}, {key.rank}" if key.kind == WEIGHTS else key.kind
+
+
 class CompanionConnection:
-    """One channel to one companion. Thread-safe. Closing it releases its leases."""
+    """One channel to one companion. Thread-safe. Closing it releases its leases, but not in a fork of its process."""
 
     def __init__(self, paths: DevicePaths) -> None:
+        self._pid = os.getpid()
         self._paths = paths
         self._channel = open_channel(paths.grpc_socket)
         self._stub = Stub(self._channel)
@@ -346,6 +351,8 @@ class CompanionConnection:
 
     def close(self) -> None:
         """Release all leases and close the channel. Idempotent."""
+        if os.getpid() != self._pid:  # the channel is its parent's, whose threads gRPC would wait for
+            return
         with self._mutex:
             leases, self._leases = self._leases, []
         for lease in leases:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -116,6 +117,7 @@ class Lease:
     def __init__(
         self, stub: Stub, paths: DevicePaths, request: Any, label: str, *, known_manifest: bytes = b""
     ) -> None:
+        self._pid = os.getpid()
         self.lost = threading.Event()
         self.current = 0
         self._stub = stub
@@ -470,11 +472,13 @@ class Lease:
     # ---- the end
 
     def release(self, *, wait: bool = True) -> None:
-        """End the lease. Idempotent; what is mapped stays mapped.
+        """End the lease, but not in a fork of its process. Idempotent; what is mapped stays mapped.
 
         Args:
             wait: return when its thread has ended; without, that happens some milliseconds later.
         """
+        if os.getpid() != self._pid:  # it is the parent's
+            return
         with self._mutex:
             self._released = True
         self._call.cancel()

@@ -130,7 +130,8 @@ def canonical(
     if problems:
         raise BadRequestError(
             f"{label} cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
-            remedy="Train it without, or convert it to plain LoRA with PEFT.",
+            remedy="Train it without, or convert it to plain LoRA with PEFT. Of a model's whole state, give what "
+            "get_peft_model_state_dict takes of it.",
         )
     tensors |= _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
     rank = max(ranks.values())

@@ -37,9 +37,9 @@ class Served:
         return self.lease.bound
 
     @property
-    def is_removed(self) -> bool:
-        """Whether it was removed since; its lease stays."""
-        return self.lease.lease.retired
+    def is_gone(self) -> bool:
+        """Whether companions need not have it any more: it was removed, or its companion has died."""
+        return self.lease.lease.retired or self.lease.lease.lost.is_set()
 
     def config(self) -> dict[str, Any]:
         """PEFT's configuration. Works once, within 30 s; raises `CompanionError` otherwise."""

@@ -6,6 +6,6 @@ May import: core, errors.
 """
 
 from vllm_companion_plugin.fleet.report import EngineReport, FleetReport
-from vllm_companion_plugin.fleet.together import InPlace, Written, advance, advance_async, writing
+from vllm_companion_plugin.fleet.together import InPlace, Written, advance, advance_async, check, writing
 
-__all__ = ["EngineReport", "FleetReport", "InPlace", "Written", "advance", "advance_async", "writing"]
+__all__ = ["EngineReport", "FleetReport", "InPlace", "Written", "advance", "advance_async", "check", "writing"]

@@ -87,6 +87,11 @@ def _advance(
     return report
 
 
+def check(engines: Sequence[Any]) -> None:
+    """Raise `SettingsError` unless `advance` would take these. Nobody is told anything."""
+    _known(engines, None)
+
+
 def _known(engines: Sequence[Any], loop: asyncio.AbstractEventLoop | None) -> list[Engine]:
     if isinstance(engines, str) or not engines:
         raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")

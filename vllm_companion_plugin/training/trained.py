@@ -66,6 +66,7 @@ def trained(
         NotShareableError: parameters are no views of the entry, or are cast in engines: it names them and why. Or the
             entry is spread over ranks.
         BadRequestError: no version, or one that cannot be shown.
+        SettingsError: as `fleet.advance`.
         EntryInUseError: another client writes the next generation.
         ArenaError: there is no memory for another generation, or it cannot be trained on this device.
         FleetError: an engine cannot take it, e.g. as its kernels use processed copies of weights. What was current is
@@ -73,6 +74,8 @@ def trained(
         CompanionError: as `from_companion`.
     """
     check_version(version)
+    if engines:
+        fleet.check(engines)
     client = CompanionClient(device, **settings)
     attachment = attached(client, model, None, key_id, name)
     try:
