@@ -186,12 +186,6 @@ class TestPublish:
         [entry] = client.list_adapters()
         assert entry.tensor_count == len(get_peft_model_state_dict(model)) != before.tensor_count
 
-    def test_is_no_model(self, client: CompanionClient) -> None:
-        """Who asks for a model by its name is told what it is."""
-        client.publish_adapter(NAME, small(1), config())
-        with pytest.raises(EntryNotFoundError, match=rf"{NAME} \(adapter\) on cpu has no tensors .* by its name"):
-            client.attach(NAME)
-
     def test_by_several_threads(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """Of one client: each publication is a generation, and the client holds the adapter once."""
         with ThreadPoolExecutor(4) as threads:

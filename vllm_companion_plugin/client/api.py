@@ -28,12 +28,10 @@ from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.client.processed import ProcessedUpdate, processing
 from vllm_companion_plugin.client.update import Update, check_version, updating
 from vllm_companion_plugin.core.adapters import check_name
-from vllm_companion_plugin.core.identity import WEIGHTS
 from vllm_companion_plugin.core.status import CompanionStatus, EntryStatus
 from vllm_companion_plugin.errors import (
     BadRequestError,
     CompanionUnavailableError,
-    EntryNotFoundError,
     OvertakenError,
     RuntimeDirError,
     SettingsError,
@@ -207,10 +205,6 @@ class CompanionClient:
             made = None
             while made is None:
                 outcome = lease.wait(self.settings.wait_timeout_s)
-                if isinstance(outcome, Ready) and outcome.key.kind != WEIGHTS:
-                    raise EntryNotFoundError(
-                        f"The companion of {self.device} has no weights of {model}, but an adapter of this name."
-                    )
                 if isinstance(outcome, Ready):
                     made = Attachment.open(self.device, device, lease, outcome)
                 elif outcome.parked is not None:

@@ -108,7 +108,7 @@ class Wanted:
             is_it = (key.kind, key.model, key.role) == (WEIGHTS, name, self._role) and self._rank in (None, key.rank)
             if is_it and entry.state is EntryState.READY:
                 return entry
-        held = (f"{e.key.model} ({_which(e.key)}, {e.state.value})" for e in status.entries)
+        held = (f"{e.key.model} ({e.key.which}, {e.state.value})" for e in status.entries)
         self._latest = ", ".join(held) or self._latest
         return None
 
@@ -119,10 +119,6 @@ class Wanted:
             f"{timeout_s:g} s; the companion has: {self._latest}.",
             remedy=f"`vllm-companion serve {self._model}` loads it; `vllm-companion status` shows how far a load is.",
         )
-
-
-def _which(key: EntryKey) -> str:
-    return f"{key.role}, {key.rank}" if key.kind == WEIGHTS else key.kind
 
 
 class CompanionConnection:

@@ -249,8 +249,8 @@ def _checked_manifest(ready: Ready, device_id: str, stage: Stage | None) -> Mani
     """
     if ready.key.kind != WEIGHTS:
         raise EntryNotFoundError(
-            f"{ready.key.title} on {device_id} has no tensors of a model.",
-            remedy="Engines serve an adapter by its name; `list_adapters` lists them.",
+            f"The companion of {device_id} has no weights of {ready.key.model}, but an adapter of this name.",
+            remedy="Engines serve it by its name.",
         )
     manifest = manifest_from_bytes(ready.manifest)
     check_manifest_fits(manifest, ready.arena)

@@ -74,6 +74,11 @@ class EntryKey:
         return f"{name} ({', '.join(notes)})" if notes else name
 
     @property
+    def which(self) -> str:
+        """Which entry of its model this is; of a kind without ranks, what it is."""
+        return f"{self.role}, {self.rank}" if self.rules.has_ranks else self.kind
+
+    @property
     def variant(self) -> str:
         """How the model differs from the first one published under an otherwise equal key; empty for that first one."""
         return self.fields.get(VARIANT, "")

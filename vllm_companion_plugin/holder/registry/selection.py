@@ -14,11 +14,7 @@ LOAD_IT = "`vllm-companion serve MODEL` loads it, and so does an engine with `--
 
 def describe(entries: Sequence[Entry]) -> str:
     """The entries in a few words each, e.g. "Qwen/Qwen3-8B (target, tp0/2, ready, key 3f2a...)"."""
-    return ", ".join(f"{e.key.model} ({_which(e.key)}, {e.current.shown.value}, key {e.key.id[:12]})" for e in entries)
-
-
-def _which(key: EntryKey) -> str:
-    return f"{key.role}, {key.rank}" if key.rules.has_ranks else key.kind
+    return ", ".join(f"{e.key.model} ({e.key.which}, {e.current.shown.value}, key {e.key.id[:12]})" for e in entries)
 
 
 def no_match_text(select: EntryKey | Query, entries: Sequence[Entry]) -> str:
