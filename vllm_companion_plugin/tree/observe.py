@@ -632,7 +632,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.name in _FILLING:  # what was there does not count
             read = {storage for value in (*args[1:], *kwargs.values()) for storage in _storages(value)}
         # What is in parameters before they are loaded means nothing.
-        found = {storage for storage in read & self.built if storage not in self.written | self.parameters}
+        found = {
+            storage
+            for storage in read
+            if storage in self.built and storage not in self.written and storage not in self.parameters
+        }
         for storage in read & self.sources.keys():
             found |= self.sources[storage]
         return found
