@@ -28,7 +28,7 @@ from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
-from vllm_companion_plugin.tree import common, pack
+from vllm_companion_plugin.tree import constants, pack
 from vllm_companion_plugin.tree.building import WithoutWeights, _Deferring
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.classes import MUTABLE
@@ -143,7 +143,7 @@ def attach(
         published.manifest, ArenaViews(published.arena, published.arena.info.size_bytes, CPU), CPU, copy=False
     )
     strategy = Strategy.HIDE if process is nothing else Strategy.REPLAY
-    with common.as_loaded(published.manifest.common_values):
+    with constants.as_loaded(published.manifest.common_values):
         restorer = Restorer(model, source, CPU, built=built)
         restorer.bind_early(lambda module: strategy if module is model else Strategy.HIDE)
         if process is not nothing:

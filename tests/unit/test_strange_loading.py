@@ -31,7 +31,7 @@ from vllm_companion_plugin.cli.verify import differences
 from vllm_companion_plugin.core.module_tree import CommonValue
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.tree import common
+from vllm_companion_plugin.tree import constants
 
 ONES = torch.ones(2, 6)
 
@@ -263,7 +263,7 @@ def test_loading_changes_the_code_of_a_class() -> None:
         lambda m: setattr(type(m.own), "new", property(lambda self: 4.0)),
         lambda m: delattr(type(m.own), "factor"),
     ):
-        common._set_here.clear()
+        constants.set_here.clear()
         with pytest.raises(NotShareableError, match=r"loading changed .*Own\.(factor|new), which its objects share"):
             publish(build, change)
 
@@ -365,7 +365,7 @@ def _set_global(name: str, value: Any) -> Callable[[], object]:
 
 
 def _another_process() -> None:
-    common._set_here.clear()
+    constants.set_here.clear()
     globals().update(SCALE=1.0, MODE=None)
     globals().pop("NEW", None)
     Using.factor = 1.0

@@ -1,0 +1,83 @@
+"""The classes and modules that all models of some code have in common: which they are, and how they are called."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterable
+
+from vllm_companion_plugin.core import packages
+from vllm_companion_plugin.tree.live import Tree
+from vllm_companion_plugin.tree.values import class_name, loaded_class
+
+_FOUNDATION = ("torch", "builtins", "abc", "typing")
+# Of the code of these packages only what its classes hold themselves is compared: what is behind that serves all models
+# (registries, caches of kernels).
+_GENERAL = frozenset(("torch", "vllm", "transformers", "numpy", __name__.partition(".")[0], *sys.stdlib_module_names))
+Holder = type | types.ModuleType
+
+
+def holders_of(tree: Tree) -> list[Holder]:
+    """Those of the model that `tree` was captured from, modules first."""
+    classes = _with_bases([*tree.classes, *(type(live.module) for live in tree.modules)])
+    modules = _modules_of(classes, type(tree.modules[0].module))
+    classes |= _with_bases(each for module in modules for each in _classes_in(module))
+    return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
+
+
+def reference_of(one: Holder) -> str:
+    return f"{one.__module__}:{one.__qualname__}" if isinstance(one, type) else one.__name__
+
+
+def find(reference: str) -> Holder | None:
+    """Return the class or module of a reference, if it is loaded and `holders_of` could name it."""
+    module, colon, qualified = reference.partition(":")
+    if packages.top(module) in (_FOUNDATION if colon else _GENERAL):
+        return None
+    return loaded_class(f"{module}.{qualified}") if colon else sys.modules.get(module)
+
+
+def _modules_of(classes: Iterable[type], model: type) -> list[types.ModuleType]:
+    """The modules of the model's own code: those of its classes, and those that these modules use.
+
+    What packages with a version keep (layers of einops, pydantic) serves all models, but for the package of `model`.
+    """
+    found: dict[str, types.ModuleType] = {}
+    waiting = [each.__module__ for each in classes]
+    of_model = {packages.top(base.__module__) for base in model.__mro__}
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        if module is None or name in found or not _is_own(name):
+            continue
+        if packages.top(name) not in of_model and _is_installed(module):
+            continue
+        found[name] = module
+        waiting += map(packages.module_of, list(vars(module).values()))
+    return list(found.values())
+
+
+def _classes_in(module: types.ModuleType) -> list[type]:
+    values = list(vars(module).values())
+    return [value for value in values if issubclass(type(value), type) and value.__module__ == module.__name__]
+
+
+def _with_bases(classes: Iterable[type]) -> set[type]:
+    return {base for each in classes for base in each.__mro__}
+
+
+def _is_own(module: str) -> bool:
+    return packages.top(module) not in _GENERAL
+
+
+def _is_installed(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is None or packages.is_installed(file)
+
+
+def users_of(one: Holder) -> str:
+    return "its objects share" if isinstance(one, type) else "all models of this code share"
+
+
+def name_of(one: Holder) -> str:
+    return class_name(one) if isinstance(one, type) else one.__name__
