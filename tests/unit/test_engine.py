@@ -325,7 +325,8 @@ def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:
     decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
     kept: list[Attachment] = []
     publisher = _Publisher(decision, resolve(), None, None, kept.append)
-    model = nn.Sequential(nn.LazyLinear(3))
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].add_module("around", model)  # so that a walk would never end
     with ExitStack() as until:
         publisher.begin(model, until)
         publisher.loaded(model)
