@@ -363,6 +363,13 @@ class TestEngines:
             assert training.report is not None
             assert len(training.report.engines) == 1
 
+    def test_that_joins_by_another_url(self, on: tuple[Place, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        with begin(*on) as training:
+            monkeypatch.setattr("vllm_companion_plugin.fleet.advance", lambda engines, generations: None)
+            training.join("http://a:1")
+            training.join("http://a:1/")
+            assert training._engines == ["http://a:1"]
+
     def test_one_that_does_not_renew_does_not_send_the_others_back(self, on: tuple[Place, Path]) -> None:
         place, path = on
         good, bad = self.rollout(path), self.rollout(path)

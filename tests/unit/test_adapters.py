@@ -59,6 +59,8 @@ class TestNames:
         keys = [adapters.key_of(name) for name in NAMES]
         assert len({key.id for key in keys}) == len(NAMES)
         assert [key.problem() for key in keys] == [None] * len(NAMES)
+        for kind in ([], None, "cache"):
+            assert "'kind' is" in str(replace(keys[0], kind=kind).problem())
         assert {key.kind for key in keys} == {ADAPTER}
         assert adapters.key_of("my-adapter") == keys[0]
         assert keys[0].title == "my-adapter (adapter)"

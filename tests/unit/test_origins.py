@@ -34,7 +34,7 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.classes import MUTABLE
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
-from vllm_companion_plugin.tree.values import text_of, value_of
+from vllm_companion_plugin.tree.values import class_name, text_of, value_of
 from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 
 pytestmark = pytest.mark.core
@@ -143,7 +143,7 @@ def attach(
         published.manifest, ArenaViews(published.arena, published.arena.info.size_bytes, CPU), CPU, copy=False
     )
     strategy = Strategy.HIDE if process is nothing else Strategy.REPLAY
-    with constants.as_loaded(published.manifest.common_values):
+    with constants.as_loaded(published.manifest.common_values, class_name(type(model))):
         restorer = Restorer(model, source, CPU, built=built)
         restorer.bind_early(lambda module: strategy if module is model else Strategy.HIDE)
         if process is not nothing:

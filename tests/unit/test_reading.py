@@ -186,6 +186,12 @@ class TestReading:
             (model / name).write_text("{}")
         assert list(read(model, model / "tokenizer_config.json")) == ["tokenizer.json", "tokenizer_config.json"]
 
+    def test_a_name_that_is_no_text_is_left_out(self, model: Path, tmp_path: Path) -> None:
+        """No manifest could have it."""
+        with observed_reading(model) as reading, pytest.raises(FileNotFoundError):
+            open(os.fsencode(tmp_path / "scales") + b"\xff").close()
+        assert reading.files() == {}
+
     def test_two_observe_at_once(self, model: Path) -> None:
         with observed_reading(model) as outer:
             inner = read(model, model / "modules.json")

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import enum
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -27,11 +28,14 @@ from torch.utils import _pytree as pytree
 from vllm.config import CacheConfig
 
 from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, checkpoint, in_arena, nothing, publish
+from vllm_companion_plugin import memory
 from vllm_companion_plugin.cli.verify import differences
-from vllm_companion_plugin.core.module_tree import CommonValue
+from vllm_companion_plugin.core.module_tree import CommonValue, Stage
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
-from vllm_companion_plugin.tree import constants
+from vllm_companion_plugin.tree import constants, pack
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.observe import Observation
 
 ONES = torch.ones(2, 6)
 
@@ -425,13 +429,50 @@ class TestConstants:
             attach(published, using)
 
     def test_a_second_model_of_a_process_says_what_the_first_one_set(self) -> None:
-        """A process in which no other was loaded would have to set it."""
+        """Of another class: whether it would set that, too, where nothing else was loaded is not known."""
         publish(using, _set_mode)
+        here = constants.set_here[sys.modules[__name__]]
+        here["MODE"] = (here["MODE"][0], "another.Model", here["MODE"][2])
         second = publish(using, _set_mode)
         attach(second, using)
         _another_process()
         with pytest.raises(ParityError, match="MODE, which all models of this code share, is None here"):
             attach(second, using)
+
+    def test_a_model_that_is_loaded_again_says_what_it_had_set_at_first(self) -> None:
+        """As when all engines had dropped it: a new one finds what the first load found."""
+        publish(using, _set_mode)
+        again = publish(using, _set_mode)
+        _another_process()
+        attach(again, using)
+        assert MODE == "fast"
+
+    def test_of_a_model_that_was_processed_meanwhile(self) -> None:
+        """As online quantization does it: what loading set beside it is in the publication all the same."""
+        model = Model(using, 1.0)
+        observation = Observation(model)
+        with observation.watching():
+            with observation.processing(model.first):
+                pass
+            _set_mode(model)
+            observation.end_loading(model)
+        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, torch.device("cpu"), observation)
+        assert [(one.name, one.before, one.after) for one in packed.manifest.common_values] == [
+            ("MODE", "None", "'fast'")
+        ]
+
+    def test_what_cannot_be_made_here_leaves_nothing(self) -> None:
+        """Of values that only loading knows how to make."""
+        published = publish(using, lambda m: globals().update(SCALE=2.0, MODE="fast"))
+        _another_process()
+        values = tuple(
+            dataclasses.replace(one, after="a_late_module.Mode.A") if one.name == "SCALE" else one
+            for one in published.manifest.common_values
+        )
+        manifest = dataclasses.replace(published.manifest, common_values=values)
+        with pytest.raises(ParityError, match=r"SCALE is a_late_module\.Mode\.A there, and cannot be here"):
+            attach(dataclasses.replace(published, manifest=manifest), using)
+        assert (SCALE, MODE) == (1.0, None)
 
     def test_what_cannot_be_said_of_the_first_one_cannot_be_said_of_the_second(self) -> None:
         def load(m: Model) -> None:
@@ -1034,6 +1075,25 @@ def test_loading_computes_tensors_of_what_building_made(kind: str) -> None:
     assert not differences(vars(walk(published.model)), vars(walk(attached)))
     with pytest.raises(ParityError, match=r"(table|rope) is built as .* here and as .*, and loading used it"):
         attach(published, build, flag=0.25)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.zeros_like,
+        lambda table: torch.empty_like(table).fill_(2.0),
+        lambda table: table.new_full((3,), 2.0),
+        lambda table: table.clone().copy_(torch.ones(3)),
+    ],
+)
+def test_loading_takes_the_shape_of_what_building_made(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """And none of its values, so it may have others here."""
+
+    def build(m: Model, flag: float) -> None:
+        m.register_buffer("table", torch.full((3,), flag))
+
+    published = publish(build, lambda m: setattr(m, "made", make(m.table)), flag=1.0)
+    assert torch.equal(attach(published, build, flag=0.25).made, published.model.made)
 
 
 def test_what_is_in_parameters_before_they_are_loaded_means_nothing() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import pickle
 import threading
 import time
@@ -71,8 +72,15 @@ class AdapterHolds:
         self._device = device
         self._settings = settings
         self._holds: dict[str, _Hold] = {}
-        self._turns: dict[str, threading.Lock] = {}
-        self._spare = Spare()
+        self._pid = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have locks and memory of this process: those of the process that it was forked from are of no use here."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._turns: dict[str, threading.Lock] = {}
+            self._spare = Spare()
 
     def publish(
         self,
@@ -90,6 +98,7 @@ class AdapterHolds:
             version, dtype, check_finite: as of `CompanionClient.publish_adapter`.
             connect: to the companion; asked unless this client holds the adapter already.
         """
+        self._begin()
         key = adapters.key_of(name)
         codec.version_from_message(version)
         info, fds = file_of(
@@ -130,6 +139,7 @@ class AdapterHolds:
 
     def let_go(self, name: str) -> None:
         """Hold it no more. Idempotent."""
+        self._begin()
         if (hold := self._holds.pop(name, None)) is not None:
             hold.close()
         if not self._holds:
@@ -137,6 +147,7 @@ class AdapterHolds:
 
     def close(self) -> None:
         """Hold nothing more. Idempotent."""
+        self._begin()
         for name in list(self._holds):
             self.let_go(name)
         self._spare.close()

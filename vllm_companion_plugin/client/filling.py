@@ -69,7 +69,7 @@ class Filling:
         self._written = Intervals()
         self._sources: list[torch.Tensor] = []  # that nobody else keeps, of copies that may be on their way
         self._sources_bytes = 0
-        self._name = ""  # of the tensor that is written, until it is known where it begins
+        self._name = ""  # of the tensor that is written
         self._begun: dict[int, _Begun] = {}  # by the offset
         self._lasting = 0  # address of the memory of the tensor that is written, if it is kept until `load` ends
         self.infos = _by_name(manifest)
@@ -97,6 +97,7 @@ class Filling:
                     self._load(name, tensor)
                     count += 1
         finally:
+            self._name = ""
             self._flush()
         return count
 
@@ -194,7 +195,7 @@ class Filling:
         """Remember which names begin at a place, and whether what is there from now on is what each was given."""
         if not self._name:
             return
-        begun, name, self._name = self._begun.setdefault(offset_bytes, _Begun()), self._name, ""
+        begun, name = self._begun.setdefault(offset_bytes, _Begun()), self._name
         if begun.names.keys() - {name}:
             self._flush()
             size_bytes = min(begun.size_bytes, source.nbytes)

@@ -1,4 +1,7 @@
-"""What a companion can hold, and what follows from the kind of an entry for whoever keeps it. A new kind is a row."""
+"""What a companion can hold, and what follows from the kind of an entry for whoever keeps it.
+
+A new kind is a row, and another version of the protocol: clients refuse keys of a kind that they do not know.
+"""
 
 from __future__ import annotations
 

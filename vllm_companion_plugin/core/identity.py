@@ -93,7 +93,7 @@ class EntryKey:
                 return f"{name!r} is {text[:200]!r}, which cannot be printed"
         if not _KEY_ID.fullmatch(self.id):
             return f"'id' is no hex digest but {self.id[:80]!r}"
-        if self.kind not in ENTRY_KINDS:
+        if not isinstance(self.kind, str) or self.kind not in ENTRY_KINDS:
             return f"'kind' is {str(self.kind)[:80]!r}, and this version knows {', '.join(ENTRY_KINDS)}"
         maps = (self.fields, self.files)
         if not all(isinstance(one, Mapping) for one in maps):

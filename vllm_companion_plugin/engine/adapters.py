@@ -69,7 +69,7 @@ class FrontEnd:
     def serve(self, asked: Asked) -> Served:
         """What a request that comes now is bound to. Raises as `AdapterLeases.lease`."""
         known = self._pinned.get(asked) if asked.generation else self._current.get(asked.name)
-        if known is not None and asked.generation:
+        if known is not None and asked.generation and (self.is_sent(known) or not known.is_gone):
             return known
         found = None if asked.generation else self._leases.where(asked.name)
         if known is not None and found is not None and self._leases.is_current(known.lease, found):
@@ -78,7 +78,7 @@ class FrontEnd:
         with self._mutex:
             # Another request may have been quicker: a generation has one lease.
             served = self._pinned.get(lease.bound)
-            if served is None or served.lease.lease.lost.is_set():
+            if served is None or served.is_gone:
                 served = Served(lease, self._number(lease.bound))
             else:
                 lease.release()

@@ -25,6 +25,7 @@ from vllm_companion_plugin.tree import constants
 from vllm_companion_plugin.tree.building import WithoutWeights
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
+from vllm_companion_plugin.tree.values import class_name
 
 logger = init_logger("vllm.companion")
 
@@ -60,7 +61,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                     targets = draft.taken_from_target(attachment.manifest, vllm_config, model, target)
                 without.enter_context(draft.taken_out(model, targets))
             built = time.perf_counter()
-            without.enter_context(constants.as_loaded(attachment.manifest.common_values))
+            without.enter_context(constants.as_loaded(attachment.manifest.common_values, class_name(type(model))))
             source = Source(attachment.manifest, views, device, copy=copy)
             restorer = Restorer(model, source, device, built=without_weights, besides=reload_notes.noted)
             if decision.device.stage is Stage.UNPROCESSED:

@@ -6,6 +6,16 @@ May import: core, errors.
 """
 
 from vllm_companion_plugin.fleet.report import EngineReport, FleetReport
-from vllm_companion_plugin.fleet.together import InPlace, Written, advance, advance_async, check, writing
+from vllm_companion_plugin.fleet.together import InPlace, Written, advance, advance_async, check, identity_of, writing
 
-__all__ = ["EngineReport", "FleetReport", "InPlace", "Written", "advance", "advance_async", "check", "writing"]
+__all__ = [
+    "EngineReport",
+    "FleetReport",
+    "InPlace",
+    "Written",
+    "advance",
+    "advance_async",
+    "check",
+    "identity_of",
+    "writing",
+]

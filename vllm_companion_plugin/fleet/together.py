@@ -92,12 +92,17 @@ def check(engines: Sequence[Any]) -> None:
     _known(engines, None)
 
 
+def identity_of(engine: Any) -> Any:
+    """What two ways to name one engine have in common."""
+    return engine.rstrip("/") if isinstance(engine, str) else id(engine)
+
+
 def _known(engines: Sequence[Any], loop: asyncio.AbstractEventLoop | None) -> list[Engine]:
     if isinstance(engines, str) or not engines:
         raise SettingsError(f"{engines!r} is no list of engines.", remedy="Give a list of URLs or objects.")
     known: dict[Any, Engine] = {}
     for engine in engines:
-        identity = engine.rstrip("/") if isinstance(engine, str) else id(engine)
+        identity = identity_of(engine)
         if identity in known:
             raise SettingsError(f"{known[identity].name} is given twice.", remedy="Give each engine once.")
         known[identity] = engine_of(engine, loop)

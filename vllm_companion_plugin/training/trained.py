@@ -161,7 +161,8 @@ class Trained:
         self._check_idle()
         if engines:
             fleet.advance(engines, {self._attachment.held.key.id: self.generation})
-            self._engines += [each for each in engines if each not in self._engines]
+            here = {fleet.identity_of(each) for each in self._engines}
+            self._engines += [each for each in engines if fleet.identity_of(each) not in here]
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -20,11 +20,12 @@ from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.capture import capture_values
 from vllm_companion_plugin.tree.constants import is_constant, set_here
 from vllm_companion_plugin.tree.descriptions import answers, describe_value
-from vllm_companion_plugin.tree.holders import Holder, find, holders_of, name_of, reference_of, users_of
+from vllm_companion_plugin.tree.holders import Holder, find, holders_of, is_own, name_of, reference_of, users_of
 from vllm_companion_plugin.tree.live import Tree
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.switches import switches
 from vllm_companion_plugin.tree.times import is_time
+from vllm_companion_plugin.tree.values import class_name
 
 
 @dataclass(slots=True)
@@ -35,12 +36,14 @@ class Common:
         held: texts of plain values, and other objects, by name.
         behind: of all that is behind such objects the texts, and what tells it from another one. It has no entry for
             what the model holds, too.
+        model: name of the model's class.
         switches: of torch, which say how kernels compute.
         met: what the model held, as of `Tree`.
     """
 
     held: dict[Holder, dict[str, Any]]
     behind: dict[Holder, dict[str, Any]]
+    model: str
     switches: dict[str, Any]
     met: dict[int, tuple[str, str]]
 
@@ -66,23 +69,31 @@ class Common:
     def _of(cls, holders: Sequence[Holder], tree: Tree) -> Common:
         modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
-        return cls({one: _shown(vars(one)) for one in holders}, _behind(own, tree), switches(), tree.met)
+        held, model = {one: _shown(vars(one)) for one in holders}, class_name(type(tree.modules[0].module))
+        return cls(held, _behind(own, tree), model, switches(), tree.met)
 
-    def changes(self, now: Common) -> tuple[CommonValue, ...]:
+    def changes(self, now: Common, *, own_alone: bool = False) -> tuple[CommonValue, ...]:
         """The plain values that are others in `now`, and those that an earlier load of this process had set.
+
+        Args:
+            own_alone: of the model's own code alone.
 
         Raises:
             NotShareableError: something else has changed, or had; the first is named.
         """
         found, others = [], []
         for one, before in self.held.items():
+            if own_alone and not is_own(one):
+                continue
             after = now.held[one]
             changed = {*_different(before, after), *_different(self.behind.get(one, {}), now.behind.get(one, {}))}
-            earlier = set_here.get(one, frozenset())
-            if changed:
-                set_here[one] = earlier | changed
-            for name in sorted(earlier | changed):
+            earlier = set_here.setdefault(one, {})
+            for name in sorted(earlier.keys() | changed):
                 then, text = before.get(name), after.get(name)
+                first, by, result = earlier.get(name, (then, self.model, text))
+                if name not in changed and (by, result) == (self.model, text):
+                    then = first  # as a load of the same model found it in a process that was new
+                earlier[name] = first, by, text
                 is_known = then is None or isinstance(then, str)
                 if is_known and is_constant(text) and find(reference_of(one)) is one:
                     found.append(CommonValue(reference_of(one), name, then, text))

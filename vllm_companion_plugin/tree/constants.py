@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import Any, TypeGuard
 
@@ -16,18 +16,23 @@ from vllm_companion_plugin.tree.descriptions import describe_value
 from vllm_companion_plugin.tree.holders import Holder, find, name_of, users_of
 from vllm_companion_plugin.tree.values import value_of
 
-set_here: MutableMapping[Holder, Set[str]] = weakref.WeakKeyDictionary()
-"""Names of what loading has set in this process: an engine that is new has something else there."""
+set_here: MutableMapping[Holder, dict[str, tuple[Any, str, Any]]] = weakref.WeakKeyDictionary()
+"""By name, what loading has set in this process: what was there at first, the model's class, and what it set last. An
+engine that is new has at first what was there."""
 
 
 @contextmanager
-def as_loaded(values: Sequence[CommonValue]) -> Iterator[None]:
+def as_loaded(values: Sequence[CommonValue], model: str) -> Iterator[None]:
     """Set `values` as loading did. If what goes on inside fails, all is as before.
 
+    Args:
+        model: name of the model's class.
+
     Raises:
-        ParityError: one is not here what it was for the publisher; nothing was set.
+        ParityError: one is not here what it was for the publisher, or cannot be made here; nothing was set.
     """
     places = [(_holder(value), value) for value in values]
+    made = [_made(value) for value in values]
     for one, value in places:
         here = describe_value(vars(one)[value.name]) or "no plain value" if value.name in vars(one) else None
         if here != value.before:
@@ -35,19 +40,24 @@ def as_loaded(values: Sequence[CommonValue]) -> Iterator[None]:
             shown, published = here or "absent", value.before or "absent"
             text = f"{where}, which {users_of(one)}, is {shown} here before loading, and was {published} there."
             raise ParityError(text, where, shown)
-    before = [vars(one).get(value.name) for one, value in places]
-    for one, value in places:
-        setattr(one, value.name, value_of(value.after))
-        set_here[one] = set_here.get(one, frozenset()) | {value.name}
-    try:
-        yield
-    except BaseException:
-        for (one, value), there in zip(places, before, strict=True):
+    with ExitStack() as undo:
+        for (one, value), new in zip(places, made, strict=True):
             if value.before is None:
-                delattr(one, value.name)
+                undo.callback(delattr, one, value.name)
             else:
-                setattr(one, value.name, there)
-        raise
+                undo.callback(setattr, one, value.name, vars(one)[value.name])
+            setattr(one, value.name, new)
+            set_here.setdefault(one, {}).setdefault(value.name, (value.before, model, value.after))
+        yield
+        undo.pop_all()
+
+
+def _made(value: CommonValue) -> Any:
+    try:
+        return value_of(value.after)
+    except ValueError as error:
+        where = f"{value.holder}.{value.name}"
+        raise ParityError(f"{where} is {value.after} there, and cannot be here: {error}.", where, "absent") from error
 
 
 def _holder(value: CommonValue) -> Holder:

@@ -66,6 +66,11 @@ def _with_bases(classes: Iterable[type]) -> set[type]:
     return {base for each in classes for base in each.__mro__}
 
 
+def is_own(one: Holder) -> bool:
+    """Whether `one` is of no package that serves all models."""
+    return _is_own(one.__module__ if isinstance(one, type) else one.__name__)
+
+
 def _is_own(module: str) -> bool:
     return packages.top(module) not in _GENERAL
 

@@ -299,8 +299,9 @@ class Observation:
     def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
         loaded = Loaded()
         built = self._built
-        if not self._processed_early:  # what processing sets there each engine sets for itself
-            loaded.common_values = self._common.changes(self._common.now(tree))
+        # What processing sets there each engine sets for itself, so of a model that was processed meanwhile only its
+        # own code is asked.
+        loaded.common_values = self._common.changes(self._common.now(tree), own_alone=bool(self._processed_early))
         paths = {path: reference() for path, reference in built.modules.items()}
         removed = [path for path in paths if path not in now.modules]
         for path in removed:
@@ -593,8 +594,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.placing.looked_at(read)
         derived = not read <= self.clean and func._schema.name not in _SHAPED
         is_known = derived and not read.isdisjoint(self.computed) and func._schema.name not in _EMPTY
-        sources = self._sources_of(func, args, kwargs, read) if self.is_loading else None
+        is_shaped = func._schema.name in _SHAPED or func._schema.name in _EMPTY
+        sources = self._sources_of(func, args, kwargs, read) if self.is_loading and not is_shaped else None
         targets: list[torch.Tensor] = []
+        if func._schema.name in _FILLING and _is_whole(args[0]):
+            self.sources.pop(int(args[0].untyped_storage()._cdata), None)
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
             targets.extend(
@@ -643,10 +647,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _filled(self, target: torch.Tensor, values: Any) -> None:
         """All elements of `target` have got `values`, whatever they were."""
-        storage = target.untyped_storage()
-        if target.nbytes == storage.nbytes() and target.is_contiguous() and {*_storages(values)} <= self.clean:
-            self.clean.add(int(storage._cdata))
-            self.computed.discard(int(storage._cdata))
+        if _is_whole(target) and {*_storages(values)} <= self.clean:
+            storage = int(target.untyped_storage()._cdata)
+            self.clean.add(storage)
+            self.computed.discard(storage)
+
+
+def _is_whole(tensor: Any) -> bool:
+    """Whether a tensor is all that is in its memory."""
+    return _is_plain(tensor) and tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 class _Unseen(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -45,7 +46,7 @@ def is_compiler() -> bool:
 
 
 def _is_importing(filename: str) -> bool:
-    return filename.startswith(_IMPORTING) or places.is_own(filename)
+    return filename.startswith("<frozen importlib") or filename == importlib.__file__ or places.is_own(filename)
 
 
 @cache

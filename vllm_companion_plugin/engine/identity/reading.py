@@ -107,7 +107,7 @@ class Reading:
         found = {}
         for path in sorted((opened | by_outside) - written):
             name = _name(path, self._checkpoint, names, path in by_outside)
-            if name is None:
+            if name is None or not _can_be_sent(name):
                 continue
             if (identity := _identity(name, path)) is not None:
                 found[name] = identity
@@ -241,6 +241,14 @@ def _path(name: str, checkpoint: str) -> str | None:
     if name.startswith(_PACKAGE):
         return outside.path_of(name.removeprefix(_PACKAGE))
     return os.path.join(places.hub() if name.startswith(_HUB) else checkpoint, name.removeprefix(_HUB))
+
+
+def _can_be_sent(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return True
 
 
 def _is_in(path: str, directory: str) -> bool:

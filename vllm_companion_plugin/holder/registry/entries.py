@@ -223,7 +223,7 @@ class Entry:
 
     @property
     def is_reloadable(self) -> bool:
-        """Whether nothing is lost without it: a checkpoint has the bytes of its current generation."""
+        """Whether a checkpoint has the bytes of its current generation."""
         return self.key.rules.is_reloadable and not self.current.written
 
     @property

@@ -22,7 +22,8 @@ def make(entries: Iterable[Entry], size_bytes: int, linger_s: float) -> list[Ent
     """The entries to drop so that `size_bytes` are free: the longest idle first, and no more than it takes.
 
     Returns none if all idle entries together would not do, because they would be lost in vain, and none if `linger_s`
-    is negative: what never expires is not dropped for others either. What no checkpoint brings back stays, too.
+    is negative: what never expires is not dropped for others either. An entry whose current generation no checkpoint
+    brings back stays, too; what others keep to go back to goes with them.
     """
     chosen: list[Entry] = []
     for _, entry in sorted(_idle(entries, linger_s), key=lambda idle: idle[0]):

@@ -86,9 +86,9 @@ async def serve_async(engine: Any, path: str) -> Served:
                 await asyncio.to_thread(_check_legal, engine.vllm_config.lora_config, served)
                 await engine.engine_core.add_lora_async(_bound_request(_blank(served), served))
         except CompanionError:
-            if not served.is_gone:
+            gone, served = served, await _found_async(engine, front, path) if served.is_gone else served
+            if served is gone:  # else workers did not find what has gone meanwhile
                 raise
-            served = await _found_async(engine, front, path)  # workers do not find what has gone meanwhile
         else:
             await _forget_async(engine, front.sent(served))
     return served
@@ -116,9 +116,9 @@ def serve(engine: Any, path: str) -> Served:
                 _check_legal(engine.vllm_config.lora_config, served)
                 engine.engine_core.add_lora(_bound_request(_blank(served), served))
         except CompanionError:
-            if not served.is_gone:
+            gone, served = served, _found(engine, front, path) if served.is_gone else served
+            if served is gone:
                 raise
-            served = _found(engine, front, path)
         else:
             _forget(engine, front.sent(served))
     return served
