@@ -86,8 +86,8 @@ async def serve_async(engine: Any, path: str) -> Served:
                 await asyncio.to_thread(_check_legal, engine.vllm_config.lora_config, served)
                 await engine.engine_core.add_lora_async(_bound_request(_blank(served), served))
         except CompanionError:
-            gone, served = served, await _found_async(engine, front, path) if served.is_gone else served
-            if served is gone:  # else workers did not find what has gone meanwhile
+            before, served = served, await _found_async(engine, front, path)
+            if served is before:  # else workers did not find what has gone meanwhile, of which we may not be told yet
                 raise
         else:
             await _forget_async(engine, front.sent(served))
@@ -116,8 +116,8 @@ def serve(engine: Any, path: str) -> Served:
                 _check_legal(engine.vllm_config.lora_config, served)
                 engine.engine_core.add_lora(_bound_request(_blank(served), served))
         except CompanionError:
-            gone, served = served, _found(engine, front, path) if served.is_gone else served
-            if served is gone:
+            before, served = served, _found(engine, front, path)
+            if served is before:
                 raise
         else:
             _forget(engine, front.sent(served))
