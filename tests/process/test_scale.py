@@ -63,9 +63,9 @@ def publish(place: Place, tensors: int, undo: ExitStack) -> None:
 @pytest.mark.alone
 def test_a_thousand_attachments_leave_nothing_behind_in_client_or_companion(place: Place) -> None:
     with ExitStack() as undo:
+        place.environment["MALLOC_ARENA_MAX"] = "2"  # or glibc reserves 64 MiB for a thread now and then
         publish(place, 400, undo)
         at_once(place, 16)  # gRPC's pool has been as large as it gets, and glibc keeps the stacks of its threads
-        place.environment["MALLOC_ARENA_MAX"] = "2"  # or glibc reserves 64 MiB for a thread now and then
         child = place.run(CHILD, "many", str(CYCLES), str(place.companion_pid()))
         out, err = child.communicate(timeout=150)
         assert child.returncode == 0, err
