@@ -303,6 +303,25 @@ class TestOpeners:
         assert reading.files() == {}
         forget()
 
+    @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "NUMBA_CACHE_DIR"])
+    def test_compilers_may_keep_it_anywhere(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+    ) -> None:
+        monkeypatch.setenv(variable, str(tmp_path / "kept"))
+        write(tmp_path / "kept" / "build.ninja", '{"weight_map": {}}')
+        with observed_reading(model) as reading:
+            weight_utils.filter_duplicate_safetensors_files([], str(tmp_path / "kept"), "build.ninja")
+        assert reading.files() == {}
+
+    def test_what_python_asks_of_a_project_in_development_does_not_count(self, model: Path, path: Path) -> None:
+        """As Numba and Inductor do, which look for plugins of theirs."""
+        write(path / "oot.egg-info" / "PKG-INFO", "Name: oot\n")
+        write(path / "oot.egg-info" / "entry_points.txt", "[oot]\n")
+        with observed_reading(model) as reading:
+            importlib.metadata.entry_points()
+        assert not [name for name in reading.files() if "egg-info" in name]
+        assert list(read(model, path / "oot.egg-info" / "entry_points.txt"))
+
     def test_code_counts_where_it_is_read_and_not_imported(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -447,6 +447,16 @@ class TestConstants:
         attach(again, using)
         assert MODE == "fast"
 
+    def test_what_another_model_set_since_is_not_what_this_one_set(self) -> None:
+        """A new process would have neither."""
+        publish(using, _set_mode)
+        _set_global("MODE", "slow")()
+        constants.set_here[sys.modules[__name__]]["MODE"] = ("'fast'", "another.Model", "'slow'")
+        again = publish(using, _set_mode)
+        _another_process()
+        with pytest.raises(ParityError, match="MODE, which all models of this code share, is None here"):
+            attach(again, using)
+
     def test_of_a_model_that_was_processed_meanwhile(self) -> None:
         """As online quantization does it: what loading set beside it is in the publication all the same."""
         model = Model(using, 1.0)

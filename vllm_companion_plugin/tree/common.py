@@ -90,10 +90,10 @@ class Common:
             earlier = set_here.setdefault(one, {})
             for name in sorted(earlier.keys() | changed):
                 then, text = before.get(name), after.get(name)
-                first, by, result = earlier.get(name, (then, self.model, text))
-                if name not in changed and (by, result) == (self.model, text):
-                    then = first  # as a load of the same model found it in a process that was new
-                earlier[name] = first, by, text
+                if name in changed:
+                    earlier[name] = then, self.model, text
+                elif earlier[name][1:] == (self.model, text):
+                    then = earlier[name][0]  # as the load of this model found it that set it
                 is_known = then is None or isinstance(then, str)
                 if is_known and is_constant(text) and find(reference_of(one)) is one:
                     found.append(CommonValue(reference_of(one), name, then, text))

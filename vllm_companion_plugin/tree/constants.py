@@ -17,8 +17,7 @@ from vllm_companion_plugin.tree.holders import Holder, find, name_of, users_of
 from vllm_companion_plugin.tree.values import value_of
 
 set_here: MutableMapping[Holder, dict[str, tuple[Any, str, Any]]] = weakref.WeakKeyDictionary()
-"""By name, what loading has set in this process: what was there at first, the model's class, and what it set last. An
-engine that is new has at first what was there."""
+"""By name, what loading has set in this process: what was there before, the model's class, and what it set."""
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def as_loaded(values: Sequence[CommonValue], model: str) -> Iterator[None]:
             else:
                 undo.callback(setattr, one, value.name, vars(one)[value.name])
             setattr(one, value.name, new)
-            set_here.setdefault(one, {}).setdefault(value.name, (value.before, model, value.after))
+            set_here.setdefault(one, {})[value.name] = value.before, model, value.after
         yield
         undo.pop_all()
 

@@ -26,6 +26,7 @@ def holders_of(tree: Tree) -> list[Holder]:
 
 
 def reference_of(one: Holder) -> str:
+    """Return the text by which `find` finds it in another process."""
     return f"{one.__module__}:{one.__qualname__}" if isinstance(one, type) else one.__name__
 
 
@@ -81,8 +82,10 @@ def _is_installed(module: types.ModuleType) -> bool:
 
 
 def users_of(one: Holder) -> str:
+    """Return who sees what it holds, for messages."""
     return "its objects share" if isinstance(one, type) else "all models of this code share"
 
 
 def name_of(one: Holder) -> str:
+    """Return its full name, for messages."""
     return class_name(one) if isinstance(one, type) else one.__name__

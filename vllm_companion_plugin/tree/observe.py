@@ -592,12 +592,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read.update(_storages(value))
         if reads:
             self.placing.looked_at(read)
-        derived = not read <= self.clean and func._schema.name not in _SHAPED
-        is_known = derived and not read.isdisjoint(self.computed) and func._schema.name not in _EMPTY
-        is_shaped = func._schema.name in _SHAPED or func._schema.name in _EMPTY
-        sources = self._sources_of(func, args, kwargs, read) if self.is_loading and not is_shaped else None
+        operator = func._schema.name
+        derived = not read <= self.clean and operator not in _SHAPED
+        is_known = derived and not read.isdisjoint(self.computed) and operator not in _EMPTY
+        takes_shapes = operator in _SHAPED or operator in _EMPTY
+        sources = self._sources_of(func, args, kwargs, read) if self.is_loading and not takes_shapes else None
         targets: list[torch.Tensor] = []
-        if func._schema.name in _FILLING and _is_whole(args[0]):
+        if operator in _FILLING and _is_whole(args[0]):
             self.sources.pop(int(args[0].untyped_storage()._cdata), None)
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
@@ -612,7 +613,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.clean.discard(storage)
                 if derived and (is_known or storage in self.parameters):
                     self.computed.add(storage)
-        if targets and func._schema.name in _FILLING:
+        if targets and operator in _FILLING:
             self._filled(targets[0], args[1:])
         made = [storage for storage in _storages(result) if storage not in read]  # else it is a view
         for storage in made:

@@ -41,6 +41,7 @@ _SHORT = 16
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
+_RECORDS = (".dist-info/", ".egg-info/")
 _EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "import")
 _active: list[Reading] = []
 _adding = threading.Lock()
@@ -233,8 +234,8 @@ def _name(path: str, checkpoint: str, names: outside.Names, is_outside: bool) ->
 
 
 def _depends_on_opener(path: str) -> bool:
-    """Tell whether a file may be one that compilers keep, or code that is imported and may be gone after an update."""
-    return path.endswith(_CODE) or places.may_be_cached(path)
+    """Tell whether a file may be one that compilers keep, or that Python imports or asks for what is installed."""
+    return path.endswith(_CODE) or places.may_be_cached(path) or any(part in path for part in _RECORDS)
 
 
 def _path(name: str, checkpoint: str) -> str | None:
