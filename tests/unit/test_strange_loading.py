@@ -453,6 +453,7 @@ class TestConstants:
         _set_global("MODE", "slow")()
         constants.set_here[sys.modules[__name__]]["MODE"] = ("'fast'", "another.Model", "'slow'")
         again = publish(using, _set_mode)
+        assert [one.before for one in again.manifest.common_values] == ["'slow'"]
         _another_process()
         with pytest.raises(ParityError, match="MODE, which all models of this code share, is None here"):
             attach(again, using)
