@@ -79,6 +79,13 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
             assert root != "cuda" or str(relative).startswith(CUDA_ONLY_IN), f"{relative} imports {name}"
 
 
+def test_grpc_is_imported_where_it_is_made_harmless_to_forks() -> None:
+    """By nobody else, tests included: whoever comes first decides for the process."""
+    tests = Path(__file__).parent.rglob("*.py")
+    found = [path.stem for path in (*FILES, *tests) if any(name.split(".")[0] == "grpc" for name in imports(path))]
+    assert found == ["forking"]
+
+
 def test_packages_do_not_import_each_other_in_circles() -> None:
     """Also not by imports inside functions."""
     uses: dict[str, set[str]] = {}

@@ -61,6 +61,14 @@ class CompanionUnavailableError(CompanionError):
     expected = True
 
 
+class ForkedError(CompanionError):
+    """This process was forked from one that uses the companion, and cannot use it."""
+
+    code = "forked"
+    grpc_status = "FAILED_PRECONDITION"
+    expected = True
+
+
 class CompanionReplacedError(CompanionUnavailableError):
     """The companion ended to make room for another one, which takes over what is mapped."""
 

@@ -32,7 +32,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import grpc
 import torch
 from torch import nn
 
@@ -88,6 +87,7 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
 from vllm_companion_plugin.tree.values import text_of, value_of
 from vllm_companion_plugin.wire import codec, fd_channel, messages
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.manifest import (
     ITEM_SIZES,
     MAX_STORAGE_END,

@@ -419,46 +419,6 @@ class TestLimits:
         assert client.publish_adapter("other", small(3), config()) > 0
 
 
-FORKS = """
-import multiprocessing, sys
-import torch
-from vllm_companion_plugin import CompanionClient
-
-def published(client):
-    sides = {f"layer.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
-    return client.publish_adapter("mine", sides, {"r": 4})
-
-def publish(client, attachment):
-    number = published(client)
-    attachment.close()
-    client.close()
-    sys.exit(number)
-
-client = CompanionClient("cpu")
-attachment = client.attach("test/model")
-published(client)
-published(client)  # then there is memory for a third one
-child = multiprocessing.get_context("fork").Process(target=publish, args=(client, attachment))
-child.start()
-child.join(20)
-print(child.exitcode, flush=True)
-child.kill()
-print(published(client), attachment.lost, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_fork_publishes_and_closes(place: Place) -> None:
-    """By a connection of its own: what its parent has is the parent's."""
-    place.companion()
-    client = hold_zeros(place)
-    parent = place.run("-c", FORKS)
-    assert parent.stdout is not None
-    assert [parent.stdout.readline() for _ in range(2)] == ["3\n", "4 False\n"]
-    held = {entry.key.kind: [lease.pid for lease in entry.leases] for entry in client.status().entries}
-    assert held == {WEIGHTS: [parent.pid], ADAPTER: [parent.pid]}
-
-
 class TestDeaths:
     """Whoever ends, requests go on."""
 

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from tests.support.place import KEY, Place, alive, arena_of, until
@@ -31,6 +30,7 @@ from vllm_companion_plugin.holder.process import InstanceLock
 from vllm_companion_plugin.host.runtime_dir import device_paths, list_devices
 from vllm_companion_plugin.host.spawn import ensure_companion
 from vllm_companion_plugin.wire import schema
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.messages import HealthCheckRequest, HealthCheckResponse
 
 

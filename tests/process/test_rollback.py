@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import pytest
 
 from tests.process.test_cli import cli
@@ -20,6 +19,7 @@ from vllm_companion_plugin.core.status import CompanionStatus, EntryState, Entry
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import StaleError
 from vllm_companion_plugin.wire import codec, messages
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
 
 

@@ -22,7 +22,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from tests.support.place import KEY, Place, arena_of, memfd, until
@@ -44,6 +43,7 @@ from vllm_companion_plugin.host.election import LoaderElection
 from vllm_companion_plugin.host.runtime_dir import device_paths
 from vllm_companion_plugin.host.spawn import is_listening
 from vllm_companion_plugin.wire import fd_channel, messages, schema
+from vllm_companion_plugin.wire.forking import grpc
 
 NOBODY = 65534
 OTHER = 54321

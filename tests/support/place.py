@@ -14,14 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.settings import Settings, resolve, to_environment
 from vllm_companion_plugin.wire import messages, schema
+from vllm_companion_plugin.wire.forking import grpc
 
 KEY = EntryKey("ab" * 32, "test/model", fields={"dtype": "bfloat16"})
 SEALS = 0x1 | 0x2 | 0x4 | 0x8

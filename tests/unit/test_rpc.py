@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import grpc
 import pytest
 
 from vllm_companion_plugin.errors import CompanionError, CompanionUnavailableError, LimitError, WaitTimeoutError
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import typed_error
 
 

@@ -2,5 +2,5 @@
 and `CompanionClient`, the API.
 
 May import: core, host, wire, memory, tree, fleet, settings, errors.
-Of other packages: grpc, torch, typing_extensions.
+Of other packages: torch, typing_extensions.
 """

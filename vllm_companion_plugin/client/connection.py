@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import grpc
-
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.client.lease import Granted, Lease, Parked, Ready
 from vllm_companion_plugin.client.publication import Publication
@@ -37,6 +35,7 @@ from vllm_companion_plugin.host.runtime_dir import DevicePaths, device_paths, re
 from vllm_companion_plugin.host.spawn import ensure_companion, who_is_silent
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire import codec, messages
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import open_channel, typed_error
 from vllm_companion_plugin.wire.schema import Stub
 
@@ -236,7 +235,7 @@ class CompanionConnection:
     def report(self, report: Report) -> None:
         """Tell the companion what to count. Never blocks and never fails: it may be lost."""
         with contextlib.suppress(ValueError):  # the channel was closed
-            call = self._stub.Report.future(codec.report_to_message(report), timeout=CALL_TIMEOUT_S)  # type: ignore[attr-defined]
+            call = self._stub.Report.future(codec.report_to_message(report), timeout=CALL_TIMEOUT_S)
             call.add_done_callback(_log_lost_report)
 
     def attach(

@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.identity import EntryKey
@@ -38,6 +36,7 @@ from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.host.spawn import who_is_silent
 from vllm_companion_plugin.memory.descriptors import Descriptors
 from vllm_companion_plugin.wire import codec, fd_channel, messages
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.wire.rpc import is_answer, typed_error
 from vllm_companion_plugin.wire.schema import Stub

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grpc
-
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import Progress, Published
 from vllm_companion_plugin.core.text import sendable
 from vllm_companion_plugin.wire import codec, fd_channel, messages
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import CHUNK_BYTES, typed_error
 from vllm_companion_plugin.wire.schema import Stub
 
@@ -57,7 +56,7 @@ class Publication:
             return
         self._last, self._next_report = progress, now + REPORT_INTERVAL_S
         step = messages.PublishRequest(progress=codec.progress_to_message(progress))
-        self._in_flight = self._stub.Publish.future(iter([self._begin(), step]), timeout=REPORT_TIMEOUT_S)  # type: ignore[attr-defined]
+        self._in_flight = self._stub.Publish.future(iter([self._begin(), step]), timeout=REPORT_TIMEOUT_S)
         self._in_flight.add_done_callback(_log_failed_report)
 
     def publish(

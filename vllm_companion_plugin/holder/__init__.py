@@ -2,5 +2,5 @@
 torch.
 
 May import: core, host, wire, memory.descriptors, memory.kinds, settings, errors.
-Of other packages: grpc, google, filelock.
+Of other packages: google, filelock.
 """

@@ -16,8 +16,6 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import grpc
-
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.errors import AlreadyRunningError, CompanionUnavailableError, RuntimeDirError
 from vllm_companion_plugin.holder.service.fd_server import FdServer
@@ -26,6 +24,7 @@ from vllm_companion_plugin.holder.service.service import CompanionService
 from vllm_companion_plugin.host import last_word, notes
 from vllm_companion_plugin.host.runtime_dir import DevicePaths
 from vllm_companion_plugin.wire import schema
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, address
 
 logger = logging.getLogger("vllm.companion.process")

@@ -7,8 +7,6 @@ import os
 from typing import Any
 from urllib.parse import quote
 
-import grpc
-
 from vllm_companion_plugin.errors import (
     CompanionError,
     CompanionUnavailableError,
@@ -16,6 +14,7 @@ from vllm_companion_plugin.errors import (
     WaitTimeoutError,
     from_code,
 )
+from vllm_companion_plugin.wire.forking import grpc, use
 
 logger = logging.getLogger("vllm.companion.rpc")
 
@@ -45,7 +44,12 @@ def address(socket_path: str) -> str:
 
 
 def open_channel(socket_path: str) -> grpc.Channel:
-    """A channel of its own, whatever else in the process uses gRPC. Connects at the first call."""
+    """A channel of its own, whatever else in the process uses gRPC. Connects at the first call.
+
+    Raises:
+        ForkedError: this process was forked from one that has opened any.
+    """
+    use()
     return grpc.insecure_channel(
         address(socket_path),
         options=[

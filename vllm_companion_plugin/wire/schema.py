@@ -8,12 +8,13 @@ public API makes the classes here. docs/adr/0002-descriptor-set.md has the reaso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from importlib import resources
 from typing import Any
 
-import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from vllm_companion_plugin.wire.forking import check, grpc
 
 _FILES = descriptor_pb2.FileDescriptorSet.FromString(
     resources.files("vllm_companion_plugin.wire").joinpath("schema.binpb").read_bytes()
@@ -61,24 +62,43 @@ def _methods(service: str) -> list[tuple[str, Any, Any, bool, bool]]:
     ]
 
 
-class Stub:
-    """Client side of the service: one callable a method, on a `grpc.Channel` or `grpc.aio.Channel`."""
+class Method:
+    """A call, not in a fork of the process that opened its channel."""
 
-    Attach: Callable[..., Any]
-    Publish: Callable[..., Any]
-    Sleep: Callable[..., Any]
-    Stage: Callable[..., Any]
-    CommitStaged: Callable[..., Any]
-    GetGeneration: Callable[..., Any]
-    Advance: Callable[..., Any]
-    MakeCurrent: Callable[..., Any]
-    Status: Callable[..., Any]
-    Watch: Callable[..., Any]
-    Unload: Callable[..., Any]
-    MakeRoom: Callable[..., Any]
-    Shutdown: Callable[..., Any]
-    Report: Callable[..., Any]
-    Metrics: Callable[..., Any]
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._pid = os.getpid()
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        check(self._pid)
+        return self._call(*args, **named)
+
+    def future(self, *args: Any, **named: Any) -> Any:
+        check(self._pid)
+        return self._call.future(*args, **named)
+
+
+class Stub:
+    """Client side of the service: one callable a method, on a `grpc.Channel` or `grpc.aio.Channel`.
+
+    Each of them raises `ForkedError` in a fork of the process that opened the channel.
+    """
+
+    Attach: Method
+    Publish: Method
+    Sleep: Method
+    Stage: Method
+    CommitStaged: Method
+    GetGeneration: Method
+    Advance: Method
+    MakeCurrent: Method
+    Status: Method
+    Watch: Method
+    Unload: Method
+    MakeRoom: Method
+    Shutdown: Method
+    Report: Method
+    Metrics: Method
 
     def __init__(self, channel: Any) -> None:
         for name, request, response, client_streams, server_streams in _methods(SERVICE):
@@ -88,7 +108,7 @@ class Stub:
                 request_serializer=request.SerializeToString,
                 response_deserializer=response.FromString,
             )
-            setattr(self, name, call)
+            setattr(self, name, Method(call))
 
 
 def handlers(servicer: object, service: str = SERVICE) -> grpc.GenericRpcHandler:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-import grpc
-
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.messages import HealthCheckRequest, HealthCheckResponse
 
 

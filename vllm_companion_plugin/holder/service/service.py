@@ -18,8 +18,6 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext, suppres
 from functools import partial
 from typing import Any
 
-import grpc
-
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.core.identity import MAX_TEXT
 from vllm_companion_plugin.core.metrics import BOUNDS_S
@@ -57,6 +55,7 @@ from vllm_companion_plugin.holder.service.journal import Journal, Note, level_of
 from vllm_companion_plugin.holder.service.tickets import Ticket, Tickets
 from vllm_companion_plugin.memory.kinds import KINDS
 from vllm_companion_plugin.wire import codec, fd_channel, messages
+from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import ERROR_METADATA
 
 logger = logging.getLogger("vllm.companion.service")
