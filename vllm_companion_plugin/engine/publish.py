@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,7 @@ class _Publisher:
         self._reason: CompanionError | None = None
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
+        self._environment: dict[str, str] = {}
         self.reading: Reading | None = None
         self.copied: list[int] = []
         self._private: list[tuple[int, torch.Tensor]] = []
@@ -135,6 +137,7 @@ class _Publisher:
 
     def begin(self, model: nn.Module, until: ExitStack) -> None:
         """The model was built: watch what becomes of it, until `until` closes."""
+        self._environment = dict(os.environ)
         try:
             self._observation = Observation(model)
         except Exception as error:  # it can be loaded all the same
@@ -155,10 +158,18 @@ class _Publisher:
             return
         try:
             self._observation.end_loading(model)
+            self._check_environment()
         except NotShareableError as error:
             self._reason = error
         except Exception as error:  # the model is loaded, so this is no reason to end the engine
             self._reason = _unwatched(error)
+
+    def _check_environment(self) -> None:
+        """Raises `NotShareableError` if the model's code has left another value in a variable of this process."""
+        before, now = self._environment, os.environ
+        names = self.reading.variables if self.reading is not None else ()
+        if changed := [name for name in sorted(names) if before.get(name) != now.get(name)]:
+            raise NotShareableError(f"loading set the variable {changed[0]}, which all of this process sees")
 
     @contextmanager
     def importing(self, module: ModuleType) -> Iterator[None]:
@@ -166,6 +177,8 @@ class _Publisher:
         device = self._decision.device
         before = devices.requested_bytes(device)
         yield
+        if self._observation is not None:
+            self._observation.note_import(module)
         known = set(map(id, self._constants))
         found = [
             value

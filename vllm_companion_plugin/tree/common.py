@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, EnumMeta
 from typing import Any
 
@@ -20,7 +20,17 @@ from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.capture import capture_values
 from vllm_companion_plugin.tree.constants import is_constant, set_here
 from vllm_companion_plugin.tree.descriptions import answers, describe_value
-from vllm_companion_plugin.tree.holders import Holder, find, holders_of, is_own, name_of, reference_of, users_of
+from vllm_companion_plugin.tree.holders import (
+    Holder,
+    classes_in,
+    find,
+    holders_of,
+    is_own,
+    may_serve_one,
+    name_of,
+    reference_of,
+    users_of,
+)
 from vllm_companion_plugin.tree.live import Tree
 from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.switches import switches
@@ -36,40 +46,51 @@ class Common:
         held: texts of plain values, and other objects, by name.
         behind: of all that is behind such objects the texts, and what tells it from another one. It has no entry for
             what the model holds, too.
-        model: name of the model's class.
+        model: the model's class.
         switches: of torch, which say how kernels compute.
         met: what the model held, as of `Tree`.
+        imported: what modules hold that were imported since then, as they were just afterwards.
     """
 
     held: dict[Holder, dict[str, Any]]
     behind: dict[Holder, dict[str, Any]]
-    model: str
+    model: type
     switches: dict[str, Any]
     met: dict[int, tuple[str, str]]
+    imported: dict[Holder, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tree: Tree) -> Common:
         """Of the model that `tree` was captured from."""
-        return cls._of(holders_of(tree), tree)
+        return cls._of(holders_of(tree), tree, type(tree.modules[0].module))
+
+    def note_import(self, module: types.ModuleType) -> None:
+        """`module` has just been executed. If the model turns out to use it, what changes in it since counts, too."""
+        if may_serve_one(module, self.model):
+            new = self._of([module, *classes_in(module)], Tree([], met=self.met), self.model)
+            self.imported |= {one: (held, new.behind.get(one, {})) for one, held in new.held.items()}
 
     def now(self, tree: Tree) -> Common:
-        """The same holders, as they are now that the model is `tree`."""
-        found = self._of([*self.held], tree)
+        """The same holders, and those that were imported, as they are now that the model is `tree`."""
+        for one in holders_of(tree):
+            if one in self.imported:
+                self.held[one], self.behind[one] = self.imported[one]
+        found = self._of([*self.held], tree, self.model)
         if self._misses(found):  # of what the model holds since then
-            before = self._of([*self.held], replace(tree, met=self.met))
+            before = self._of([*self.held], replace(tree, met=self.met), self.model)
             for one, parts in found.behind.items():
                 for name in self.behind[one].keys() - parts.keys() & before.behind[one].keys():
                     parts[name] = before.behind[one][name]
         return found
 
     def _misses(self, now: Common) -> bool:
-        return any(parts.keys() - now.behind[one].keys() for one, parts in self.behind.items())
+        return any(parts.keys() - now.behind.get(one, {}).keys() for one, parts in self.behind.items())
 
     @classmethod
-    def _of(cls, holders: Sequence[Holder], tree: Tree) -> Common:
+    def _of(cls, holders: Sequence[Holder], tree: Tree, model: type) -> Common:
         modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
-        held, model = {one: _shown(vars(one)) for one in holders}, class_name(type(tree.modules[0].module))
+        held = {one: _shown(vars(one)) for one in holders}
         return cls(held, _behind(own, tree), model, switches(), tree.met)
 
     def changes(self, now: Common, *, own_alone: bool = False) -> tuple[CommonValue, ...]:
@@ -82,6 +103,7 @@ class Common:
             NotShareableError: something else has changed, or had; the first is named.
         """
         found, others = [], []
+        model = class_name(self.model)
         for one, before in self.held.items():
             if own_alone and not is_own(one):
                 continue
@@ -91,11 +113,12 @@ class Common:
             for name in sorted(earlier.keys() | changed):
                 then, text = before.get(name), after.get(name)
                 if name in changed:
-                    earlier[name] = then, self.model, text
-                elif earlier[name][1:] == (self.model, text):
+                    earlier[name] = then, model, text
+                elif earlier[name][1:] == (model, text):
                     then = earlier[name][0]  # as the load of this model found it that set it
                 is_known = then is None or isinstance(then, str)
-                if is_known and is_constant(text) and find(reference_of(one)) is one:
+                is_there = one not in self.imported and find(reference_of(one)) is one
+                if is_known and is_constant(text) and is_there:
                     found.append(CommonValue(reference_of(one), name, then, text))
                 elif not (isinstance(text, str) and is_time(text)):
                     who = "loading" if name in changed else "loading another model in this process"
@@ -142,9 +165,16 @@ def _behind(holders: Sequence[Holder], tree: Tree) -> dict[Holder, dict[str, Any
     behind: list[dict[str, Any]] = [dict(live.attributes) for live in found.modules]
     for (index, name), value in found.opaque.items():
         behind[index][name] = _Object(value), state_of(value)
+    for index, one in enumerate(holders):
+        behind[index] |= {name: state_of(value) for name, value in _values_of(one) if _is_cache(value)}
     for slot in found.slots():
         behind[slot.module][slot.name] = _Object(slot.tensor), _writes_of(slot.tensor)
     return dict(zip(holders, behind, strict=True))
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is a function that remembers results. Its name says all else of it."""
+    return type(value) is functools._lru_cache_wrapper
 
 
 def _writes_of(tensor: torch.Tensor) -> int | str | None:

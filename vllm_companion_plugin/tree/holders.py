@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vllm_companion_plugin.core import packages
 from vllm_companion_plugin.tree.live import Tree
@@ -21,7 +22,7 @@ def holders_of(tree: Tree) -> list[Holder]:
     """Those of the model that `tree` was captured from, modules first."""
     classes = _with_bases([*tree.classes, *(type(live.module) for live in tree.modules)])
     modules = _modules_of(classes, type(tree.modules[0].module))
-    classes |= _with_bases(each for module in modules for each in _classes_in(module))
+    classes |= _with_bases(each for module in modules for each in classes_in(module))
     return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
 
 
@@ -39,26 +40,74 @@ def find(reference: str) -> Holder | None:
 
 
 def _modules_of(classes: Iterable[type], model: type) -> list[types.ModuleType]:
-    """The modules of the model's own code: those of its classes, and those that these modules use.
-
-    What packages with a version keep (layers of einops, pydantic) serves all models, but for the package of `model`.
-    """
+    """The modules of the model's own code: those of its classes, and those that these modules use."""
     found: dict[str, types.ModuleType] = {}
     waiting = [each.__module__ for each in classes]
-    of_model = {packages.top(base.__module__) for base in model.__mro__}
     while waiting:
         name = waiting.pop()
         module = sys.modules.get(name)
-        if module is None or name in found or not _is_own(name):
-            continue
-        if packages.top(name) not in of_model and _is_installed(module):
+        if module is None or name in found or not may_serve_one(module, model):
             continue
         found[name] = module
         waiting += map(packages.module_of, list(vars(module).values()))
+        waiting += _imported_by(module)
     return list(found.values())
 
 
-def _classes_in(module: types.ModuleType) -> list[type]:
+def may_serve_one(module: types.ModuleType, model: type) -> bool:
+    """Whether what `module` holds may be `model`'s own.
+
+    What packages with a version keep (layers of einops, pydantic) serves all models, but for the package of `model`.
+    """
+    if not is_own(module):
+        return False
+    file, top = getattr(module, "__file__", None), packages.top(module.__name__)
+    is_package = file is None or packages.is_installed(file)
+    return not is_package or top in {packages.top(base.__module__) for base in model.__mro__}
+
+
+def _imported_by(module: types.ModuleType) -> set[str]:
+    """Return the names of loaded modules that its functions mention, as those do that import when they are called."""
+    mentioned: set[str] = set()
+    waiting = list(_codes_in(module))
+    while waiting:
+        code = waiting.pop()
+        mentioned.update(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                waiting.append(constant)
+            elif isinstance(constant, str):  # as for `import_module`
+                mentioned.add(constant.lstrip("."))
+    parts = module.__name__.split(".")
+    packages_of_it = ["", *(".".join(parts[:n]) + "." for n in range(1, len(parts) + 1))]
+    return {name for one in mentioned for around in packages_of_it if (name := around + one) in sys.modules}
+
+
+def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
+    """Yield the code of its functions, also of those in wrappings, and of the methods of its classes."""
+    waiting, seen = list(vars(module).values()), set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (staticmethod, classmethod)):
+            waiting.append(value.__func__)
+        elif isinstance(value, property):
+            waiting += [value.fget, value.fset, value.fdel]
+        elif isinstance(value, functools.cached_property):
+            waiting.append(value.func)
+        elif packages.module_of(value) == module.__name__:
+            if isinstance(value, types.FunctionType):
+                yield value.__code__
+            if issubclass(type(value), type):
+                waiting += vars(value).values()
+            else:
+                waiting.append(packages.dictionary(value).get("__wrapped__"))
+
+
+def classes_in(module: types.ModuleType) -> list[type]:
+    """Return the classes that `module` defines."""
     values = list(vars(module).values())
     return [value for value in values if issubclass(type(value), type) and value.__module__ == module.__name__]
 
@@ -74,11 +123,6 @@ def is_own(one: Holder) -> bool:
 
 def _is_own(module: str) -> bool:
     return packages.top(module) not in _GENERAL
-
-
-def _is_installed(module: types.ModuleType) -> bool:
-    file = getattr(module, "__file__", None)
-    return file is None or packages.is_installed(file)
 
 
 def users_of(one: Holder) -> str:

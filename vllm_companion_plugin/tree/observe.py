@@ -195,6 +195,11 @@ class Observation:
         with self._watch:
             yield
 
+    def note_import(self, module: types.ModuleType) -> None:
+        """`module` has just been imported."""
+        with plain_tensors(), self._watch.paused():
+            self._common.note_import(module)
+
     def note_read(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` was read from the checkpoint. No operator shows who fills empty memory."""
         if _storage_of(tensor) is not None:

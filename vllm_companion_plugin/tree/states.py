@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
+import gc
 import hashlib
 import random
 import threading
@@ -43,6 +45,8 @@ def _state_of(value: Any, depth: int) -> str | None:
         return text_of(np.asarray(value))
     if isinstance(value, random.Random):
         return text_of(value.getstate())
+    if isinstance(value, functools._lru_cache_wrapper):
+        return repr(sorted(map(repr, map(_parts_text, _remembered(value)))))
     if isinstance(value, _WEAK):
         items = [*value.items()] if hasattr(value, "items") else [*value]
         return repr(sorted(map(repr, map(_parts_text, items))))
@@ -62,6 +66,37 @@ def _state_of(value: Any, depth: int) -> str | None:
             return repr([_parts_text(part, depth) for part in reduce(value)[1:]])
     except Exception:  # it cannot be asked
         return None
+
+
+def _remembered(function: functools._lru_cache_wrapper[Any]) -> list[Any]:
+    """The results that a cache of `functools` keeps, and that somebody may have written to since."""
+    attributes = vars(function)
+    parts = [part for part in gc.get_referents(function) if part is not attributes]
+    results, tables = [], [part for part in parts if type(part) is dict]
+    if function.cache_parameters()["maxsize"] is None:
+        results = [result for table in tables for result in table.values()]
+    else:  # they are beside the table, as its keys are
+        table = next(table for table in tables if all(type(link) is _LINK for link in table.values()))
+        others = {id(table), *map(id, table)}
+        results = [part for part in parts if id(part) not in others]
+    return [result for result in results if _may_be_written(result)]
+
+
+_LINK = next(
+    part for part in gc.get_referents(functools.cache(id)) if getattr(part, "__name__", "") == "_lru_list_elem"
+)
+_FIXED = (
+    *(bool, int, float, complex, str, bytes, type(None), type),
+    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device),
+)
+
+
+def _may_be_written(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):  # as a table that is computed once
+        return not value.is_inference() and value._version > 0
+    if type(value) in (tuple, frozenset):
+        return any(map(_may_be_written, value))
+    return not (isinstance(value, _FIXED) or type(value) is object)
 
 
 def _is_configuration(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Observing which files a process opens in Python while it builds and loads a model.
+"""Observing which files a process opens in Python, and which variables it sets, while it builds and loads a model.
 
 Decisions before loading use the file names that are known at that time (`checkpoint`). Model code may read more files.
 So the loader notes each file that was opened and is none of these weights, with its content, and an attaching engine
@@ -42,7 +42,7 @@ _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_to
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
 _RECORDS = (".dist-info/", ".egg-info/")
-_EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "import")
+_EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "import", "os.putenv", "os.unsetenv")
 _active: list[Reading] = []
 _adding = threading.Lock()
 _hearing: set[int] = set()
@@ -60,6 +60,8 @@ class Reading:
         self._read_outside: set[str] = set()
         self._listed: set[str] = set()
         self._modules = set(sys.modules)
+        self.variables: set[str] = set()
+        """Those of the environment that code outside vLLM set or removed."""
 
     def note(self, path: str, flags: int, is_outside: bool) -> None:
         """Note an opened file. The interpreter calls this, in any thread.
@@ -183,6 +185,11 @@ def _heard(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("os.putenv", "os.unsetenv"):
+        if openers.is_outside():
+            for reading in _active:
+                reading.variables.add(os.fsdecode(arguments[0]))
+        return
     path = arguments[1 if event in ("os.rename", "import") else 0]
     if path is None:
         if event == "import":  # Python says where it is only of a module of machine code
