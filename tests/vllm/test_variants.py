@@ -45,6 +45,61 @@ def plugin(tmp_path: Path) -> Path:
     return folder
 
 
+LIMITED = """
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+class KindForCausalLM(LlamaForCausalLM):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.kept = vllm_config
+        self.most = vllm_config.scheduler_config.max_num_seqs
+        self.scales = []
+
+    def load_weights(self, weights):
+        loaded = super().load_weights(weights)
+        self.model.norm.weight.data.mul_(self.kept.model_config.max_model_len / 64)
+        self.scales.append(self.most)
+        return loaded
+
+    def compute_logits(self, hidden, *args):
+        logits = super().compute_logits(hidden, *args)
+        return None if logits is None else logits.roll(self.scales[0], -1)
+"""
+
+
+def test_what_loading_makes_of_a_limit(start_engine: StartEngine, place: Place, tiny_llama: Path, plugin: Path) -> None:
+    """An engine with another limit is a variant, and answers as if it had loaded alone."""
+    (plugin / "kind_model/model.py").write_text(LIMITED)
+    model = Path(shutil.copytree(tiny_llama, plugin / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["KindForCausalLM"]}))
+    options = {"model": model, "skip_tokenizer_init": True, "prompts": [[3, 5, 7]]}
+    environment = {"PYTHONPATH": str(plugin)}
+    small = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    wanted = {
+        "max_num_seqs=8": "Published",
+        "max_model_len=96": "Published",
+        "max_num_seqs=9": "Published",
+        "max_num_batched_tokens=256": "Attached to",
+        "max_model_len=96 ": "Attached to",
+    }
+    for change, said in wanted.items():
+        name, _, value = change.partition("=")
+        limits = small | {name: int(value)}
+        tokens = []
+        for load_format in ("auto", "companion"):
+            engine = start_engine(environment=environment, load_format=load_format, **options, **limits)
+            tokens.append(engine.result()["tokens"])
+            assert load_format == "auto" or said in engine.output()
+            engine.stop()
+        assert tokens[0] == tokens[1]
+    assert sorted(entry.key.variant for entry in entries(place)) == [
+        "",
+        "flag model.max_model_len is 96",
+        "flag scheduler.max_num_seqs is 9",
+    ]
+
+
 def test_variant_is_loaded_once(start_engine: StartEngine, place: Place, tiny_llama: Path, plugin: Path) -> None:
     """The first engine of another kind publishes a variant, the next one attaches to it, and the entry says why."""
     model = Path(shutil.copytree(tiny_llama, plugin / "model"))

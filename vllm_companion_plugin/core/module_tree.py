@@ -182,6 +182,7 @@ class Manifest:
         moved_modules: paths that loading gave to a module in whose place it put another one, with the path where that
             module was built.
         common_values: what loading set outside of the model.
+        flags: texts of vLLM's settings that the key leaves out and the model's code loads by, by name.
     """
 
     stage: Stage
@@ -197,3 +198,4 @@ class Manifest:
     emptied_modules: tuple[str, ...] = ()
     moved_modules: Mapping[str, str] = field(default_factory=dict)
     common_values: tuple[CommonValue, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)

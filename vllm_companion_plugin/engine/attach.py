@@ -16,7 +16,7 @@ from vllm_companion_plugin.core.process import collector_paused
 from vllm_companion_plugin.core.status import Report
 from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.decisions import Attach, Outcome
-from vllm_companion_plugin.engine.identity import reading
+from vllm_companion_plugin.engine.identity import flag_reads, reading
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import building, processing, reload_notes
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
@@ -46,6 +46,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     targets: dict[str, nn.Module] = {}
     copied: list[int] = []
     _check_files(decision)
+    flag_reads.check(attachment.manifest.flags, vllm_config, model_config)
     try:
         views = attachment.views()
         # The device compares while the model is built here.

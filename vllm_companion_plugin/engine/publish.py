@@ -28,6 +28,7 @@ from vllm_companion_plugin.engine import draft
 from vllm_companion_plugin.engine.attach import fixed_reason, process_privately
 from vllm_companion_plugin.engine.decisions import Load, Outcome
 from vllm_companion_plugin.engine.identity import checkpoint
+from vllm_companion_plugin.engine.identity.flag_reads import FlagReads
 from vllm_companion_plugin.engine.identity.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import current
@@ -84,6 +85,7 @@ def load_and_publish(
     ):
         if decision.found.path is not None:
             publisher.reading = after_processing.enter_context(observed_reading(decision.found.path))
+        after_processing.enter_context(publisher.flag_reads.watching())
         after_processing.enter_context(patches.LOADERS_WEIGHTS.on(source, _watched(publisher, after_processing)))
         with devices.own_pool(decision.device):
             model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -120,6 +122,7 @@ class _Publisher:
         self._observation: Observation | None = None
         self._environment: dict[str, str] = {}
         self.reading: Reading | None = None
+        self.flag_reads = FlagReads()
         self.copied: list[int] = []
         self._private: list[tuple[int, torch.Tensor]] = []
         self._bytes_before = devices.requested_bytes(decision.device)
@@ -138,6 +141,7 @@ class _Publisher:
     def begin(self, model: nn.Module, until: ExitStack) -> None:
         """The model was built: watch what becomes of it, until `until` closes."""
         self._environment = dict(os.environ)
+        self.flag_reads.begin_loading()
         try:
             self._observation = Observation(model)
         except Exception as error:  # it can be loaded all the same
@@ -154,6 +158,7 @@ class _Publisher:
 
     def loaded(self, model: nn.Module) -> None:
         """The model was loaded, and will be post-processed."""
+        self.flag_reads.end_loading()
         if self._observation is None:
             return
         try:
@@ -229,6 +234,8 @@ class _Publisher:
             packed.manifest = replace(packed.manifest, sources=sources_to_bytes(sources_of(packed, observation)))
             if self.reading is not None:
                 packed.manifest = replace(packed.manifest, files=self.reading.files())
+            flags = self.flag_reads.flags(packed.manifest, self._vllm_config, self._model_config)
+            packed.manifest = replace(packed.manifest, flags=flags)
             # While the device copies and the driver frees.
             search = executor.submit(self._search(model, tree, besides))
             manifest = executor.submit(manifest_to_bytes, packed.manifest)

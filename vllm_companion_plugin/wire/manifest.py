@@ -93,6 +93,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         for value in manifest.common_values:
             message.common_values.add(holder=value.holder, name=value.name, before=value.before, after=value.after)
         message.files.update(manifest.files)
+        message.flags.update(manifest.flags)
         message.sources = manifest.sources
         return bytes(message.SerializeToString(deterministic=True))
 
@@ -217,6 +218,7 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             moved_modules=dict(message.moved_modules),
             common_values=tuple(_common_values(message)),
             files=dict(message.files),
+            flags=dict(message.flags),
             is_observed=message.is_observed,
             sources=message.sources,
         )

@@ -121,6 +121,8 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     ),
 }
 _LEFT_OUT = {name for names in LEFT_OUT.values() for name in names}
+_ELSEWHERE = ("it is what the key has by itself", "it names this engine, its processes and what they talk through")
+_LEFT_TO_ENGINES = _LEFT_OUT - {name for reason in _ELSEWHERE for name in LEFT_OUT[reason]}
 
 # Environment variables that begin with VLLM_ are in the key, except these. Our own variables begin with COMPANION_.
 ENVIRONMENT_LEFT_OUT: dict[str, str] = {
@@ -225,6 +227,12 @@ def _attributes(config: Any) -> Iterator[tuple[str, Any]]:
     for name in sorted(names):
         if not name.startswith("_") and hasattr(config, name):
             yield name, getattr(config, name)
+
+
+def is_left_to_engines(name: str) -> bool:
+    """Whether the key leaves out a field ("model.seed") that says how an engine runs, and not which one it is."""
+    kind, _, field = name.partition(".")
+    return name in _LEFT_TO_ENGINES or (kind in _LEFT_TO_ENGINES and not field.startswith("_"))
 
 
 def text(value: Any) -> str:

@@ -667,6 +667,34 @@ SWITCHES = Patch(
     undo="when it is done",
 )
 
+READS_OF_MODEL = Patch(
+    "vllm.config.model:ModelConfig.__getattribute__",
+    "engine.identity.flag_reads",
+    How.REPLACED,
+    Lifetime.LOADING,
+    reason="The key leaves out limits, and code outside vLLM may load by one: what it reads is noted.",
+    link="vllm/config/model.py: ModelConfig.max_model_len",
+    undo="when the model is loaded",
+)
+READS_OF_SCHEDULER = replace(
+    READS_OF_MODEL,
+    where="vllm.config.scheduler:SchedulerConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/scheduler.py: SchedulerConfig.max_num_batched_tokens",
+)
+READS_OF_CACHE = replace(
+    READS_OF_MODEL,
+    where="vllm.config.cache:CacheConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/cache.py: CacheConfig.block_size",
+)
+READS_OF_LORA = replace(
+    READS_OF_MODEL,
+    where="vllm.config.lora:LoRAConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/lora.py: LoRAConfig.max_lora_rank",
+)
+
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
 
 CLOCKS = tuple(patch for patch in PATCHES if patch.where.startswith("time:"))

@@ -1,0 +1,108 @@
+"""Which fields of vLLM's configuration, of those that the key leaves out, a model's own code reads.
+
+The key leaves out limits and what belongs to requests (`configuration`), because vLLM's own models load the same with
+any of them. Code outside vLLM may make weights or sizes of one. So what such code reads while it loads counts, and of
+what it reads while it builds, each number that loading leaves in the model. An engine with another value is a variant.
+What post-processing reads does not count, as each engine does that for itself.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from vllm_companion_plugin.core.module_tree import Manifest
+from vllm_companion_plugin.engine.identity import configuration, openers
+from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.errors import ParityError
+
+_ROWS = {
+    "model": patches.READS_OF_MODEL,
+    "scheduler": patches.READS_OF_SCHEDULER,
+    "cache": patches.READS_OF_CACHE,
+    "lora": patches.READS_OF_LORA,
+}
+_NUMBER = re.compile(r"\d+")
+_LEAST = 2
+"""Smaller numbers say nothing about where they come from."""
+
+
+class FlagReads:
+    """The fields that code outside vLLM read, by name ("scheduler.max_num_seqs")."""
+
+    def __init__(self) -> None:
+        self._building: set[str] = set()
+        self._loading: set[str] = set()
+        self._reads: set[str] | None = self._building
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While open, reads of this thread are noted."""
+        watched = threading.get_ident()
+
+        def wrap(kind: str) -> Callable[[Any], Any]:
+            def of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+                def get(config: Any, name: str) -> Any:
+                    full = f"{kind}.{name}"
+                    if configuration.is_left_to_engines(full) and threading.get_ident() == watched:
+                        self._note(full)
+                    return read(config, name)
+
+                return get
+
+            return of
+
+        with ExitStack() as stack:
+            for kind, row in _ROWS.items():
+                stack.enter_context(row.on(row.find_owner(), wrap(kind)))
+            yield
+
+    def begin_loading(self) -> None:
+        """The model was built, and will be loaded."""
+        self._reads = self._loading
+
+    def end_loading(self) -> None:
+        """The model was loaded, and will be post-processed."""
+        self._reads = None
+
+    def _note(self, name: str) -> None:
+        if self._reads is not None and name not in self._reads and openers.is_outside():
+            self._reads.add(name)
+
+    def flags(self, manifest: Manifest, vllm_config: Any, model_config: Any) -> dict[str, str]:
+        """The fields that count for the model of `manifest`, with their texts here."""
+        building = {name: _text(vllm_config, model_config, name) for name in self._building - self._loading}
+        left = _numbers(manifest) if building else set()
+        counts = {name for name, text in building.items() if text.isdecimal() and text in left and int(text) >= _LEAST}
+        return {name: _text(vllm_config, model_config, name) for name in sorted(self._loading | counts)}
+
+
+def check(flags: Mapping[str, str], vllm_config: Any, model_config: Any) -> None:
+    """Raises `ParityError` if a field of `flags` has another text here."""
+    for name, there in flags.items():
+        if (here := _text(vllm_config, model_config, name)) != there:
+            text = f"{name}, which the model's code loads by, is {there} there and {here} here."
+            raise ParityError(text, f"flag {name}", here)
+
+
+def _text(vllm_config: Any, model_config: Any, name: str) -> str:
+    kind, _, field = name.partition(".")
+    config = model_config if kind == "model" else getattr(vllm_config, f"{kind}_config", None)
+    try:
+        return configuration.shortened(configuration.text(getattr(config, field, None)))
+    except TypeError:
+        return "not comparable"
+
+
+def _numbers(manifest: Manifest) -> set[str]:
+    """The whole numbers that loading left in values, and the sizes of tensors that it added, as texts."""
+    found = {str(size) for module in manifest.modules for slot in module.observed.added for size in slot.shape}
+    for module in manifest.modules:
+        for _, after in module.observed.values.values():
+            found.update(_NUMBER.findall(after or ""))
+    for value in manifest.common_values:
+        found.update(_NUMBER.findall(value.after))
+    return found
