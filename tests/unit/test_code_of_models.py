@@ -1,22 +1,413 @@
-"""What loading changes in a model's own code, wherever that keeps it: attached engines have it, or it is refused."""
+"""What loading changes beside a model: in its code, wherever that keeps it, and in switches of torch.
+
+Attached engines have it, or it is refused.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextvars
+import dataclasses
+import enum
 import importlib
 import importlib.util
 import sys
 import textwrap
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
+import einops
+import numpy as np
 import pytest
+import torch
+from einops.layers import torch as einops_torch
 from torch import nn
 
-from tests.unit.test_origins import Model, attach, nothing, publish
-from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.tree import constants, observe
+from tests.unit.test_origins import Box, Model, attach, nothing, publish
+from tests.unit.test_strange_loading import KEY, Key, Local, Scaled, Torchs, plain
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.core.module_tree import CommonValue, Stage
+from vllm_companion_plugin.errors import NotShareableError, ParityError
+from vllm_companion_plugin.tree import constants, observe, pack
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.observe import Observation
+
+
+def test_loading_changes_the_code_of_a_class() -> None:
+    class Own(Scaled):
+        def factor(self) -> float:
+            return 2.0
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Own()
+
+    published = publish(build)
+    assert attach(published, build).own.factor() == 2.0
+    for change in (
+        lambda m: setattr(type(m.own), "factor", lambda self: 3.0),
+        lambda m: setattr(type(m.own), "new", property(lambda self: 4.0)),
+        lambda m: delattr(type(m.own), "factor"),
+    ):
+        constants.set_here.clear()
+        with pytest.raises(NotShareableError, match=r"loading changed .*Own\.(factor|new), which its objects share"):
+            publish(build, change)
+
+
+class Colour(enum.Enum):
+    """Members may have attributes."""
+
+    RED = "red"
+
+
+SCALE = 1.0
+MODE: Any = None
+TABLE = {"a": [1.0]}
+BOX = Box([1.0])
+WEAK: weakref.WeakKeyDictionary[Key, float] = weakref.WeakKeyDictionary({KEY: 1.0})
+THREAD = threading.local()
+THREAD.held = 1.0
+LOCAL = Local()
+LOCAL.held = 1.0
+CONTEXT = contextvars.ContextVar("CONTEXT", default=1.0)
+FACTORS = torch.ones(3)
+
+
+def times(x: float, by: float = 1.0) -> float:
+    return x * by
+
+
+def counter() -> Callable[[], float]:
+    count = 1.0
+
+    def next_one() -> float:
+        nonlocal count
+        count += 1
+        return count
+
+    return next_one
+
+
+COUNT = counter()
+
+
+class Using(nn.Module):
+    """A module of this file, whose globals belong to the model's code for that."""
+
+    factor = 1.0
+    box = Box([1.0])
+    table: ClassVar[dict[str, Any]] = {"a": Box(1.0)}
+    torchs = Torchs()
+
+    def scale(self, by: float = 1.0) -> float:
+        return by
+
+
+def _set_global(name: str, value: Any) -> Callable[[], object]:
+    return lambda: globals().__setitem__(name, value)
+
+
+def _another_process() -> None:
+    constants.set_here.clear()
+    globals().update(SCALE=1.0, MODE=None)
+    globals().pop("NEW", None)
+    Using.factor = 1.0
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    """One in which nothing was loaded before, and another one afterwards."""
+    _another_process()
+    yield
+    _another_process()
+
+
+def using(m: Model, flag: float) -> None:
+    m.own = Using()
+
+
+CONSTANT: dict[str, tuple[Callable[[], object], Callable[[], object], object]] = {
+    "number": (_set_global("SCALE", 2.0), lambda: SCALE, 2.0),
+    "text": (_set_global("MODE", "fast"), lambda: MODE, "fast"),
+    "sizes": (_set_global("MODE", (1, (2, None))), lambda: MODE, (1, (2, None))),
+    "dtype": (_set_global("MODE", torch.float16), lambda: MODE, torch.float16),
+    "member of an enum": (_set_global("MODE", Colour.RED), lambda: MODE, Colour.RED),
+    "new": (_set_global("NEW", 1), lambda: globals().get("NEW"), 1),
+    "of a class": (lambda: setattr(Using, "factor", 2.0), lambda: Using.factor, 2.0),
+}
+
+
+@pytest.mark.usefixtures("process")
+class TestConstants:
+    """Flags, such as that somebody was warned, which loading sets beside the model."""
+
+    @pytest.mark.parametrize("kind", CONSTANT)
+    def test_an_attached_engine_has_them(self, kind: str) -> None:
+        change, look, wanted = CONSTANT[kind]
+        published = publish(using, lambda m: change())
+        _another_process()
+        assert look() != wanted
+        attach(published, using)
+        assert look() == wanted
+
+    @pytest.mark.parametrize("kind", CONSTANT)
+    def test_an_engine_that_cannot_attach_loads_as_if_it_had_not_tried(self, kind: str) -> None:
+        change, look, _ = CONSTANT[kind]
+        published = publish(using, lambda m: change())
+        _another_process()
+        before, names = look(), set(globals())
+        with pytest.raises(ParityError):
+            attach(published, lambda m, flag: setattr(m, "own", torch.nn.Identity()))
+        assert look() == before
+        assert set(globals()) == names
+
+    def test_they_must_be_the_same_before(self) -> None:
+        """What loading would make of another value is not known."""
+        published = publish(using, lambda m: globals().update(SCALE=SCALE + 1))
+        with pytest.raises(ParityError, match=r"SCALE, which all models of this code share, is 2\.0 here .* was 1\.0"):
+            attach(published, using)
+
+    def test_a_second_model_of_a_process_says_what_the_first_one_set(self) -> None:
+        """Of another class: whether it would set that, too, where nothing else was loaded is not known."""
+        publish(using, _set_mode)
+        here = constants.set_here[sys.modules[__name__]]
+        here["MODE"] = (here["MODE"][0], "another.Model", here["MODE"][2])
+        second = publish(using, _set_mode)
+        attach(second, using)
+        _another_process()
+        with pytest.raises(ParityError, match="MODE, which all models of this code share, is None here"):
+            attach(second, using)
+
+    def test_a_model_that_is_loaded_again_says_what_it_had_set_at_first(self) -> None:
+        """As when all engines had dropped it: a new one finds what the first load found."""
+        publish(using, _set_mode)
+        again = publish(using, _set_mode)
+        _another_process()
+        attach(again, using)
+        assert MODE == "fast"
+
+    def test_what_another_model_set_since_is_not_what_this_one_set(self) -> None:
+        """A new process would have neither."""
+        publish(using, _set_mode)
+        _set_global("MODE", "slow")()
+        constants.set_here[sys.modules[__name__]]["MODE"] = ("'fast'", "another.Model", "'slow'")
+        again = publish(using, _set_mode)
+        assert [one.before for one in again.manifest.common_values] == ["'slow'"]
+        _another_process()
+        with pytest.raises(ParityError, match="MODE, which all models of this code share, is None here"):
+            attach(again, using)
+
+    def test_of_a_model_that_was_processed_meanwhile(self) -> None:
+        """As online quantization does it: what loading set beside it is in the publication all the same."""
+        model = Model(using, 1.0)
+        observation = Observation(model)
+        with observation.watching():
+            with observation.processing(model.first):
+                pass
+            _set_mode(model)
+            observation.end_loading(model)
+        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, torch.device("cpu"), observation)
+        assert [(one.name, one.before, one.after) for one in packed.manifest.common_values] == [
+            ("MODE", "None", "'fast'")
+        ]
+
+    def test_what_cannot_be_made_here_leaves_nothing(self) -> None:
+        """Of values that only loading knows how to make."""
+        published = publish(using, lambda m: globals().update(SCALE=2.0, MODE="fast"))
+        _another_process()
+        values = tuple(
+            dataclasses.replace(one, after="a_late_module.Mode.A") if one.name == "SCALE" else one
+            for one in published.manifest.common_values
+        )
+        manifest = dataclasses.replace(published.manifest, common_values=values)
+        with pytest.raises(ParityError, match=r"SCALE is a_late_module\.Mode\.A there, and cannot be here"):
+            attach(dataclasses.replace(published, manifest=manifest), using)
+        assert (SCALE, MODE) == (1.0, None)
+
+    def test_what_cannot_be_said_of_the_first_one_cannot_be_said_of_the_second(self) -> None:
+        def load(m: Model) -> None:
+            TABLE.setdefault("b", [2.0])
+
+        for who in ("loading", "loading another model in this process"):
+            with pytest.raises(NotShareableError, match=rf"^{who} changed .*TABLE.*, which all models"):
+                publish(using, load)
+        del TABLE["b"]
+
+    def test_a_publication_sets_nothing_in_packages_of_all(self) -> None:
+        published = publish(using)
+        for holder in ("os", "torch", "torch.nn.modules.linear:Linear", "a_module_that_is_not_there"):
+            value = CommonValue(holder, "new", None, "1")
+            manifest = dataclasses.replace(published.manifest, common_values=(value,))
+            with pytest.raises(ParityError, match="is no part of the model here"):
+                attach(dataclasses.replace(published, manifest=manifest), using)
+
+
+def _set_mode(m: Model) -> None:
+    global MODE
+    MODE = MODE or "fast"
+
+
+BESIDE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "part of a global": (lambda: TABLE["a"].append(2.0), lambda: TABLE["a"].pop()),
+    "object of a global": (lambda: setattr(BOX, "value", 2.0), lambda: setattr(BOX, "value", [1.0])),
+    "list in it": (lambda: BOX.value.append(2.0), lambda: BOX.value.pop()),
+    "weak dictionary": (lambda: WEAK.update({KEY: 2.0}), lambda: WEAK.update({KEY: 1.0})),
+    "of a thread": (lambda: setattr(THREAD, "held", 2.0), lambda: setattr(THREAD, "held", 1.0)),
+    "made from that": (lambda: setattr(LOCAL, "held", 2.0), lambda: setattr(LOCAL, "held", 1.0)),
+    "of a context": (lambda: CONTEXT.set(2.0), lambda: CONTEXT.set(1.0)),
+    "tensor": (lambda: FACTORS.mul_(2), lambda: FACTORS.div_(2)),
+    "default of a function": (
+        lambda: setattr(times, "__defaults__", (2.0,)),
+        lambda: setattr(times, "__defaults__", (1.0,)),
+    ),
+    "of a function": (lambda: setattr(times, "held", 2.0), lambda: delattr(times, "held")),
+    "nonlocal": (COUNT, lambda: None),
+    "object of a class": (lambda: Using.box.value.append(2.0), lambda: Using.box.value.pop()),
+    "object in a dict of a class": (
+        lambda: setattr(Using.table["a"], "value", 2.0),
+        lambda: setattr(Using.table["a"], "value", 1.0),
+    ),
+    "made from torch's": (lambda: Using.torchs.held.append(2.0), lambda: Using.torchs.held.pop()),
+    "default of a method": (
+        lambda: setattr(Using.scale, "__defaults__", (2.0,)),
+        lambda: setattr(Using.scale, "__defaults__", (1.0,)),
+    ),
+    "member of an enum": (lambda: setattr(Colour.RED, "held", 2.0), lambda: delattr(Colour.RED, "held")),
+}
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("where", BESIDE)
+def test_loading_changes_what_is_no_part_of_the_model(where: str) -> None:
+    """No publication carries it, and an attached engine would have it as it was built."""
+    change, undo = BESIDE[where]
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+
+    attach(publish(build), build)
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed .*(its objects|all models of this code) share"):
+            publish(build, lambda m: change())
+    finally:
+        undo()
+
+
+class Unbound:
+    """As a proxy of a web framework outside of a request, or a weak one whose object is gone."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"nothing is bound that has {name}")
+
+
+class Lazy(collections.OrderedDict[str, Any]):
+    """As mappings of transformers: whoever asks for items imports them, and some cannot be."""
+
+    def items(self) -> Any:
+        raise ImportError("an item of a mapping that nobody has asked for")
+
+    __iter__ = __len__ = items
+
+
+def _for_inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("make", [Unbound, lambda: [Unbound()], Lazy, _for_inference])
+def test_a_global_that_cannot_be_asked(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no reason not to share a model."""
+    monkeypatch.setitem(globals(), "GLOBAL", make())
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+
+    attach(publish(build), build)
+    with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL, which all models of this code share"):
+        publish(build, lambda m: monkeypatch.setitem(globals(), "GLOBAL", make()))
+
+
+@pytest.mark.usefixtures("process")
+def test_loading_writes_to_a_global_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts no writes to it."""
+    held = _for_inference()
+    monkeypatch.setitem(globals(), "GLOBAL", held)
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+
+    def load(m: Model) -> None:
+        with torch.inference_mode():
+            held.mul_(2)
+
+    attach(publish(build), build)
+    with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL, which all models of this code share"):
+        publish(build, load)
+
+
+def test_what_packages_keep_for_all_models_may_change() -> None:
+    """einops notes what arrays it has met."""
+
+    def build(m: Model, flag: float) -> None:
+        m.layer = einops_torch.Rearrange("a b -> b a")
+        einops._backends._type2backend.clear()
+
+    def load(m: Model) -> None:
+        einops.rearrange(np.ones((2, 3)), "a b -> b a")
+
+    attach(publish(build, load), build)
+
+
+@pytest.mark.usefixtures("process")
+def test_loading_changes_a_member_of_an_enum_that_the_model_has() -> None:
+    """It is the same member in all models of a process."""
+
+    def build(m: Model, flag: float) -> None:
+        m.held = Colour.RED
+
+    attach(publish(build), build)
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed .*Colour\.RED\.held, which its objects share"):
+            publish(build, lambda m: setattr(m.held, "held", 2.0))
+    finally:
+        vars(Colour.RED).pop("held", None)
+
+
+SWITCHES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "get_float32_matmul_precision": (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: torch.set_float32_matmul_precision("highest"),
+    ),
+    "are_deterministic_algorithms_enabled": (
+        lambda: torch.use_deterministic_algorithms(True),
+        lambda: torch.use_deterministic_algorithms(False),
+    ),
+    "math_sdp_enabled": (
+        lambda: torch.backends.cuda.enable_math_sdp(False),
+        lambda: torch.backends.cuda.enable_math_sdp(True),
+    ),
+    "allow_bf16_reduced_precision_reduction": (
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_loading_turns_a_switch_of_torch(name: str) -> None:
+    """Kernels of the publisher would compute in another way than those of an engine that attaches."""
+    change, undo = SWITCHES[name]
+    try:
+        with pytest.raises(NotShareableError, match=r"loading changed torch.*, which all models of this process share"):
+            publish(plain, lambda m: change())
+    finally:
+        undo()
+    attach(publish(lambda m, flag: (change(), undo())), plain)
+
 
 PACKAGE = "a_models_package"
 SOURCES = {
@@ -99,7 +490,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType
         del sys.modules[name]
 
 
-def using(code: ModuleType) -> Callable[[Model, float], None]:
+def with_layer(code: ModuleType) -> Callable[[Model, float], None]:
     def build(m: Model, flag: float) -> None:
         m.own = code.Layer()
 
@@ -117,18 +508,18 @@ class TestModulesThatFunctionsImport:
     def test_a_change_is_refused(self, code: ModuleType, kind: str) -> None:
         importlib.import_module(f"{PACKAGE}.state")
         with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.state\."):
-            publish(using(code), lambda m: CHANGES[kind](m.own))
+            publish(with_layer(code), lambda m: CHANGES[kind](m.own))
 
     def test_a_constant_is_carried(self, code: ModuleType) -> None:
         state = importlib.import_module(f"{PACKAGE}.state")
-        published = publish(using(code), lambda m: m.own.set_flag())
+        published = publish(with_layer(code), lambda m: m.own.set_flag())
         state.FLAG = False
         constants.set_here.clear()
-        assert attach(published, using(code)).own.look() is True
+        assert attach(published, with_layer(code)).own.look() is True
 
     def test_what_only_others_import_is_none_of_the_models(self, code: ModuleType) -> None:
         aside = importlib.import_module(f"{PACKAGE}.aside")
-        publish(using(code), lambda m: setattr(aside, "NUMBER", 2))
+        publish(with_layer(code), lambda m: setattr(aside, "NUMBER", 2))
 
 
 @pytest.fixture
@@ -158,15 +549,15 @@ class TestModulesThatLoadingImports:
     def test_a_change_is_refused(self, code: ModuleType, kind: str) -> None:
         change = CHANGES.get(kind, lambda layer: layer.set_flag())
         with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.state\."):
-            publish(using(code), lambda m: change(m.own))
+            publish(with_layer(code), lambda m: change(m.own))
 
     def test_what_importing_makes_there_is_no_change(self, code: ModuleType) -> None:
-        published = publish(using(code), lambda m: m.own.look())
+        published = publish(with_layer(code), lambda m: m.own.look())
         assert f"{PACKAGE}.state" in sys.modules
-        assert attach(published, using(code)).own.look() is False
+        assert attach(published, with_layer(code)).own.look() is False
 
     def test_others_count_for_nothing(self, code: ModuleType) -> None:
-        publish(using(code), lambda m: setattr(importlib.import_module(f"{PACKAGE}.aside"), "NUMBER", 2))
+        publish(with_layer(code), lambda m: setattr(importlib.import_module(f"{PACKAGE}.aside"), "NUMBER", 2))
 
 
 REMEMBERED: dict[str, tuple[Callable[[ModuleType], object], bool]] = {
@@ -185,15 +576,15 @@ def test_caches_of_functions(code: ModuleType, kind: str) -> None:
     """What is in one, each process computes. But if it can be written to, it may be no longer what was computed."""
     call, is_shared = REMEMBERED[kind]
     if is_shared:
-        publish(using(code), lambda m: call(code))
+        publish(with_layer(code), lambda m: call(code))
     else:
         with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.model\.[\w.]+, which (all|its)"):
-            publish(using(code), lambda m: call(code))
+            publish(with_layer(code), lambda m: call(code))
 
 
 def test_a_cache_that_was_filled_before(code: ModuleType) -> None:
     """Only what loading does to it counts."""
     code.registry()["a"] = [1]
-    publish(using(code), nothing)
+    publish(with_layer(code), nothing)
     with pytest.raises(NotShareableError, match=r"loading changed .*\.registry"):
-        publish(using(code), lambda m: code.registry()["a"].append(2))
+        publish(with_layer(code), lambda m: code.registry()["a"].append(2))
