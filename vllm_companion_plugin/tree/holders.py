@@ -91,16 +91,17 @@ def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, (staticmethod, classmethod)):
+        kind = type(value)  # a proxy of what is not there cannot be asked
+        if issubclass(kind, (staticmethod, classmethod)):
             waiting.append(value.__func__)
-        elif isinstance(value, property):
+        elif issubclass(kind, property):
             waiting += [value.fget, value.fset, value.fdel]
-        elif isinstance(value, functools.cached_property):
+        elif issubclass(kind, functools.cached_property):
             waiting.append(value.func)
         elif packages.module_of(value) == module.__name__:
-            if isinstance(value, types.FunctionType):
+            if kind is types.FunctionType:
                 yield value.__code__
-            if issubclass(type(value), type):
+            if issubclass(kind, type):
                 waiting += vars(value).values()
             else:
                 waiting.append(packages.dictionary(value).get("__wrapped__"))
