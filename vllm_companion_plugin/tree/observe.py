@@ -36,7 +36,10 @@ from vllm_companion_plugin.core.module_tree import AddedSlot, CommonValue, Obser
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.capture import capture
-from vllm_companion_plugin.tree.changes import (
+from vllm_companion_plugin.tree.common import Common
+from vllm_companion_plugin.tree.descriptions import describe_value, tensor_attributes
+from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name, plain_tensors
+from vllm_companion_plugin.tree.notation import (
     CHILDREN,
     CLASS,
     as_built,
@@ -48,9 +51,6 @@ from vllm_companion_plugin.tree.changes import (
     reference,
     without_known,
 )
-from vllm_companion_plugin.tree.common import Common
-from vllm_companion_plugin.tree.descriptions import describe_value, tensor_attributes
-from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints, state_of
 from vllm_companion_plugin.tree.times import is_time, plain

@@ -27,9 +27,9 @@ from torch import nn
 from vllm_companion_plugin.core.module_tree import NOTHING_OBSERVED, Manifest, ModuleInfo, Observed, TensorInfo
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import capture
-from vllm_companion_plugin.tree.changes import is_restorable
 from vllm_companion_plugin.tree.descriptions import tensor_attributes
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name
+from vllm_companion_plugin.tree.notation import is_restorable
 from vllm_companion_plugin.tree.values import class_name, dtype_name, value_of
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
