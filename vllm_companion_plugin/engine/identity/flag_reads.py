@@ -36,11 +36,12 @@ class FlagReads:
     def __init__(self) -> None:
         self._building: set[str] = set()
         self._loading: set[str] = set()
-        self._reads: set[str] | None = self._building
+        self._reads = self._building
+        self._watch = ExitStack()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While open, reads of this thread are noted."""
+        """While open, reads of this thread are noted, until loading ends."""
         watched = threading.get_ident()
 
         def wrap(kind: str) -> Callable[[Any], Any]:
@@ -55,9 +56,9 @@ class FlagReads:
 
             return of
 
-        with ExitStack() as stack:
+        with self._watch:
             for kind, row in _ROWS.items():
-                stack.enter_context(row.on(row.find_owner(), wrap(kind)))
+                self._watch.enter_context(row.on(row.find_owner(), wrap(kind)))
             yield
 
     def begin_loading(self) -> None:
@@ -65,11 +66,11 @@ class FlagReads:
         self._reads = self._loading
 
     def end_loading(self) -> None:
-        """The model was loaded, and will be post-processed."""
-        self._reads = None
+        """The model was loaded, and will be post-processed. What that compiles may read configurations."""
+        self._watch.close()
 
     def _note(self, name: str) -> None:
-        if self._reads is not None and name not in self._reads and openers.is_outside():
+        if name not in self._reads and openers.is_outside():
             self._reads.add(name)
 
     def flags(self, manifest: Manifest, vllm_config: Any, model_config: Any) -> dict[str, str]:

@@ -673,26 +673,26 @@ READS_OF_MODEL = Patch(
     How.REPLACED,
     Lifetime.LOADING,
     reason="The key leaves out limits, and code outside vLLM may load by one: what it reads is noted.",
-    link="vllm/config/model.py: ModelConfig.max_model_len",
+    link="vllm/config/model.py: ModelConfig",
     undo="when the model is loaded",
 )
 READS_OF_SCHEDULER = replace(
     READS_OF_MODEL,
     where="vllm.config.scheduler:SchedulerConfig.__getattribute__",
     reason="As above.",
-    link="vllm/config/scheduler.py: SchedulerConfig.max_num_batched_tokens",
+    link="vllm/config/scheduler.py: SchedulerConfig",
 )
 READS_OF_CACHE = replace(
     READS_OF_MODEL,
     where="vllm.config.cache:CacheConfig.__getattribute__",
     reason="As above.",
-    link="vllm/config/cache.py: CacheConfig.block_size",
+    link="vllm/config/cache.py: CacheConfig",
 )
 READS_OF_LORA = replace(
     READS_OF_MODEL,
     where="vllm.config.lora:LoRAConfig.__getattribute__",
     reason="As above.",
-    link="vllm/config/lora.py: LoRAConfig.max_lora_rank",
+    link="vllm/config/lora.py: LoRAConfig",
 )
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
