@@ -57,7 +57,7 @@ class KindForCausalLM(LlamaForCausalLM):
 
     def load_weights(self, weights):
         loaded = super().load_weights(weights)
-        self.model.norm.weight.data.mul_(self.kept.model_config.max_model_len / 64)
+        self.model.norm.weight.data.mul_(1 + self.kept.model_config.seed)
         self.scales.append(self.most)
         return loaded
 
@@ -75,13 +75,13 @@ def test_what_loading_makes_of_a_limit(start_engine: StartEngine, place: Place, 
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["KindForCausalLM"]}))
     options = {"model": model, "skip_tokenizer_init": True, "prompts": [[3, 5, 7]]}
     environment = {"PYTHONPATH": str(plugin)}
-    small = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    small = {"seed": 0, "max_num_seqs": 8, "max_num_batched_tokens": 128}
     wanted = {
         "max_num_seqs=8": "Published",
-        "max_model_len=96": "Published",
+        "seed=3": "Published",
         "max_num_seqs=9": "Published",
         "max_num_batched_tokens=256": "Attached to",
-        "max_model_len=96 ": "Attached to",
+        "seed=3 ": "Attached to",
     }
     for change, said in wanted.items():
         name, _, value = change.partition("=")
@@ -95,7 +95,7 @@ def test_what_loading_makes_of_a_limit(start_engine: StartEngine, place: Place, 
         assert tokens[0] == tokens[1]
     assert sorted(entry.key.variant for entry in entries(place)) == [
         "",
-        "flag model.max_model_len is 96",
+        "flag model.seed is 3",
         "flag scheduler.max_num_seqs is 9",
     ]
 
