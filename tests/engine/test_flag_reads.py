@@ -88,7 +88,7 @@ def test_another_value_is_another_variant(tiny: Path, made: Any) -> None:
 @pytest.mark.parametrize(
     "read",
     [
-        lambda c: c.model_config.get_vocab_size(),  # vLLM's code reads
+        lambda c: c.scheduler_config.verify_max_model_len(64),  # vLLM's code reads
         lambda c: (c.model_config.dtype, c.model_config.enforce_eager.real, c.cache_config.cache_dtype),
         lambda c: (c.parallel_config.tensor_parallel_size, c.model_config.model, c.model_config.revision),
     ],
