@@ -47,10 +47,11 @@ class FlagReads:
         def wrap(kind: str) -> Callable[[Any], Any]:
             def of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
                 def get(config: Any, name: str) -> Any:
-                    full = f"{kind}.{name}"
-                    if configuration.is_left_to_engines(full) and threading.get_ident() == watched:
+                    value, full = read(config, name), f"{kind}.{name}"
+                    is_field = configuration.is_left_to_engines(full) and not callable(value)
+                    if is_field and threading.get_ident() == watched:
                         self._note(full)
-                    return read(config, name)
+                    return value
 
                 return get
 
