@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.checkpoints import models
+from tests.support.deciding import Engines
+from tests.support.place import Place
+from vllm_companion_plugin.engine import session
+from vllm_companion_plugin.engine.identity import digest
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +35,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
     models.make("llama", path, tiny=True)
     return path
+
+
+@pytest.fixture
+def first(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may change."""
+    return Path(shutil.copytree(tiny, tmp_path / "first"))
+
+
+@pytest.fixture
+def engines(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
+    """Engines beside a companion of their own."""
+    place.companion()
+    monkeypatch.setattr(session.current(), "_connections", {})
+    monkeypatch.setattr(session.current(), "_drafts", {})
+    monkeypatch.setattr(digest, "_SETTLED_S", -1.0)  # files of a test are always new
+    made = Engines(place)
+    yield made
+    made.close()
+    for connection in session.current()._connections.values():
+        connection.close()

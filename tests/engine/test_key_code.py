@@ -1,0 +1,158 @@
+"""Code is in the key: vLLM's, plugins' and checkpoints' files, and versions of packages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.keys import key_of
+from vllm_companion_plugin.engine.identity import code
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+class TestCode:
+    """Code decides bytes, too."""
+
+    @pytest.fixture
+    def plugin(self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        """A model of a package outside vLLM, its checkpoint in `first`."""
+        package = tmp_path / "path" / "oot_model"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "model.py").write_text(
+            "import oot_helper\nfrom vllm.model_executor.models.llama import LlamaForCausalLM\n\n\n"
+            "class MyLlamaForCausalLM(LlamaForCausalLM):\n    pass\n"
+        )
+        (package / "factors.py").write_text("FACTOR = 1.0\n")
+        (package.parent / "oot_helper.py").write_text("SIGN = 1\n")
+        monkeypatch.syspath_prepend(package.parent)
+        inherited = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{inherited}")  # vLLM inspects it in a child
+        from vllm import ModelRegistry
+        from vllm.model_executor.model_loader import utils
+        from vllm.model_executor.models import registry
+
+        registry._try_load_model_cls.cache_clear()
+        ModelRegistry.register_model("MyLlamaForCausalLM", "oot_model.model:MyLlamaForCausalLM")
+        made = json.loads((first / "config.json").read_text())
+        (first / "config.json").write_text(json.dumps(made | {"architectures": ["MyLlamaForCausalLM"]}))
+        yield package
+        for name in ("oot_model", "oot_model.model", "oot_helper"):
+            sys.modules.pop(name, None)
+        utils._MODEL_ARCH_BY_HASH.clear()
+
+    def test_a_changed_plugin_is_another_key(self, plugin: Path, first: Path) -> None:
+        """Every file of its package counts, and what it uses beside it; the file is named."""
+        plain = key_of(first)
+        assert plain.fields["class"] == "oot_model.model.MyLlamaForCausalLM"
+        (plugin / "factors.py").write_text("FACTOR = 3.0\n")
+        assert [line.split(" is ")[0] for line in key_of(first).differences(plain)] == ["code.oot_model/factors.py"]
+        (plugin.parent / "oot_helper.py").write_text("SIGN = -1\n")
+        changed = [line.split(" is ")[0] for line in key_of(first).differences(plain)]
+        assert changed == ["code.oot_helper.py", "code.oot_model/factors.py"]
+
+    def test_variables_that_a_plugin_names_are_compared(
+        self, plugin: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its code may read them while it loads; who the process is and its secrets are no part of a model."""
+        (plugin / "factors.py").write_text(
+            "import os\nFACTOR = os.environ.get('FACTOR', os.environ.get('LOCAL_RANK'))\n"
+        )
+        for name in ("FACTOR", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "1")
+        plain = key_of(first)
+        assert plain.fields["env.FACTOR"] == "1"
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        assert key_of(first) == plain
+        monkeypatch.delenv("FACTOR")
+        assert key_of(first).differences(plain) == ["env.FACTOR is '1' there and 'absent' here"]
+
+    @pytest.mark.parametrize(
+        ("name", "is_compared"),
+        [
+            *((name, True) for name in ("FACTOR", "down_scale", "MODEL_KEY_SCALE", "MAX_TOKENS_FACTOR", "KEYS")),
+            *((name, False) for name in ("HF_TOKEN", "API_KEY", "MY_API_KEY_2", "AWS_SECRET_ACCESS_KEY", "KEY")),
+            *((name, False) for name in ("DB_PASSWORD", "CREDENTIALS_FILE", "http_proxy", "LOCAL_RANK", "home")),
+        ],
+    )
+    def test_whatever_a_variable_is_called(
+        self, plugin: Path, first: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_compared: bool
+    ) -> None:
+        """But for secrets, which a key would show, and what says who a process is."""
+        (plugin / "factors.py").write_text(f"import os\nFACTOR = float(os.environ.get('{name}', '1'))\n")
+        plain = key_of(first)
+        monkeypatch.setenv(name, "2")
+        assert (key_of(first) != plain) == is_compared
+
+    def test_vllm_as_released_is_said(self, tiny: Path) -> None:
+        assert key_of(tiny).fields["code.vllm"] == "as released"
+
+    def test_a_patched_vllm_of_the_same_version_is_another_key(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file that is not its wheel's is named, with a digest."""
+        read = code.sha256_of
+        monkeypatch.setattr(
+            code, "sha256_of", lambda path: b"patched" if path.endswith("layers/linear.py") else read(path)
+        )
+        code._vllm_state.cache_clear()
+        found = key_of(tiny).fields["code.vllm"]
+        code._vllm_state.cache_clear()
+        assert found == f"vllm/model_executor/layers/linear.py {code._base64(b'patched')}"
+
+    def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no list of what was released."""
+        read, patched = code.sha256_of, b""
+        monkeypatch.setattr(code, "_released", lambda place: {})
+        monkeypatch.setattr(
+            code, "sha256_of", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
+        )
+        code._vllm_state.cache_clear()
+        plain = key_of(tiny)
+        patched = b"patched"
+        code._vllm_state.cache_clear()
+        other = key_of(tiny)
+        code._vllm_state.cache_clear()
+        changed = [line.split(" is ")[0] for line in other.differences(plain)]
+        assert changed == ["code.vllm/model_executor/layers"]
+
+    def test_a_function_put_into_a_class_counts(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a sitecustomize or a plugin does that replaces `load_weights`."""
+        from vllm.model_executor.models.llama import LlamaForCausalLM
+
+        plain = key_of(tiny)
+        (tmp_path / "patches.py").write_text("def load_weights(self, weights):\n    pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(LlamaForCausalLM, "load_weights", importlib.import_module("patches").load_weights)
+        assert [line.split(" is ")[0] for line in key_of(tiny).differences(plain)] == ["code.patches.py"]
+
+    def test_code_of_another_repository_counts(
+        self, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a checkpoint whose `auto_map` names one; without --trust-remote-code nobody runs it."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "code").mkdir(parents=True)
+        (tmp_path / "org" / "code" / "modeling.py").write_text("A = 1")
+        made = json.loads((first / "config.json").read_text())
+        (first / "config.json").write_text(json.dumps(made | {"auto_map": {"AutoModel": "org/code--modeling.A"}}))
+        for trusted, changed in ((False, []), (True, ["code.org/code/modeling.py"])):
+            plain = key_of(first, trust_remote_code=trusted)
+            (tmp_path / "org" / "code" / "modeling.py").write_text(f"A = {trusted}")
+            other = key_of(first, trust_remote_code=trusted)
+            assert [line.split(" is ")[0] for line in other.differences(plain)] == changed
+
+    def test_packages_that_lay_out_weights_are_named(self, tiny: Path) -> None:
+        import transformers
+
+        fields = key_of(tiny).fields
+        assert fields["version.transformers"] == transformers.__version__
+        assert "version.compressed-tensors" in fields
