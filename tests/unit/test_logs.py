@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import logging.config
 import os
 import re
 import subprocess
@@ -207,3 +208,24 @@ def test_loggers_are_named_alike() -> None:
     named = re.findall(r"\b(?:getLogger|init_logger)\(([^)]+)\)", text)
     assert len(named) > 20
     assert [name for name in named if not re.fullmatch(r'"vllm\.companion(\.\w+)?"', name)] == []
+
+
+def test_a_mark_stays_when_logs_are_set_up_anew(stream: io.StringIO) -> None:
+    """As vLLM does with each configuration of an engine. Other handlers go, as they do elsewhere."""
+    ours, below = logging.getLogger("test.marked"), logging.getLogger("test.marked.below")
+    for _ in range(2):
+        logs.mark(ours, "[ours]")
+        ours.addHandler(logging.NullHandler())
+        handler = {"class": "logging.StreamHandler", "stream": stream, "level": "INFO"}
+        logging.config.dictConfig(
+            {
+                "version": 1,
+                "disable_existing_loggers": False,
+                "handlers": {"all": handler},
+                "loggers": {"test": {"handlers": ["all"], "level": "INFO", "propagate": False}},
+            }
+        )
+        assert [type(each) for each in ours.handlers] == [logs.Marking]
+    below.info("a line\nand %s", "another\r")
+    ours.warning("one")
+    assert stream.getvalue() == "[ours] a line\nand another\\r\n[ours] one\n"

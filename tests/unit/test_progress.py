@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.place import KEY, Place, arena_of
 from vllm_companion_plugin.client.connection import Granted, Ready, connect
-from vllm_companion_plugin.core.logs import Marking
+from vllm_companion_plugin.core.logs import mark
 from vllm_companion_plugin.core.status import Progress
 from vllm_companion_plugin.engine import progress
 from vllm_companion_plugin.engine.decide import _Watcher
@@ -29,18 +29,14 @@ def lines() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             found.append(f"{record.levelname} {record.getMessage()}")
 
-    ours, above = logging.getLogger("vllm.companion"), logging.getLogger("vllm")
-    added: list[tuple[logging.Logger, logging.Handler]] = [(above, Kept())]
-    if not any(isinstance(handler, Marking) for handler in ours.handlers):  # register() may have run here
-        added.append((ours, Marking("[companion]")))
-    for logger, handler in added:
-        logger.addHandler(handler)
+    mark(logging.getLogger("vllm.companion"), "[companion]")
+    above, kept = logging.getLogger("vllm"), Kept()
+    above.addHandler(kept)
     level = above.level
     above.setLevel(logging.INFO)
     yield found
     above.setLevel(level)
-    for logger, handler in added:
-        logger.removeHandler(handler)
+    above.removeHandler(kept)
 
 
 @pytest.fixture

@@ -52,6 +52,31 @@ class Marking(logging.Handler):
         return True
 
 
+class MarkedLogger(logging.Logger):
+    """A logger whose first handler stays.
+
+    vLLM sets up its logs by `dictConfig`, once more for each configuration of an engine. That takes the handlers from
+    all loggers below its own.
+    """
+
+    _kept: list[logging.Handler]
+
+    @property
+    def handlers(self) -> list[logging.Handler]:
+        return self._kept
+
+    @handlers.setter
+    def handlers(self, others: list[logging.Handler]) -> None:
+        self._kept[1:] = others
+
+
+def mark(logger: Any, text: str) -> None:
+    """Begin all lines of a logger, and of those below it, with `text`. Idempotent."""
+    if not isinstance(logger, MarkedLogger):
+        logger._kept = [Marking(text), *logger.handlers]
+        logger.__class__ = MarkedLogger
+
+
 class TextFormatter(logging.Formatter):
     """Writes one line for each record. The lines of a traceback follow, each behind a bar."""
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from vllm_companion_plugin.core.logs import Marking
+from vllm_companion_plugin.core.logs import mark
 from vllm_companion_plugin.engine.vllm import answers, naming, sharing
 from vllm_companion_plugin.engine.vllm.imports import when_imported
 from vllm_companion_plugin.settings import resolve_extra_config
@@ -25,7 +25,7 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    logging.getLogger("vllm.companion").addHandler(Marking("[companion]"))
+    mark(logging.getLogger("vllm.companion"), "[companion]")
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported("vllm.v1.worker.utils", _register_budget)
     when_imported("vllm.engine.arg_utils", lambda _: naming.replace_in_flags())
