@@ -43,6 +43,7 @@ from vllm_companion_plugin.host.runtime_dir import device_paths, ensure_private_
 from vllm_companion_plugin.memory.tensors.views import dtype_of
 from vllm_companion_plugin.settings import resolve, resolve_extra_config
 from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.pack import prepare
 from vllm_companion_plugin.wire.handover import Channel
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes
@@ -317,6 +318,21 @@ def test_constants_of_imported_modules_neither_need_a_search_nor_spare_one(monke
     asked_for += secret.nbytes
     (hidden,) = publisher._search(model, capture(model), [])()
     assert hidden.startswith("(1,) float32 in ")
+
+
+def test_a_module_that_cannot_be_looked_at_is_imported_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The publisher notes why."""
+    device = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
+    decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
+    kept: list[Attachment] = []
+    publisher = _Publisher(decision, resolve(), None, None, kept.append)
+    module = ModuleType("strange")
+    with ExitStack() as until:
+        publisher.begin(nn.Linear(2, 2), until)
+        monkeypatch.setattr(Observation, "note_import", lambda self, module: vars(module)["absent"])
+        with publisher.importing(module):
+            module.NUMBER = 1  # type: ignore[attr-defined]
+    assert str(publisher._reason) == "its loading cannot be watched: KeyError: 'absent'"
 
 
 def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:

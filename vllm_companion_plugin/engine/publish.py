@@ -183,7 +183,10 @@ class _Publisher:
         before = devices.requested_bytes(device)
         yield
         if self._observation is not None:
-            self._observation.note_import(module)
+            try:
+                self._observation.note_import(module)
+            except Exception as error:  # the module is imported all the same
+                self._reason = _unwatched(error)
         known = set(map(id, self._constants))
         found = [
             value
