@@ -7,7 +7,7 @@ loaders of data do not, and one that does gets an error.
 
 `GRPC_ENABLE_FORK_SUPPORT=1` in the environment turns gRPC's full support on instead: then a child may use the
 companion, by connections of its own, and each fork takes up to a second.
-https://github.com/grpc/grpc/blob/master/doc/fork_support.md
+https://github.com/grpc/grpc/blob/master/doc/fork_support.md. docs/adr/0020-forks.md has the measurements.
 """
 
 from __future__ import annotations
