@@ -31,7 +31,7 @@ from vllm_companion_plugin.client.mirror import Mirror
 from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.entry_kinds import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.identity import EntryKey
-from vllm_companion_plugin.core.status import EntryState
+from vllm_companion_plugin.core.status import CompanionStatus, EntryState
 from vllm_companion_plugin.engine.adapters import FrontEnd
 from vllm_companion_plugin.engine.room import in_the_way
 from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
@@ -546,6 +546,62 @@ class TestFrontEnd:
         again = front.serve(Asked(NAME))
         assert again is not served
         assert (again.bound, again.number) == (served.bound, served.number)
+
+    def test_an_answer_that_is_lost(
+        self, client: CompanionClient, front: FrontEnd, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Requests stay bound to what they have, whatever becomes of a question about what comes next."""
+        client.publish_adapter(NAME, small(1), config())
+        served = front.serve(Asked(NAME))
+        inner, answers = CompanionConnection.status, [CompanionUnavailableError("no answer")]
+
+        def status(self: CompanionConnection, *args: Any, **named: Any) -> CompanionStatus:
+            for error in answers:
+                answers.clear()
+                raise error
+            return inner(self, *args, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CompanionConnection, "status", status)
+            assert front.serve(Asked(NAME)).bound == served.bound
+        for step in range(2, 6):
+            client.publish_adapter(NAME, small(step), config())
+        assert 1 in [each.number for each in client.list_adapters()[0].generations]
+        del served
+        until(lambda: len(client.list_adapters()[0].generations) == 2, 5, "the first one is forgotten")
+
+    def test_companions_that_die_while_requests_come(
+        self, client: CompanionClient, front: FrontEnd, place: Place
+    ) -> None:
+        """Each request is held by a companion that lives, as far as was known when it came; or the error is typed."""
+        client.publish_adapter(NAME, small(1), config())
+        over, served, wrong = threading.Event(), 0, list[object]()
+
+        def ask() -> None:
+            nonlocal served
+            while not over.is_set():
+                try:
+                    its = front.serve(Asked(NAME))
+                except CompanionError:
+                    continue
+                except BaseException as error:
+                    wrong.append(error)
+                    return
+                served += 1
+                if its.lease.lease.released:
+                    wrong.append("released")
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for _ in range(6):
+            before, count = place.companion_pid(), served
+            os.kill(before, signal.SIGKILL)
+            until(lambda: place.companion_pid() != before and served > count + 20, 20, "the next one serves")  # noqa: B023
+        over.set()
+        for thread in threads:
+            thread.join(20)
+        assert wrong == []
 
     def test_gone(self, client: CompanionClient, front: FrontEnd, place: Place) -> None:
         """What workers may not find any more, though it is held here: a request of it is bound anew."""

@@ -21,7 +21,7 @@ import pytest
 from tests.support.place import KEY, Place, alive, answering, arena_of, memfd, open_fds, speaking, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Publication, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
-from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published
+from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published, Report
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -224,6 +224,16 @@ def test_what_is_not_there_is_a_typed_error(connection: CompanionConnection) -> 
     other = replace(KEY, id="cd" * 32, fields={"dtype": "half"})
     with pytest.raises(EntryNotFoundError, match="dtype is 'bfloat16' there and 'half' here"):
         connection.attach(other, may_load=False, client_name="x").wait(5)
+
+
+def test_a_connection_that_another_thread_has_closed_is_a_typed_error(connection: CompanionConnection) -> None:
+    lease = publish(connection)
+    connection.close()
+    uses = (connection.status, lambda: next(connection.watch()), lease.stage, lambda: attached(connection))
+    for use in uses:
+        with pytest.raises(CompanionUnavailableError, match="was closed"):
+            use()
+    connection.report(Report())
 
 
 @pytest.mark.parametrize("how", ["kill", "shutdown"])

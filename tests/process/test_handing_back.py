@@ -327,6 +327,44 @@ def test_a_child_of_a_dead_holder_holds_nothing(engines: Engines) -> None:
         os.kill(forked, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("of", ["_mutex", "_closed"])
+def test_a_child_waits_for_no_lock_of_a_thread_that_did_not_come_along(engines: Engines, of: str) -> None:
+    """Neither in `fork` itself, nor when it closes what it inherits."""
+    engines.start()
+    holder = engines.holders[0]
+    lock = getattr(holder, of)
+    with getattr(lock, "_cond", lock):  # as another thread may have it at any time
+        child = os.fork()
+        if not child:
+            holder.close()
+            os._exit(0)
+    try:
+        until(lambda: os.waitpid(child, os.WNOHANG)[0], 5, "the child ends")
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    assert not holder.ended
+
+
+def test_a_question_goes_to_the_companion_that_knows_of_this_hold(engines: Engines) -> None:
+    """Also if another thread is attached again while it is asked, which closes the connection of before."""
+    engines.start()
+    holder, asked = engines.holders[0], list[Lease]()
+    holder.know_again()
+
+    def question(lease: Lease) -> int:
+        asked.append(lease)
+        if len(asked) == 1:
+            holder.know_again()
+        return lease.generation(0, b"manifest").generation
+
+    began = time.monotonic()
+    assert holder.ask(question) == 1
+    assert len(asked) == 2
+    assert time.monotonic() - began < 1
+
+
 def test_of_what_nobody_maps_any_more_nothing_is_expected(engines: Engines) -> None:
     process = child(engines.place)
     os.kill(process.pid, signal.SIGSTOP)  # or it might hand back before we kill it

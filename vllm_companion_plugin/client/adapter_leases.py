@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -67,6 +68,11 @@ class AdapterLease:
     lease: Lease
     device: str
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether companions need not have the generation any more: it was removed, or its companion has died."""
+        return self.lease.retired or self.lease.is_over
+
     def release(self) -> None:
         """Idempotent, and does not wait."""
         self.lease.release(wait=False)
@@ -103,13 +109,14 @@ class AdapterLeases:
         self._client_name = client_name
         self._first = first
         self._connections: dict[str, CompanionConnection] = {}
+        self._left: list[CompanionConnection] = []  # that have leases yet, and are asked nothing any more
         self._had: dict[str, str] = {}  # the devices of companions that had an adapter when it was asked for
         self._silent_until: dict[str, float] = {}
         self._mutex = threading.Lock()
 
     def is_current(self, held: AdapterLease, found: list[Where]) -> bool:
         """Whether a request of this adapter, which was found there just now, would still get this generation."""
-        if held.lease.lost.is_set() or held.lease.error is not None:
+        if held.is_gone:
             return False
         for device, entry in found[:1]:
             same = (entry.generation, entry.ready_unix_s) == (held.ready.generation, held.ready.published.ready_unix_s)
@@ -141,8 +148,6 @@ class AdapterLeases:
                     return self._attach(device, key_id, asked)
                 except _NOT_THERE as error:
                     problem = error
-                    if isinstance(error, CompanionUnavailableError):
-                        self._forget(device)
             on_its_way = isinstance(problem, (LeaseLostError, CompanionUnavailableError))
             if time.monotonic() > deadline or not (on_its_way or (problem is None and self._is_held(key_id))):
                 break
@@ -170,13 +175,12 @@ class AdapterLeases:
     def close(self) -> None:
         """Close all connections, and end all leases. Idempotent."""
         with self._mutex:
-            connections, self._connections = self._connections, {}
-        for connection in connections.values():
+            connections, self._connections, self._left = [*self._connections.values(), *self._left], {}, []
+        for connection in connections:
             connection.close()
 
     def _attach(self, device: str, key_id: str, asked: Asked) -> AdapterLease:
-        with ExitStack() as undo:
-            connection = self._connection(device)
+        with self._asking(device) as connection, ExitStack() as undo:
             lease = connection.attach(key_id=key_id, may_load=False, client_name=self._client_name)
             undo.callback(lease.release, wait=False)
             ready = lease.wait(HAND_BACK_TIMEOUT_S)
@@ -215,7 +219,8 @@ class AdapterLeases:
         entries: tuple[EntryStatus, ...] = ()
         try:
             if is_listening(device_paths(device, self._settings)):
-                entries = self._connection(device).status(ANSWER_S, key_id=key_id).entries
+                with self._asking(device) as connection:
+                    entries = connection.status(ANSWER_S, key_id=key_id).entries
             self._silent_until.pop(device, None)
         except WaitTimeoutError as error:
             if device not in self._silent():
@@ -223,7 +228,6 @@ class AdapterLeases:
             self._silent_until[device] = time.monotonic() + SILENT_S
         except CompanionUnavailableError:
             self._silent_until.pop(device, None)
-            self._forget(device)
         except BadRequestError as error:  # of another version
             logger.debug("%s", error)
         states = (EntryState.READY, EntryState.LOADING)
@@ -237,14 +241,26 @@ class AdapterLeases:
     def _is_held(self, key_id: str) -> bool:
         return any(notes.is_held(device_paths(each, self._settings), key_id) for each in list_devices(self._settings))
 
-    def _connection(self, device: str) -> CompanionConnection:
+    @contextlib.contextmanager
+    def _asking(self, device: str) -> Iterator[CompanionConnection]:
+        """The connection to a companion. If that does not answer by it, others are not asked by it any more."""
         with self._mutex:
             if device not in self._connections:
                 self._connections[device] = CompanionConnection(device_paths(device, self._settings))
-            return self._connections[device]
+            connection = self._connections[device]
+        try:
+            yield connection
+        except CompanionUnavailableError:
+            self._forget(device, connection)
+            raise
 
-    def _forget(self, device: str) -> None:
+    def _forget(self, device: str, connection: CompanionConnection) -> None:
+        """Close it, but not while leases of it live: requests are bound to these, whatever became of a question."""
         with self._mutex:
-            connection = self._connections.pop(device, None)
-        if connection is not None:
-            connection.close()
+            if self._connections.get(device) is connection:
+                del self._connections[device]
+                self._left.append(connection)
+            over = [each for each in self._left if not each.has_leases]
+            self._left = [each for each in self._left if each not in over]
+        for each in over:
+            each.close()

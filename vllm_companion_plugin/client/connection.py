@@ -234,7 +234,7 @@ class CompanionConnection:
 
     def report(self, report: Report) -> None:
         """Tell the companion what to count. Never blocks and never fails: it may be lost."""
-        with contextlib.suppress(ValueError):  # the channel was closed
+        with contextlib.suppress(CompanionUnavailableError):  # the channel was closed
             call = self._stub.Report.future(codec.report_to_message(report), timeout=CALL_TIMEOUT_S)
             call.add_done_callback(_log_lost_report)
 
@@ -343,6 +343,12 @@ class CompanionConnection:
             if isinstance(typed, WaitTimeoutError):
                 typed = WaitTimeoutError(f"{method}: waited {timeout_s:g} s for {who_is_silent(self._paths)}")
             raise typed from error
+
+    @property
+    def has_leases(self) -> bool:
+        """Whether a companion knows of this process by a lease of this connection."""
+        with self._mutex:
+            return any(not lease.is_over for lease in self._leases)
 
     def close(self) -> None:
         """Release all leases and close the channel. Idempotent."""

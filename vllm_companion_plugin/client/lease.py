@@ -495,6 +495,11 @@ class Lease:
     def released(self) -> bool:
         return self._released
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no companion knows of it any more: it was released, or lost."""
+        return self._released or self.lost.is_set()
+
     def __enter__(self) -> Lease:
         return self
 

@@ -187,6 +187,8 @@ class Mirror:
             except (CompanionUnavailableError, BadRequestError, TicketError) as error:
                 if self.ended:
                     raise
+                if lease is not self._lease and time.monotonic() < late:
+                    continue  # another thread has been attached again meanwhile
                 refused = not isinstance(error, CompanionUnavailableError)
                 # It has died, and the next one, that may answer there already, does not know the lease.
                 if lease.lost.wait(DIES_S if refused else max(0.0, late - time.monotonic())):
@@ -283,9 +285,14 @@ class Mirror:
             os.close(note)
 
     def _forget(self) -> None:
-        """In a child that was forked off: the hold is its parent's alone, and ends with it."""
-        if not self._closed.is_set():
-            self._closed.set()
+        """In a child that was forked off: the hold is its parent's alone, and ends with it.
+
+        Locks are new: a thread of the parent may have held those that came along, and nobody frees them here.
+        """
+        is_open = not self._closed.is_set()
+        self._closed, self._mutex, self._attaching = threading.Event(), threading.Lock(), threading.Lock()
+        self._closed.set()
+        if is_open:
             os.close(self._note)
             self._fds.close()
 

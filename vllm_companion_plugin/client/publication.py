@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -11,6 +12,7 @@ from typing import Any
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import Progress, Published
 from vllm_companion_plugin.core.text import sendable
+from vllm_companion_plugin.errors import CompanionUnavailableError
 from vllm_companion_plugin.wire import codec, fd_channel, messages
 from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import CHUNK_BYTES, typed_error
@@ -56,8 +58,9 @@ class Publication:
             return
         self._last, self._next_report = progress, now + REPORT_INTERVAL_S
         step = messages.PublishRequest(progress=codec.progress_to_message(progress))
-        self._in_flight = self._stub.Publish.future(iter([self._begin(), step]), timeout=REPORT_TIMEOUT_S)
-        self._in_flight.add_done_callback(_log_failed_report)
+        with contextlib.suppress(CompanionUnavailableError):  # the channel was closed
+            self._in_flight = self._stub.Publish.future(iter([self._begin(), step]), timeout=REPORT_TIMEOUT_S)
+            self._in_flight.add_done_callback(_log_failed_report)
 
     def publish(
         self,

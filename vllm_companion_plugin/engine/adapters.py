@@ -39,7 +39,7 @@ class Served:
     @property
     def is_gone(self) -> bool:
         """Whether companions need not have it any more: it was removed, or its companion has died."""
-        return self.lease.lease.retired or self.lease.lease.lost.is_set()
+        return self.lease.is_gone
 
     def config(self) -> dict[str, Any]:
         """PEFT's configuration. Works once, within 30 s; raises `CompanionError` otherwise."""

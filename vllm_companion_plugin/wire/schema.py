@@ -14,6 +14,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from vllm_companion_plugin.errors import CompanionUnavailableError
 from vllm_companion_plugin.wire.forking import check, grpc
 
 _FILES = descriptor_pb2.FileDescriptorSet.FromString(
@@ -63,25 +64,31 @@ def _methods(service: str) -> list[tuple[str, Any, Any, bool, bool]]:
 
 
 class Method:
-    """A call, not in a fork of the process that opened its channel."""
+    """A call, not in a fork of the process that opened its channel, and not after that was closed."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self._pid = os.getpid()
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        check(self._pid)
-        return self._call(*args, **named)
+        return self._begin(self._call, *args, **named)
 
     def future(self, *args: Any, **named: Any) -> Any:
+        return self._begin(self._call.future, *args, **named)
+
+    def _begin(self, call: Any, *args: Any, **named: Any) -> Any:
         check(self._pid)
-        return self._call.future(*args, **named)
+        try:
+            return call(*args, **named)
+        except ValueError as error:  # all that gRPC says of a channel that another thread, too, may have closed
+            raise CompanionUnavailableError("This connection to a companion was closed.") from error
 
 
 class Stub:
     """Client side of the service: one callable a method, on a `grpc.Channel` or `grpc.aio.Channel`.
 
-    Each of them raises `ForkedError` in a fork of the process that opened the channel.
+    Each of them raises `ForkedError` in a fork of the process that opened the channel, and `CompanionUnavailableError`
+    after that was closed.
     """
 
     Attach: Method
