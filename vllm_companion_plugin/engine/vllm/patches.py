@@ -673,26 +673,74 @@ READS_OF_MODEL = Patch(
     How.REPLACED,
     Lifetime.LOADING,
     reason="The key leaves out limits, and code outside vLLM may load by one: what it reads is noted.",
-    link="vllm/config/model.py: ModelConfig.max_model_len",
+    link="vllm/config/model.py: ModelConfig",
     undo="when the model is loaded",
 )
 READS_OF_SCHEDULER = replace(
     READS_OF_MODEL,
     where="vllm.config.scheduler:SchedulerConfig.__getattribute__",
     reason="As above.",
-    link="vllm/config/scheduler.py: SchedulerConfig.max_num_batched_tokens",
+    link="vllm/config/scheduler.py: SchedulerConfig",
 )
 READS_OF_CACHE = replace(
     READS_OF_MODEL,
     where="vllm.config.cache:CacheConfig.__getattribute__",
     reason="As above.",
-    link="vllm/config/cache.py: CacheConfig.block_size",
+    link="vllm/config/cache.py: CacheConfig",
 )
 READS_OF_LORA = replace(
     READS_OF_MODEL,
     where="vllm.config.lora:LoRAConfig.__getattribute__",
     reason="As above.",
-    link="vllm/config/lora.py: LoRAConfig.max_lora_rank",
+    link="vllm/config/lora.py: LoRAConfig",
+)
+READS_OF_MULTIMODAL = replace(
+    READS_OF_MODEL,
+    where="vllm.config.multimodal:MultiModalConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/multimodal.py: MultiModalConfig",
+)
+READS_OF_POOLER = replace(
+    READS_OF_MODEL,
+    where="vllm.config.pooler:PoolerConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/pooler.py: PoolerConfig",
+)
+READS_OF_COMPILATION = replace(
+    READS_OF_MODEL,
+    where="vllm.config.compilation:CompilationConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/compilation.py: CompilationConfig",
+)
+READS_OF_PARALLEL = replace(
+    READS_OF_MODEL,
+    where="vllm.config.parallel:ParallelConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/parallel.py: ParallelConfig",
+)
+READS_OF_LOAD = replace(
+    READS_OF_MODEL,
+    where="vllm.config.load:LoadConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/load.py: LoadConfig",
+)
+READS_OF_SPECULATIVE = replace(
+    READS_OF_MODEL,
+    where="vllm.config.speculative:SpeculativeConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/speculative.py: SpeculativeConfig",
+)
+READS_OF_ATTENTION = replace(
+    READS_OF_MODEL,
+    where="vllm.config.attention:AttentionConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/attention.py: AttentionConfig",
+)
+READS_OF_KERNEL = replace(
+    READS_OF_MODEL,
+    where="vllm.config.kernel:KernelConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/kernel.py: KernelConfig",
 )
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
