@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import operator
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import MultiModalConfig, PoolerConfig
+from vllm.config.utils import replace
 
 from tests.support.configs import config
 from vllm_companion_plugin.core.module_tree import (
@@ -27,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 Read = Callable[[Any], object]
 LIMITS = {"max_model_len": 64, "max_num_seqs": 24, "enable_lora": True, "max_lora_rank": 32, "seed": 7}
+SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
 
 COUNTED: dict[str, Read] = {
     "model.max_model_len": lambda c: c.model_config.max_model_len,
@@ -34,12 +40,24 @@ COUNTED: dict[str, Read] = {
     "scheduler.max_num_seqs": lambda c: c.scheduler_config.max_num_seqs,
     "cache.block_size": lambda c: c.cache_config.block_size,
     "lora.max_lora_rank": lambda c: c.lora_config.max_lora_rank,
+    "compilation.max_cudagraph_capture_size": lambda c: c.compilation_config.max_cudagraph_capture_size,
+    "parallel.max_parallel_loading_workers": lambda c: c.parallel_config.max_parallel_loading_workers,
+    "load.use_tqdm_on_load": lambda c: c.load_config.use_tqdm_on_load,
+    "attention.flex_attn_block_m": lambda c: c.attention_config.flex_attn_block_m,
+    "kernel.enable_jit_warmup": lambda c: c.kernel_config.enable_jit_warmup,
+    "model.pooler_config.max_embed_len": lambda c: c.model_config.pooler_config.max_embed_len,
+    "multimodal.video_pruning_rate": lambda c: c.model_config.multimodal_config.video_pruning_rate,
+    "speculative.prompt_lookup_max": lambda c: c.speculative_config.prompt_lookup_max,
 }
 
 
 @pytest.fixture
 def made(tiny: Path) -> Any:
-    return config(tiny, **LIMITS)
+    """With parts that only some models and engines have."""
+    made = config(tiny, **LIMITS, speculative_config=SPECULATIVE)
+    made.model_config.pooler_config = PoolerConfig(max_embed_len=48)
+    made.model_config.multimodal_config = MultiModalConfig(video_pruning_rate=0.5)
+    return made
 
 
 def observed(**found: Any) -> Manifest:
@@ -74,6 +92,54 @@ def test_what_loading_reads(made: Any, name: str) -> None:
     flag_reads.check(found, made, made.model_config)
 
 
+WAYS: dict[str, Read] = {
+    "all at once": lambda c: vars(c.scheduler_config)["max_num_seqs"],
+    "its dictionary": lambda c: c.scheduler_config.__dict__["max_num_seqs"],
+    "all fields": lambda c: dataclasses.asdict(c.scheduler_config),
+    "of a copy": lambda c: copy.copy(c).scheduler_config.max_num_seqs,
+    "of a deep copy": lambda c: copy.deepcopy(c.scheduler_config).max_num_seqs,
+    "of another one": lambda c: replace(c.scheduler_config, max_model_len=48, is_encoder_decoder=False).max_num_seqs,
+    "by name": lambda c: operator.attrgetter("scheduler_config.max_num_seqs")(c),
+    "of a configuration for a part": lambda c: (
+        c.with_hf_config(c.model_config.hf_config, architectures=["LlamaForCausalLM"]).scheduler_config.max_num_seqs
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_read(made: Any, way: str) -> None:
+    found = flags(made, observed(), loading=WAYS[way])
+    assert found["scheduler.max_num_seqs"] == "24"
+    if way.startswith("of "):
+        assert set(found) == {"scheduler.max_num_seqs"}
+
+
+def test_what_a_configuration_reads_for_its_caller(made: Any) -> None:
+    """It computes its answer of limits."""
+    found = flags(made, observed(), loading=lambda c: c.uniform_decode_query_len + c.max_in_flight_tokens)
+    assert "scheduler.max_num_batched_tokens" in found
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda c: c.with_hf_config(c.model_config.hf_config),
+        lambda c: f"{c} {c.scheduler_config}",
+    ],
+)
+def test_who_copies_reads_nothing(made: Any, copied: Read) -> None:
+    assert flags(made, observed(), loading=copied) == {}
+
+
+def test_what_is_no_flag_is_not_compared(made: Any) -> None:
+    """As layers that a configuration keeps."""
+    made.compilation_config.static_forward_context["layer"] = object()
+    found = flags(made, observed(), loading=lambda c: c.compilation_config.static_forward_context)
+    assert found == {"compilation.static_forward_context": "not comparable"}
+
+
 def test_another_value_is_another_variant(tiny: Path, made: Any) -> None:
     found = flags(made, observed(), loading=COUNTED["scheduler.max_num_seqs"])
     other = config(tiny, **LIMITS | {"max_num_seqs": 25, "max_model_len": 65})
@@ -88,7 +154,7 @@ def test_another_value_is_another_variant(tiny: Path, made: Any) -> None:
 @pytest.mark.parametrize(
     "read",
     [
-        lambda c: c.scheduler_config.verify_max_model_len(64),  # vLLM's code reads
+        lambda c: c.scheduler_config.compute_hash(),
         lambda c: (c.model_config.dtype, c.model_config.enforce_eager.real, c.cache_config.cache_dtype),
         lambda c: (c.parallel_config.tensor_parallel_size, c.model_config.model, c.model_config.revision),
     ],

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,6 +183,31 @@ class TestConfiguration:
         plain = key_of(tiny, **named)
         scales.write_text("2")
         assert [line.split(" is ")[0] for line in key_of(tiny, **named).differences(plain)] == ["named.hf.scales"]
+
+    @pytest.mark.parametrize("how", ["in full", "below the checkpoint"])
+    def test_weights_in_folders_that_flags_name_are_compared(self, tiny: Path, tmp_path: Path, how: str) -> None:
+        """As of an adapter that a plugin merges: nothing sees what Rust reads."""
+        model = tmp_path / "model"
+        shutil.copytree(tiny, model)
+        folder = tmp_path / "adapter" if how == "in full" else model / "of" / "adapter"
+        folder.mkdir(parents=True)
+        weights, other = folder / "adapter.safetensors", folder / "events.log"
+        weights.write_text("1")
+        named = {"hf_overrides": {"adapter": str(folder) if how == "in full" else "of/adapter"}}
+        plain = key_of(model, **named)
+        other.write_text("1")
+        assert key_of(model, **named) == plain
+        weights.write_text("2")
+        found = [line.split(" is ")[0] for line in key_of(model, **named).differences(plain)]
+        assert found == ["named.hf.adapter/adapter.safetensors"]
+
+    def test_the_folder_around_the_checkpoint_counts_for_nothing(self, tiny: Path, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(tiny, model)
+        (tmp_path / "other.safetensors").write_text("1")
+        for folder in (str(tmp_path), str(model), "./", "../"):
+            fields = key_of(model, hf_overrides={"where": folder}).fields
+            assert not any(name.startswith("named.") for name in fields)
 
     def test_large_files_that_flags_name_are_compared(self, tiny: Path, tmp_path: Path) -> None:
         """A projector that a plugin loads from elsewhere is no part of the checkpoint."""

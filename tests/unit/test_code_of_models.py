@@ -9,11 +9,14 @@ import collections
 import contextvars
 import dataclasses
 import enum
+import functools
 import importlib
 import importlib.util
+import operator
 import sys
 import textwrap
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +77,11 @@ LOCAL = Local()
 LOCAL.held = 1.0
 CONTEXT = contextvars.ContextVar("CONTEXT", default=1.0)
 FACTORS = torch.ones(3)
+__TABLE = {"a": 1.0}
+WEAK_BOX: weakref.WeakKeyDictionary[Key, Box] = weakref.WeakKeyDictionary({KEY: Box(1.0)})
+THREAD.box = Box(1.0)
+CONTEXT_BOX = contextvars.ContextVar("CONTEXT_BOX", default=Box(1.0))  # noqa: B039
+FIXED = types.MappingProxyType({"a": [1.0]})
 
 
 def times(x: float, by: float = 1.0) -> float:
@@ -101,6 +109,15 @@ class Using(nn.Module):
     box = Box([1.0])
     table: ClassVar[dict[str, Any]] = {"a": Box(1.0)}
     torchs = Torchs()
+
+    class Options:
+        """A class in a class."""
+
+        mode: Any = 1.0
+        modes: ClassVar[list[float]] = [1.0]
+
+    def __call__(self, by: float = 1.0) -> float:
+        return by
 
     def scale(self, by: float = 1.0) -> float:
         return by
@@ -276,7 +293,98 @@ BESIDE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         lambda: setattr(Using.scale, "__defaults__", (1.0,)),
     ),
     "member of an enum": (lambda: setattr(Colour.RED, "held", 2.0), lambda: delattr(Colour.RED, "held")),
+    "name that begins like Python's": (
+        lambda: globals()["__TABLE"].update(a=2.0),
+        lambda: globals()["__TABLE"].update(a=1.0),
+    ),
+    "class in a class": (lambda: Using.Options.modes.append(2.0), lambda: Using.Options.modes.pop()),
+    "object in a weak dictionary": (
+        lambda: setattr(WEAK_BOX[KEY], "value", 2.0),
+        lambda: setattr(WEAK_BOX[KEY], "value", 1.0),
+    ),
+    "object of a thread": (lambda: setattr(THREAD.box, "value", 2.0), lambda: setattr(THREAD.box, "value", 1.0)),
+    "object of a context": (
+        lambda: setattr(CONTEXT_BOX.get(), "value", 2.0),
+        lambda: setattr(CONTEXT_BOX.get(), "value", 1.0),
+    ),
+    "list that cannot be replaced": (lambda: FIXED["a"].append(2.0), lambda: FIXED["a"].pop()),
+    "method of Python": (
+        lambda: setattr(Using, "__call__", lambda self: 2.0),
+        lambda: setattr(Using, "__call__", CALL),
+    ),
+    "default of a method of Python": (
+        lambda: setattr(CALL, "__defaults__", (2.0,)),
+        lambda: setattr(CALL, "__defaults__", (1.0,)),
+    ),
+    "code of a function": (
+        lambda: setattr(times, "__code__", (lambda x, by: 2.0).__code__),
+        lambda: setattr(times, "__code__", TIMES),
+    ),
 }
+CALL, TIMES = Using.__call__, times.__code__
+UNCOUNTED: dict[str, Callable[[torch.Tensor], object]] = {
+    "data": lambda t: t.data.fill_(2),
+    "numpy": lambda t: t.numpy().fill(2),
+    "dlpack": lambda t: torch.from_dlpack(t).fill_(2),
+    "storage": lambda t: t.untyped_storage().copy_(torch.full((3,), 2.0).untyped_storage()),
+    "other data": lambda t: setattr(t, "data", torch.full((3,), 2.0)),
+    "another tensor in it": lambda t: torch.utils.swap_tensors(t, torch.full((3,), 2.0)),  # type: ignore[no-untyped-call]
+    "a part of it": lambda t: setattr(t, "data", t.data[:2]),
+    "hung on it": lambda t: setattr(t, "scale", 2.0),
+    "object hung on it": lambda t: t.box.value.append(2.0),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("how", UNCOUNTED)
+@pytest.mark.parametrize("where", ["global", "in a container", "of a class", "in a weak dictionary"])
+def test_loading_changes_a_tensor_uncounted(how: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_version` says nothing of it."""
+    held = torch.ones(3)
+    held.box = Box([1.0])  # type: ignore[attr-defined]
+    made: Any = {
+        "in a container": [Box(held)],
+        "in a weak dictionary": weakref.WeakKeyDictionary({KEY: (1, held)}),
+    }.get(where, held)
+    if where == "of a class":
+        monkeypatch.setattr(Using, "kept", made, raising=False)
+    else:
+        monkeypatch.setitem(globals(), "GLOBAL", made)
+    publish(using)
+    with pytest.raises(NotShareableError, match=r"loading changed .*(GLOBAL|kept).*, which (all models|its objects)"):
+        publish(using, lambda m: UNCOUNTED[how](held))
+
+
+@pytest.mark.usefixtures("process")
+def test_a_global_has_tensors_that_the_model_has_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading fills them, as those of whoever attaches are the published ones."""
+    held: list[Any] = []
+    monkeypatch.setitem(globals(), "GLOBAL", held)
+
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+        m.register_buffer("table", torch.zeros(3))
+        held[:] = [m.first.weight, m.table, {"a": m.second.bias}]
+
+    def load(m: Model) -> None:
+        m.table.copy_(torch.ones(3))
+
+    attached = attach(publish(build, load), build)
+    assert held[0] is attached.first.weight
+    assert held[1].tolist() == [1.0] * 3
+    with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL"):
+        publish(build, lambda m: held.reverse())
+
+
+@pytest.mark.usefixtures("process")
+def test_loading_replaces_a_tensor_beside_the_model_by_another_one_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(m: Model, flag: float) -> None:
+        m.own = Using()
+        monkeypatch.setitem(globals(), "GLOBAL", m.first.weight)
+
+    publish(build)
+    with pytest.raises(NotShareableError, match=r"loading changed .*GLOBAL"):
+        publish(build, lambda m: monkeypatch.setitem(globals(), "GLOBAL", m.second.weight))
 
 
 @pytest.mark.usefixtures("process")
@@ -419,6 +527,18 @@ SOURCES = {
             held = [1.0]
         """,
     "aside": "NUMBER = 1",
+    "far": """
+        SCALE, TABLE = 1, {}
+        def scaled(x):
+            return x * SCALE
+        def set_scale(scale):
+            global SCALE
+            SCALE = scale
+        class Options:
+            modes = [1]
+        class Kind(type):
+            made = {}
+        """,
     "model": """
         import functools, importlib
         from torch import nn
@@ -522,6 +642,54 @@ class TestModulesThatFunctionsImport:
         publish(with_layer(code), lambda m: setattr(aside, "NUMBER", 2))
 
 
+HELD: dict[str, Callable[[ModuleType], Any]] = {
+    "function": lambda far: far.scaled,
+    "partial": lambda far: [functools.partial(far.scaled, 2)],
+    "class": lambda far: far.Options,
+    "module": lambda far: {"a": far},
+    "object of a class that has a class": lambda far: far.Kind("Made", (Box,), {"__module__": __name__})(1),
+}
+
+
+class TestModulesOfWhatAModelHolds:
+    """Though nothing else in its code leads there."""
+
+    @pytest.mark.parametrize("kind", HELD)
+    @pytest.mark.parametrize("what", ["TABLE", "Options.modes", "Kind.made"])
+    def test_a_change_is_refused(self, code: ModuleType, kind: str, what: str) -> None:
+        far = importlib.import_module(f"{PACKAGE}.far")
+
+        def build(m: Model, flag: float) -> None:
+            m.own, m.held = code.Layer(), HELD[kind](far)
+
+        def load(m: Model) -> None:
+            table = operator.attrgetter(what)(far)
+            table.append(2) if isinstance(table, list) else table.update(a=2)
+
+        publish(build)
+        with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.far\.{what}"):
+            publish(build, load)
+
+    def test_a_constant_is_carried(self, code: ModuleType) -> None:
+        far = importlib.import_module(f"{PACKAGE}.far")
+
+        def build(m: Model, flag: float) -> None:
+            m.scaled = far.scaled
+
+        published = publish(build, lambda m: far.set_scale(4))
+        far.SCALE = 1
+        constants.set_here.clear()
+        assert attach(published, build).scaled(2) == 8
+
+    def test_functions_in_a_table(self, code: ModuleType) -> None:
+        """As those of a registry, which a module has from another one."""
+        far = importlib.import_module(f"{PACKAGE}.far")
+        code.FUNCTIONS = {"scaled": far.scaled}  # type: ignore[attr-defined]
+        publish(with_layer(code))
+        with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.far\.TABLE"):
+            publish(with_layer(code), lambda m: far.TABLE.update(a=1))
+
+
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is imported, each observation is told of, as a publisher does."""
@@ -580,6 +748,26 @@ def test_caches_of_functions(code: ModuleType, kind: str) -> None:
     else:
         with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.model\.[\w.]+, which (all|its)"):
             publish(with_layer(code), lambda m: call(code))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.numpy().fill(7), lambda t: t.add_(1)])
+@pytest.mark.parametrize("kind", ["table", "written"])
+def test_a_tensor_that_was_in_a_cache_before(
+    code: ModuleType, kind: str, change: Callable[[torch.Tensor], object]
+) -> None:
+    function = getattr(code, kind)
+    held = function(3)
+    publish(with_layer(code))
+    publish(with_layer(code), lambda m: code.table(4))
+    with pytest.raises(NotShareableError, match=rf"loading changed .*\.{kind}"):
+        publish(with_layer(code), lambda m: change(held))
+
+
+def test_an_object_that_was_in_a_cache_before(code: ModuleType) -> None:
+    held = code.registry()["a"] = Box([1])
+    publish(with_layer(code))
+    with pytest.raises(NotShareableError, match=r"loading changed .*\.registry"):
+        publish(with_layer(code), lambda m: held.value.append(2))
 
 
 def test_a_cache_that_was_filled_before(code: ModuleType) -> None:

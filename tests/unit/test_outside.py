@@ -301,6 +301,20 @@ class TestData:
         write(place, "1")
         assert changed(place, "2") == [f"data.{place}"]
 
+    @pytest.mark.parametrize("kind", ["file", "folder", "home", "list"])
+    def test_files_that_a_variable_names_in_full(
+        self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        """Rust or C++ may read them, which nothing sees."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        place = tmp_path / "a-name-that-is-too-long-to-be-shown" / "scales.safetensors"
+        text = {"file": place, "folder": place.parent, "home": f"~/{place.parent.name}", "list": f"/none:{place}"}
+        code = "import os; safe_open(os.path.join(os.environ['OOT_SCALES'], 'scales.safetensors'))"
+        write(path / "oot_model.py", MODEL.format(code))
+        write(place, "1")
+        monkeypatch.setenv("OOT_SCALES", str(text[kind]))
+        assert changed(place, "2") == [f"data.{place}"]
+
     @pytest.mark.parametrize("folder", ["/", "~", "{temporary}"])
     def test_a_pattern_in_a_folder_of_anybody_names_no_data(
         self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str

@@ -8,6 +8,8 @@ import contextvars
 import ctypes
 import dataclasses
 import functools
+import io
+import queue
 import threading
 import types
 import weakref
@@ -311,6 +313,50 @@ WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[An
         lambda held: held.default_factory,
     ),
     "configuration": (CacheConfig, lambda held: setattr(held, "block_size", 77), lambda held: held.block_size),
+    "object of torch": (
+        lambda: torch.optim.SGD([torch.ones(1)], lr=1.0),
+        lambda held: held.param_groups[0].update(lr=2.0),
+        lambda held: held.param_groups[0]["lr"],
+    ),
+    "tensor in an object of torch": (
+        lambda: torch.distributions.Normal(torch.zeros(2), 1.0),
+        lambda held: held.loc.data.fill_(2.0),
+        lambda held: held.loc.tolist(),
+    ),
+    "event": (threading.Event, lambda held: held.set(), lambda held: held.is_set()),
+    "object in a weak dictionary": (
+        lambda: weakref.WeakKeyDictionary({KEY: Box(1.0)}),
+        lambda held: setattr(held[KEY], "value", 2.0),
+        lambda held: held[KEY].value,
+    ),
+    "object of a context": (
+        lambda: contextvars.ContextVar("held", default=Box(1.0)),  # noqa: B039
+        lambda held: setattr(held.get(), "value", 2.0),
+        lambda held: held.get().value,
+    ),
+    "list that cannot be replaced": (
+        lambda: types.MappingProxyType({"a": [1.0]}),
+        lambda held: held["a"].append(2.0),
+        lambda held: held["a"],
+    ),
+    "tensor that cannot be replaced": (
+        lambda: types.MappingProxyType({"a": torch.zeros(1)}),
+        lambda held: held["a"].numpy().fill(2.0),
+        lambda held: held["a"].item(),
+    ),
+    "values of a dictionary": (
+        lambda: {"a": [1.0]}.values(),
+        lambda held: next(iter(held)).append(2.0),
+        lambda held: [*held],
+    ),
+    "simple queue": (queue.SimpleQueue, lambda held: held.put(1), lambda held: held.qsize()),
+    "cell": (
+        lambda: types.CellType(1.0),
+        lambda held: setattr(held, "cell_contents", 2.0),
+        lambda held: held.cell_contents,
+    ),
+    "bytes as a file": (io.BytesIO, lambda held: held.write(b"a"), lambda held: held.getvalue()),
+    "text as a file": (io.StringIO, lambda held: held.write("a"), lambda held: held.getvalue()),
 }
 
 

@@ -68,7 +68,7 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
     walk = _Walk(tree, by_id, wanted)
     for live in tree.modules:
         walk.named_module(live)
-    tree.classes = walk.classes()
+    tree.classes, tree.code = walk.classes(), walk.code()
     return tree
 
 
@@ -160,11 +160,17 @@ class _Walk:
         self._layouts: dict[tuple[str, tuple[Any, ...], tuple[type, ...]], _Layout] = {}
         # By id, with what keeps the id valid.
         self._texts: dict[int, tuple[Any, str]] = {}
+        self._modules: list[types.ModuleType] = []
         self._steps: list[tuple[Any, Any]] = []
 
     def classes(self) -> list[type]:
         """As of `Tree`."""
         return list(self._classes)
+
+    def code(self) -> list[Any]:
+        """As of `Tree`."""
+        described = (value for value, _ in self._texts.values())
+        return [*self._modules, *(value for value in described if isinstance(value, (type, *FUNCTIONS)))]
 
     def values(self, live: LiveModule, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -391,6 +397,8 @@ class _Walk:
                 self._inner_module(live, path, value, depth + 1)
             return name if first is None else f"{name} @{first}"
         if isinstance(value, LEAVES) or depth >= _MAX_DEPTH:
+            if isinstance(value, types.ModuleType):
+                self._modules.append(value)
             return name
         first = self._first(live, path, value)
         if first is not None:

@@ -36,7 +36,7 @@ _OPAQUE = (
 )
 # So are objects of these packages: locks, handles of the driver. What other code makes from their classes has its own
 # attributes beside.
-_OPAQUE_THEMSELVES = ("torch", "threading", "_thread", "numpy", "pydantic", "weakref")
+OPAQUE_THEMSELVES = ("torch", "threading", "_thread", "numpy", "pydantic", "weakref")
 LEAVES = (type, types.ModuleType, types.CodeType, types.FrameType)
 MUTABLE: frozenset[type] = frozenset(
     (
@@ -62,7 +62,7 @@ def is_opaque(cls: Any) -> bool:
     if any(module == package or module.startswith(f"{package}.") for module in modules for package in _OPAQUE):
         return True
     tops = [module.partition(".")[0] for module in modules]
-    return tops[0] in (*_OPAQUE_THEMSELVES, "vllm") and any(top in _OPAQUE_THEMSELVES for top in tops)
+    return tops[0] in (*OPAQUE_THEMSELVES, "vllm") and any(top in OPAQUE_THEMSELVES for top in tops)
 
 
 @functools.cache

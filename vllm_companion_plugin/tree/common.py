@@ -13,11 +13,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, EnumMeta
 from typing import Any
 
-import torch
-
 from vllm_companion_plugin.core.module_tree import CommonValue
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.tree.capture import capture_values
+from vllm_companion_plugin.tree.behind import Same, behind, different
 from vllm_companion_plugin.tree.constants import is_constant, set_here
 from vllm_companion_plugin.tree.descriptions import answers, describe_value
 from vllm_companion_plugin.tree.holders import (
@@ -32,7 +30,6 @@ from vllm_companion_plugin.tree.holders import (
     users_of,
 )
 from vllm_companion_plugin.tree.live import Tree
-from vllm_companion_plugin.tree.states import state_of
 from vllm_companion_plugin.tree.switches import switches
 from vllm_companion_plugin.tree.times import is_time
 from vllm_companion_plugin.tree.values import class_name
@@ -49,6 +46,7 @@ class Common:
         model: the model's class.
         switches: of torch, which say how kernels compute.
         met: what the model held, as of `Tree`.
+        tensors: ids of those that the model had.
         imported: what modules hold that were imported since then, as they were just afterwards.
     """
 
@@ -57,6 +55,7 @@ class Common:
     model: type
     switches: dict[str, Any]
     met: dict[int, tuple[str, str]]
+    tensors: set[int]
     imported: dict[Holder, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -91,7 +90,7 @@ class Common:
         modules = {one.__name__ for one in holders if isinstance(one, types.ModuleType)}
         own = [one for one in holders if isinstance(one, types.ModuleType) or one.__module__ in modules]
         held = {one: _shown(vars(one)) for one in holders}
-        return cls(held, _behind(own, tree), model, switches(), tree.met)
+        return cls(held, _behind(own, tree), model, switches(), tree.met, {id(slot.tensor) for slot in tree.slots()})
 
     def changes(self, now: Common, *, own_alone: bool = False) -> tuple[CommonValue, ...]:
         """The plain values that are others in `now`, and those that an earlier load of this process had set.
@@ -103,12 +102,14 @@ class Common:
             NotShareableError: something else has changed, or had; the first is named.
         """
         found, others = [], []
+        tensors = self.tensors | now.tensors
         model = class_name(self.model)
         for one, before in self.held.items():
             if own_alone and not is_own(one):
                 continue
             after = now.held[one]
-            changed = {*_different(before, after), *_different(self.behind.get(one, {}), now.behind.get(one, {}))}
+            changed = _changed(before, after, tensors)
+            changed |= _changed(self.behind.get(one, {}), now.behind.get(one, {}), tensors)
             earlier = set_here.setdefault(one, {})
             for name in sorted(earlier.keys() | changed):
                 then, text = before.get(name), after.get(name)
@@ -120,77 +121,58 @@ class Common:
                 is_there = one not in self.imported and find(reference_of(one)) is one
                 if is_known and is_constant(text) and is_there:
                     found.append(CommonValue(reference_of(one), name, then, text))
-                elif not (isinstance(text, str) and is_time(text)):
+                elif not _is_time(text):
                     who = "loading" if name in changed else "loading another model in this process"
                     others.append(f"{who} changed {name_of(one)}.{name}, which {users_of(one)}")
         others += [
             f"loading changed {name}, which all models of this process share"
-            for name in _different(self.switches, now.switches)
+            for name in _changed(self.switches, now.switches, set())
         ]
         if others:
             raise NotShareableError(min(others))
         return tuple(found)
 
 
-def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for name in before.keys() | after.keys():
-        text = after.get(name)
-        if before.get(name) != text and not (isinstance(text, str) and is_time(text)):
-            yield name
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], tensors: set[int]) -> set[str]:
+    """The names of what is another one `after`, but for times."""
+    return {name for name in different(before, after, tensors) if not _is_time(after.get(name))}
+
+
+def _is_time(text: Any) -> bool:
+    return isinstance(text, str) and is_time(text)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: _Object(value) if issubclass(type(value), _CODE) else describe_value(value) or _Object(value)
+        name: Same(value, _code_of(value)) if issubclass(type(value), _CODE) else describe_value(value) or Same(value)
         for name, value in list(values.items())
-        if not (name.startswith("__") or issubclass(type(value), types.ModuleType))
+        if not (_is_pythons(name, value) or issubclass(type(value), types.ModuleType))
     }
+
+
+def _code_of(value: Any) -> Any:
+    """The code of a function, which may be given another one."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    return Same(function.__code__) if isinstance(function, types.FunctionType) else None
 
 
 _CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, types.MemberDescriptorType)
 
 
-@dataclass(slots=True)
-class _Object:
-    """Equal to itself alone, whatever its class says."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and self.value is other.value
+def _is_pythons(name: str, value: Any) -> bool:
+    """Whether Python itself keeps this in classes and modules. What they define are functions by such names."""
+    return name.startswith("__") and name.endswith("__") and not issubclass(type(value), _CODE)
 
 
 def _behind(holders: Sequence[Holder], tree: Tree) -> dict[Holder, dict[str, Any]]:
-    found = capture_values([(name_of(one), dict(_values_of(one))) for one in holders], tree)
-    behind: list[dict[str, Any]] = [dict(live.attributes) for live in found.modules]
-    for (index, name), value in found.opaque.items():
-        behind[index][name] = _Object(value), state_of(value)
-    for index, one in enumerate(holders):
-        behind[index] |= {name: state_of(value) for name, value in _values_of(one) if _is_cache(value)}
-    for slot in found.slots():
-        behind[slot.module][slot.name] = _Object(slot.tensor), _writes_of(slot.tensor)
-    return dict(zip(holders, behind, strict=True))
-
-
-def _is_cache(value: Any) -> bool:
-    """Whether it is a function that remembers results. Its name says all else of it."""
-    return type(value) is functools._lru_cache_wrapper
-
-
-def _writes_of(tensor: torch.Tensor) -> int | str | None:
-    """What becomes another one when somebody writes to `tensor`. Of what was made for inference nothing is counted."""
-    if not tensor.is_inference():
-        return tensor._version
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        return None
-    with torch.inference_mode():
-        return state_of(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    found = behind([(name_of(one), dict(_values_of(one))) for one in holders], tree)
+    return dict(zip(holders, found, strict=True))
 
 
 def _values_of(one: Holder) -> Iterator[tuple[str, Any]]:
     """What `one` holds, with the functions in their wrappings, and attributes of members."""
     for name, value in list(vars(one).items()):
-        if name.startswith("__") or issubclass(type(value), (type, types.ModuleType, types.MemberDescriptorType)):
+        if _is_pythons(name, value) or issubclass(type(value), (type, types.ModuleType, types.MemberDescriptorType)):
             continue
         if not answers(value):
             yield name, value

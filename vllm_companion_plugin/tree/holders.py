@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from vllm_companion_plugin.core import packages
+from vllm_companion_plugin.tree.classes import CONTAINERS, base_of
 from vllm_companion_plugin.tree.live import Tree
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
@@ -20,8 +23,10 @@ Holder = type | types.ModuleType
 
 def holders_of(tree: Tree) -> list[Holder]:
     """Those of the model that `tree` was captured from, modules first."""
-    classes = _with_bases([*tree.classes, *(type(live.module) for live in tree.modules)])
-    modules = _modules_of(classes, type(tree.modules[0].module))
+    held = [value for value in tree.code if isinstance(value, type)]
+    classes = _with_bases([*tree.classes, *held, *(type(live.module) for live in tree.modules)])
+    used = {*(each.__module__ for each in classes), *map(packages.module_of, tree.code)}
+    modules = _modules_of(used, type(tree.modules[0].module))
     classes |= _with_bases(each for module in modules for each in classes_in(module))
     return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
 
@@ -39,19 +44,33 @@ def find(reference: str) -> Holder | None:
     return loaded_class(f"{module}.{qualified}") if colon else sys.modules.get(module)
 
 
-def _modules_of(classes: Iterable[type], model: type) -> list[types.ModuleType]:
-    """The modules of the model's own code: those of its classes, and those that these modules use."""
+def _modules_of(names: Iterable[str], model: type) -> list[types.ModuleType]:
+    """The modules of the model's own code: those with these names, and those that these modules use."""
     found: dict[str, types.ModuleType] = {}
-    waiting = [each.__module__ for each in classes]
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
         module = sys.modules.get(name)
         if module is None or name in found or not may_serve_one(module, model):
             continue
         found[name] = module
-        waiting += map(packages.module_of, list(vars(module).values()))
+        waiting += map(packages.module_of, _in_containers(list(vars(module).values())))
         waiting += _imported_by(module)
     return list(found.values())
+
+
+def _in_containers(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield `values`, and what is in containers among them, as in a registry of functions."""
+    for value in values:
+        yield value
+        kind = type(value)
+        if issubclass(kind, CONTAINERS):
+            items = dict.values(value) if issubclass(kind, dict) else base_of(value).__iter__(value)
+            yield from itertools.islice(items, _MOST_ITEMS)
+
+
+_MOST_ITEMS = 4096
+"""Of tables with more items not all are asked whose they are."""
 
 
 def may_serve_one(module: types.ModuleType, model: type) -> bool:
@@ -108,13 +127,20 @@ def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
 
 
 def classes_in(module: types.ModuleType) -> list[type]:
-    """Return the classes that `module` defines."""
-    values = list(vars(module).values())
-    return [value for value in values if issubclass(type(value), type) and value.__module__ == module.__name__]
+    """Return the classes that `module` defines, also those inside of others."""
+    found: dict[type, None] = {}
+    waiting = list(vars(module).values())
+    while waiting:
+        value = waiting.pop()
+        if issubclass(type(value), type) and value not in found and value.__module__ == module.__name__:
+            found[value] = None
+            waiting += list(vars(value).values())
+    return list(found)
 
 
 def _with_bases(classes: Iterable[type]) -> set[type]:
-    return {base for each in classes for base in each.__mro__}
+    """Return the classes, what they are made from, and the classes that they are objects of."""
+    return {base for each in classes for kind in (each, type(each)) for base in kind.__mro__}
 
 
 def is_own(one: Holder) -> bool:

@@ -99,6 +99,7 @@ class Tree:
         orders: texts of the keys of dicts that hold more than plain values, in their order, by module and name.
         places: where the wanted values live, by module and name.
         classes: the classes of all objects that the walk looked into, besides modules, and all enums.
+        code: the functions, classes and modules of Python that the model holds.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
         met: where each object was met first (path of the module, name), by its id. The model keeps objects alive.
     """
@@ -109,6 +110,7 @@ class Tree:
     orders: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
+    code: list[Any] = field(default_factory=list)
     hung: dict[int, dict[str, str]] = field(default_factory=dict)
     met: dict[int, tuple[str, str]] = field(default_factory=dict)
 

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from vllm_companion_plugin.core.module_tree import AddedSlot, CommonValue, Observed, TensorKind
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.tree.behind import behind, different
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.common import Common
 from vllm_companion_plugin.tree.descriptions import describe_value, tensor_attributes
@@ -52,7 +53,7 @@ from vllm_companion_plugin.tree.notation import (
     without_known,
 )
 from vllm_companion_plugin.tree.placing import Placing
-from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints, state_of
+from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints, parts_of, state_of
 from vllm_companion_plugin.tree.times import is_time, plain
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
@@ -64,6 +65,8 @@ class Snapshot:
     """A model's values and structure at one moment, without keeping its tensors alive."""
 
     modules: dict[str, weakref.ref[nn.Module]]
+    tensors: set[int]
+    """Their ids."""
     attributes: dict[str, dict[str, str]]
     opaque: dict[str, dict[str, Any]]
     mutable: dict[tuple[str, str], Any]
@@ -77,6 +80,8 @@ class Snapshot:
     """Where the walk met a value before, for values that can be changed in place and that it met before."""
     states: dict[tuple[str, str], str | None]
     """What only C code sees of the state of opaque objects."""
+    insides: dict[tuple[str, str], dict[str, Any]]
+    """What is in opaque objects, as of `behind`."""
     classes: dict[str, type]
 
     @classmethod
@@ -109,6 +114,7 @@ class Snapshot:
             opaque.setdefault(tree.modules[index].path, {})[name] = value
         return cls(
             modules={path: weakref.ref(module) for path, module in named.items()},
+            tensors={id(slot.tensor) for slot in tree.slots()},
             attributes=attributes,
             opaque=opaque,
             mutable=places,
@@ -119,8 +125,18 @@ class Snapshot:
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
+            insides=_insides_of(tree),
             classes={live.path: type(live.module) for live in tree.modules},
         )
+
+
+def _insides_of(tree: Tree) -> dict[tuple[str, str], dict[str, Any]]:
+    parts = {
+        (tree.modules[index].path, name): found
+        for (index, name), value in tree.opaque.items()
+        if (found := parts_of(value))
+    }
+    return dict(zip(parts, behind([(":".join(place), found) for place, found in parts.items()], tree), strict=True))
 
 
 def _added(slot: LiveSlot) -> AddedSlot:
@@ -436,6 +452,7 @@ class Observation:
         if now.children[path] != ([] if is_new else built.children.get(was, [])):
             values[CHILDREN] = None, repr(now.children[path])
         opaque = {} if is_new else built.opaque.get(was, {})
+        tensors = built.tensors | now.tensors
         for name, value in now.opaque.get(path, {}).items():
             if name in values or name not in opaque:
                 continue
@@ -443,7 +460,8 @@ class Observation:
                 raise NotShareableError(
                     f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
                 )
-            if built.states[was, name] != now.states[path, name]:
+            then_in, now_in = built.insides.get((was, name), {}), now.insides.get((path, name), {})
+            if built.states[was, name] != now.states[path, name] or any(different(then_in, now_in, tensors)):
                 raise NotShareableError(
                     f"loading changed {full_name(path, name)}, a {texts[name]}, which cannot be described"
                 )

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import io
 import random
 import threading
 import types
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_companion_plugin.core import packages
+from vllm_companion_plugin.tree.classes import OPAQUE_THEMSELVES
 from vllm_companion_plugin.tree.descriptions import answers, describe_value
 from vllm_companion_plugin.tree.values import class_name, text_of
 
@@ -53,10 +56,12 @@ def _state_of(value: Any, depth: int) -> str | None:
     if isinstance(value, threading.local):
         return repr(_parts_text([*vars(value).items()]))
     if isinstance(value, contextvars.ContextVar):
-        return repr(_parts_text((value.get(None),)))
+        return repr(_parts_text((_current(value),)))
     if isinstance(value, types.GeneratorType):
         frame = value.gi_frame
         return None if frame is None else repr((frame.f_lasti, _parts_text([*frame.f_locals.items()])))
+    if isinstance(value, (io.BytesIO, io.StringIO)):
+        return None if value.closed else f"{value.tell()} {text_of(value.getvalue())}"
     reduce = next(vars(cls)["__reduce__"] for cls in type(value).__mro__ if "__reduce__" in vars(cls))
     if type(reduce) is not types.MethodDescriptorType or reduce is object.__reduce__:
         return None  # Python code, or nothing
@@ -68,18 +73,64 @@ def _state_of(value: Any, depth: int) -> str | None:
         return None
 
 
+def parts_of(value: Any) -> dict[str, Any]:
+    """What is in an object of which a walk takes note by its class alone, as far as it may be a model's."""
+    if not answers(value):
+        return {}
+    if isinstance(value, _WEAK):
+        return {"items": [*value.items()] if hasattr(value, "items") else [*value]}
+    if isinstance(value, functools._lru_cache_wrapper):
+        return {"results": _remembered(value)}
+    if isinstance(value, contextvars.ContextVar):
+        return {"value": _current(value)}
+    if isinstance(value, types.GeneratorType):
+        return {} if value.gi_frame is None else dict(value.gi_frame.f_locals)
+    if isinstance(value, types.MappingProxyType):
+        return {"items": dict(value)}
+    if isinstance(value, threading.local):
+        return dict(vars(value))
+    kind = type(value)
+    if kind.__module__ in _OF_PYTHON:
+        return {"parts": [part for part in gc.get_referents(value) if not issubclass(type(part), type)]}
+    is_public = not any(part.startswith("_") for part in kind.__module__.split("."))
+    return dict(packages.dictionary(value)) if is_public and packages.top(kind.__module__) in OPAQUE_THEMSELVES else {}
+
+
+def _current(variable: contextvars.ContextVar[Any]) -> Any:
+    try:
+        return variable.get()
+    except LookupError:
+        return None
+
+
+_OF_PYTHON = ("builtins", "types", "_queue")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a function that remembers results. Its name says all else of it."""
+    return type(value) is functools._lru_cache_wrapper
+
+
+def remembered_tensors(function: functools._lru_cache_wrapper[Any]) -> list[torch.Tensor]:
+    """The tensors among the results that a cache of `functools` keeps."""
+    return [result for result in _results(function) if issubclass(type(result), torch.Tensor)]
+
+
 def _remembered(function: functools._lru_cache_wrapper[Any]) -> list[Any]:
     """The results that a cache of `functools` keeps, and that somebody may have written to since."""
+    return [result for result in _results(function) if _may_be_written(result)]
+
+
+def _results(function: functools._lru_cache_wrapper[Any]) -> list[Any]:
     attributes = vars(function)
     parts = [part for part in gc.get_referents(function) if part is not attributes]
-    results, tables = [], [part for part in parts if type(part) is dict]
+    tables = [part for part in parts if type(part) is dict]
     if function.cache_parameters()["maxsize"] is None:
-        results = [result for table in tables for result in table.values()]
-    else:  # they are beside the table, as its keys are
-        table = next(table for table in tables if all(type(link) is _LINK for link in table.values()))
-        others = {id(table), *map(id, table)}
-        results = [part for part in parts if id(part) not in others]
-    return [result for result in results if _may_be_written(result)]
+        return [result for table in tables for result in table.values()]
+    # They are beside the table, as its keys are.
+    table = next(table for table in tables if all(type(link) is _LINK for link in table.values()))
+    others = {id(table), *map(id, table)}
+    return [part for part in parts if id(part) not in others]
 
 
 _LINK = next(

@@ -8,14 +8,21 @@ What post-processing reads does not count, as each engine does that for itself.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from typing import Any
 
+import torch
+
 from vllm_companion_plugin.core.module_tree import Manifest
-from vllm_companion_plugin.engine.identity import configuration, openers
+from vllm_companion_plugin.engine.identity import configuration, openers, places
 from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.errors import ParityError
 
@@ -24,7 +31,18 @@ _ROWS = {
     "scheduler": patches.READS_OF_SCHEDULER,
     "cache": patches.READS_OF_CACHE,
     "lora": patches.READS_OF_LORA,
+    "multimodal": patches.READS_OF_MULTIMODAL,
+    "model.pooler_config": patches.READS_OF_POOLER,
+    "compilation": patches.READS_OF_COMPILATION,
+    "parallel": patches.READS_OF_PARALLEL,
+    "load": patches.READS_OF_LOAD,
+    "speculative": patches.READS_OF_SPECULATIVE,
+    "attention": patches.READS_OF_ATTENTION,
+    "kernel": patches.READS_OF_KERNEL,
 }
+_OF_MODEL = {"multimodal": "multimodal_config", "model.pooler_config": "pooler_config"}
+_WHOLE = ("copy.py", "copyreg.py", "pickle.py", "<string>")
+"""Code of Python that asks for all fields, to copy or to show them. Who reads the copy is seen."""
 _NUMBER = re.compile(r"\d+")
 _LEAST = 2
 """Smaller numbers say nothing about where they come from."""
@@ -47,11 +65,10 @@ class FlagReads:
         def wrap(kind: str) -> Callable[[Any], Any]:
             def of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
                 def get(config: Any, name: str) -> Any:
-                    value, full = read(config, name), f"{kind}.{name}"
-                    is_field = configuration.is_left_to_engines(full) and not callable(value)
-                    if is_field and threading.get_ident() == watched:
-                        self._note(full)
-                    return value
+                    found = read(config, name)
+                    if threading.get_ident() == watched and not callable(found):  # a method reads by itself
+                        self._note(kind, list(found) if name == "__dict__" else [name], sys._getframe(1).f_code)
+                    return found
 
                 return get
 
@@ -70,9 +87,11 @@ class FlagReads:
         """The model was loaded, and will be post-processed. What that compiles may read configurations."""
         self._watch.close()
 
-    def _note(self, name: str) -> None:
-        if name not in self._reads and openers.is_outside():
-            self._reads.add(name)
+    def _note(self, kind: str, fields: list[str], reader: types.CodeType) -> None:
+        names = (f"{kind}.{field}" for field in fields)
+        new = [name for name in names if name not in self._reads and configuration.is_left_to_engines(name)]
+        if new and os.path.basename(reader.co_filename) not in _WHOLE and openers.is_outside(acting=_acts):
+            self._reads.update(new)
 
     def flags(self, manifest: Manifest, vllm_config: Any, model_config: Any) -> dict[str, str]:
         """The fields that count for the model of `manifest`, with their texts here."""
@@ -80,6 +99,12 @@ class FlagReads:
         left = _numbers(manifest) if building else set()
         counts = {name for name, text in building.items() if text.isdecimal() and text in left and int(text) >= _LEAST}
         return {name: _text(vllm_config, model_config, name) for name in sorted(self._loading | counts)}
+
+
+def _acts(code: types.CodeType) -> bool:
+    """Whether it is code of a configuration that answers its caller, and neither makes nor copies configurations."""
+    is_making = code.co_name.startswith("_") or code.co_name in ("replace", "with_hf_config", "compute_hash")
+    return places.is_vllms_configuration(code.co_filename) and not is_making
 
 
 def check(flags: Mapping[str, str], vllm_config: Any, model_config: Any) -> None:
@@ -91,12 +116,24 @@ def check(flags: Mapping[str, str], vllm_config: Any, model_config: Any) -> None
 
 
 def _text(vllm_config: Any, model_config: Any, name: str) -> str:
-    kind, _, field = name.partition(".")
-    config = model_config if kind == "model" else getattr(vllm_config, f"{kind}_config", None)
-    try:
-        return configuration.shortened(configuration.text(getattr(config, field, None)))
-    except TypeError:
-        return "not comparable"
+    kind, _, field = name.rpartition(".")
+    if kind in _OF_MODEL:
+        config = getattr(model_config, _OF_MODEL[kind], None)
+    else:
+        config = model_config if kind == "model" else getattr(vllm_config, f"{kind}_config", None)
+    value = getattr(config, field, None)
+    return configuration.shortened(configuration.text(value)) if _is_plain(value) else "not comparable"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a flag. A configuration may also hold layers, and other objects of the process."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, field.name, None)) for field in dataclasses.fields(value))
+    return value is None or isinstance(value, (bool, int, float, str, Enum, torch.dtype, os.PathLike))
 
 
 def _numbers(manifest: Manifest) -> set[str]:

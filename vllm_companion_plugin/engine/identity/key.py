@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.core.identity import CHECKPOINT, VARIANT, EntryKey
-from vllm_companion_plugin.engine.identity import checkpoint, code, configuration
+from vllm_companion_plugin.engine.identity import checkpoint, code, configuration, places
 from vllm_companion_plugin.engine.identity.digest import Digests, digest_of
 from vllm_companion_plugin.engine.vllm import building, deployment, devices
 from vllm_companion_plugin.errors import NotShareableError
@@ -167,6 +167,8 @@ def _tokenizer(model_config: Any) -> dict[str, str]:
 def _named_files(fields: Mapping[str, str], place: str, known: Mapping[str, str]) -> dict[str, str]:
     """Return identities of the files that values of fields name, by full path or by a path below the checkpoint.
 
+    Of a folder these are the weights in it: Rust or C++ may read them, which nothing sees.
+
     Args:
         known: files of the checkpoint, by relative name, that the key holds anyway.
     """
@@ -175,13 +177,25 @@ def _named_files(fields: Mapping[str, str], place: str, known: Mapping[str, str]
         if "/" not in value and "." not in value:
             continue
         for number, name in enumerate(_strings(value)):
-            path = os.path.join(place, name)
+            path, called = os.path.join(place, name), f"named.{field}" + (f".{number}" if number else "")
             try:
-                if os.path.isfile(path) and os.path.relpath(path, place or "/") not in known:
-                    found[f"named.{field}" + (f".{number}" if number else "")] = _identity(Path(path))
+                paths = {called: path} if os.path.isfile(path) else _weights_in(called, os.path.normpath(path), place)
+                for one, each in paths.items():
+                    if os.path.relpath(each, place or "/") not in known:
+                        found[one] = _identity(Path(each))
             except (OSError, ValueError):  # the text names no file
                 continue
     return found
+
+
+def _weights_in(called: str, folder: str, place: str) -> dict[str, str]:
+    is_around = folder == place or places.is_below(place, folder) or places.is_anybodys(folder)
+    if is_around or places.is_no_models(folder) or not os.path.isdir(folder):
+        return {}
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    return {
+        f"{called}/{name}": os.path.join(folder, name) for name in names if name.endswith(checkpoint.WEIGHT_SUFFIXES)
+    }
 
 
 def _identity(path: Path) -> str:

@@ -6,7 +6,9 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
+from types import CodeType
 
 from vllm_companion_plugin.core.packages import is_installed
 from vllm_companion_plugin.engine.identity import outside, places
@@ -21,8 +23,11 @@ _COMPILERS = (
 )
 
 
-def is_outside() -> bool:
+def is_outside(*, acting: Callable[[CodeType], bool] = lambda code: False) -> bool:
     """Tell whether the nearest caller that opens files on its own account is code outside vLLM, such as a model's.
+
+    Args:
+        acting: tells of code of vLLM whether it acts for its caller, as packages do.
 
     Packages open files for whoever calls them, except what imports modules, and compilers. If a thread runs nothing but
     functions of packages, then nothing says who called them, and it may have been a model.
@@ -30,7 +35,7 @@ def is_outside() -> bool:
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:
         name = caller.f_code.co_filename
-        known = _is_outside(name)
+        known = None if acting(caller.f_code) else _is_outside(name)
         if known is not None or outside.has_read(name):  # a plugin may be installed
             return known is not False
         frame = caller

@@ -176,12 +176,17 @@ class _Unit:
             here, shown = os.path.dirname(self.place), os.path.dirname(self.shown)
             beside = [(path, os.path.relpath(path, here)) for path in _beside(self.place, texts)]
             files |= {os.path.normpath(os.path.join(shown, name)): path for path, name in beside}
-        files |= {path: path for path in _elsewhere(texts)}
+        files |= {path: path for path in _elsewhere(texts | self._places_in_variables())}
         known = _identities(set(files.values()) - set(self._sources.values()))
         return _shown("data", self.shown, {name: known[path] for name, path in sorted(files.items()) if path in known})
 
     def variables(self) -> dict[str, str]:
-        """Return the variables of the environment that sources name in quotation marks, except those of the process.
+        """Return what is shown of the variables of the environment that count."""
+        return {f"env.{name}": _value_shown(value) for name, value in self._variables.items()}
+
+    @cached_property
+    def _variables(self) -> dict[str, str]:
+        """The variables of the environment that sources name in quotation marks, except those of the process.
 
         So do those whose first part, or a pattern of which, sources name. Those that begin with VLLM_ are compared
         anyway (`configuration`).
@@ -197,12 +202,16 @@ class _Unit:
                 parts |= {text.replace("*", r"\w*") for text in mentions_of(path).texts if _NAMES.fullmatch(text)}
         pattern = re.compile("|".join(sorted(parts)) or "(?!)")
         return {
-            f"env.{name}": _value_shown(value)
+            name: value
             for name, value in os.environ.items()
             if (name in named or pattern.fullmatch(name))
             and not name.startswith("VLLM_")
             and not _OF_THE_PROCESS.fullmatch(name)
         }
+
+    def _places_in_variables(self) -> set[str]:
+        """Return the files and folders that variables name in full: code finds there what it names itself."""
+        return {text for value in self._variables.values() for text in value.split(os.pathsep) if _is_place(text)}
 
     def uses(self) -> set[str]:
         """Return the names of modules that the code imports, or that its loaded modules have something of."""
@@ -332,6 +341,10 @@ def _has_installed(one: metadata.Distribution, place: str) -> bool:
 
 
 # ---- what it contains
+
+
+def _is_place(text: str) -> bool:
+    return text.startswith(("/", "~")) and text.isprintable()
 
 
 def _value_shown(value: str) -> str:

@@ -27,6 +27,11 @@ def is_vllms(path: str) -> bool:
     return is_below(path, _vllm())
 
 
+def is_vllms_configuration(path: str) -> bool:
+    """Tell whether a file belongs to vLLM's package of configurations."""
+    return is_below(path, os.path.join(_vllm(), "config"))
+
+
 def is_own(path: str) -> bool:
     """Tell whether a file belongs to this package."""
     return is_below(path, _OWN)

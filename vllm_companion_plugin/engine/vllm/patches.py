@@ -694,6 +694,54 @@ READS_OF_LORA = replace(
     reason="As above.",
     link="vllm/config/lora.py: LoRAConfig",
 )
+READS_OF_MULTIMODAL = replace(
+    READS_OF_MODEL,
+    where="vllm.config.multimodal:MultiModalConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/multimodal.py: MultiModalConfig",
+)
+READS_OF_POOLER = replace(
+    READS_OF_MODEL,
+    where="vllm.config.pooler:PoolerConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/pooler.py: PoolerConfig",
+)
+READS_OF_COMPILATION = replace(
+    READS_OF_MODEL,
+    where="vllm.config.compilation:CompilationConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/compilation.py: CompilationConfig",
+)
+READS_OF_PARALLEL = replace(
+    READS_OF_MODEL,
+    where="vllm.config.parallel:ParallelConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/parallel.py: ParallelConfig",
+)
+READS_OF_LOAD = replace(
+    READS_OF_MODEL,
+    where="vllm.config.load:LoadConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/load.py: LoadConfig",
+)
+READS_OF_SPECULATIVE = replace(
+    READS_OF_MODEL,
+    where="vllm.config.speculative:SpeculativeConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/speculative.py: SpeculativeConfig",
+)
+READS_OF_ATTENTION = replace(
+    READS_OF_MODEL,
+    where="vllm.config.attention:AttentionConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/attention.py: AttentionConfig",
+)
+READS_OF_KERNEL = replace(
+    READS_OF_MODEL,
+    where="vllm.config.kernel:KernelConfig.__getattribute__",
+    reason="As above.",
+    link="vllm/config/kernel.py: KernelConfig",
+)
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
 
