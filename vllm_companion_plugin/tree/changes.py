@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,6 @@ _CONTAINERS: dict[str, Callable[[], Any]] = {
     "collections.deque": collections.deque,
     "collections.OrderedDict": collections.OrderedDict,
 }
-_PARTLY = (*_CONTAINERS.values(), set, bytearray, array.array, collections.defaultdict, collections.Counter)
-"""Containers of which loading may change a part."""
 _REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
 """The text of an object that was met before. No value has such a text: that of a string begins with a quote."""
 _METHOD = re.compile(r"(?P<method>method [\w.]+) of (?P<owner>.*)", re.DOTALL)
@@ -76,6 +74,36 @@ _OF_TENSOR = "!"
 def of_tensor(name: str) -> str:
     """The name under which it is noted how a tensor was built."""
     return name + _OF_TENSOR
+
+
+_KEPT = "?"
+"""After the name of a value of which loading kept a part when it put another one there."""
+
+
+def keeps_part(name: str, built: str, text: str) -> dict[str, tuple[str, str]]:
+    """What is noted if loading put the container of `text` where building had put that of `built`, and kept a part.
+
+    A part that loading kept may follow from flags of the engine: others have to have built the same.
+    """
+    try:
+        before, after = (set(_leaves(value_of(each), ())) for each in (built, text))
+    except ValueError:
+        return {}
+    return {name + _KEPT: (as_built(built), "a container of which loading kept a part")} if before & after else {}
+
+
+def _leaves(value: Any, keys: tuple[str | None, ...]) -> Iterator[tuple[tuple[str | None, ...], str | None]]:
+    """The values in containers, by the keys that lead there."""
+    if isinstance(value, types.SimpleNamespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, (*keys, describe_value(key)))
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque, bytearray, array.array)):
+        for part in value:
+            yield from _leaves(part, keys)
+    else:
+        yield keys, describe_value(value)
 
 
 def as_built(text: str) -> str:
@@ -331,7 +359,8 @@ def _remove(module: nn.Module, name: str, besides: dict[str, Any]) -> None:
 
 def _wanted(observed: Observed) -> set[str]:
     """The names of the values that change, and of what holds these values."""
-    names = {*observed.values, *(slot.name for slot in observed.added), *observed.retied}
+    changed = (name.removesuffix(_KEPT) for name in observed.values)
+    names = {*changed, *(slot.name for slot in observed.added), *observed.retied}
     for name in list(names):
         while (part := _PART.fullmatch(name)) is not None:
             name = part["parent"]
@@ -367,10 +396,10 @@ class _Values:
         for name, (built, _) in observed.values.items():
             if built is None or not built.startswith(_AS_BUILT) or name.endswith(_OF_TENSOR):
                 continue
-            place, there = self._place(live, name), built.removeprefix(_AS_BUILT)
+            place, there = self._place(live, name.removesuffix(_KEPT)), built.removeprefix(_AS_BUILT)
             here = None if place is None else describe_value(place.value) or there  # an object is what is in it
             if here != there:
-                full = full_name(live.path, name)
+                full = full_name(live.path, name.removesuffix(_KEPT))
                 raise ParityError(
                     f"{full} is built as {here or 'absent'} here and as {there} in the published model.", full
                 )
@@ -482,11 +511,11 @@ class _Values:
             self._put(live, name, value)
 
     def _check_built(self, live: LiveModule, name: str, value: Any, built: str) -> None:
-        """Raise `ParityError` if loading changed a part of a container that was built with other items here.
+        """Raise `ParityError` if loading changed a part of a value that was built as another one here.
 
         The rest of it follows from what this engine was given.
         """
-        here = describe_value(value) if type(value) in _PARTLY else None
+        here = describe_value(value) if type(value) in MUTABLE else None
         if here is not None and here != built:
             full = full_name(live.path, name)
             raise ParityError(f"{full} is built as {here} here and as {built} in the published model.", full)
