@@ -29,6 +29,7 @@ from vllm.config import CacheConfig
 
 from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, checkpoint, in_arena, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
+from vllm_companion_plugin.core.module_tree import Manifest
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
 from vllm_companion_plugin.tree.values import text_of
@@ -834,6 +835,42 @@ def test_what_loading_overwrites_in_parts() -> None:
 
     attached = attach(publish(build, load), build, flag=0.25)
     assert (attached.table.unique().tolist(), attached.columns.unique().tolist()) == ([5.0], [6.0])
+
+
+def test_loading_fills_a_part_of_what_is_empty() -> None:
+    """The other part holds whatever was in its memory, in each engine."""
+
+    def build(m: Model, flag: float) -> None:
+        m.register_buffer("table", torch.empty(4, 2))
+
+    published = publish(build, lambda m: m.table[0].fill_(5.0))
+    published = dataclasses.replace(published, manifest=_built_otherwise(published.manifest))
+    assert attach(published, build).table[0].tolist() == [5.0, 5.0]
+    for fill in (
+        lambda table, flag: table.fill_(flag),
+        lambda table, flag: table.data.fill_(flag),
+        lambda table, flag: table.numpy().fill(flag),
+        lambda table, flag: torch.from_dlpack(table).fill_(flag),
+    ):
+
+        def filled(m: Model, flag: float, fill: Callable[[Any, float], object] = fill) -> None:
+            build(m, flag)
+            fill(m.table, flag)
+
+        with pytest.raises(ParityError, match=r"table is built as .* here and as .*, and loading used it"):
+            attach(publish(filled, lambda m: m.table[0].fill_(5.0)), filled, flag=0.25)
+
+
+def _built_otherwise(manifest: Manifest) -> Manifest:
+    """As if other bytes had been in the memory of the publisher's table."""
+    whole = manifest.modules[0]
+    values = {
+        name: ("as built: (4, 2) 0", text) if name == "table!" else (then, text)
+        for name, (then, text) in whole.observed.values.items()
+    }
+    assert "table!" in values
+    seen = dataclasses.replace(whole.observed, values=values)
+    return dataclasses.replace(manifest, modules=(dataclasses.replace(whole, observed=seen), *manifest.modules[1:]))
 
 
 @pytest.mark.parametrize(

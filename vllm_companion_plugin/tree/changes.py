@@ -152,8 +152,13 @@ def _is_pythons(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
-def apply_loading(model: nn.Module, manifest: Manifest) -> None:
+def apply_loading(
+    model: nn.Module, manifest: Manifest, is_unwritten: Callable[[torch.Tensor], bool] = lambda tensor: False
+) -> None:
     """Change `model`, just built, as the publisher saw loading change its own.
+
+    Args:
+        is_unwritten: whether building gave a tensor no value: it holds whatever was in its memory.
 
     Raises:
         ParityError: a change that cannot be made here, because the model was built differently.
@@ -166,7 +171,7 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
     if not changed:
         return
-    _check_tensors(model, changed)
+    _check_tensors(model, changed, is_unwritten)
     modules = dict(named_modules(model))
     for path, observed in changed.items():
         if path in modules:
@@ -198,7 +203,9 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
             values.put_in_order(values.by_path[path], name, text)
 
 
-def _check_tensors(model: nn.Module, changed: dict[str, Observed]) -> None:
+def _check_tensors(
+    model: nn.Module, changed: dict[str, Observed], is_unwritten: Callable[[torch.Tensor], bool]
+) -> None:
     """Raise `ParityError` if building made another tensor here, of which loading computed something."""
     wanted = {
         f"{path}:{name.removesuffix(_OF_TENSOR)}": built.removeprefix(_AS_BUILT)
@@ -214,6 +221,8 @@ def _check_tensors(model: nn.Module, changed: dict[str, Observed]) -> None:
         tensor = found.get(full)
         here = "without data"
         if tensor is not None and not tensor.is_meta:
+            if is_unwritten(tensor):
+                continue
             storage = tensor.untyped_storage()._cdata
             here = built_text(tensor.shape, fingerprints({storage: tensor})[storage])
         if here != there:
