@@ -9,7 +9,9 @@ import ctypes
 import dataclasses
 import functools
 import io
+import itertools
 import queue
+import random
 import threading
 import types
 import weakref
@@ -27,8 +29,10 @@ from vllm.config import CacheConfig
 
 from tests.unit.test_origins import LARGE, Box, Change, Frozen, Model, attach, checkpoint, in_arena, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
+from vllm_companion_plugin.core.module_tree import Manifest
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import NotShareableError, ParityError
+from vllm_companion_plugin.tree.values import text_of
 
 ONES = torch.ones(2, 6)
 
@@ -253,6 +257,15 @@ PARTLY: dict[str, tuple[Callable[[float], Any], Callable[[Any], object]]] = {
     "bytearray": (lambda flag: bytearray([int(flag * 8)]), lambda held: held.append(5)),
     "array": (lambda flag: array.array("d", [flag]), lambda held: held.append(5)),
     "deque": (lambda flag: collections.deque([flag]), lambda held: held.append(5)),
+    "namespace": (lambda flag: types.SimpleNamespace(limit=flag), lambda held: setattr(held, "scale", 5)),
+    "array of numpy": (lambda flag: np.full(3, flag), lambda held: held.__setitem__(0, 5)),
+    "count": (lambda flag: itertools.count(int(flag * 8)), next),
+    "random numbers": (lambda flag: random.Random(int(flag * 8)), lambda held: held.random()),
+    "random numbers of numpy": (lambda flag: np.random.default_rng(int(flag * 8)), lambda held: held.random()),
+    "random numbers of torch": (
+        lambda flag: torch.Generator().manual_seed(int(flag * 8)),
+        lambda held: torch.rand(1, generator=held),
+    ),
 }
 
 
@@ -267,9 +280,53 @@ def test_loading_changes_a_part_of_what_an_engine_was_given(kind: str) -> None:
     published = publish(build, lambda m: change(m.limits), flag=1.0)
     expected = make(1.0)
     change(expected)
-    assert attach(published, build, flag=1.0).limits == expected
+    assert text_of(attach(published, build, flag=1.0).limits) == text_of(expected)
     with pytest.raises(ParityError, match=r"limits is built as .* here and as .* in the published model"):
         attach(published, build, flag=0.25)
+
+
+KEPT: dict[str, tuple[Callable[[float], Any], Callable[[Any], Any]]] = {
+    "list": (lambda flag: [flag], lambda held: [5, *held]),
+    "dict": (lambda flag: {"limit": flag}, lambda held: {**held, "scale": 5}),
+    "dict in it": (lambda flag: {"a": {"limit": flag}}, lambda held: {"a": {**held["a"], "scale": 5}}),
+    "set": (lambda flag: {flag}, lambda held: held | {5}),
+    "frozenset": (lambda flag: frozenset((flag,)), lambda held: held | {5}),
+    "tuple": (lambda flag: (flag,), lambda held: (*held, 5)),
+    "part of a tuple": (lambda flag: (flag, [1]), lambda held: (held[0], [2])),
+    "named tuple": (lambda flag: Named(flag), lambda held: held._replace(second=5)),
+    "size": (lambda flag: torch.Size([int(flag * 8)]), lambda held: torch.Size([*held, 5])),
+    "bytearray": (lambda flag: bytearray([int(flag * 8)]), lambda held: held + b"x"),
+    "namespace": (
+        lambda flag: types.SimpleNamespace(limit=flag),
+        lambda held: types.SimpleNamespace(**vars(held), scale=5),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_loading_keeps_a_part_of_what_it_replaces(kind: str) -> None:
+    """Whoever else has the one that building made keeps it, and the part may be another one in each engine."""
+    make, change = KEPT[kind]
+
+    def build(m: Model, flag: float) -> None:
+        m.limits = make(flag)
+        m.same = m.limits
+
+    published = publish(build, lambda m: setattr(m, "limits", change(m.limits)), flag=1.0)
+    attached = attach(published, build, flag=1.0)
+    assert text_of(attached.limits) == text_of(change(make(1.0)))
+    assert text_of(attached.same) == text_of(make(1.0))
+    with pytest.raises(ParityError, match=r"limits is built as .* here and as .* in the published model"):
+        attach(published, build, flag=0.25)
+
+
+def test_what_loading_replaces_whole_may_be_another_one() -> None:
+    def build(m: Model, flag: float) -> None:
+        m.limits, m.sizes = {"limit": flag}, (flag, 2 * flag)
+
+    published = publish(build, lambda m: vars(m).update(limits={"limit": 5.0}, sizes=(6.0, 7.0)), flag=1.0)
+    attached = attach(published, build, flag=0.25)
+    assert (attached.limits, attached.sizes) == ({"limit": 5.0}, (6.0, 7.0))
 
 
 class Local(threading.local):
@@ -736,6 +793,15 @@ OF_BUILT: dict[str, Change] = {
     "computed": lambda m: m.register_buffer("new", m.table[1:] + 1),
     "in two steps": lambda m: m.register_buffer("new", torch.zeros(3).copy_(m.table).sqrt()),
     "with a weight": lambda m: setattr(m, "new", m.first.weight.data[:3, 0] * m.table),
+    "by a list": lambda m: setattr(m, "new", m.table.tolist()),
+    "by numpy": lambda m: setattr(m, "new", torch.from_numpy(m.table.numpy() * 2)),
+    "by asarray": lambda m: setattr(m, "new", np.asarray(m.table) * 2),
+    "by a number": lambda m: setattr(m, "new", m.table.max().item()),
+    "by a number of what was computed": lambda m: setattr(m, "new", float((m.table * 2).sum())),
+    "by a choice": lambda m: setattr(m, "new", "large" if m.table[0] > 0.5 else "small"),
+    "a part is copied over": lambda m: m.table[:1].copy_(checkpoint(5.0)[:1]),
+    "a part is set": lambda m: m.table.__setitem__(1, 5.0),
+    "a part is filled": lambda m: m.table.data[1:].zero_(),
 }
 
 
@@ -753,6 +819,58 @@ def test_loading_computes_tensors_of_what_building_made(kind: str) -> None:
     assert not differences(vars(walk(published.model)), vars(walk(attached)))
     with pytest.raises(ParityError, match=r"(table|rope) is built as .* here and as .*, and loading used it"):
         attach(published, build, flag=0.25)
+
+
+def test_what_loading_overwrites_in_parts() -> None:
+    """If these are all, what was there means nothing."""
+
+    def build(m: Model, flag: float) -> None:
+        m.register_buffer("table", torch.full((4, 2), flag))
+        m.register_buffer("columns", torch.full((4, 2), flag))
+
+    def load(m: Model) -> None:
+        for number in range(2):
+            m.table[2 * number : 2 * number + 2].copy_(checkpoint(5.0)[:4].view(2, 2))
+            m.columns[:, number].copy_(checkpoint(6.0)[:4])
+
+    attached = attach(publish(build, load), build, flag=0.25)
+    assert (attached.table.unique().tolist(), attached.columns.unique().tolist()) == ([5.0], [6.0])
+
+
+def test_loading_fills_a_part_of_what_is_empty() -> None:
+    """The other part holds whatever was in its memory, in each engine."""
+
+    def build(m: Model, flag: float) -> None:
+        m.register_buffer("table", torch.empty(4, 2))
+
+    published = publish(build, lambda m: m.table[0].fill_(5.0))
+    published = dataclasses.replace(published, manifest=_built_otherwise(published.manifest))
+    assert attach(published, build).table[0].tolist() == [5.0, 5.0]
+    for fill in (
+        lambda table, flag: table.fill_(flag),
+        lambda table, flag: table.data.fill_(flag),
+        lambda table, flag: table.numpy().fill(flag),
+        lambda table, flag: torch.from_dlpack(table).fill_(flag),
+    ):
+
+        def filled(m: Model, flag: float, fill: Callable[[Any, float], object] = fill) -> None:
+            build(m, flag)
+            fill(m.table, flag)
+
+        with pytest.raises(ParityError, match=r"table is built as .* here and as .*, and loading used it"):
+            attach(publish(filled, lambda m: m.table[0].fill_(5.0)), filled, flag=0.25)
+
+
+def _built_otherwise(manifest: Manifest) -> Manifest:
+    """As if other bytes had been in the memory of the publisher's table."""
+    whole = manifest.modules[0]
+    values = {
+        name: ("as built: (4, 2) 0", text) if name == "table!" else (then, text)
+        for name, (then, text) in whole.observed.values.items()
+    }
+    assert "table!" in values
+    seen = dataclasses.replace(whole.observed, values=values)
+    return dataclasses.replace(manifest, modules=(dataclasses.replace(whole, observed=seen), *manifest.modules[1:]))
 
 
 @pytest.mark.parametrize(

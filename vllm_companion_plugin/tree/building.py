@@ -88,6 +88,8 @@ class WithoutWeights:
         # By the same address: tensors on it, besides parameters.
         self._viewed_by: dict[int, list[weakref.ref[torch.Tensor]]] = {}
         self._touched: set[int] = set()
+        # The same for small memory that was asked for empty. Nobody else gets its address.
+        self._small: dict[int, StorageWeakRef] = {}
         self._computed: list[torch.UntypedStorage] = []
         self._ours: set[int] = set()  # addresses of those that a normal load would have on the device
 
@@ -116,6 +118,12 @@ class WithoutWeights:
             return False
         return tensor.is_inference() or tensor._version == 0  # of what was made for inference nothing is counted
 
+    def is_unwritten(self, tensor: torch.Tensor) -> bool:
+        """Whether a small tensor was made empty, and the constructor gave it no value."""
+        address = tensor.untyped_storage()._cdata
+        is_known = address in self._small and address not in self._touched
+        return is_known and not tensor.is_inference() and tensor._version == 0
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While open, nobody watches what is done with tensors, because no constructor does it."""
@@ -134,6 +142,7 @@ class WithoutWeights:
         del deferred
         self._deferred.clear()
         self._touched.clear()
+        self._small.clear()
         self._computed.clear()
         self._ours.clear()
         return not all(storage.expired() for storage in storages)  # type: ignore[no-untyped-call]
@@ -144,6 +153,11 @@ class WithoutWeights:
         self._deferred[storage._cdata] = storage
         if not isinstance(tensor, nn.Parameter):
             self._viewed_by[storage._cdata] = [weakref.ref(tensor)]
+
+    def note_small(self, tensor: torch.Tensor) -> None:
+        """`tensor` was made empty, and is so small that it was not deferred."""
+        storage = tensor.untyped_storage()
+        self._small[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def make_real(self, tensor: torch.Tensor) -> None:
         """Give the deferred memory under `tensor` to all that view it, unless it is a parameter's."""
@@ -250,6 +264,13 @@ def _lost(func: Any) -> RuntimeError:
     return RuntimeError(f"{func.__name__} of a weight that is not there yet")
 
 
+_UNCOUNTED = frozenset(("numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage"))
+
+
+def _is_memory(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.layout is torch.strided
+
+
 class _Deferring(TorchFunctionMode):
     def __init__(self, model: WithoutWeights) -> None:
         super().__init__()
@@ -259,6 +280,8 @@ class _Deferring(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _UNINITIALIZED:
             return self._uninitialized(func, args, kwargs)
+        if (func == _data_of or getattr(func, "__name__", "") in _UNCOUNTED) and _is_memory(args[0]):
+            self._model.touch(args[0])  # what is written by way of it is not counted
         if type(func) is types.MethodWrapperType:  # a property is read, or set
             return self._property(func, args)
         if self._is_drawn(func, args, kwargs):
@@ -358,4 +381,8 @@ class _Deferring(TorchFunctionMode):
             is_small = deferred.nbytes < DEFERRED_BYTES
             if not is_small:
                 self._model.note(deferred)
-        return func(*args, **kwargs) if is_small else deferred
+        if not is_small:
+            return deferred
+        made = func(*args, **kwargs)
+        self._model.note_small(made)
+        return made

@@ -6,9 +6,10 @@ removed or tied to others. The same is done here to a model that was only built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from vllm_companion_plugin.core.module_tree import AddedSlot, Manifest, Observed, TensorKind
@@ -17,13 +18,27 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.descriptions import tensor_attributes
 from vllm_companion_plugin.tree.live import Tree, full_name, named_modules
 from vllm_companion_plugin.tree.live_values import LiveValues, free_name
-from vllm_companion_plugin.tree.notation import AS_BUILT, CHILDREN, CLASS, OF_TENSOR, PART, REFERENCE, without_known
+from vllm_companion_plugin.tree.notation import (
+    AS_BUILT,
+    CHILDREN,
+    CLASS,
+    KEPT,
+    OF_TENSOR,
+    PART,
+    REFERENCE,
+    without_known,
+)
 from vllm_companion_plugin.tree.states import built_text, fingerprints
 from vllm_companion_plugin.tree.values import loaded_class, value_of
 
 
-def apply_loading(model: nn.Module, manifest: Manifest) -> None:
+def apply_loading(
+    model: nn.Module, manifest: Manifest, is_unwritten: Callable[[torch.Tensor], bool] = lambda tensor: False
+) -> None:
     """Change `model`, just built, as the publisher saw loading change its own.
+
+    Args:
+        is_unwritten: whether building gave a tensor no value: it holds whatever was in its memory.
 
     Raises:
         ParityError: a change that cannot be made here, because the model was built differently.
@@ -36,7 +51,7 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
     changed = {path: observed for path, observed in seen.items() if _has_changes(observed)}
     if not changed:
         return
-    _check_tensors(model, changed)
+    _check_tensors(model, changed, is_unwritten)
     modules = dict(named_modules(model))
     for path, observed in changed.items():
         if path in modules:
@@ -68,7 +83,9 @@ def apply_loading(model: nn.Module, manifest: Manifest) -> None:
             values.put_in_order(values.by_path[path], name, text)
 
 
-def _check_tensors(model: nn.Module, changed: dict[str, Observed]) -> None:
+def _check_tensors(
+    model: nn.Module, changed: dict[str, Observed], is_unwritten: Callable[[torch.Tensor], bool]
+) -> None:
     """Raise `ParityError` if building made another tensor here, of which loading computed something."""
     wanted = {
         f"{path}:{name.removesuffix(OF_TENSOR)}": built.removeprefix(AS_BUILT)
@@ -84,6 +101,8 @@ def _check_tensors(model: nn.Module, changed: dict[str, Observed]) -> None:
         tensor = found.get(full)
         here = "without data"
         if tensor is not None and not tensor.is_meta:
+            if is_unwritten(tensor):
+                continue
             storage = tensor.untyped_storage()._cdata
             here = built_text(tensor.shape, fingerprints({storage: tensor})[storage])
         if here != there:
@@ -214,7 +233,8 @@ def _remove_slots(module: nn.Module, observed: Observed) -> None:
 
 def _wanted(observed: Observed) -> set[str]:
     """The names of the values that change, and of what holds these values."""
-    names = {*observed.values, *(slot.name for slot in observed.added), *observed.retied}
+    changed = (name.removesuffix(KEPT) for name in observed.values)
+    names = {*changed, *(slot.name for slot in observed.added), *observed.retied}
     for name in list(names):
         while (part := PART.fullmatch(name)) is not None:
             name = part["parent"]

@@ -31,6 +31,7 @@ from vllm_companion_plugin.tree.notation import (
     CHILDREN,
     CLASS,
     CONTAINER,
+    KEPT,
     METHOD,
     OF_TENSOR,
     PART,
@@ -41,11 +42,6 @@ from vllm_companion_plugin.tree.notation import (
 )
 from vllm_companion_plugin.tree.values import loaded_class, value_of
 
-_PARTLY = (
-    *(list, dict, set, bytearray, array.array),
-    *(collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter),
-)
-"""Containers of which loading may change a part."""
 _KEYWORDS = ".keywords"
 
 
@@ -67,10 +63,10 @@ class LiveValues:
         for name, (built, _) in observed.values.items():
             if built is None or not built.startswith(AS_BUILT) or name.endswith(OF_TENSOR):
                 continue
-            place, there = self._place(live, name), built.removeprefix(AS_BUILT)
+            place, there = self._place(live, name.removesuffix(KEPT)), built.removeprefix(AS_BUILT)
             here = None if place is None else describe_value(place.value) or there  # an object is what is in it
             if here != there:
-                full = full_name(live.path, name)
+                full = full_name(live.path, name.removesuffix(KEPT))
                 raise ParityError(
                     f"{full} is built as {here or 'absent'} here and as {there} in the published model.", full
                 )
@@ -182,11 +178,11 @@ class LiveValues:
             self._put(live, name, value)
 
     def _check_built(self, live: LiveModule, name: str, value: Any, built: str) -> None:
-        """Raise `ParityError` if loading changed a part of a container that was built with other items here.
+        """Raise `ParityError` if loading changed a part of a value that was built as another one here.
 
         The rest of it follows from what this engine was given.
         """
-        here = describe_value(value) if type(value) in _PARTLY else None
+        here = describe_value(value) if type(value) in MUTABLE else None
         if here is not None and here != built:
             full = full_name(live.path, name)
             raise ParityError(f"{full} is built as {here} here and as {built} in the published model.", full)

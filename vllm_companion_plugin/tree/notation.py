@@ -7,19 +7,21 @@ looked up in a live model (live_values.py).
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import functools
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from vllm_companion_plugin.tree.capture import MODULE_INTERNALS
 from vllm_companion_plugin.tree.classes import is_opaque
+from vllm_companion_plugin.tree.descriptions import describe_value
 from vllm_companion_plugin.tree.live import NO_BUFFER, NO_PARAMETER
 from vllm_companion_plugin.tree.values import class_name, loaded_class, value_of
 
@@ -31,6 +33,8 @@ AS_BUILT = "as built: "
 """Before the text of what building has to have made here, too."""
 OF_TENSOR = "!"
 """After the name of a tensor that has to be built the same."""
+KEPT = "?"
+"""After the name of a value of which loading kept a part when it put another one there."""
 PART = re.compile(r"(?P<parent>.+?)(?:\.(?P<name>[^.\[\]]+)|\[(?P<key>[^\[\]]+)\])")
 """The name of a part of a value: the name of the value that holds it, then the part's own name or its key."""
 REFERENCE = re.compile(r"[\w.<>]+ @.*:.*", re.DOTALL)
@@ -64,6 +68,32 @@ def in_order(text: str, keys: Sequence[str]) -> str:
 def of_tensor(name: str) -> str:
     """The name under which it is noted how a tensor was built."""
     return name + OF_TENSOR
+
+
+def keeps_part(name: str, built: str, text: str) -> dict[str, tuple[str, str]]:
+    """What is noted if loading put the container of `text` where building had put that of `built`, and kept a part.
+
+    A part that loading kept may follow from flags of the engine: others have to have built the same.
+    """
+    try:
+        before, after = (set(_leaves(value_of(each), ())) for each in (built, text))
+    except ValueError:
+        return {}
+    return {name + KEPT: (as_built(built), "a container of which loading kept a part")} if before & after else {}
+
+
+def _leaves(value: Any, keys: tuple[str | None, ...]) -> Iterator[tuple[tuple[str | None, ...], str | None]]:
+    """The values in containers, by the keys that lead there."""
+    if isinstance(value, types.SimpleNamespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, (*keys, describe_value(key)))
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque, bytearray, array.array)):
+        for part in value:
+            yield from _leaves(part, keys)
+    else:
+        yield keys, describe_value(value)
 
 
 def as_built(text: str) -> str:

@@ -21,10 +21,11 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -47,6 +48,7 @@ from vllm_companion_plugin.tree.notation import (
     can_be_put,
     in_order,
     is_restorable,
+    keeps_part,
     loaded_function,
     of_tensor,
     reference,
@@ -201,6 +203,7 @@ class Observation:
         # changed in them counts as made by processing, which engines do for themselves.
         self._processed_early: dict[int, nn.Module] = {}
         self._moved: dict[str, str] = {}
+        self._looks = ExitStack()  # until loading ends: what processing compiles is run without
         self._loaded_values: dict[str, dict[str, str]] | None = None
         self._loaded = Loaded()
         self._same: dict[int, bool] = {}
@@ -208,7 +211,8 @@ class Observation:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While open, all operations of this thread on tensors are watched."""
-        with self._watch:
+        with self._watch, self._looks:
+            self._looks.enter_context(_Looks(self._watch))
             yield
 
     def note_import(self, module: types.ModuleType) -> None:
@@ -250,6 +254,7 @@ class Observation:
         Raises:
             NotShareableError: loading changed something that no engine could restore; it is named.
         """
+        self._looks.close()
         with plain_tensors(), self._watch.paused():
             tree = capture(model)
             self._compare_bytes(tree)
@@ -398,8 +403,12 @@ class Observation:
                 loaded.modules[path] = replace(seen, values={**seen.values, **changed})
 
     def _mark_computed(self, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
-        """Mark tensors of which only building knows, if loading computed others of them: they may follow from flags."""
-        used: set[int] = set()
+        """Mark tensors of which only building knows, if loading computed something of them: they may follow from flags.
+
+        What Python computes of their data is not seen, so that it read any counts. So does it if a part of one stays as
+        it was built, beside what loading wrote.
+        """
+        used = self._watch.looked | self._watch.overwritten_partly()
         for slot in tree.slots():
             if (storage := _storage_of(slot.tensor)) is not None and not self.is_own(slot.tensor):
                 used |= self._watch.sources.get(storage, set())
@@ -445,6 +454,9 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        for name, (_, text) in list(values.items()):
+            if (before := then.get(name)) is not None and text is not None:
+                values |= keeps_part(name, before, text)
         if not is_new and (cls := now.classes[path]) is not built.classes.get(was, cls):
             if loaded_class(class_name(cls)) is not cls:
                 raise NotShareableError(f"loading made {path!r} a {class_name(cls)}, a class that cannot be found")
@@ -555,6 +567,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module: what is being processed.
         is_loading: the model is being loaded, and not yet processed.
         sources: by storage, those of `built` that it was computed from while these were as building had made them.
+        looked: those of `built` whose data, or what was computed of it, loading read into Python.
+        partly: by storage of `built`, which of its bytes loading overwrote.
     """
 
     def __init__(self) -> None:
@@ -569,6 +583,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.placing = Placing()
         self.is_loading = True
         self.sources: dict[int, set[int]] = {}
+        self.looked: set[int] = set()
+        self.partly: dict[int, np.ndarray[Any, Any]] = {}
         self._paused = False
         self._addresses: list[StorageWeakRef] = []
 
@@ -615,6 +631,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read.update(_storages(value))
         if reads:
             self.placing.looked_at(read)
+            self.note_data(read)
         operator = func._schema.name
         derived = not read <= self.clean and operator not in _SHAPED
         is_known = derived and not read.isdisjoint(self.computed) and operator not in _EMPTY
@@ -623,6 +640,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         targets: list[torch.Tensor] = []
         if operator in _FILLING and _is_whole(args[0]):
             self.sources.pop(int(args[0].untyped_storage()._cdata), None)
+        if operator in _FILLING and self._is_loading_alone and _is_plain(args[0]):
+            self._overwritten(args[0])
         for position, name in writes:
             target = args[position] if position is not None and position < len(args) else kwargs.get(name)
             targets.extend(
@@ -659,6 +678,27 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _sources_of(self, func: Any, args: Any, kwargs: Any, read: set[int]) -> set[int]:
         if func._schema.name in _FILLING:  # what was there does not count
             read = {storage for value in (*args[1:], *kwargs.values()) for storage in _storages(value)}
+        return self._built_under(read)
+
+    def _overwritten(self, target: torch.Tensor) -> None:
+        """Loading overwrites `target`, and nothing else of its memory: the rest stays as building made it."""
+        storage = target.untyped_storage()
+        number = int(storage._cdata)
+        if number not in self.built or number in self.parameters or storage.nbytes() > _MOST_PARTLY:
+            return
+        if (covered := self.partly.get(number)) is None:
+            covered = self.partly[number] = np.zeros(storage.nbytes(), dtype=bool)
+        size = target.element_size()
+        strides = (*(stride * size for stride in target.stride()), 1)
+        start = covered[target.storage_offset() * size :]
+        np.lib.stride_tricks.as_strided(start, (*target.shape, size), strides)[...] = True
+
+    def overwritten_partly(self) -> set[int]:
+        """Those of `built` of which loading left a part as building made it."""
+        return {number for number, covered in self.partly.items() if number in self.built and not covered.all()}
+
+    def _built_under(self, read: set[int]) -> set[int]:
+        """Those of `built` that `read` are, or were computed from."""
         # What is in parameters before they are loaded means nothing.
         found = {
             storage
@@ -668,6 +708,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in read & self.sources.keys():
             found |= self.sources[storage]
         return found
+
+    @property
+    def _is_loading_alone(self) -> bool:
+        """Whether nothing is processed meanwhile, as online quantization does: engines do that for themselves."""
+        return self.is_loading and self.module is None
+
+    def note_data(self, storages: set[int]) -> None:
+        """Python was given data of these storages."""
+        if self._is_loading_alone and not self._paused:
+            self.looked |= self._built_under(storages)
 
     def _filled(self, target: torch.Tensor, values: Any) -> None:
         """All elements of `target` have got `values`, whatever they were."""
@@ -695,6 +745,21 @@ class _Unseen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Looks(TorchFunctionMode):
+    """Notes of which tensors of the host data is given to Python, or to NumPy, without an operator."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._watch.is_loading and getattr(func, "__name__", "") in _GIVING and args:
+            self._watch.note_data({*_storages(args[0])})
+        return func(*args, **(kwargs or {}))
+
+
+_GIVING = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
+"""Names of methods that give data of a tensor to others than operators."""
 _READING = frozenset(
     (
         *("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__"),
@@ -713,6 +778,8 @@ _SHAPED = frozenset(
 among them: kernels fill those, unseen."""
 _EMPTY = frozenset(f"aten::{name}" for name in ("empty_like", "new_empty", "new_empty_strided"))
 """Operators that take the shape of a tensor, and nothing else."""
+_MOST_PARTLY = 64 << 20
+"""Of larger memory it is not followed which part is overwritten."""
 _FILLING = frozenset(
     f"aten::{name}_"
     for name in ("zero", "fill", "copy", "normal", "uniform", "random", "bernoulli", "exponential", "log_normal")

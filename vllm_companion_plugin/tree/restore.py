@@ -184,7 +184,8 @@ class Restorer:
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
         """Do what loading did. Bind all that exists already and that post-processing will not make again."""
         with plain_tensors():
-            apply_loading(self._model, self._source.manifest)
+            unwritten = {} if self._built is None else {"is_unwritten": self._built.is_unwritten}
+            apply_loading(self._model, self._source.manifest, **unwritten)
             self._leave_on_meta()
             for path, module in named_modules(self._model):
                 if id(module) in self._paths:
