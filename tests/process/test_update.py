@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -670,6 +671,24 @@ class TestSleeper:
             assert has(woken, 1, 2)
         else:
             assert (woken["error"], entry_of(place).state) == ("layout", EntryState.PARKED)
+
+    def test_gets_no_checkpoint_though_the_clock_was_set_back(
+        self, place: Place, companion: subprocess.Popen[str], here: Here
+    ) -> None:
+        """What was loaded since has a higher number, whatever the time was."""
+        engine = here()
+        engine.tell("attach")
+        here().tell("write", step=1)
+        engine.tell("advance")
+        engine.tell("sleep")
+        its = engine.attachment.held
+        engine.attachment.held = replace(its, published=replace(its.published, ready_unix_s=time.time() + 1e6))
+        with connect("cpu", place.settings, spawn=False) as connection:
+            connection.unload(key_id=KEY.id, force=True)
+            load(connection, Small())
+        refused = engine.tell("wake")
+        assert refused.get("error") == "layout"
+        assert "was step-1, which a trainer had written, and nobody has it any more" in refused["text"]
 
     @pytest.mark.parametrize("is_loaded_since", [False, True])
     def test_gets_no_checkpoint_for_what_a_trainer_wrote(

@@ -215,11 +215,11 @@ class CompanionClient:
                     raise BadRequestError(f"The companion of {self.device} asked a reader to load {model}.")
             try:
                 made.verify(self.settings.verify)
+                made.close_with_it(undo.pop_all())
+                made.mirror(self.settings, name)
             except BaseException:
                 made.close()
                 raise
-            made.close_with_it(undo.pop_all())
-        made.mirror(self.settings, name)
         return made
 
     @contextlib.contextmanager

@@ -47,8 +47,9 @@ class Prepared:
 class Attachment(Sleepable):
     """An entry that this process maps, read-only, until `close` or the end of `with`.
 
-    In an engine it ends by itself, when no tensor views the memory any more. Writing to a tensor that views it ends the
-    process (host) or the CUDA context (device), and using one after `close` does too: clone what must stay.
+    In an engine, or if nobody refers to it, it ends by itself, when no tensor views the memory any more. Writing to a
+    tensor that views it ends the process (host) or the CUDA context (device), and using one after `close` does too:
+    clone what must stay.
 
     Arguments and attributes: as of `Mapped` and `Sleepable`.
     """

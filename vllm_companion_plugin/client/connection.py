@@ -38,6 +38,7 @@ from vllm_companion_plugin.wire import codec, messages
 from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.rpc import open_channel, typed_error
 from vllm_companion_plugin.wire.schema import Stub
+from vllm_companion_plugin.wire.signals import undisturbed
 
 __all__ = ["CompanionConnection", "Granted", "Lease", "Parked", "Publication", "Ready", "Wanted", "connect"]
 
@@ -209,12 +210,12 @@ class CompanionConnection:
             request.own.CopyFrom(own)
         call = self._stub.Watch(request, timeout=timeout_s)
         try:
-            for message in call:
+            while (message := undisturbed(lambda: next(call, None))) is not None:
                 yield codec.companion_status_from_message(message)
         except grpc.RpcError as error:
             raise typed_error(error, f"Watching the companion of {self.device}") from error
         finally:
-            call.cancel()
+            undisturbed(call.cancel)
 
     def wait_ready(self, model: str, *, rank: str | None = None, role: str = "target", timeout_s: float) -> EntryStatus:
         """The READY entry of `model` (and `rank`), as soon as there is one; with MTP, a model is its own draft too.
@@ -356,9 +357,11 @@ class CompanionConnection:
             return
         with self._mutex:
             leases, self._leases = self._leases, []
-        for lease in leases:
-            lease.release()
-        self._channel.close()
+        try:
+            for lease in leases:
+                lease.release()
+        finally:  # it ends all that has not ended, if somebody interrupts this
+            undisturbed(self._channel.close)
 
     def __enter__(self) -> CompanionConnection:
         return self

@@ -40,6 +40,7 @@ from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.manifest import MAX_MANIFEST_BYTES
 from vllm_companion_plugin.wire.rpc import is_answer, typed_error
 from vllm_companion_plugin.wire.schema import Stub
+from vllm_companion_plugin.wire.signals import undisturbed
 
 logger = logging.getLogger("vllm.companion.lease")
 
@@ -476,11 +477,11 @@ class Lease:
         Args:
             wait: return when its thread has ended; without, that happens some milliseconds later.
         """
-        if os.getpid() != self._pid:  # it is the parent's
+        if self.is_inherited:
             return
         with self._mutex:
             self._released = True
-        self._call.cancel()
+        undisturbed(self._call.cancel)
         if wait:
             if self._thread is not threading.current_thread():
                 self._thread.join(timeout=2)
@@ -494,6 +495,11 @@ class Lease:
     @property
     def released(self) -> bool:
         return self._released
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it is the lease of a process that this one was forked from."""
+        return os.getpid() != self._pid
 
     @property
     def is_over(self) -> bool:

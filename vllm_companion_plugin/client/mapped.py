@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -225,13 +227,28 @@ class Mapped:
     def close(self) -> None:
         """Forget the tensors, unmap the memory and end the lease. Idempotent."""
         vars(self).setdefault("tensors", {}).clear()
-        if self._mirror is not None:
-            self._mirror.close()  # before its descriptors go
+        with ExitStack() as steps:  # from the last one on; each is taken, also if those before it were interrupted
+            steps.callback(lambda: self._with_it.pop_all().close())
+            steps.callback(self.lease.release)
+            steps.callback(self._close_arena)
+            if self._mirror is not None:
+                steps.callback(self._mirror.close)  # before its descriptors go
+
+    def _close_arena(self) -> None:
         arena, self._arena = self._arena or self._weak_arena(), None
         if arena is not None:
             arena.close()
-        self.lease.release()
-        self._with_it.pop_all().close()
+
+    def __del__(self) -> None:
+        """Nobody has closed it, and nobody can any more: it ends with the last tensor that views the memory."""
+        if getattr(self, "_arena", None) is None or sys.is_finalizing() or self.lease.is_inherited:
+            return
+        vars(self).pop("tensors", None)
+        self.leave_to_tensors(self.close_later)
+
+    def close_later(self) -> None:
+        """Close it in a thread of its own: whoever collects garbage may stand anywhere, and waits for no lock."""
+        threading.Thread(target=self.close, name="companion-end", daemon=True).start()
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -210,10 +211,11 @@ class Mirror:
 
     def close(self) -> None:
         """End the hold and its lease. Idempotent."""
-        self._let_go()
-        self._lease.release()
-        if self._connection is not None:
-            self._connection.close()
+        with ExitStack() as steps:  # from the last one on; each is taken, also if those before it were interrupted
+            if self._connection is not None:
+                steps.callback(self._connection.close)
+            steps.callback(self._lease.release)
+            steps.callback(self._let_go)
 
     def _watch(self, lease: Lease) -> None:
         lease.on_retired(self._let_go)

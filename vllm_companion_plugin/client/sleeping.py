@@ -348,7 +348,9 @@ class Sleepable(Mapped):
         if self.had(current):
             return current
         written = current.published.version
-        if not written and current.published.ready_unix_s > self.held.published.ready_unix_s:  # it was loaded anew
+        # What was loaded anew is no checkpoint to which somebody went back: by its number, unless that was given again.
+        is_later = current.published.ready_unix_s > self.held.published.ready_unix_s
+        if not written and (current.generation > self.generation or is_later):
             self._check_not_lost(settings)
         if not written or ((self._follows or settings.follow_updates) and not self._fixed):
             return current

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ class Sharing:
             each.register_forward_pre_hook(_check)
         # DistributedDataParallel writes the first rank's values to all ranks' parameters.
         vars(model)["_ddp_params_and_buffers_to_ignore"] = _Names(model)
-        attachment.leave_to_tensors(self._unused)
+        attachment.leave_to_tensors(attachment.close_later)
 
     @property
     def generation(self) -> int:
@@ -126,10 +125,6 @@ class Sharing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-    def _unused(self) -> None:
-        """The last view has gone. In any thread, where no lock may be waited for."""
-        threading.Thread(target=self._attachment.close, name="companion-training-end", daemon=True).start()
 
 
 # Traced, the parameters would have other addresses.

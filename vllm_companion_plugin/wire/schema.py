@@ -16,6 +16,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from vllm_companion_plugin.errors import CompanionUnavailableError
 from vllm_companion_plugin.wire.forking import check, grpc
+from vllm_companion_plugin.wire.signals import undisturbed
 
 _FILES = descriptor_pb2.FileDescriptorSet.FromString(
     resources.files("vllm_companion_plugin.wire").joinpath("schema.binpb").read_bytes()
@@ -79,13 +80,19 @@ class Method:
     def _begin(self, call: Any, *args: Any, **named: Any) -> Any:
         check(self._pid)
         try:
-            return call(*args, **named)
+            return undisturbed(lambda: call(*args, **named), _cancel)
         except ValueError as error:  # all that gRPC says of a channel that another thread, too, may have closed
             raise CompanionUnavailableError("This connection to a companion was closed.") from error
 
 
+def _cancel(answer: Any) -> None:
+    """Nobody waits any more for the answer of a call, or for what it streams."""
+    if isinstance(answer, grpc.Call):
+        answer.cancel()
+
+
 class Stub:
-    """Client side of the service: one callable a method, on a `grpc.Channel` or `grpc.aio.Channel`.
+    """Client side of the service: one callable a method, on a `grpc.Channel`.
 
     Each of them raises `ForkedError` in a fork of the process that opened the channel, and `CompanionUnavailableError`
     after that was closed.
