@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,9 @@ def lines() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             found.append(f"{record.levelname} {record.getMessage()}")
 
-    mark(logging.getLogger("vllm.companion"), "[companion]")
+    ours: Any = logging.getLogger("vllm.companion")
+    before = type(ours)
+    mark(ours, "[companion]")
     above, kept = logging.getLogger("vllm"), Kept()
     above.addHandler(kept)
     level = above.level
@@ -37,6 +40,7 @@ def lines() -> Iterator[list[str]]:
     yield found
     above.setLevel(level)
     above.removeHandler(kept)
+    ours.__class__ = before
 
 
 @pytest.fixture

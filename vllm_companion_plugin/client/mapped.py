@@ -241,7 +241,8 @@ class Mapped:
 
     def __del__(self) -> None:
         """Nobody has closed it, and nobody can any more: it ends with the last tensor that views the memory."""
-        if getattr(self, "_arena", None) is None or sys.is_finalizing() or self.lease.is_inherited:
+        arena, lease = getattr(self, "_arena", None), getattr(self, "lease", None)
+        if arena is None or lease is None or sys.is_finalizing() or lease.is_inherited:
             return
         vars(self).pop("tensors", None)
         self.leave_to_tensors(self.close_later)

@@ -67,7 +67,7 @@ class MarkedLogger(logging.Logger):
 
     @handlers.setter
     def handlers(self, others: list[logging.Handler]) -> None:
-        self._kept[1:] = others
+        self._kept = [self._kept[0], *(each for each in others if each is not self._kept[0])]
 
 
 def mark(logger: Any, text: str) -> None:

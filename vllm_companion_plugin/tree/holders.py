@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import sys
@@ -45,17 +46,27 @@ def find(reference: str) -> Holder | None:
 
 
 def _modules_of(names: Iterable[str], model: type) -> list[types.ModuleType]:
-    """The modules of the model's own code: those with these names, and those that these modules use."""
+    """The modules of the model's own code: those with these names, and those that these modules use.
+
+    A package has all of its modules that anybody has imported: of these, those whose names the code mentions.
+    """
     found: dict[str, types.ModuleType] = {}
-    waiting = list(names)
+    waiting, mentioned, inner = list(names), set[str](), set[str]()
     while waiting:
         name = waiting.pop()
         module = sys.modules.get(name)
-        if module is None or name in found or not may_serve_one(module, model):
-            continue
-        found[name] = module
-        waiting += map(packages.module_of, _in_containers(list(vars(module).values())))
-        waiting += _imported_by(module)
+        if module is not None and name not in found and may_serve_one(module, model):
+            found[name] = module
+            used = set(map(packages.module_of, _in_containers(list(vars(module).values()))))
+            of_package = {one for one in used if one.rpartition(".")[0] == name}
+            inner |= of_package
+            waiting += used - of_package
+            for code in _codes_in(module):
+                mentioned.update(code.co_names)
+                waiting += _imported_by(code, module)
+        if not waiting:
+            waiting += [one for one in inner if one.rpartition(".")[2] in mentioned and one not in found]
+            inner -= {*waiting}
     return list(found.values())
 
 
@@ -85,21 +96,40 @@ def may_serve_one(module: types.ModuleType, model: type) -> bool:
     return not is_package or top in {packages.top(base.__module__) for base in model.__mro__}
 
 
-def _imported_by(module: types.ModuleType) -> set[str]:
-    """Return the names of loaded modules that its functions mention, as those do that import when they are called."""
-    mentioned: set[str] = set()
-    waiting = list(_codes_in(module))
-    while waiting:
-        code = waiting.pop()
-        mentioned.update(code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                waiting.append(constant)
-            elif isinstance(constant, str):  # as for `import_module`
-                mentioned.add(constant.lstrip("."))
+def _imported_by(code: types.CodeType, module: types.ModuleType) -> Iterator[str]:
+    """Yield the names of loaded modules that a function of `module` imports when it is called."""
+    if _IMPORT in code.co_code[::2]:
+        yield from _imports_of(code, module)
+    if not _BY_NAME.isdisjoint(code.co_names):
+        texts = [constant for constant in code.co_consts if isinstance(constant, str)]
+        yield from (name for text in texts if (name := _absolute(text, module)) in sys.modules)
+
+
+_IMPORT = dis.opmap["IMPORT_NAME"]
+_BY_NAME = frozenset(("import_module", "__import__", "modules"))
+
+
+def _imports_of(code: types.CodeType, module: types.ModuleType) -> Iterator[str]:
+    """Yield what the import statements of a function name: modules, and what is taken from one and may be a module."""
+    level: Any = 0
+    taken: Any = ()  # this and the level are the last two constants before it
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            name = _absolute("." * level + instruction.argval, module)
+            yield from (each for each in (name, *(f"{name}.{one}" for one in taken or ())) if each in sys.modules)
+        elif instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            level, taken = taken, instruction.argval
+
+
+def _absolute(name: str, module: types.ModuleType) -> str:
+    """Return the full name of what `module` names with dots before it."""
+    bare = name.lstrip(".")
+    level = len(name) - len(bare)
+    if not level:
+        return name
     parts = module.__name__.split(".")
-    packages_of_it = ["", *(".".join(parts[:n]) + "." for n in range(1, len(parts) + 1))]
-    return {name for one in mentioned for around in packages_of_it if (name := around + one) in sys.modules}
+    is_package = hasattr(module, "__path__")
+    return ".".join([*parts[: len(parts) + is_package - level], *([bare] if bare else [])])
 
 
 def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
@@ -119,11 +149,18 @@ def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
             waiting.append(value.func)
         elif packages.module_of(value) == module.__name__:
             if kind is types.FunctionType:
-                yield value.__code__
+                yield from _with_inner(value.__code__)
             if issubclass(kind, type):
                 waiting += vars(value).values()
             else:
                 waiting.append(packages.dictionary(value).get("__wrapped__"))
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _with_inner(constant)
 
 
 def classes_in(module: types.ModuleType) -> list[type]:

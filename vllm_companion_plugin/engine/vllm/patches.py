@@ -391,6 +391,15 @@ AFTER_FORK = Patch(
     link="Python's os.register_at_fork",
     undo=_ENDS,
 )
+AFTER_FORK_OF_CALLS = Patch(
+    "os:register_at_fork",
+    "wire.signals",
+    How.HOOKED,
+    Lifetime.LOADERS,
+    reason="Threads that talk to gRPC for the main thread do not come along.",
+    link="Python's os.register_at_fork",
+    undo=_ENDS,
+)
 AT_EXIT = Patch(
     "atexit:register",
     "client.lease",
