@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import resource
@@ -616,6 +617,10 @@ sys.exit(main(["--device", "cpu"]))
 @contextlib.contextmanager
 def one_descriptor_left() -> Iterator[None]:
     """While open, this process can have one more file, and no other."""
+    gc.collect()  # else what other tests have left may end meanwhile
+    for thread in threading.enumerate():
+        if thread.name == "companion-end":
+            thread.join(10)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
