@@ -5,7 +5,6 @@ Arguments: the model, and a runtime directory. Prints "RESULT {...}".
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.support.lora import TARGETS
+from tests.vllm.results import tell
 from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
 from vllm_companion_plugin.training import colocated, sharing_of
 
@@ -86,7 +86,7 @@ def main() -> None:
         found["pids"] = [sorted({lease.pid for lease in entry.leases}) for entry in weights]
         found["copied"] = getattr(sharing_of(model), "copied", None)
         found["pid"] = os.getpid()
-        print("RESULT " + json.dumps(found), flush=True)
+        tell(found)
         torch.distributed.barrier()
 
 

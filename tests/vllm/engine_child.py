@@ -12,6 +12,8 @@ import json
 import os
 import sys
 
+from tests.vllm.results import tell
+
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
@@ -120,13 +122,13 @@ def main() -> None:
         result[name] = tokens(request)
     if texts:
         result["vectors"] = [output.outputs.embedding for output in llm.embed(texts)]
-    print("RESULT " + json.dumps(result), flush=True)
+    tell(result)
     for line in sys.stdin:
         answer = {}
         if line.strip():
             asked = json.loads(line)
             if "call" in asked:
-                print("RESULT " + json.dumps(called(llm, **asked)), flush=True)
+                tell(called(llm, **asked))
                 continue
             if "fleet" in asked:
                 answer["advanced"] = str(advance([llm], asked["fleet"]))
@@ -136,7 +138,7 @@ def main() -> None:
                 except Exception as error:  # of the worker, by whatever way vLLM hands it on
                     answer["refused"] = str(error)
                 assert llm.reset_prefix_cache()
-        print("RESULT " + json.dumps(answer | {"tokens": tokens()}), flush=True)
+        tell(answer | {"tokens": tokens()})
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ The arguments are a model and its load format.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 import traceback
 import weakref
 from pathlib import Path
+
+from tests.vllm.results import tell
 
 
 def mapped() -> int:
@@ -81,7 +82,7 @@ def main() -> None:
             traceback.clear_frames(error.__traceback__)
         gc.collect()
         results.append(result | {"mapped": mapped(), "workers": len(workers), "resident_kb": resident_kb()})
-    print("RESULT " + json.dumps(results), flush=True)
+    tell(results)
 
 
 if __name__ == "__main__":

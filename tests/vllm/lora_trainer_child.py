@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.support.lora import TARGETS
+from tests.vllm.results import tell
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.training import from_companion, sharing_of
 
@@ -57,10 +58,6 @@ def sure(model: Any, prompt: list[int], count: int = 12) -> list[int]:
                 break
             tokens.append(int(second[0]))
     return tokens
-
-
-def tell(answer: dict[str, Any]) -> None:
-    print("RESULT " + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

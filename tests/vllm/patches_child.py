@@ -14,6 +14,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 from tests import patched
+from tests.vllm.results import tell
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm.patching import Lifetime, Patch
 
@@ -55,7 +56,7 @@ def run(options: dict[str, Any], used: set[str]) -> dict[str, Any]:
 def main() -> None:
     options = json.loads(sys.argv[1])
     used = record_patches()
-    print("RESULT " + json.dumps([run(options, used) for _ in range(2)]), flush=True)
+    tell([run(options, used) for _ in range(2)])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.vllm.results import tell
+
 
 class Engine:
     def __init__(self, options: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ def main() -> None:
             answer = {"value": getattr(engine, what)(*arguments)}
         except Exception as error:
             answer = {"error": [type(error).__name__, str(error)]}
-        print("RESULT " + json.dumps(answer) + "\n", end="", flush=True)  # one write, into which no log line falls
+        tell(answer)
 
 
 if __name__ == "__main__":
