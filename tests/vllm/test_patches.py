@@ -19,7 +19,7 @@ LOADS = {
     patches.LOADERS_WEIGHTS.target,
     patches.MODELS_WEIGHTS.target,
     patches.PROCESSING.target,
-    *(patch.target for patch in patches.CLOCKS),
+    *(patch.target for patch in (*patches.CLOCKS, *patches.READS)),
 }
 LIVE_WEIGHTS = "vllm.model_executor.models.llama.LlamaForCausalLM.load_weights"
 """Of the model itself: the row is of any model's."""

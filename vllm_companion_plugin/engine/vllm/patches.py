@@ -756,6 +756,8 @@ PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) i
 
 CLOCKS = tuple(patch for patch in PATCHES if patch.where.startswith("time:"))
 """Of Python, as modules call them."""
+READS = tuple(patch for patch in PATCHES if patch.attribute == "__getattribute__")
+"""Of vLLM's configurations."""
 
 
 def to_markdown() -> str:
