@@ -227,6 +227,7 @@ CASES = [
 @contextlib.contextmanager
 def nurseries(place: Place) -> Iterator[Mapping[str, subprocess.Popen[str]]]:
     """A process for each locale, in which commands run."""
+    os.makedirs(place.settings.runtime_dir, mode=0o700, exist_ok=True)  # whichever command comes first
     made = {}
     for name, variables in LOCALES.items():
         environment = {**place.environment, **variables, "NO_COLOR": "1", "TERM": "dumb"}
