@@ -630,6 +630,14 @@ class TestModulesThatFunctionsImport:
         with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.state\."):
             publish(with_layer(code), lambda m: CHANGES[kind](m.own))
 
+    def test_of_what_a_package_hands_on(self, code: ModuleType) -> None:
+        """Its module is used, though no code names that."""
+        kept = importlib.import_module(f"{PACKAGE}.state").Kept
+        vars(sys.modules[PACKAGE])["Handed"] = kept
+        vars(code)["package"] = sys.modules[PACKAGE]
+        with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.state\.Kept\.held"):
+            publish(with_layer(code), lambda m: kept.held.append(2.0))
+
     def test_a_constant_is_carried(self, code: ModuleType) -> None:
         state = importlib.import_module(f"{PACKAGE}.state")
         published = publish(with_layer(code), lambda m: m.own.set_flag())

@@ -57,10 +57,10 @@ def _modules_of(names: Iterable[str], model: type) -> list[types.ModuleType]:
         module = sys.modules.get(name)
         if module is not None and name not in found and may_serve_one(module, model):
             found[name] = module
-            used = set(map(packages.module_of, _in_containers(list(vars(module).values()))))
-            of_package = {one for one in used if one.rpartition(".")[0] == name}
-            inner |= of_package
-            waiting += used - of_package
+            for value in _in_containers(list(vars(module).values())):
+                used = packages.module_of(value)
+                is_inner = issubclass(type(value), types.ModuleType) and used.rpartition(".")[0] == name
+                inner.add(used) if is_inner else waiting.append(used)
             for code in _codes_in(module):
                 mentioned.update(code.co_names)
                 waiting += _imported_by(code, module)

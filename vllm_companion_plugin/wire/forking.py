@@ -33,8 +33,8 @@ _used_by = 0
 """The process that has used gRPC, or the one that it was forked from."""
 
 
-def use() -> int:
-    """Say that this process uses gRPC; its pid.
+def use() -> None:
+    """Say that this process uses gRPC.
 
     Raises:
         ForkedError: it was forked from one that does.
@@ -43,7 +43,6 @@ def use() -> int:
     if _used_by and not cygrpc.is_fork_support_enabled():
         check(_used_by)
     _used_by = os.getpid()
-    return _used_by
 
 
 def check(pid: int) -> None:
