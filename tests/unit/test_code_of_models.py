@@ -526,7 +526,11 @@ SOURCES = {
         class Kept:
             held = [1.0]
         """,
-    "aside": "NUMBER = 1",
+    "aside": """
+        NUMBER = 1
+        class Kept:
+            held = [1.0]
+        """,
     "far": """
         SCALE, TABLE = 1, {}
         def scaled(x):
@@ -632,10 +636,10 @@ class TestModulesThatFunctionsImport:
 
     def test_of_what_a_package_hands_on(self, code: ModuleType) -> None:
         """Its module is used, though no code names that."""
-        kept = importlib.import_module(f"{PACKAGE}.state").Kept
-        vars(sys.modules[PACKAGE])["Handed"] = kept
+        kept = importlib.import_module(f"{PACKAGE}.aside").Kept
         vars(code)["package"] = sys.modules[PACKAGE]
-        with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.state\.Kept\.held"):
+        vars(sys.modules[PACKAGE])["Handed"] = kept
+        with pytest.raises(NotShareableError, match=rf"loading changed {PACKAGE}\.aside\.Kept\.held"):
             publish(with_layer(code), lambda m: kept.held.append(2.0))
 
     def test_a_constant_is_carried(self, code: ModuleType) -> None:
