@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.contract.conftest import Memory
+from tests.support.left import none_left_open
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.placement import ALIGNMENT, plan
@@ -216,10 +217,8 @@ def test_a_wrong_description_is_refused_and_closes_nothing_twice(memory: Memory,
         "no such kind": ArenaInfo("tape", (page,)),
     }
     arena = memory.filled(b"weights")
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ArenaError):
+    with none_left_open(), pytest.raises(ArenaError):
         arenas.open_arena(infos[wrong], duplicates(arena), memory.index)
-    assert len(os.listdir("/proc/self/fd")) == before
     assert memory.read(arena, 0, 7) == b"weights"
     arena.close()
 
@@ -246,16 +245,15 @@ def test_more_blocks_than_were_reserved_are_refused(memory: Memory) -> None:
 
 def test_closing_and_aborting_return_every_descriptor(memory: Memory) -> None:
     memory.filled(b"weights").close()  # what the driver opens once, it keeps
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        arena = memory.filled(b"weights")
-        arena.close()
-        arena.close()
-        writer = memory.create(memory.page)
-        writer.add_block(memory.page)
-        writer.abort()
-        writer.abort()
-    assert len(os.listdir("/proc/self/fd")) == before
+    with none_left_open():
+        for _ in range(20):
+            arena = memory.filled(b"weights")
+            arena.close()
+            arena.close()
+            writer = memory.create(memory.page)
+            writer.add_block(memory.page)
+            writer.abort()
+            writer.abort()
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.contract.conftest import Memory, marked
+from tests.support.left import none_left_mapped, none_left_open, open_now, opened_since
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.arena import ArenaInfo, Checksums
 from vllm_companion_plugin.errors import ArenaError
@@ -43,10 +44,6 @@ def view(memory: Memory, arena: arenas.Arena, offset: int, size: int) -> Any:
 
 def content(tensor: Any) -> bytes:
     return bytes(tensor.cpu().numpy())
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def maps(part: str = "") -> int:
@@ -85,10 +82,11 @@ def test_memory_goes_and_comes_back_at_its_addresses(memory: Memory) -> None:
 
 def test_what_is_unmapped_is_free(memory: Memory) -> None:
     memory.filled(b"weights").close()  # what the driver opens once, it keeps
-    before, fds, mapped = free_bytes(memory), descriptors(), maps("memfd:vllm")
-    arena = memory.filled(b"weights")
-    arena.unmap()
-    assert (free_bytes(memory), descriptors(), maps("memfd:vllm")) == (before, fds, mapped)
+    before = free_bytes(memory)
+    with none_left_open(), none_left_mapped("memfd:vllm"):
+        arena = memory.filled(b"weights")
+        arena.unmap()
+    assert free_bytes(memory) == before
     arena.close()
 
 
@@ -142,11 +140,11 @@ def test_a_thousand_changes_leave_nothing_behind(memory: Memory, pair: tuple[are
 
     for number in range(20):
         change(number)
-    before = descriptors(), maps("memfd:vllm"), free_bytes(memory)
-    lines = maps()
+    before, opened, lines = free_bytes(memory), open_now(), maps()
     for number in range(ROUNDS):
         change(number)
-    assert (descriptors(), maps("memfd:vllm"), free_bytes(memory)) == before
+    assert opened_since(opened) <= len(arena.fds)
+    assert free_bytes(memory) == before
     assert maps() <= lines + 5  # Python's own
     for _, fds in kept:
         fds.close()
@@ -156,13 +154,11 @@ def test_a_thousand_changes_leave_nothing_behind(memory: Memory, pair: tuple[are
 
 def refused(memory: Memory, arena: arenas.Arena, change: Callable[[], None], fds: Descriptors, match: str) -> None:
     """`change` raises, owned `fds` are closed, and of `arena` nothing is changed."""
-    before, address, open_before = (arena.info, arena.fds), arena.address, descriptors()
-    count, mapped = len(fds), maps()
-    with pytest.raises(ArenaError, match=match):
+    before, address, reserved = (arena.info, arena.fds), arena.address, maps("---p")
+    with none_left_open(), none_left_mapped("memfd:"), pytest.raises(ArenaError, match=match):
         change()
     assert fds.closed
-    assert descriptors() == open_before - count
-    assert maps() <= mapped
+    assert maps("---p") <= reserved
     assert ((arena.info, arena.fds), arena.address) == (before, address)
     assert not arena.fds.closed
     assert arena.mapping.is_mapped
@@ -397,17 +393,17 @@ def test_a_kind_that_cannot_says_so_and_changes_nothing(kind: str) -> None:
 def test_what_views_an_arena_can_fill_another_one(memory: Memory) -> None:
     """At the same addresses. Then the arena is back, and the other one has what was written, and is sealed."""
     arena, writer = memory.filled(b"weights", b"and more"), memory.create(2 * memory.page)
-    seen, opened, fds = view(memory, arena, memory.page, 8), content(view(memory, arena, 0, 7)), descriptors()
+    seen, there, before = view(memory, arena, memory.page, 8), content(view(memory, arena, 0, 7)), open_now()
     sizes = arena.info.block_sizes
     for size_bytes in sizes:
         writer.add_block(size_bytes)
-    added = descriptors() - fds
+    added = opened_since(before)
     with arena.written_through(writer):
         seen.fill_(ord("x"))
         with pytest.raises(ArenaError):
             arena.mapping.map(Blocks(sizes, arena.fds))
-    assert (content(seen), content(view(memory, arena, 0, 7))) == (b"and more", opened)
-    assert descriptors() == fds + added
+    assert (content(seen), content(view(memory, arena, 0, 7))) == (b"and more", there)
+    assert opened_since(before) == added
     with contextlib.closing(writer.seal()) as other:
         assert memory.read(other, memory.page, 8) == b"x" * 8
         arena.replace(other.info, other.fds.dup())

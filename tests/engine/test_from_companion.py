@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import os
 import re
 import sys
 import weakref
@@ -24,6 +23,7 @@ from torch._dynamo.exc import Unsupported
 from transformers import modeling_utils
 
 from tests.support.checkpoints import models
+from tests.support.left import none_left_open
 from tests.support.loading import packed_by_vllm
 from tests.support.place import KEY, Place, until
 from vllm_companion_plugin import CompanionClient
@@ -470,8 +470,7 @@ def test_what_has_no_place_is_refused_by_name_or_copied_alone(place: Place, tiny
 
 def test_it_ends_with_the_model(place: Place, tiny: Path) -> None:
     """No lease and no descriptor is left, and the memory stays as long as one parameter does."""
-    with held(place, tiny):
-        before = len(os.listdir("/proc/self/fd"))
+    with held(place, tiny), none_left_open(10):
         for _ in range(3):
             model = on_companion(place, tiny)
             weight = model.get_parameter("model.norm.weight")
@@ -481,7 +480,6 @@ def test_it_ends_with_the_model(place: Place, tiny: Path) -> None:
             assert float(weight.sum()) == float(weight.sum())
             del weight
         until(lambda: not leases(place), 10, "the leases have ended")
-        until(lambda: len(os.listdir("/proc/self/fd")) <= before, 10, "descriptors are closed")
 
 
 def leases(place: Place) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.support.place import Place, until
+from tests.support.left import no_more_open, none_left_open, open_now, opened_since
+from tests.support.place import Place
 from tests.support.publishing import hold_zeros
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.attachment import Attachment
@@ -60,10 +60,6 @@ def numbers(models: list[LiveModel]) -> list[int]:
     return [model.attachment.generation for model in models]
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_nothing_changes_until_it_is_carried_out(models: list[LiveModel]) -> None:
     switch = Switch(models, {})
     assert (switch.targets, switch.versions) == ({f"{MODEL} (target)": SECOND}, {f"{MODEL} (target)": "ones"})
@@ -74,61 +70,57 @@ def test_nothing_changes_until_it_is_carried_out(models: list[LiveModel]) -> Non
 
 def test_if_one_cannot_be_prepared_nothing_stays_open(models: list[LiveModel]) -> None:
     models[1].attachment.privatize(None)
-    before = descriptors()
-    with pytest.raises(ArenaError, match="is private, so it cannot advance"):
-        Switch(models, {})
-    with pytest.raises(EntryNotFoundError):
-        Switch(models[:1], {MODEL: 7})
-    assert descriptors() == before
+    with none_left_open():
+        with pytest.raises(ArenaError, match="is private, so it cannot advance"):
+            Switch(models, {})
+        with pytest.raises(EntryNotFoundError):
+            Switch(models[:1], {MODEL: 7})
     assert values(models) == [0, 0]
 
 
 @pytest.mark.parametrize("fault", ["private", "closed"])
 def test_if_one_cannot_be_mapped_those_before_it_go_back(models: list[LiveModel], fault: str) -> None:
-    before = descriptors()
-    switch = Switch(models, {})
-    if fault == "private":
-        models[1].attachment.privatize(None)
-        before = min(before, descriptors())
-    else:
-        switch._steps[1][1].close()
-    with pytest.raises(ArenaError):
-        switch.carry_out()
+    with no_more_open():
+        switch = Switch(models, {})
+        if fault == "private":
+            models[1].attachment.privatize(None)
+        else:
+            switch._steps[1][1].close()
+        with pytest.raises(ArenaError):
+            switch.carry_out()
     assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
-    assert descriptors() <= before
     if fault == "closed":
         Switch(models, {}).carry_out()
         assert (values(models), numbers(models)) == ([1, 1], [SECOND, SECOND])
 
 
 def test_what_is_not_carried_out_is_let_go(models: list[LiveModel]) -> None:
-    before = descriptors()
-    switch = Switch(models, {})
-    assert descriptors() > before
-    switch.close()
-    assert descriptors() == before
+    with none_left_open():
+        before = open_now()
+        switch = Switch(models, {})
+        assert opened_since(before)
+        switch.close()
 
 
 def test_all_go_back_to_what_is_mapped_no_more(models: list[LiveModel], client: CompanionClient) -> None:
     """The memory of before is kept for that, even if the companion has let it go, and no longer than that."""
-    before = descriptors()
-    switch = Switch(models, {})
-    switch.carry_out(keep_ways_back=True)
-    with client.update(MODEL, version="twos") as new:
-        new.load({"embed.weight": torch.full((64, 16), 2, dtype=torch.bfloat16)})
-    assert values(models) == [1, 1]
-    switch.go_back()
-    assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
-    switch.go_back()
-    assert values(models) == [0, 0]
-    until(lambda: descriptors() == before, 5, "nothing stays open")
+    with no_more_open():
+        switch = Switch(models, {})
+        switch.carry_out(keep_ways_back=True)
+        with client.update(MODEL, version="twos") as new:
+            new.load({"embed.weight": torch.full((64, 16), 2, dtype=torch.bfloat16)})
+        assert values(models) == [1, 1]
+        switch.go_back()
+        assert (values(models), numbers(models)) == ([0, 0], [FIRST, FIRST])
+        switch.go_back()
+        assert values(models) == [0, 0]
 
 
 def test_nothing_goes_back_that_was_not_switched(models: list[LiveModel]) -> None:
-    before = descriptors()
-    switch = Switch(models, {})
-    switch.go_back()
-    assert (values(models), descriptors()) == ([0, 0], before)
+    with none_left_open():
+        switch = Switch(models, {})
+        switch.go_back()
+    assert values(models) == [0, 0]
 
 
 @pytest.mark.parametrize("name", [MODEL, "model", "/model"])

@@ -36,6 +36,7 @@ import torch
 from torch import nn
 
 from tests.fuzz.mutate import mutate_message, mutated_bytes
+from tests.support.left import none_left_open
 from tests.support.manifests import type_of
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.cli import table
@@ -68,7 +69,6 @@ from vllm_companion_plugin.errors import (
     SettingsError,
     TicketError,
 )
-from vllm_companion_plugin.holder.service.descriptors import CLOSING
 from vllm_companion_plugin.holder.service.fd_server import FdServer, Woken
 from vllm_companion_plugin.holder.service.service import CompanionService
 from vllm_companion_plugin.host import notes
@@ -171,17 +171,6 @@ def scratch() -> Path:
 
 def paths() -> DevicePaths:
     return DevicePaths("cpu", str(scratch()))
-
-
-@contextlib.contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    for thread in threading.enumerate():
-        if thread.name == CLOSING:
-            thread.join(5)
-    after = len(os.listdir("/proc/self/fd"))
-    assert after == before, f"{after - before} descriptors were left open"
 
 
 def wire(message: Any) -> bytes:
@@ -499,7 +488,7 @@ def companion(data: bytes) -> None:
     """What clients say to a companion: whatever it was, it still answers, and leaves no descriptor."""
     sealed_memfd()
     loop = _loop()
-    with no_descriptor_left():
+    with none_left_open():
         service = CompanionService("cpu", 60.0, functools.partial(notes.dismiss, paths()))
         loop.run_until_complete(_converse(service, list(unframed(data))))
 
@@ -632,7 +621,7 @@ def descriptors(data: bytes) -> None:
     pieces = list(unframed(data)) or [b""]
     null()
     count = pieces[0][1] % 6 if len(pieces[0]) > 1 else 1
-    with no_descriptor_left(), _answering(paths().fd_socket, pieces[1:]):
+    with none_left_open(), _answering(paths().fd_socket, pieces[1:]):
         try:
             if pieces[0][:1] == b"R":
                 fds = fd_channel.redeem(paths().fd_socket, b"t" * 16, count, 1.0)
@@ -665,7 +654,7 @@ def fd_socket(data: bytes) -> None:
     pieces = list(unframed(data))
     null()
     loop = _loop()
-    with no_descriptor_left():
+    with none_left_open():
         loop.run_until_complete(_serve_descriptors(pieces))
 
 
@@ -704,7 +693,7 @@ async def _serve_descriptors(pieces: Sequence[bytes]) -> None:
 
 def tag(data: bytes) -> None:
     """What waits in the descriptor of a cuda_ipc arena; without any, it is no socket at all."""
-    with no_descriptor_left():
+    with none_left_open():
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with mine, theirs:
             mine.sendall(data)
@@ -726,7 +715,7 @@ def tag_seeds() -> list[bytes]:
 def keeper_answer(data: bytes) -> None:
     """What a keeper answers."""
     null()
-    with no_descriptor_left(), _answering(paths().keeper_socket, list(unframed(data))):
+    with none_left_open(), _answering(paths().keeper_socket, list(unframed(data))):
         try:
             fds = keeper_client._ask(paths(), 4096)
         except ArenaError:
@@ -755,7 +744,7 @@ def keeper_request(data: bytes) -> None:
     """What loaders ask a keeper for."""
     keeper, path = _keeper()
     null()
-    with no_descriptor_left():
+    with none_left_open():
         thread = threading.Thread(target=keeper.run, args=(0.002,))
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.connect(path)
@@ -831,7 +820,7 @@ def held(data: bytes) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
     name = pieces[0].replace(b"/", b"").replace(b"\0", b"")[:200]
     path = os.fsencode(directory) + b"/" + (b"x" if name in (b"", b".", b"..") else name)
-    with no_descriptor_left():
+    with none_left_open():
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.write(fd, pieces[1])

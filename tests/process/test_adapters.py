@@ -20,8 +20,9 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
+from tests.support.left import none_left_open, open_now
 from tests.support.lora import tiny_peft
-from tests.support.place import KEY, Place, alive, open_fds, until
+from tests.support.place import KEY, Place, alive, until
 from tests.support.publishing import hold_zeros
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.cli.metrics import _gauges
@@ -402,7 +403,7 @@ class TestLimits:
             while (fd := os.open(os.devnull, os.O_RDONLY)) < last:  # no number below is free
                 filled.callback(os.close, fd)
             os.close(fd)
-            before, limits, told = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE), list[str]()
+            before, limits, told = len(open_now()), resource.getrlimit(resource.RLIMIT_NOFILE), list[str]()
             for name in (NAME, "other"):
                 for left in range(5):
                     resource.setrlimit(resource.RLIMIT_NOFILE, (fd + left, limits[1]))
@@ -412,7 +413,7 @@ class TestLimits:
                         told.append(str(error))
                     finally:
                         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-                until(lambda: open_fds() <= before + 4, 5, "none is left behind")  # what is held, and a spare
+                until(lambda: len(open_now()) <= before + 4, 5, "none is left behind")  # what is held, and a spare
             assert len(told) >= 5
             assert all("open files" in text or "descriptors" in text for text in told), told
         assert client.publish_adapter(NAME, small(3), config()) > 1
@@ -652,15 +653,15 @@ class TestWorker:
     def test_kept(self, client: CompanionClient, leases: AdapterLeases) -> None:
         """An adapter that was removed can be loaded until it is forgotten; then its descriptors are closed."""
         client.publish_adapter(NAME, small(1), config())
-        bound, kept, before = bound_now(leases), kept_by(leases), open_fds()
-        assert kept.fetch(bound, 7) is kept.fetch(bound, 7)
-        client.remove_adapter(NAME)
-        fds = kept.fetch(bound, 7).file.fds
-        with safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
-            assert file.get_tensor(A_NAME)[0, 0] == 1
-        for _ in range(2):
-            kept.forget(7)
-        until(lambda: open_fds() <= before, 5, "they are closed")
+        bound, kept = bound_now(leases), kept_by(leases)
+        with none_left_open():
+            assert kept.fetch(bound, 7) is kept.fetch(bound, 7)
+            client.remove_adapter(NAME)
+            fds = kept.fetch(bound, 7).file.fds
+            with safe_open(f"/proc/self/fd/{fds[0]}", framework="pt") as file:
+                assert file.get_tensor(A_NAME)[0, 0] == 1
+            for _ in range(2):
+                kept.forget(7)
         with pytest.raises(EntryNotFoundError):
             kept.fetch(bound, 7)
 
@@ -715,7 +716,7 @@ def test_500_generations(client: CompanionClient, leases: AdapterLeases, place: 
             "companion's memory": resident_kib(pid),
             "own memory": resident_kib("self"),
             "companion's descriptors": len(os.listdir(f"/proc/{pid}/fd")),
-            "own descriptors": open_fds(),
+            "own descriptors": len(open_now()),
             "own threads": threading.active_count(),
         }
 

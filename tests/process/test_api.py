@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import vllm_companion_plugin
-from tests.support.place import KEY, Place, open_fds, until
+from tests.support.left import none_left_open
+from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small, damage, load, publish
 from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, connect
@@ -175,10 +176,11 @@ class TestAsync:
                     return status
             raise AssertionError
 
-        before = open_fds()
-        assert [entry.key for entry in asyncio.run(first()).entries] == [KEY]
-        until(lambda: not any(t.name == "companion-watch" for t in threading.enumerate()), 5, "its thread has ended")
-        until(lambda: open_fds() <= before, 5, "nothing of it is open")
+        with none_left_open():
+            assert [entry.key for entry in asyncio.run(first()).entries] == [KEY]
+            until(
+                lambda: not any(t.name == "companion-watch" for t in threading.enumerate()), 5, "its thread has ended"
+            )
 
     def test_cancelled(self, place: Place) -> None:
         """A wait that is cancelled ends at once."""
@@ -236,10 +238,9 @@ def test_pure_python_protobuf(place: Place) -> None:
 def test_weights_that_are_not_what_was_published_are_refused(place: Place, model: nn.Module) -> None:
     with connect("cpu", place.settings, spawn=False) as connection:
         damage(connection)
-    before = open_fds()
-    with pytest.raises(IntegrityError, match=r"1 of 1 pieces of test/model \(single\) on cpu.*unload --force"):
+    text = r"1 of 1 pieces of test/model \(single\) on cpu.*unload --force"
+    with none_left_open(), pytest.raises(IntegrityError, match=text):
         client(place).attach(KEY.model)
-    until(lambda: open_fds() <= before, 5, "nothing of it is open")
     unverified = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir, verify="off")
     with unverified.attach(KEY.model) as weights:
         assert torch.equal(weights.tensors["embed.weight"], contents(model)["embed.weight"])
@@ -275,13 +276,12 @@ def test_the_tensors_are_views_of_one_mapping(place: Place, model: nn.Module) ->
 def test_close_returns_lease_mapping_and_descriptors(place: Place, model: nn.Module) -> None:
     with client(place).attach(KEY.model):  # gRPC opens some for good
         pass
-    before = open_fds()
-    with client(place).attach(KEY.model, name="reader") as weights:
-        leases = client(place).status().entries[0].leases
-        assert "reader" in [lease.client for lease in leases]
-    assert weights.tensors == {}
-    weights.close()
-    until(lambda: open_fds() <= before, 10, "descriptors are closed")  # gRPC closes its own a little later
+    with none_left_open(10):  # gRPC closes its own a little later
+        with client(place).attach(KEY.model, name="reader") as weights:
+            leases = client(place).status().entries[0].leases
+            assert "reader" in [lease.client for lease in leases]
+        assert weights.tensors == {}
+        weights.close()
     for status in client(place).watch(10):
         if len(status.entries[0].leases) == 1:
             break

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.place import KEY, Place, alive, answering, arena_of, memfd, open_fds, speaking, until
+from tests.support.left import none_left_open
+from tests.support.place import KEY, Place, alive, answering, arena_of, memfd, speaking, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Publication, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published, Report
@@ -84,14 +85,13 @@ def test_what_was_published_is_what_is_redeemed(
     contents = [f"block {i}".encode() for i in range(blocks)]
     manifest = os.urandom(manifest_bytes)
     publish(connection, *contents, manifest=manifest)
-    before = open_fds()
-    _, ready = attached(connection)
-    assert (ready.key, ready.generation, ready.manifest) == (KEY, 1, manifest)
-    fds = ready.redeem()
-    assert [os.pread(fd, 100, 0) for fd in fds] == contents
-    assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds)
-    fds.close()
-    assert open_fds() == before
+    with none_left_open():
+        _, ready = attached(connection)
+        assert (ready.key, ready.generation, ready.manifest) == (KEY, 1, manifest)
+        fds = ready.redeem()
+        assert [os.pread(fd, 100, 0) for fd in fds] == contents
+        assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds)
+        fds.close()
 
 
 def test_of_two_clients_at_once_exactly_one_is_elected(place: Place) -> None:
@@ -292,12 +292,13 @@ def test_nothing_is_left_in_the_client_after_many_leases(connection: CompanionCo
     publish(connection)
     lease, _ = attached(connection)
     lease.release()
-    fds, threads = open_fds(), threading.active_count()
-    for _ in range(20):
-        lease, ready = attached(connection)
-        ready.redeem().close()
-        lease.release()
-    until(lambda: open_fds() <= fds and threading.active_count() <= threads, 2, "descriptors and threads are gone")
+    threads = threading.active_count()
+    with none_left_open():
+        for _ in range(20):
+            lease, ready = attached(connection)
+            ready.redeem().close()
+            lease.release()
+    until(lambda: threading.active_count() <= threads, 2, "threads are gone")
 
 
 # ---- what the companion refuses
@@ -377,10 +378,8 @@ def test_a_redeem_ticket_expires_and_a_deposit_ticket_lasts_as_long_as_its_lease
 def test_fewer_descriptors_than_announced_are_an_error_and_none_stays_open(connection: CompanionConnection) -> None:
     publish(connection)
     _, ready = attached(connection)
-    before = open_fds()
-    with pytest.raises(CompanionError):
+    with none_left_open(), pytest.raises(CompanionError):
         fd_channel.redeem(ready._fd_socket, ready._ticket, 2, 5)
-    assert open_fds() == before
 
 
 @pytest.mark.parametrize("packet", [b"", b"hello", b"R" + b"0" * 15, b"D" + b"0" * 16, b"x" * 4000])

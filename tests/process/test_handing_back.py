@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.place import KEY, Place, alive, arena_of, open_fds, until
+from tests.support.left import none_left_open
+from tests.support.place import KEY, Place, alive, arena_of, until
 from tests.support.publishing import Small, load
 from vllm_companion_plugin.client import mirror
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
@@ -545,14 +546,14 @@ def test_who_has_no_descriptors_left_is_told_so_and_keeps_none(place: Place) -> 
         fds = outcome.redeem()
         many = list(fds) * 2000  # more than there are free numbers below the limit
         held = Held(KEY, 1, outcome.arena, many, outcome.manifest, outcome.published)
-        before, limits = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, limits[1]))
-        try:
-            with pytest.raises(ArenaError, match="cannot be held: Too many open files"):
-                Mirror("cpu", place.settings, held, lease, "holder")
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert open_fds() <= before
+        with none_left_open():
+            try:
+                with pytest.raises(ArenaError, match="cannot be held: Too many open files"):
+                    Mirror("cpu", place.settings, held, lease, "holder")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         fds.close()
 
 
@@ -632,12 +633,11 @@ class TestHoldInstead:
 
     def test_no_note(self, engines: Engines, next_one: Held) -> None:
         """Who cannot note the next generation keeps the hold of before, and no descriptors of the other."""
-        holders, before = Path(engines.place.paths.holders), open_fds()
+        holders = Path(engines.place.paths.holders)
         shutil.rmtree(holders)
         holders.touch()
-        with pytest.raises(RuntimeDirError) as raised:
+        with none_left_open(), pytest.raises(RuntimeDirError):
             engines.holders[0].hold_instead(next_one)
-        assert open_fds() == before, raised
         holders.unlink()
         engines.kill_companion()
         until(lambda: engines.all_attached(1), 10, "it is attached again")
@@ -648,9 +648,8 @@ class TestHoldInstead:
     def test_closed(self, engines: Engines, next_one: Held) -> None:
         """After its end a hold holds nothing, also of another generation."""
         engines.holders[0].close()
-        before = open_fds()
-        engines.holders[0].hold_instead(next_one)
-        assert open_fds() == before
+        with none_left_open():
+            engines.holders[0].hold_instead(next_one)
         assert list(notes.held(engines.place.paths)) == []
 
     @staticmethod

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.place import KEY, Place, open_fds, until
+from tests.support.left import none_left_open
+from tests.support.place import KEY, Place, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import EntryState
@@ -103,10 +104,9 @@ def test_what_a_holder_writes_frees_nothing(place: Place, memory: Memory) -> Non
 
 
 def test_too_much_is_refused_in_the_keepers_words_and_it_goes_on(place: Place, memory: Memory) -> None:
-    before = open_fds()
-    with pytest.raises(ArenaError, match=r"keeper of cpu: Allocating 1073741825 bytes failed: CUDA_ERROR_OUT_OF"):
+    text = r"keeper of cpu: Allocating 1073741825 bytes failed: CUDA_ERROR_OUT_OF"
+    with none_left_open(), pytest.raises(ArenaError, match=text):  # the keeper, in this process, closes its end later
         ask(place, GIB + 1)
-    until(lambda: open_fds() <= before, 5, "the keeper, in this process, has closed its end")
     ask(place, GIB).close()
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.place import KEY, Place, open_fds, until
+from tests.support.left import open_now
+from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small
 from tests.support.sleeping import Sleeping, clone, content, new_key, raising, states, write
 from vllm_companion_plugin import CompanionClient
@@ -428,9 +429,9 @@ class TestWakesByLease:
             assert states(alone) == (READY, [LeaseState.ATTACHED] * 2)
             assert one.lease is lease
             assert (len(lease._callbacks), len(lease._retired_callbacks)) == (1, 1)
-            before = before or open_fds()
+            before = before or len(open_now())
         assert content(one) == expected
-        until(lambda: open_fds() <= before, 5, "descriptors are flat")
+        until(lambda: len(open_now()) <= before, 5, "descriptors are flat")
 
     def test_next_companion(self, alone: Sleeping, place: Place) -> None:
         """It hands the entry back if the companion dies afterwards, and has the news of the one that follows."""

@@ -54,10 +54,6 @@ def arena_of(*contents: bytes) -> tuple[ArenaInfo, Descriptors]:
     return ArenaInfo("memfd", tuple(map(len, contents))), Descriptors(memfd(content) for content in contents)
 
 
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 class Place:
     """A runtime directory, and every process started in it."""
 

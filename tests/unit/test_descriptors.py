@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.left import none_left_open
 from vllm_companion_plugin.errors import ArenaError
 from vllm_companion_plugin.memory.descriptors import Descriptors, receive
 
@@ -107,10 +108,9 @@ class TestDescriptors:
 
     def test_dup_fails_whole(self) -> None:
         """If one cannot be duplicated, no duplicate stays open."""
-        before = os.listdir("/proc/self/fd")
-        with opened() as fds, pytest.raises(OSError, match="Bad file descriptor"):
+        bad = pytest.raises(OSError, match="Bad file descriptor")
+        with none_left_open(), opened() as fds, bad:
             Descriptors.duplicates([*fds, 1 << 20])
-        assert os.listdir("/proc/self/fd") == before
 
     def test_collected(self) -> None:
         """What nobody refers to is closed."""
@@ -135,13 +135,12 @@ class TestReceive:
     def test_too_many(self) -> None:
         """The kernel drops what there is no room for, and says so."""
         ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        before = os.listdir("/proc/self/fd")
-        with opened(6) as fds:
-            socket.send_fds(ends[0], [b"word"], fds)
-            _, got, flags = receive(ends[1], 100, 2)
-        assert flags & socket.MSG_CTRUNC
-        assert len(got) == 2
-        got.close()
-        assert os.listdir("/proc/self/fd") == before
+        with none_left_open():
+            with opened(6) as fds:
+                socket.send_fds(ends[0], [b"word"], fds)
+                _, got, flags = receive(ends[1], 100, 2)
+            assert flags & socket.MSG_CTRUNC
+            assert len(got) == 2
+            got.close()
         for end in ends:
             end.close()

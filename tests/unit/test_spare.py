@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.support.place import until
+from tests.support.left import mapped_now, none_left_mapped, none_left_open
 from vllm_companion_plugin.client import spare as spare_module
 from vllm_companion_plugin.client.spare import Spare
 from vllm_companion_plugin.errors import ArenaError
@@ -92,30 +91,26 @@ def test_no_memory(spare: Spare, monkeypatch: pytest.MonkeyPatch, error: Excepti
 
 
 def test_freed(spare: Spare) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        spare.prepare(SIZE)
-        spare.close()
-    until(lambda: len(os.listdir("/proc/self/fd")) == before, 5, "nothing of it is open")
+    with none_left_open():
+        for _ in range(3):
+            spare.prepare(SIZE)
+            spare.close()
 
 
 def test_forgotten() -> None:
     """Who closes nothing leaves nothing, and after its end nothing is made."""
-    before = maps()
-    made = Spare()
-    made.prepare(SIZE)
-    prepared_address(made)
-    assert maps() == before + 1
-    made.close()
-    made.prepare(SIZE)
-    assert (maps(), made._made) == (before, {})
-    made = Spare()
-    made.prepare(SIZE)
-    prepared_address(made)
-    del made
-    gc.collect()
-    until(lambda: maps() == before, 5, "it is unmapped")
-
-
-def maps() -> int:
-    return Path("/proc/self/maps").read_text().count("memfd:vllm-companion-filled")
+    with none_left_mapped("memfd:vllm-companion-filled"):
+        made = Spare()
+        before = mapped_now("memfd:vllm-companion-filled")
+        made.prepare(SIZE)
+        prepared_address(made)
+        assert len(mapped_now("memfd:vllm-companion-filled") - before) == 1
+        made.close()
+        made.prepare(SIZE)
+        assert mapped_now("memfd:vllm-companion-filled") <= before
+        assert made._made == {}
+        made = Spare()
+        made.prepare(SIZE)
+        prepared_address(made)
+        del made
+        gc.collect()
