@@ -708,8 +708,8 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[observe.Observation] = []
     begin = observe.Observation.__init__
 
-    def init(self: observe.Observation, model: nn.Module) -> None:
-        begin(self, model)
+    def init(self: observe.Observation, *args: Any) -> None:
+        begin(self, *args)
         made.append(self)
 
     execute = importlib.machinery.SourceFileLoader.exec_module

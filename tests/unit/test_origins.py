@@ -25,6 +25,7 @@ from torch import nn
 
 from vllm_companion_plugin import memory as arenas
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.engine.vllm import patches
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
@@ -34,6 +35,8 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.classes import MUTABLE
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy
+from vllm_companion_plugin.tree.uses import Uses
+from vllm_companion_plugin.tree.uses import check as check_uses
 from vllm_companion_plugin.tree.values import class_name, text_of, value_of
 from vllm_companion_plugin.wire.manifest import manifest_from_bytes, manifest_to_bytes
 
@@ -114,13 +117,22 @@ class Published:
 
 
 def publish(
-    build: Callable[[Model, float], object], load: Change = nothing, process: Change = nothing, flag: float = 1.0
+    build: Callable[[Model, float], object],
+    load: Change = nothing,
+    process: Change = nothing,
+    flag: float = 1.0,
+    of: type[Model] = Model,
 ) -> Published:
     """Build, load and process under observation, and pack what came of it."""
-    model = Model(build, flag)
-    observation = Observation(model)
+    uses = Uses(of)
+    model = of(build, flag)
+    observation = Observation(model, uses)
     with observation.watching(), marked_times():
-        with torch.no_grad():
+        noted = (
+            patches.READS_OF_VALUES.on(nn.Module, uses.noting),
+            patches.READS_OF_PARAMETERS.on(nn.Parameter, uses.noting),
+        )
+        with torch.no_grad(), noted[0], noted[1]:
             for parameter in (*model.first.parameters(), *model.second.parameters()):
                 parameter.data.copy_(checkpoint(0.25)[: parameter.numel()].view_as(parameter))
             load(model)
@@ -133,12 +145,17 @@ def publish(
 
 
 def attach(
-    published: Published, build: Callable[[Model, float], object], process: Change = nothing, flag: float = 1.0
+    published: Published,
+    build: Callable[[Model, float], object],
+    process: Change = nothing,
+    flag: float = 1.0,
+    of: type[Model] = Model,
 ) -> Model:
     """Build with this engine's flag, and bind to what was published."""
     built = WithoutWeights(CPU)
     with built.building():
-        model = Model(build, flag)
+        model = of(build, flag)
+    check_uses(published.manifest, model)
     source = Source(
         published.manifest, ArenaViews(published.arena, published.arena.info.size_bytes, CPU), CPU, copy=False
     )

@@ -324,7 +324,10 @@ def test_what_loading_replaces_whole_may_be_another_one() -> None:
     def build(m: Model, flag: float) -> None:
         m.limits, m.sizes = {"limit": flag}, (flag, 2 * flag)
 
-    published = publish(build, lambda m: vars(m).update(limits={"limit": 5.0}, sizes=(6.0, 7.0)), flag=1.0)
+    def load(m: Model) -> None:
+        m.limits, m.sizes = {"limit": 5.0}, (6.0, 7.0)
+
+    published = publish(build, load, flag=1.0)
     attached = attach(published, build, flag=0.25)
     assert (attached.limits, attached.sizes) == ({"limit": 5.0}, (6.0, 7.0))
 

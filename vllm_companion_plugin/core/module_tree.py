@@ -183,6 +183,10 @@ class Manifest:
             module was built.
         common_values: what loading set outside of the model.
         flags: texts of vLLM's settings that the key leaves out and the model's code loads by, by name.
+        used: texts of values that building gave to modules and the model's code loads by, by the path of the module, a
+            colon, and the name.
+        set_by_building: texts of values that building set beside the model, in classes and modules of the model's own
+            code, by the holder's name, as of `CommonValue`, a "#", and the name.
     """
 
     stage: Stage
@@ -199,3 +203,5 @@ class Manifest:
     moved_modules: Mapping[str, str] = field(default_factory=dict)
     common_values: tuple[CommonValue, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
+    used: Mapping[str, str] = field(default_factory=dict)
+    set_by_building: Mapping[str, str] = field(default_factory=dict)

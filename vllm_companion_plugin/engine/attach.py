@@ -21,7 +21,7 @@ from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import building, processing, reload_notes
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
 from vllm_companion_plugin.settings import Settings
-from vllm_companion_plugin.tree import constants
+from vllm_companion_plugin.tree import constants, uses
 from vllm_companion_plugin.tree.building import WithoutWeights
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
@@ -56,6 +56,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             building.model_without_weights(vllm_config, model_config, prefix, without_weights) as model,
             ExitStack() as without,
         ):
+            uses.check(attachment.manifest, model)
             if decision.key.role == "draft":
                 draft.set_flags(model, attachment.manifest)
                 if (target := current().target()) is not None:

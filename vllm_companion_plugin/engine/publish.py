@@ -32,7 +32,7 @@ from vllm_companion_plugin.engine.identity.flag_reads import FlagReads
 from vllm_companion_plugin.engine.identity.reading import Reading, observed_reading
 from vllm_companion_plugin.engine.progress import ProgressBar
 from vllm_companion_plugin.engine.session import current
-from vllm_companion_plugin.engine.vllm import devices, patches, processing, sources
+from vllm_companion_plugin.engine.vllm import building, devices, patches, processing, sources
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.engine.vllm.imports import around_imports
 from vllm_companion_plugin.errors import (
@@ -49,6 +49,7 @@ from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_byt
 from vllm_companion_plugin.tree.live import Tree, plain_tensors
 from vllm_companion_plugin.tree.observe import Observation
 from vllm_companion_plugin.tree.pack import copy, prepare, private_bytes, sources_of
+from vllm_companion_plugin.tree.uses import Uses
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_to_bytes
 
 logger = init_logger("vllm.companion")
@@ -120,6 +121,8 @@ class _Publisher:
         self._reason: CompanionError | None = None
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
+        self._uses = Uses(building.model_class(vllm_config, model_config))
+        self._uses_noted = ExitStack()
         self._environment: dict[str, str] = {}
         self.reading: Reading | None = None
         self.flag_reads = FlagReads()
@@ -143,13 +146,17 @@ class _Publisher:
         self._environment = dict(os.environ)
         self.flag_reads.begin_loading()
         try:
-            self._observation = Observation(model)
+            self._observation = Observation(model, self._uses)
         except Exception as error:  # it can be loaded all the same
             self._reason = _unwatched(error)
             return
         until.enter_context(processing.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
         until.enter_context(marked_times())
+        if self._uses.are_looked_for:
+            until.enter_context(self._uses_noted)
+            self._uses_noted.enter_context(patches.READS_OF_VALUES.on(nn.Module, self._uses.noting))
+            self._uses_noted.enter_context(patches.READS_OF_PARAMETERS.on(nn.Parameter, self._uses.noting))
 
     def read(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the checkpoint comes."""
@@ -159,6 +166,7 @@ class _Publisher:
     def loaded(self, model: nn.Module) -> None:
         """The model was loaded, and will be post-processed."""
         self.flag_reads.end_loading()
+        self._uses_noted.close()
         if self._observation is None:
             return
         try:

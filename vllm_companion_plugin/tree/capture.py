@@ -504,7 +504,8 @@ class _Walk:
                 self._attributes(live, f"{path}.", own, own, depth)
         elif isinstance(value, types.MethodType):
             self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
-            self._function(live, f"{path}.__func__", value.__func__, depth)
+            note = self._function if isinstance(value.__func__, FUNCTIONS) else self._called
+            note(live, f"{path}.__func__", value.__func__, depth)
         elif isinstance(value, functools.partial):
             self._value(live, f"{path}.func", value.func, None, "", depth)
             self._value(live, f"{path}.args", value.args, value, "args", depth)
@@ -512,6 +513,10 @@ class _Walk:
                 self._value(live, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth)
         elif isinstance(value.__self__, torch.Tensor) or not isinstance(value.__self__, LEAVES):
             self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
+
+    def _called(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
+        """Take note of an object that is the function of a method."""
+        self._value(live, path, value, None, "", depth)
 
     def _first(self, live: LiveModule, path: str, value: Any) -> str | None:
         """Where the walk met `value` before; None for the first time."""

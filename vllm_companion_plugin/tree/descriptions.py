@@ -25,7 +25,9 @@ def describe_value(value: Any) -> str | None:
     if issubclass(kind, functools.partial):
         return f"partial of {describe_value(value.func)}"
     if issubclass(kind, types.MethodType):
-        return f"method {value.__module__}.{value.__qualname__}{_local_code(value.__func__)}"
+        function: Any = value.__func__  # anything that can be called
+        named = function if hasattr(function, "__qualname__") else type(function)
+        return f"method {named.__module__}.{named.__qualname__}{_local_code(function)}"
     if issubclass(kind, (types.FunctionType, types.BuiltinFunctionType)):
         return f"function {value.__module__}.{value.__qualname__}{_local_code(value)}"
     return None

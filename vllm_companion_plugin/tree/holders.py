@@ -32,6 +32,14 @@ def holders_of(tree: Tree) -> list[Holder]:
     return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
 
 
+def of_class(model: type) -> list[Holder]:
+    """Return those of a class, before any model was made of it."""
+    classes = _with_bases([model])
+    modules = _modules_of({each.__module__ for each in classes}, model)
+    classes |= _with_bases(each for module in modules for each in classes_in(module))
+    return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
+
+
 def reference_of(one: Holder) -> str:
     """Return the text by which `find` finds it in another process."""
     return f"{one.__module__}:{one.__qualname__}" if isinstance(one, type) else one.__name__
@@ -180,9 +188,19 @@ def _with_bases(classes: Iterable[type]) -> set[type]:
     return {base for each in classes for kind in (each, type(each)) for base in kind.__mro__}
 
 
-def is_own(one: Holder) -> bool:
-    """Whether `one` is of no package that serves all models."""
+def is_own(one: Holder | str) -> bool:
+    """Whether `one`, or the module of this name, is of no package that serves all models."""
+    if isinstance(one, str):
+        return _is_own(one)
     return _is_own(one.__module__ if isinstance(one, type) else one.__name__)
+
+
+def acts_for_callers(module: str) -> bool:
+    """Whether code of a module does what its caller wants, whoever that is."""
+    return not _is_own(module) and packages.top(module) not in _ON_THEIR_OWN
+
+
+_ON_THEIR_OWN = ("vllm", "transformers", __name__.partition(".")[0])
 
 
 def _is_own(module: str) -> bool:

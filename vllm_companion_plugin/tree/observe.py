@@ -57,6 +57,7 @@ from vllm_companion_plugin.tree.notation import (
 from vllm_companion_plugin.tree.placing import Placing
 from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints, parts_of, state_of
 from vllm_companion_plugin.tree.times import is_time, plain
+from vllm_companion_plugin.tree.uses import Uses
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
@@ -173,11 +174,14 @@ class Observation:
 
     Args:
         model: just built, nothing loaded yet.
+        uses: from before it was built.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, uses: Uses | None = None) -> None:
+        self.uses = Uses(None) if uses is None else uses
         with plain_tensors():
             tree = capture(model)
+            self.uses.built(tree)
             check_plain(tree)
             self._built = Snapshot.of(model, tree)
             self._common = Common.of(tree)

@@ -326,6 +326,8 @@ def prepare(
         moved_modules=loaded.moved_modules,
         common_values=loaded.common_values,
         is_observed=observation is not None,
+        used=observation.uses.used() if observation is not None else {},
+        set_by_building=observation.uses.set_by_building if observation is not None else {},
     )
     return Packed(packing, placement, manifest)
 

@@ -94,6 +94,8 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
             message.common_values.add(holder=value.holder, name=value.name, before=value.before, after=value.after)
         message.files.update(manifest.files)
         message.flags.update(manifest.flags)
+        message.used.update(manifest.used)
+        message.set_by_building.update(manifest.set_by_building)
         message.sources = manifest.sources
         return bytes(message.SerializeToString(deterministic=True))
 
@@ -219,6 +221,8 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             common_values=tuple(_common_values(message)),
             files=dict(message.files),
             flags=dict(message.flags),
+            used=dict(message.used),
+            set_by_building=dict(message.set_by_building),
             is_observed=message.is_observed,
             sources=message.sources,
         )

@@ -770,7 +770,7 @@ class CommonValue(_message.Message):
     def __init__(self, holder: _Optional[str] = ..., name: _Optional[str] = ..., before: _Optional[str] = ..., after: _Optional[str] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources", "emptied_modules", "moved_modules", "common_values", "flags")
+    __slots__ = ("stage", "storages", "types", "tensors", "modules", "removed_modules", "retied_modules", "files", "is_observed", "added_modules", "module_types", "sources", "emptied_modules", "moved_modules", "common_values", "flags", "used", "set_by_building")
     class RetiedModulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -799,6 +799,20 @@ class Manifest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class UsedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class SetByBuildingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STORAGES_FIELD_NUMBER: _ClassVar[int]
     TYPES_FIELD_NUMBER: _ClassVar[int]
@@ -815,6 +829,8 @@ class Manifest(_message.Message):
     MOVED_MODULES_FIELD_NUMBER: _ClassVar[int]
     COMMON_VALUES_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    SET_BY_BUILDING_FIELD_NUMBER: _ClassVar[int]
     stage: str
     storages: _containers.RepeatedCompositeFieldContainer[Storage]
     types: _containers.RepeatedCompositeFieldContainer[TensorType]
@@ -831,7 +847,9 @@ class Manifest(_message.Message):
     moved_modules: _containers.ScalarMap[str, str]
     common_values: _containers.RepeatedCompositeFieldContainer[CommonValue]
     flags: _containers.ScalarMap[str, str]
-    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ..., emptied_modules: _Optional[_Iterable[str]] = ..., moved_modules: _Optional[_Mapping[str, str]] = ..., common_values: _Optional[_Iterable[_Union[CommonValue, _Mapping]]] = ..., flags: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    used: _containers.ScalarMap[str, str]
+    set_by_building: _containers.ScalarMap[str, str]
+    def __init__(self, stage: _Optional[str] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., types: _Optional[_Iterable[_Union[TensorType, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., removed_modules: _Optional[_Iterable[str]] = ..., retied_modules: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, str]] = ..., is_observed: _Optional[bool] = ..., added_modules: _Optional[_Iterable[_Union[AddedModule, _Mapping]]] = ..., module_types: _Optional[_Iterable[_Union[ModuleType, _Mapping]]] = ..., sources: _Optional[bytes] = ..., emptied_modules: _Optional[_Iterable[str]] = ..., moved_modules: _Optional[_Mapping[str, str]] = ..., common_values: _Optional[_Iterable[_Union[CommonValue, _Mapping]]] = ..., flags: _Optional[_Mapping[str, str]] = ..., used: _Optional[_Mapping[str, str]] = ..., set_by_building: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("shape", "stride", "offset")

@@ -25,7 +25,7 @@ from vllm_companion_plugin.host.models import model_name
 MAX_VARIANTS = 4
 """Limit of differences in one key. An engine that is refused once more loads alone."""
 
-MANIFEST_VERSION = 10
+MANIFEST_VERSION = 11
 """Version of capture and packing. A change that makes older manifests fail raises it."""
 
 _SHORT = 16

@@ -751,13 +751,31 @@ READS_OF_KERNEL = replace(
     reason="As above.",
     link="vllm/config/kernel.py: KernelConfig",
 )
+READS_OF_VALUES = Patch(
+    "torch.nn:Module.__getattribute__",
+    "tree.uses",
+    How.REPLACED,
+    Lifetime.LOADING,
+    reason=(
+        "Values that building gave to a model are each engine's own, unless the model's own code loads by one. Only of "
+        "models with code outside vLLM."
+    ),
+    link="torch/nn/modules/module.py: Module",
+    undo="when the model is loaded",
+)
+READS_OF_PARAMETERS = replace(
+    READS_OF_VALUES,
+    where="torch.nn:Parameter.__getattribute__",
+    reason="As above, of values that building hung on parameters.",
+    link="torch/nn/parameter.py: Parameter",
+)
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
 
 CLOCKS = tuple(patch for patch in PATCHES if patch.where.startswith("time:"))
 """Of Python, as modules call them."""
 READS = tuple(patch for patch in PATCHES if patch.attribute == "__getattribute__")
-"""Of vLLM's configurations."""
+"""Of vLLM's configurations, and of modules."""
 
 
 def to_markdown() -> str:

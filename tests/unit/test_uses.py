@@ -1,0 +1,225 @@
+"""Values that building made of flags, and that the model's own code loads by: here this file is such code."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from tests.unit.test_origins import Box, Model, Published, SlotModule, Slots, attach, nothing, publish
+from vllm_companion_plugin.cli.verify import differences
+from vllm_companion_plugin.engine.run.reachable import walk
+from vllm_companion_plugin.errors import ParityError
+
+pytestmark = pytest.mark.core
+
+SCALE = 1.0
+TABLE: dict[str, float] = {}
+
+
+class Own(nn.Module):
+    """Has values of all kinds."""
+
+    scale: ClassVar[float] = 1.0
+
+    def __init__(self, flag: float) -> None:
+        super().__init__()
+        self.alpha, self.box, self.slots = flag, Box(Box(flag)), Slots(flag)
+        self.table, self.listed = {"a": {"b": flag}}, [1.0, (flag,)]
+        self.method, self.function = Box(flag).__init__, lambda: flag  # type: ignore[misc]
+        self.partial = types.MethodType(operator.itemgetter("x"), {"x": flag})
+
+    @property
+    def doubled(self) -> float:
+        return 2 * self.alpha
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "computed":
+            return 3 * self.alpha
+        return super().__getattr__(name)
+
+
+def build(m: Model, flag: float) -> None:
+    m.alpha = m.unused = flag
+    m.own = Own(flag)
+    m.second.alpha, m.second.weight.alpha, m.second.weight.box = flag, flag, Box(flag)  # type: ignore[assignment]
+    m.config = PretrainedConfig(name_or_path=f"/models/{flag}", alpha=flag)
+    m.held = {"module": nn.Identity()}
+    m.held["module"].alpha = flag  # type: ignore[assignment]
+    m.slotted = SlotModule()
+    m.slotted.value = flag
+    m.weight_loader = loader(flag)
+    m.second.bias.weight_loader = loader(flag)  # type: ignore[attr-defined]
+
+
+def loader(flag: float) -> Callable[[nn.Parameter], float]:
+    return lambda parameter: flag
+
+
+READS: dict[str, Callable[[Any], float]] = {
+    "of the model": lambda m: m.alpha,
+    "of a module": lambda m: m.second.alpha,
+    "of an object": lambda m: m.own.box.value.value,
+    "in a slot": lambda m: m.own.slots.value,
+    "in a slot of a module": lambda m: m.slotted.value,
+    "in a dict": lambda m: m.own.table["a"]["b"],
+    "in a list": lambda m: m.own.listed[1][0],
+    "of a module in a dict": lambda m: m.held["module"].alpha,
+    "by a property": lambda m: m.own.doubled,
+    "by __getattr__": lambda m: m.own.computed,
+    "by name": lambda m: getattr(m, "alpha"),  # noqa: B009
+    "by the names": operator.attrgetter("own.box.value.value"),
+    "by all of it": lambda m: vars(m)["alpha"],
+    "by its dictionary": lambda m: m.__dict__["alpha"],
+    "of a copy": lambda m: copy.copy(m).alpha,
+    "of a method's object": lambda m: m.own.method.__self__.value,
+    "captured": lambda m: m.own.function(),
+    "on a parameter": lambda m: m.second.weight.alpha,
+    "of an object on a parameter": lambda m: m.second.weight.box.value,
+    "by all on a parameter": lambda m: vars(m.second.weight)["alpha"],
+    "of a configuration": lambda m: m.config.alpha,
+    "captured by a loader": lambda m: m.weight_loader(m.second.weight),
+    "captured by a parameter's loader": lambda m: m.second.bias.weight_loader(m.second.bias),
+}
+
+
+def scaled(read: Callable[[Any], float]) -> Callable[[Model], None]:
+    def load(m: Model) -> None:
+        m.first.weight.data.mul_(read(m))
+
+    return load
+
+
+@pytest.mark.parametrize("way", READS)
+def test_loading_computes_in_python_of_what_building_kept(way: str) -> None:
+    published = publish(build, scaled(READS[way]), flag=1.0)
+    attached = attach(published, build, flag=1.0)
+    assert not differences(vars(walk(published.model)), vars(walk(attached)))
+    with pytest.raises(ParityError, match=r"is built as .* here and as .* in the published model, and loading uses it"):
+        attach(published, build, flag=0.25)
+
+
+def test_another_value_is_another_variant() -> None:
+    published = publish(build, scaled(READS["of the model"]), flag=1.0)
+    with pytest.raises(ParityError) as raised:
+        attach(published, build, flag=0.25)
+    assert (raised.value.where, raised.value.here) == ("alpha", "0.25")
+
+
+def test_what_loading_does_not_use_is_the_engines() -> None:
+    def load(m: Model) -> None:
+        """It looks at much else, and lets others look."""
+        m.first.weight.data.mul_(len([*m.named_parameters(), *m.modules()]) / m.first.in_features)
+        m.requires_grad_(False).eval()
+        m.own.unused = 5.0
+
+    attached = attach(publish(build, load, flag=1.0), build, flag=0.25)
+    assert (attached.alpha, attached.own.alpha, attached.config.alpha, attached.own.unused) == (0.25, 0.25, 0.25, 5.0)
+
+
+def test_where_a_configuration_was_read_is_each_engines_own() -> None:
+    """Its fields are in the key, unless building sets one."""
+
+    def located(m: Model, flag: float) -> None:
+        m.config = PretrainedConfig(name_or_path=f"/models/{flag}", alpha=1.0)
+
+    attached = attach(publish(located, scaled(READS["of a configuration"]), flag=1.0), located, flag=0.25)
+    assert attached.config.name_or_path == "/models/0.25"
+
+
+def test_a_module_that_loading_takes_out() -> None:
+    """What was used of it counts all the same."""
+
+    def load(m: Model) -> None:
+        scaled(READS["of an object"])(m)
+        del m.own
+
+    published = publish(build, load, flag=1.0)
+    assert not hasattr(attach(published, build, flag=1.0), "own")
+    with pytest.raises(ParityError, match=r"own\.box\.value\.value is built as 0\.25"):
+        attach(published, build, flag=0.25)
+
+
+def test_a_value_that_loading_uses_and_changes() -> None:
+    def load(m: Model) -> None:
+        m.alpha += 1
+
+    published = publish(build, load, flag=1.0)
+    assert attach(published, build, flag=1.0).alpha == 2.0
+    with pytest.raises(ParityError, match=r"alpha is built as 0\.25 here and as 1\.0 in the published model"):
+        attach(published, build, flag=0.25)
+
+
+@pytest.fixture
+def module() -> Iterator[None]:
+    """What building sets in this module goes with the test."""
+    before = SCALE, Own.scale
+    yield
+    _set(*before)
+    vars(sys.modules[__name__]).pop("NEW", None)
+
+
+def _set(scale: float, of_class: float) -> None:
+    vars(sys.modules[__name__])["SCALE"], Own.scale = scale, of_class
+
+
+class Here(Model):
+    """The code of this one is in this module."""
+
+
+BESIDE: dict[str, tuple[str, Callable[[float], object], Callable[[], float]]] = {
+    "a global": (r"test_uses\.SCALE", lambda flag: _set(flag, 1.0), lambda: SCALE),
+    "of a class": (r"Own\.scale", lambda flag: _set(1.0, flag), lambda: Own.scale),
+    "a new global": (
+        r"test_uses\.NEW",
+        lambda flag: vars(sys.modules[__name__]).update(NEW=flag),
+        lambda: vars(sys.modules[__name__])["NEW"],
+    ),
+    "a table": (r"test_uses\.TABLE", lambda flag: TABLE.update(a=flag), lambda: TABLE["a"]),
+}
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_building_sets_beside_the_model(kind: str) -> None:
+    where, set_it, read = BESIDE[kind]
+
+    def builds(m: Model, flag: float) -> None:
+        set_it(flag)
+
+    published = publish(builds, lambda m: m.first.weight.data.mul_(read()), flag=0.5, of=Here)
+    attach(published, builds, flag=0.5, of=Here)
+    with pytest.raises(ParityError, match=rf"{where}, which .* share, is .*0\.25.* here and .*0\.5.* there"):
+        attach(published, builds, flag=0.25, of=Here)
+
+
+@pytest.mark.usefixtures("module")
+def test_what_was_there_before_building_is_none_of_it() -> None:
+    """As what another model of this process has set."""
+    _set(7.0, 7.0)
+    published = publish(nothing_built, of=Here)
+    _set(1.0, 1.0)
+    attach(published, nothing_built, of=Here)
+
+
+def nothing_built(m: Model, flag: float) -> None:
+    """Sets nothing."""
+
+
+@pytest.mark.usefixtures("module")
+def test_code_that_is_not_there() -> None:
+    _set(1.0, 1.0)
+    published: Published = publish(nothing_built, nothing, of=Here)
+    manifest = dataclasses.replace(published.manifest, set_by_building={"nowhere.at_all#SCALE": "0.5"})
+    with pytest.raises(ParityError, match=r"nowhere\.at_all\.SCALE, which the model's code has, is absent here"):
+        attach(dataclasses.replace(published, manifest=manifest), nothing_built, of=Here)
+    assert torch.is_tensor(published.model.first.weight)
