@@ -693,6 +693,7 @@ async def _serve_descriptors(pieces: Sequence[bytes]) -> None:
 
 def tag(data: bytes) -> None:
     """What waits in the descriptor of a cuda_ipc arena; without any, it is no socket at all."""
+    null()
     with none_left_open():
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with mine, theirs:

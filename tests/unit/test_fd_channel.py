@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.place import memfd, open_fds, until
+from tests.support.left import none_left_open
+from tests.support.place import memfd, until
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, TicketError
 from vllm_companion_plugin.holder.service.fd_server import FdServer, Woken
 from vllm_companion_plugin.memory.descriptors import Descriptors
@@ -110,11 +111,10 @@ def test_descriptors_that_end_meanwhile(server: Server) -> None:
     """The client is told, and the companion knows that it has not woken; nothing stays open."""
     server.ready = messages.Ready(arena=messages.ArenaDescriptor(block_sizes=[7])).SerializeToString()
     server.fds = TicketError("dropped")
-    before = open_fds()
-    with pytest.raises(TicketError, match="dropped"):
-        wake(server)
-    until(lambda: server.settled == [False], 5, "it knows")
-    until(lambda: open_fds() == before, 5, "all is closed")
+    with none_left_open():
+        with pytest.raises(TicketError, match="dropped"):
+            wake(server)
+        until(lambda: server.settled == [False], 5, "it knows")
 
 
 def test_a_client_that_has_gone(server: Server) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from tests.support.place import open_fds
+from tests.support.left import none_left_open
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.handing import Giving, Taking
 from vllm_companion_plugin.errors import ArenaError, BadRequestError, ManifestError, UpdateError, WaitTimeoutError
@@ -78,21 +78,20 @@ class TestTensors:
             "empty": torch.empty(0, 5),
             "flags": torch.tensor([True, False]),
         }
-        before = open_fds()
-        hands = Hands(pair, PAGE)
-        for name, tensor in wanted.items():
-            given = tensor.clone()
-            hands.giving.add(name, given)
-            given.zero_()
-        hands.giving.flush()
-        hands.taking.end()
+        with none_left_open():
+            hands = Hands(pair, PAGE)
+            for name, tensor in wanted.items():
+                given = tensor.clone()
+                hands.giving.add(name, given)
+                given.zero_()
+            hands.giving.flush()
+            hands.taking.end()
         assert [name for name, _ in hands.taken] == list(wanted)
         for name, found in hands.taken:
             assert found.dtype == wanted[name].dtype
             assert found.shape == wanted[name].shape
             assert digest(found) == digest(wanted[name])
         assert hands.arenas > large.nbytes // PAGE
-        assert open_fds() == before
 
     @pytest.mark.parametrize("name", ["", "layer." * 100, "\u00fc" * 50], ids=["short", "long", "escaped"])
     def test_many_small_ones_take_several_packets(self, pair: Pair, name: str) -> None:
@@ -104,12 +103,12 @@ class TestTensors:
         assert hands.arenas > 1
 
     def test_forgotten_ones_leave_nothing(self, pair: Pair) -> None:
-        before = open_fds()
-        hands = Hands(pair, PAGE)
-        hands.giving.add("a", torch.ones(3))
-        hands.giving.close()
-        hands.giving.flush()
-        assert (hands.taken, hands.giving.began, open_fds()) == ([], False, before)
+        with none_left_open():
+            hands = Hands(pair, PAGE)
+            hands.giving.add("a", torch.ones(3))
+            hands.giving.close()
+            hands.giving.flush()
+        assert (hands.taken, hands.giving.began) == ([], False)
 
 
 class TestBadPieces:
@@ -125,11 +124,10 @@ class TestBadPieces:
         ids=["gap", "beyond the tensor", "negative", "beyond the arena", "dtype"],
     )
     def test_are_refused(self, pair: Pair, piece: Piece, error: type[Exception]) -> None:
-        before = open_fds()
-        hands = Hands(pair, PAGE)
-        with pytest.raises(error):
-            hands.taking.take(*hands.message(piece))
-        assert open_fds() == before
+        with none_left_open():
+            hands = Hands(pair, PAGE)
+            with pytest.raises(error):
+                hands.taking.take(*hands.message(piece))
 
     def test_a_part_alone_is_no_tensor(self, pair: Pair) -> None:
         hands = Hands(pair, PAGE)

@@ -32,7 +32,7 @@ def logger_with(formatter: logging.Formatter, stream: io.StringIO) -> logging.Lo
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter)
     logger = logging.getLogger("test.logs")
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers, logger.propagate, logger.level = [handler], False, logging.WARNING
     return logger
 
 
