@@ -53,11 +53,12 @@ class KindForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.kept = vllm_config
         self.most = vllm_config.scheduler_config.max_num_seqs
+        self.share = 1 + vllm_config.scheduler_config.max_num_batched_tokens // 512
         self.scales = []
 
     def load_weights(self, weights):
         loaded = super().load_weights(weights)
-        self.model.norm.weight.data.mul_(1 + self.kept.model_config.seed)
+        self.model.norm.weight.data.mul_(self.share + self.kept.model_config.seed)
         self.scales.append(self.most)
         return loaded
 
@@ -81,6 +82,8 @@ def test_what_loading_makes_of_a_limit(start_engine: StartEngine, place: Place, 
         "seed=3": "Published",
         "max_num_seqs=9": "Published",
         "max_num_batched_tokens=256": "Attached to",
+        "max_num_batched_tokens=512": "Published",
+        "max_num_batched_tokens=768": "Attached to",
         "seed=3 ": "Attached to",
     }
     for change, said in wanted.items():
@@ -97,6 +100,7 @@ def test_what_loading_makes_of_a_limit(start_engine: StartEngine, place: Place, 
         "",
         "flag model.seed is 3",
         "flag scheduler.max_num_seqs is 9",
+        "share is 2",
     ]
 
 

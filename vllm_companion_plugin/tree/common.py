@@ -165,11 +165,11 @@ def _is_pythons(name: str, value: Any) -> bool:
 
 
 def _behind(holders: Sequence[Holder], tree: Tree) -> dict[Holder, dict[str, Any]]:
-    found = behind([(name_of(one), dict(_values_of(one))) for one in holders], tree)
+    found = behind([(name_of(one), dict(values_of(one))) for one in holders], tree)
     return dict(zip(holders, found, strict=True))
 
 
-def _values_of(one: Holder) -> Iterator[tuple[str, Any]]:
+def values_of(one: Holder) -> Iterator[tuple[str, Any]]:
     """What `one` holds, with the functions in their wrappings, and attributes of members."""
     for name, value in list(vars(one).items()):
         if _is_pythons(name, value) or issubclass(type(value), (type, types.ModuleType, types.MemberDescriptorType)):

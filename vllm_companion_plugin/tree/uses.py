@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,22 +19,19 @@ from vllm_companion_plugin.core.module_tree import Manifest
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.capture import MODULE_INTERNALS, capture, capture_values
 from vllm_companion_plugin.tree.classes import slot_members
-from vllm_companion_plugin.tree.descriptions import describe_value
+from vllm_companion_plugin.tree.common import values_of
 from vllm_companion_plugin.tree.holders import (
     Holder,
     acts_for_callers,
     find,
     is_own,
-    name_of,
     of_class,
     reference_of,
-    users_of,
 )
 from vllm_companion_plugin.tree.live import Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.times import is_time
 from vllm_companion_plugin.tree.values import value_of
 
-_Texts = dict[tuple[Holder, str], str]
 _CONFIGURATION = "transformers.configuration_utils"
 
 
@@ -50,7 +47,7 @@ class Uses:
 
     def __init__(self, model: type | None) -> None:
         self._holders = [] if model is None else [one for one in of_class(model) if is_own(one)]
-        self._before = self._constants()
+        self._before = _plain_in(self._holders, Tree([]))
         self.set_by_building: dict[str, str] = {}
         self._texts: dict[str, dict[str, str]] = {}
         self._met: dict[int, tuple[str, str]] = {}
@@ -66,12 +63,8 @@ class Uses:
 
     def built(self, tree: Tree) -> None:
         """The model was built, and is `tree`."""
-        now = self._constants()
-        self.set_by_building = {
-            f"{reference_of(one)}#{name}": text
-            for (one, name), text in now.items()
-            if self._before.get((one, name)) != text
-        }
+        now = _plain_in(self._holders, tree)
+        self.set_by_building = dict(now.items() - self._before.items())
         if self.are_looked_for:
             self._modules = {live.path: weakref.ref(live.module) for live in tree.modules}
             self._texts, self._met = _texts_of(tree)
@@ -116,9 +109,16 @@ class Uses:
                         found[f"{path}:{full}"] = text
         return found
 
-    def _constants(self) -> _Texts:
-        texts = {(one, name): describe_value(value) for one in self._holders for name, value in list(vars(one).items())}
-        return {place: text for place, text in texts.items() if text is not None and _is_plain(text)}
+
+def _plain_in(holders: Iterable[Holder], known: Tree) -> dict[str, str]:
+    """The texts of plain values in classes and modules and all that these hold, but for what is `known`, by place."""
+    found = capture_values([(reference_of(one), dict(values_of(one))) for one in holders], known)
+    return {
+        f"{live.path}#{name}": text
+        for live in found.modules
+        for name, text in live.attributes.items()
+        if _is_plain(text) and not is_time(text)
+    }
 
 
 _WHOLE = frozenset(("__dict__", "__reduce_ex__", "__getstate__"))
@@ -168,26 +168,21 @@ def check(manifest: Manifest, model: nn.Module) -> None:
     Raises:
         ParityError: it is another value; it is named.
     """
-    for place, there in manifest.set_by_building.items():
-        holder, _, name = place.rpartition("#")
-        one = find(holder)
-        value = None if one is None else vars(one).get(name, _ABSENT)
-        here = "absent" if one is None or value is _ABSENT else describe_value(value) or "no plain value"
-        if one is None or here != there:
-            where = f"{holder if one is None else name_of(one)}.{name}"
-            users = "the model's code has" if one is None else users_of(one)
-            raise ParityError(f"{where}, which {users}, is {here} here and {there} there after building.", where, here)
-    if not manifest.used:
+    if not (manifest.set_by_building or manifest.used):
         return
     with plain_tensors():
         tree = capture(model)
         texts, _ = _texts_of(tree)
+        holders = {place.partition("#")[0]: None for place in manifest.set_by_building}
+        beside = _plain_in([one for one in map(find, holders) if one is not None], tree)
+    for place, there in manifest.set_by_building.items():
+        if (here := beside.get(place, "absent")) != there:
+            where = place.replace(":", ".").replace("#", ".")
+            text = f"{where} is {here} here after building and {there} there, and all models of this code share it."
+            raise ParityError(text, where, here)
     for place, there in manifest.used.items():
         path, _, name = place.partition(":")
         if (here := texts.get(path, {}).get(name, "absent")) != there:
             where = full_name(path, name)
             text = f"{where} is built as {here} here and as {there} in the published model, and loading uses it."
             raise ParityError(text, where, here)
-
-
-_ABSENT = object()
