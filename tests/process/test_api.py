@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_origin, get_type_hints
@@ -26,6 +26,8 @@ from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.client.connection import Granted, connect
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState
 from vllm_companion_plugin.errors import (
+    ArenaError,
+    BadRequestError,
     CompanionUnavailableError,
     EntryNotFoundError,
     IntegrityError,
@@ -314,6 +316,49 @@ def test_a_model_that_is_its_own_draft_is_attached_as_what_it_is(place: Place, m
             assert weights.tensors.keys() == contents(model).keys()
         with client(place).attach(KEY.model, role="draft") as weights:
             assert weights.tensors.keys() == {"weight", "bias"}
+
+
+ASKING: dict[str, Callable[[CompanionClient], object]] = {
+    "attach": lambda client: client.attach(""),
+    "update": lambda client: client.update("", "step-1").__enter__(),
+    "make_current": lambda client: client.make_current("", 1),
+    "wait_ready": lambda client: client.wait_ready("", timeout_s=1),
+    "wait_ready_async": lambda client: asyncio.run(client.wait_ready_async("", timeout_s=1)),
+}
+
+
+@pytest.mark.parametrize("how", ASKING)
+def test_an_empty_name_is_not_that_of_the_only_model(place: Place, model: nn.Module, how: str) -> None:
+    with pytest.raises(BadRequestError, match="No model is named"):
+        ASKING[how](client(place))
+    with client(place).attach("", key_id=KEY.id) as weights:
+        assert weights.model == KEY.model
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\nb", "\x1b[2J"], ids=ascii)
+def test_texts_that_nobody_can_send_or_show(place: Place, model: nn.Module, text: str) -> None:
+    for ask in (
+        lambda: client(place).attach(text),
+        lambda: client(place).attach(KEY.model, text),
+        lambda: client(place).attach(KEY.model, role=text),
+        lambda: client(place).attach(KEY.model, key_id=text),
+        lambda: client(place).make_current(text, 1),
+        lambda: client(place).wait_ready(text, timeout_s=0.1),
+    ):
+        with pytest.raises((EntryNotFoundError, BadRequestError, WaitTimeoutError)) as raised:
+            ask()
+        assert str(raised.value).isprintable()
+    with client(place).attach(KEY.model, name=text):
+        assert all(lease.client.isprintable() for lease in client(place).status().entries[0].leases)
+
+
+def test_what_was_closed_says_so(place: Place, model: nn.Module) -> None:
+    weights = client(place).attach(KEY.model)
+    weights.close()
+    settings = client(place).settings
+    for use in (lambda: weights.verify("full"), lambda: weights.prepare(0, settings), weights.renew, weights.views):
+        with pytest.raises(ArenaError, match=r"test/model \(single\) on cpu was closed, and is not mapped here"):
+            use()
 
 
 def test_without_a_companion_it_says_so(place: Place) -> None:

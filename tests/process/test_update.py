@@ -256,6 +256,20 @@ class TestTrainer:
             assert held(place) == [(1, "")]
             assert entry_of(place).leases[0].state is LeaseState.ATTACHED
 
+    def test_whose_update_is_over(self, place: Place, companion: Any, here: Here) -> None:
+        """It may commit by itself, and then nothing more is written nor committed."""
+        client = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)
+        with client.update(MODEL, version="unused") as new:
+            new.load(values(1))
+            assert new.commit("step-1") == new.generation == 2
+            for use in (lambda: new.load(values(2)), lambda: new.commit("step-2"), new.complete):
+                with pytest.raises(BadRequestError, match=r"This update of .* is over"):
+                    use()
+        with pytest.raises(BadRequestError, match=r"This update of .* is over"):
+            new.load(values(2))
+        (entry,) = client.status().entries
+        assert [each.version for each in entry.generations] == ["", "step-1"]
+
     @pytest.mark.parametrize("version", ["", "x" * 5000, 7, b"7"])
     def test_needs_a_version(self, place: Place, companion: Any, version: Any) -> None:
         """One that can be shown."""

@@ -133,8 +133,10 @@ class CompanionClient:
             role: "target", or "draft" of speculative decoding.
 
         Raises:
+            BadRequestError: no model is named.
             WaitTimeoutError: there was none for `timeout_s`.
         """
+        _check_named(model)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -150,6 +152,7 @@ class CompanionClient:
         self, model: str, rank: str | None = None, timeout_s: float = 600.0, *, role: str = "target"
     ) -> EntryStatus:
         """As `wait_ready`, without blocking the event loop."""
+        _check_named(model)
         deadline = time.monotonic() + timeout_s
         wanted = Wanted(model, rank, role)
         while True:
@@ -189,11 +192,12 @@ class CompanionClient:
         Raises:
             CompanionUnavailableError: no companion.
             EntryNotFoundError: nobody has published it nor is loading it.
-            BadRequestError: several match.
+            BadRequestError: several match, or no model is named.
             WaitTimeoutError: its loader made no progress for `wait_timeout_s`.
             ArenaError: it cannot be mapped.
             IntegrityError: its bytes are not those that were published.
         """
+        _check_named(model, key_id)
         device = torch_device_of(self.device)
         if self.settings.verify != "off":
             checksum.prepare(device)
@@ -394,11 +398,19 @@ class CompanionClient:
             base: the generation that must be current now; 0: whichever.
 
         Raises:
+            BadRequestError: no model is named.
             EntryNotFoundError: it is not held.
             StaleError: another generation than `base` is current.
         """
+        _check_named(model, key_id)
         with self._connect() as connection:
             return connection.make_current(generation, model=model, rank=rank, role=role, key_id=key_id, base=base)
+
+
+def _check_named(model: str, key_id: str = "") -> None:
+    """Raise `BadRequestError` unless it is said which entry: an empty text would match any."""
+    if not (model or key_id):
+        raise BadRequestError("No model is named.", remedy="Name one as `vllm-companion status` shows it.")
 
 
 def device_name(device: str | torch.device | None) -> str:

@@ -23,6 +23,7 @@ from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.metrics import Series
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState, EntryStatus, Report
+from vllm_companion_plugin.core.text import sendable
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
 from vllm_companion_plugin.errors import (
     BadRequestError,
@@ -47,6 +48,12 @@ logger = logging.getLogger("vllm.companion.client")
 CALL_TIMEOUT_S = 10.0
 NO_KEY = "-"
 """No entry has it: whoever asks for this key is told of the companion alone."""
+
+
+def _query(model: str, rank: str, role: str, key_id: str) -> Any:
+    """What matches entries; empty texts match any."""
+    query = {"rank": rank, "role": role, "key_id": key_id}
+    return messages.EntryQuery(model=model_name(model), **{name: sendable(text) for name, text in query.items()})
 
 
 def _where() -> str:
@@ -97,16 +104,15 @@ class Wanted:
     """A model that is waited for, and what there was instead when it was last looked for."""
 
     def __init__(self, model: str, rank: str | None, role: str) -> None:
-        self._model, self._rank, self._role = model, rank, role
+        self._model, self._rank, self._role = model_name(model), rank, role
         self._latest = "nothing"
 
     def in_status(self, status: CompanionStatus) -> EntryStatus | None:
         """The READY entry of it; None if there is none."""
-        name = model_name(self._model)
         for entry in status.entries:
             key = entry.key
-            is_it = (key.kind, key.model, key.role) == (WEIGHTS, name, self._role) and self._rank in (None, key.rank)
-            if is_it and entry.state is EntryState.READY:
+            is_it = (key.kind, key.model, key.role) == (WEIGHTS, self._model, self._role)
+            if is_it and self._rank in (None, key.rank) and entry.state is EntryState.READY:
                 return entry
         held = (f"{e.key.model} ({e.key.which}, {e.state.value})" for e in status.entries)
         self._latest = ", ".join(held) or self._latest
@@ -268,9 +274,8 @@ class CompanionConnection:
         """
         if key is not None and (model or rank or role or key_id):
             raise BadRequestError("Attach by key or by query, not by both.")
-        request = messages.AttachRequest(
-            protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid(), client=client_name + _where()
-        )
+        request = messages.AttachRequest(protocol_version=PROTOCOL_VERSION, may_load=may_load, pid=os.getpid())
+        request.client = sendable(client_name) + _where()
         request.held_generation = held_generation
         request.passive = passive
         if asleep is not None:
@@ -278,7 +283,7 @@ class CompanionConnection:
         if key is not None:
             request.key.CopyFrom(codec.key_to_message(key))
         else:
-            request.query.CopyFrom(messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id))
+            request.query.CopyFrom(_query(model, rank, role, key_id))
         name = key.model if key is not None else model or key_id or "the only entry"
         label = f"{name} on {self.device}"
         lease = Lease(self._stub, self._paths, request, label, known_manifest=known_manifest)
@@ -295,7 +300,7 @@ class CompanionConnection:
             EntryNotFoundError: nothing matches.
             EntryInUseError: somebody uses it and `force` is false; nothing was unloaded.
         """
-        query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
+        query = _query(model, rank, role, key_id)
         response = self._call("Unload", messages.UnloadRequest(query=query, force=force))
         return tuple(codec.entry_status_from_message(entry) for entry in response.unloaded)
 
@@ -312,7 +317,7 @@ class CompanionConnection:
             StaleError: another generation than `base` is current. Nothing has changed.
             BadRequestError: what is given is no number of a generation.
         """
-        query = messages.EntryQuery(model=model_name(model), rank=rank, role=role, key_id=key_id)
+        query = _query(model, rank, role, key_id)
         generation, base = codec.generation_to_message(generation), codec.generation_to_message(base)
         response = self._call("MakeCurrent", messages.MakeCurrentRequest(query=query, generation=generation, base=base))
         return tuple(codec.entry_status_from_message(entry) for entry in response.entries)

@@ -23,7 +23,7 @@ from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.client.parked import bring_back
 from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
-from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError, ManifestError
+from vllm_companion_plugin.errors import ArenaError, CompanionError, EntryNotFoundError, ManifestError
 from vllm_companion_plugin.memory.tensors.checksum import Verification
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, check_dtypes, without_storage
 from vllm_companion_plugin.settings import Settings
@@ -143,10 +143,10 @@ class Mapped:
 
     @property
     def arena(self) -> arenas.Arena:
-        """The mapped memory. Raises `ReferenceError` after the last tensor that viewed it has gone."""
+        """The mapped memory. Raises `ArenaError` once it was closed, and the last tensor that viewed it has gone."""
         arena = self._arena or self._weak_arena()
         if arena is None:
-            raise ReferenceError(f"{self.held.key.title} is not mapped any more")
+            raise ArenaError(f"{self.label} was closed, and is not mapped here any more.", remedy="Attach again.")
         return arena
 
     @property

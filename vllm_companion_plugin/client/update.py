@@ -44,6 +44,7 @@ class Update:
         self._attachment = attachment
         self._lease = lease
         self._base = base
+        self._is_over = False
         held = attachment.held.arena
         self._writer = memory.create(held.kind, held.size_bytes, attachment.device.index)
         try:
@@ -78,20 +79,27 @@ class Update:
         return self._writer
 
     def complete(self) -> None:
-        """Copy all that nobody has written yet from the current generation; of that, nothing is copied at the end."""
+        """Copy all that nobody has written yet from the current generation; of that, nothing is copied at the end.
+
+        This and what follows raise `BadRequestError` after `commit` or `abort`.
+        """
+        self._check_open()
         self._filling.complete(self._attachment.arena.address)
 
     def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """As `Filling.check`."""
+        self._check_open()
         self._filling.check(weights)
 
     def load(self, weights: Weights) -> int:
         """As `Filling.load`."""
+        self._check_open()
         return self._filling.load(weights)
 
     def commit_trained(self, version: str) -> memory.Arena:
         """As `commit`, of an arena that this process goes on writing: that arena, which the caller owns."""
         self.complete()
+        self._is_over = True
         arena = self._writer.seal(trained=True)
         try:
             self.generation = self._lease.commit_staged(arena.info, arena.fds, version, self._base)
@@ -113,12 +121,20 @@ class Update:
         summing = Summing(ArenaViews(self._writer, held.size_bytes, device), held.size_bytes, device)
         summing.extend(held.size_bytes)
         checksums = summing.checksums()
+        self._is_over = True
         with contextlib.closing(self._writer.seal()) as arena:
-            return self._lease.commit_staged(replace(arena.info, checksums=checksums), arena.fds, version, self._base)
+            info = replace(arena.info, checksums=checksums)
+            self.generation = self._lease.commit_staged(info, arena.fds, version, self._base)
+        return self.generation
 
     def abort(self) -> None:
         """Forget what was written. Idempotent."""
+        self._is_over = True
         self._writer.abort()
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise BadRequestError(f"This update of {self._attachment.label} is over.", remedy="Begin another one.")
 
 
 def check_version(version: str) -> None:
@@ -150,7 +166,8 @@ def updating(
     check_version(version)
     with _staged(attachment, settings, base=base, check_finite=check_finite) as update:
         yield update
-        update.generation = update.commit(version)
+        if not update.generation:  # else the caller has done it
+            update.commit(version)
 
 
 @dataclass(frozen=True)
