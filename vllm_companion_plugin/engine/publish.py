@@ -121,7 +121,7 @@ class _Publisher:
         self._reason: CompanionError | None = None
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
-        self._uses = Uses(building.model_class(vllm_config, model_config))
+        self._uses = Uses(_class_of(vllm_config, model_config))
         self._uses_noted = ExitStack()
         self._environment: dict[str, str] = {}
         self.reading: Reading | None = None
@@ -382,6 +382,15 @@ def _refuse(hidden: list[str]) -> None:
 
 def _release(device: torch.device) -> Any:
     return torch.cuda.empty_cache if device.type == "cuda" else lambda: None
+
+
+def _class_of(vllm_config: Any, model_config: Any) -> type[nn.Module] | None:
+    """The class that will be built; None if it cannot be found now: vLLM says that when it builds."""
+    try:
+        return building.model_class(vllm_config, model_config)
+    except Exception:
+        logger.debug("The class of the model is not known before it is built", exc_info=True)
+        return None
 
 
 def _watched(

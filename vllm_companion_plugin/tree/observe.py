@@ -181,10 +181,10 @@ class Observation:
         self.uses = Uses(None) if uses is None else uses
         with plain_tensors():
             tree = capture(model)
-            self.uses.built(tree)
             check_plain(tree)
             self._built = Snapshot.of(model, tree)
             self._common = Common.of(tree)
+            self.uses.built(tree, self._common.held)
             self._watch = _Watch()
             # By full name: which memory building put there.
             self._built_at = {

@@ -39,11 +39,15 @@ class Uses:
     """Of one model, from before it is built until it is loaded.
 
     Args:
-        model: the class that will be built; None if that is not known.
+        model: the class that will be built; None if that is not known: then nobody sees what building sets beside it.
 
     Attributes:
         set_by_building: as of `Manifest`.
+        are_looked_for: whether the model has code that serves not all models, so that `noting` should be used while it
+            loads.
     """
+
+    are_looked_for = False
 
     def __init__(self, model: type | None) -> None:
         self._holders = [] if model is None else [one for one in of_class(model) if is_own(one)]
@@ -56,15 +60,11 @@ class Uses:
         self._places: dict[int, tuple[str, str]] = {}
         self._read: dict[str, set[str]] = {}
 
-    @property
-    def are_looked_for(self) -> bool:
-        """Whether the model has code that serves not all models, so that `noting` should be used while it loads."""
-        return bool(self._holders)
-
-    def built(self, tree: Tree) -> None:
-        """The model was built, and is `tree`."""
+    def built(self, tree: Tree, holders: Iterable[Holder]) -> None:
+        """The model was built, and is `tree`; `holders` are its classes and modules."""
         now = _plain_in(self._holders, tree)
         self.set_by_building = dict(now.items() - self._before.items())
+        self.are_looked_for = any(map(is_own, holders))
         if self.are_looked_for:
             self._modules = {live.path: weakref.ref(live.module) for live in tree.modules}
             self._texts, self._met = _texts_of(tree)
