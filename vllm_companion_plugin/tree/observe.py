@@ -182,9 +182,9 @@ class Observation:
         with plain_tensors():
             tree = capture(model)
             check_plain(tree)
-            self._built = Snapshot.of(model, tree)
             self._common = Common.of(tree)
             self.uses.built(tree, self._common.held)
+            self._built = Snapshot.of(model, tree)
             self._watch = _Watch()
             # By full name: which memory building put there.
             self._built_at = {
