@@ -774,8 +774,8 @@ PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) i
 
 CLOCKS = tuple(patch for patch in PATCHES if patch.where.startswith("time:"))
 """Of Python, as modules call them."""
-READS = tuple(patch for patch in PATCHES if patch.attribute == "__getattribute__")
-"""Of vLLM's configurations, and of modules."""
+READS = tuple(patch for patch in PATCHES if patch.attribute == "__getattribute__" and patch.where.startswith("vllm."))
+"""Of vLLM's configurations."""
 
 
 def to_markdown() -> str:
