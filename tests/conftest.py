@@ -34,7 +34,7 @@ def place() -> Iterator[Place]:
         # One that was closed while it handed back may be starting a companion yet.
         for thread in threading.enumerate():
             if thread.name in ("companion-hand-back", "companion-end"):
-                thread.join(10)
+                thread.join(30)
         made.clean()
         shutil.rmtree(root, ignore_errors=True)
 
@@ -46,7 +46,7 @@ def serve_ends_its_companions(place: Place) -> Iterator[None]:
     for process in place.processes:
         if process.poll() is None:
             process.terminate()
-            process.wait(5)
+            process.wait(30)
 
 
 @pytest.hookimpl(wrapper=True)

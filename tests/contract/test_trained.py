@@ -119,7 +119,7 @@ ctypes.memmove(target.address, b"y", 1)
 
 @pytest.mark.parametrize(("who", "said"), [("owner", "written\n"), ("early", ""), ("reader", "")])
 def test_a_write_outside_of_writing_or_by_a_reader_kills_the_writer(who: str, said: str) -> None:
-    done = subprocess.run([sys.executable, "-c", WRITE, who], timeout=30, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", WRITE, who], timeout=100, stdout=subprocess.PIPE, text=True)
     assert (done.stdout, done.returncode) == (said, -signal.SIGSEGV)
 
 

@@ -51,7 +51,7 @@ def test_a_pipe_where_another_client_says_that_its_checkpoint_is_does_not_hang_a
     assert digest._sample(tmp_path / "pipe") == (-1, b"")
     began = time.monotonic()
     digest.whole_digest_of(tmp_path / "pipe")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 60
 
 
 class TestLooks:

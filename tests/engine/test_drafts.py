@@ -60,7 +60,7 @@ def test_a_draft_is_an_entry_of_its_own_that_counts_as_soon_as_somebody_has_it(e
     asking = threading.Thread(target=lambda: found.append(decide.external_bytes(third, engines.settings)))
     asking.start()  # and waits for the loader
     publish(loader)
-    asking.join(20)
+    asking.join(30)
     assert found == [2 * size]
     for engine, announced in ((second, False), (third, True)):
         bound = decide.decide(engine, drafts.draft_config(engine), engines.settings)

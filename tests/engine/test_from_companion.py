@@ -60,7 +60,7 @@ def held(place: Place, path: Path, lost: str = "", dtype: str = "float32") -> It
     with connect("cpu", place.settings, spawn=False) as connection:
         files = {file.name: file_identity(file) for file in path.glob("*.safetensors")}
         key = replace(KEY, model=str(path), source=str(path), files=files)
-        outcome = connection.attach(key, may_load=True, client_name="loader").wait(5)
+        outcome = connection.attach(key, may_load=True, client_name="loader").wait(30)
         assert isinstance(outcome, Granted)
         layout = layout_digest(manifest, arena.info.kind, arena.info.block_sizes)
         tensors = len(manifest.tensors)

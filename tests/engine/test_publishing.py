@@ -36,7 +36,7 @@ def elected(place: Place) -> Iterator[tuple[decisions.Load, Place]]:
     place.companion()
     with connect("cpu", place.settings, spawn=False) as connection:
         lease = connection.attach(KEY, may_load=True, client_name="loader")
-        granted = lease.wait(5)
+        granted = lease.wait(30)
         assert isinstance(granted, Granted)
         election = LoaderElection(device_paths("cpu", place.settings))
         yield decisions.Load(DEVICE, KEY, lease, granted, election, decisions.Found()), place
@@ -98,7 +98,7 @@ def test_what_is_private_to_a_publisher_follows_its_generation(place: Place) -> 
     kept: list[Attachment] = []
     with connect("cpu", place.settings, spawn=False) as connection:
         lease = connection.attach(KEY, may_load=True, client_name="loader")
-        granted = lease.wait(5)
+        granted = lease.wait(30)
         assert isinstance(granted, Granted)
         load = decisions.Load(
             DEVICE, KEY, lease, granted, LoaderElection(device_paths("cpu", place.settings)), decisions.Found()

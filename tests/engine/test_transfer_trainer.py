@@ -95,7 +95,7 @@ def test_what_may_have_been_committed_is_taken_back(
     place: Place, client: CompanionClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The companion has committed it, and did not say so."""
-    monkeypatch.setattr(lease, "ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(lease, "ANSWER_TIMEOUT_S", 3.0)
     made = trainer(place, Weights(lambda: None))
     with pytest.raises(CommitUnknownError, match="lost is current by now"):
         made.write_weights("lost")

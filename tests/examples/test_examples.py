@@ -79,7 +79,7 @@ class TestPrograms:
         """attach.py names each tensor of the model that it is given, as its first docstring says."""
         published("org/model")
         process = place.run(str(EXAMPLES / "attach.py"), "org/model", "cpu")
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=100)
         assert process.returncode == 0, error
         assert "model.embed_tokens.weight: torch.bfloat16 (64, 16)" in out
         assert "norm.bias: torch.float32 (16,)" in out
@@ -96,6 +96,6 @@ class TestPython:
         assert names, snippet
         published(names[0])
         imported = "" if "import CompanionClient" in snippet else "from vllm_companion_plugin import CompanionClient\n"
-        out, error = place.run("-c", imported + textwrap.dedent(snippet)).communicate(timeout=60)
+        out, error = place.run("-c", imported + textwrap.dedent(snippet)).communicate(timeout=100)
         assert not error
         assert "[64, 16]" in out or "(64, 16)" in out

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SLOW_S = 1.0
 """Of processor time, for one input; decoders take microseconds."""
@@ -35,10 +36,10 @@ def fuzz(name: str, seconds: float, seed: int, on_finding: Callable[[bytes, Exce
     deadline = time.monotonic() + seconds
     while count < fixed + AT_LEAST or time.monotonic() < deadline:
         data = pool[count] if count < fixed else target.mutated(rng, rng.choice(pool), rng.choice(pool))
-        began = time.process_time()
         try:
-            target.run(data)
-            if (took := time.process_time() - began) > SLOW_S:
+            took = _took_s(target, data)
+            # Python may have collected just then, which takes long where much was imported.
+            if took > SLOW_S and (took := min(_took_s(target, data) for _ in range(3))) > SLOW_S:
                 raise AssertionError(f"took {took:.1f} s")
         except Exception as error:
             on_finding(data, error)
@@ -50,6 +51,12 @@ def fuzz(name: str, seconds: float, seed: int, on_finding: Callable[[bytes, Exce
             else:
                 pool[rng.randrange(fixed, POOL)] = data
     return count
+
+
+def _took_s(target: Any, data: bytes) -> float:
+    began = time.process_time()
+    target.run(data)
+    return time.process_time() - began
 
 
 def main() -> int:

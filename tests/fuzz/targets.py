@@ -398,7 +398,7 @@ def attach(data: bytes) -> None:
     stub: Any = SimpleNamespace(Attach=lambda request: _Stream(event for event in events if event is not None))
     with Lease(stub, paths(), messages.AttachRequest(), "fuzz") as lease:
         try:
-            outcome = lease.wait(5.0)
+            outcome = lease.wait(30)
         except CompanionError:
             return
     if not isinstance(outcome, Granted):

@@ -31,7 +31,7 @@ from vllm_companion_plugin.cli import (  # noqa: F401 - imported once, for all f
 )
 from vllm_companion_plugin.cli.doctor import command, installation, states, trial  # noqa: F401
 
-LONGEST_S = 60
+LONGEST_S = 180
 installation._BESIDES_TORCH = ()  # importing one takes seconds; tests/process/test_cli.py does it
 look.SUCCESSOR_S = 0.2  # no companion follows
 

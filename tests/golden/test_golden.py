@@ -53,7 +53,7 @@ COMMANDS = (
     *("serve", "status", "watch", "unload", "generations", "rollback", "advance", "stop", "upgrade", "verify"),
     *("metrics", "doctor", "completion"),
 )
-WITHIN_S = 90
+WITHIN_S = 200
 
 
 def entry(id: str, model: str, *pids: int, **changes: Any) -> EntryStatus:
@@ -261,12 +261,19 @@ def outputs(case: Case, made: Mapping[str, subprocess.Popen[str]], place: Place)
     shown = {}
     for width, (locale, process), terminal in itertools.product(WIDTHS, made.items(), (True, False)):
         request = {"arguments": case.arguments, "columns": width, "terminal": terminal}
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with found(place, case.finds):
+
+        def ask(process: subprocess.Popen[str] = process, request: dict[str, Any] = request) -> dict[str, Any]:
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
+            said: dict[str, Any] = json.loads(process.stdout.readline())
+            return said
+
+        with found(place, case.finds):
+            answer = ask()
+            while "lost companion" in answer["out"]:  # of another test, which ends it soon
+                answer = ask()
         text = without_chance(answer["out"], place)
         name = f"{width} columns, {'terminal' if terminal else 'pipe'}, {locale}"
         shown[name] = f"{text}exit status {answer['status']}\n"

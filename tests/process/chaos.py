@@ -39,7 +39,7 @@ _Answer = TypeVar("_Answer")
 
 ENGINES = 6
 MODELS = 2
-QUIET_S = 25.0
+QUIET_S = 60.0
 SOCKETS = 8
 """Of a companion without clients: two to listen, its event loop's, and our last questions' that it has yet to close."""
 START = ["started", "spawning", "spawned", "connected", "asked", "waiting"]

@@ -37,7 +37,7 @@ if role == "stop":
     sys.exit()
 connection = connect("cpu", settings, spawn=True)
 lease = connection.attach(KEY, may_load=True, client_name="engine")
-outcome = lease.wait(20)
+outcome = lease.wait(30)
 if isinstance(outcome, Granted):
     arena, fds = arena_of(content.encode())
     generation = outcome.publication.publish(arena, fds, b"manifest", 1)

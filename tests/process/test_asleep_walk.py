@@ -45,8 +45,8 @@ class Walk:
     """Attachments of one entry, in this process, and other clients of it to be killed."""
 
     def __init__(self, place: Place, seed: int) -> None:
-        gc.collect()  # of tests before this one
-        self.before = counted()
+        gc.collect()  # of tests before this one, whose ends may take a moment longer
+        self.before = there_now()
         self.place = place
         self.random = random.Random(seed)
         self.sleeping = Sleeping.of(place, KEY, seeded())
@@ -105,7 +105,7 @@ class Walk:
 
     def insist(self, act: Callable[[], T], asleep: Attachment | None = None) -> T:
         """Again and again, if the companion has been killed a moment ago; who could not wake sleeps."""
-        late = time.monotonic() + 10
+        late = time.monotonic() + 60
         while True:
             try:
                 return act()
@@ -157,7 +157,7 @@ class Walk:
         }
 
     def held(self) -> dict[str, int]:
-        return {what: count - self.before[what] for what, count in counted().items()}
+        return {what: len(found - self.before[what]) for what, found in there_now().items()}
 
     def story(self, number: int) -> str:
         return f"attachment {number} after {len(self.log)} steps: {self.log[-30:]}"
@@ -174,22 +174,22 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def counted() -> dict[str, int]:
-    kinds = Counter(map(kind_of, descriptors()))
-    lines = Path("/proc/self/maps").read_text().splitlines()
+def there_now() -> dict[str, set[tuple[str, str]]]:
+    """Numbers and files of descriptors, and addresses and files of what is mapped."""
+    found, mapped = descriptors(), [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     return {
-        **{"memfds": kinds["memfd"], "notes": kinds["note"]},
-        "maps": sum("memfd:vllm-companion" in line for line in lines),
+        **{f"{kind}s": {each for each in found if kind_of(each[1]) == kind} for kind in ("memfd", "note")},
+        "maps": {(line[0], line[4]) for line in mapped if "memfd:vllm-companion" in line[-2] + line[-1]},
     }
 
 
-def descriptors() -> list[str]:
+def descriptors() -> list[tuple[str, str]]:
+    """Number and target of each, and of a file without a name what tells it from others of its kind."""
     found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:
-            continue
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            path = f"/proc/self/fd/{number}"
+            found.append((number, f"{os.readlink(path)} {os.stat(path).st_ino}"))
     return found
 
 
@@ -200,7 +200,7 @@ def kind_of(target: str) -> str:
 
 
 def count_others() -> int:
-    return Counter(map(kind_of, descriptors()))["other"]
+    return sum(kind_of(target) == "other" for _, target in descriptors())
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def go(walk: Walk, steps: int) -> None:
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= lines + STACKS
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("walk", [1], indirect=True)
 def test_walk(walk: Walk) -> None:
     """After each step every byte is right, and there are as many descriptors and mappings as who is awake needs."""

@@ -21,6 +21,7 @@ import pytest
 from tests.support.left import none_left_open
 from tests.support.place import KEY, Place, alive, answering, arena_of, memfd, speaking, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Publication, Ready, connect
+from vllm_companion_plugin.client.publication import REPORT_INTERVAL_S
 from vllm_companion_plugin.core.arena import ArenaInfo
 from vllm_companion_plugin.core.status import EntryState, LeaseState, Progress, Published, Report
 from vllm_companion_plugin.core.versions import PROTOCOL_VERSION
@@ -52,7 +53,7 @@ def connection(place: Place) -> Iterator[CompanionConnection]:
 
 def elected(connection: CompanionConnection, **changes: Any) -> tuple[Lease, Publication]:
     lease = connection.attach(replace(KEY, **changes), may_load=True, client_name="loader")
-    outcome = lease.wait(5)
+    outcome = lease.wait(30)
     assert isinstance(outcome, Granted)
     return lease, outcome.publication
 
@@ -67,7 +68,7 @@ def publish(connection: CompanionConnection, *contents: bytes, manifest: bytes =
 
 def attached(connection: CompanionConnection) -> tuple[Lease, Ready]:
     lease = connection.attach(KEY, may_load=False, client_name="reader")
-    outcome = lease.wait(5)
+    outcome = lease.wait(30)
     assert isinstance(outcome, Ready)
     return lease, outcome
 
@@ -100,8 +101,8 @@ def test_of_two_clients_at_once_exactly_one_is_elected(place: Place) -> None:
     barrier = threading.Barrier(2)
 
     def attach(connection: CompanionConnection) -> Granted | Ready:
-        barrier.wait(5)
-        outcome = connection.attach(KEY, may_load=True, client_name="racer").wait(20)
+        barrier.wait(30)
+        outcome = connection.attach(KEY, may_load=True, client_name="racer").wait(30)
         if isinstance(outcome, Granted):
             arena, fds = arena_of(b"weights")
             outcome.publication.publish(arena, fds, b"m", 1)
@@ -115,6 +116,7 @@ def test_of_two_clients_at_once_exactly_one_is_elected(place: Place) -> None:
         connection.close()
 
 
+@pytest.mark.alone
 def test_when_the_loader_is_killed_the_next_is_elected_within_a_second(
     place: Place, connection: CompanionConnection
 ) -> None:
@@ -128,19 +130,21 @@ def test_when_the_loader_is_killed_the_next_is_elected_within_a_second(
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.alone
 def test_the_lease_of_a_killed_client_ends_within_a_second(place: Place, connection: CompanionConnection) -> None:
     publish(connection)
     child = place.client("reader", "attach", "reader")
     assert (line(child), line(child)) == ("connected", "ready")
     assert {x.pid for x in connection.status().entries[0].leases} == {os.getpid(), child.pid}
     child.kill()
-    until(lambda: [x.pid for x in connection.status().entries[0].leases] == [os.getpid()], 1, "the lease has ended")
+    ended = lambda: [x.pid for x in connection.status().entries[0].leases] == [os.getpid()]  # noqa: E731
+    assert until(ended, 1, "the lease has ended") < 1
 
 
 def test_a_client_that_exits_without_closing_anything_does_not_hang(place: Place) -> None:
     place.companion()
     child = place.client("careless", "attach", "exit")
-    _, err = child.communicate(timeout=10)
+    _, err = child.communicate(timeout=100)
     assert (child.returncode, err) == (0, "")
 
 
@@ -150,27 +154,37 @@ def test_progress_restarts_the_timeout_and_silence_ends_the_wait(connection: Com
     waiter = connection.attach(KEY, may_load=True, client_name="waiter")
 
     def report() -> None:
-        for done in range(4):
+        for done in range(7):
             publication.report(Progress("reading", done << 30, 8 << 30))
-            time.sleep(0.3)
+            time.sleep(0.4)
 
     reporting = threading.Thread(target=report)
     reporting.start()
     began = time.monotonic()
-    with pytest.raises(WaitTimeoutError, match=rf"pid {os.getpid()}.*'reading', 3.00 of 8.00 GiB") as caught:
-        waiter.wait(0.6, lambda loader: seen.append(loader.progress))
-    reporting.join(5)
-    assert time.monotonic() - began > 1.2
-    assert "0.6 s without progress" in str(caught.value)
-    assert [p.done_bytes >> 30 for p in seen if p.phase == "reading"] == [0, 1, 2, 3]
+    with pytest.raises(WaitTimeoutError, match=rf"pid {os.getpid()}.*'reading', 6.00 of 8.00 GiB") as caught:
+        waiter.wait(2.0, lambda loader: seen.append(loader.progress))
+    reporting.join(30)
+    assert time.monotonic() - began > 4
+    assert "2 s without progress" in str(caught.value)
+    assert [p.done_bytes >> 30 for p in seen if p.phase == "reading"] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_reports_are_limited_in_rate_and_never_block(connection: CompanionConnection) -> None:
     _, publication = elected(connection)
+    sent, inner = 0, publication._begin
+
+    def begin() -> Any:
+        nonlocal sent
+        sent += 1
+        return inner()
+
+    publication._begin = begin  # type: ignore[method-assign]
     began = time.monotonic()
     for done in range(10_000):
         publication.report(Progress("reading", done, 10_000))
-    assert time.monotonic() - began < 1
+    seconds = time.monotonic() - began
+    assert sent <= 1 + seconds / REPORT_INTERVAL_S
+    assert seconds < 10  # 2,500, if each one waited for its turn
 
 
 def test_a_declined_model_is_refused_to_all_waiters_with_the_reason(connection: CompanionConnection) -> None:
@@ -178,7 +192,7 @@ def test_a_declined_model_is_refused_to_all_waiters_with_the_reason(connection: 
     waiter = connection.attach(KEY, may_load=True, client_name="waiter")
     publication.decline("layer 3 is not shareable")
     with pytest.raises(NotShareableError, match="layer 3"):
-        waiter.wait(5)
+        waiter.wait(30)
     assert not loader.lost.is_set()
     assert connection.status().entries == ()
 
@@ -200,7 +214,7 @@ def test_waiting_for_a_model_ends_when_it_is_published_or_time_is_over(connectio
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(connection.wait_ready, KEY.model, timeout_s=10)
         publish(connection)
-        assert waiting.result(10).key == KEY
+        assert waiting.result(30).key == KEY
 
 
 def test_an_unload_in_use_is_refused_and_a_forced_one_gives_a_new_generation(connection: CompanionConnection) -> None:
@@ -219,11 +233,11 @@ def test_what_is_not_there_is_a_typed_error(connection: CompanionConnection) -> 
     with pytest.raises(EntryNotFoundError):
         connection.unload(model="nothing")
     with pytest.raises(EntryNotFoundError, match="nothing"):
-        connection.attach(model="none", may_load=False, client_name="x").wait(5)
+        connection.attach(model="none", may_load=False, client_name="x").wait(30)
     publish(connection)
     other = replace(KEY, id="cd" * 32, fields={"dtype": "half"})
     with pytest.raises(EntryNotFoundError, match="dtype is 'bfloat16' there and 'half' here"):
-        connection.attach(other, may_load=False, client_name="x").wait(5)
+        connection.attach(other, may_load=False, client_name="x").wait(30)
 
 
 def test_a_connection_that_another_thread_has_closed_is_a_typed_error(connection: CompanionConnection) -> None:
@@ -246,8 +260,8 @@ def test_a_companion_that_goes_away_is_noticed_by_idle_clients(place: Place, how
             process.kill()
         else:
             assert connection.shutdown() == process.pid
-        assert lease.lost.wait(2)
-        process.wait(5)
+        assert lease.lost.wait(30)
+        process.wait(30)
         until(lambda: errors, 1, "the callback is called")
         lease.on_lost(errors.append)
         assert len(errors) == 2
@@ -261,7 +275,7 @@ def test_a_companion_that_goes_away_is_noticed_by_idle_clients(place: Place, how
 
 
 def test_a_client_goes_on_looking_for_the_next_companion(place: Place, connection: CompanionConnection) -> None:
-    """gRPC by itself would wait the longer the more often it has found nobody: in 3 s it would look three times."""
+    """gRPC by itself would wait the longer the more often it has found nobody: for a seventh look, half a minute."""
     looks, pid = list[float](), place.companion_pid()
     os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(pid), 5, "the companion is dead")
@@ -278,14 +292,14 @@ def test_a_client_goes_on_looking_for_the_next_companion(place: Place, connectio
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        late = time.monotonic() + 3
-        while time.monotonic() < late:
+        began = time.monotonic()
+        while len(looks) < 7:
             with pytest.raises(CompanionUnavailableError):
                 connection.status()
             time.sleep(0.01)
         nobody.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
-    assert len(looks) > 6
+        thread.join(30)
+    assert time.monotonic() - began < 15
 
 
 def test_nothing_is_left_in_the_client_after_many_leases(connection: CompanionConnection) -> None:
@@ -440,7 +454,7 @@ def test_what_was_not_asked_for_is_not_used(place: Place) -> None:
     with speaking(place, Confused()), connect("cpu", place.settings, spawn=False) as connection:
         lease = connection.attach(KEY, may_load=True, client_name="test")
         with pytest.raises(ManifestError, match="asked for abababababab, and got cdcdcdcdcdcd"):
-            lease.wait(5)
+            lease.wait(30)
 
 
 def test_the_loader_lock_is_exclusive_and_names_its_holder(place: Place) -> None:
@@ -467,21 +481,21 @@ def test_waiting_for_the_loader_lock_is_bounded_by_silence(place: Place) -> None
 
     thread = threading.Thread(target=work)
     thread.start()
-    threading.Timer(2.0, stop.set).start()
+    threading.Timer(6.0, stop.set).start()
     began = time.monotonic()
     heard: list[str] = []
-    LoaderElection(place.paths).acquire(0.5, "next", heard.append).release()
+    LoaderElection(place.paths).acquire(3.0, "next", heard.append).release()
     assert len(heard) > 5  # who waits for the next one is told of each sign of life
     assert set(heard) == {f"pid {os.getpid()} (slow)"}
-    assert time.monotonic() - began > 1.5
-    thread.join(5)
+    assert time.monotonic() - began > 5
+    thread.join(30)
 
 
 def test_the_loader_lock_may_be_released_by_another_thread(place: Place) -> None:
     election = LoaderElection(place.paths).acquire(1)
     thread = threading.Thread(target=election.release)
     thread.start()
-    thread.join(5)
+    thread.join(30)
     LoaderElection(place.paths).acquire(1).release()
 
 
@@ -500,5 +514,5 @@ def test_the_loader_lock_falls_with_a_killed_holder(place: Place) -> None:
     with pytest.raises(WaitTimeoutError):
         LoaderElection(place.paths).acquire(0.1)
     child.kill()
-    with LoaderElection(place.paths).acquire(2):
+    with LoaderElection(place.paths).acquire(30):
         pass

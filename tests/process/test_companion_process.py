@@ -34,6 +34,7 @@ from vllm_companion_plugin.wire.forking import grpc
 from vllm_companion_plugin.wire.messages import HealthCheckRequest, HealthCheckResponse
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_within_two_seconds_with_streams_open(place: Place, number: int) -> None:
     process = place.companion()
@@ -41,12 +42,12 @@ def test_a_signal_ends_it_within_two_seconds_with_streams_open(place: Place, num
         watching = connection.watch()
         next(watching)
         lease = connection.attach(KEY, may_load=True, client_name="test")
-        assert isinstance(lease.wait(5), Granted)
+        assert isinstance(lease.wait(30), Granted)
         began = time.monotonic()
         process.send_signal(number)
-        assert process.wait(5) == 0
+        assert process.wait(30) == 0
         assert time.monotonic() - began < 2
-        assert lease.lost.wait(2)
+        assert lease.lost.wait(30)
         with pytest.raises(CompanionUnavailableError):
             list(watching)
     assert not os.path.exists(place.paths.grpc_socket)
@@ -56,7 +57,7 @@ def test_a_signal_ends_it_within_two_seconds_with_streams_open(place: Place, num
 def test_one_without_linger_time_waits_for_whoever_spawned_it(place: Place) -> None:
     settings = replace(place.settings, linger_s=0.0)
     with connect("cpu", settings, spawn=True) as connection:
-        assert isinstance(connection.attach(KEY, may_load=True, client_name="test").wait(5), Granted)
+        assert isinstance(connection.attach(KEY, may_load=True, client_name="test").wait(30), Granted)
         pid = connection.status().pid
     until(lambda: not alive(pid), 5, "it has ended with its only client")
 
@@ -76,7 +77,7 @@ def test_its_directory_is_locked_against_those_who_clean_up(place: Place) -> Non
     with pytest.raises(BlockingIOError):
         fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
     process.kill()
-    process.wait(5)
+    process.wait(30)
     fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(root)
 
@@ -87,7 +88,7 @@ def test_one_whose_directory_was_removed_ends_and_leaves_its_successor_alone(pla
     with connect("cpu", place.settings, spawn=True) as connection:
         second = connection.status().pid
         assert second != first.pid
-        assert first.wait(10) == 1
+        assert first.wait(30) == 1
         assert connection.status().pid == second
     with connect("cpu", place.settings, spawn=False) as connection:
         assert connection.status().pid == second
@@ -96,12 +97,12 @@ def test_one_whose_directory_was_removed_ends_and_leaves_its_successor_alone(pla
 def test_a_redeem_takes_no_descriptors_of_the_companion(place: Place) -> None:
     process = place.companion()
     with connect("cpu", place.settings, spawn=False) as connection:
-        granted = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+        granted = connection.attach(KEY, may_load=True, client_name="loader").wait(30)
         assert isinstance(granted, Granted)
         arena, fds = arena_of(*[bytes([i]) for i in range(40)])
         granted.publication.publish(arena, fds, b"manifest", 40)
         fds.close()
-        reader = connection.attach(KEY, may_load=False, client_name="reader").wait(5)
+        reader = connection.attach(KEY, may_load=False, client_name="reader").wait(30)
         assert isinstance(reader, Ready)
         held = len(os.listdir(f"/proc/{process.pid}/fd"))
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (held + 3, held + 3))
@@ -116,7 +117,7 @@ def test_without_space_for_its_lock_it_says_so_and_what_to_do(place: Place) -> N
         "sys.exit(main(['--device', 'cpu']))\n"
     )
     process = place.run("-c", code)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=100)
     assert process.returncode == 1
     assert re.fullmatch(r"vllm-companion: Cannot write .*companion.lock: File too large. Free space .*\n", said)
 
@@ -124,7 +125,7 @@ def test_without_space_for_its_lock_it_says_so_and_what_to_do(place: Place) -> N
 def test_a_second_one_is_refused_and_names_the_first(place: Place) -> None:
     first = place.companion()
     second = place.run("-m", "vllm_companion_plugin.holder", "--device", "cpu")
-    _, text = second.communicate(timeout=20)
+    _, text = second.communicate(timeout=100)
     assert second.returncode == 1
     assert f"runs already (pid {first.pid})" in text
     assert first.poll() is None
@@ -152,7 +153,7 @@ def test_it_is_no_descendant_of_its_spawner_and_survives_its_death(place: Place)
     assert spawner.pid not in ancestors
     assert os.getsid(pid) != os.getsid(spawner.pid)
     spawner.kill()
-    spawner.wait(5)
+    spawner.wait(30)
     with connect("cpu", place.settings, spawn=False) as connection:
         assert connection.status().pid == pid
 
@@ -170,47 +171,47 @@ def test_its_environment_is_only_what_it_needs(place: Place, monkeypatch: pytest
 def test_many_spawners_at_once_get_one_companion(place: Place) -> None:
     children = [place.client(f"c{i}", "spawn", "exit") for i in range(4)]
     for child in children:
-        out, err = child.communicate(timeout=40)
+        out, err = child.communicate(timeout=100)
         assert out == "connected\n", err
     log = Path(place.paths.log).read_text()
     assert log.count("is ready at") == 1, log
 
 
 def test_it_exits_after_its_linger_time_and_says_so(place: Place) -> None:
-    process = place.companion("--linger-s", "0.5")
+    process = place.companion("--linger-s", "3")
     with connect("cpu", place.settings, spawn=False) as connection:
         lease = connection.attach(KEY, may_load=True, client_name="test")
-        lease.wait(5)
-        time.sleep(0.8)
+        lease.wait(30)
+        time.sleep(3.5)
         assert process.poll() is None
         assert connection.status().exits_at_unix_s == 0
         lease.release()
-        _, text = process.communicate(timeout=5)
+        _, text = process.communicate(timeout=100)
     assert process.returncode == 0
     assert "If nobody comes until" in text
-    assert "Nobody was attached for 0.5 s" in text
+    assert "Nobody was attached for 3 s" in text
 
 
 def test_an_entry_that_nobody_uses_goes_though_another_one_is_used(place: Place) -> None:
     """A rolling restart piles up no copies: the old one goes after its own linger time."""
-    process = place.companion("--linger-s=1.5")
+    process = place.companion("--linger-s=4")
     other = EntryKey("cd" * 32, "test/other")
     with (
         connect("cpu", place.settings, spawn=False) as user,
         connect("cpu", place.settings, spawn=False) as former,
     ):
         for connection, key in ((user, KEY), (former, other)):
-            granted = connection.attach(key, may_load=True, client_name="engine").wait(5)
+            granted = connection.attach(key, may_load=True, client_name="engine").wait(30)
             assert isinstance(granted, Granted)
             arena, fds = arena_of(b"weights")
             granted.publication.publish(arena, fds, b"manifest", 3)
             fds.close()
-        former.close()
 
         def arenas() -> int:
             return sum("memfd:arena" in link(process.pid, fd) for fd in os.listdir(f"/proc/{process.pid}/fd"))
 
         assert arenas() == 2
+        former.close()
         expiring: list[float] = []
 
         def is_idle() -> bool:
@@ -220,7 +221,7 @@ def test_an_entry_that_nobody_uses_goes_though_another_one_is_used(place: Place)
         until(is_idle, 5, "nobody uses the other one")
         until(lambda: [e.key.model for e in user.status().entries] == [KEY.model], 10, "the unused one has gone")
         until(lambda: arenas() == 1, 5, "its memory is free")
-        assert abs(expiring[0] - time.time()) < 2
+        assert 0 < time.time() - expiring[0] < 30
         assert user.status().exits_at_unix_s == 0
 
 
@@ -241,7 +242,7 @@ def test_one_that_lingers_for_ever_has_no_exit_time(place: Place, linger: str) -
 def test_a_socket_that_a_killed_one_left_does_not_disturb(place: Place) -> None:
     first = place.companion()
     first.kill()
-    first.wait(5)
+    first.wait(30)
     assert os.path.exists(place.paths.grpc_socket)
     with pytest.raises(CompanionUnavailableError):
         connect("cpu", replace(place.settings, spawn_timeout_s=1), spawn=False)
@@ -308,18 +309,18 @@ def test_health_says_that_it_ends_before_it_ends(place: Place) -> None:
                     seen[name].append(answer.status)
     status = HealthCheckResponse
     assert set(map(tuple, seen.values())) == {(status.SERVING, status.NOT_SERVING)}
-    assert process.wait(5) == 0
+    assert process.wait(30) == 0
 
 
 def test_its_log_is_json_on_request_and_a_name_forges_nothing(place: Place) -> None:
     process = place.companion("--log-format", "json")
     name = 'org/m"{"level": "CRITICAL"}'
     with connect("cpu", place.settings, spawn=False) as connection:
-        granted = connection.attach(replace(KEY, model=name), may_load=True, client_name="x\ny").wait(5)
+        granted = connection.attach(replace(KEY, model=name), may_load=True, client_name="x\ny").wait(30)
         assert isinstance(granted, Granted)
         granted.publication.decline("because\nof this")
     process.terminate()
-    _, text = process.communicate(timeout=5)
+    _, text = process.communicate(timeout=100)
     lines = [json.loads(line) for line in text.rstrip("\n").split("\n")]
     assert {(line["level"], line["device"], line["pid"]) for line in lines} == {("INFO", "cpu", process.pid)}
     assert any(line["message"] == f"x\\ny (pid {os.getpid()}) keeps {name}: because of this" for line in lines)
@@ -346,7 +347,7 @@ def test_it_imports_nothing_heavy() -> None:
         "heavy = tuple(package + part for part in ('memory.tensors', 'engine', 'tree'))\n"
         "print([name for name in sys.modules if name.startswith(heavy)])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout == "[]\n[]\n"
 
 
@@ -354,7 +355,7 @@ def test_it_is_small_and_maps_no_cuda_while_it_serves(place: Place) -> None:
     process = place.companion()
     arena, fds = arena_of(b"x" * 4096)
     with connect("cpu", place.settings, spawn=False) as connection:
-        granted = connection.attach(KEY, may_load=True, client_name="test").wait(5)
+        granted = connection.attach(KEY, may_load=True, client_name="test").wait(30)
         assert isinstance(granted, Granted)
         granted.publication.publish(arena, fds, b"m" * 1000, 1)
         maps = Path(f"/proc/{process.pid}/maps").read_text()
@@ -371,13 +372,13 @@ def test_all_descriptors_are_closed_when_an_entry_is_unloaded(place: Place) -> N
         before = len(os.listdir(f"/proc/{process.pid}/fd"))
         arena, fds = arena_of(*[b"x" * 4096] * 5)
         lease = connection.attach(KEY, may_load=True, client_name="test")
-        granted = lease.wait(5)
+        granted = lease.wait(30)
         assert isinstance(granted, Granted)
         granted.publication.publish(arena, fds, b"m", 1)
-        held = [os.readlink(f"/proc/{process.pid}/fd/{n}") for n in os.listdir(f"/proc/{process.pid}/fd")]
+        held = [link(process.pid, fd) for fd in os.listdir(f"/proc/{process.pid}/fd")]
         assert sum("memfd:arena" in name for name in held) == 5
         connection.unload(force=True)
-        until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) == before, 2, "descriptors are closed")
+        until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) <= before, 2, "descriptors are closed")
     fds.close()
 
 

@@ -101,7 +101,7 @@ class Zsh:
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh is here")
 def test_zsh_completes(place: Place, tmp_path: Path) -> None:
     (tmp_path / "_vllm-companion").write_text(cli(place, "completion", "zsh")[1])
@@ -124,6 +124,10 @@ def test_zsh_reads_its_script(place: Place, tmp_path: Path) -> None:
     script.write_text(cli(place, "completion", "zsh")[1])
     load = "autoload -U compinit; compinit -u -D; source $1; print -r -- $_comps[vllm-companion]"
     done = subprocess.run(
-        ["zsh", "-f", "-c", load, "zsh", str(script)], capture_output=True, text=True, env=place.environment, timeout=30
+        ["zsh", "-f", "-c", load, "zsh", str(script)],
+        capture_output=True,
+        text=True,
+        env=place.environment,
+        timeout=100,
     )
     assert (done.stdout.strip(), done.stderr) == ("_vllm_companion", "")

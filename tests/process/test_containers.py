@@ -138,7 +138,7 @@ def test_containers_that_share_only_the_runtime_directory_share_a_model(shared: 
         assert (entry.state, entry.generation, len(entry.leases)) == (EntryState.READY, 1, 2)
 
         stopper = start("admin", "stop")
-        said, _ = stopper.process.communicate(timeout=20)
+        said, _ = stopper.process.communicate(timeout=100)
         assert "Stopped the companion of cpu" in said
         assert third.ask()["read"] == "weights"  # what is mapped stays
     finally:

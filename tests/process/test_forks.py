@@ -35,7 +35,7 @@ published(client)
 published(client)  # then there is memory for a third one
 child = multiprocessing.get_context("fork").Process(target=publish, args=(client, attachment))
 child.start()
-child.join(20)
+child.join(30)
 print(child.exitcode, flush=True)
 child.kill()
 print(published(client), attachment.lost, flush=True)
@@ -95,7 +95,7 @@ def test_a_child_cannot_use_the_companion(place: Place, closed: bool, use: str) 
     place.companion()
     hold_zeros(place)
     process = place.run("-c", INHERITS.format(closed=closed, use=use, times=20))
-    output, errors = process.communicate(timeout=40)
+    output, errors = process.communicate(timeout=100)
     assert output == (
         "Process CHILD was forked from process PARENT, which uses the companion, and gRPC does not work in a fork. "
         "Start it by spawn, as VLLM_WORKER_MULTIPROCESSING_METHOD=spawn does with vLLM's processes, or set "

@@ -17,7 +17,7 @@ from vllm_companion_plugin.client import mirror
 from vllm_companion_plugin.client.connection import CompanionConnection, connect
 from vllm_companion_plugin.host import notes
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize("step", ["elected", "packed", "deposited"])

@@ -83,7 +83,7 @@ def hold(place: Place, connection: CompanionConnection, *names: str, used: bool 
     for name in names:
         own = connect("cpu", place.settings, spawn=False)
         lease = own.attach(EntryKey(name * 64, f"test/{name}"), may_load=True, client_name="engine")
-        granted = lease.wait(5)
+        granted = lease.wait(30)
         assert isinstance(granted, Granted)
         arena, fds = arena_of(bytes(SIZE))
         granted.publication.publish(arena, fds, b"manifest", 3)

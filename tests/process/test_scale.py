@@ -23,7 +23,7 @@ from vllm_companion_plugin.core.module_tree import (
 )
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 CHILD = str(Path(__file__).with_name("scale_child.py"))
 CYCLES = 1_000
@@ -55,7 +55,7 @@ def publish(place: Place, tensors: int, undo: ExitStack) -> None:
     undo.callback(arena.close)
     # Spawned, so that it logs to a file: a pipe that nobody reads would stop it.
     connection = undo.enter_context(connect("cpu", place.settings, spawn=True))
-    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(5)
+    outcome = connection.attach(KEY, may_load=True, client_name="loader").wait(30)
     assert isinstance(outcome, Granted)
     outcome.publication.publish(arena.info, arena.fds, manifest, tensors)
 
@@ -111,7 +111,7 @@ def at_once(place: Place, clients: int) -> list[float]:
     seconds: list[float] = json.loads(crowd.stdout.readline() or "[]")
     assert len(seconds) == clients, crowd.communicate()[1]
     assert leases(place) == clients + 1
-    crowd.communicate(timeout=60)
+    crowd.communicate(timeout=100)
     until(lambda: leases(place) == 1, 10, "all have left")
     return seconds
 

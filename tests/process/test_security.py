@@ -84,6 +84,10 @@ class Victim:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    @staticmethod
+    def leases(connection: CompanionConnection) -> int:
+        return sum(len(entry.leases) for entry in connection.status().entries)
+
     def check_serves(self) -> None:
         """Another client publishes, attaches, maps and unloads."""
         with self.connect() as connection:
@@ -117,6 +121,8 @@ def victim(companion: Victim) -> Iterator[Victim]:
     """The one companion for all attacks; it must outlive each of them and serve others afterwards."""
     yield companion
     assert companion.process.poll() is None, companion.log.read_text()[-3000:]
+    with companion.connect() as connection:
+        until(lambda: not companion.leases(connection), 5, "the leases of the attack have ended")
     companion.check_serves()
     with companion.connect() as connection, contextlib.suppress(EntryNotFoundError):
         connection.unload(force=True)
@@ -130,7 +136,7 @@ def key(number: int, **changes: Any) -> EntryKey:
 
 def elected(connection: CompanionConnection, wanted: EntryKey = KEY, **options: Any) -> tuple[Lease, Publication]:
     lease = connection.attach(wanted, may_load=True, client_name="attacker", **options)
-    outcome = lease.wait(5)
+    outcome = lease.wait(30)
     assert isinstance(outcome, Granted)
     return lease, outcome.publication
 
@@ -145,14 +151,14 @@ def publish(connection: CompanionConnection, content: bytes, wanted: EntryKey = 
 
 def ready(connection: CompanionConnection, wanted: EntryKey = KEY) -> tuple[Lease, Ready]:
     lease = connection.attach(wanted, may_load=False, client_name="reader")
-    outcome = lease.wait(5)
+    outcome = lease.wait(30)
     assert isinstance(outcome, Ready)
     return lease, outcome
 
 
 def dial(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(5)
+    sock.settimeout(30)
     sock.connect(path)
     return sock
 
@@ -178,7 +184,7 @@ def test_another_user_reaches_neither_directory_nor_sockets(victim: Victim) -> N
         "try: os.listdir(os.path.dirname(sys.argv[1]))\n"
         "except PermissionError: print('refused')\n"
     )
-    said, _ = as_nobody(code, paths.grpc_socket, paths.fd_socket).communicate(timeout=20)
+    said, _ = as_nobody(code, paths.grpc_socket, paths.fd_socket).communicate(timeout=100)
     assert said == "refused\n" * 3
 
 
@@ -203,7 +209,7 @@ def test_another_user_who_was_let_in_gets_no_descriptor(victim: Victim) -> None:
         )
         ticket = fd_channel.REDEEM + got._ticket
         logged = victim.log.stat().st_size
-        said, _ = as_nobody(code, paths.fd_socket, ticket.hex()).communicate(timeout=20)
+        said, _ = as_nobody(code, paths.fd_socket, ticket.hex()).communicate(timeout=100)
         assert said.startswith("[] E"), said
         assert said == "[] E\n" or "the caller is uid 65534" in said
         assert "the caller is uid 65534" in victim.log.read_bytes()[logged:].decode()
@@ -282,7 +288,7 @@ def test_a_socket_that_somebody_planted_is_given_nothing(place: Place, tmp_path:
     fds = arena_of(b"secret")[1]
     with pytest.raises(RuntimeDirError, match="nothing was sent"):
         fd_channel.deposit(paths.fd_socket, b"t" * 16, fds, 5)
-    assert child.communicate(timeout=10)[0] == "(b'', [])\n"
+    assert child.communicate(timeout=100)[0] == "(b'', [])\n"
     fds.close()
     for listener in listeners:
         listener.close()
@@ -371,10 +377,10 @@ def test_an_oversized_message_is_refused(victim: Victim, what: str) -> None:
         elif what == "key":
             wanted = key(1, fields={"a": big[: 1 << 20]})
             with pytest.raises(BadRequestError, match="at most"):
-                connection.attach(wanted, may_load=True, client_name="attacker").wait(5)
+                connection.attach(wanted, may_load=True, client_name="attacker").wait(30)
         elif what == "query":
             with pytest.raises(BadRequestError, match="query"):
-                connection.attach(model=big[: 1 << 20], may_load=False, client_name="attacker").wait(5)
+                connection.attach(model=big[: 1 << 20], may_load=False, client_name="attacker").wait(30)
         elif what == "chunks":  # many small ones take many times their size
             lease, publication = elected(connection)
             chunk = messages.PublishRequest(manifest_chunk=b"")
@@ -394,6 +400,7 @@ def test_keys_of_many_entries_do_not_make_the_status_unreadable(victim: Victim) 
         assert len(connection.status().entries) == 8
         victim.connect().close()
         leases.pop().release()
+        until(lambda: len(connection.status().entries) == 7, 5, "there is room for one more")
         with pytest.raises(LimitError, match="keys of 1930000 characters"):
             elected(connection, key(9, fields=dict.fromkeys(fields, "x" * 21500)))
         for lease in leases:
@@ -409,11 +416,12 @@ def test_manifests_that_are_never_finished_do_not_fill_the_memory(victim: Victim
         def steps(count: int) -> Iterator[Any]:
             yield publication._begin()
             yield from [chunk] * count
-            time.sleep(5)
+            over.wait(100)
 
-        calls = []
+        calls, over = [], threading.Event()
+        undo.callback(over.set)
         for _ in range(2):
-            calls.append(connection._stub.Publish.future(steps(4), timeout=4))  # type: ignore[attr-defined]
+            calls.append(connection._stub.Publish.future(steps(4), timeout=100))  # type: ignore[attr-defined]
         # 8 MiB in all, of which 6 are allowed.
         assert any_done(calls).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         for call in calls:
@@ -449,7 +457,7 @@ def test_silent_connections_do_not_keep_others_from_the_fd_socket(victim: Victim
             undo.enter_context(dial(victim.place.paths.fd_socket))
         began = time.monotonic()
         victim.check_serves()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9  # each of them may be silent for 10 s
 
 
 def test_streams_are_limited_and_the_companion_can_still_be_asked(victim: Victim) -> None:
@@ -458,7 +466,7 @@ def test_streams_are_limited_and_the_companion_can_still_be_asked(victim: Victim
         for _ in range(11):
             undo.callback(ready(connection)[0].release)
         with pytest.raises(LimitError, match="12 clients"):
-            connection.attach(KEY, may_load=False, client_name="attacker").wait(5)
+            connection.attach(KEY, may_load=False, client_name="attacker").wait(30)
         watches = [connection.watch(5) for _ in range(4)]
         for watch in watches:
             next(watch)
@@ -468,10 +476,11 @@ def test_streams_are_limited_and_the_companion_can_still_be_asked(victim: Victim
         for watch in watches:
             watch.close()  # type: ignore[attr-defined]
     with victim.connect() as connection, contextlib.ExitStack() as undo:
+        until(lambda: not victim.leases(connection), 5, "the leases have ended")
         for number in range(7):
             undo.callback(elected(connection, key(number))[0].release)
         with pytest.raises(LimitError, match="8 entries"):
-            connection.attach(key(9), may_load=True, client_name="attacker").wait(5)
+            connection.attach(key(9), may_load=True, client_name="attacker").wait(30)
 
 
 def test_publications_at_once_are_limited(victim: Victim) -> None:
@@ -481,9 +490,9 @@ def test_publications_at_once_are_limited(victim: Victim) -> None:
 
         def steps() -> Iterator[Any]:
             yield publication._begin()
-            done.wait(5)
+            done.wait(100)
 
-        calls = [connection._stub.Publish.future(steps(), timeout=5) for _ in range(5)]  # type: ignore[attr-defined]
+        calls = [connection._stub.Publish.future(steps(), timeout=100) for _ in range(5)]  # type: ignore[attr-defined]
         assert any_done(calls).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         done.set()
         lease.release()
@@ -555,7 +564,7 @@ def test_descriptors_that_block_when_they_are_closed_do_not_stop_the_companion(v
             os.kill(victim.process.pid, signal.SIGCONT)
         began = time.monotonic()
         victim.check_serves()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20  # closing it takes 30 s
 
 
 def test_odd_descriptors_are_refused_and_closed(victim: Victim, tmp_path: Path) -> None:
@@ -589,11 +598,11 @@ def test_names_forge_no_log_line_and_command_no_terminal(victim: Victim) -> None
     with victim.connect() as connection, contextlib.ExitStack() as undo:
         for name in ("model", "role", "rank"):
             with pytest.raises(BadRequestError, match="cannot be printed"):
-                connection.attach(replace(KEY, **{name: EVIL}), may_load=True, client_name="attacker").wait(5)
+                connection.attach(replace(KEY, **{name: EVIL}), may_load=True, client_name="attacker").wait(30)
         with pytest.raises(BadRequestError, match="cannot be printed"):
-            connection.attach(key(1, fields={EVIL: "1"}), may_load=True, client_name="attacker").wait(5)
+            connection.attach(key(1, fields={EVIL: "1"}), may_load=True, client_name="attacker").wait(30)
         lease = connection.attach(KEY, may_load=True, client_name=EVIL)
-        outcome = lease.wait(5)
+        outcome = lease.wait(30)
         assert isinstance(outcome, Granted)
         undo.callback(lease.release)
         begin = outcome.publication._begin()
@@ -607,7 +616,7 @@ def test_names_forge_no_log_line_and_command_no_terminal(victim: Victim) -> None
             capture_output=True,
             text=True,
             check=True,
-            timeout=30,
+            timeout=100,
         ).stdout
         assert "test/model" in shown
         assert all(line.isprintable() for line in shown.splitlines())
@@ -615,7 +624,7 @@ def test_names_forge_no_log_line_and_command_no_terminal(victim: Victim) -> None
         declined = messages.PublishRequest(declined=messages.Failed(code="not_shareable", message=EVIL))
         connection._stub.Publish(iter([begin, declined]), timeout=5)
         with pytest.raises(CompanionError) as told:
-            waiting.wait(5)
+            waiting.wait(30)
         assert str(told.value).isprintable()
     text = victim.log.read_text()
     assert "evil" in text
@@ -629,24 +638,24 @@ def test_a_key_id_that_is_a_path_removes_no_file(victim: Victim, tmp_path: Path)
     with victim.connect() as connection:
         lease = connection.attach(wanted, may_load=True, client_name="attacker", held_generation=6)
         with contextlib.suppress(BadRequestError):
-            outcome = lease.wait(5)
+            outcome = lease.wait(30)
             assert isinstance(outcome, Granted)
             arena, fds = arena_of(b"x")
             outcome.publication.hand_back(arena, fds, b"m", Published(1), 6)
             connection.unload(force=True)
         assert (tmp_path / "libc.so.6").exists()
         with pytest.raises(BadRequestError, match="hex digest"):
-            lease.wait(5)
+            lease.wait(30)
 
 
 def test_a_generation_that_no_message_can_carry_is_refused(victim: Victim) -> None:
     with victim.connect() as connection:
         lease = connection.attach(KEY, may_load=True, client_name="attacker", held_generation=(1 << 64) - 1)
         with pytest.raises(BadRequestError, match="out of range"):
-            lease.wait(5)
+            lease.wait(30)
         last = GENERATIONS[-1]
         lease = connection.attach(KEY, may_load=True, client_name="attacker", held_generation=last)
-        outcome = lease.wait(5)
+        outcome = lease.wait(30)
         assert isinstance(outcome, Granted)
         arena, fds = arena_of(b"x")
         assert outcome.publication.hand_back(arena, fds, b"m", Published(1), last) == last
@@ -707,7 +716,7 @@ def test_planted_holds_do_not_keep_a_companion_from_starting(place: Place, tmp_p
     with connect("cpu", there.settings, spawn=False) as connection:
         assert not connection.status().entries
         connection.shutdown()
-    assert process.wait(5) == 0
+    assert process.wait(30) == 0
     for file in held:
         file.close()
 
@@ -739,5 +748,5 @@ def test_planted_links_and_pipes_are_not_followed(place: Place, tmp_path: Path) 
         assert LoaderElection(there.paths).holder().endswith("(me)")
         Path(holder).write_text(EVIL)
         assert LoaderElection(there.paths).holder().isprintable()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60
     assert precious.read_text() == "precious"

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.left import open_now
+from tests.support.left import open_now, settle
 from tests.support.place import KEY, Place, until
 from tests.support.publishing import Small
 from tests.support.sleeping import Sleeping, clone, content, new_key, raising, states, write
@@ -247,7 +248,7 @@ def alone(place: Place) -> Iterator[Sleeping]:
 def kill_companion(place: Place, sleeping: Sleeping) -> None:
     """And wait until everybody knows."""
     place.processes[0].kill()
-    place.processes[0].wait(5)
+    place.processes[0].wait(30)
     leases = [attachment.lease for attachment in sleeping.attachments]
     until(lambda: all(lease.lost.is_set() for lease in leases), 5, "all know")
 
@@ -271,8 +272,8 @@ class TestCompanionDies:
         alone.sleep(attachments[0], 2)
         alone.sleep(attachments[1], 1)
         kill_companion(place, alone)
-        with pytest.raises(AssertionError, match="not within"):
-            until(lambda: place.companion_pid() != place.processes[0].pid, 1.5, "nobody starts one")
+        time.sleep(1.5)
+        assert place.companion_pid() == place.processes[0].pid, "nobody starts one"
         place.companion()
         told = (DROPPED, [LeaseState.ASLEEP] * 2)
         until(lambda: states(alone) == told, 10, "the next companion is told")
@@ -347,7 +348,7 @@ class TestAnswers:
     def test_without_a_mirror(self, sleeping: Sleeping) -> None:
         """What is not handed back sleeps like the others: the companion is told."""
         lease = sleeping.connection().attach(sleeping.key, may_load=True, client_name="test")
-        granted = lease.wait(5)
+        granted = lease.wait(30)
         assert isinstance(granted, Granted)
         one = sleeping.load(lease, granted)
         sleeping.attachments.append(one)
@@ -369,7 +370,7 @@ class Late:
         connection, held = self.alone.connection(), self.held
         lease = connection.attach(self.alone.key, may_load=False, client_name="late", held_generation=held.generation)
         self.leases.append(lease)
-        outcome = lease.wait(10)
+        outcome = lease.wait(30)
         assert isinstance(outcome, Granted)
         try:
             return act()
@@ -621,7 +622,8 @@ def one_descriptor_left() -> Iterator[None]:
     gc.collect()  # else what other tests have left may end meanwhile
     for thread in threading.enumerate():
         if thread.name == "companion-end":
-            thread.join(10)
+            thread.join(30)
+    settle()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
@@ -780,7 +782,7 @@ class TestLoadAgain:
         until(lambda: waited, 5, "it waits")
         assert thread.is_alive()
         loader.kill()
-        thread.join(10)
+        thread.join(30)
         assert sources == ["checkpoint"]
         assert content(one) == expected
 

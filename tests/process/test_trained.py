@@ -62,7 +62,7 @@ class TestOwner:
         owner.tell("own", version="step-1")
         reader.tell("attach")
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
         for process in (owner, reader):
             answer = process.tell("wait_known")
             assert (answer["lost"], answer["generation"], answer["version"]) == (False, 2, "step-1")

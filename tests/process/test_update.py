@@ -56,13 +56,13 @@ class Process:
         self.process.stdin.write(json.dumps({"do": do, **options}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        assert line, self.process.communicate(timeout=10)[1][-3000:]
+        assert line, self.process.communicate(timeout=100)[1][-3000:]
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(5)
+        self.process.wait(30)
 
 
 Start = Callable[[], Process]
@@ -382,7 +382,7 @@ CompanionService.CommitStaged = commit
 sys.argv = ["holder", "--device", "cpu"]
 runpy.run_module("vllm_companion_plugin.holder", run_name="__main__")
 """
-DIES, IS_SILENT = "os.kill(os.getpid(), signal.SIGKILL)", "await asyncio.sleep(3)"
+DIES, IS_SILENT = "os.kill(os.getpid(), signal.SIGKILL)", "await asyncio.sleep(10)"
 
 
 class TestLostAnswer:
@@ -395,7 +395,7 @@ class TestLostAnswer:
         with monkeypatch.context() as patch:
             patch.setattr(place, "run", lambda *_: Place.run(place, "-c", code))
             loaded(place)
-        monkeypatch.setattr(lease, "ANSWER_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(lease, "ANSWER_TIMEOUT_S", 3.0)
 
     @staticmethod
     def write(place: Place, step: int) -> None:
@@ -490,7 +490,7 @@ class TestClient:
         trainer.tell("write", step=1)
         with connect("cpu", place.settings, spawn=False) as connection:
             lease = connection.attach(model=MODEL, may_load=False, client_name="slow")
-            ready = lease.wait(5)
+            ready = lease.wait(30)
             assert isinstance(ready, Ready)
             ready.redeem().close()
             trainer.tell("write", step=2)
@@ -525,7 +525,7 @@ class TestClient:
         engine.tell("advance")
         before = entry_of(place)
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
         answer = engine.tell("wait_known")
         assert has(answer, 1, 2)
         assert not answer["lost"]
@@ -549,7 +549,7 @@ class TestClient:
         here().tell("write", step=1)
         quick.tell("advance")
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
         for engine in (quick, slow):
             engine.tell("wait_known")
         assert held(place) == [(2, "step-1")]
@@ -604,7 +604,7 @@ class TestClient:
         if forward:
             client(place).make_current(MODEL, 2)
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
         for engine in (newest, back):
             assert not engine.tell("wait_known")["lost"]
         entry = entry_of(place)
@@ -719,7 +719,7 @@ class TestSleeper:
         until(lambda: len(entry_of(place).leases) == 1, 5, "the trainer has left")
         engine.tell("sleep")
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
         if is_loaded_since:
             place.companion()
             until(lambda: is_listening(place.paths), 20, "the next one listens")
@@ -742,7 +742,7 @@ class TestSleeper:
         engine.tell("sleep")
         engine.attachment._follows = follows
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
         behind.tell("wait_known")
         here().tell("write", step=2)
         assert held(place) == [(1, ""), (2, "step-2")]
@@ -768,7 +768,7 @@ class TestHolder:
         until(lambda: [number for _, number in notes.held(place.paths)] == [6], 10, "the newest one is noted")
         until(lambda: memfds(serve.pid) == 1, 10, "nothing else is held")
         companion.kill()
-        companion.wait(5)
+        companion.wait(30)
 
         def is_back() -> bool:
             with contextlib.suppress(CompanionError):
@@ -778,7 +778,7 @@ class TestHolder:
         until(is_back, 30, "it is handed back")
         assert has(here().tell("attach"), 5, 6)
         serve.terminate()
-        serve.wait(10)
+        serve.wait(30)
 
     def test_hands_back_no_generation_of_what_was_unloaded(
         self, place: Place, companion: subprocess.Popen[str], start: Start, here: Here

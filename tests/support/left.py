@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def mapped_now(part: str) -> frozenset[str]:
     """The addresses of each line with `part` in this process's memory map."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return frozenset(line.partition(" ")[0] for line in lines if part in line)
+
+
+def settle(for_s: float = 0.3) -> None:
+    """Wait until nothing has been opened or closed for a moment: before a test that leaves few descriptors free."""
+    before, changed = open_now(), time.monotonic()
+    while time.monotonic() - changed < for_s:
+        time.sleep(0.01)
+        if (now := open_now()) != before:
+            before, changed = now, time.monotonic()
 
 
 def opened_since(before: Opened) -> int:

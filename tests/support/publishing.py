@@ -50,7 +50,7 @@ def publish(publication: Publication, model: nn.Module, device: torch.device = C
 
 def load(connection: CompanionConnection, model: nn.Module, device: torch.device = CPU, key: EntryKey = KEY) -> None:
     """Be elected to load `key`, and publish `model` as its weights, for as long as the connection is open."""
-    outcome = connection.attach(key, may_load=True, client_name="loader").wait(5)
+    outcome = connection.attach(key, may_load=True, client_name="loader").wait(30)
     assert isinstance(outcome, Granted)
     publish(outcome.publication, model, device)
 
@@ -71,12 +71,12 @@ def hold_zeros(place: Place) -> CompanionClient:
 def damage(connection: CompanionConnection) -> None:
     """Publish the only entry anew with other checksums than its bytes have, as if its memory had changed since."""
     lease = connection.attach(may_load=False, client_name="damager")
-    ready = lease.wait(5)
+    ready = lease.wait(30)
     assert isinstance(ready, Ready)
     fds = ready.redeem()
     connection.unload(force=True)
     checksums = replace(ready.arena.checksums, values=tuple(value ^ 1 for value in ready.arena.checksums.values))
-    outcome = connection.attach(ready.key, may_load=True, client_name="damager").wait(5)
+    outcome = connection.attach(ready.key, may_load=True, client_name="damager").wait(30)
     assert isinstance(outcome, Granted)
     arena = replace(ready.arena, checksums=checksums)
     outcome.publication.publish(arena, fds, ready.manifest, ready.published.tensor_count)

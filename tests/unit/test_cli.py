@@ -372,7 +372,7 @@ def test_neither_torch_nor_vllm_is_imported() -> None:
         "import sys; from vllm_companion_plugin.cli import main, look, serve, doctor; main.main(['status']);"
         "assert not {'torch', 'vllm', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 # ---- doctor
@@ -641,7 +641,7 @@ class FakeWard:
         self.start = start
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(300)
 def test_serve_follows_a_companion_that_ends_while_another_one_is_started() -> None:
     def start_first(signals: Signals) -> None:
         first.ended, second.ended = False, True

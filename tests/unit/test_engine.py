@@ -292,7 +292,7 @@ def test_who_waits_for_the_device_tells_those_who_wait_for_its_load(
     thread = threading.Thread(target=work)
     thread.start()
     wanted = test_mapping.KEY
-    decide.elect("cpu", wanted, replace(settings, wait_timeout_s=2.0), publication).release()
+    decide.elect("cpu", wanted, replace(settings, wait_timeout_s=20.0), publication).release()
     thread.join()
     assert len(set(heard)) >= 3
     assert heard[0] == "waiting for its turn (0 s)"

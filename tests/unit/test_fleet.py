@@ -280,17 +280,17 @@ class TestActors:
 
         class Slow(Paused):
             def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-                release.wait(20)
+                release.wait(100)
 
         local, actor = Rollout(), Actor(Slow())
         try:
             began = time.monotonic()
-            report = failed(actor, local, timeout_s=0.2)
-            assert time.monotonic() - began < 8
+            report = failed(actor, local, timeout_s=1)
+            assert time.monotonic() - began < 60
         finally:
             release.set()
             actor.threads.shutdown()
-        assert "no answer to pause_generation within 0.2 s" in report.engines[0].failures[0]
+        assert "no answer to pause_generation within 1 s" in report.engines[0].failures[0]
         assert report.engines[0].may_be_paused
         assert not local.is_paused
         assert "switch" not in local.told
@@ -466,15 +466,15 @@ class TestServers:
             }
             with contextlib.suppress(OSError):
                 handler.wfile.write(begun[part])
-                for _ in range(100):
+                for _ in range(1000):
                     handler.wfile.write(b"1")
                     time.sleep(0.05)
 
         server, threads, began = serving(companion_switch=(None, drip)), threading.active_count(), time.monotonic()
-        (report,) = failed(server.url, timeout_s=0.3).engines
-        assert time.monotonic() - began < 3
+        (report,) = failed(server.url, timeout_s=1).engines
+        assert time.monotonic() - began < 30
         assert report.state == "old"
-        assert "no answer to /collective_rpc within 0.3 s" in report.failures[0]
+        assert "no answer to /collective_rpc within 1 s" in report.failures[0]
         until(lambda: threading.active_count() <= threads, 2, "nobody waits any more")
 
     def test_nobody_listens(self, serving: Callable[..., Server]) -> None:

@@ -40,7 +40,7 @@ def before_and_in_a_start(during=lambda: None):
 
 
 def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 

@@ -38,7 +38,9 @@ print([module for module in ("torch", "cuda", "numpy") if module in sys.modules]
 class TestTable:
     def test_companion_checks_without_cuda(self) -> None:
         """What the companion asks of every kind imports neither CUDA nor torch."""
-        done = subprocess.run([sys.executable, "-c", COMPANION], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", COMPANION], capture_output=True, text=True, timeout=100, check=True
+        )
         count = "The arena has 2 blocks, and 1 descriptors."
         assert done.stdout.splitlines() == [
             *("memfd refused", count),

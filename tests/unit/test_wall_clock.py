@@ -45,7 +45,7 @@ def test_what_fails_in_time_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         if tries < 3:
             raise OSError("Stale file handle")
 
-    asyncio.run(asyncio.wait_for(process._go_on(clock), 5))
+    asyncio.run(asyncio.wait_for(process._go_on(clock), 60))
     assert tries == 3
 
 
@@ -64,7 +64,7 @@ def test_a_companion_lingers_as_long_as_it_should_while_the_clock_jumps_by_days(
             await asyncio.sleep(0.02)
         return time.monotonic() - began
 
-    assert 0.4 < asyncio.run(linger()) < 5
+    assert 0.4 < asyncio.run(linger()) < 60
 
 
 def test_a_sign_of_life_counts_though_the_clock_was_set_back(tmp_path: object) -> None:

@@ -128,7 +128,7 @@ class Engine:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
         self.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -231,7 +231,7 @@ def make_llama(nursery: Nursery, path: Path, **options: Any) -> Path:
         fork = nursery.start(
             "tests.vllm.llama_child", str(path), json.dumps(options), environment=os.environ, stderr=file
         )
-    said, _ = fork.communicate(120)
+    said, _ = fork.communicate(START_TIMEOUT_S)
     fork.close()
     assert fork.returncode == 0, said + log.read_text()
     return path

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_TIMEOUT_S = 180
-ANSWER_TIMEOUT_S = 30
+READY_TIMEOUT_S = 300
+ANSWER_TIMEOUT_S = 100
 MAX_REQUEST_BYTES = 1 << 18
 PR_SET_PDEATHSIG = 1
 
@@ -92,7 +92,7 @@ class Forked:
     def close(self) -> None:
         """Kill what is left, and close the pipes."""
         self.kill()
-        self.wait(10)
+        self.wait(60)
         for pipe in (self.stdin, self.stdout):
             with contextlib.suppress(BrokenPipeError):
                 if pipe is not None:

@@ -70,7 +70,7 @@ class Rounds:
                     os.kill(pid, signal.SIGKILL)
         if "engine" in victims:
             victim.kill()
-            victim.process.wait(10)
+            victim.process.wait(60)
             self.engines.remove(victim)
         return f"{' and '.join(victims)} killed {delay_s:.2f} s after {step!r}"
 
@@ -91,8 +91,13 @@ class Rounds:
 
 
 def arenas_open(pid: int) -> set[int]:
-    paths = [Path(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
-    return {path.stat().st_ino for path in paths if path.exists() and "memfd:vllm-companion" in os.readlink(path)}
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            path = Path(f"/proc/{pid}/fd/{name}")
+            if "memfd:vllm-companion" in os.readlink(path):
+                found.add(path.stat().st_ino)
+    return found
 
 
 def run(rounds: range, start_engine: StartEngine, place: Place, model: Path) -> None:

@@ -84,7 +84,7 @@ class Server:
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_servers_switch_together_with_requests_in_flight_and_back(
         *("-m", "vllm_companion_plugin.cli.main", "advance", long_llama.name, "--to", "1"),
         *("--engine", first.url, "--engine", second.url),
     )
-    said, error = back.communicate(timeout=120)
+    said, error = back.communicate(timeout=START_TIMEOUT_S)
     assert back.returncode == 0, error
     assert said.count("has the checkpoint (generation 1), after a pause of ") == 2
     assert first.tokens() == second.tokens() == loaded
@@ -187,7 +187,7 @@ def test_servers_switch_together_with_requests_in_flight_and_back(
     assert first.version() == "step-1"
 
     example = place.run(str(ROOT / "docs" / "examples" / "advance.py"), model, model, "step-2", first.url)
-    said, error = example.communicate(timeout=120)
+    said, error = example.communicate(timeout=START_TIMEOUT_S)
     assert example.returncode == 0, error
     assert f"{first.url} has step-2 (generation 3), after a pause of " in said
     assert first.tokens() == loaded

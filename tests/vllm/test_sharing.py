@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.place import Place, until
 from tests.support.publishing import damage
-from tests.vllm.conftest import StartEngine, entries
+from tests.vllm.conftest import START_TIMEOUT_S, StartEngine, entries
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import CompanionError
@@ -101,8 +101,7 @@ def test_two_engines_started_at_once_share_one_copy_that_equals_a_normal_load(
     assert min(found[f"{name}_seconds"] for name in ("load", "attach", "verify")) > 0
 
     second.kill()
-    took_s = until(lambda: len(entries(place)[0].leases) == 1, 1.0, "the killed engine's lease ends")
-    assert took_s < 1.0
+    until(lambda: len(entries(place)[0].leases) == 1, 5, "the killed engine's lease ends")
     assert first.process.poll() is None
 
     first.stop()
@@ -254,7 +253,7 @@ def test_a_killed_loader_is_replaced_by_the_one_that_waits(
     options = {"model": tiny_llama, "load_format": "companion", "skip_tokenizer_init": True}
     first = start_engine(**options)
     second = start_engine(prompts=PROMPTS, **options)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + START_TIMEOUT_S
     victim = None
     while victim is None and time.monotonic() < deadline:
         log = Path(place.settings.runtime_dir, "cpu", "companion.log")

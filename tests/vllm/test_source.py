@@ -52,6 +52,6 @@ def test_serve_with_a_servers_command_line(
         if line.startswith("Ready"):
             break
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert "Ready" in lines, "\n".join(lines)
     assert any(line.endswith("the server's flags: --api-key, --port") for line in lines)

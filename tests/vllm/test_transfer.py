@@ -43,7 +43,7 @@ class Serving(Server):
         data = json.dumps(body).encode() if body is not None else b""
         request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
         try:
-            with _http.open(request, timeout=60) as response:
+            with _http.open(request, timeout=200) as response:
                 return json.loads(response.read() or b"{}")  # type: ignore[no-any-return]
         except urllib.error.HTTPError as error:
             return json.loads(error.read())  # type: ignore[no-any-return]
@@ -61,7 +61,7 @@ class Serving(Server):
         return [choice["token_ids"] for choice in choices]
 
     def version(self) -> str:
-        with _http.open(f"{self.url}/weight_info", timeout=10) as response:
+        with _http.open(f"{self.url}/weight_info", timeout=60) as response:
             return str(json.load(response)["weight_version"])
 
     def open(self) -> list[tuple[int, int]]:
@@ -101,7 +101,7 @@ class Trainer:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 @pytest.fixture

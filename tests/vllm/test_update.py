@@ -43,7 +43,7 @@ def test_each_engine_has_the_tokens_of_the_weights_that_it_was_told_to_take(
 
     def train(number: int) -> None:
         trainer = place.run("-m", "tests.vllm.trainer_child", model, str(checkpoints[number - 1]), f"step-{number}")
-        said, log = trainer.communicate(timeout=120)
+        said, log = trainer.communicate(timeout=300)
         assert trainer.returncode == 0, log[-3000:]
         layers = 3
         assert int(said) == 3 + 6 * layers
