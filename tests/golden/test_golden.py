@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.place import Place, speaking
+from tests.support.place import PATIENCE_S, Place, speaking
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import (
@@ -271,8 +271,8 @@ def outputs(case: Case, made: Mapping[str, subprocess.Popen[str]], place: Place)
             return said
 
         with found(place, case.finds):
-            answer = ask()
-            while "lost companion" in answer["out"]:  # of another test, which ends it soon
+            answer, late = ask(), time.monotonic() + PATIENCE_S
+            while "lost companion" in answer["out"] and time.monotonic() < late:  # of another test, which ends it soon
                 answer = ask()
         text = without_chance(answer["out"], place)
         name = f"{width} columns, {'terminal' if terminal else 'pipe'}, {locale}"

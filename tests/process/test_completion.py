@@ -39,7 +39,7 @@ def path(place: Place, tmp_path: Path) -> None:
 def complete(place: Place, *words: str) -> list[str]:
     done = subprocess.run(
         ["bash", "--norc", "-c", BASH, "bash", *words],
-        **{"capture_output": True, "text": True, "env": place.environment, "timeout": 30},
+        **{"capture_output": True, "text": True, "env": place.environment, "timeout": 100},
     )
     assert not done.stderr
     return done.stdout.split()

@@ -83,7 +83,7 @@ def in_pod(mode: str, code: str) -> subprocess.CompletedProcess[str]:
     """Python code in a pod whose volume has this mode."""
     environment = {
         **{"PATH": "/usr/bin:/bin", "HOME": "/", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-        **{"PYTHONDONTWRITEBYTECODE": "1", "COMPANION_RUNTIME_DIR": "/mnt/volume/r", "COMPANION_LINGER_S": "5"},
+        **{"PYTHONDONTWRITEBYTECODE": "1", "COMPANION_RUNTIME_DIR": "/mnt/volume/r", "COMPANION_LINGER_S": "20"},
     }
     places = [sys.base_prefix, closed_directory(), mode]
     return subprocess.run(
@@ -101,7 +101,7 @@ def _possible() -> None:
         pytest.skip(f"no pod can be made here: {tried.stderr[-300:]}")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 class TestRestrictedPod:
     """Publishing, attaching, status and stop, as uid 1000650000."""
 

@@ -15,12 +15,12 @@ DEVICES = [f"GPU-00000000-0000-0000-0000-00000000000{digit}" for digit in "12"]
 
 def test_engines_of_two_ranks_decide_in_turn_and_replicas_have_names(place: Place, tmp_path: Path) -> None:
     models.make("llama", tmp_path / "llama", tiny=True)
-    place.environment["COMPANION_WAIT_TIMEOUT_S"] = "8"
+    place.environment["COMPANION_WAIT_TIMEOUT_S"] = "30"
     try:
         child = place.run(
             str(Path(__file__).with_name("ranks_child.py")), str(tmp_path / "llama"), str(tmp_path), *DEVICES
         )
-        out, err = child.communicate(timeout=120)
+        out, err = child.communicate(timeout=250)
         found = json.loads(out.splitlines()[-1])
         assert found, err[-3000:]
         decided, named = found

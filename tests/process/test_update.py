@@ -139,11 +139,17 @@ def test_twenty_updates_reach_two_clients_when_these_want_them(
     quick, slow, trainer = start(), start(), start()
     first = [quick.tell("attach"), slow.tell("attach")]
     assert all(has(answer, LOADED, 1) for answer in first)
-    opened: list[object] = []
+    opened: list[int] = []
 
-    def is_as_open_as_before() -> bool:
+    def open_now() -> list[int]:
+        return [
+            memfds(companion.pid),
+            *(count for process in (quick, slow, trainer) for count in process.tell("open").values()),
+        ]
+
+    def no_more_is_open() -> bool:
         """What gRPC and a commit leave behind closes soon, and not at once."""
-        return opened == [memfds(companion.pid), *(process.tell("open") for process in (quick, slow, trainer))]
+        return all(count <= before for count, before in zip(open_now(), opened, strict=True))
 
     for step in range(1, 21):
         assert trainer.tell("write", step=step) == {}
@@ -158,9 +164,9 @@ def test_twenty_updates_reach_two_clients_when_these_want_them(
         assert [number for number, _ in held(place)] == sorted(wanted)
         if step == 3:
             time.sleep(1)
-            opened = [memfds(companion.pid), *(process.tell("open") for process in (quick, slow, trainer))]
+            opened = open_now()
         elif step % 3 == 0:
-            until(is_as_open_as_before, 10, f"as much is open as before: {opened}")
+            until(no_more_is_open, 10, f"no more is open than before: {opened}")
     assert len(os.listdir(place.paths.holders)) <= 3, "notes of generations that have gone are removed"
     entry = entry_of(place)
     assert (entry.generation, entry.version) == (21, "step-20")

@@ -212,7 +212,8 @@ class TestReading:
     def test_it_costs_nothing_while_nobody_observes(self, model: Path) -> None:
         with observed_reading(model):
             pass
-        assert timeit.timeit(lambda: sys.audit("import", "x"), number=10_000) / 10_000 < 20e-6
+        times_s = timeit.repeat(lambda: sys.audit("import", "x"), number=1000, repeat=20)
+        assert min(times_s) / 1000 < 20e-6
 
 
 DRIVER = """#include <Python.h>

@@ -60,8 +60,15 @@ def leases_now(place: Place) -> int:
 
 
 def test_no_request_fails_and_nothing_is_loaded_again_when_the_companion_is_killed(
-    start_server: Callable[[Path], Server], start_engine: StartEngine, place: Place, minilm: Path
+    start_server: Callable[[Path], Server], start_engine: StartEngine, place: Place, minilm: Path, tmp_path: Path
 ) -> None:
+    began = time.monotonic()
+    usual = Place(str(tmp_path))
+    try:
+        usual.companion()
+        start_s = time.monotonic() - began  # as the next companion needs, beside two servers
+    finally:
+        usual.clean()
     servers = [start_server(minilm) for _ in range(2)]
     until(lambda: all(server.is_up() for server in servers), START_TIMEOUT_S, "both servers are up")
     before = entry_now(place)
@@ -79,7 +86,7 @@ def test_no_request_fails_and_nothing_is_loaded_again_when_the_companion_is_kill
             load.done[:] = [0, 0]
         until(lambda: min(load.done) > 3, 60, "requests are answered")
     assert load.failures == []
-    assert sorted(times_s)[1] < 2, times_s
+    assert sorted(times_s)[1] < 1.5 + 2 * start_s, (times_s, start_s)
     after = entry_now(place)
     assert after is not None
     assert (after.generation, after.load_s, len(after.leases)) == (before.generation, before.load_s, 2)
