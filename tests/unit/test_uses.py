@@ -160,6 +160,13 @@ def hook_runs(m: Any) -> float:
     return 1.0
 
 
+class Looks(nn.Module):
+    """Looks up attributes by itself."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, name)
+
+
 class Default(nn.Module):
     extra = 1.0
 
@@ -176,6 +183,10 @@ WAYS: dict[str, tuple[Callable[[Any, float], object], Callable[[Any], float]]] =
     "of the class alone": (
         lambda m, flag: (setattr(m, "part", Default()), only_if(flag, m.part)),
         lambda m: m.part.extra,
+    ),
+    "of a class that looks up by itself": (
+        lambda m, flag: (setattr(m, "part", Looks()), setattr(m.part, "flag", flag)),
+        lambda m: m.part.flag,
     ),
     "size of a buffer": (buffer, lambda m: m.table.shape[0]),
     "size of a parameter": (

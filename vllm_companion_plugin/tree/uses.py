@@ -74,6 +74,9 @@ class Uses:
         self.are_looked_for = any(map(is_own, holders))
         if self.are_looked_for:
             self._texts, self._met = _Texts.of(tree), tree.met
+            for live in tree.modules:
+                if _looks_up(type(live.module)) is not _looks_up(nn.Module):  # nobody sees what it reads
+                    self._read[live.path] = {*(packages.dictionary(live.module).keys() - MODULE_INTERNALS), _NAMES}
             # Not kept alive, so another object may get the id, which costs no more than that its reads count.
             self._places = {id(slot.tensor): (tree.modules[slot.module].path, f"{slot.name}.") for slot in tree.slots()}
             self._places |= {id(live.module): (live.path, "") for live in tree.modules}
@@ -270,6 +273,11 @@ def _is_plain(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _looks_up(cls: Any) -> Any:
+    """The function by which objects look up their attributes."""
+    return next(vars(base)["__getattribute__"] for base in cls.__mro__ if "__getattribute__" in vars(base))
 
 
 @functools.cache
