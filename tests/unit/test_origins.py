@@ -109,6 +109,12 @@ class Model(nn.Module):
         build(self, flag)
 
 
+def _seed() -> None:
+    """As vLLM does before it loads a model."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
 @dataclasses.dataclass
 class Published:
     model: Model
@@ -124,6 +130,7 @@ def publish(
     of: type[Model] = Model,
 ) -> Published:
     """Build, load and process under observation, and pack what came of it."""
+    _seed()
     uses = Uses(of)
     model = of(build, flag)
     observation = Observation(model, uses)
@@ -152,6 +159,7 @@ def attach(
     of: type[Model] = Model,
 ) -> Model:
     """Build with this engine's flag, and bind to what was published."""
+    _seed()
     built = WithoutWeights(CPU)
     with built.building():
         model = of(build, flag)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
+import functools
+import io
 import operator
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from tests.unit.test_origins import Box, Model, Published, SlotModule, Slots, attach, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
@@ -25,6 +32,9 @@ pytestmark = pytest.mark.core
 SCALE = 1.0
 TABLE: dict[str, float] = {}
 BOX = Box(1.0)
+CONTEXT = contextvars.ContextVar("CONTEXT", default=1.0)
+LOCAL = threading.local()
+HELD: dict[str, Any] = {}
 
 
 class Own(nn.Module):
@@ -109,6 +119,140 @@ def test_loading_computes_in_python_of_what_building_kept(way: str) -> None:
         attach(published, build, flag=0.25)
 
 
+class Loader:
+    """Loads by what it holds."""
+
+    def __init__(self, flag: float) -> None:
+        self.flag = flag
+
+    def load(self, parameter: nn.Parameter, weight: torch.Tensor) -> None:
+        parameter.data.copy_(self.flag * weight)
+
+    __call__ = load
+
+
+def times(flag: float, parameter: nn.Parameter, weight: torch.Tensor) -> None:
+    parameter.data.copy_(flag * weight)
+
+
+def by_vllm(m: Any) -> float:
+    """vLLM reads what the model's code has hung on the parameter, and calls it."""
+    AutoWeightsLoader(m).load_weights([("second.weight", torch.ones_like(m.second.weight))])
+    return 1.0
+
+
+def buffer(m: Any, flag: float, **held: Any) -> None:
+    m.register_buffer("table", torch.ones(int(4 * flag)))
+    vars(m.table).update(held)
+
+
+def only_if(flag: float, held: Any, value: Any = 3.0) -> None:
+    if flag != 1.0:
+        held.extra = value
+
+
+def hooked(m: Any, flag: float) -> None:
+    m.second.register_load_state_dict_pre_hook(lambda _, state, *rest: state.update(weight=flag * state["weight"]))
+
+
+def hook_runs(m: Any) -> float:
+    m.second.load_state_dict({"weight": torch.ones_like(m.second.weight), "bias": torch.ones_like(m.second.bias)})
+    return 1.0
+
+
+class Looks(nn.Module):
+    """Looks up attributes by itself."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, name)
+
+
+class Default(nn.Module):
+    extra = 1.0
+
+
+WAYS: dict[str, tuple[Callable[[Any, float], object], Callable[[Any], float]]] = {
+    "absent, with a default": (lambda m, flag: only_if(flag, m), lambda m: getattr(m, "extra", 1.0)),
+    "absent, and asked for": (lambda m, flag: only_if(flag, m), lambda m: 1.0 + hasattr(m, "extra")),
+    "absent among all": (lambda m, flag: only_if(flag, m), lambda m: len(vars(m))),
+    "absent on a parameter": (lambda m, flag: only_if(flag, m.second.bias), lambda m: hasattr(m.second.bias, "extra")),
+    "absent in an object": (
+        lambda m, flag: (setattr(m, "box", Box(1.0)), only_if(flag, m.box)),
+        lambda m: getattr(m.box, "extra", 1.0),
+    ),
+    "of the class alone": (
+        lambda m, flag: (setattr(m, "part", Default()), only_if(flag, m.part)),
+        lambda m: m.part.extra,
+    ),
+    "of a class that looks up by itself": (
+        lambda m, flag: (setattr(m, "part", Looks()), setattr(m.part, "flag", flag)),
+        lambda m: m.part.flag,
+    ),
+    "size of a buffer": (buffer, lambda m: m.table.shape[0]),
+    "size of a parameter": (
+        lambda m, flag: setattr(m, "table", nn.Parameter(torch.ones(int(4 * flag)))),
+        lambda m: len(m.table),
+    ),
+    "on a buffer": (lambda m, flag: buffer(m, 1.0, held=flag), lambda m: m.table.held),
+    "of an object on a buffer": (lambda m, flag: buffer(m, 1.0, box=Box(flag)), lambda m: m.table.box.value),
+    "of an object met elsewhere": (
+        lambda m, flag: (setattr(m, "box", Box(flag)), setattr(m, "boxes", [m.box])),
+        lambda m: m.boxes[0].value,
+    ),
+    "of a weak reference": (
+        lambda m, flag: (setattr(m, "box", Box(flag)), setattr(m, "weak", weakref.ref(m.box))),
+        lambda m: m.weak().value,
+    ),
+    "of an object of C": (lambda m, flag: setattr(m, "file", io.StringIO(str(flag))), lambda m: len(m.file.getvalue())),
+    "behind a proxy": (
+        lambda m, flag: setattr(m, "proxy", types.MappingProxyType({"a": flag})),
+        lambda m: m.proxy["a"],
+    ),
+    "captured by what vLLM calls": (
+        lambda m, flag: setattr(m.second.weight, "weight_loader", lambda p, w: p.data.copy_(flag * w)),
+        by_vllm,
+    ),
+    "of a method that vLLM calls": (
+        lambda m, flag: setattr(m.second.weight, "weight_loader", Loader(flag).load),
+        by_vllm,
+    ),
+    "of an object that vLLM calls": (lambda m, flag: setattr(m.second.weight, "weight_loader", Loader(flag)), by_vllm),
+    "of a partial that vLLM calls": (
+        lambda m, flag: setattr(m.second.weight, "weight_loader", functools.partial(times, flag)),
+        by_vllm,
+    ),
+    "of a hook": (hooked, hook_runs),
+    "random numbers of torch": (lambda m, flag: torch.manual_seed(int(4 * flag)), lambda m: float(torch.rand(()))),
+    "random numbers of numpy": (lambda m, flag: np.random.seed(int(4 * flag)), lambda m: float(np.random.rand())),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loading_sees_what_building_kept(way: str) -> None:
+    builds, read = WAYS[way]
+    published = publish(builds, scaled(read), flag=1.0)
+    attach(published, builds, flag=1.0)
+    with pytest.raises(ParityError, match=r"is built as .* here and as .* in the published model, and loading uses it"):
+        attach(published, builds, flag=1.5)
+
+
+def test_random_numbers_that_loading_does_not_draw_are_the_engines() -> None:
+    def seeded(m: Model, flag: float) -> None:
+        torch.manual_seed(int(flag * 4))
+
+    attach(publish(seeded, nothing, flag=1.0), seeded, flag=1.5)
+
+
+def test_methods_that_an_object_has_of_its_own_say_nothing() -> None:
+    """As the one by which vLLM's layers are compiled, or not. What they hold counts if loading asks for them."""
+
+    def chosen(m: Model, flag: float) -> None:
+        if flag != 1.0:
+            m.forward = m.train  # type: ignore[method-assign]
+
+    attach(publish(chosen, lambda m: callable(m.forward), flag=1.0), chosen, flag=1.5)
+
+
 def test_another_value_is_another_variant() -> None:
     published = publish(build, scaled(READS["of the model"]), flag=1.0)
     with pytest.raises(ParityError) as raised:
@@ -164,6 +308,8 @@ def test_a_value_that_loading_uses_and_changes() -> None:
 def module() -> Iterator[None]:
     """What building sets in this module goes with the test."""
     before = SCALE, Own.scale
+    CONTEXT.set(1.0)
+    vars(LOCAL).clear()
     yield
     _set(*before)
     vars(sys.modules[__name__]).pop("NEW", None)
@@ -187,6 +333,13 @@ BESIDE: dict[str, tuple[str, Callable[[float], object], Callable[[], float]]] = 
     ),
     "in an object": (r"test_uses\.BOX\.value", lambda flag: setattr(BOX, "value", flag), lambda: BOX.value),
     "a table": (r"test_uses\.TABLE", lambda flag: TABLE.update(a=flag), lambda: TABLE["a"]),
+    "a tensor": (
+        r"test_uses\.NEW",
+        lambda flag: vars(sys.modules[__name__]).update(NEW=torch.full((2,), flag)),
+        lambda: float(vars(sys.modules[__name__])["NEW"][0]),
+    ),
+    "of a context": (r"test_uses\.CONTEXT", lambda flag: CONTEXT.set(flag), CONTEXT.get),
+    "of a thread": (r"test_uses\.LOCAL", lambda flag: setattr(LOCAL, "flag", flag), lambda: LOCAL.flag),
 }
 
 
@@ -200,8 +353,35 @@ def test_what_building_sets_beside_the_model(kind: str) -> None:
 
     published = publish(builds, lambda m: m.first.weight.data.mul_(read()), flag=0.5, of=Here)
     attach(published, builds, flag=0.5, of=Here)
-    with pytest.raises(ParityError, match=rf"{where} is .*0\.25.* here after building and .*0\.5.* there"):
+    with pytest.raises(
+        ParityError, match=rf"{where} is .*(0\.25|tensor).* here after building and .*(0\.5|tensor).* there"
+    ):
         attach(published, builds, flag=0.25, of=Here)
+
+
+@pytest.mark.usefixtures("module")
+def test_an_object_of_the_model_that_is_reached_from_beside_it() -> None:
+    def builds(m: Any, flag: float) -> None:
+        m.box = HELD["box"] = Box(flag)
+
+    try:
+        published = publish(builds, lambda m: m.first.weight.data.mul_(HELD["box"].value), flag=0.5, of=Here)
+        attach(published, builds, flag=0.5, of=Here)
+        with pytest.raises(ParityError, match=r"HELD\['box'\]\.value is 0\.25 here"):
+            attach(published, builds, flag=0.25, of=Here)
+    finally:
+        HELD.clear()
+
+
+def test_a_function_of_no_module() -> None:
+    """As `exec` makes them where it is given a namespace without a name."""
+    space: dict[str, Any] = {}
+    exec("def scale(): return 1.0", space)
+
+    def builds(m: Any, flag: float) -> None:
+        m.scale = space["scale"]
+
+    attach(publish(builds, lambda m: m.first.weight.data.mul_(m.scale())), builds)  # type: ignore[operator]
 
 
 @pytest.mark.usefixtures("module")

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from vllm_companion_plugin.core.module_tree import TensorKind
-from vllm_companion_plugin.core.packages import dictionary
+from vllm_companion_plugin.core.packages import dictionary, module_of
 from vllm_companion_plugin.tree.classes import (
     CONTAINERS,
     FUNCTIONS,
@@ -337,7 +337,7 @@ class _Walk:
     def _callable(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         if id(value) in self._met:
             live.attributes[path] = self._text_once(value)
-        elif not (isinstance(value, types.FunctionType) and value.__module__.startswith(_OURS)):
+        elif not (isinstance(value, types.FunctionType) and module_of(value).startswith(_OURS)):
             live.attributes[path] = self._text_once(value)
             self._function(live, path, value, depth)
         # Ours hangs there while we watch the model, and is none of it.

@@ -259,6 +259,7 @@ class Observation:
             NotShareableError: loading changed something that no engine could restore; it is named.
         """
         self._looks.close()
+        self.uses.loaded()
         with plain_tensors(), self._watch.paused():
             tree = capture(model)
             self._compare_bytes(tree)
