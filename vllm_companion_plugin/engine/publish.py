@@ -121,7 +121,7 @@ class _Publisher:
         self._reason: CompanionError | None = None
         self._constants: list[torch.Tensor] = []
         self._observation: Observation | None = None
-        self._uses = Uses(_class_of(vllm_config, model_config))
+        self._uses = self._begin_uses(_class_of(vllm_config, model_config))
         self._uses_noted = ExitStack()
         self._environment: dict[str, str] = {}
         self.reading: Reading | None = None
@@ -129,6 +129,13 @@ class _Publisher:
         self.copied: list[int] = []
         self._private: list[tuple[int, torch.Tensor]] = []
         self._bytes_before = devices.requested_bytes(decision.device)
+
+    def _begin_uses(self, model: type[nn.Module] | None) -> Uses:
+        try:
+            return Uses(model)
+        except Exception as error:  # it can be loaded all the same
+            self._reason = _unwatched(error)
+            return Uses(None)
 
     def report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._publication.report(Progress(phase, done_bytes, total_bytes))

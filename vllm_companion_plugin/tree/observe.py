@@ -330,6 +330,7 @@ class Observation:
     def _compare(self, now: Snapshot, tree: Tree) -> Loaded:
         loaded = Loaded()
         built = self._built
+        now.tensors |= built.tensors  # of which either holds
         # What processing sets there each engine sets for itself, so of a model that was processed meanwhile only its
         # own code is asked.
         loaded.common_values = self._common.changes(self._common.now(tree), own_alone=bool(self._processed_early))
@@ -469,7 +470,6 @@ class Observation:
         if now.children[path] != ([] if is_new else built.children.get(was, [])):
             values[CHILDREN] = None, repr(now.children[path])
         opaque = {} if is_new else built.opaque.get(was, {})
-        tensors = built.tensors | now.tensors
         for name, value in now.opaque.get(path, {}).items():
             if name in values or name not in opaque:
                 continue
@@ -478,7 +478,7 @@ class Observation:
                     f"loading replaced {full_name(path, name)} by another {texts[name]}, which cannot be described"
                 )
             then_in, now_in = built.insides.get((was, name), {}), now.insides.get((path, name), {})
-            if built.states[was, name] != now.states[path, name] or any(different(then_in, now_in, tensors)):
+            if built.states[was, name] != now.states[path, name] or any(different(then_in, now_in, now.tensors)):
                 raise NotShareableError(
                     f"loading changed {full_name(path, name)}, a {texts[name]}, which cannot be described"
                 )
