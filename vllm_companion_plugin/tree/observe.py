@@ -19,27 +19,23 @@ from __future__ import annotations
 import functools
 import re
 import types
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vllm_companion_plugin.core.module_tree import AddedSlot, CommonValue, Observed, TensorKind
+from vllm_companion_plugin.core.module_tree import CommonValue, Observed, TensorKind
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError
-from vllm_companion_plugin.tree.behind import behind, different
+from vllm_companion_plugin.tree.behind import different
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.common import Common
-from vllm_companion_plugin.tree.descriptions import describe_value, tensor_attributes
+from vllm_companion_plugin.tree.descriptions import describe_value
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.notation import (
     CHILDREN,
@@ -54,106 +50,14 @@ from vllm_companion_plugin.tree.notation import (
     reference,
     without_known,
 )
-from vllm_companion_plugin.tree.placing import Placing
-from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints, parts_of, state_of
+from vllm_companion_plugin.tree.operators import Looks, Unseen, Watch, storage_of
+from vllm_companion_plugin.tree.snapshot import Snapshot
+from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints
 from vllm_companion_plugin.tree.times import is_time, plain
 from vllm_companion_plugin.tree.uses import Uses
 from vllm_companion_plugin.tree.values import class_name, loaded_class
 
 _PARAMETER, _ATTRIBUTE = TensorKind.PARAMETER, TensorKind.ATTRIBUTE
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """A model's values and structure at one moment, without keeping its tensors alive."""
-
-    modules: dict[str, weakref.ref[nn.Module]]
-    tensors: set[int]
-    """Their ids."""
-    attributes: dict[str, dict[str, str]]
-    opaque: dict[str, dict[str, Any]]
-    mutable: dict[tuple[str, str], Any]
-    slots: dict[str, dict[str, AddedSlot]]
-    ties: dict[str, str]
-    owners: dict[tuple[str, str], str]
-    """Where the module is whose method a value is, for values that are methods of modules in the tree."""
-    children: dict[str, list[str]]
-    orders: dict[tuple[str, str], tuple[str, ...]]
-    aliases: dict[tuple[str, str], str]
-    """Where the walk met a value before, for values that can be changed in place and that it met before."""
-    states: dict[tuple[str, str], str | None]
-    """What only C code sees of the state of opaque objects."""
-    insides: dict[tuple[str, str], dict[str, Any]]
-    """What is in opaque objects, as of `behind`."""
-    classes: dict[str, type]
-
-    @classmethod
-    def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
-        first: dict[int, str] = {}
-        ties: dict[str, str] = {}
-        for slot in tree.slots():
-            name = f"{tree.modules[slot.module].path}:{slot.name}"
-            ties[name] = first.setdefault(id(slot.tensor), name)
-        named = dict(model.named_modules(remove_duplicate=False))
-        attributes = {live.path: live.attributes for live in tree.modules}
-        paths = {id(live.module): live.path for live in tree.modules}
-        owners: dict[tuple[str, str], str] = {}
-        for live in tree.modules:
-            for name, text in live.attributes.items():
-                if name.endswith(".__self__") and text.endswith(":") and " @" in text:
-                    owners[live.path, name.removesuffix(".__self__")] = text.partition(" @")[2][:-1]
-        for slot in tree.slots():
-            path = tree.modules[slot.module].path
-            for name, text in tensor_attributes(slot.tensor).items():
-                attributes[path][f"{slot.name}.{name}"] = text
-                owner = paths.get(id(getattr(slot.tensor.__dict__[name], "__self__", None)))
-                if owner is not None:
-                    owners[path, f"{slot.name}.{name}"] = owner
-        places = {(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()}
-        met: dict[int, str] = {}
-        first_places = {place: met.setdefault(id(value), ":".join(place)) for place, value in places.items()}
-        opaque: dict[str, dict[str, Any]] = {}
-        for (index, name), value in tree.opaque.items():
-            opaque.setdefault(tree.modules[index].path, {})[name] = value
-        return cls(
-            modules={path: weakref.ref(module) for path, module in named.items()},
-            tensors={id(slot.tensor) for slot in tree.slots()},
-            attributes=attributes,
-            opaque=opaque,
-            mutable=places,
-            slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
-            ties=ties,
-            owners=owners,
-            children={live.path: list(live.module._modules) for live in tree.modules},
-            orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
-            aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
-            states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
-            insides=_insides_of(tree),
-            classes={live.path: type(live.module) for live in tree.modules},
-        )
-
-
-def _insides_of(tree: Tree) -> dict[tuple[str, str], dict[str, Any]]:
-    parts = {
-        (tree.modules[index].path, name): found
-        for (index, name), value in tree.opaque.items()
-        if (found := parts_of(value))
-    }
-    return dict(zip(parts, behind([(":".join(place), found) for place, found in parts.items()], tree), strict=True))
-
-
-def _added(slot: LiveSlot) -> AddedSlot:
-    tensor = slot.tensor
-    has_form = not is_lazy(tensor)  # else loading gives it one
-    return AddedSlot(
-        slot.name,
-        slot.kind,
-        str(tensor.dtype).removeprefix("torch."),
-        tuple(tensor.shape) if has_form else (),
-        tuple(tensor.stride()) if has_form and tensor.layout is torch.strided else (),
-        class_name(type(tensor)),
-        bool(tensor.requires_grad),
-    )
 
 
 @dataclass(slots=True)
@@ -185,14 +89,14 @@ class Observation:
             self._common = Common.of(tree)
             self.uses.built(tree, self._common.held)
             self._built = Snapshot.of(model, tree)
-            self._watch = _Watch()
+            self._watch = Watch()
             # By full name: which memory building put there.
             self._built_at = {
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
             }
             compared: dict[int, torch.Tensor] = {}
             for slot in tree.slots():
-                storage = _storage_of(slot.tensor)
+                storage = storage_of(slot.tensor)
                 if storage is None or slot.tensor.is_meta or is_lazy(slot.tensor):
                     continue
                 self._watch.keep_addresses(slot.tensor)
@@ -216,7 +120,7 @@ class Observation:
     def watching(self) -> Iterator[None]:
         """While open, all operations of this thread on tensors are watched."""
         with self._watch, self._looks:
-            self._looks.enter_context(_Looks(self._watch))
+            self._looks.enter_context(Looks(self._watch))
             yield
 
     def note_import(self, module: types.ModuleType) -> None:
@@ -226,7 +130,7 @@ class Observation:
 
     def note_read(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` was read from the checkpoint. No operator shows who fills empty memory."""
-        if _storage_of(tensor) is not None:
+        if storage_of(tensor) is not None:
             self._watch.came(tensor)
             self._watch.placing.read(name, tensor)
 
@@ -247,7 +151,7 @@ class Observation:
             self._processed_early[id(module)] = module
         before, self._watch.module = self._watch.module, module
         try:
-            with _Unseen(self._watch):
+            with Unseen(self._watch):
                 yield
         finally:
             self._watch.module = before
@@ -276,7 +180,7 @@ class Observation:
 
     def is_own(self, tensor: torch.Tensor) -> bool:
         """Whether building the model made the storage of `tensor` and nothing wrote to it since."""
-        storage = _storage_of(tensor)
+        storage = storage_of(tensor)
         if storage is None or storage not in self._watch.built or storage in self._watch.written:
             return False
         return self._same.get(storage, False)
@@ -287,18 +191,18 @@ class Observation:
         tensors = {
             storage: slot.tensor
             for slot in tree.slots()
-            if (storage := _storage_of(slot.tensor)) in unwritten and storage in self._fingerprints
+            if (storage := storage_of(slot.tensor)) in unwritten and storage in self._fingerprints
         }
         now = fingerprints(tensors)
         self._same = {storage: data == self._fingerprints[storage] for storage, data in now.items()}
 
     def is_derived(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` holds, or was computed from, bytes of the checkpoint."""
-        return _storage_of(tensor) not in self._watch.clean
+        return storage_of(tensor) not in self._watch.clean
 
     def is_computed(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` was seen to be filled from the checkpoint, and was no work space that building made."""
-        storage = _storage_of(tensor)
+        storage = storage_of(tensor)
         is_new = storage not in self._watch.built or storage in self._watch.parameters
         return storage in self._watch.computed and is_new
 
@@ -416,7 +320,7 @@ class Observation:
         """
         used = self._watch.looked | self._watch.overwritten_partly()
         for slot in tree.slots():
-            if (storage := _storage_of(slot.tensor)) is not None and not self.is_own(slot.tensor):
+            if (storage := storage_of(slot.tensor)) is not None and not self.is_own(slot.tensor):
                 used |= self._watch.sources.get(storage, set())
         if not used:
             return
@@ -556,279 +460,6 @@ def _make_plain(tree: Tree) -> None:
         tree.modules[index].attributes[name] = repr(value)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which storages operations write and make.
-
-    Storages are told apart by the address of their C++ object, which no other one gets meanwhile (`keep_addresses`).
-
-    Attributes:
-        built: storages that building the model made.
-        written: storages that an operation wrote to.
-        clean: storages that hold nothing of the checkpoint.
-        parameters: those of `built` that were parameters. What is written there are weights, whoever has them later.
-        computed: storages that were read from the checkpoint, parameters that were written, and what operations filled
-            from such. What Python made is none, nor what was computed of that alone.
-        measured: ids of modules whose processing read data into Python; None for what belongs to no module.
-        module: what is being processed.
-        is_loading: the model is being loaded, and not yet processed.
-        sources: by storage, those of `built` that it was computed from while these were as building had made them.
-        looked: those of `built` whose data, or what was computed of it, loading read into Python.
-        partly: by storage of `built`, which of its bytes loading overwrote.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.built: set[int] = set()
-        self.written: set[int] = set()
-        self.clean: set[int] = set()
-        self.parameters: set[int] = set()
-        self.computed: set[int] = set()
-        self.measured: set[int | None] = set()
-        self.module: nn.Module | None = None
-        self.placing = Placing()
-        self.is_loading = True
-        self.sources: dict[int, set[int]] = {}
-        self.looked: set[int] = set()
-        self.partly: dict[int, np.ndarray[Any, Any]] = {}
-        self._paused = False
-        self._addresses: list[StorageWeakRef] = []
-
-    def keep_addresses(self, value: Any) -> None:
-        """No other storage gets the addresses of those of `value`, though these free their memory as ever.
-
-        Else `torch.tensor` and NumPy, which no operation shows, would make storages at the addresses of freed ones.
-        """
-        self._addresses += map(StorageWeakRef, _storages_of(value))
-
-    def came(self, tensor: torch.Tensor) -> None:
-        """`tensor` comes from the checkpoint."""
-        self.keep_addresses(tensor)
-        self.clean.difference_update(_storages(tensor))
-        self.computed.update(_storages(tensor))
-
-    def note_look(self) -> None:
-        """Data was read into Python."""
-        if not self._paused:
-            self.measured.add(None if self.module is None else id(self.module))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While open, operations are our own, and do not belong to loading."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._paused:
-            with plain_tensors():
-                self._note(func, args, kwargs or {}, result)
-        return result
-
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        writes, reads = _traits(func)
-        if reads or _leaves_device(args, result):
-            self.note_look()
-        read: set[int] = set()
-        for value in (*args, *kwargs.values()):
-            read.update(_storages(value))
-        if reads:
-            self.placing.looked_at(read)
-            self.note_data(read)
-        operator = func._schema.name
-        derived = not read <= self.clean and operator not in _SHAPED
-        is_known = derived and not read.isdisjoint(self.computed) and operator not in _EMPTY
-        takes_shapes = operator in _SHAPED or operator in _EMPTY
-        sources = self._sources_of(func, args, kwargs, read) if self.is_loading and not takes_shapes else None
-        targets: list[torch.Tensor] = []
-        if operator in _FILLING and _is_whole(args[0]):
-            self.sources.pop(int(args[0].untyped_storage()._cdata), None)
-        if operator in _FILLING and self._is_loading_alone and _is_plain(args[0]):
-            self._overwritten(args[0])
-        for position, name in writes:
-            target = args[position] if position is not None and position < len(args) else kwargs.get(name)
-            targets.extend(
-                each for each in (target if isinstance(target, (list, tuple)) else [target]) if _is_plain(each)
-            )
-            for storage in _storages(target):
-                self.written.add(storage)
-                if sources:
-                    self.sources.setdefault(storage, set()).update(sources)
-                if derived:
-                    self.clean.discard(storage)
-                if derived and (is_known or storage in self.parameters):
-                    self.computed.add(storage)
-        if targets and operator in _FILLING:
-            self._filled(targets[0], args[1:])
-        made = [storage for storage in _storages(result) if storage not in read]  # else it is a view
-        for storage in made:
-            self.placing.made(storage)
-        if targets or made:
-            unwritten = read - {storage for target in targets for storage in _storages(target)}
-            self.placing.note(func, args, unwritten, targets, result)
-        for storage in made:
-            self.built.discard(storage)
-            self.written.discard(storage)
-            if sources:
-                self.sources[storage] = sources
-            else:
-                self.sources.pop(storage, None)
-            (self.clean.discard if derived else self.clean.add)(storage)
-            (self.computed.add if is_known else self.computed.discard)(storage)
-        if made:
-            self.keep_addresses(result)
-
-    def _sources_of(self, func: Any, args: Any, kwargs: Any, read: set[int]) -> set[int]:
-        if func._schema.name in _FILLING:  # what was there does not count
-            read = {storage for value in (*args[1:], *kwargs.values()) for storage in _storages(value)}
-        return self._built_under(read)
-
-    def _overwritten(self, target: torch.Tensor) -> None:
-        """Loading overwrites `target`, and nothing else of its memory: the rest stays as building made it."""
-        storage = target.untyped_storage()
-        number = int(storage._cdata)
-        if number not in self.built or number in self.parameters or storage.nbytes() > _MOST_PARTLY:
-            return
-        if (covered := self.partly.get(number)) is None:
-            covered = self.partly[number] = np.zeros(storage.nbytes(), dtype=bool)
-        size = target.element_size()
-        strides = (*(stride * size for stride in target.stride()), 1)
-        start = covered[target.storage_offset() * size :]
-        np.lib.stride_tricks.as_strided(start, (*target.shape, size), strides)[...] = True
-
-    def overwritten_partly(self) -> set[int]:
-        """Those of `built` of which loading left a part as building made it."""
-        return {number for number, covered in self.partly.items() if number in self.built and not covered.all()}
-
-    def _built_under(self, read: set[int]) -> set[int]:
-        """Those of `built` that `read` are, or were computed from."""
-        # What is in parameters before they are loaded means nothing.
-        found = {
-            storage
-            for storage in read
-            if storage in self.built and storage not in self.written and storage not in self.parameters
-        }
-        for storage in read & self.sources.keys():
-            found |= self.sources[storage]
-        return found
-
-    @property
-    def _is_loading_alone(self) -> bool:
-        """Whether nothing is processed meanwhile, as online quantization does: engines do that for themselves."""
-        return self.is_loading and self.module is None
-
-    def note_data(self, storages: set[int]) -> None:
-        """Python was given data of these storages."""
-        if self._is_loading_alone and not self._paused:
-            self.looked |= self._built_under(storages)
-
-    def _filled(self, target: torch.Tensor, values: Any) -> None:
-        """All elements of `target` have got `values`, whatever they were."""
-        if _is_whole(target) and {*_storages(values)} <= self.clean:
-            storage = int(target.untyped_storage()._cdata)
-            self.clean.add(storage)
-            self.computed.discard(storage)
-
-
-def _is_whole(tensor: Any) -> bool:
-    """Whether a tensor is all that is in its memory."""
-    return _is_plain(tensor) and tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
-
-
-class _Unseen(TorchFunctionMode):
-    """Notes who gives data of the host to Python, or to NumPy, without an operator."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READING and args and _is_plain(args[0]) and args[0].device.type == "cpu":
-            self._watch.note_look()
-        return func(*args, **(kwargs or {}))
-
-
-class _Looks(TorchFunctionMode):
-    """Notes of which tensors of the host data is given to Python, or to NumPy, without an operator."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._watch.is_loading and getattr(func, "__name__", "") in _GIVING and args:
-            self._watch.note_data({*_storages(args[0])})
-        return func(*args, **(kwargs or {}))
-
-
-_GIVING = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
-"""Names of methods that give data of a tensor to others than operators."""
-_READING = frozenset(
-    (
-        *("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__"),
-        *("storage", "untyped_storage", "_typed_storage"),
-    )
-)
-"""Names of methods that give data of a tensor, or the place of it, to others than operators."""
-_SHAPED = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
-        *("new_zeros", "new_ones", "new_full"),
-    )
-)
-"""Operators that give a tensor values of their own, and take the shape of another one. What makes empty tensors is not
-among them: kernels fill those, unseen."""
-_EMPTY = frozenset(f"aten::{name}" for name in ("empty_like", "new_empty", "new_empty_strided"))
-"""Operators that take the shape of a tensor, and nothing else."""
-_MOST_PARTLY = 64 << 20
-"""Of larger memory it is not followed which part is overwritten."""
-_FILLING = frozenset(
-    f"aten::{name}_"
-    for name in ("zero", "fill", "copy", "normal", "uniform", "random", "bernoulli", "exponential", "log_normal")
-)
-"""Operators that overwrite their first argument, and read the others alone."""
-
-
-@functools.cache
-def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool]:
-    """Which arguments an operator writes, and whether what it returns to Python depends on data."""
-    writes = tuple(
-        (None if argument.kwarg_only else position, argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    tags = getattr(func, "tags", ())
-    return writes, any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
-
-
-def _leaves_device(args: Any, result: Any) -> bool:
-    """Whether data of a device went to the host, where Python reads it."""
-    return (
-        isinstance(result, torch.Tensor)
-        and result.device.type == "cpu"
-        and any(isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta") for value in args)
-    )
-
-
-def _storages(value: Any) -> Iterator[int]:
-    for storage in _storages_of(value):
-        yield int(storage._cdata)
-
-
-def _storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
-    if isinstance(value, torch.Tensor):
-        try:
-            yield value.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
-            return
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _storages_of(item)
-
-
 def _renamed(full: str, is_at: dict[str, str]) -> str:
     """The full name of a tensor at the place where its module is now."""
     path, _, name = full.partition(":")
@@ -837,17 +468,8 @@ def _renamed(full: str, is_at: dict[str, str]) -> str:
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A value that is equal for the same elements of the same storage, as long as that storage lives."""
-    storage = None if is_lazy(tensor) else _storage_of(tensor)
+    storage = None if is_lazy(tensor) else storage_of(tensor)
     return (id(tensor),) if storage is None else (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and _storage_of(value) is not None and not value.is_meta
-
-
-def _storage_of(tensor: torch.Tensor) -> int | None:
-    """The address of the C++ storage; None for tensors that have none of their own."""
-    return next(_storages(tensor), None)
 
 
 def check_plain(tree: Tree) -> None:

@@ -1,0 +1,111 @@
+"""A model as it is at one moment, to be compared with what it is later."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from vllm_companion_plugin.core.module_tree import AddedSlot
+from vllm_companion_plugin.tree.behind import behind
+from vllm_companion_plugin.tree.descriptions import tensor_attributes
+from vllm_companion_plugin.tree.live import LiveSlot, Tree
+from vllm_companion_plugin.tree.states import parts_of, state_of
+from vllm_companion_plugin.tree.values import class_name
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """A model's values and structure at one moment, without keeping its tensors alive."""
+
+    modules: dict[str, weakref.ref[nn.Module]]
+    tensors: set[int]
+    """Their ids."""
+    attributes: dict[str, dict[str, str]]
+    opaque: dict[str, dict[str, Any]]
+    mutable: dict[tuple[str, str], Any]
+    slots: dict[str, dict[str, AddedSlot]]
+    ties: dict[str, str]
+    owners: dict[tuple[str, str], str]
+    """Where the module is whose method a value is, for values that are methods of modules in the tree."""
+    children: dict[str, list[str]]
+    orders: dict[tuple[str, str], tuple[str, ...]]
+    aliases: dict[tuple[str, str], str]
+    """Where the walk met a value before, for values that can be changed in place and that it met before."""
+    states: dict[tuple[str, str], str | None]
+    """What only C code sees of the state of opaque objects."""
+    insides: dict[tuple[str, str], dict[str, Any]]
+    """What is in opaque objects, as of `behind`."""
+    classes: dict[str, type]
+
+    @classmethod
+    def of(cls, model: nn.Module, tree: Tree) -> Snapshot:
+        first: dict[int, str] = {}
+        ties: dict[str, str] = {}
+        for slot in tree.slots():
+            name = f"{tree.modules[slot.module].path}:{slot.name}"
+            ties[name] = first.setdefault(id(slot.tensor), name)
+        named = dict(model.named_modules(remove_duplicate=False))
+        attributes = {live.path: live.attributes for live in tree.modules}
+        paths = {id(live.module): live.path for live in tree.modules}
+        owners: dict[tuple[str, str], str] = {}
+        for live in tree.modules:
+            for name, text in live.attributes.items():
+                if name.endswith(".__self__") and text.endswith(":") and " @" in text:
+                    owners[live.path, name.removesuffix(".__self__")] = text.partition(" @")[2][:-1]
+        for slot in tree.slots():
+            path = tree.modules[slot.module].path
+            for name, text in tensor_attributes(slot.tensor).items():
+                attributes[path][f"{slot.name}.{name}"] = text
+                owner = paths.get(id(getattr(slot.tensor.__dict__[name], "__self__", None)))
+                if owner is not None:
+                    owners[path, f"{slot.name}.{name}"] = owner
+        places = {(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()}
+        met: dict[int, str] = {}
+        first_places = {place: met.setdefault(id(value), ":".join(place)) for place, value in places.items()}
+        opaque: dict[str, dict[str, Any]] = {}
+        for (index, name), value in tree.opaque.items():
+            opaque.setdefault(tree.modules[index].path, {})[name] = value
+        return cls(
+            modules={path: weakref.ref(module) for path, module in named.items()},
+            tensors={id(slot.tensor) for slot in tree.slots()},
+            attributes=attributes,
+            opaque=opaque,
+            mutable=places,
+            slots={live.path: {slot.name: _added(slot) for slot in live.slots} for live in tree.modules},
+            ties=ties,
+            owners=owners,
+            children={live.path: list(live.module._modules) for live in tree.modules},
+            orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
+            aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
+            states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
+            insides=_insides_of(tree),
+            classes={live.path: type(live.module) for live in tree.modules},
+        )
+
+
+def _insides_of(tree: Tree) -> dict[tuple[str, str], dict[str, Any]]:
+    parts = {
+        (tree.modules[index].path, name): found
+        for (index, name), value in tree.opaque.items()
+        if (found := parts_of(value))
+    }
+    return dict(zip(parts, behind([(":".join(place), found) for place, found in parts.items()], tree), strict=True))
+
+
+def _added(slot: LiveSlot) -> AddedSlot:
+    tensor = slot.tensor
+    has_form = not is_lazy(tensor)  # else loading gives it one
+    return AddedSlot(
+        slot.name,
+        slot.kind,
+        str(tensor.dtype).removeprefix("torch."),
+        tuple(tensor.shape) if has_form else (),
+        tuple(tensor.stride()) if has_form and tensor.layout is torch.strided else (),
+        class_name(type(tensor)),
+        bool(tensor.requires_grad),
+    )
