@@ -528,7 +528,7 @@ PARAMETERS = Patch(
 )
 OPERATIONS = Patch(
     "torch.utils._python_dispatch:TorchDispatchMode",
-    "tree.observe",
+    "tree.operators",
     How.HOOKED,
     Lifetime.LOADING,
     reason="It is known of every tensor what wrote to it (adr/0012).",
@@ -537,7 +537,7 @@ OPERATIONS = Patch(
 )
 LOOKS = Patch(
     "torch.overrides:TorchFunctionMode",
-    "tree.observe",
+    "tree.operators",
     How.HOOKED,
     Lifetime.LOADING,
     reason="It is known whether post-processing gives data of a tensor to Python past all operators.",
