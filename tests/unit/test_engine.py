@@ -351,6 +351,27 @@ def test_a_model_that_cannot_be_watched_is_loaded_all_the_same() -> None:
     assert not kept
 
 
+def test_code_that_cannot_be_looked_at_is_loaded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is built, what its code holds is noted."""
+    device = devices.EngineDevice("cpu", torch.device("cpu"), arenas.MEMFD, Stage.PROCESSED)
+    decision: Any = SimpleNamespace(device=device, granted=SimpleNamespace(publication=None), checkpoint_bytes=0)
+    kept: list[Attachment] = []
+
+    def values_of(one: Any) -> Any:
+        raise KeyError("absent")
+
+    monkeypatch.setattr("vllm_companion_plugin.tree.uses.values_of", values_of)
+    monkeypatch.setattr("vllm_companion_plugin.engine.publish._class_of", lambda *_: Alone)
+    publisher = _Publisher(decision, resolve(), None, None, kept.append)
+    publisher.publish(nn.Linear(1, 1))
+    assert "cannot be watched: KeyError: 'absent'" in str(publisher._reason)
+    assert not kept
+
+
+class Alone(nn.Module):
+    """A model of this file's code."""
+
+
 class TestHeadless:
     """A process that is there to write one entry."""
 
