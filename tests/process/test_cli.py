@@ -389,10 +389,15 @@ def test_unload_refuses_what_is_in_use_unless_forced(place: Place) -> None:
         assert (code, "keeps its mapping" in out) == (0, True)
 
 
+UNNAMED = "vllm-companion: error: {}: MODEL is empty. Name one as `vllm-companion status` shows it.\n"
+
+
 def test_unload_by_model_rank_and_all(place: Place) -> None:
     serve(place)
     published(place)
     assert cli(place, "unload", "other/model")[0] == 1
+    for command in ("unload", "rollback", "generations"):  # as "$MODEL" is, if nobody has set it
+        assert cli(place, command, "")[::2] == (2, UNNAMED.format(command))
     assert cli(place, "unload", KEY.model, "--rank", "tp1/2")[0] == 1
     assert cli(place, "unload", KEY.model, "--rank", "single")[:2] == (0, "Unloaded test/model (single) from cpu.\n")
     assert cli(place, "unload", "--all")[:2] == (0, "Nothing was loaded.\n")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from vllm_companion_plugin.cli.main import main as cli
 from vllm_companion_plugin.client import headless, lease
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.connection import Ready, connect
+from vllm_companion_plugin.client.processed import ProcessedUpdate
 from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.status import EntryState, EntryStatus, LeaseState
 from vllm_companion_plugin.errors import (
@@ -275,6 +277,17 @@ class TestTrainer:
             new.load(values(2))
         (entry,) = client.status().entries
         assert [each.version for each in entry.generations] == ["", "step-1"]
+
+    def test_whose_processed_update_is_over(self, place: Place, companion: Any) -> None:
+        """What it would take nobody would get."""
+        with client(place).attach(MODEL) as attachment:
+            handed: Any = SimpleNamespace(hand_over=None)
+            new = ProcessedUpdate(attachment, handed, place.settings)
+            new.check([])
+            new.close()
+            for use in (lambda: new.load(values(1)), lambda: new.check([])):
+                with pytest.raises(BadRequestError, match=r"This update of .* is over"):
+                    use()
 
     @pytest.mark.parametrize("version", ["", "x" * 5000, 7, b"7"])
     def test_needs_a_version(self, place: Place, companion: Any, version: Any) -> None:

@@ -40,8 +40,12 @@ def _query(parsed: argparse.Namespace, statuses: Sequence[CompanionStatus]) -> Q
     """Return the query that MODEL, `--rank` and `--key` of a command make.
 
     Raises:
-        SettingsError: as `find`, or MODEL and `--key` are two ids.
+        SettingsError: as `find`, or MODEL and `--key` are two ids, or MODEL is empty, which would match any.
     """
+    if parsed.model == "":
+        raise SettingsError(
+            f"{parsed.command}: MODEL is empty.", remedy="Name one as `vllm-companion status` shows it."
+        )
     keys = [entry.key for status in statuses for entry in status.entries]
     model, key_id = find(parsed.command, parsed.model or "", keys)
     if parsed.key and key_id:

@@ -93,6 +93,12 @@ def _no_values(name: str, tensor: Any) -> str:
     return ""
 
 
+def check_open(is_over: bool, label: str) -> None:
+    """Raise `BadRequestError` if an update of that entry is over, so that nothing can be written by it."""
+    if is_over:
+        raise BadRequestError(f"This update of {label} is over.", remedy="Begin another one.")
+
+
 def refuse(problems: Iterable[str], label: str, remedy: str = "") -> None:
     """Raise `BadRequestError` with those that are not empty, if there are any."""
     found = [text for text in problems if text]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.fitting import Weights, checked, misfit, refuse
+from vllm_companion_plugin.client.fitting import Weights, check_open, checked, misfit, refuse
 from vllm_companion_plugin.client.handing import Giving
 from vllm_companion_plugin.client.headless import Headless
 from vllm_companion_plugin.errors import BadRequestError
@@ -41,6 +41,7 @@ class ProcessedUpdate:
         self._check_finite = check_finite
         self._sources = sources_from_bytes(attachment.manifest.sources)
         self._handed: set[str] = set()
+        self._is_over = False
         kind, size_bytes = attachment.held.arena.kind, settings.update_chunk_mib << 20
         self._giving = Giving(kind, size_bytes, attachment.device, headless.hand_over)
 
@@ -66,6 +67,7 @@ class ProcessedUpdate:
 
     def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Raise `BadRequestError` for what does not fit, all of it. Tensors on the meta device will do."""
+        check_open(self._is_over, self._attachment.label)
         refuse((self._problem(name, tensor) for name, tensor in weights), self._attachment.label)
 
     def load(self, weights: Weights) -> int:
@@ -76,9 +78,11 @@ class ProcessedUpdate:
         changed afterwards; the copies are handed over whenever a chunk is full.
 
         Raises:
-            BadRequestError: names, shapes or dtypes that do not fit, all of them, and those that came before.
+            BadRequestError: names, shapes or dtypes that do not fit, all of them, and those that came before; or the
+                update is over.
             UpdateError: vLLM could not load them, or its process ended.
         """
+        check_open(self._is_over, self._attachment.label)
         count = 0
         for name, tensor in checked(weights, self._sources.keys(), self._problem, self._attachment.label):
             self._handed.add(name)
@@ -99,7 +103,8 @@ class ProcessedUpdate:
         self._giving.flush()
 
     def close(self) -> None:
-        """Forget what was taken and not handed over. Idempotent."""
+        """Forget what was taken and not handed over, and take nothing more. Idempotent."""
+        self._is_over = True
         self._giving.close()
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ import torch
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.filling import Filling
-from vllm_companion_plugin.client.fitting import Weights
+from vllm_companion_plugin.client.fitting import Weights, check_open
 from vllm_companion_plugin.client.lease import Lease
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.checksum import Summing
@@ -133,8 +133,7 @@ class Update:
         self._writer.abort()
 
     def _check_open(self) -> None:
-        if self._is_over:
-            raise BadRequestError(f"This update of {self._attachment.label} is over.", remedy="Begin another one.")
+        check_open(self._is_over, self._attachment.label)
 
 
 def check_version(version: str) -> None:

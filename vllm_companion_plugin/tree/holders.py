@@ -27,16 +27,19 @@ def holders_of(tree: Tree) -> list[Holder]:
     held = [value for value in tree.code if isinstance(value, type)]
     classes = _with_bases([*tree.classes, *held, *(type(live.module) for live in tree.modules)])
     used = {*(each.__module__ for each in classes), *map(packages.module_of, tree.code)}
-    modules = _modules_of(used, type(tree.modules[0].module))
-    classes |= _with_bases(each for module in modules for each in classes_in(module))
-    return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
+    return _with_modules(classes, used, type(tree.modules[0].module))
 
 
 def of_class(model: type) -> list[Holder]:
     """Return those of a class, before any model was made of it."""
     classes = _with_bases([model])
-    modules = _modules_of({each.__module__ for each in classes}, model)
-    classes |= _with_bases(each for module in modules for each in classes_in(module))
+    return _with_modules(classes, {each.__module__ for each in classes}, model)
+
+
+def _with_modules(classes: set[type], used: Iterable[str], model: type) -> list[Holder]:
+    """Return the modules of `model`'s own code among those of these names and what they use, and all classes."""
+    modules = _modules_of(used, model)
+    classes = classes | _with_bases(each for module in modules for each in classes_in(module))
     return [*modules, *(one for one in classes if packages.top(one.__module__) not in _FOUNDATION)]
 
 

@@ -30,7 +30,7 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.descriptions import tensor_attributes
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name
 from vllm_companion_plugin.tree.notation import is_restorable
-from vllm_companion_plugin.tree.values import class_name, dtype_name, value_of
+from vllm_companion_plugin.tree.values import class_name, dtype_name, is_value, value_of
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
 
@@ -196,15 +196,7 @@ def _are_choices(here: str | None, there: str | None) -> bool:
 
 def _is_meaning(text: str | None) -> bool:
     """Whether it is a class, an enum or a dtype. They say how bytes are understood even where nothing was before."""
-    return text is not None and (text.startswith("class ") or not (_is_data(text) or _is_no_value(text)))
-
-
-def _is_no_value(text: str) -> bool:
-    try:
-        value_of(text)
-    except ValueError:
-        return True
-    return False
+    return text is not None and (text.startswith("class ") or (is_value(text) and not _is_data(text)))
 
 
 def _are_methods(here: str, there: str) -> bool:

@@ -38,7 +38,7 @@ from vllm_companion_plugin.tree.holders import (
 from vllm_companion_plugin.tree.live import Tree, full_name, plain_tensors
 from vllm_companion_plugin.tree.states import parts_of, state_of
 from vllm_companion_plugin.tree.times import is_time
-from vllm_companion_plugin.tree.values import value_of
+from vllm_companion_plugin.tree.values import is_value
 
 _CONFIGURATION = "transformers.configuration_utils"
 
@@ -109,7 +109,7 @@ class Uses:
             return
         if name in _WHOLE:
             new = {prefix + each for each in (*(own.keys() - MODULE_INTERNALS), _NAMES)}
-            is_asked = packages.top(sys._getframe(2).f_globals.get("__name__") or "") != "torch"  # which looks up names
+            is_asked = packages.top(_module_of(sys._getframe(2))) != "torch"  # which looks up names
         elif is_there:
             new, is_asked = {prefix + name}, name in own or _may_be_its_own(kind, name)
         else:
@@ -163,7 +163,7 @@ class _Texts:
         for (path, slot), live in zip(slots, hung.modules, strict=True):
             texts[path][slot.name] = _form(slot.tensor)
             texts[path][f"{slot.name}.{_NAMES}"] = " ".join(sorted(slot.tensor.__dict__))
-            texts[path] |= {f"{slot.name}.{name}": text for name, text in live.attributes.items() if _is_plain(text)}
+            texts[path] |= {f"{slot.name}.{name}": text for name, text in live.attributes.items() if is_value(text)}
         for live in tree.modules:
             texts[live.path][_NAMES] = " ".join(sorted(packages.dictionary(live.module).keys() - MODULE_INTERNALS))
         opaque = {
@@ -237,7 +237,7 @@ def _form(tensor: torch.Tensor) -> str:
 def _referred(text: str) -> tuple[str, str] | None:
     """The place (path and name) of which a text says that the object is there, unless that is a module."""
     path, _, name = text.rpartition(" @")[2].partition(":")
-    return (path, name) if " @" in text and name and not _is_plain(text) else None
+    return (path, name) if " @" in text and name and not is_value(text) else None
 
 
 def _values_in(holders: Sequence[Holder], known: Tree) -> dict[str, str]:
@@ -254,7 +254,7 @@ def _values_in(holders: Sequence[Holder], known: Tree) -> dict[str, str]:
 
 def _text_of_entry(entry: Any, of_model: set[int]) -> str | None:
     if isinstance(entry, str):
-        return entry if _is_plain(entry) else None
+        return entry if is_value(entry) else None
     if isinstance(entry, Cached) or id(entry.value) in of_model:
         return None
     if isinstance(entry.value, torch.Tensor):
@@ -265,14 +265,6 @@ def _text_of_entry(entry: Any, of_model: set[int]) -> str | None:
 
 _WHOLE = frozenset(("__dict__", "__reduce_ex__", "__getstate__"))
 """Names by which all values of an object are asked for, to look at or to copy them."""
-
-
-def _is_plain(text: str) -> bool:
-    try:
-        value_of(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _looks_up(cls: Any) -> Any:
@@ -308,9 +300,14 @@ def _is_own_code(value: Any) -> bool:
 def _is_read_by_own_code() -> bool:
     """Whether the nearest caller that acts on its own account is code that serves not all models."""
     frame = sys._getframe(3)  # past `get`
-    while (caller := frame.f_back) is not None and acts_for_callers(frame.f_globals.get("__name__") or ""):
+    while (caller := frame.f_back) is not None and acts_for_callers(_module_of(frame)):
         frame = caller
-    return is_own(frame.f_globals.get("__name__") or "")
+    return is_own(_module_of(frame))
+
+
+def _module_of(frame: types.FrameType) -> str:
+    """The name of the module whose code runs; "" if it is of none."""
+    return frame.f_globals.get("__name__") or ""
 
 
 def check(manifest: Manifest, model: nn.Module) -> None:

@@ -92,6 +92,15 @@ def value_of(text: str) -> Any:
         raise ValueError(f"no value can be made of {text[:200]!r}: {error}") from None
 
 
+def is_value(text: str) -> bool:
+    """Whether a value can be made of this text."""
+    try:
+        value_of(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parts(values: Any, depth: int) -> list[str] | None:
     texts = []
     for value in values:
