@@ -42,7 +42,7 @@ class StartFreeze:
     def __init__(self, package: str) -> None:
         self._start = f"{package}."
         self._thread = 0
-        self._count = 0
+        self._younger: list[object] = []
         self._is_ours = False
         self._was_used = False
 
@@ -55,7 +55,7 @@ class StartFreeze:
         self._was_used = self._is_ours = True
         self._thread = threading.get_ident()
         gc.freeze()
-        self._count = gc.get_freeze_count()
+        self._younger = []
         gc.callbacks.append(self._collecting)
 
     def _collecting(self, phase: str, info: dict[str, int]) -> None:
@@ -72,10 +72,17 @@ class StartFreeze:
 
     def _thaw(self) -> bool:
         """Undo the freezing, unless somebody has frozen more since: then all is theirs. Returns whether it was ours."""
-        was_ours, self._is_ours = self._is_ours and gc.get_freeze_count() <= self._count, False
+        was_ours, self._is_ours = self._is_ours and self._is_collected(), False
         if was_ours:
             gc.unfreeze()
         return was_ours
+
+    def _is_collected(self) -> bool:
+        """Whether what was made after our freezing takes part in collection, so that nobody has frozen since.
+
+        Counting what is frozen says the same, and takes 0.1 s for what vLLM's imports have made.
+        """
+        return any(each is self._younger for each in gc.get_objects())
 
 
 @contextmanager
