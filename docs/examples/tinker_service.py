@@ -25,13 +25,15 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from peft import LoraConfig
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError
+from vllm_companion_plugin.core.adapters import SCHEME
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, EntryNotFoundError
 from vllm_companion_plugin.training import Colocated, colocated
 
 
@@ -46,8 +48,8 @@ class CreateModel(BaseModel):
 class Datum(BaseModel):
     """Tokens, and how much each counts as a target; the first one is never one."""
 
-    tokens: list[int]
-    weights: list[float] | None = None
+    tokens: list[int] = Field(min_length=1)
+    weights: list[FiniteFloat] | None = None
 
 
 class ForwardBackward(BaseModel):
@@ -56,10 +58,10 @@ class ForwardBackward(BaseModel):
 
 
 class AdamParams(BaseModel):
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    learning_rate: FiniteFloat = Field(1e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: FiniteFloat = Field(1e-8, ge=0)
 
 
 class OptimStep(BaseModel):
@@ -74,13 +76,15 @@ class OfModel(BaseModel):
 class Sampling(BaseModel):
     max_tokens: int = 64
     temperature: float = 1.0
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
 
 
 class Sample(BaseModel):
-    model_path: str | None = Field(None, description="of save_weights_for_sampler; none: the base model")
-    prompt: list[int]
-    num_samples: int = 1
+    model_path: str | None = Field(
+        None, description="of save_weights_for_sampler; none: the base model", pattern=f"^{SCHEME}"
+    )
+    prompt: list[int] = Field(min_length=1)
+    num_samples: int = Field(1, ge=1)
     sampling_params: Sampling = Sampling()
 
 
@@ -111,10 +115,9 @@ class Service:
             self._both.activate(asked.model_id)
             model, total = self._both.model, 0.0
             for datum in asked.data:
-                if len(datum.weights or datum.tokens) != len(datum.tokens):
+                if datum.weights is not None and len(datum.weights) != len(datum.tokens):
                     raise HTTPException(400, "there is not one weight for each token")
-                if not all(0 <= token < model.config.vocab_size for token in datum.tokens):
-                    raise HTTPException(400, "there are tokens that the model does not have")
+                self._check_tokens(datum.tokens)
             model.train()
             for datum in asked.data:
                 tokens = torch.tensor([datum.tokens], device=model.device)
@@ -145,10 +148,16 @@ class Service:
     def sample(self, asked: Sample) -> dict[str, Any]:
         params = SamplingParams(n=asked.num_samples, logprobs=0, **asked.sampling_params.model_dump())
         request = LoRARequest("adapter", 1, asked.model_path) if asked.model_path else None
+        self._check_tokens(asked.prompt)
         with self._lock:
             prompt = {"prompt_token_ids": asked.prompt}
             (output,) = self._both.engine.generate(prompt, params, lora_request=request, use_tqdm=False)
         return {"sequences": [sequence_of(each) for each in output.outputs]}
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        """An engine without a tokenizer would fail at others, and not be the same afterwards."""
+        if not all(0 <= token < self._both.model.config.vocab_size for token in tokens):
+            raise HTTPException(400, "there are tokens that the model does not have")
 
     def unload_model(self, asked: OfModel) -> dict[str, Any]:
         with self._lock:
@@ -177,8 +186,14 @@ def app_of(service: Service) -> FastAPI:
 
     @app.exception_handler(CompanionError)
     async def say(request: Request, error: CompanionError) -> JSONResponse:
-        status = 404 if isinstance(error, EntryNotFoundError) else 400 if error.expected else 500
+        is_asked = error.expected or isinstance(error, BadRequestError)
+        status = 404 if isinstance(error, EntryNotFoundError) else 400 if is_asked else 500
         return JSONResponse({"error": error.code, "detail": str(error)}, status)
+
+    @app.exception_handler(ValueError)
+    @app.exception_handler(VLLMValidationError)
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "bad_request", "detail": str(error)}, 400)  # of vLLM, for what it does not take
 
     return app
 

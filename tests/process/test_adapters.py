@@ -629,6 +629,25 @@ class TestFrontEnd:
         with pytest.raises(EntryNotFoundError):
             front.serve(Asked(NAME, 1))
 
+    def test_a_number_of_what_was_removed(self, client: CompanionClient, front: FrontEnd, place: Place) -> None:
+        """It is an error while other requests of it run, or is what has the number now."""
+        client.publish_adapter(NAME, small(1), config())
+        served = front.serve(Asked(NAME, 1))
+        front.sent(served)
+        client.remove_adapter(NAME)
+        for _ in range(2):
+            with pytest.raises(EntryNotFoundError):
+                front.serve(Asked(NAME, 1))
+            until(lambda: served.is_gone, 5, "it is told")
+        assert front.serve(served.bound) is served
+        with connect("cpu", place.settings, spawn=False) as connection:
+            pid = connection.shutdown()
+        until(lambda: not alive(pid) and served.lease.lease.lost.is_set(), 5, "the companion is gone")
+        place.companion()
+        assert client.publish_adapter(NAME, small(2), config()) == 1
+        again = front.serve(Asked(NAME, 1))
+        assert (again.bound.generation, again.bound == served.bound) == (1, False)
+
     def test_at_once(self, client: CompanionClient, front: FrontEnd) -> None:
         """Requests that come together have one lease."""
         client.publish_adapter(NAME, small(1), config())

@@ -161,6 +161,22 @@ def test_users_train_and_sample_adapters_of_one_base_at_once(
     assert all(each[-1] < each[0] for each in losses.values()), losses
     assert "not_found" in str(call("sample", 404, model_path="companion:nobody", prompt=[1, 2]))
     assert "not_found" in str(call("optim_step", 404, model_id="nobody"))
+    wrong: list[tuple[str, int, dict[str, Any]]] = [
+        # What is no adapter of this service would be one that the engine has under the same number.
+        *(("sample", 422, {"model_path": path, "prompt": [1, 2]}) for path in ("nobody", str(tmp_path), "")),
+        ("sample", 400, {"model_path": "companion:", "prompt": [1, 2]}),
+        *(("sample", 400, {"prompt": prompt}) for prompt in ([-1], [10**9], [1] * 200)),
+        ("sample", 422, {"prompt": []}),
+        ("sample", 422, {"prompt": [1], "num_samples": 0}),
+        ("sample", 400, {"prompt": [1], "sampling_params": {"temperature": -1}}),
+        ("forward_backward", 422, {"model_id": models[1], "data": [{"tokens": []}]}),
+        ("forward_backward", 400, {"model_id": models[1], "data": [{"tokens": [1, 2], "weights": []}]}),
+        ("optim_step", 422, {"model_id": models[1], "adam_params": {"learning_rate": -1}}),
+    ]
+    for name, status, body in wrong:
+        call(name, status, **body)
+    assert [sampled(path)[0] for path in paths] == [target[0] for target in USERS]
+    assert len(call("sample", prompt=[1, 2], num_samples=3)["sequences"]) == 3
     call("unload_model", model_id=models[0])
     call("sample", 404, model_path=paths[0], prompt=[1, 2])
     assert sampled(paths[1])[0] == USERS[1][0]

@@ -128,11 +128,7 @@ def canonical(
     if any(_is_fused(name) and rank != max(ranks.values()) for name, rank in ranks.items()):
         problems.append("experts of one tensor have another rank than other modules")
     if problems:
-        raise BadRequestError(
-            f"{label} cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
-            remedy="Train it without, or convert it to plain LoRA with PEFT. Of a model's whole state, give what "
-            "get_peft_model_state_dict takes of it.",
-        )
+        raise _refused(problems, label)
     tensors |= _scaled({name: tensors[name] for name, factor in factors.items() if factor != 1}, factors)
     rank = max(ranks.values())
     plain = {
@@ -147,6 +143,20 @@ def canonical(
         "init_lora_weights": True,
     }
     return Adapter(tensors, plain)
+
+
+def check_config(config: Any, label: str) -> None:
+    """Raise `BadRequestError` if no adapter of this configuration can be published, as of `canonical`."""
+    if problems := list(_problems_of(_fields_of(config, label))):
+        raise _refused(problems, label)
+
+
+def _refused(problems: Sequence[str], label: str) -> BadRequestError:
+    return BadRequestError(
+        f"{label} cannot be served by vLLM as LoRA: {several(problems, _SHOWN, '; ')}.",
+        remedy="Train it without, or convert it to plain LoRA with PEFT. Of a model's whole state, give what "
+        "get_peft_model_state_dict takes of it.",
+    )
 
 
 def _of_model(model: nn.Module, label: str) -> tuple[dict[str, torch.Tensor], Any, dict[str, float]]:

@@ -69,11 +69,14 @@ class FrontEnd:
     def serve(self, asked: Asked) -> Served:
         """What a request that comes now is bound to. Raises as `AdapterLeases.lease`."""
         known = self._pinned.get(asked) if asked.generation else self._current.get(asked.name)
-        if known is not None and asked.generation and (self.is_sent(known) or not known.is_gone):
+        if known is not None and asked.content and (self.is_sent(known) or not known.is_gone):
             return known
-        found = None if asked.generation else self._leases.where(asked.name)
-        if known is not None and found is not None and self._leases.is_current(known.lease, found):
-            return known
+        # A number alone says nothing of the content: companions are asked whether they have that yet.
+        found = None if asked.content else self._leases.where(asked.name)
+        if known is not None and found is not None:
+            is_it = not known.is_gone if asked.generation else self._leases.is_current(known.lease, found)
+            if is_it and found:
+                return known
         lease = self._leases.lease(asked, found)
         with self._mutex:
             # Another request may have been quicker: a generation has one lease.

@@ -16,6 +16,7 @@ from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
 
 from vllm_companion_plugin.client.api import CompanionClient
+from vllm_companion_plugin.client.peft import check_config
 from vllm_companion_plugin.core.adapters import SCHEME, check_name
 from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.status import EntryStatus
@@ -27,6 +28,8 @@ from vllm_companion_plugin.training.base import from_companion
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_PEFT_HAS = (torch.nn.ModuleDict(), torch.nn.ParameterDict())
+"""What PEFT's layers keep adapters in, by their ids."""
 _IN_THIS_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -63,15 +66,16 @@ class Colocated:
         Raises:
             BadRequestError: there is one of this id, PEFT or engines can have none of it, or there is no configuration.
         """
-        if "." in check_name(id):
+        if "." in check_name(id) or any(hasattr(kind, id) for kind in _PEFT_HAS):
             raise BadRequestError(
-                f"{id} is no id of an adapter that PEFT can have: its layers are named by it, with dots."
+                f"{id} is no id of an adapter that PEFT can have: its layers have adapters as attributes."
             )
         config = config or self._lora
         if config is None:
             raise BadRequestError(f"Adapter {id} has no configuration.", remedy="Give a LoraConfig.")
         if id in self.adapters:
             raise BadRequestError(f"There is an adapter {id} already.", remedy="Remove it first.")
+        check_config(config, f"Adapter {id}")  # before PEFT changes the base of all others for it
         if isinstance(self.model, peft.PeftModel):
             self.model.add_adapter(id, config)
         else:

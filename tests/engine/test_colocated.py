@@ -1,0 +1,83 @@
+"""Adapters of a trainer that has its engine in its own process: made, refused and removed. There is no engine here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.support import lora
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.training.together import Colocated
+
+TOKENS = torch.arange(1, 9).view(1, -1)
+
+
+class Client:
+    """Takes every adapter."""
+
+    def publish_adapter(self, *_: Any, **__: Any) -> int:
+        return 1
+
+    def remove_adapter(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def both() -> Colocated:
+    config = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None))
+    made = LlamaForCausalLM(lora.TINY).requires_grad_(False)
+    usual = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    return Colocated(SimpleNamespace(llm_engine=config), made, Client(), usual)  # type: ignore[arg-type]
+
+
+def says(both: Colocated) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = both.model(TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ],
+)
+def test_what_no_engine_can_have_is_refused_before_the_model_is_changed(
+    both: Colocated, options: dict[str, Any], text: str, others: int
+) -> None:
+    """It would change the base of all adapters, or what is left when it is removed."""
+    base = says(both)
+    if others:
+        lora.train(both.create_adapter("other"), 1)
+    before, modules = says(both), {name: type(each) for name, each in both.model.named_modules()}
+    with pytest.raises(BadRequestError, match=text):
+        both.create_adapter("mine", peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
+    assert {name: type(each) for name, each in both.model.named_modules()} == modules
+    assert torch.equal(says(both), before)
+    lora.train(both.create_adapter("next"), 2)
+    assert not torch.equal(says(both), before)
+    for name in both.adapters:
+        both.remove_adapter(name)
+    assert torch.equal(says(both), base)
+
+
+@pytest.mark.parametrize("id", ["a.b", "", "keys", "training", "forward", "T_destination"])
+def test_ids_that_peft_cannot_have(both: Colocated, id: str) -> None:
+    """PEFT's layers have adapters as attributes."""
+    both.create_adapter("other")
+    with pytest.raises(BadRequestError, match="is no "):
+        both.create_adapter(id)
+    assert both.adapters == ["other"]
