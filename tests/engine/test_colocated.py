@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.support import lora
+from vllm_companion_plugin.core.status import EntryState
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.training.together import Colocated
 
@@ -20,19 +21,32 @@ TOKENS = torch.arange(1, 9).view(1, -1)
 class Client:
     """Takes every adapter."""
 
-    def publish_adapter(self, *_: Any, **__: Any) -> int:
-        return 1
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.count = 0
 
-    def remove_adapter(self, *_: Any) -> None:
-        pass
+    def publish_adapter(self, id: str, *_: Any, **__: Any) -> int:
+        self.count += 1
+        self.held[id] = self.count
+        return self.count
+
+    def remove_adapter(self, id: str) -> None:
+        del self.held[id]
+
+    def list_adapters(self) -> list[Any]:
+        return [
+            SimpleNamespace(key=SimpleNamespace(model=id), generation=number, state=EntryState.READY)
+            for id, number in self.held.items()
+        ]
 
 
 @pytest.fixture
 def both() -> Colocated:
     config = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None))
+    engine = SimpleNamespace(llm_engine=config, generate=lambda *_, lora_request: [lora_request.lora_path])
     made = LlamaForCausalLM(lora.TINY).requires_grad_(False)
     usual = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    return Colocated(SimpleNamespace(llm_engine=config), made, Client(), usual)  # type: ignore[arg-type]
+    return Colocated(engine, made, Client(), usual)  # type: ignore[arg-type]
 
 
 def says(both: Colocated) -> torch.Tensor:
@@ -81,3 +95,15 @@ def test_ids_that_peft_cannot_have(both: Colocated, id: str) -> None:
     with pytest.raises(BadRequestError, match="is no "):
         both.create_adapter(id)
     assert both.adapters == ["other"]
+
+
+def test_what_is_sampled_is_the_trainers_own(both: Colocated) -> None:
+    """Also after somebody else has published under its id, or has removed it."""
+    lora.train(both.create_adapter("mine"), 1)
+    asked = [both.sample("mine", "")[0] for _ in range(2)]
+    both.client.publish_adapter("mine", both.model)
+    asked += [both.sample("mine", "")[0] for _ in range(2)]
+    both.client.remove_adapter("mine")
+    asked.append(both.sample("mine", "")[0])
+    assert asked == [f"companion:mine?generation={number}" for number in (1, 1, 3, 3, 4)]
+    assert both.sample("other", "") == ["companion:other"]

@@ -41,6 +41,11 @@ class Asked:
     generation: int = 0
     content: str = ""
 
+    @property
+    def path(self) -> str:
+        """By which engines are asked for it."""
+        return f"{SCHEME}{self.name}" + (f"{_PIN_BEGINS}{self.generation}" if self.generation else "")
+
     def __str__(self) -> str:
         return f"Adapter {self.name}" + (f", generation {self.generation}" if self.generation else "")
 

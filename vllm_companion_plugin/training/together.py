@@ -17,10 +17,15 @@ from vllm.lora.request import LoRARequest
 
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.client.peft import check_config
-from vllm_companion_plugin.core.adapters import SCHEME, check_name
+from vllm_companion_plugin.core.adapters import SCHEME, Asked, check_name
 from vllm_companion_plugin.core.entry_kinds import WEIGHTS
-from vllm_companion_plugin.core.status import EntryStatus
-from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError, NotShareableError
+from vllm_companion_plugin.core.status import EntryState, EntryStatus
+from vllm_companion_plugin.errors import (
+    BadRequestError,
+    CompanionUnavailableError,
+    EntryNotFoundError,
+    NotShareableError,
+)
 from vllm_companion_plugin.host.models import model_name
 from vllm_companion_plugin.settings import Given
 from vllm_companion_plugin.training.base import from_companion
@@ -50,7 +55,7 @@ class Colocated:
         self.model = model
         self.client = client
         self._lora = lora
-        self._published: dict[str, _State] = {}
+        self._published: dict[str, _Published] = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -129,7 +134,7 @@ class Colocated:
             number = self.client.publish_adapter(id, self.model, version=version, dtype=self._dtype())
         finally:
             self.model.set_adapter(active[0])
-        self._published[id] = self._state(id)
+        self._published[id] = _Published(number, self._state(id))
         return number
 
     def sample(self, id: str | None, prompts: Any, sampling_params: Any = None, **options: Any) -> list[Any]:
@@ -144,9 +149,13 @@ class Colocated:
         """
         if id is None:
             return list(self.engine.generate(prompts, sampling_params, **options))
-        if id in self.adapters and not self._state(id).equals(self._published.get(id)):
-            self.publish(id)
-        request = LoRARequest(id, 1, SCHEME + id)
+        path = SCHEME + id
+        if id in self.adapters:
+            known = self._published.get(id)
+            is_it = known is not None and self._state(id).equals(known.state) and self._is_current(id, known.generation)
+            number = known.generation if known is not None and is_it else self.publish(id)
+            path = Asked(id, number).path  # others may publish under this id, too
+        request = LoRARequest(id, 1, path)
         return list(self.engine.generate(prompts, sampling_params, lora_request=request, **options))
 
     @contextlib.contextmanager
@@ -179,6 +188,14 @@ class Colocated:
         if id not in self.adapters:
             raise EntryNotFoundError(f"No adapter {id} was made here; there are: {', '.join(self.adapters) or 'none'}.")
 
+    def _is_current(self, id: str, generation: int) -> bool:
+        """Whether nobody has removed this generation, or put another one in its place."""
+        try:
+            there = [each for each in self.client.list_adapters() if each.key.model == id]
+        except CompanionUnavailableError:  # one that follows is handed what is published; the engine waits for that
+            return True
+        return any((each.generation, each.state) == (generation, EntryState.READY) for each in there)
+
     def _state(self, id: str) -> _State:
         tensors = peft.get_peft_model_state_dict(self.model, adapter_name=id, save_embedding_layers=False).values()
         layers = (each for each in self.model.modules() if isinstance(each, LoraLayer))
@@ -193,8 +210,16 @@ class _State:
     values: torch.Tensor
     scalings: tuple[float, ...]
 
-    def equals(self, other: _State | None) -> bool:
-        return other is not None and self.scalings == other.scalings and torch.equal(self.values, other.values)
+    def equals(self, other: _State) -> bool:
+        return self.scalings == other.scalings and torch.equal(self.values, other.values)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """The generation of an adapter that was published last, and what it is."""
+
+    generation: int
+    state: _State
 
 
 def colocated(
