@@ -156,11 +156,14 @@ def wake(
 
 
 def sleep_again(models: list[LiveModel], client_name: str) -> None:
-    """Put models that have just been woken to sleep, as something else failed."""
+    """Put models that have just been woken to sleep, as something else failed. What would be lost by that is awake."""
     for model in models:
         try:
             model.attachment.sleep_on()
         except CompanionError as error:
+            if model.attachment.is_private:  # nobody else has its bytes
+                logger.warning("%s stays mapped, as it cannot be copied: %s", model.attachment.label, error)
+                continue
             logger.warning("The companion does not know that %s sleeps: %s", model.attachment.label, error)
         model.attachment.let_go(model.settings, client_name)
 
