@@ -16,10 +16,12 @@ from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.client.mapped import tensors_by_name
 from vllm_companion_plugin.client.update import begin_training
 from vllm_companion_plugin.core.residency import WhenAsleep
+from vllm_companion_plugin.engine import live
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.session import EngineSession
 from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.errors import ArenaError, EntryNotFoundError, LayoutError
+from vllm_companion_plugin.memory.kinds import KINDS
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 
 MODEL = "test/model"
@@ -192,3 +194,27 @@ def test_what_is_private_is_renewed_when_what_is_mapped_was_written_in_place(cli
         for model in models:
             model.attachment.close()
         owned.arena.close()
+
+
+def test_what_is_private_is_not_lost_where_another_cannot_wake(
+    models: list[LiveModel], client: CompanionClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no room in host memory for a second copy of it: then it stays mapped."""
+    one, other = models
+    one.attachment.privatize(None)
+    one.attachment.views().bytes_at(0, one.attachment.size_bytes).fill_(7)
+    with live.falling_asleep(models, 1, "test"):
+        pass
+
+    def fails(*_: object, **__: object) -> object:
+        raise ArenaError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other.attachment, "wake", fails)
+        patch.setattr(type(KINDS[one.attachment.held.arena.kind]), "to_host", fails)
+        with pytest.raises(ArenaError, match="no room"):
+            live.wake(models, lambda device, settings: connect(device, settings, spawn=False), "test")
+    assert other.attachment.asleep
+    live.wake(models, lambda device, settings: connect(device, settings, spawn=False), "test")
+    assert set(one.attachment.views().bytes_at(0, one.attachment.size_bytes).tolist()) == {7}
+    assert (values([other]), numbers([other])) == ([1], [SECOND])

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.place import KEY, Place, alive, arena_of, until
+from tests.support.sleeping import Sleeping, seeded
 from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
 from vllm_companion_plugin.core.status import EntryState
@@ -387,6 +388,19 @@ def test_unload_refuses_what_is_in_use_unless_forced(place: Place) -> None:
         assert (code, f"pid {os.getpid()}" in error) == (1, True)
         code, out, _ = cli(place, "unload", KEY.model, "--force")
         assert (code, "keeps its mapping" in out) == (0, True)
+
+
+@pytest.mark.parametrize("command", [("stop",), ("unload", KEY.model, "--force")], ids=" ".join)
+def test_who_sleeps_is_not_said_to_map_anything(place: Place, command: tuple[str, ...]) -> None:
+    """What it would wake with is gone."""
+    place.companion()
+    sleeping = Sleeping.of(place, KEY, seeded())
+    awake, sleeper = sleeping.attach(), sleeping.attach()
+    sleeping.sleep(sleeper, 1)
+    code, out, _ = cli(place, *command)
+    assert (code, out.count(" keeps "), out.count("sleeps, and has to find or load")) == (0, 1, 1)
+    assert awake.in_use
+    sleeping.close()
 
 
 UNNAMED = "vllm-companion: error: {}: MODEL is empty. Name one as `vllm-companion status` shows it.\n"

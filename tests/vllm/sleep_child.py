@@ -1,7 +1,8 @@
 """An engine that a test puts to sleep, wakes and writes to. Answers each line of standard input by "RESULT {...}".
 
-The argument is a JSON object: model, prompts, load_format, config (settings of the loader). A line is a JSON list: what
-to do, and its arguments. The answer has "value", or "error" with the error's class and text.
+The argument is a JSON object: model, prompts, load_format, config (settings of the loader), and perhaps another model,
+of a second engine in this process. A line is a JSON list: what to do, and its arguments. The answer has "value", or
+"error" with the error's class and text.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ class Engine:
         from vllm import LLM
 
         self.prompts = options["prompts"]
-        self.llm = LLM(
-            model=options["model"],
-            load_format=options.get("load_format", "companion"),
-            model_loader_extra_config=options.get("config", {}),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=128,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,  # what is cached was computed with the weights of before
-        )
+        self.llms = [
+            LLM(
+                model=options[model],
+                load_format=options.get("load_format", "companion"),
+                model_loader_extra_config=options.get("config", {}),
+                dtype="float32",
+                enforce_eager=True,
+                max_model_len=128,
+                skip_tokenizer_init=True,
+                enable_prefix_caching=False,  # what is cached was computed with the weights of before
+            )
+            for model in ("model", "another")
+            if model in options
+        ]
+        self.llm = self.llms[0]
+
+    def use(self, number: int) -> None:
+        """What follows is done to this one."""
+        self.llm = self.llms[number]
 
     def tokens(self) -> list[list[int]]:
         from vllm import SamplingParams
@@ -56,11 +66,25 @@ class Engine:
         (model,) = self.llm.apply_model(lambda model: model)
         model.load_weights(tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).items())
 
+    def load_part(self, path: str) -> None:
+        """The same, of a part of the model that loads for itself."""
+        from safetensors.torch import load_file
+
+        (model,) = self.llm.apply_model(lambda model: model.model)
+        tensors = [tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).items()]
+        model.load_weights((name.removeprefix("model."), value) for name, value in tensors if "model." in name)
+
+    def update(self) -> None:
+        """To the current generation."""
+        self.llm.collective_rpc("companion_update")
+
     def state(self) -> list[Any]:
         """Whether it sleeps, whether it is private, the generation, and where it is mapped."""
+        from vllm_companion_plugin.engine.live import engine_of
         from vllm_companion_plugin.engine.session import current
 
-        (attachment,) = current().attachments()
+        (model,) = current().models(engine_of(self.llm.llm_engine.vllm_config))
+        attachment = model.attachment
         return [attachment.asleep, attachment.is_private, attachment.generation, attachment.arena.address]
 
 

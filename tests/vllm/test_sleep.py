@@ -158,6 +158,70 @@ def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
     assert reader.do("tokens") == expected
 
 
+def test_part_of_a_model(start: Start, tmp_path: Path) -> None:
+    """That loads for itself, as the language model beside a vision tower, is written to like the whole."""
+    own, others = pair(tmp_path, tiny=True)
+    refuses = Engine(start, own, config={"on_write": "refuse"})
+    expected = refuses.do("tokens")
+    assert refuses.try_to("load_part", others)["error"][0] == "SharedWeightsError"
+    writer = Engine(start, own)
+    writer.do("load_part", others)
+    assert writer.do("state")[1]
+    assert writer.do("tokens") != expected
+    writer.do("load_part", own)
+    assert writer.do("tokens") == refuses.do("tokens") == expected
+
+
+def test_written_to_while_asleep(start: Start, tmp_path: Path) -> None:
+    """There is no memory to write to: an error says so, whoever's it is, and the engine wakes as if nothing was."""
+    own, others = pair(tmp_path, tiny=True)
+    engine = Engine(start, own)
+    expected = engine.do("tokens")
+    for is_private in (False, True):
+        engine.do("sleep", 1)
+        for what in ("load", "reload_from"):
+            name, text = engine.try_to(what, others)["error"]
+            assert name == "ArenaError"
+            assert "no memory at their addresses. Wake the engine first" in text
+        engine.do("wake")
+        assert engine.do("state")[:2] == [False, is_private]
+        assert engine.do("tokens") == expected
+        engine.do("load", own)
+
+
+def test_two_engines_in_a_process(place: Place, start: Start, tmp_path: Path) -> None:
+    """Each sleeps, is renewed, updated and written to for itself, whatever the other one does."""
+    own, others = pair(tmp_path, tiny=True)
+    engine = Engine(start, own, another=others)
+    expected = []
+    for number in (0, 1):
+        engine.do("use", number)
+        expected.append(engine.do("tokens"))
+    for sleeper, other in ((0, 1), (1, 0)):
+        for level in (1, 2):
+            engine.do("use", sleeper)
+            engine.do("sleep", level)
+            assert engine.do("state")[0]
+            engine.do("use", other)
+            for what in ("reload", "update", "wake"):
+                engine.do(what)
+                assert engine.do("state")[:2] == [False, False]
+                assert engine.do("tokens") == expected[other]
+            engine.do("use", sleeper)
+            assert engine.do("state")[0]
+            engine.do("wake")
+            assert engine.do("tokens") == expected[sleeper]
+    engine.do("use", 0)
+    engine.do("sleep", 1)
+    engine.do("use", 1)
+    engine.do("load", own)
+    assert engine.do("tokens") == expected[0]
+    engine.do("use", 0)
+    engine.do("wake")
+    assert engine.do("state")[:2] == [False, False]
+    assert engine.do("tokens") == expected[0]
+
+
 def test_companion_dies(place: Place, start: Start, tiny_llama: Path) -> None:
     """While one sleeps and one is awake, and while both sleep: tokens are right, and what is lost is loaded again."""
     engines = [Engine(start, str(tiny_llama)) for _ in range(2)]

@@ -21,7 +21,7 @@ from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import CompanionConnection
 from vllm_companion_plugin.client.shutdown import shut_down
 from vllm_companion_plugin.core.output import say
-from vllm_companion_plugin.core.status import CompanionStatus
+from vllm_companion_plugin.core.status import CompanionStatus, LeaseState, LeaseStatus
 from vllm_companion_plugin.core.text import one_line, wrapped
 from vllm_companion_plugin.errors import (
     CompanionError,
@@ -203,7 +203,7 @@ def unload(parsed: argparse.Namespace) -> int:
                 found += 1
                 say(f"Unloaded {entry.key.title} ({entry.key.rank}) from {connection.device}.")
                 for lease in entry.leases:
-                    say(f"  {lease.client} (pid {lease.pid}) keeps its mapping; its end frees the memory.")
+                    say(_left_with(lease, "keeps its mapping; its end frees the memory"))
     if not found and missing is not None:
         if not parsed.all:
             raise missing
@@ -238,4 +238,11 @@ def _stop(connection: CompanionConnection) -> None:
     pid = shut_down(connection)
     say(f"Stopped the companion of {connection.device} (pid {pid}).")
     for entry, lease in leases:
-        say(f"  {lease.client} (pid {lease.pid}) keeps serving {entry.key.model} from its mapping.")
+        say(_left_with(lease, f"keeps serving {entry.key.model} from its mapping"))
+
+
+def _left_with(lease: LeaseStatus, mapping: str) -> str:
+    """What becomes of a client whose entry is gone; `mapping`: of one that maps it."""
+    asleep = lease.state is LeaseState.ASLEEP  # then it has nothing, and what was in host memory is gone, too
+    what = "sleeps, and has to find or load the weights again when it wakes" if asleep else mapping
+    return f"  {lease.client} (pid {lease.pid}) {what}."

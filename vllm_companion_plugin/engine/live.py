@@ -49,6 +49,7 @@ class LiveModel:
 
     Attributes:
         load: loads it again, if nobody has it any more when it wakes. Refers to nothing of the model.
+        engine: which engine of this process it is of, as `engine_of` says; None: any.
         is_alone: nobody else was ever given it, so it takes no updates.
         unsleepable: whether the log has said why its memory cannot leave.
     """
@@ -56,8 +57,18 @@ class LiveModel:
     attachment: Attachment
     settings: Settings
     load: LoadAgain
+    engine: weakref.ref[Any] | None = None
     is_alone: bool = False
     unsleepable: bool = False
+
+    def is_of(self, engine: object) -> bool:
+        """Whether it is a model of this engine, as `engine_of` says; None: of any."""
+        return engine is None or self.engine is None or self.engine() is engine
+
+
+def engine_of(vllm_config: Any) -> Any:
+    """What tells the engines of a process apart: an object that an engine's configurations, its draft's too, share."""
+    return vllm_config.device_config
 
 
 @contextmanager
@@ -145,11 +156,14 @@ def wake(
 
 
 def sleep_again(models: list[LiveModel], client_name: str) -> None:
-    """Put models that have just been woken to sleep, as something else failed."""
+    """Put models that have just been woken to sleep, as something else failed. What would be lost by that is awake."""
     for model in models:
         try:
             model.attachment.sleep_on()
         except CompanionError as error:
+            if model.attachment.is_private:  # nobody else has its bytes
+                logger.warning("%s stays mapped, as it cannot be copied: %s", model.attachment.label, error)
+                continue
             logger.warning("The companion does not know that %s sleeps: %s", model.attachment.label, error)
         model.attachment.let_go(model.settings, client_name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vllm_companion_plugin.engine import again
 from vllm_companion_plugin.engine.attach import attach_model
 from vllm_companion_plugin.engine.decide import decide, decide_variant, external_bytes, settings_for
 from vllm_companion_plugin.engine.decisions import Alone, Attach, Decision, Load
-from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.engine.live import LiveModel, engine_of
 from vllm_companion_plugin.engine.publish import load_and_publish
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import budget, drafts, sources
@@ -51,7 +52,7 @@ class CompanionModelLoader(DefaultModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Read the checkpoint into `model`, which gets memory of its own first. Raises as `about_to_write`."""
-        about_to_write("load_weights")
+        about_to_write("load_weights", current().engine_of(model))
         self._source().load_weights(model, model_config)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Any:
@@ -76,6 +77,7 @@ class CompanionModelLoader(DefaultModelLoader):
         for attachment in current().attachments():
             if attachment not in before and current().written is None:
                 let_sleep(attachment.device)
+                current().belongs_to(model, engine_of(vllm_config))
                 let_write(model)
         if current().written is None:
             let_update()
@@ -104,7 +106,8 @@ class CompanionModelLoader(DefaultModelLoader):
                 )
 
                 def keep(attachment: Attachment) -> None:
-                    live = LiveModel(attachment, settings, load_again, is_alone=attachment.is_private)
+                    engine = weakref.ref(engine_of(vllm_config))
+                    live = LiveModel(attachment, settings, load_again, engine, is_alone=attachment.is_private)
                     current().keep(live, published=True)
 
                 model = load_and_publish(decision, source, vllm_config, model_config, prefix, settings, keep)
@@ -132,7 +135,7 @@ class CompanionModelLoader(DefaultModelLoader):
         attachment = decision.attachment
         key, content = attachment.held.key, decision.found.content
         load = again.loader_of(decision.device, key, content, vllm_config, model_config, prefix, self._settings)
-        current().keep(LiveModel(attachment, self._settings, load))
+        current().keep(LiveModel(attachment, self._settings, load, weakref.ref(engine_of(vllm_config))))
         if not decision.announced:
             budget.adjust_budget(-attachment.size_bytes, attachment.held.published.ready_unix_s)
 

@@ -7,7 +7,8 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,10 @@ class EngineSession:
         # By id of a draft's model config: fields of its key, noted before its target was built, and the target's key.
         self._drafts: dict[int, tuple[dict[str, str], EntryKey]] = {}
         self._target: weakref.ref[nn.Module] | None = None
+        # Of each model that this process maps: which engine has it.
+        self._engines: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        # Which engine has called something of vLLM's that knows no engines; None: nobody says.
+        self._acting: Any = None
         self._connections: dict[str, CompanionConnection] = {}
         self._freeze = StartFreeze("vllm")
         # What this process maps or published, by number, for as long as a tensor views it.
@@ -103,13 +108,36 @@ class EngineSession:
         """What this process maps, published or attached, in the order in which the models were loaded."""
         return [model.attachment for model in self.models()]
 
-    def models(self) -> list[LiveModel]:
-        """What this process maps, published or attached, in the order in which it was loaded."""
-        return [model for model in list(self._models.values()) if model.attachment.in_use]
+    def models(self, engine: Any = None) -> list[LiveModel]:
+        """What this process maps, published or attached, in the order in which it was loaded.
 
-    def shared_models(self) -> list[LiveModel]:
+        Args:
+            engine: only what is this engine's, as `live.engine_of` says; None: the one that acts, or all.
+        """
+        wanted = engine if engine is not None else self._acting
+        return [model for model in list(self._models.values()) if model.attachment.in_use and model.is_of(wanted)]
+
+    def shared_models(self, engine: Any = None) -> list[LiveModel]:
         """Of these, what others were given, too."""
-        return [model for model in self.models() if not model.is_alone]
+        return [model for model in self.models(engine) if not model.is_alone]
+
+    def belongs_to(self, model: nn.Module, engine: Any) -> None:
+        """`model` is this engine's."""
+        self._engines[model] = weakref.ref(engine)
+
+    def engine_of(self, model: nn.Module) -> Any:
+        """Which engine's it is; None if that is not known."""
+        found = self._engines.get(model)
+        return found() if found is not None else None
+
+    @contextmanager
+    def acting(self, engine: Any) -> Iterator[None]:
+        """While open, `models` are those of this engine, which has called something that knows no engines."""
+        before, self._acting = self._acting, engine
+        try:
+            yield
+        finally:
+            self._acting = before
 
     def keep(self, model: LiveModel, *, published: bool = False) -> None:
         """Keep what a model is bound to, whatever becomes of the companion, until no tensor views it."""
@@ -141,15 +169,15 @@ class EngineSession:
 
     # ---- new weights
 
-    def prepare_switch(self, generations: Mapping[str, int], token: str = "") -> Switch:
-        """Other generations of all its models, in place of what was prepared before.
+    def prepare_switch(self, generations: Mapping[str, int], token: str = "", engine: Any = None) -> Switch:
+        """Other generations of all models of an engine, in place of what was prepared before.
 
         Raises:
             EntryNotFoundError: it has no model of a companion.
             CompanionError: as `Switch`.
         """
         self.forget_switch()
-        if not (models := self.shared_models()):
+        if not (models := self.shared_models(engine)):
             raise EntryNotFoundError(
                 "This engine has no model of a companion.", remedy="Its log says why its weights are not shared."
             )

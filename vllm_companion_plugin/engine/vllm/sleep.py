@@ -96,12 +96,14 @@ def _wake(inner: Callable[..., None]) -> Callable[..., None]:
 def _sleep_of_worker(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def sleep(self: Any, *args: Any, **kwargs: Any) -> None:
+        engine = live.engine_of(self.vllm_config)
         try:
-            inner(self, *args, **kwargs)
+            with current().acting(engine):
+                inner(self, *args, **kwargs)
         except AssertionError as error:
             # vLLM measures the whole device, at the end. Others may have taken memory meanwhile, and the engine would
             # be taken for awake.
-            if not any(model.attachment.asleep for model in current().models()):
+            if not any(model.attachment.asleep for model in current().models(engine)):
                 raise
             logger.debug("The engine sleeps, whatever others do on the device: %s", error)
 
@@ -111,9 +113,11 @@ def _sleep_of_worker(inner: Callable[..., None]) -> Callable[..., None]:
 def _wake_of_worker(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = inner(self, *args, **kwargs)
+        engine = live.engine_of(self.vllm_config)
+        with current().acting(engine):
+            result = inner(self, *args, **kwargs)
         if hasattr(self.model_runner, "post_kv_cache_wake_up"):
-            live.renew([model for model in current().models() if not model.attachment.is_private])
+            live.renew([model for model in current().models(engine) if not model.attachment.is_private])
         return result
 
     return wake_up
@@ -155,7 +159,8 @@ def _sleep_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
     def sleep(self: Any, level: int = 1) -> None:
         if level:
             current().forget_switch()  # which keeps memory
-        with live.falling_asleep(current().models() if level else [], level, client_name()) as asleep:
+        models = current().models(live.engine_of(self.vllm_config)) if level else []
+        with live.falling_asleep(models, level, client_name()) as asleep:
             if not asleep:  # vLLM says that it does nothing
                 inner(self, level)
 
@@ -165,7 +170,7 @@ def _sleep_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
 def _wake_of_cpu_worker(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def wake_up(self: Any, tags: Sequence[str] | None = None) -> None:
-        wanted = current().models() if tags is None or WEIGHTS in tags else []
+        wanted = current().models(live.engine_of(self.vllm_config)) if tags is None or WEIGHTS in tags else []
         awake = _wake_models(wanted)
         if not awake:
             inner(self, tags)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_companion_plugin.core.plans import Plan, done_answer, error_answer, plans_answer
+from vllm_companion_plugin.engine.live import engine_of
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.switching import Switch
 from vllm_companion_plugin.engine.vllm import patches
@@ -51,7 +52,7 @@ def companion_update(self: Any, generations: dict[str, int] | None = None) -> di
     """
     try:
         with together("prepare the new weights") as succeeded:
-            current().prepare_switch(generations or {})
+            current().prepare_switch(generations or {}, engine=engine_of(self.vllm_config))
             succeeded()
         with together("map the new weights") as succeeded:
             return _taken("").carry_out(succeeded)
@@ -115,7 +116,7 @@ def _prepare(worker: Any, generations: dict[str, int], token: str) -> dict[str, 
             "Of replicas behind one server only the first one's answers reach who asks.",
             remedy="Start a server for each replica (--data-parallel-external-lb).",
         )
-    return plans_answer(_plans(current().prepare_switch(generations, token)))
+    return plans_answer(_plans(current().prepare_switch(generations, token, engine_of(worker.vllm_config))))
 
 
 def _switch(token: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vllm_companion_plugin.engine import live
 from vllm_companion_plugin.engine.attach import process_privately
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.errors import ArenaError
 
 logger = init_logger("vllm.companion")
 
@@ -30,23 +31,41 @@ def let_write(model: nn.Module) -> None:
         if name in sys.modules:
             patches.RELOAD.apply(_reload)
             break
-    if hasattr(model, "load_weights") and "load_weights" not in vars(model):
-        patches.LIVE_WEIGHTS.on_for_good(model, _load_weights)
+    engine = current().engine_of(model)
+    for module in model.modules():  # some call that of a part: a language model's, beside its vision tower
+        if callable(getattr(module, "load_weights", None)) and "load_weights" not in vars(module):
+            patches.LIVE_WEIGHTS.on_for_good(module, functools.partial(_load_weights, engine))
 
 
-def _load_weights(inner: Callable[..., Any]) -> Callable[..., Any]:
+def _load_weights(engine: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def load_weights(*args: Any, **kwargs: Any) -> Any:
-        about_to_write("load_weights")
+        about_to_write("load_weights", engine)
         return inner(*args, **kwargs)
 
     return load_weights
 
 
-def about_to_write(by: str) -> None:
-    """Make all that this process maps its own. Raises `SharedWeightsError` if `on_write` says so, `ArenaError`."""
-    for model in current().models():
-        if model.attachment.is_private or model.attachment.asleep:
+def about_to_write(by: str, engine: Any = None) -> None:
+    """Make all that an engine maps its own, before it is written to.
+
+    Args:
+        engine: as `live.engine_of` says; None: whichever, so all that this process maps.
+
+    Raises:
+        ArenaError: one of its models sleeps, so there is no memory to write to; or as `live.privatize`.
+        SharedWeightsError: `on_write` says so.
+    """
+    models = current().models(engine)
+    for model in models:
+        if model.attachment.asleep:
+            raise ArenaError(
+                f"{by} cannot write to weights of {model.attachment.label}: they sleep, and there is no memory at "
+                "their addresses.",
+                remedy="Wake the engine first, at least its weights: wake_up(tags=['weights']).",
+            )
+    for model in models:
+        if model.attachment.is_private:
             continue
         live.privatize(model, current().known_connection(model.attachment.device_id), by, _free_bytes)
 
@@ -65,12 +84,13 @@ def _processed_as_before(model: nn.Module, models: list[live.LiveModel]) -> Abst
 def _reload(inner: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(inner)
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        models = current().shared_models()
+        engine = live.engine_of(self.vllm_config)
+        models = current().shared_models(engine)
         # What an engine has written to memory of its own, only vLLM knows how to undo.
         is_private = any(model.attachment.is_private for model in models)
         others = args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None
         if others or is_private or not models:
-            about_to_write("reload_weights")
+            about_to_write("reload_weights", engine)
             with _processed_as_before(self.model_runner.model, models):
                 inner(self, *args, **kwargs)
             return

@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from vllm_companion_plugin.engine.live import LiveModel
+from vllm_companion_plugin.engine.live import LiveModel, engine_of
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm.ranks import together
 from vllm_companion_plugin.errors import ArenaError, BadRequestError, LayoutError, NotShareableError
@@ -61,6 +61,7 @@ class CompanionTransferEngine(WeightTransferEngine):
 
     def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
         super().__init__(config, vllm_config, device, model)
+        self._engine = engine_of(vllm_config)
         self._is_forgotten = False
 
     def init_transfer_engine(self, init_info: CompanionInitInfo) -> None:
@@ -117,7 +118,7 @@ class CompanionTransferEngine(WeightTransferEngine):
         self._is_forgotten = update_info.forget
         if self._is_forgotten:
             return
-        switch = current().prepare_switch(dict(self._wanted(update_info)))
+        switch = current().prepare_switch(dict(self._wanted(update_info)), engine=self._engine)
         if update_info.version and update_info.version not in switch.versions.values():
             current().forget_switch()
             raise BadRequestError(
@@ -158,7 +159,7 @@ class CompanionTransferEngine(WeightTransferEngine):
         )
 
     def _served(self) -> list[LiveModel]:
-        models = current().models()
+        models = current().models(self._engine)
         if not any(model.attachment.held.key.role == "target" for model in models):
             outcomes = [each for each in current().outcomes if each.role == "target"]
             why = f" ({outcomes[-1].reason or outcomes[-1].what})" if outcomes else ""
