@@ -360,6 +360,18 @@ def test_a_killed_companion_is_not_shown(place: Place) -> None:
     assert cli(place, "status")[1] == "No companion is running.\n"
 
 
+@pytest.mark.parametrize("command", ["status", "status --wide", "status --json", "status -q", "generations"])
+def test_a_command_whose_output_is_closed_says_how_it_went(place: Place, command: str) -> None:
+    """`>&-` instead of `>/dev/null`: a probe wants the exit status alone."""
+    serve(place)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection)
+        python = ("sh", "-c", 'exec "$0" "$@" >&-', sys.executable)
+        line = [*python, *CLI, *command.split()]
+        process = subprocess.run(line, env=place.environment, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_status_shows_entries_and_who_holds_them(place: Place) -> None:
     serve(place)
     with connect("cpu", place.settings, spawn=False) as connection:
