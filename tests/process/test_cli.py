@@ -360,6 +360,21 @@ def test_a_killed_companion_is_not_shown(place: Place) -> None:
     assert cli(place, "status")[1] == "No companion is running.\n"
 
 
+def test_a_serve_under_nohup_outlives_its_terminal(place: Place) -> None:
+    """It may hold the only copy of its weights."""
+    line = [sys.executable, *CLI, "serve", "--device", "cpu"]
+    process = subprocess.Popen(
+        ["sh", "-c", 'trap "" HUP; exec "$0" "$@"', *line], env=place.environment, stdout=subprocess.PIPE, text=True
+    )
+    place.processes.append(process)
+    read_until(process, "Ready")
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    process.terminate()
+    assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize("command", ["status", "status --wide", "status --json", "status -q", "generations"])
 def test_a_command_whose_output_is_closed_says_how_it_went(place: Place, command: str) -> None:
     """`>&-` instead of `>/dev/null`: a probe wants the exit status alone."""
