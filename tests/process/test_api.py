@@ -240,7 +240,7 @@ def test_pure_python_protobuf(place: Place) -> None:
 def test_weights_that_are_not_what_was_published_are_refused(place: Place, model: nn.Module) -> None:
     with connect("cpu", place.settings, spawn=False) as connection:
         damage(connection)
-    text = r"1 of 1 pieces of test/model \(single\) on cpu.*unload --force"
+    text = r"1 of 1 pieces of test/model \(single\) on cpu.*unload MODEL --force"
     with none_left_open(), pytest.raises(IntegrityError, match=text):
         client(place).attach(KEY.model)
     unverified = CompanionClient("cpu", runtime_dir=place.settings.runtime_dir, verify="off")

@@ -361,6 +361,33 @@ def test_a_killed_companion_is_not_shown(place: Place) -> None:
     assert cli(place, "status")[1] == "No companion is running.\n"
 
 
+def test_a_serve_under_nohup_outlives_its_terminal(place: Place) -> None:
+    """It may hold the only copy of its weights."""
+    line = [sys.executable, *CLI, "serve", "--device", "cpu"]
+    process = subprocess.Popen(
+        ["sh", "-c", 'trap "" HUP; exec "$0" "$@"', *line], env=place.environment, stdout=subprocess.PIPE, text=True
+    )
+    place.processes.append(process)
+    read_until(process, "Ready")
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("command", ["status", "status --wide", "status --json", "status -q", "generations"])
+def test_a_command_whose_output_is_closed_says_how_it_went(place: Place, command: str) -> None:
+    """`>&-` instead of `>/dev/null`: a probe wants the exit status alone."""
+    serve(place)
+    with connect("cpu", place.settings, spawn=False) as connection:
+        publish(connection)
+        python = ("sh", "-c", 'exec "$0" "$@" >&-', sys.executable)
+        line = [*python, *CLI, *command.split()]
+        process = subprocess.run(line, env=place.environment, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_status_shows_entries_and_who_holds_them(place: Place) -> None:
     serve(place)
     with connect("cpu", place.settings, spawn=False) as connection:

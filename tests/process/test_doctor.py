@@ -283,6 +283,17 @@ def test_protobuf_in_pure_python(place: Place) -> None:
     assert (check.level, check.mend) == (WARN, f"unset {name}")
 
 
+def test_an_implementation_of_protobuf_that_is_no_more(place: Place) -> None:
+    """Old recipes set `cpp`. No other version of protobuf mends that, and commands say whom to ask."""
+    name = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+    check = doctor(place, **{name: "cpp"}, PYTHONWARNINGS="ignore")["protocol"]
+    assert (check.level, check.mend) == (FAIL, f"unset {name}")
+    environment = {**place.environment, name: "cpp"}
+    status = subprocess.run([sys.executable, *CLI, "status"], capture_output=True, text=True, env=environment)
+    assert (status.returncode, "Traceback" in status.stderr) == (1, False)
+    assert "Run: vllm-companion doctor" in status.stderr
+
+
 def test_a_runtime_directory_that_is_not_what_was_meant(place: Place) -> None:
     """A session's directory that is gone is not used; a relative one would be another one for each process."""
     check = doctor(place, XDG_RUNTIME_DIR="/run/user/none")["XDG_RUNTIME_DIR"]

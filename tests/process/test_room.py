@@ -78,11 +78,13 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
     return caplog
 
 
-def hold(place: Place, connection: CompanionConnection, *names: str, used: bool = False) -> None:
+def hold(
+    place: Place, connection: CompanionConnection, *names: str, used: bool = False, model: str | None = None
+) -> None:
     """Publish models of one size each, the first one first; they are idle from then on, unless they are `used`."""
     for name in names:
         own = connect("cpu", place.settings, spawn=False)
-        lease = own.attach(EntryKey(name * 64, f"test/{name}"), may_load=True, client_name="engine")
+        lease = own.attach(EntryKey(name * 64, model or f"test/{name}"), may_load=True, client_name="engine")
         granted = lease.wait(30)
         assert isinstance(granted, Granted)
         arena, fds = arena_of(bytes(SIZE))
@@ -95,7 +97,7 @@ def hold(place: Place, connection: CompanionConnection, *names: str, used: bool 
 
 
 def is_idle(connection: CompanionConnection, name: str) -> bool:
-    return any(entry.expires_at_unix_s for entry in connection.status().entries if entry.key.model == f"test/{name}")
+    return any(entry.expires_at_unix_s for entry in connection.status().entries if entry.key.id == name * 64)
 
 
 def held(connection: CompanionConnection) -> str:
@@ -135,6 +137,19 @@ class TestRoom:
         assert "test/wanted needs 0.00 GiB free on cpu" in message
         assert f"test/a (single), 0.00 GiB, used by engine (pid {os.getpid()}): free when they have ended." in message
         assert "test/c (single), 0.00 GiB, which nobody uses: vllm-companion unload test/c --device cpu" in message
+
+    def test_what_is_in_the_way_may_be_another_load_of_a_model_in_use(
+        self, place: Place, connection: CompanionConnection, device: Device, log: pytest.LogCaptureFixture
+    ) -> None:
+        """The command that the message has must not mean the one that is used, which would refuse it."""
+        hold(place, connection, "a", "b", used=True)
+        hold(place, connection, "c", model="test/a")
+        room.make_room(connection, GPU, config(0.9), [WANTED])
+        [message] = log.messages
+        [command] = [line.partition("nobody uses: ")[2] for line in message.split("\n") if "nobody uses: " in line]
+        process = place.run("-m", "vllm_companion_plugin.cli.main", *command.split()[1:])
+        assert process.communicate(timeout=100)[1] == ""
+        assert [entry.key.id[0] for entry in connection.status().entries] == ["a", "b"]
 
     def test_spares_what_belongs_to_a_serve(
         self, place: Place, connection: CompanionConnection, device: Device, log: pytest.LogCaptureFixture

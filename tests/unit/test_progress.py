@@ -143,6 +143,14 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_no_bar_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent process closed it."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with ProgressBar("loads") as bar:
+        bar.update(1, 2)
+        assert not bar.is_shown
+
+
 @pytest.mark.parametrize(("total", "text"), [(15 << 30, "80%"), (0, "12.0G"), (6 << 30, "100%")])
 def test_a_bar_shows_no_rate(monkeypatch: pytest.MonkeyPatch, total: int, text: str) -> None:
     """A bar that begins in the middle of another process's load would show terabytes a second, and more than all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib
 import importlib.metadata
@@ -29,6 +30,7 @@ from vllm.model_executor.model_loader import weight_utils
 
 from vllm_companion_plugin.engine.identity import code, places
 from vllm_companion_plugin.engine.identity.reading import LARGEST_BYTES, differences, observed_reading
+from vllm_companion_plugin.errors import NotShareableError
 
 pytestmark = pytest.mark.core
 
@@ -123,6 +125,45 @@ class TestReading:
         missing[0].write_text("1")
         (told,) = differences(found, model)
         assert told.startswith("scales.json is absent there and has content ")
+
+    @pytest.mark.parametrize("how", ["in place", "replaced", "by a link", "made", "between two looks"])
+    def test_what_changes_meanwhile_cannot_be_named(self, model: Path, how: str) -> None:
+        """The model has the old content, and whoever attaches would compare the new one."""
+        path = model / "2_Dense" / "config.json"
+        other = model / "other.json"
+        other.write_text("[]")  # before, and of the same size
+        if how == "made":
+            path.unlink()
+        elif how == "by a link":
+            path.unlink()
+            path.symlink_to(model / "modules.json")
+        with observed_reading(model) as reading:
+            with contextlib.suppress(FileNotFoundError):
+                path.read_bytes()
+            # By another process, whose opening nobody here hears.
+            script = {
+                "in place": f"echo 1 > {path}",
+                "replaced": f"mv {other} {path}",
+                "by a link": f"ln -sf {other} {path}",
+                "made": f"cp {other} {path}",
+                "between two looks": f"cp {path} {model}/kept; echo 1 > {path}",
+            }[how]
+            subprocess.run(["sh", "-c", script], check=True)
+            if how == "between two looks":
+                path.read_bytes()
+                subprocess.run(["cp", model / "kept", path], check=True)
+        with pytest.raises(NotShareableError, match=r"2_Dense/config\.json changed while the model was loaded"):
+            reading.files()
+
+    def test_what_was_made_before_it_was_read_counts(self, model: Path) -> None:
+        """Such as what a program that the model calls has made."""
+        path = model / "made.json"
+        with observed_reading(model) as reading:
+            with contextlib.suppress(FileNotFoundError):
+                path.read_bytes()
+            subprocess.run(["cp", model / "modules.json", path], check=True)
+            path.read_bytes()
+        assert "made.json" in reading.files()
 
     def test_what_is_written_under_another_name_is_not_read(self, model: Path) -> None:
         """So that nobody ever sees a part of it."""

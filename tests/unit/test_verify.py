@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_companion_plugin.cli import verify
+from vllm_companion_plugin.cli.main import main
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.settings import resolve
 
 CACHE = {"class": "Tensor", "dtype": "int8", "shape": [1], "sha256": "56"}
 REPORT: dict[str, Any] = {
@@ -211,3 +218,89 @@ def test_a_draft_has_a_verdict_of_its_own() -> None:
     alone = judge("alone", "12")
     assert alone.status == verify.NOT_SHARED
     assert "single draft: not shared: why" in verify.text(alone)
+
+
+class TestStarting:
+    """What the command gives its engines, without engines."""
+
+    @pytest.fixture
+    def given(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[str, str]]]:
+        """The environments of engines, the first of which ends at once."""
+        seen: list[dict[str, str]] = []
+
+        def run_to_end(command: list[str], environment: dict[str, str], *_: object, **__: object) -> int:
+            seen.append(environment)
+            return 1
+
+        monkeypatch.setattr(verify, "run_to_end", run_to_end)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
+            monkeypatch.setenv("COMPANION_RUNTIME_DIR", f"{short}/r")
+            yield seen
+            assert os.listdir(short) == [], "the command leaves nothing behind"
+
+    def _settings(self, given: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Any:
+        assert main(["verify", "m"]) == 1
+        for name, value in given[0].items():
+            monkeypatch.setenv(name, value)
+        return resolve()
+
+    def test_the_third_engine_finds_what_the_second_published(
+        self, given: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Starting a large engine takes minutes, in which nobody uses the entry."""
+        monkeypatch.setenv("COMPANION_LINGER_S", "0")
+        assert self._settings(given, monkeypatch).linger_s >= 600
+
+    @pytest.mark.parametrize("fault", ["long", "writable"])
+    def test_temporary_files_where_no_companion_can_be(
+        self, given: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+    ) -> None:
+        """A directory of jobs on a cluster may have a long path, or be writable for a group."""
+        place = tmp_path / ("d" * 90 if fault == "long" else "d")
+        place.mkdir()
+        place.chmod(0o700 if fault == "long" else 0o777)
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        others = os.environ["COMPANION_RUNTIME_DIR"]
+        settings = self._settings(given, monkeypatch)
+        assert settings.runtime_dir != others
+        Path(settings.runtime_dir).mkdir(mode=0o700)
+        assert device_paths("cpu", settings).directory.startswith(settings.runtime_dir)
+        for path in (f"{settings.runtime_dir}/cpu", settings.runtime_dir):
+            os.rmdir(path)
+
+    def test_a_quote_that_does_not_end(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["verify", "--publisher", "--dtype 'half", "m"]) == 2
+        assert "--publisher" in capsys.readouterr().err
+
+    def test_without_standard_error(
+        self, given: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The parent process closed it. What is for people must not go between the JSON."""
+        monkeypatch.setattr(sys, "stderr", None)
+        assert main(["verify", "--json", "m"]) == 1
+        assert len(given) == 1
+        assert capsys.readouterr().out == ""
+
+
+def test_an_engine_keeps_to_the_place_of_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of its flags would lead to other engines' entries, or let its own go before the next engine starts."""
+    from vllm_companion_plugin.engine.run import verify as run
+
+    seen: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def engine(args: Any) -> None:
+        seen.append(args)
+        raise Stop
+
+    monkeypatch.setattr(run, "_Engine", engine)
+    monkeypatch.setenv("COMPANION_RUNTIME_DIR", "/tmp/of-the-proof")
+    monkeypatch.setenv("COMPANION_LINGER_S", "700")
+    extra = '{"runtime_dir": "/tmp/of-others", "linger_s": 0, "share": "copy"}'
+    with pytest.raises(Stop):
+        run.main(["companion", "out", "m", "--load-format", "companion", "--model-loader-extra-config", extra])
+    wanted = {"runtime_dir": "/tmp/of-the-proof", "linger_s": 700.0, "share": "copy"}
+    assert seen[0].model_loader_extra_config == wanted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from vllm_companion_plugin.cli import generation_table, table
 from vllm_companion_plugin.cli.devices import running
 from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.cli.generation_table import current_of
-from vllm_companion_plugin.cli.look import columns_of_output
+from vllm_companion_plugin.cli.look import columns_of_output, encoding_of_output
 from vllm_companion_plugin.cli.selecting import asked
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.cli.table import generation_name
@@ -33,7 +32,7 @@ def generations(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps(generation_table.to_json(shown), indent=2))
         return Exit.DONE
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = encoding_of_output()
     ids = table.short_ids(statuses)
     names = table.short_names(entry.key.model for status in statuses for entry in status.entries)
     print(generation_table.to_text(shown, ids, names, time.time(), columns=columns_of_output(), encoding=encoding))

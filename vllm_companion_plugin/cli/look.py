@@ -69,12 +69,17 @@ def status(parsed: argparse.Namespace) -> int:
 
 def _text(statuses: list[CompanionStatus], *, wide: bool = False) -> str:
     columns = None if wide else columns_of_output()
-    return table.to_text(statuses, time.time(), columns=columns, encoding=sys.stdout.encoding or "utf-8")
+    return table.to_text(statuses, time.time(), columns=columns, encoding=encoding_of_output())
 
 
 def columns_of_output() -> int:
     """Return the width of the terminal, or 80 where there is none and `COLUMNS` is not set."""
     return shutil.get_terminal_size((80, 24)).columns
+
+
+def encoding_of_output() -> str:
+    """Return the encoding of standard output; any will do if the parent process closed that."""
+    return (sys.stdout.encoding if sys.stdout is not None else None) or "utf-8"
 
 
 def _each(parsed: argparse.Namespace, act: Callable[[CompanionConnection], None]) -> int:

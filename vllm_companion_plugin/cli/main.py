@@ -55,7 +55,13 @@ def _run(arguments: Sequence[str]) -> int:
         from vllm_companion_plugin.cli import completion
 
         return completion.main(parsed)
-    from vllm_companion_plugin.cli import advance, generations, look, metrics, serve, upgrade, verify
+    try:
+        from vllm_companion_plugin.cli import advance, generations, look, metrics, serve, upgrade, verify
+    except Exception as error:  # protobuf and gRPC report mismatches with several types
+        raise CompanionError(
+            f"A package that this command needs cannot be imported: {type(error).__name__}: {error}",
+            remedy="Run: vllm-companion doctor",
+        ) from error
 
     if parsed.command == "serve":
         return serve.serve(parsed, rest)

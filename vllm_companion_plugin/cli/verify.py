@@ -12,20 +12,24 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.cli import look
+from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.cli.parser import before_the_model
 from vllm_companion_plugin.cli.table import GIB, aligned
+from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.text import printable
-from vllm_companion_plugin.errors import CompanionUnavailableError, SettingsError
-from vllm_companion_plugin.settings import Settings, resolve, to_environment
+from vllm_companion_plugin.errors import CompanionUnavailableError, RuntimeDirError, SettingsError
+from vllm_companion_plugin.host.runtime_dir import device_paths
+from vllm_companion_plugin.settings import BY_NAME, Settings, resolve, to_environment
 from vllm_companion_plugin.supervise.children import Signals, Stopped, run_to_end
 
 EQUAL, DIFFERENT, NOT_SHARED = Exit.DONE, Exit.FAILED, Exit.NOT_SHARED
@@ -107,10 +111,12 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
         raise SettingsError("verify: which model?", remedy="Run: vllm-companion verify MODEL [flags of vLLM]")
     model, flags = rest[0], rest[1:]
     asked = ["--adapter", parsed.adapter] if parsed.adapter else []
-    others = shlex.split(parsed.publisher)
-    # A runtime directory of its own keeps entries of other engines out of the proof.
+    try:
+        others = shlex.split(parsed.publisher)
+    except ValueError as error:
+        raise SettingsError(f"--publisher: {parsed.publisher!r} cannot be read as a shell would: {error}.") from error
+    settings = _settings_of_its_own()
     directory = tempfile.mkdtemp(prefix="vcv-")
-    settings = resolve({"runtime_dir": f"{directory}/r"})
     try:
         with Signals() as signals:
             verdict = verify(model, flags, Path(directory), settings, signals, asked, others)
@@ -118,12 +124,45 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
         return Exit.INTERRUPTED
     finally:
         look.stop_all(settings)
-        shutil.rmtree(directory, ignore_errors=True)
+        for made in (directory, settings.runtime_dir):
+            shutil.rmtree(made, ignore_errors=True)
     if parsed.json:
         print(json.dumps(verdict.to_json(), indent=1))
     else:
         print("\n".join(map(printable, text(verdict).split("\n"))))
     return verdict.status
+
+
+def _settings_of_its_own() -> Settings:
+    """Make a runtime directory that keeps entries of other engines out of the proof; what is published there stays.
+
+    It is in the directory of temporary files, or beside the one of other engines, if companions cannot be there: its
+    path may be too long for sockets, or others may write there.
+
+    Raises:
+        SettingsError: companions can be in neither of them.
+    """
+    others = resolve()
+    reason = ""
+    for above in (tempfile.gettempdir(), os.path.dirname(others.runtime_dir)):
+        try:
+            made = tempfile.mkdtemp(prefix="vcv-", dir=above)
+        except OSError as error:
+            reason = reason or str(error)
+            continue
+        settings = replace(others, runtime_dir=made, linger_s=max(others.linger_s, BY_NAME["linger_s"].default))
+        try:
+            for device in devices_named(None):
+                device_paths(device, settings)
+        except RuntimeDirError as error:
+            shutil.rmtree(made, ignore_errors=True)
+            reason = reason or error.what
+            continue
+        return settings
+    raise SettingsError(
+        f"verify has no place for its own runtime directory: {reason}",
+        remedy="Set TMPDIR to a directory with a short path that others cannot write, or that is sticky.",
+    )
 
 
 def verify(
@@ -146,7 +185,7 @@ def verify(
     for number, (role, what) in enumerate(
         [("reference", "loads normally"), ("companion", "loads and publishes"), ("companion", "attaches")], 1
     ):
-        print(f"Engine {number} of 3 {what} ...", file=sys.stderr, flush=True)
+        say(f"Engine {number} of 3 {what} ...", error=True)
         out = directory / f"{number}.json"
         command = [
             sys.executable,
@@ -160,7 +199,8 @@ def verify(
         ]
         command += others if number == 2 else []
         # Only the verdict goes to standard output.
-        status = run_to_end(command, {**os.environ, **to_environment(settings)}, signals, stdout=sys.stderr.fileno())
+        environment = {**os.environ, **to_environment(settings)}
+        status = run_to_end(command, environment, signals, stdout=_fd_of_errors())
         if status == Exit.USAGE:
             raise SettingsError(f"{model}: vLLM refuses these flags; see its line above.")
         if status != 0 or not out.exists():
@@ -169,6 +209,11 @@ def verify(
             )
         reports.append(json.loads(out.read_text()))
     return judge(model, flags, *reports, seconds=time.monotonic() - started, alike=not others)
+
+
+def _fd_of_errors() -> int:
+    """Return the descriptor of standard error, or of nowhere if the parent process closed it."""
+    return sys.stderr.fileno() if sys.stderr is not None else subprocess.DEVNULL
 
 
 def judge(

@@ -39,7 +39,7 @@ class ProgressBar:
     def update(self, done_bytes: int, total_bytes: int, description: str | None = None) -> None:
         """Show the state. `total_bytes` 0 means unknown."""
         self._description = description or self._description
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():  # None: the parent process closed it
             self._show(done_bytes, total_bytes)
 
     def _show(self, done_bytes: int, total_bytes: int) -> None:

@@ -110,5 +110,14 @@ def _describe(entry: EntryStatus, status: CompanionStatus) -> str:
         users = ", ".join(f"{lease.client} (pid {lease.pid})" for lease in entry.leases)
         return f"{what}, used by {users}: free when they have ended."
     owner = f"which `vllm-companion serve` (pid {status.owner_pid}) keeps" if status.owner_pid else "which nobody uses"
-    command = f"vllm-companion unload {shlex.quote(entry.key.model)} --device {status.device}"
+    namesakes = [other.key.id for other in status.entries if other.key.model == entry.key.model]
+    # Several loads of a model may be here, of which others are used: their name would mean them, too.
+    word = shlex.quote(entry.key.model) if len(namesakes) == 1 else _short(entry.key.id, namesakes)
+    command = f"vllm-companion unload {word} --device {status.device}"
     return f"{what}, {owner}: {command}"
+
+
+def _short(key_id: str, others: Sequence[str]) -> str:
+    """Return the first digits of an id: eight, as `status` shows, or all if others begin like it."""
+    digits = key_id[:8]
+    return digits if sum(other.startswith(digits) for other in others) == 1 else key_id

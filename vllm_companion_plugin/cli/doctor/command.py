@@ -28,6 +28,7 @@ OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "companion"
 GPU_NAME_LENGTH = len("GPU-00000000-0000-0000-0000-000000000000")
 PROBE_TIMEOUT_S = 60.0
+_IMPLEMENTATION = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 
 
 def main(parsed: argparse.Namespace) -> int:
@@ -95,6 +96,7 @@ def check_libraries() -> Iterator[Check]:
 
 def check_protocol() -> Iterator[Check]:
     """Check that protobuf, which has several implementations, can make our messages here."""
+    chosen = f"unset {_IMPLEMENTATION}" if _IMPLEMENTATION in os.environ else ""
     try:
         importlib.import_module("vllm_companion_plugin.holder.process")  # with all that a companion imports
         schema = importlib.import_module("vllm_companion_plugin.wire.schema")
@@ -106,13 +108,12 @@ def check_protocol() -> Iterator[Check]:
         if messages.PublishRequest.FromString(begin.SerializeToString()) != begin:
             raise ValueError("a message is not what was written")
     except Exception as error:  # protobuf and gRPC report mismatches with several types
-        yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", "pip install --upgrade protobuf grpcio")
+        mend = chosen or "pip install --upgrade protobuf grpcio"
+        yield Check("protocol", FAIL, f"{type(error).__name__}: {error}", mend)
         return
     if implementation == "python":
         text = "protobuf runs as pure Python: all works, but manifests of large models take seconds"
-        chosen = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" in os.environ
-        mend = "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" if chosen else "pip install --force-reinstall protobuf"
-        yield Check("protobuf", WARN, text, mend)
+        yield Check("protobuf", WARN, text, chosen or "pip install --force-reinstall protobuf")
 
 
 def check_vllm() -> Iterator[Check]:

@@ -19,12 +19,14 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_companion_plugin.engine.identity import openers, outside, places
 from vllm_companion_plugin.engine.identity.checkpoint import WEIGHT_SUFFIXES
 from vllm_companion_plugin.engine.identity.digest import digest_of
+from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.files import Lasts, look, whole_digest_of
 
 LARGEST_BYTES = 16 << 20
@@ -56,6 +58,7 @@ class Reading:
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = _directory_of(checkpoint)
         self._read: set[str] = set()
+        self._versions: dict[str, list[_Version | None]] = {}
         self._written: set[str] = set()
         self._read_outside: set[str] = set()
         self._listed: set[str] = set()
@@ -69,7 +72,13 @@ class Reading:
         Args:
             is_outside: code outside vLLM opens the file. False also if that makes no difference.
         """
-        (self._read if flags & os.O_ACCMODE == os.O_RDONLY else self._written).add(path)
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            self._read.add(path)
+            seen, version = self._versions.setdefault(path, []), _version(path)
+            if version not in seen[-1:]:
+                seen.append(version)
+        else:
+            self._written.add(path)
         if is_outside:
             self._read_outside.add(path)
 
@@ -89,6 +98,9 @@ class Reading:
 
         A name is a path below the checkpoint; `hub:` and a path below the hub's cache; `package:` and a path below a
         package; or an absolute path. The name of a folder that was listed ends with a slash.
+
+        Raises:
+            NotShareableError: such a file is not what it was when it was opened.
         """
         asked_for = {os.path.abspath(path) for path in list(self._read)}
         opened = set(asked_for)
@@ -113,6 +125,8 @@ class Reading:
             if name is None or not _can_be_sent(name):
                 continue
             if (identity := _identity(name, path)) is not None:
+                if not _is_as_opened(path, self._versions.get(path)):
+                    raise NotShareableError(f"{name} changed while the model was loaded")
                 found[name] = identity
             elif path in asked_for and not os.path.lexists(path):
                 found[name] = ABSENT
@@ -221,6 +235,37 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
     elif openers.is_outside():
         for reading in _active:
             reading.note_listed(path)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """One look at a file while it is opened. Cheaper than `look`, as loading may open thousands of files."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    number: int
+
+
+def _version(path: str) -> _Version | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return _Version(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _is_as_opened(path: str, seen: list[_Version | None] | None) -> bool:
+    """Tell whether a file is what it was each time that it was opened; it may have been absent before."""
+    if not seen:  # Rust or C++ opened it
+        return True
+    versions = [seen[-1], *filter(None, seen), _version(path)]
+    if len(set(versions)) == 1:
+        return True
+    if None in versions or look(path).lasts is Lasts.EVER:
+        return False
+    # Servers and overlays may number a file anew.
+    return len({(each.size, each.mtime_ns) for each in versions if each is not None}) == 1
 
 
 def _directory_of(checkpoint: Path) -> str:

@@ -27,7 +27,7 @@ from vllm_companion_plugin.engine.run import reachable
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import building, deployment, devices, drafts, flags, processing, sources
 from vllm_companion_plugin.errors import CompanionError, SettingsError
-from vllm_companion_plugin.settings import resolve_extra_config
+from vllm_companion_plugin.settings import resolve, resolve_extra_config
 
 _PROMPT_LENGTHS = (1, 7, 16, 40)
 _MAX_TOKENS = 12
@@ -316,7 +316,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.worker_extension_cls:
         raise SettingsError("verify: --worker-extension-cls is taken.", remedy="Verify without that flag.")
     args.worker_extension_cls = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
-    args = flags.without_companion(args) if role == "reference" else flags.through_companion(args)
+    if role == "reference":
+        args = flags.without_companion(args)
+    else:  # whatever the flags say, the next engine must find what this one publishes, and nobody else must
+        ours = resolve()
+        args = flags.through_companion(args, runtime_dir=ours.runtime_dir, linger_s=ours.linger_s)
     engine = _Replicas(args) if args.data_parallel_size > 1 else _Engine(args)
     try:
         report: dict[str, Any] = {"versions": deployment.versions()}

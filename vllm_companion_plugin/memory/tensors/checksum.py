@@ -152,8 +152,8 @@ class Verification:
             names = _names(manifest, damaged[0] * PIECE_BYTES, (damaged[0] + 1) * PIECE_BYTES)
             raise IntegrityError(
                 f"{len(damaged)} of {len(self.pieces)} pieces of {label} are not what was published; the first holds "
-                f"{', '.join(names) or 'padding'}. Nobody should use this copy: `vllm-companion unload --force` drops "
-                "it, and the next engine loads anew."
+                f"{', '.join(names) or 'padding'}. Nobody should use this copy: `vllm-companion unload MODEL --force` "
+                "drops it, and the next engine loads anew."
             )
         return f"verified {len(self.pieces)} of {len(known)} pieces"
 
