@@ -93,9 +93,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        writes, reads, may_view = _traits(func)
-        if may_view and _is_view(result, args):
-            return  # most operations are: nothing is read, written or made
+        writes, reads = _traits(func)
         if reads or _leaves_device(args, result):
             self.note_look()
         read: set[int] = set()
@@ -260,29 +258,15 @@ _FILLING = frozenset(
 
 
 @functools.cache
-def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool, bool]:
-    """Which arguments an operator writes, whether what it returns to Python depends on data, whether it may be a view.
-
-    A view of its first argument is then all that comes of it.
-    """
+def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool]:
+    """Which arguments an operator writes, and whether what it returns to Python depends on data."""
     writes = tuple(
         (None if argument.kwarg_only else position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
     tags = getattr(func, "tags", ())
-    reads = any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
-    first, returns = func._schema.arguments[:1], func._schema.returns
-    aliases = len(returns) == 1 and all(each.alias_info is not None for each in (*first, *returns))
-    return writes, reads, aliases and bool(first) and not writes and not reads
-
-
-def _is_view(result: Any, args: Any) -> bool:
-    """Whether an operator returned a view. Without autograd, `reshape` and the like run as operators, too."""
-    if not args or not isinstance(result, torch.Tensor) or not isinstance(args[0], torch.Tensor):
-        return False
-    storage = storage_of(result)
-    return storage is not None and storage == storage_of(args[0])
+    return writes, any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
 
 
 def _leaves_device(args: Any, result: Any) -> bool:
@@ -316,7 +300,4 @@ def _is_plain(value: Any) -> bool:
 
 def storage_of(tensor: torch.Tensor) -> int | None:
     """The address of the C++ storage; None for tensors that have none of their own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
-        return None
+    return next(_storages(tensor), None)
