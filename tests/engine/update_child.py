@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -39,7 +40,8 @@ def cannot(*_: object) -> None:
 def main(rank: int, store: str, wrong: str) -> None:
     os.environ["VLLM_DIST_IDENT"] = os.path.basename(store)  # as vLLM's CPU workers have it
     parallel_state.init_distributed_environment(2, rank, f"file://{store}", rank, "gloo")
-    with set_current_vllm_config(VllmConfig()):
+    config = VllmConfig()
+    with set_current_vllm_config(config):
         parallel_state.initialize_model_parallel(2, 1)
     client = CompanionClient("cpu")
     model = LiveModel(client.attach(MODEL), client.settings, load=never)
@@ -55,7 +57,7 @@ def main(rank: int, store: str, wrong: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
     answer: dict[str, Any] = {}
     try:
-        answer["updated"] = companion_update(None)
+        answer["updated"] = companion_update(SimpleNamespace(vllm_config=config))
     except CompanionError as error:
         answer |= {"code": error.code, "text": str(error), "more_fds": len(os.listdir("/proc/self/fd")) - before}
     answer |= {"generation": model.attachment.generation, "value": weight.float().mean().item()}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.place import KEY, Place, alive, arena_of, until
+from tests.support.place import KEY, Place, alive, arena_of, listens, until
 from tests.support.sleeping import Sleeping, seeded
 from vllm_companion_plugin.cli.exits import Exit
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Ready, connect
@@ -553,7 +553,7 @@ runpy.run_module("vllm_companion_plugin.holder", run_name="__main__")
 def test_who_does_not_hear_that_a_companion_was_stopped_starts_no_other(place: Place, how: str) -> None:
     """It ends before its last words are on their way, as on a host that is very busy."""
     companion = place.run("-c", SPEECHLESS)
-    until(lambda: os.path.exists(place.paths.fd_socket), WITHIN_S, "the companion listens")
+    until(lambda: listens(place.paths.fd_socket), WITHIN_S, "the companion listens")
     serving = serve(place)
     published(place)
     watching = place.run("-u", *CLI, "watch")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.process.test_cli import CLI, read_until, serve
-from tests.support.place import KEY, Place, alive, answering, until
+from tests.support.place import KEY, Place, alive, answering, listens, until
 from tests.support.publishing import hold_zeros
 from vllm_companion_plugin._version import __version__
 from vllm_companion_plugin.cli.doctor import states
@@ -138,7 +138,7 @@ def test_one_of_another_version(place: Place) -> None:
         "from vllm_companion_plugin.holder.__main__ import main\nsys.exit(main(['--device', 'cpu']))"
     )
     old = place.run("-c", code)
-    until(lambda: os.path.exists(place.paths.fd_socket), 20, "it listens")
+    until(lambda: listens(place.paths.fd_socket), 20, "it listens")
     mended(place, found(place, COMPANION, WARN, "version 0.0.9", f"installed is {__version__}"))
     assert old.wait(30) == 0
 

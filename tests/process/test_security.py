@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.place import KEY, Place, arena_of, memfd, until
+from tests.support.place import KEY, Place, arena_of, listens, memfd, until
 from vllm_companion_plugin.client.connection import CompanionConnection, Granted, Lease, Ready, connect
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import EntryKey
@@ -76,7 +76,7 @@ class Victim:
                 [sys.executable, "-c", LIMITS], env=place.environment, stdout=out, stderr=out, text=True
             )
         place.processes.append(self.process)
-        until(lambda: os.path.exists(place.paths.fd_socket), 20, "the companion listens")
+        until(lambda: listens(place.paths.fd_socket), 20, "the companion listens")
 
     def connect(self) -> CompanionConnection:
         return connect("cpu", self.place.settings, spawn=False)

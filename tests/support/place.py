@@ -26,6 +26,8 @@ KEY = EntryKey("ab" * 32, "test/model", fields={"dtype": "bfloat16"})
 SEALS = 0x1 | 0x2 | 0x4 | 0x8
 
 
+_LISTENING = 0x10000
+"""A flag in /proc/net/unix."""
 PATIENCE_S = 60.0
 """Tests wait as long for what comes soon: a machine that is slow and has other things to do is no fault of ours."""
 
@@ -46,6 +48,12 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def listens(path: str) -> bool:
+    """Whether somebody listens on a Unix socket: its file is there a little before that."""
+    flags = (line.split()[3] for line in Path("/proc/net/unix").read_text().splitlines() if line.endswith(f" {path}"))
+    return any(int(each, 16) & _LISTENING for each in flags)
 
 
 def memfd(content: bytes, *, seals: int = SEALS) -> int:
@@ -94,7 +102,7 @@ class Place:
     def companion(self, *options: str) -> subprocess.Popen[str]:
         """A companion as a child of the test, answering."""
         process = self.run("-m", "vllm_companion_plugin.holder", "--device", "cpu", *options)
-        until(lambda: process.poll() is not None or os.path.exists(self.paths.fd_socket), 20, "the companion listens")
+        until(lambda: process.poll() is not None or listens(self.paths.fd_socket), 20, "the companion listens")
         assert process.poll() is None, process.communicate()[1]
         return process
 

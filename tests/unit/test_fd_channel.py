@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.left import none_left_open
-from tests.support.place import memfd, until
+from tests.support.place import listens, memfd, until
 from vllm_companion_plugin.errors import BadRequestError, CompanionError, TicketError
 from vllm_companion_plugin.holder.service.fd_server import FdServer, Woken
 from vllm_companion_plugin.memory.descriptors import Descriptors
@@ -39,7 +39,7 @@ class Server:
         self._loop.call_soon(self._server.start)
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        until(lambda: os.path.exists(self.path), 5, "it listens")
+        until(lambda: listens(self.path), 5, "it listens")
 
     def _nothing(self, *_: object) -> object:
         raise TicketError("nobody has one")

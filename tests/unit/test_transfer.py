@@ -105,7 +105,9 @@ class TestEngines:
 
 
 def test_an_engine_with_weights_of_its_own_takes_none() -> None:
-    config = SimpleNamespace(parallel_config=None, model_config=SimpleNamespace(model="org/m"))
+    config = SimpleNamespace(
+        parallel_config=None, model_config=SimpleNamespace(model="org/m"), device_config=SimpleNamespace()
+    )
     worker = CompanionTransferEngine(None, config, torch.device("cpu"), torch.nn.Linear(1, 1))
     with pytest.raises(
         NotShareableError, match=r"org/m has weights of its own in this engine.*--load-format companion"
