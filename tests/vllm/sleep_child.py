@@ -66,14 +66,6 @@ class Engine:
         (model,) = self.llm.apply_model(lambda model: model)
         model.load_weights(tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).items())
 
-    def load_part(self, path: str) -> None:
-        """The same, of a part of the model that loads for itself."""
-        from safetensors.torch import load_file
-
-        (model,) = self.llm.apply_model(lambda model: model.model)
-        tensors = [tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).items()]
-        model.load_weights((name.removeprefix("model."), value) for name, value in tensors if "model." in name)
-
     def update(self) -> None:
         """To the current generation."""
         self.llm.collective_rpc("companion_update")

@@ -158,20 +158,6 @@ def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
     assert reader.do("tokens") == expected
 
 
-def test_part_of_a_model(start: Start, tmp_path: Path) -> None:
-    """That loads for itself, as the language model beside a vision tower, is written to like the whole."""
-    own, others = pair(tmp_path, tiny=True)
-    refuses = Engine(start, own, config={"on_write": "refuse"})
-    expected = refuses.do("tokens")
-    assert refuses.try_to("load_part", others)["error"][0] == "SharedWeightsError"
-    writer = Engine(start, own)
-    writer.do("load_part", others)
-    assert writer.do("state")[1]
-    assert writer.do("tokens") != expected
-    writer.do("load_part", own)
-    assert writer.do("tokens") == refuses.do("tokens") == expected
-
-
 def test_written_to_while_asleep(start: Start, tmp_path: Path) -> None:
     """There is no memory to write to: an error says so, whoever's it is, and the engine wakes as if nothing was."""
     own, others = pair(tmp_path, tiny=True)

@@ -31,10 +31,8 @@ def let_write(model: nn.Module) -> None:
         if name in sys.modules:
             patches.RELOAD.apply(_reload)
             break
-    engine = current().engine_of(model)
-    for module in model.modules():  # some call that of a part: a language model's, beside its vision tower
-        if callable(getattr(module, "load_weights", None)) and "load_weights" not in vars(module):
-            patches.LIVE_WEIGHTS.on_for_good(module, functools.partial(_load_weights, engine))
+    if hasattr(model, "load_weights") and "load_weights" not in vars(model):
+        patches.LIVE_WEIGHTS.on_for_good(model, functools.partial(_load_weights, current().engine_of(model)))
 
 
 def _load_weights(engine: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
