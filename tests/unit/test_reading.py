@@ -15,6 +15,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import timeit
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from vllm.model_executor.model_loader import weight_utils
 
 from vllm_companion_plugin.engine.identity import code, places
-from vllm_companion_plugin.engine.identity.reading import LARGEST_BYTES, differences, observed_reading
+from vllm_companion_plugin.engine.identity.reading import ABSENT, LARGEST_BYTES, differences, observed_reading
 from vllm_companion_plugin.errors import NotShareableError
 
 pytestmark = pytest.mark.core
@@ -126,7 +127,9 @@ class TestReading:
         (told,) = differences(found, model)
         assert told.startswith("scales.json is absent there and has content ")
 
-    @pytest.mark.parametrize("how", ["in place", "replaced", "by a link", "made", "between two looks"])
+    @pytest.mark.parametrize(
+        "how", ["in place", "replaced", "by a link", "made", "deleted", "moved", "between two looks"]
+    )
     def test_what_changes_meanwhile_cannot_be_named(self, model: Path, how: str) -> None:
         """The model has the old content, and whoever attaches would compare the new one."""
         path = model / "2_Dense" / "config.json"
@@ -146,6 +149,8 @@ class TestReading:
                 "replaced": f"mv {other} {path}",
                 "by a link": f"ln -sf {other} {path}",
                 "made": f"cp {other} {path}",
+                "deleted": f"rm {path}",
+                "moved": f"mv {path.parent} {model}/moved",
                 "between two looks": f"cp {path} {model}/kept; echo 1 > {path}",
             }[how]
             subprocess.run(["sh", "-c", script], check=True)
@@ -154,6 +159,15 @@ class TestReading:
                 subprocess.run(["cp", model / "kept", path], check=True)
         with pytest.raises(NotShareableError, match=r"2_Dense/config\.json changed while the model was loaded"):
             reading.files()
+
+    def test_what_is_there_for_a_moment_alone_keeps_nobody_from_sharing(self, model: Path) -> None:
+        """Such as what a program that the model calls leaves in the directory of temporary files."""
+        with observed_reading(model) as reading, tempfile.TemporaryDirectory(dir="/tmp") as place:
+            subprocess.run(["cp", model / "modules.json", f"{place}/made"], check=True)
+            Path(place, "made").read_bytes()
+            subprocess.run(["rm", f"{place}/made"], check=True)
+        gone = {name: text for name, text in reading.files().items() if name.endswith("/made")}
+        assert set(gone.values()) <= {ABSENT}
 
     def test_what_was_made_before_it_was_read_counts(self, model: Path) -> None:
         """Such as what a program that the model calls has made."""

@@ -43,8 +43,9 @@ class Asked:
 
     @property
     def path(self) -> str:
-        """By which engines are asked for it."""
-        return f"{SCHEME}{self.name}" + (f"{_PIN_BEGINS}{self.generation}" if self.generation else "")
+        """By which an engine is asked for it, and by which its workers find it."""
+        pin = f"{_PIN_BEGINS}{self.generation}" if self.generation else ""
+        return f"{SCHEME}{self.name}{pin}" + (f"&content={self.content}" if self.content else "")
 
     def __str__(self) -> str:
         return f"Adapter {self.name}" + (f", generation {self.generation}" if self.generation else "")
@@ -57,11 +58,6 @@ class Bound(Asked):
     Attributes:
         content: `content_of` its bytes.
     """
-
-    @property
-    def path(self) -> str:
-        """What leads an engine's workers to it."""
-        return f"{SCHEME}{self.name}{_PIN_BEGINS}{self.generation}&content={self.content}"
 
     @property
     def label(self) -> str:

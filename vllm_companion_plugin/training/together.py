@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_companion_plugin.client.api import CompanionClient
 from vllm_companion_plugin.client.peft import check_config
-from vllm_companion_plugin.core.adapters import SCHEME, Asked, check_name
+from vllm_companion_plugin.core.adapters import Asked, check_name
 from vllm_companion_plugin.core.entry_kinds import WEIGHTS
 from vllm_companion_plugin.core.status import EntryState, EntryStatus
 from vllm_companion_plugin.errors import (
@@ -149,13 +149,13 @@ class Colocated:
         """
         if id is None:
             return list(self.engine.generate(prompts, sampling_params, **options))
-        path = SCHEME + id
+        wanted = Asked(id)
         if id in self.adapters:
             known = self._published.get(id)
             is_it = known is not None and self._state(id).equals(known.state) and self._is_current(id, known.generation)
             number = known.generation if known is not None and is_it else self.publish(id)
-            path = Asked(id, number).path  # others may publish under this id, too
-        request = LoRARequest(id, 1, path)
+            wanted = Asked(id, number)  # others may publish under this id, too
+        request = LoRARequest(id, 1, wanted.path)
         return list(self.engine.generate(prompts, sampling_params, lora_request=request, **options))
 
     @contextlib.contextmanager

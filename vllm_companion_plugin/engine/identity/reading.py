@@ -17,6 +17,7 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Reading:
         self._checkpoint = _directory_of(checkpoint)
         self._read: set[str] = set()
         self._versions: dict[str, list[_Version | None]] = {}
+        self._began_ns = time.time_ns()
         self._written: set[str] = set()
         self._read_outside: set[str] = set()
         self._listed: set[str] = set()
@@ -124,13 +126,22 @@ class Reading:
             name = _name(path, self._checkpoint, names, path in by_outside)
             if name is None or not _can_be_sent(name):
                 continue
-            if (identity := _identity(name, path)) is not None:
-                if not _is_as_opened(path, self._versions.get(path)):
-                    raise NotShareableError(f"{name} changed while the model was loaded")
-                found[name] = identity
-            elif path in asked_for and not os.path.lexists(path):
-                found[name] = ABSENT
+            identity = _identity(name, path)
+            if identity is None and path in asked_for and not os.path.lexists(path):
+                identity = ABSENT
+            if identity is None:
+                continue
+            seen = self._versions.get(path, [])
+            # What loading itself made and removed, as a program does that a model calls, is no file of the model.
+            is_changed = any(map(self._is_older, seen)) if identity == ABSENT else not _is_as_opened(path, seen)
+            if is_changed:
+                raise NotShareableError(f"{name} changed while the model was loaded")
+            found[name] = identity
         return found
+
+    def _is_older(self, version: _Version | None) -> bool:
+        """Whether a file was there, as it was when it was opened, before loading began."""
+        return version is not None and version.ctime_ns < self._began_ns
 
 
 @contextmanager
@@ -255,7 +266,7 @@ def _version(path: str) -> _Version | None:
     return _Version(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-def _is_as_opened(path: str, seen: list[_Version | None] | None) -> bool:
+def _is_as_opened(path: str, seen: list[_Version | None]) -> bool:
     """Tell whether a file is what it was each time that it was opened; it may have been absent before."""
     if not seen:  # Rust or C++ opened it
         return True
