@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from tests.unit.test_origins import Model, attach, publish
+from tests.unit.test_origins import Model, attach, nothing, publish
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import ParityError
 from vllm_companion_plugin.tree.parity import compare_published
@@ -148,3 +149,34 @@ def test_a_clock_that_somebody_keeps_gives_plain_numbers_afterwards() -> None:
         kept = time.time
         assert type(kept()) is Seconds
     assert type(kept()) is float
+
+
+def test_a_module_of_several_models_has_been_processed_with_the_first_one() -> None:
+    """As vLLM's activation functions: one object for each name and process."""
+    shared = nn.GELU()
+
+    def with_shared(model: Model, flag: float) -> None:
+        model.act = shared
+
+    def as_loaders_do(model: Model) -> None:
+        model.eval()
+
+    first, second = (publish(with_shared, process=as_loaders_do).manifest for _ in range(2))
+    processed = [
+        next(module for module in each.modules if module.path == "act").observed.processed for each in (first, second)
+    ]
+    assert processed == [("training",), ()]
+    compare_published(first, second)
+    compare_published(second, first)
+
+
+def test_what_processing_left_otherwise_is_another_model() -> None:
+    def sets(value: object) -> Callable[[Model], None]:
+        def change(model: Model) -> None:
+            model.kernel = value
+
+        return change
+
+    first, second = publish(build, process=sets(torch.float16)), publish(build, process=nothing)
+    with pytest.raises(ParityError, match=r"changed other things \(processed\) in the model"):
+        compare_published(first.manifest, second.manifest)
