@@ -151,7 +151,8 @@ def test_a_clock_that_somebody_keeps_gives_plain_numbers_afterwards() -> None:
     assert type(kept()) is float
 
 
-def test_a_module_of_several_models_has_been_processed_with_the_first_one() -> None:
+@pytest.mark.parametrize("reads_weights", [False, True])
+def test_a_module_of_several_models_has_been_processed_with_the_first_one(*, reads_weights: bool) -> None:
     """As vLLM's activation functions: one object for each name and process."""
     shared = nn.GELU()
 
@@ -159,15 +160,34 @@ def test_a_module_of_several_models_has_been_processed_with_the_first_one() -> N
         model.act = shared
 
     def as_loaders_do(model: Model) -> None:
+        if reads_weights:
+            float(model.first.weight.sum())  # so whatever processing changed may follow from it
         model.eval()
 
     first, second = (publish(with_shared, process=as_loaders_do).manifest for _ in range(2))
-    processed = [
-        next(module for module in each.modules if module.path == "act").observed.processed for each in (first, second)
-    ]
-    assert processed == [("training",), ()]
+    seen = [next(module for module in each.modules if module.path == "act").observed for each in (first, second)]
+    assert [each.processed for each in seen] == [("training",), ()]
     compare_published(first, second)
     compare_published(second, first)
+
+
+def test_what_may_have_been_measured_on_such_a_module_has_to_be_known() -> None:
+    """An engine that attached to the second one would keep what it measured on weights that it does not have."""
+    shared = nn.GELU()
+
+    def with_shared(model: Model, flag: float) -> None:
+        model.act = shared
+
+    def sets(model: Model) -> None:
+        model.act.scale = 0.5
+
+    first, second = (publish(with_shared, process=sets).manifest for _ in range(2))
+    compare_published(first, second)
+    measured = tuple(
+        replace(each, observed=replace(each.observed, measured=each.path == "act")) for each in first.modules
+    )
+    with pytest.raises(ParityError, match=r"changed other things \(processed\) in act"):
+        compare_published(replace(first, modules=measured), second)
 
 
 def test_what_processing_left_otherwise_is_another_model() -> None:

@@ -170,26 +170,27 @@ def _check_changed(module: ModuleInfo, published: ModuleInfo) -> None:
             where = full_name(module.path, name)
             mine, other = (values.get(name) or "absent" for values in (here, there))
             raise ParityError(f"loading made {where} {mine} here and {other} in the published model.", where, mine)
-    ours, theirs = module.observed, published.observed
-    same = () if ours.measured or theirs.measured else _of_equal_values(module, published)
-    ours, theirs = (
-        replace(each, values={}, processed=tuple(name for name in each.processed if name not in same))
-        for each in (ours, theirs)
-    )
+    ours, theirs = _by_processing(module, published), _by_processing(published, module)
     if ours != theirs:
         where = module.path or "the model"
         what = next(each.name for each in fields(ours) if getattr(ours, each.name) != getattr(theirs, each.name))
         raise ParityError(
-            f"loading or processing changed other things ({what}) in {where} than in the published one.", where
+            f"loading or processing changed other things ({what}) in {where} than in the published model.", where
         )
 
 
-def _of_equal_values(module: ModuleInfo, published: ModuleInfo) -> frozenset[str]:
-    """Names of values that are the same in both, whoever's processing changed them.
+def _by_processing(module: ModuleInfo, other: ModuleInfo) -> Observed:
+    """What was observed of `module`, without the values that `other` has, too, however it came to them.
 
     A module of several models, as vLLM's activation functions are, has been processed with the first one of a process.
+    Floats that may have been measured count all the same: an engine that did not measure them would not have them.
     """
-    return frozenset(name for name, _ in module.attributes.items() & published.attributes.items())
+    seen = module.observed
+    measured = seen.measured or other.observed.measured
+    alike = module.attributes.items() & other.attributes.items()
+    same = {name for name, text in alike if not (measured and _is_float(text))}
+    processed = tuple(name for name in seen.processed if name not in same)
+    return replace(seen, values={}, processed=processed, measured=seen.measured and bool(processed))
 
 
 def _are_numbers(here: str | None, there: str | None) -> bool:
