@@ -20,13 +20,13 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.handing import Put
-from vllm_companion_plugin.client.update import updating
+from vllm_companion_plugin.client.update import Update, updating
 from vllm_companion_plugin.core.module_tree import Manifest, Stage, TensorKind
 from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.vllm import building, rehearsal, reload_notes, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
-from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError, UpdateError
+from vllm_companion_plugin.errors import BadRequestError, CompanionError, LayoutError, ParityError, UpdateError
 from vllm_companion_plugin.memory.tensors.views import dtype_of, without_storage
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.copied import NOTHING, Copied, copied
@@ -67,6 +67,7 @@ def write_generation(
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         LayoutError: what vLLM made of the weights is laid out differently.
+        BadRequestError: a tensor that is copied has more or fewer bytes than its place.
         UpdateError: vLLM loaded nothing into a parameter, and said nothing or only warned.
         Exception: of vLLM, which cannot load them.
     """
@@ -74,19 +75,15 @@ def write_generation(
     placed = NOTHING if anew else copied_of(attachment.manifest)
     with updating(attachment, version, live.settings, base=base) as update:
         update.complete()  # what loading leaves alone is what it was
-
-        def put(name: str, start: int, data: torch.Tensor) -> bool:
-            if (place := placed.places.get(name)) is not None:
-                update.write_bytes(place[0] + start, data)
-            return place is not None
-
-        given = _begun(weights(put))
+        placing = _Placing(update, placed)
+        given = _begun(weights(placing.put))
         with attachment.written_through(update.writer):
             if anew:
                 _load_anew(worker.vllm_config, attachment, given)
             else:
                 _reload(worker, attachment.manifest, model, given, placed)
                 deque(given, maxlen=0)  # vLLM may leave the last ones
+                placing.check(attachment.label)
                 _collect(model, attachment)
     known = replace(live.settings, verify="off")  # the sums that came with it are those of what was just written
     try:
@@ -98,6 +95,35 @@ def write_generation(
     if attachment.device.type == "cuda":
         torch.cuda.empty_cache()  # until the next update, the memory is the engines'
     return update.generation
+
+
+class _Placing:
+    """Puts what need not go through vLLM where it belongs.
+
+    Args:
+        update: borrowed.
+    """
+
+    def __init__(self, update: Update, placed: Copied) -> None:
+        self._update = update
+        self._places = placed.places
+        self._missing = {name: stop - start for name, (start, stop) in placed.places.items()}
+
+    def put(self, name: str, start: int, data: torch.Tensor) -> bool:
+        """As of `Taking`. Raises `BadRequestError` for more bytes than the tensor had when it was published."""
+        if (place := self._places.get(name)) is None:
+            return False
+        if start + data.nbytes > place[1] - place[0]:
+            raise BadRequestError(f"{name} has {place[1] - place[0]} bytes, and at least {start + data.nbytes} came.")
+        if data.nbytes:
+            self._update.write_bytes(place[0] + start, data)
+        self._missing[name] -= data.nbytes
+        return True
+
+    def check(self, label: str) -> None:
+        """Raise `BadRequestError` unless all bytes came, each once."""
+        if missing := [name for name, count in self._missing.items() if count]:
+            raise BadRequestError(f"Of {several(missing, 3)} of {label} not all bytes came.")
 
 
 def why_anew(vllm_config: Any, attachment: Attachment) -> str:

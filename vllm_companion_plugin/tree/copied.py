@@ -49,12 +49,14 @@ def copied(manifest: Manifest, sources: Mapping[str, Source]) -> Copied:
         return NOTHING
     while True:
         covered = _joined(places.values())
-        others = [module for module in manifest.modules if not _is_covered(module, manifest, covered)]
-        theirs = _joined(span for module in others for span in _spans(module, manifest) if span is not None)
-        kept = {name: place for name, place in places.items() if not _meets(place, theirs)}
+        ours: list[ModuleInfo] = []
+        others: list[ModuleInfo] = []
+        for module in manifest.modules:
+            (ours if _is_covered(module, manifest, covered) else others).append(module)
+        inside, outside = _where(ours, manifest), _where(others, manifest)
+        kept = {name: place for name, place in places.items() if _holds(inside, place) and not _meets(place, outside)}
         if len(kept) == len(places):
-            paths = {module.path for module in manifest.modules} - {module.path for module in others}
-            return Copied(kept, frozenset(paths)) if kept else NOTHING
+            return Copied(kept, frozenset(module.path for module in ours)) if kept else NOTHING
         places = kept
 
 
@@ -96,6 +98,10 @@ def _is_covered(module: ModuleInfo, manifest: Manifest, covered: list[Range]) ->
 def _holds(joined: list[Range], span: Range) -> bool:
     before = bisect.bisect_right(joined, span[0], key=lambda each: each[0])
     return before > 0 and span[1] <= joined[before - 1][1]
+
+
+def _where(modules: Iterable[ModuleInfo], manifest: Manifest) -> list[Range]:
+    return _joined(span for module in modules for span in _spans(module, manifest) if span is not None)
 
 
 def _spans(module: ModuleInfo, manifest: Manifest) -> Iterator[Range | None]:
