@@ -16,7 +16,6 @@ from typing import Any, TypedDict
 
 from vllm_companion_plugin.core.text import did_you_mean
 from vllm_companion_plugin.errors import SettingsError
-from vllm_companion_plugin.memory.kinds import names
 
 ENV_PREFIX = "COMPANION_"
 _LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
@@ -307,7 +306,7 @@ TABLE: tuple[Setting, ...] = (
         "auto",
         "How GPU memory is shared if this engine is the one that loads. cuda_vmm: as file descriptors, mapped "
         "read-only. cuda_ipc: by a keeper process, mapped writable. auto: cuda_vmm if GPU and driver support it.",
-        choices=("auto", *names("cuda")),
+        choices=("auto", "cuda_vmm", "cuda_ipc"),
         engine=True,
     ),
     Setting(

@@ -11,7 +11,7 @@ from vllm.v1.worker import gpu_worker as gpu_worker
 from vllm.v1.worker import utils
 from vllm.v1.worker.utils import request_memory
 
-from vllm_companion_plugin.engine import decide, loader, register
+from vllm_companion_plugin.engine import loading, register
 from vllm_companion_plugin.engine.loader import CompanionModelLoader
 from vllm_companion_plugin.engine.vllm import budget, patches, patching
 
@@ -39,8 +39,7 @@ class Snapshot:
 def allowed(held: int, free: int, load_format: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """What this vLLM, with our patch if it needs it, allows an engine."""
     config = VllmConfig(load_config=LoadConfig(load_format=load_format))
-    for module in (decide, loader):
-        monkeypatch.setattr(module, "external_bytes", lambda vllm_config, settings: held)
+    monkeypatch.setattr(loading, "external_bytes", lambda vllm_config, settings: held)
     snapshot: Any = Snapshot(free)
     if budget.has_external_memory_hook(request_memory):
         companion = load_format == "companion"

@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.worker import gpu_worker, utils
 of_adapters = ("vllm_companion_plugin.client.adapter_leases", "vllm_companion_plugin.engine.adapters")
 imported = [name for name in of_adapters if name in sys.modules]
+what_loads = ("vllm_companion_plugin.engine.loading", "vllm_companion_plugin.client.connection")
 serving = "vllm_companion_plugin.engine.vllm.adapters.serving" in sys.modules
 
 from tests import patched
@@ -40,6 +41,7 @@ print("RESULT", json.dumps({
     "differences": patched.differences([Lifetime.IMPORT, Lifetime.EXECUTOR]),
     "on objects": sorted(set(patched.on_objects().values())),
     "loader": type(get_model_loader(LoadConfig(load_format="companion"))).__name__,
+    "what loads": [name for name in what_loads if name in sys.modules],
     "budget": budget.has_external_memory_hook(gpu_worker.request_memory) or counts == {budget.__file__},
     "of adapters": [serving, imported],
 }))
@@ -49,7 +51,7 @@ print("RESULT", json.dumps({
 def test_in_a_process_that_loads_nothing() -> None:
     """Nothing is patched but what the table says; vLLM finds the loader, and its workers the budget.
 
-    What finds adapters is not imported: with gRPC it takes 0.2 s.
+    What finds adapters is not imported: with gRPC it takes 0.2 s. Nor is what loads, which takes as long.
     """
     done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,6 +62,7 @@ def test_in_a_process_that_loads_nothing() -> None:
         "differences": {"stray": [], "missing": []},
         "on objects": [],
         "loader": "CompanionModelLoader",
+        "what loads": [],
         "budget": True,
         "of adapters": [True, []],
     }
