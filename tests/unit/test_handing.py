@@ -102,37 +102,6 @@ class TestTensors:
         assert [(found, int(tensor)) for found, tensor in hands.taken] == [(f"{name}{n}", n) for n in range(count)]
         assert hands.arenas > 1
 
-    def test_what_is_put_elsewhere_does_not_come(self, pair: Pair) -> None:
-        """Bytes come in order, and the others come as ever."""
-        large, small, empty = torch.randn(2 * PAGE), torch.arange(5), torch.empty(0, 3)
-        found = bytearray()
-
-        def put(name: str, start: int, data: torch.Tensor) -> bool:
-            if name not in ("large", "empty"):
-                return False
-            if name == "large":
-                assert start == len(found)
-                found.extend(data.numpy().tobytes())
-            return True
-
-        with none_left_open():
-            hands = Hands(pair, PAGE)
-            hands.taking = Taking(CPU, put)
-            for name, tensor in {"large": large, "small": small, "empty": empty, "other": large}.items():
-                hands.giving.add(name, tensor)
-            hands.giving.flush()
-            hands.taking.end()
-        assert bytes(found) == digest(large)
-        assert [name for name, _ in hands.taken] == ["small", "other"]
-        assert digest(hands.taken[1][1]) == digest(large)
-
-    def test_what_is_put_elsewhere_has_to_come_whole(self, pair: Pair) -> None:
-        hands = Hands(pair, PAGE)
-        hands.taking = Taking(CPU, lambda *_: True)
-        assert hands.taking.take(*hands.message(Piece("a", "float32", (4,), 0, 0, 8))) == []
-        with pytest.raises(BadRequestError, match="Of a not all bytes came"):
-            hands.taking.end()
-
     def test_forgotten_ones_leave_nothing(self, pair: Pair) -> None:
         with none_left_open():
             hands = Hands(pair, PAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from torch import nn
 from vllm_companion_plugin.client.fitting import Weights, checked, is_plain, misfit, refuse
 from vllm_companion_plugin.core.intervals import Intervals
 from vllm_companion_plugin.core.module_tree import Manifest, TensorInfo
-from vllm_companion_plugin.core.placements import Placed, Source, is_dense
+from vllm_companion_plugin.core.placements import Placed, Source
 from vllm_companion_plugin.errors import BadRequestError, ManifestError
 from vllm_companion_plugin.memory import ArenaWriter
 from vllm_companion_plugin.memory.tensors.views import ArenaViews, dtype_of
@@ -148,7 +149,7 @@ class Filling:
 
     def _put(self, part: torch.Tensor, placed: Placed) -> None:
         dtype = dtype_of(placed.dtype)
-        if is_dense(placed.shape, placed.stride):
+        if _is_dense(placed.shape, placed.stride):
             self._copy(placed.offset_bytes, self._laid_out(part, placed.shape, placed.stride, dtype))
             return
         rows = part.to(self._device, dtype)  # of a target with gaps: what is dense in it, one by one
@@ -254,6 +255,17 @@ def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:
         for path in (module.path, *module.aliases):
             for slot in module.slots:
                 info = manifest.tensors[slot.tensor]
-                if info.storage >= 0 and is_dense(info.shape, info.stride):
+                if info.storage >= 0 and _is_dense(info.shape, info.stride):
                     infos[f"{path}.{slot.name}" if path else slot.name] = info
     return infos
+
+
+@functools.cache
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements fill what they span."""
+    last = 1
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
+        if size != 1 and step != last:
+            return False
+        last *= size
+    return True

@@ -7,7 +7,6 @@ at a time, whatever comes, and a tensor may take several.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ from vllm_companion_plugin.wire.handover import MOST_PIECES_BYTES, Piece
 _ALIGNMENT = 256
 """Of each piece in an arena, so that a device copies it at full speed."""
 
-Put = Callable[[str, int, torch.Tensor], bool]
 HandOver = Callable[[Sequence[Piece], memory.Arena], None]
 """Tells the other process what is in an arena, and returns once that has copied it."""
 
@@ -101,26 +99,15 @@ class Giving:
         self._used = self._pieces_bytes = 0
 
 
-def put_nowhere(name: str, start: int, data: torch.Tensor) -> bool:
-    """Have every tensor taken into memory of its own."""
-    return False
-
-
 class Taking:
-    """The end that takes them: each into memory of its own, or to where it belongs.
+    """The end that takes them: each into memory of its own."""
 
-    Args:
-        put: copies bytes of a tensor to where it belongs, if there is such a place, and tells whether there is. It gets
-            the tensor's name, the first byte in the tensor, and a uint8 tensor, which goes afterwards.
-    """
-
-    def __init__(self, device: torch.device, put: Put = put_nowhere) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._put = put
-        self._partial: dict[str, tuple[torch.Tensor | None, int]] = {}  # with the bytes that have come
+        self._partial: dict[str, tuple[torch.Tensor, int]] = {}  # with the bytes that have come
 
     def take(self, message: dict[str, Any], fds: Descriptors) -> list[tuple[str, torch.Tensor]]:
-        """Copy what an arena has; the tensors that are complete then, in order, but for those that were put elsewhere.
+        """Copy what an arena has; the tensors that are complete then, in order.
 
         Args:
             message: of the other process, which describes pieces and arena.
@@ -142,24 +129,23 @@ class Taking:
         with contextlib.closing(memory.open_arena(info, taken, self._device.index)) as arena:
             views = ArenaViews(arena, info.size_bytes, self._device)
             for piece in pieces:
-                tensor = self._take(piece, views)
+                tensor = self._put(piece, views)
                 if tensor is not None:
                     complete.append((piece.name, tensor))
         return complete
 
-    def _take(self, piece: Piece, views: ArenaViews) -> torch.Tensor | None:
-        """The tensor if it is complete, and in memory of its own."""
+    def _put(self, piece: Piece, views: ArenaViews) -> torch.Tensor | None:
+        """The tensor if it is complete."""
         tensor, come = self._partial.pop(piece.name, (None, 0))
-        end, nbytes = piece.start + piece.size_bytes, math.prod(piece.shape) * dtype_of(piece.dtype).itemsize
-        if not come == piece.start <= end <= nbytes:
-            raise BadRequestError(f"Bytes {piece.start} to {end} of {piece.name} came after {come} of {nbytes}.")
-        data = views.bytes_at(piece.offset, piece.size_bytes)
-        if tensor is not None or not self._put(piece.name, piece.start, data):
-            if tensor is None:
-                tensor = torch.empty(piece.shape, dtype=dtype_of(piece.dtype), device=self._device)
-            if piece.size_bytes:
-                tensor.reshape(-1).view(torch.uint8)[piece.start : end].copy_(data)
-        if end == nbytes:
+        if tensor is None:
+            tensor = torch.empty(piece.shape, dtype=dtype_of(piece.dtype), device=self._device)
+        end = piece.start + piece.size_bytes
+        if not come == piece.start <= end <= tensor.nbytes:
+            raise BadRequestError(f"Bytes {piece.start} to {end} of {piece.name} came after {come} of {tensor.nbytes}.")
+        if piece.size_bytes:
+            target = tensor.reshape(-1).view(torch.uint8)[piece.start : end]
+            target.copy_(views.bytes_at(piece.offset, piece.size_bytes))
+        if end == tensor.nbytes:
             return tensor
         self._partial[piece.name] = tensor, end
         return None

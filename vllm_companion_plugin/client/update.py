@@ -10,7 +10,7 @@ import torch
 
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.filling import Filling, in_order
+from vllm_companion_plugin.client.filling import Filling
 from vllm_companion_plugin.client.fitting import Weights, check_open
 from vllm_companion_plugin.client.lease import Lease
 from vllm_companion_plugin.errors import BadRequestError
@@ -85,13 +85,6 @@ class Update:
         """
         self._check_open()
         self._filling.complete(self._attachment.arena.address)
-
-    def write_bytes(self, offset_bytes: int, data: torch.Tensor) -> None:
-        """Write a uint8 tensor of the same device at `offset_bytes`. It may go afterwards."""
-        self._check_open()
-        with in_order(self._attachment.device):
-            self._writer.write(offset_bytes, data.data_ptr(), data.nbytes)
-        self._writer.flush()
 
     def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """As `Filling.check`."""

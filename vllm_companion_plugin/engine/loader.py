@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class CompanionModelLoader(DefaultModelLoader):
-    """As `Loading`. It is a `DefaultModelLoader` for those who ask, and read a checkpoint through it.
+    """Attaches to weights that a companion holds, or loads and publishes them for the others; `Loading` does the work.
+
+    It derives from `DefaultModelLoader` because some of vLLM's code asks for one, and reads a checkpoint through it.
+    vLLM makes several in a process and throws them away; what must stay is in `session`.
 
     Raises:
         SettingsError: an unknown key or bad value in `--model-loader-extra-config`.

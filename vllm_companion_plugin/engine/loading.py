@@ -31,10 +31,11 @@ logger = init_logger("vllm.companion")
 
 
 class Loading:
-    """Attaches to weights that a companion holds, or loads and publishes them for the others.
+    """The work of one `CompanionModelLoader`.
 
-    vLLM makes several of these in a process and throws them away; what must stay is in
-    `session`.
+    Args:
+        load_config: of vLLM, with the load format `companion`.
+        settings: of this engine; the checkpoint's, too, once a model is asked for.
     """
 
     def __init__(self, load_config: Any, settings: Settings) -> None:

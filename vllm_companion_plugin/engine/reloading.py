@@ -19,25 +19,20 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_companion_plugin.client.attachment import Attachment
-from vllm_companion_plugin.client.handing import Put
-from vllm_companion_plugin.client.update import Update, updating
+from vllm_companion_plugin.client.update import updating
 from vllm_companion_plugin.core.module_tree import Manifest, Stage, TensorKind
 from vllm_companion_plugin.core.text import several
 from vllm_companion_plugin.engine.live import LiveModel
 from vllm_companion_plugin.engine.vllm import building, rehearsal, reload_notes, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
-from vllm_companion_plugin.errors import BadRequestError, CompanionError, LayoutError, ParityError, UpdateError
+from vllm_companion_plugin.errors import CompanionError, LayoutError, ParityError, UpdateError
 from vllm_companion_plugin.memory.tensors.views import dtype_of, without_storage
 from vllm_companion_plugin.tree.capture import capture
-from vllm_companion_plugin.tree.copied import NOTHING, Copied, copied
 from vllm_companion_plugin.tree.live import Tree, full_name, named_modules, plain_tensors
 from vllm_companion_plugin.tree.parity import compare_modules, compare_values, tensor_difference
 from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 logger = init_logger("vllm.companion")
-
-Given = Callable[[Put], Iterator[tuple[str, torch.Tensor]]]
-"""Gives tensors by their names, but for those that can be put where they belong, which it puts there."""
 
 
 def write_generation(
@@ -46,7 +41,7 @@ def write_generation(
     model: nn.Module,
     version: str,
     base: int,
-    weights: Given,
+    weights: Iterator[tuple[str, torch.Tensor]],
     *,
     anew: bool,
 ) -> int:
@@ -57,9 +52,8 @@ def write_generation(
 
     Args:
         version, base: as of `updating`.
-        weights: gives all tensors of a checkpoint that loading uses, as the checkpoint has them, but for those that
-            what it is called with has taken. The first one is asked for once this process is the entry's writer; after
-            the last one nothing else is.
+        weights: all tensors of a checkpoint that loading uses, as the checkpoint has them. The first one is asked for
+            once this process is the entry's writer; after the last one nothing else is.
         anew: load them into a second model, because of what `why_anew` says.
 
     Raises:
@@ -67,23 +61,19 @@ def write_generation(
         EntryInUseError: another client writes the next generation already.
         ArenaError: there is no memory for it, or this kind of memory cannot be replaced at its addresses.
         LayoutError: what vLLM made of the weights is laid out differently.
-        BadRequestError: a tensor that is copied has more or fewer bytes than its place.
         UpdateError: vLLM loaded nothing into a parameter, and said nothing or only warned.
         Exception: of vLLM, which cannot load them.
     """
     attachment = live.attachment
-    placed = NOTHING if anew else copied_of(attachment.manifest)
     with updating(attachment, version, live.settings, base=base) as update:
         update.complete()  # what loading leaves alone is what it was
-        placing = _Placing(update, placed)
-        given = _begun(weights(placing.put))
+        weights = _begun(weights)
         with attachment.written_through(update.writer):
             if anew:
-                _load_anew(worker.vllm_config, attachment, given)
+                _load_anew(worker.vllm_config, attachment, weights)
             else:
-                _reload(worker, attachment.manifest, model, given, placed)
-                deque(given, maxlen=0)  # vLLM may leave the last ones
-                placing.check(attachment.label)
+                _reload(worker, attachment.manifest, model, weights)
+                deque(weights, maxlen=0)  # vLLM may leave the last ones
                 _collect(model, attachment)
     known = replace(live.settings, verify="off")  # the sums that came with it are those of what was just written
     try:
@@ -97,35 +87,6 @@ def write_generation(
     return update.generation
 
 
-class _Placing:
-    """Puts what need not go through vLLM where it belongs.
-
-    Args:
-        update: borrowed.
-    """
-
-    def __init__(self, update: Update, placed: Copied) -> None:
-        self._update = update
-        self._places = placed.places
-        self._missing = {name: stop - start for name, (start, stop) in placed.places.items()}
-
-    def put(self, name: str, start: int, data: torch.Tensor) -> bool:
-        """As of `Taking`. Raises `BadRequestError` for more bytes than the tensor had when it was published."""
-        if (place := self._places.get(name)) is None:
-            return False
-        if start + data.nbytes > place[1] - place[0]:
-            raise BadRequestError(f"{name} has {place[1] - place[0]} bytes, and at least {start + data.nbytes} came.")
-        if data.nbytes:
-            self._update.write_bytes(place[0] + start, data)
-        self._missing[name] -= data.nbytes
-        return True
-
-    def check(self, label: str) -> None:
-        """Raise `BadRequestError` unless all bytes came, each once."""
-        if missing := [name for name, count in self._missing.items() if count]:
-            raise BadRequestError(f"Of {several(missing, 3)} of {label} not all bytes came.")
-
-
 def why_anew(vllm_config: Any, attachment: Attachment) -> str:
     """Why vLLM's reload would not load this model right; empty if it would.
 
@@ -137,11 +98,9 @@ def why_anew(vllm_config: Any, attachment: Attachment) -> str:
     added = [full_name(module.path, slot.name) for module in manifest.modules for slot in module.observed.added]
     if added := [*manifest.added_modules, *added]:
         return f"loading makes {several(added, 3)}"
-    placed = copied_of(manifest)
     weights = (
         (name, torch.empty(source.shape, dtype=dtype_of(source.dtype), device="meta"))
         for name, source in sources_from_bytes(manifest.sources).items()
-        if name not in placed.places
     )
     try:
         rehearsed = rehearsal.rehearse(vllm_config, weights, attachment.device)
@@ -150,7 +109,7 @@ def why_anew(vllm_config: Any, attachment: Attachment) -> str:
         return f"it cannot be rehearsed ({type(error).__name__}: {error})"
     if rehearsed.by_hand:
         return f"code of the model itself writes or reads {several(rehearsed.by_hand, 3)}"
-    if left := _not_loaded(rehearsed.model, manifest, rehearsed.left, placed):
+    if left := _not_loaded(rehearsed.model, manifest, rehearsed.left):
         return f"nothing is loaded into {several(left, 3)}"
     return ""
 
@@ -167,18 +126,7 @@ def _begun(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, t
     return every()
 
 
-def copied_of(manifest: Manifest) -> Copied:
-    """What a reload leaves to copies. Raises `ManifestError` for a damaged manifest."""
-    return copied(manifest, sources_from_bytes(manifest.sources))
-
-
-def _reload(
-    worker: Any,
-    manifest: Manifest,
-    model: nn.Module,
-    weights: Iterator[tuple[str, torch.Tensor]],
-    placed: Copied,
-) -> None:
+def _reload(worker: Any, manifest: Manifest, model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     """As vLLM does it: layer by layer into memory of its own, processed, and copied to where the tensors were.
 
     Weights that are shared unprocessed are just loaded once more.
@@ -186,7 +134,7 @@ def _reload(
     if manifest.stage is Stage.PROCESSED:
         with reload_notes.seeing_what_is_left() as left:
             worker.reload_weights(weights_iterator=weights)
-        if lost := _not_loaded(model, manifest, left, placed):
+        if lost := _not_loaded(model, manifest, left):
             raise UpdateError(
                 f"When vLLM reloads this model, it loads nothing into {several(lost, 3)}.",
                 remedy='Write with mode="direct" if that is possible, or start engines anew with the new checkpoint.',
@@ -211,20 +159,17 @@ def _load_anew(vllm_config: Any, attachment: Attachment, weights: Iterator[tuple
     _collect(model, attachment, anew=True)
 
 
-def _not_loaded(
-    model: nn.Module, manifest: Manifest, left: Mapping[nn.Module, Collection[str]], placed: Copied
-) -> list[str]:
+def _not_loaded(model: nn.Module, manifest: Manifest, left: Mapping[nn.Module, Collection[str]]) -> list[str]:
     """The parameters that the publisher loaded, and into which nothing was loaded now.
 
     Args:
         left: the tensors that nothing was loaded into, by module and name.
-        placed: what needs no loader.
     """
     published = {module.path: module for module in manifest.modules}
     filled: set[tuple[int, int]] = set()
     missing: dict[str, tuple[int, int]] = {}
     for path, module in named_modules(model):
-        info, names = published.get(path), () if path in placed.modules else left.get(module, ())
+        info, names = published.get(path), left.get(module, ())
         for slot in info.slots if info is not None else ():
             if slot.kind is TensorKind.PARAMETER:
                 tensor = manifest.tensors[slot.tensor]

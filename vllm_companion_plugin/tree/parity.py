@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import enum
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -183,14 +183,31 @@ def _by_processing(module: ModuleInfo, other: ModuleInfo) -> Observed:
     """What was observed of `module`, without the values that `other` has, too, however it came to them.
 
     A module of several models, as vLLM's activation functions are, has been processed with the first one of a process.
-    Floats that may have been measured count all the same: an engine that did not measure them would not have them.
+    Numbers that may have been measured count all the same: an engine that attaches has none of them by itself.
     """
     seen = module.observed
     measured = seen.measured or other.observed.measured
     alike = module.attributes.items() & other.attributes.items()
-    same = {name for name, text in alike if not (measured and _is_float(text))}
+    same = {name for name, text in alike if not (measured and _has_numbers(text))}
     processed = tuple(name for name in seen.processed if name not in same)
     return replace(seen, values={}, processed=processed, measured=seen.measured and bool(processed))
+
+
+def _has_numbers(text: str) -> bool:
+    """Whether a value is a number, or has one in it. A choice is none."""
+    try:
+        value = value_of(text)
+    except ValueError:  # a class or a function
+        return False
+    return _has_number(value)
+
+
+def _has_number(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_number, (*value.keys(), *value.values())))
+    if isinstance(value, Collection) and not isinstance(value, str):
+        return any(map(_has_number, value))
+    return isinstance(value, (int, float, complex, np.generic)) and not isinstance(value, bool)
 
 
 def _are_numbers(here: str | None, there: str | None) -> bool:

@@ -22,15 +22,14 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.executor.abstract import Executor
 
 from vllm_companion_plugin.client.api import CompanionClient
-from vllm_companion_plugin.client.handing import Put, Taking
+from vllm_companion_plugin.client.handing import Taking
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.engine.live import LiveModel
-from vllm_companion_plugin.engine.reloading import copied_of, why_anew, write_generation
+from vllm_companion_plugin.engine.reloading import why_anew, write_generation
 from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import flags
 from vllm_companion_plugin.errors import CompanionError, EntryNotFoundError, NotShareableError, UpdateError
 from vllm_companion_plugin.wire.handover import Channel
-from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 logger = init_logger("vllm.companion")
 
@@ -111,12 +110,6 @@ def _loads_anew(worker: Any) -> bool:
             "%.2f GiB or more of the device meanwhile.",
             *(attachment.label, reason, attachment.size_bytes / 2**30),
         )
-    else:
-        placed = copied_of(attachment.manifest)
-        logger.info(
-            "%d of the %d tensors that loading %s uses are copied to their places; vLLM loads the others.",
-            *(len(placed.places), len(sources_from_bytes(attachment.manifest.sources)), attachment.label),
-        )
     return bool(reason)
 
 
@@ -125,7 +118,7 @@ def _update(worker: Any, channel: Channel, version: str, base: int, anew: bool) 
     live, model = _model()
     weights = _Weights(channel, live.attachment.device)
     try:
-        generation = write_generation(worker, live, model, version, base, weights, anew=anew)
+        generation = write_generation(worker, live, model, version, base, iter(weights), anew=anew)
     except _NotWanted:
         channel.send({})
     except CompanionError as error:
@@ -141,7 +134,7 @@ class _NotWanted(Exception):
 
 
 class _Weights:
-    """The tensors of an update, as the trainer hands them over. What is put where it belongs does not come.
+    """The tensors of an update, as the trainer hands them over.
 
     Attributes:
         came: whether it has handed over anything.
@@ -149,11 +142,10 @@ class _Weights:
 
     def __init__(self, channel: Channel, device: torch.device) -> None:
         self._channel = channel
-        self._device = device
+        self._taking = Taking(device)
         self.came = False
 
-    def __call__(self, put: Put) -> Iterator[tuple[str, torch.Tensor]]:
-        taking = Taking(self._device, put)
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         self._channel.send({})  # this process is the entry's writer
         while True:
             message, fds = self._channel.receive()
@@ -161,10 +153,10 @@ class _Weights:
                 fds.close()
                 if not message["end"]:
                     raise _NotWanted
-                taking.end()
+                self._taking.end()
                 return
             self.came = True
-            complete = taking.take(message, fds)
+            complete = self._taking.take(message, fds)
             self._channel.send({})
             while complete:  # vLLM alone keeps what it was given
                 yield complete.pop(0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -37,8 +36,8 @@ def noting(built: WithoutWeights, record: Callable[[nn.Module], None]) -> Callab
 def seeing_what_is_left() -> Iterator[dict[nn.Module, frozenset[str]]]:
     """While open, vLLM may reload a model. Gives the tensors of each module that it loaded nothing into, by name.
 
-    vLLM gives a module that it loaded nothing into at all back what it had; its warning is left out. Tensors in other
-    modules have whatever was in new memory. Ask at the end.
+    vLLM warns of a module that it loaded nothing into at all, and gives it back what it had. Tensors in other modules
+    have whatever was in new memory. Ask at the end.
     """
     left: dict[nn.Module, frozenset[str]] = {}
 
@@ -51,23 +50,8 @@ def seeing_what_is_left() -> Iterator[dict[nn.Module, frozenset[str]]]:
 
         return _place_kernel_tensors
 
-    with patches.WHAT_IS_LEFT.on(layerwise, seeing), ExitStack() as quiet:
-        for name in _LOGGERS:
-            told = logging.getLogger(name)
-            told.addFilter(_is_other_news)
-            quiet.callback(told.removeFilter, _is_other_news)
+    with patches.WHAT_IS_LEFT.on(layerwise, seeing):
         yield left
-
-
-_LOGGERS = (
-    "vllm.model_executor.model_loader.reload.layerwise",
-    *("vllm.model_executor.model_loader.reload.inplace", "vllm.v1.worker.gpu_model_runner"),
-)
-
-
-def _is_other_news(record: logging.LogRecord) -> bool:
-    """Whether it is no warning of what nothing was loaded into: who reloads looks at that, and knows what may be so."""
-    return not str(record.msg).startswith(("%s: Failed to load weights", "Following weights were not loaded"))
 
 
 def _note(model: nn.Module) -> None:
