@@ -35,7 +35,7 @@ class Loading:
 
     Args:
         load_config: of vLLM, with the load format `companion`.
-        settings: of this engine; the checkpoint's, too, once a model is asked for.
+        settings: of this engine, before `settings_for`.
     """
 
     def __init__(self, load_config: Any, settings: Settings) -> None:
