@@ -141,6 +141,20 @@ def copies_a_number_over_it(model: Any, weights: Any, load: Callable[..., Any]) 
     return loaded
 
 
+def reads_bits_as_another_type(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """As loaders of scales do that checkpoints have as bytes. A copy would convert the numbers that these bytes are."""
+    return load(model, ((name, tensor.view(torch.int32) if name == NORM else tensor) for name, tensor in weights))
+
+
+def clones_bits_as_another_type(model: Any, weights: Any, load: Callable[..., Any]) -> Any:
+    """Of another size, too: what is taken of it is counted in other elements."""
+
+    def cloned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(torch.int64).clone().view(torch.float32)
+
+    return load(model, ((name, cloned(tensor) if name == NORM else tensor) for name, tensor in weights))
+
+
 NORM = "model.norm.weight"
 
 
@@ -148,7 +162,7 @@ NORM = "model.norm.weight"
     "how",
     [
         *(changes_what_it_reads, computes_beside, computes_afterwards, changes_what_it_loaded, looks_at_it),
-        copies_a_number_over_it,
+        *(copies_a_number_over_it, reads_bits_as_another_type, clones_bits_as_another_type),
     ],
     ids=lambda how: how.__name__,
 )

@@ -110,7 +110,7 @@ class Placing:
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> bool:
         """Whether a part of a checkpoint's tensor was copied as it is."""
         storage = _storage(target)
-        if target.shape != source.shape or target.is_meta or storage in self._read:
+        if target.shape != source.shape or target.is_meta or storage in self._read or self._is_cast(source):
             return False
         known = self._read[_storage(source)]
         self._used.add(known.name)
@@ -123,10 +123,16 @@ class Placing:
         """Whether `result` is a contiguous copy of a part of a checkpoint's tensor."""
         if not result.is_contiguous() or result.shape != source.shape or result.dtype != source.dtype:
             return False
+        if self._is_cast(source):
+            return False
         known = self._read[_storage(source)]
         self._addresses.append(StorageWeakRef(result.untyped_storage()))  # type: ignore[no-untyped-call]
         self._read[_storage(result)] = _Read(known.name, (*known.steps, _view(source)))
         return True
+
+    def _is_cast(self, source: torch.Tensor) -> bool:
+        """Whether it has the bits of a checkpoint's tensor as another type: a copy would convert its numbers."""
+        return _dtype(source) != self._sources[self._read[_storage(source)].name][1]
 
     def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
         """The tensors of the checkpoint that loading used, by name, in the order in which they were read.
