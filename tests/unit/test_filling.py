@@ -16,6 +16,7 @@ from tests.support.publishing import CPU, Small
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client import filling as module
 from vllm_companion_plugin.client.filling import Filling
+from vllm_companion_plugin.client.fitting import checked
 from vllm_companion_plugin.core.intervals import Intervals
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.errors import BadRequestError
@@ -341,3 +342,17 @@ class TestBadInput:
         new["turned"][0, 0] = torch.finfo(torch.float32).max
         new["quantized"][0] = 448
         assert world.filling.load(new) == 4
+
+
+def test_one_parameter_under_two_names_is_given_for_each_that_is_known() -> None:
+    """The entry may not tie them: then one of them would stay as it was."""
+    model = torch.nn.Module()
+    model.first, model.second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    model.second.weight = model.first.weight
+
+    def names(*known: str) -> list[str]:
+        return [name for name, _ in checked(model, known, lambda *_: "", "it")]
+
+    assert names("first.weight", "second.weight") == ["first.weight", "second.weight"]
+    assert names("first.weight") == ["first.weight"]
+    assert names() == ["first.weight"]

@@ -123,7 +123,13 @@ class Filling:
         self._written.add(0, self._size_bytes)
 
     def _load(self, name: str, tensor: torch.Tensor) -> None:
-        if (source := self.sources.get(name)) is not None and source.shape == tuple(tensor.shape):
+        source, dtype = self.sources.get(name), str(tensor.dtype).removeprefix("torch.")
+        # Of another type than the checkpoint's and its copies' it is what vLLM made of these, in its final form.
+        if (
+            source is not None
+            and source.shape == tuple(tensor.shape)
+            and (dtype == source.dtype or all(placed.dtype == dtype for placed in source.copies))
+        ):
             self._place(source, tensor)
         else:
             self._write(self.infos[name], tensor)

@@ -43,7 +43,10 @@ def checked(
 
     if isinstance(weights, nn.Module):
         buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
-        weights = {**dict(weights.named_parameters()), **buffers}
+        # One parameter under two names is two tensors of an entry that does not tie them.
+        every = weights.named_parameters(remove_duplicate=False)
+        tied = {name: parameter for name, parameter in every if name in known}
+        weights = {**dict(weights.named_parameters()), **tied, **buffers}
     looked_at = isinstance(weights, Mapping)
     if isinstance(weights, Mapping):
         refuse_misfits(weights.items())

@@ -49,6 +49,8 @@ def whole_view(shape: Sequence[int], pieces: Iterable[Placed], item_bytes: int) 
         return None
     boxes = []
     for piece in pieces:
+        if 0 in piece.shape:
+            continue
         if piece.offset_bytes % item_bytes or (box := _box(shape, piece, piece.offset_bytes // item_bytes)) is None:
             return None
         boxes.append(box)

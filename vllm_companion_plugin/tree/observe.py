@@ -134,7 +134,7 @@ class Observation:
             self._watch.came(tensor)
             self._watch.placing.read(name, tensor)
 
-    def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
+    def sources(self, storages: Mapping[int, Callable[[int, int], int | None]]) -> dict[str, Source]:
         """As of `Placing.sources`."""
         return self._watch.placing.sources(storages)
 

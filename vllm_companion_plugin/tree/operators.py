@@ -131,8 +131,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in made:
             self.placing.made(storage)
         if targets or made:
-            unwritten = read - {storage for target in targets for storage in _storages(target)}
-            self.placing.note(func, args, unwritten, targets, result)
+            into = {storage for target in targets for storage in _storages(target)}
+            self.placing.note(func, args, read - into, targets, result)
+            # A part of memory that was read beside the part that was written.
+            beside = [value for value in _each((*args, *kwargs.values())) if not any(value is each for each in targets)]
+            self.placing.looked_at(into & {*_storages(beside)})
         for storage in made:
             self.built.discard(storage)
             self.written.discard(storage)
@@ -184,6 +187,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether nothing is processed meanwhile, as online quantization does: engines do that for themselves."""
         return self.is_loading and self.module is None
 
+    def note_given(self, storages: set[int]) -> None:
+        """Python, or NumPy, was given memory of these storages, or all that is in it."""
+        if not self._paused:
+            self.placing.given(storages)
+            self.note_data(storages)
+
     def note_data(self, storages: set[int]) -> None:
         """Python was given data of these storages."""
         if self._is_loading_alone and not self._paused:
@@ -210,8 +219,11 @@ class Unseen(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READING and args and _is_plain(args[0]) and args[0].device.type == "cpu":
+        name = getattr(func, "__name__", "")
+        if name in _READING and args and _is_plain(args[0]) and args[0].device.type == "cpu":
             self._watch.note_look()
+            if name in _GIVING:
+                self._watch.note_given({*_storages(args[0])})
         return func(*args, **(kwargs or {}))
 
 
@@ -224,7 +236,7 @@ class Looks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._watch.is_loading and getattr(func, "__name__", "") in _GIVING and args:
-            self._watch.note_data({*_storages(args[0])})
+            self._watch.note_given({*_storages(args[0])})
         return func(*args, **(kwargs or {}))
 
 
@@ -292,6 +304,15 @@ def _storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _storages_of(item)
+
+
+def _each(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in arguments of an operator."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _each(item)
 
 
 def _is_plain(value: Any) -> bool:

@@ -334,11 +334,16 @@ def prepare(
 
 def sources_of(packed: Packed, observation: Observation) -> dict[str, Source]:
     """Where tensors of the checkpoint are in the arena that `packed` will be copied to, by their names."""
-    places: dict[int, Callable[[int], int]] = {}
-    for storage, offset in zip(packed.packing.storages, packed.placement.offsets, strict=True):
-        start = storage.start
-        number = packed.packing.tensors[storage.tensors[0]].untyped_storage()._cdata
-        places[number] = lambda address, start=start, offset=offset: offset + address - start  # type: ignore[misc]
+
+    def placing(start: int, stop: int, offset: int) -> Callable[[int, int], int | None]:
+        return lambda first, end: offset + first - start if start <= first <= end <= stop else None
+
+    places = {
+        packed.packing.tensors[storage.tensors[0]].untyped_storage()._cdata: placing(
+            storage.start, storage.stop, offset
+        )
+        for storage, offset in zip(packed.packing.storages, packed.placement.offsets, strict=True)
+    }
     return observation.sources(places)
 
 

@@ -47,6 +47,8 @@ class Placing:
         self._writes: dict[int, list[_Write]] = {}
         self._lost: set[str] = set()
         self._used: set[str] = set()
+        self._given: set[int] = set()  # storages that others than operators may read and write
+        self._shared: dict[int, set[str]] = {}  # names of which it is not known which one is meant
         # No other storage gets the address of one that is freed meanwhile.
         self._addresses: list[StorageWeakRef] = []
 
@@ -58,6 +60,9 @@ class Placing:
         storage = tensor.untyped_storage()
         self._addresses.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         self._sources[name] = tuple(tensor.shape), _dtype(tensor)
+        before = self._read.get(storage._cdata)
+        if before is not None and before.name not in self._used:
+            self._shared.setdefault(storage._cdata, {before.name}).add(name)
         self._read[storage._cdata] = _Read(name, ())
         if tensor.storage_offset() or not tensor.is_contiguous():
             self._lost.add(name)
@@ -84,11 +89,17 @@ class Placing:
         for storage in storages:
             self._computed_from(storage)
 
+    def given(self, storages: Iterable[int]) -> None:
+        """Python, or NumPy, has got the memory of these storages, and may read and write it from now on, unseen."""
+        for storage in storages:
+            self._given.add(storage)
+            self._computed_from(storage)
+
     def _overwritten(self, target: torch.Tensor) -> None:
         """What was copied to the same place is there no more; a tensor of the checkpoint is not what was read."""
         storage = _storage(target)
-        if (known := self._read.get(storage)) is not None:
-            self._lost.add(known.name)
+        if storage in self._read:
+            self._lose(storage)
         if writes := self._writes.get(storage):
             start, end = _span(target)
             gone = [write for write in writes if write.address < end and start < write.end]
@@ -97,20 +108,29 @@ class Placing:
 
     def _computed_from(self, storage: int) -> None:
         """Something else depends on what is there: a copy to the same place would leave that as it was."""
-        if (known := self._read.get(storage)) is not None:
-            self._lost.add(known.name)
-            self._used.add(known.name)
+        if storage in self._read:
+            self._lose(storage)
         self._lost.update(write.name for write in self._writes.get(storage, ()))
+
+    def _lose(self, storage: int) -> None:
+        """Loading made something of the tensors of the checkpoint that are in `storage`, which is no copy."""
+        names = self._shared.get(storage, {self._read[storage].name})
+        self._lost |= names
+        self._used |= names
 
     def made(self, storage: int) -> None:
         """An operation made a storage, which holds nothing that is followed."""
         self._read.pop(storage, None)
         self._writes.pop(storage, None)
+        self._shared.pop(storage, None)
+        self._given.discard(storage)
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> bool:
         """Whether a part of a checkpoint's tensor was copied as it is."""
         storage = _storage(target)
         if target.shape != source.shape or target.is_meta or storage in self._read or self._is_cast(source):
+            return False
+        if _storage(source) in self._shared or not self._given.isdisjoint((storage, _storage(source))):
             return False
         known = self._read[_storage(source)]
         self._used.add(known.name)
@@ -123,7 +143,7 @@ class Placing:
         """Whether `result` is a contiguous copy of a part of a checkpoint's tensor."""
         if not result.is_contiguous() or result.shape != source.shape or result.dtype != source.dtype:
             return False
-        if self._is_cast(source):
+        if self._is_cast(source) or _storage(source) in self._shared or _storage(source) in self._given:
             return False
         known = self._read[_storage(source)]
         self._addresses.append(StorageWeakRef(result.untyped_storage()))  # type: ignore[no-untyped-call]
@@ -134,25 +154,27 @@ class Placing:
         """Whether it has the bits of a checkpoint's tensor as another type: a copy would convert its numbers."""
         return _dtype(source) != self._sources[self._read[_storage(source)].name][1]
 
-    def sources(self, storages: Mapping[int, Callable[[int], int]]) -> dict[str, Source]:
+    def sources(self, storages: Mapping[int, Callable[[int, int], int | None]]) -> dict[str, Source]:
         """The tensors of the checkpoint that loading used, by name, in the order in which they were read.
 
         Those have copies whose every copy is in a model that is about to be published.
 
         Args:
-            storages: of the model, by the address of the C++ object: the place in the arena of an address in it.
+            storages: of the model, by the address of the C++ object: the place in the arena of a range of addresses
+                in it, None if not all of that is in the arena.
         """
         copies: dict[str, list[Placed]] = {name: [] for name in self._sources}
+        for storage in self._read.keys() & storages.keys():  # the model has it as it was read, and not by a copy
+            self._lose(storage)
         lost = set(self._lost)
         for storage, writes in self._writes.items():
             place = storages.get(storage)
             for write in writes:
-                if place is None:
+                offset = None if place is None else place(write.address, write.end)
+                if offset is None:
                     lost.add(write.name)
                 else:
-                    copies[write.name].append(
-                        Placed(write.steps, place(write.address), write.shape, write.stride, write.dtype)
-                    )
+                    copies[write.name].append(Placed(write.steps, offset, write.shape, write.stride, write.dtype))
         return {
             name: Source(
                 *self._sources[name],
@@ -168,10 +190,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last address (exclusive) of its elements."""
-    start = tensor.data_ptr()
+    """First and last address (exclusive) of its elements; of none, where its memory begins."""
     if not tensor.numel():
-        return start, start
+        return (start := tensor.untyped_storage().data_ptr()), start
+    start = tensor.data_ptr()
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (int(last) + 1) * tensor.element_size()
 

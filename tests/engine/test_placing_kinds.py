@@ -1,0 +1,298 @@
+"""What else than copies loaders do with a checkpoint's tensors: none of it is taken for a copy.
+
+Each model is loaded from one checkpoint; then another one is written over its arena by the names of its tensors. Either
+the arena has the bytes that loading that checkpoint gives, or the names of those that it has not were refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vllm_companion_plugin import memory
+from vllm_companion_plugin.client.filling import Filling, is_placed
+from vllm_companion_plugin.core.module_tree import Manifest, Stage
+from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.memory.tensors.views import ArenaViews
+from vllm_companion_plugin.tree import pack
+from vllm_companion_plugin.tree.capture import capture
+from vllm_companion_plugin.tree.live import plain_tensors
+from vllm_companion_plugin.tree.observe import Observation
+from vllm_companion_plugin.wire.manifest import sources_to_bytes
+
+pytestmark = pytest.mark.core
+
+CPU = torch.device("cpu")
+SIDE = 32
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class Model(nn.Module):
+    """A weight that is loaded somehow, between two that are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.w, self.after = (nn.Parameter(torch.zeros(SIDE, SIDE), requires_grad=False) for _ in range(3))
+
+
+def checkpoint(seed: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(SIDE, SIDE, generator=random) for name in ("before", "w", "after")}
+
+
+Load = Callable[[Model, torch.Tensor], object]
+"""Loads the weight."""
+
+
+def published(load: Load, weights: dict[str, torch.Tensor], process: Load) -> tuple[Manifest, memory.Arena]:
+    model = Model()
+    observation = Observation(model)
+    with observation.watching(), torch.no_grad():
+        for name, tensor in weights.items():
+            given = tensor.clone()
+            observation.note_read(name, given)
+            if name == "w":
+                load(model, given)
+            else:
+                getattr(model, name).copy_(given)
+        observation.end_loading(model)
+        with observation.processing(model):
+            process(model, model.w)
+    with plain_tensors(), observation.paused():
+        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
+        sources = sources_to_bytes(pack.sources_of(packed, observation))
+        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+    return replace(packed.manifest, sources=sources), arena
+
+
+def tensors(manifest: Manifest, arena: memory.Arena) -> dict[str, bytes]:
+    views = ArenaViews(arena, arena.info.size_bytes, CPU)
+    found = {}
+    for module in manifest.modules:
+        for slot in module.slots:
+            info = manifest.tensors[slot.tensor]
+            if info.storage >= 0:
+                tensor = views.tensor(info, manifest.storages[info.storage])
+                found[slot.name] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def nothing(model: Model, w: torch.Tensor) -> None:
+    """Changes nothing."""
+
+
+def updated(load: Load, process: Load = nothing) -> tuple[bool, dict[str, bytes], dict[str, bytes], list[str]]:
+    """Whether loading is copies alone, what an update wrote, what a load gives, and the names that were refused."""
+    manifest, arena = published(load, checkpoint(1), process)
+    want = tensors(*published(load, checkpoint(2), process))
+    writer = memory.create(memory.MEMFD, arena.info.size_bytes)
+    writer.add_block(arena.info.size_bytes)
+    filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+    refused = []
+    for name, tensor in checkpoint(2).items():
+        try:
+            filling.load({name: tensor})
+        except BadRequestError:
+            refused.append(name)
+    filling.complete(arena.address)
+    return is_placed(manifest), tensors(manifest, writer.seal()), want, refused
+
+
+def whole(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(w)
+
+
+def rows(model: Model, w: torch.Tensor) -> None:
+    for index in range(SIDE):
+        model.w.data[index] = w[:, index]
+
+
+def turned(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(w.t().contiguous())
+
+
+def with_an_empty_part(model: Model, w: torch.Tensor) -> None:
+    """As a rank does whose part of a vocabulary is padding."""
+    model.w.data[:SIDE].copy_(w)
+    model.w.data[:0].copy_(w.narrow(0, SIDE, 0))
+
+
+@pytest.mark.parametrize("load", [whole, rows, turned, with_an_empty_part], ids=lambda load: load.__name__)
+def test_copies_are_copies(load: Load) -> None:
+    placed, found, want, refused = updated(load)
+    assert (placed, refused) == (True, [])
+    assert found == want
+
+
+def numpy_changes_it(model: Model, w: torch.Tensor) -> None:
+    w.numpy()[...] *= 2
+    model.w.copy_(w)
+
+
+def numpy_changed_it_before(model: Model, w: torch.Tensor) -> None:
+    array = model.w.numpy()
+    model.w.copy_(w)
+    array *= 3
+
+
+def numpy_makes_another(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(torch.from_numpy(w.numpy().T.copy()))
+
+
+def numpy_reads_it(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(torch.as_tensor(np.asarray(w) + 1))
+
+
+def dlpack_changes_it(model: Model, w: torch.Tensor) -> None:
+    torch.from_dlpack(w).mul_(2)
+    model.w.copy_(w)
+
+
+def python_reads_it(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(w)
+    model.first = w.tolist()[0][0]
+
+
+def becomes_the_parameter(model: Model, w: torch.Tensor) -> None:
+    model.w = nn.Parameter(w.t(), requires_grad=False)
+
+
+def becomes_its_memory(model: Model, w: torch.Tensor) -> None:
+    model.w.data = w.t()
+
+
+def a_copy_becomes_the_parameter(model: Model, w: torch.Tensor) -> None:
+    model.w = nn.Parameter(w.t().contiguous(), requires_grad=False)
+
+
+def is_changed_and_becomes_its_memory(model: Model, w: torch.Tensor) -> None:
+    model.w.data = w.mul_(2)
+
+
+def loses_rows(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(w)
+    model.w.data = model.w.data[:20]
+
+
+def loses_its_first_rows(model: Model, w: torch.Tensor) -> None:
+    model.w.copy_(w)
+    model.w.data = model.w.data[4:]
+
+
+def part_of_it_is_copied_to_another(model: Model, w: torch.Tensor) -> None:
+    model.w.data[:8].copy_(w[:8])
+    model.w.data[8:16].copy_(model.w.data[:8])
+
+
+def part_of_it_makes_another(model: Model, w: torch.Tensor) -> None:
+    model.w.data[:8].copy_(w[:8])
+    torch.mul(model.w.data[:8], 2, out=model.w.data[8:16])
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        *(numpy_changes_it, numpy_changed_it_before, numpy_makes_another, numpy_reads_it, dlpack_changes_it),
+        *(python_reads_it, becomes_the_parameter, becomes_its_memory, a_copy_becomes_the_parameter),
+        *(is_changed_and_becomes_its_memory, loses_rows, loses_its_first_rows, part_of_it_is_copied_to_another),
+        part_of_it_makes_another,
+    ],
+    ids=lambda load: load.__name__,
+)
+def test_what_is_more_than_a_copy_is_refused_and_leaves_all_else(load: Load) -> None:
+    placed, found, want, refused = updated(load)
+    assert (placed, refused) == (False, ["w"])
+    assert [found[name] for name in ("before", "after")] == [want[name] for name in ("before", "after")]
+
+
+def narrows(model: Model, w: torch.Tensor) -> None:
+    model.w = nn.Parameter(w.data.narrow(0, 0, 20), requires_grad=False)
+
+
+def triples_in_numpy(model: Model, w: torch.Tensor) -> None:
+    array = w.numpy()
+    array *= 3
+
+
+def keeps_a_value(model: Model, w: torch.Tensor) -> None:
+    model.first = w.tolist()[0][0]
+
+
+def spreads(model: Model, w: torch.Tensor) -> None:
+    w.data[8:].copy_(w.data[:1].expand(SIDE - 8, SIDE))
+
+
+@pytest.mark.parametrize("process", [narrows, triples_in_numpy, keeps_a_value, spreads], ids=lambda each: each.__name__)
+def test_what_processing_does_beside_copies_counts(process: Load) -> None:
+    placed, found, want, refused = updated(whole, process)
+    assert (placed, refused) == (False, ["w"])
+    assert [found[name] for name in ("before", "after")] == [want[name] for name in ("before", "after")]
+
+
+class TestOneStorage:
+    """As the tensors of a file of PyTorch may have."""
+
+    def load(self, *, collects: bool) -> tuple[bool, list[str]]:
+        """Two tensors of one storage into halves of a parameter; whether they are placed, and by which names."""
+        model = nn.Module()
+        model.w = nn.Parameter(torch.zeros(2 * SIDE, SIDE), requires_grad=False)
+        observation = Observation(model)
+        one = torch.randn(SIDE, SIDE)
+        given: dict[str, torch.Tensor] = {"q": one, "k": one.view(SIDE, SIDE)}
+        with observation.watching(), torch.no_grad():
+            halves: dict[str, Any] = {"q": model.w.data[:SIDE], "k": model.w.data[SIDE:]}
+            for name, tensor in given.items():
+                observation.note_read(name, tensor)
+                if not collects:
+                    halves[name].copy_(tensor)
+            for name, half in halves.items() if collects else ():
+                half.copy_(given[name])
+            observation.end_loading(model)
+        with plain_tensors(), observation.paused():
+            packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
+            sources = pack.sources_of(packed, observation)
+        manifest = replace(packed.manifest, sources=sources_to_bytes(sources))
+        return is_placed(manifest), [name for name, source in sources.items() if len(source.copies) == 1]
+
+    def test_are_told_apart_when_each_is_loaded_as_it_comes(self) -> None:
+        assert self.load(collects=False) == (True, ["q", "k"])
+
+    def test_have_no_place_when_nobody_can_tell_which_one_is_meant(self) -> None:
+        assert self.load(collects=True) == (False, [])
+
+
+def test_a_final_form_of_another_type_is_written_as_it_is() -> None:
+    """Processing may look at the bytes of a tensor as another type."""
+
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(SIDE, SIDE, dtype=torch.uint8), requires_grad=False)
+
+    model = Scales()
+    observation = Observation(model)
+    given = torch.full((SIDE, SIDE), 7, dtype=torch.uint8)
+    with observation.watching(), torch.no_grad():
+        observation.note_read("w", given)
+        model.w.copy_(given)
+        observation.end_loading(model)
+        with observation.processing(model):
+            model.w = nn.Parameter(model.w.data.view(torch.float8_e4m3fn), requires_grad=False)
+    with plain_tensors(), observation.paused():
+        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
+        sources = sources_to_bytes(pack.sources_of(packed, observation))
+        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+    manifest = replace(packed.manifest, sources=sources)
+    for new in (torch.full((SIDE, SIDE), 56, dtype=torch.uint8), torch.ones(SIDE, SIDE).to(torch.float8_e4m3fn)):
+        writer = memory.create(memory.MEMFD, arena.info.size_bytes)
+        writer.add_block(arena.info.size_bytes)
+        filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+        filling.load({"w": new})
+        filling.complete(arena.address)
+        assert tensors(manifest, writer.seal())["w"] == new.view(torch.uint8).numpy().tobytes()
