@@ -84,7 +84,11 @@ def published(place: Place) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serve_ends_within_two_seconds_of_a_signal_and_leaves_nothing(place: Place, number: int) -> None:
-    process = serve(place)
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        process = serve(place)
+    finally:
+        signal.signal(number, before)
     pid = place.companion_pid()
     assert alive(pid)
     began = time.monotonic()
