@@ -236,7 +236,7 @@ def test_what_processing_does_beside_copies_counts(process: Load) -> None:
 
 
 class TestOneStorage:
-    """As the tensors of a file of PyTorch may have."""
+    """Tensors of a PyTorch file may share a storage."""
 
     def load(self, *, collects: bool) -> tuple[bool, list[str]]:
         """Two tensors of one storage into halves of a parameter; whether they are placed, and by which names."""
@@ -296,3 +296,162 @@ def test_a_final_form_of_another_type_is_written_as_it_is() -> None:
         filling.load({"w": new})
         filling.complete(arena.address)
         assert tensors(manifest, writer.seal())["w"] == new.view(torch.uint8).numpy().tobytes()
+
+
+def sources_of(model: nn.Module, load: Callable[[Callable[[str, torch.Tensor], None]], object]) -> dict[str, int]:
+    """How many copies each tensor has that `load` used; it notes what it reads by what it is given."""
+    observation = Observation(model)
+    with observation.watching(), torch.no_grad():
+        load(observation.note_read)
+        observation.end_loading(model)
+    with plain_tensors(), observation.paused():
+        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
+        return {name: len(source.copies) for name, source in pack.sources_of(packed, observation).items()}
+
+
+def halves() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(2 * SIDE, SIDE), requires_grad=False)
+    return model, model.w.data[:SIDE], model.w.data[SIDE:]
+
+
+def test_what_was_computed_of_one_name_of_a_storage_counts_for_all_of_them() -> None:
+    model, first, second = halves()
+    one = torch.randn(SIDE, SIDE)
+
+    def load(note: Callable[[str, torch.Tensor], None]) -> None:
+        note("q", one)
+        first.copy_(one)
+        note("k", one.view(SIDE, SIDE))
+        second.copy_(one)
+        model.scale = one.max()
+
+    assert sources_of(model, load) == {"q": 0, "k": 0}
+
+
+def test_a_clone_tells_whose_it_is() -> None:
+    model, first, second = halves()
+    one = torch.randn(SIDE, SIDE)
+
+    def load(note: Callable[[str, torch.Tensor], None]) -> None:
+        note("q", one)
+        clone = one.clone()
+        note("k", one.view(SIDE, SIDE))
+        second.copy_(one)
+        first.copy_(clone)
+
+    assert sources_of(model, load) == {"q": 1, "k": 1}
+
+
+def test_memory_that_is_gone_costs_no_place() -> None:
+    """What NumPy was given of another tensor says nothing of one that has its address later."""
+    model = nn.Module()
+    count = 60
+    for number in range(count):
+        model.register_parameter(f"p{number}", nn.Parameter(torch.zeros(SIDE, SIDE), requires_grad=False))
+
+    def load(note: Callable[[str, torch.Tensor], None]) -> None:
+        for number in range(count):
+            beside = torch.frombuffer(bytearray(SIDE), dtype=torch.uint8)
+            beside.numpy()
+            del beside
+            given = torch.frombuffer(bytearray(4 * SIDE * SIDE), dtype=torch.float32).view(SIDE, SIDE)
+            note(f"p{number}", given)
+            model.get_parameter(f"p{number}").copy_(given)
+
+    assert sources_of(model, load) == {f"p{number}": 1 for number in range(count)}
+
+
+def test_what_nobody_loads_is_not_asked_for() -> None:
+    model, first, _ = halves()
+    unused, used = torch.randn(4), torch.randn(SIDE, SIDE)
+
+    def load(note: Callable[[str, torch.Tensor], None]) -> None:
+        note("unused", unused)
+        unused.mul_(2)
+        note("used", used)
+        first.tolist()  # values, which are others afterwards
+        first.copy_(used)
+
+    assert sources_of(model, load) == {"used": 1}
+
+
+class TestATrainersModule:
+    """With one parameter under two names."""
+
+    def load(self, model: nn.Module, names: dict[str, tuple[nn.Parameter, int]]) -> dict[str, bytes]:
+        """Publish `model`, of which `names` are in the checkpoint with so many rows; what a trainer's module leaves."""
+        observation = Observation(model)
+        with observation.watching(), torch.no_grad():
+            for name, (parameter, count) in names.items():
+                given = torch.full((count, SIDE), 1.0)
+                observation.note_read(name, given)
+                parameter.data[:count].copy_(given)
+            observation.end_loading(model)
+        with plain_tensors(), observation.paused():
+            packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
+            sources = sources_to_bytes(pack.sources_of(packed, observation))
+            arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+        trainer = nn.Module()
+        trainer.embed, trainer.head = nn.Module(), nn.Module()
+        trainer.embed.weight = trainer.head.weight = nn.Parameter(torch.full((SIDE - 2, SIDE), 2.0))
+        writer = memory.create(memory.MEMFD, arena.info.size_bytes)
+        writer.add_block(arena.info.size_bytes)
+        manifest = replace(packed.manifest, sources=sources)
+        filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+        filling.load(trainer)
+        filling.complete(arena.address)
+        views = ArenaViews(writer.seal(), arena.info.size_bytes, CPU)
+        return {
+            f"{module.path}.{slot.name}": views.tensor(info, manifest.storages[info.storage]).numpy().tobytes()
+            for module in manifest.modules
+            for slot in module.slots
+            for info in [manifest.tensors[slot.tensor]]
+        }
+
+    def model(self) -> nn.Module:
+        made = nn.Module()
+        made.embed, made.head = nn.Module(), nn.Module()
+        for part in (made.embed, made.head):
+            part.weight = nn.Parameter(torch.zeros(SIDE, SIDE), requires_grad=False)
+        return made
+
+    def test_is_written_to_both_places(self) -> None:
+        model = self.model()
+        parts = {name: (model.get_parameter(name), SIDE - 2) for name in ("embed.weight", "head.weight")}
+        found = self.load(model, parts)
+        assert found["embed.weight"] == found["head.weight"]
+        assert np.frombuffer(found["head.weight"], dtype=np.float32).sum() == 2 * (SIDE - 2) * SIDE
+
+    def test_fits_an_entry_that_ties_them_and_pads_the_vocabulary(self) -> None:
+        """That knows the second name by a shape that no trainer has."""
+        model = self.model()
+        model.head.weight = model.embed.weight
+        found = self.load(model, {"embed.weight": (model.embed.weight, SIDE - 2)})
+        assert np.frombuffer(found["embed.weight"], dtype=np.float32).sum() == 2 * (SIDE - 2) * SIDE
+
+
+def test_a_tensor_of_a_type_that_one_of_its_copies_has_is_written_to_all() -> None:
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(SIDE, SIDE), requires_grad=False)
+    model.low = nn.Parameter(torch.zeros(SIDE, SIDE, dtype=torch.bfloat16), requires_grad=False)
+    observation = Observation(model)
+    given = torch.ones(SIDE, SIDE, dtype=torch.bfloat16)
+    with observation.watching(), torch.no_grad():
+        observation.note_read("w", given)
+        model.w.copy_(given)
+        model.low.copy_(given)
+        observation.end_loading(model)
+    with plain_tensors(), observation.paused():
+        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
+        sources = sources_to_bytes(pack.sources_of(packed, observation))
+        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+    manifest = replace(packed.manifest, sources=sources)
+    writer = memory.create(memory.MEMFD, arena.info.size_bytes)
+    writer.add_block(arena.info.size_bytes)
+    filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+    filling.load({"w": torch.full((SIDE, SIDE), 3.0)})
+    filling.complete(arena.address)
+    found = tensors(manifest, writer.seal())
+    assert found["w"] == torch.full((SIDE, SIDE), 3.0).numpy().tobytes()
+    assert found["low"] == torch.full((SIDE, SIDE), 3.0).bfloat16().view(torch.uint8).numpy().tobytes()

@@ -345,7 +345,7 @@ class TestBadInput:
 
 
 def test_one_parameter_under_two_names_is_given_for_each_that_is_known() -> None:
-    """The entry may not tie them: then one of them would stay as it was."""
+    """The entry possibly does not tie them: then one of them would stay as it was."""
     model = torch.nn.Module()
     model.first, model.second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     model.second.weight = model.first.weight

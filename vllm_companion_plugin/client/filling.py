@@ -91,7 +91,8 @@ class Filling:
         count, lasting = 0, _is_kept(weights)
         try:
             with in_order(self._device):
-                for name, tensor in checked(weights, {*self.infos, *self.sources}, self._problem, self._label):
+                known = {*self.infos, *self.sources}
+                for name, tensor in checked(weights, known, self._problem, self._label, self._are_one):
                     self._lasting = tensor.untyped_storage().data_ptr() if lasting else 0
                     self._name = name
                     self._load(name, tensor)
@@ -122,14 +123,28 @@ class Filling:
         self._writer.flush()
         self._written.add(0, self._size_bytes)
 
+    def _are_one(self, name: str, other: str) -> bool:
+        """Whether a tensor that is given under `other` need not be given under `name`, too."""
+        ours, theirs = self._places(name), self._places(other)
+        if any(start < end and first < stop for start, stop in ours for first, end in theirs):
+            return True  # e.g. tied, and one of them known by vLLM's padded shape alone
+        here, there = self.infos.get(name), self.infos.get(other)
+        return name not in self.sources and (here is None or there is None or here.shape != there.shape)
+
+    def _places(self, name: str) -> list[tuple[int, int]]:
+        """First byte of each place, and the one after the last."""
+        if (source := self.sources.get(name)) is not None:
+            return [_range(placed.offset_bytes, placed.shape, placed.stride, placed.dtype) for placed in source.copies]
+        return [self._place_of(info)] if (info := self.infos.get(name)) is not None else []
+
+    def _place_of(self, info: TensorInfo) -> tuple[int, int]:
+        offset = info.storage_offset * dtype_of(info.dtype).itemsize
+        start = self._manifest.storages[info.storage].offset_bytes + offset
+        return _range(start, info.shape, info.stride, info.dtype)
+
     def _load(self, name: str, tensor: torch.Tensor) -> None:
-        source, dtype = self.sources.get(name), str(tensor.dtype).removeprefix("torch.")
-        # Of another type than the checkpoint's and its copies' it is what vLLM made of these, in its final form.
-        if (
-            source is not None
-            and source.shape == tuple(tensor.shape)
-            and (dtype == source.dtype or all(placed.dtype == dtype for placed in source.copies))
-        ):
+        source = self.sources.get(name)
+        if source is not None and _is_as_read(source, tensor):
             self._place(source, tensor)
         else:
             self._write(self.infos[name], tensor)
@@ -142,6 +157,12 @@ class Filling:
         known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
         if not known or name in self._more_than_copied:
             return f"{name}, which it does not have, or not by a copy"
+        source, info = self.sources.get(name), self.infos.get(name)
+        if source is not None and info is not None and not _is_as_read(source, tensor):
+            start, stop = self._place_of(info)
+            elsewhere = [each for each in self._places(name) if not start <= each[0] <= each[1] <= stop]
+            if elsewhere and tuple(tensor.shape) == info.shape:
+                return f"{name} in vLLM's form, as loading copied it to other places, too"
         return misfit(name, tensor, known, check_finite=self._check_finite)
 
     def _place(self, source: Source, tensor: torch.Tensor) -> None:
@@ -252,6 +273,20 @@ def is_placed(manifest: Manifest) -> bool:
         ManifestError: the manifest is damaged.
     """
     return all(source.copies for source in sources_from_bytes(manifest.sources).values())
+
+
+def _is_as_read(source: Source, tensor: torch.Tensor) -> bool:
+    """Whether it is the checkpoint's tensor. One whose dtype nobody read or copied is vLLM's final form of that."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return source.shape == tuple(tensor.shape) and dtype in (source.dtype, *(placed.dtype for placed in source.copies))
+
+
+def _range(start: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """First byte of the elements, and the one after the last."""
+    if 0 in shape:
+        return start, start
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return start, start + (last + 1) * dtype_of(dtype).itemsize
 
 
 def _by_name(manifest: Manifest) -> dict[str, TensorInfo]:

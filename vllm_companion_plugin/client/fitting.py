@@ -21,10 +21,21 @@ _ALWAYS_FINITE = ("torch.float4_e2m1fn_x2",)
 """Types of which no value is NaN or infinite."""
 
 
+def never(name: str, other: str) -> bool:
+    """No two names have one place."""
+    return False
+
+
 def checked(
-    weights: Weights, known: Collection[str], problem: Callable[[str, torch.Tensor], str], label: str
+    weights: Weights,
+    known: Collection[str],
+    problem: Callable[[str, torch.Tensor], str],
+    label: str,
+    are_one: Callable[[str, str], bool] = never,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `weights`, each whole and detached, by name. Of a module, buffers are taken that are `known`.
+
+    A parameter that a module has under several names is given under each that is `known`, but once for one place.
 
     Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
 
@@ -32,6 +43,7 @@ def checked(
         known: all names that can be right.
         problem: what is wrong with a tensor; empty if nothing is.
         label: what does not take it, for errors.
+        are_one: whether two names have one place.
 
     Raises:
         BadRequestError: with all problems; or a name that an iterator gives twice.
@@ -43,10 +55,7 @@ def checked(
 
     if isinstance(weights, nn.Module):
         buffers = {name: buffer for name, buffer in weights.named_buffers() if name in known}
-        # One parameter under two names is two tensors of an entry that does not tie them.
-        every = weights.named_parameters(remove_duplicate=False)
-        tied = {name: parameter for name, parameter in every if name in known}
-        weights = {**dict(weights.named_parameters()), **tied, **buffers}
+        weights = {**_parameters(weights, known, are_one), **buffers}
     looked_at = isinstance(weights, Mapping)
     if isinstance(weights, Mapping):
         refuse_misfits(weights.items())
@@ -61,6 +70,19 @@ def checked(
         if not looked_at or tensor is not shard:
             refuse_misfits([(name, tensor)])
         yield name, _plain(tensor)
+
+
+def _parameters(
+    model: nn.Module, known: Collection[str], are_one: Callable[[str, str], bool]
+) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        others = names.setdefault(id(parameter), [])
+        if not others or (name in known and not any(are_one(name, other) for other in others)):
+            found[name] = parameter
+            others.append(name)
+    return found
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -134,9 +134,11 @@ class Observation:
             self._watch.came(tensor)
             self._watch.placing.read(name, tensor)
 
-    def sources(self, storages: Mapping[int, Callable[[int, int], int | None]]) -> dict[str, Source]:
+    def sources(
+        self, storages: Mapping[int, Callable[[int, int], int | None]], held: Iterable[int]
+    ) -> dict[str, Source]:
         """As of `Placing.sources`."""
-        return self._watch.placing.sources(storages)
+        return self._watch.placing.sources(storages, held)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -133,8 +133,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if targets or made:
             into = {storage for target in targets for storage in _storages(target)}
             self.placing.note(func, args, read - into, targets, result)
-            # A part of memory that was read beside the part that was written.
-            beside = [value for value in _each((*args, *kwargs.values())) if not any(value is each for each in targets)]
+            # Another part of the same memory was read: what was copied there has no place, wherever in it.
+            known = {*map(id, targets)}
+            beside = [value for value in _each((*args, *kwargs.values())) if id(value) not in known]
             self.placing.looked_at(into & {*_storages(beside)})
         for storage in made:
             self.built.discard(storage)
@@ -187,11 +188,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether nothing is processed meanwhile, as online quantization does: engines do that for themselves."""
         return self.is_loading and self.module is None
 
-    def note_given(self, storages: set[int]) -> None:
-        """Python, or NumPy, was given memory of these storages, or all that is in it."""
-        if not self._paused:
+    def note_given(self, tensor: Any, *, memory: bool) -> None:
+        """Python has got the values of `tensor`; or, with NumPy and others, its `memory`, from now on."""
+        if self._paused:
+            return
+        storages = {*_storages(tensor)}
+        if memory:
+            self.keep_addresses(tensor)
             self.placing.given(storages)
-            self.note_data(storages)
+        else:
+            self.placing.looked_at(storages)
+        self.note_data(storages)
 
     def note_data(self, storages: set[int]) -> None:
         """Python was given data of these storages."""
@@ -220,10 +227,11 @@ class Unseen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _READING and args and _is_plain(args[0]) and args[0].device.type == "cpu":
-            self._watch.note_look()
+        if name in _READING and args and _is_plain(args[0]):
+            if args[0].device.type == "cpu":
+                self._watch.note_look()
             if name in _GIVING:
-                self._watch.note_given({*_storages(args[0])})
+                self._watch.note_given(args[0], memory=name in _LENDING)
         return func(*args, **(kwargs or {}))
 
 
@@ -235,12 +243,15 @@ class Looks(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._watch.is_loading and getattr(func, "__name__", "") in _GIVING and args:
-            self._watch.note_given({*_storages(args[0])})
+        name = getattr(func, "__name__", "")
+        if self._watch.is_loading and name in _GIVING and args:
+            self._watch.note_given(args[0], memory=name in _LENDING)
         return func(*args, **(kwargs or {}))
 
 
-_GIVING = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
+_LENDING = frozenset(("numpy", "__array__", "__dlpack__"))
+"""Names of methods that give the memory of a tensor to others than operators."""
+_GIVING = _LENDING | {"tolist", "__reduce_ex__"}
 """Names of methods that give data of a tensor to others than operators."""
 _READING = frozenset(
     (

@@ -39,6 +39,7 @@ from vllm_companion_plugin.tree.descriptions import tensor_attributes
 from vllm_companion_plugin.tree.hidden import other_views
 from vllm_companion_plugin.tree.live import LiveSlot, Tree, full_name
 from vllm_companion_plugin.tree.observe import Loaded, Observation, check_plain
+from vllm_companion_plugin.tree.operators import storage_of
 from vllm_companion_plugin.tree.values import class_name, dtype_name
 
 _name_of: Callable[[type], str] = functools.cache(class_name)
@@ -339,12 +340,12 @@ def sources_of(packed: Packed, observation: Observation) -> dict[str, Source]:
         return lambda first, end: offset + first - start if start <= first <= end <= stop else None
 
     places = {
-        packed.packing.tensors[storage.tensors[0]].untyped_storage()._cdata: placing(
-            storage.start, storage.stop, offset
-        )
+        packed.packing.tensors[index].untyped_storage()._cdata: placing(storage.start, storage.stop, offset)
         for storage, offset in zip(packed.packing.storages, packed.placement.offsets, strict=True)
+        for index in storage.tensors
     }
-    return observation.sources(places)
+    held = {number for tensor in packed.packing.tensors if (number := storage_of(tensor)) is not None}
+    return observation.sources(places, held)
 
 
 def copy(

@@ -47,8 +47,10 @@ class Placing:
         self._writes: dict[int, list[_Write]] = {}
         self._lost: set[str] = set()
         self._used: set[str] = set()
+        self._followed: set[str] = set()  # copied, or cloned to be copied
         self._given: set[int] = set()  # storages that others than operators may read and write
-        self._shared: dict[int, set[str]] = {}  # names of which it is not known which one is meant
+        self._names: dict[int, set[str]] = {}  # of all tensors that were read from a storage
+        self._shared: dict[int, set[str]] = {}  # those of them that a copy from the storage may mean, if several
         # No other storage gets the address of one that is freed meanwhile.
         self._addresses: list[StorageWeakRef] = []
 
@@ -61,8 +63,9 @@ class Placing:
         self._addresses.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         self._sources[name] = tuple(tensor.shape), _dtype(tensor)
         before = self._read.get(storage._cdata)
-        if before is not None and before.name not in self._used:
+        if before is not None and before.name not in self._followed:
             self._shared.setdefault(storage._cdata, {before.name}).add(name)
+        self._names.setdefault(storage._cdata, set()).add(name)
         self._read[storage._cdata] = _Read(name, ())
         if tensor.storage_offset() or not tensor.is_contiguous():
             self._lost.add(name)
@@ -98,8 +101,8 @@ class Placing:
     def _overwritten(self, target: torch.Tensor) -> None:
         """What was copied to the same place is there no more; a tensor of the checkpoint is not what was read."""
         storage = _storage(target)
-        if storage in self._read:
-            self._lose(storage)
+        if (known := self._read.get(storage)) is not None:
+            self._lost |= self._names.get(storage, {known.name})
         if writes := self._writes.get(storage):
             start, end = _span(target)
             gone = [write for write in writes if write.address < end and start < write.end]
@@ -113,15 +116,16 @@ class Placing:
         self._lost.update(write.name for write in self._writes.get(storage, ()))
 
     def _lose(self, storage: int) -> None:
-        """Loading made something of the tensors of the checkpoint that are in `storage`, which is no copy."""
-        names = self._shared.get(storage, {self._read[storage].name})
-        self._lost |= names
-        self._used |= names
+        """What loading did with the checkpoint's tensors in `storage` was more than copying."""
+        name = self._read[storage].name
+        self._lost |= self._names.get(storage, {name})
+        self._used |= self._shared.get(storage, {name})
 
     def made(self, storage: int) -> None:
         """An operation made a storage, which holds nothing that is followed."""
         self._read.pop(storage, None)
         self._writes.pop(storage, None)
+        self._names.pop(storage, None)
         self._shared.pop(storage, None)
         self._given.discard(storage)
 
@@ -134,6 +138,7 @@ class Placing:
             return False
         known = self._read[_storage(source)]
         self._used.add(known.name)
+        self._followed.add(known.name)
         steps = (*known.steps, _view(source))
         place = (*_span(target), tuple(target.shape), tuple(target.stride()), _dtype(target))
         self._writes.setdefault(storage, []).append(_Write(known.name, steps, *place))
@@ -146,6 +151,7 @@ class Placing:
         if self._is_cast(source) or _storage(source) in self._shared or _storage(source) in self._given:
             return False
         known = self._read[_storage(source)]
+        self._followed.add(known.name)
         self._addresses.append(StorageWeakRef(result.untyped_storage()))  # type: ignore[no-untyped-call]
         self._read[_storage(result)] = _Read(known.name, (*known.steps, _view(source)))
         return True
@@ -154,7 +160,9 @@ class Placing:
         """Whether it has the bits of a checkpoint's tensor as another type: a copy would convert its numbers."""
         return _dtype(source) != self._sources[self._read[_storage(source)].name][1]
 
-    def sources(self, storages: Mapping[int, Callable[[int, int], int | None]]) -> dict[str, Source]:
+    def sources(
+        self, storages: Mapping[int, Callable[[int, int], int | None]], held: Iterable[int]
+    ) -> dict[str, Source]:
         """The tensors of the checkpoint that loading used, by name, in the order in which they were read.
 
         Those have copies whose every copy is in a model that is about to be published.
@@ -162,9 +170,10 @@ class Placing:
         Args:
             storages: of the model, by the address of the C++ object: the place in the arena of a range of addresses
                 in it, None if not all of that is in the arena.
+            held: all storages of the model.
         """
         copies: dict[str, list[Placed]] = {name: [] for name in self._sources}
-        for storage in self._read.keys() & storages.keys():  # the model has it as it was read, and not by a copy
+        for storage in self._read.keys() & {*held}:  # the model has it as it was read, and not by a copy
             self._lose(storage)
         lost = set(self._lost)
         for storage, writes in self._writes.items():
@@ -190,7 +199,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last address (exclusive) of its elements; of none, where its memory begins."""
+    """First and last address (exclusive) of its elements; if it has none, twice the start of its storage."""
     if not tensor.numel():
         return (start := tensor.untyped_storage().data_ptr()), start
     start = tensor.data_ptr()
