@@ -7,24 +7,20 @@ the arena has the bytes that loading that checkpoint gives, or the names of thos
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.support.loading import packed
 from vllm_companion_plugin import memory
 from vllm_companion_plugin.client.filling import Filling, is_placed
 from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.errors import BadRequestError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
-from vllm_companion_plugin.tree import pack
-from vllm_companion_plugin.tree.capture import capture
-from vllm_companion_plugin.tree.live import plain_tensors
 from vllm_companion_plugin.tree.observe import Observation
-from vllm_companion_plugin.wire.manifest import sources_to_bytes
+from vllm_companion_plugin.wire.manifest import sources_from_bytes
 
 pytestmark = pytest.mark.core
 
@@ -64,11 +60,7 @@ def published(load: Load, weights: dict[str, torch.Tensor], process: Load) -> tu
         observation.end_loading(model)
         with observation.processing(model):
             process(model, model.w)
-    with plain_tensors(), observation.paused():
-        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
-        sources = sources_to_bytes(pack.sources_of(packed, observation))
-        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
-    return replace(packed.manifest, sources=sources), arena
+    return packed(model, observation, Stage.PROCESSED)
 
 
 def tensors(manifest: Manifest, arena: memory.Arena) -> dict[str, bytes]:
@@ -83,6 +75,13 @@ def tensors(manifest: Manifest, arena: memory.Arena) -> dict[str, bytes]:
     return found
 
 
+def begun(manifest: Manifest, like: memory.Arena) -> tuple[Filling, memory.ArenaWriter]:
+    """An update of that arena, and what it writes."""
+    writer = memory.create(memory.MEMFD, like.info.size_bytes)
+    writer.add_block(like.info.size_bytes)
+    return Filling(writer, like.info.size_bytes, manifest, CPU, "it"), writer
+
+
 def nothing(model: Model, w: torch.Tensor) -> None:
     """Changes nothing."""
 
@@ -91,9 +90,7 @@ def updated(load: Load, process: Load = nothing) -> tuple[bool, dict[str, bytes]
     """Whether loading is copies alone, what an update wrote, what a load gives, and the names that were refused."""
     manifest, arena = published(load, checkpoint(1), process)
     want = tensors(*published(load, checkpoint(2), process))
-    writer = memory.create(memory.MEMFD, arena.info.size_bytes)
-    writer.add_block(arena.info.size_bytes)
-    filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+    filling, writer = begun(manifest, arena)
     refused = []
     for name, tensor in checkpoint(2).items():
         try:
@@ -235,38 +232,6 @@ def test_what_processing_does_beside_copies_counts(process: Load) -> None:
     assert [found[name] for name in ("before", "after")] == [want[name] for name in ("before", "after")]
 
 
-class TestOneStorage:
-    """Tensors of a PyTorch file may share a storage."""
-
-    def load(self, *, collects: bool) -> tuple[bool, list[str]]:
-        """Two tensors of one storage into halves of a parameter; whether they are placed, and by which names."""
-        model = nn.Module()
-        model.w = nn.Parameter(torch.zeros(2 * SIDE, SIDE), requires_grad=False)
-        observation = Observation(model)
-        one = torch.randn(SIDE, SIDE)
-        given: dict[str, torch.Tensor] = {"q": one, "k": one.view(SIDE, SIDE)}
-        with observation.watching(), torch.no_grad():
-            halves: dict[str, Any] = {"q": model.w.data[:SIDE], "k": model.w.data[SIDE:]}
-            for name, tensor in given.items():
-                observation.note_read(name, tensor)
-                if not collects:
-                    halves[name].copy_(tensor)
-            for name, half in halves.items() if collects else ():
-                half.copy_(given[name])
-            observation.end_loading(model)
-        with plain_tensors(), observation.paused():
-            packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
-            sources = pack.sources_of(packed, observation)
-        manifest = replace(packed.manifest, sources=sources_to_bytes(sources))
-        return is_placed(manifest), [name for name, source in sources.items() if len(source.copies) == 1]
-
-    def test_are_told_apart_when_each_is_loaded_as_it_comes(self) -> None:
-        assert self.load(collects=False) == (True, ["q", "k"])
-
-    def test_have_no_place_when_nobody_can_tell_which_one_is_meant(self) -> None:
-        assert self.load(collects=True) == (False, [])
-
-
 def test_a_final_form_of_another_type_is_written_as_it_is() -> None:
     """Processing may look at the bytes of a tensor as another type."""
 
@@ -284,15 +249,9 @@ def test_a_final_form_of_another_type_is_written_as_it_is() -> None:
         observation.end_loading(model)
         with observation.processing(model):
             model.w = nn.Parameter(model.w.data.view(torch.float8_e4m3fn), requires_grad=False)
-    with plain_tensors(), observation.paused():
-        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
-        sources = sources_to_bytes(pack.sources_of(packed, observation))
-        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
-    manifest = replace(packed.manifest, sources=sources)
+    manifest, arena = packed(model, observation, Stage.PROCESSED)
     for new in (torch.full((SIDE, SIDE), 56, dtype=torch.uint8), torch.ones(SIDE, SIDE).to(torch.float8_e4m3fn)):
-        writer = memory.create(memory.MEMFD, arena.info.size_bytes)
-        writer.add_block(arena.info.size_bytes)
-        filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+        filling, writer = begun(manifest, arena)
         filling.load({"w": new})
         filling.complete(arena.address)
         assert tensors(manifest, writer.seal())["w"] == new.view(torch.uint8).numpy().tobytes()
@@ -304,15 +263,33 @@ def sources_of(model: nn.Module, load: Callable[[Callable[[str, torch.Tensor], N
     with observation.watching(), torch.no_grad():
         load(observation.note_read)
         observation.end_loading(model)
-    with plain_tensors(), observation.paused():
-        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
-        return {name: len(source.copies) for name, source in pack.sources_of(packed, observation).items()}
+    manifest, arena = packed(model, observation, Stage.PROCESSED)
+    arena.close()
+    return {name: len(source.copies) for name, source in sources_from_bytes(manifest.sources).items()}
 
 
 def halves() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(2 * SIDE, SIDE), requires_grad=False)
     return model, model.w.data[:SIDE], model.w.data[SIDE:]
+
+
+@pytest.mark.parametrize(("collects", "copies"), [(False, 1), (True, 0)], ids=["as they come", "collected"])
+def test_tensors_of_one_storage_are_told_apart_when_each_is_loaded_as_it_comes(*, collects: bool, copies: int) -> None:
+    """Tensors of a PyTorch file may share a storage. If all are read first, nobody can tell which one is meant."""
+    model, first, second = halves()
+    one = torch.randn(SIDE, SIDE)
+    given = {"q": (one, first), "k": (one.view(SIDE, SIDE), second)}
+
+    def load(note: Callable[[str, torch.Tensor], None]) -> None:
+        for name, (tensor, half) in given.items():
+            note(name, tensor)
+            if not collects:
+                half.copy_(tensor)
+        for tensor, half in given.values() if collects else ():
+            half.copy_(tensor)
+
+    assert sources_of(model, load) == {"q": copies, "k": copies}
 
 
 def test_what_was_computed_of_one_name_of_a_storage_counts_for_all_of_them() -> None:
@@ -388,17 +365,11 @@ class TestATrainersModule:
                 observation.note_read(name, given)
                 parameter.data[:count].copy_(given)
             observation.end_loading(model)
-        with plain_tensors(), observation.paused():
-            packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
-            sources = sources_to_bytes(pack.sources_of(packed, observation))
-            arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+        manifest, arena = packed(model, observation, Stage.PROCESSED)
         trainer = nn.Module()
         trainer.embed, trainer.head = nn.Module(), nn.Module()
         trainer.embed.weight = trainer.head.weight = nn.Parameter(torch.full((SIDE - 2, SIDE), 2.0))
-        writer = memory.create(memory.MEMFD, arena.info.size_bytes)
-        writer.add_block(arena.info.size_bytes)
-        manifest = replace(packed.manifest, sources=sources)
-        filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+        filling, writer = begun(manifest, arena)
         filling.load(trainer)
         filling.complete(arena.address)
         views = ArenaViews(writer.seal(), arena.info.size_bytes, CPU)
@@ -442,14 +413,8 @@ def test_a_tensor_of_a_type_that_one_of_its_copies_has_is_written_to_all() -> No
         model.w.copy_(given)
         model.low.copy_(given)
         observation.end_loading(model)
-    with plain_tensors(), observation.paused():
-        packed = pack.prepare(capture(model), Stage.PROCESSED, memory.MEMFD, CPU, observation)
-        sources = sources_to_bytes(pack.sources_of(packed, observation))
-        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
-    manifest = replace(packed.manifest, sources=sources)
-    writer = memory.create(memory.MEMFD, arena.info.size_bytes)
-    writer.add_block(arena.info.size_bytes)
-    filling = Filling(writer, arena.info.size_bytes, manifest, CPU, "it")
+    manifest, arena = packed(model, observation, Stage.PROCESSED)
+    filling, writer = begun(manifest, arena)
     filling.load({"w": torch.full((SIDE, SIDE), 3.0)})
     filling.complete(arena.address)
     found = tensors(manifest, writer.seal())

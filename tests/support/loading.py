@@ -50,8 +50,13 @@ def packed_by_vllm(path: Path, dtype: str = "float32") -> tuple[Manifest, memory
         observation = Observation(model)
         load_observed(model, made, observation)
         observation.end_loading(model)
-    with plain_tensors():
-        packed = pack.prepare(capture(model), Stage.UNPROCESSED, memory.MEMFD, CPU, observation)
-        sources = sources_to_bytes(pack.sources_of(packed, observation))
-        arena = pack.copy(packed, memory.MEMFD, CPU, rebind=True, release=lambda: None)
-    return replace(packed.manifest, sources=sources), arena
+    return packed(model, observation, Stage.UNPROCESSED)
+
+
+def packed(model: nn.Module, observation: Observation, stage: Stage) -> tuple[Manifest, memory.Arena]:
+    """A model that was loaded under observation, as its publisher packs it."""
+    with plain_tensors(), observation.paused():
+        made = pack.prepare(capture(model), stage, memory.MEMFD, CPU, observation)
+        sources = sources_to_bytes(pack.sources_of(made, observation))
+        arena = pack.copy(made, memory.MEMFD, CPU, rebind=True, release=lambda: None)
+    return replace(made.manifest, sources=sources), arena

@@ -154,15 +154,15 @@ class Filling:
         refuse([self._problem(name, tensor) for name, tensor in weights], self._label)
 
     def _problem(self, name: str, tensor: torch.Tensor) -> str:
-        known = [each for each in (self.sources.get(name), self.infos.get(name)) if each is not None]
+        source, info = self.sources.get(name), self.infos.get(name)
+        known = [each for each in (source, info) if each is not None]
         if not known or name in self._more_than_copied:
             return f"{name}, which it does not have, or not by a copy"
-        source, info = self.sources.get(name), self.infos.get(name)
         if source is not None and info is not None and not _is_as_read(source, tensor):
             start, stop = self._place_of(info)
             elsewhere = [each for each in self._places(name) if not start <= each[0] <= each[1] <= stop]
             if elsewhere and tuple(tensor.shape) == info.shape:
-                return f"{name} in vLLM's form, as loading copied it to other places, too"
+                return f"{name} in vLLM's form, because loading copied the checkpoint's tensor to other places, too"
         return misfit(name, tensor, known, check_finite=self._check_finite)
 
     def _place(self, source: Source, tensor: torch.Tensor) -> None:
@@ -276,7 +276,7 @@ def is_placed(manifest: Manifest) -> bool:
 
 
 def _is_as_read(source: Source, tensor: torch.Tensor) -> bool:
-    """Whether it is the checkpoint's tensor. One whose dtype nobody read or copied is vLLM's final form of that."""
+    """Whether a tensor is in the checkpoint's form; if neither that nor a copy of it has its dtype, it is in vLLM's."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return source.shape == tuple(tensor.shape) and dtype in (source.dtype, *(placed.dtype for placed in source.copies))
 

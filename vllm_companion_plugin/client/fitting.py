@@ -22,7 +22,7 @@ _ALWAYS_FINITE = ("torch.float4_e2m1fn_x2",)
 
 
 def never(name: str, other: str) -> bool:
-    """No two names have one place."""
+    """Each name needs a tensor."""
     return False
 
 
@@ -35,7 +35,7 @@ def checked(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `weights`, each whole and detached, by name. Of a module, buffers are taken that are `known`.
 
-    A parameter that a module has under several names is given under each that is `known`, but once for one place.
+    A parameter that a module has under several names is given under each one that is `known`, unless they `are_one`.
 
     Those of a module or a mapping are all looked at before the first one comes; those of an iterator one by one.
 
@@ -43,7 +43,7 @@ def checked(
         known: all names that can be right.
         problem: what is wrong with a tensor; empty if nothing is.
         label: what does not take it, for errors.
-        are_one: whether two names have one place.
+        are_one: whether a parameter that is given under the second name need not be given under the first, too.
 
     Raises:
         BadRequestError: with all problems; or a name that an iterator gives twice.
@@ -75,6 +75,7 @@ def checked(
 def _parameters(
     model: nn.Module, known: Collection[str], are_one: Callable[[str, str], bool]
 ) -> dict[str, torch.Tensor]:
+    """As `checked` says it, by name."""
     found: dict[str, torch.Tensor] = {}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -48,7 +48,7 @@ class Loading:
         self.source().load_weights(model, model_config)
 
     def external_bytes(self, vllm_config: Any) -> int:
-        """Of weights that the companion holds."""
+        """How many bytes of weights the companion holds for this engine."""
         return external_bytes(vllm_config, self._settings)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:

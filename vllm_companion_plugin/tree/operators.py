@@ -133,9 +133,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if targets or made:
             into = {storage for target in targets for storage in _storages(target)}
             self.placing.note(func, args, read - into, targets, result)
-            # Another part of the same memory was read: what was copied there has no place, wherever in it.
+            # Who reads other parts of the memory that it writes uses what was copied there: no part keeps its place.
             known = {*map(id, targets)}
-            beside = [value for value in _each((*args, *kwargs.values())) if id(value) not in known]
+            beside = [value for value in _tensors((*args, *kwargs.values())) if id(value) not in known]
             self.placing.looked_at(into & {*_storages(beside)})
         for storage in made:
             self.built.discard(storage)
@@ -307,23 +307,20 @@ def _storages(value: Any) -> Iterator[int]:
 
 
 def _storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
-    if isinstance(value, torch.Tensor):
+    for tensor in _tensors(value):
         try:
-            yield value.untyped_storage()
+            yield tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):  # sparse, or a wrapper around others
-            return
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _storages_of(item)
+            continue
 
 
-def _each(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in arguments of an operator."""
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an argument of an operator, or in several."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _each(item)
+            yield from _tensors(item)
 
 
 def _is_plain(value: Any) -> bool:

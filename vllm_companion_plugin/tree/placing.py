@@ -50,7 +50,7 @@ class Placing:
         self._followed: set[str] = set()  # copied, or cloned to be copied
         self._given: set[int] = set()  # storages that others than operators may read and write
         self._names: dict[int, set[str]] = {}  # of all tensors that were read from a storage
-        self._shared: dict[int, set[str]] = {}  # those of them that a copy from the storage may mean, if several
+        self._shared: dict[int, set[str]] = {}  # if a copy from the storage may mean several of them: these
         # No other storage gets the address of one that is freed meanwhile.
         self._addresses: list[StorageWeakRef] = []
 
@@ -93,7 +93,7 @@ class Placing:
             self._computed_from(storage)
 
     def given(self, storages: Iterable[int]) -> None:
-        """Python, or NumPy, has got the memory of these storages, and may read and write it from now on, unseen."""
+        """Python or NumPy has these storages' memory, and may read and write it from now on, which nobody sees."""
         for storage in storages:
             self._given.add(storage)
             self._computed_from(storage)
