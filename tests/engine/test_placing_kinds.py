@@ -420,3 +420,25 @@ def test_a_tensor_of_a_type_that_one_of_its_copies_has_is_written_to_all() -> No
     found = tensors(manifest, writer.seal())
     assert found["w"] == torch.full((SIDE, SIDE), 3.0).numpy().tobytes()
     assert found["low"] == torch.full((SIDE, SIDE), 3.0).bfloat16().view(torch.uint8).numpy().tobytes()
+
+
+def test_a_final_form_is_refused_where_loading_copied_to_other_places_too() -> None:
+    """The others would stay as they were."""
+    model = nn.Module()
+    for name in ("w", "low"):
+        model.register_parameter(name, nn.Parameter(torch.zeros(SIDE, SIDE, dtype=torch.uint8), requires_grad=False))
+    observation = Observation(model)
+    given = torch.full((SIDE, SIDE), 7, dtype=torch.uint8)
+    with observation.watching(), torch.no_grad():
+        observation.note_read("w", given)
+        model.w.copy_(given)
+        model.low.copy_(given)
+        observation.end_loading(model)
+        with observation.processing(model):
+            model.w = nn.Parameter(model.w.data.view(torch.float8_e4m3fn), requires_grad=False)
+    filling, _ = begun(*packed(model, observation, Stage.PROCESSED))
+    with pytest.raises(
+        BadRequestError, match="w in vLLM's form, because loading copied the checkpoint's tensor to other"
+    ):
+        filling.load({"w": torch.ones(SIDE, SIDE).to(torch.float8_e4m3fn)})
+    assert filling.load({"w": given}) == 1
