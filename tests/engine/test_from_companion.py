@@ -27,13 +27,17 @@ from tests.support.left import none_left_open
 from tests.support.loading import packed_by_vllm
 from tests.support.place import KEY, Place, until
 from vllm_companion_plugin import CompanionClient
+from vllm_companion_plugin.client.adapter_leases import AdapterLeases
 from vllm_companion_plugin.client.connection import Granted, connect
+from vllm_companion_plugin.client.peft import canonical
+from vllm_companion_plugin.core.adapters import Asked
 from vllm_companion_plugin.core.layout import layout_digest
 from vllm_companion_plugin.core.placements import Source
 from vllm_companion_plugin.errors import NotShareableError, NotSharedError, SharedWeightsError
 from vllm_companion_plugin.host.files import file_identity
 from vllm_companion_plugin.training import Sharing, from_companion, sharing_of
 from vllm_companion_plugin.training.blueprint import _nothing_reserved
+from vllm_companion_plugin.wire.adapter_file import read_header
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_from_bytes, sources_to_bytes
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_rank")]
@@ -268,6 +272,37 @@ def test_an_adapter_is_trained_on_it_as_on_any_model(place: Place, tiny: Path, c
         losses = trained(on_companion(place, tiny), checkpointing=checkpointing)
         assert losses == trained(of_files(tiny), checkpointing=checkpointing)
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_an_adapter_is_published_in_the_dtype_of_what_engines_serve(
+    place: Place, tiny: Path, asked: torch.dtype | None
+) -> None:
+    """Unless another one is asked for. PEFT has trained it in float32."""
+    with held(place, tiny, dtype="bfloat16"):
+        model = adapted(on_companion(place, tiny))
+        with (
+            contextlib.closing(CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)) as client,
+            contextlib.closing(AdapterLeases(place.settings, "reader")) as leases,
+        ):
+            client.publish_adapter("mine", model, dtype=asked)
+            lease = leases.lease(Asked("mine"))
+            with contextlib.closing(leases.fetch(lease.bound)) as file:
+                header, _ = read_header(file.fds[0], "mine")
+        kinds = {each["dtype"] for name, each in header.items() if name != "__metadata__"}
+        assert kinds == {"F32" if asked else "BF16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_base_of_its_own_nothing_says_what_engines_compute_in(tiny: Path, dtype: torch.dtype) -> None:
+    adapter = canonical(adapted(of_files(tiny, dtype)))
+    assert adapter.dtype is None
+    assert {each.dtype for each in adapter.tensors.values()} == {torch.float32}
+
+
+def test_an_adapter_as_wide_as_its_base_is_left_alone(place: Place, tiny: Path) -> None:
+    with held(place, tiny):
+        assert canonical(adapted(on_companion(place, tiny))).dtype is None
 
 
 def test_transformers_own_trainer_trains_it(place: Place, tiny: Path, tmp_path: Path) -> None:

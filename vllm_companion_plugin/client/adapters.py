@@ -102,7 +102,11 @@ class AdapterHolds:
         key = adapters.key_of(name)
         codec.version_from_message(version)
         info, fds = file_of(
-            adapter, dtype, label=f"Adapter {name}", check_finite=check_finite, memory_of=self._spare.memory
+            adapter,
+            dtype or adapter.dtype,
+            label=f"Adapter {name}",
+            check_finite=check_finite,
+            memory_of=self._spare.memory,
         )
         with fds, self._turns.setdefault(name, threading.Lock()):
             version = version or adapters.content_of(info)[:8]

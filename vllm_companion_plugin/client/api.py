@@ -318,9 +318,9 @@ class CompanionClient:
             version: your name for these weights; empty: what they are is named.
             check_finite: refuse NaN and infinity, also if `dtype` or the scaling makes them. vLLM computes requests of
                 several adapters together, and NaN of one can reach others.
-            dtype: of what is published; None: as the tensors are. Engines compute in their model's dtype
-                (`--lora-dtype`), so what PEFT trains in float32 is cast sooner or later: the model's dtype here halves
-                what is copied for one in bfloat16, and changes nothing for an engine that computes in that.
+            dtype: of what is published; None: of a `PeftModel` on weights that engines serve (`from_companion`), their
+                dtype, which engines cast adapters to unless `--lora-dtype` says otherwise; of others, as the tensors
+                are. It halves what is copied of what PEFT trains in float32 beside a base in bfloat16.
 
         Returns:
             The number of its generation.

@@ -66,10 +66,13 @@ class Adapter:
     Attributes:
         tensors: by PEFT's name without the adapter's. A and B of one module; those that were scaled are copies.
         config: as PEFT writes it.
+        dtype: narrower than its tensors: that of a base on the memory that engines serve from, so they compute in it;
+            None: nothing says what they compute in, or it is not narrower.
     """
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -96,8 +99,9 @@ def canonical(
             nothing; all of it.
     """
     scalings: dict[str, float] = {}
+    dtype = None
     if isinstance(weights, nn.Module):
-        weights, own, scalings = _of_model(weights, label)
+        weights, own, scalings, dtype = _of_model(weights, label)
         config = own if config is None else config
     if not isinstance(weights, Mapping):
         raise BadRequestError(
@@ -142,7 +146,8 @@ def canonical(
         "use_rslora": False,
         "init_lora_weights": True,
     }
-    return Adapter(tensors, plain)
+    is_narrower = dtype is not None and all(each.itemsize > dtype.itemsize for each in tensors.values())
+    return Adapter(tensors, plain, dtype if is_narrower else None)
 
 
 def check_config(config: Any, label: str) -> None:
@@ -159,8 +164,10 @@ def _refused(problems: Sequence[str], label: str) -> BadRequestError:
     )
 
 
-def _of_model(model: nn.Module, label: str) -> tuple[dict[str, torch.Tensor], Any, dict[str, float]]:
-    """Tensors, configuration and scalings of a PEFT model's active adapter."""
+def _of_model(
+    model: nn.Module, label: str
+) -> tuple[dict[str, torch.Tensor], Any, dict[str, float], torch.dtype | None]:
+    """Tensors, configuration and scalings of a PEFT model's active adapter, and the dtype as of `Adapter`."""
     configs = getattr(model, "peft_config", None)
     adapter = getattr(model, "active_adapter", None)
     adapter = adapter() if callable(adapter) else adapter
@@ -172,6 +179,7 @@ def _of_model(model: nn.Module, label: str) -> tuple[dict[str, torch.Tensor], An
     its = re.compile(rf".+\.{_OF_ADAPTER}\.{re.escape(adapter)}(\..+)?")
     tensors: dict[str, torch.Tensor] = {}
     scalings: dict[str, float] = {}
+    dtypes: set[torch.dtype | None] = set()
     has_hooks = False
     # A loop of our own: `named_modules` takes ten times as long for thousands, of which few are the adapter's.
     waiting: list[tuple[str, nn.Module, bool]] = [("", model, False)]
@@ -181,6 +189,7 @@ def _of_model(model: nn.Module, label: str) -> tuple[dict[str, torch.Tensor], An
         scaling = fields.get("scaling")
         if scaling is not None and isinstance(scaling, Mapping) and adapter in scaling:
             scalings[path] = float(scaling[adapter])
+            dtypes.add(_served_dtype(fields["_modules"].get("base_layer")))
             active = list(getattr(module, "active_adapters", (adapter,)))
             if active != [adapter]:
                 raise BadRequestError(
@@ -212,7 +221,14 @@ def _of_model(model: nn.Module, label: str) -> tuple[dict[str, torch.Tensor], An
             scaling = getattr(module, "scaling", None)
             if isinstance(scaling, Mapping) and adapter in scaling:
                 scalings[path] = float(scaling[adapter])
-    return tensors, configs[adapter], scalings
+    return tensors, configs[adapter], scalings, dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _served_dtype(base: nn.Module | None) -> torch.dtype | None:
+    """Of a layer whose parameters view the memory that engines serve from; None of others."""
+    parameters = base._parameters.values() if base is not None else ()
+    # As `training.from_companion` makes them.
+    return next((each.dtype for each in parameters if each is not None and hasattr(each, "companion_name")), None)
 
 
 def _fields_of(config: Any, label: str) -> Mapping[str, Any]:
