@@ -7,6 +7,7 @@ B, and the configuration says that there is nothing to scale. What no LoRA of vL
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -204,14 +205,12 @@ def _of_model(
                 )
         if fields["_state_dict_hooks"] or fields["_state_dict_pre_hooks"]:
             has_hooks = True
-        for kind in ("_parameters", "_buffers"):
-            kept = fields[kind]
-            if not kept or not (is_inside or adapter in kept):
-                continue
-            for key, tensor in kept.items():
-                is_kept = tensor is not None and key not in fields["_non_persistent_buffers_set"]
-                if is_kept and its.fullmatch(name := f"{path}.{key}"):
-                    tensors[name] = tensor
+        for kept in (fields["_parameters"], fields["_buffers"]):
+            if kept and (is_inside or adapter in kept):
+                passing = fields["_non_persistent_buffers_set"]
+                for key, tensor in kept.items():
+                    if tensor is not None and key not in passing and its.fullmatch(name := f"{path}.{key}"):
+                        tensors[name] = tensor
         for key, child in fields["_modules"].items():
             if child is not None:
                 waiting.append((f"{path}.{key}" if path else key, child, is_inside or key == adapter))
@@ -314,8 +313,7 @@ def _modules_of(
     modules: dict[str, _Module] = {}
     adapters: set[str] = set()
     for raw, shard in weights.items():
-        name = _WRAPPED.sub("", str(raw))
-        found = _TENSOR.fullmatch(name)
+        name, found = _parsed(str(raw))
         if found is None and _is_of_base(str(raw), weights):
             continue
         is_embedding = found is not None and "embedding" in found["mark"]
@@ -339,6 +337,13 @@ def _modules_of(
     if len(adapters) > 1:
         problems.append(f"tensors of {len(adapters)} adapters: {several(sorted(adapters), _SHOWN)}")
     return modules
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _parsed(raw: str) -> tuple[str, re.Match[str] | None]:
+    """A tensor's name without what wrappers put into it, and its parts. Generations of an adapter have the same names."""
+    name = _WRAPPED.sub("", raw)
+    return name, _TENSOR.fullmatch(name)
 
 
 def _is_of_base(name: str, weights: Mapping[str, torch.Tensor]) -> bool:
@@ -405,14 +410,16 @@ def _scaled(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -
     Takes `AT_ONCE_BYTES`, or as much as the largest tensor, besides the copies.
     """
     scaled: dict[str, torch.Tensor] = {}
-    by_kind: dict[object, list[str]] = {}
+    by_kind: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(name)
-    for names in by_kind.values():
+    for (_, dtype), names in by_kind.items():
         for some in in_groups(names, lambda name: tensors[name].numel() * 4, AT_ONCE_BYTES):
-            copies = [tensors[name].to(torch.float32, copy=True) for name in some]
-            torch._foreach_mul_(copies, [factors[name] for name in some])
-            scaled.update((name, each.to(tensors[name].dtype)) for name, each in zip(some, copies, strict=True))
+            sizes = [tensors[name].numel() for name in some]
+            joined = torch.cat([tensors[name].reshape(-1) for name in some]).to(torch.float32)
+            torch._foreach_mul_(joined.split(sizes), [factors[name] for name in some])
+            parts = joined.to(dtype).split(sizes)
+            scaled.update((name, part.view(tensors[name].shape)) for name, part in zip(some, parts, strict=True))
     return scaled
 
 
