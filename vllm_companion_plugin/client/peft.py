@@ -341,7 +341,7 @@ def _modules_of(
 
 @functools.lru_cache(maxsize=1 << 14)
 def _parsed(raw: str) -> tuple[str, re.Match[str] | None]:
-    """A tensor's name without what wrappers put into it, and its parts. Generations of an adapter have the same names."""
+    """A tensor's name without what wrappers put into it, and its parts. All generations have the same names."""
     name = _WRAPPED.sub("", raw)
     return name, _TENSOR.fullmatch(name)
 
@@ -417,8 +417,8 @@ def _scaled(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -
         for some in in_groups(names, lambda name: tensors[name].numel() * 4, AT_ONCE_BYTES):
             sizes = [tensors[name].numel() for name in some]
             joined = torch.cat([tensors[name].reshape(-1) for name in some]).to(torch.float32)
-            torch._foreach_mul_(joined.split(sizes), [factors[name] for name in some])
-            parts = joined.to(dtype).split(sizes)
+            torch._foreach_mul_(list(torch.split(joined, sizes)), [factors[name] for name in some])
+            parts = torch.split(joined.to(dtype), sizes)
             scaled.update((name, part.view(tensors[name].shape)) for name, part in zip(some, parts, strict=True))
     return scaled
 
