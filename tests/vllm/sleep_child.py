@@ -66,6 +66,15 @@ class Engine:
         (model,) = self.llm.apply_model(lambda model: model)
         model.load_weights(tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).items())
 
+    def load_part(self, path: str) -> None:
+        """The same of the model without its head."""
+        from safetensors.torch import load_file
+
+        (model,) = self.llm.apply_model(lambda model: model.model)
+        tensors = [tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).items()]
+        begin = "model."
+        model.load_weights([(name.removeprefix(begin), each) for name, each in tensors if name.startswith(begin)])
+
     def update(self) -> None:
         """To the current generation."""
         self.llm.collective_rpc("companion_update")

@@ -123,13 +123,16 @@ def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
         assert engine.do("state")[1] is False
         assert engine.do("tokens") == expected
 
-    for what in ("load", "reload_from"):
+    for what in ("load", "load_part", "reload_from"):
         name, text = reader.try_to(what, others)["error"]
         assert name == "SharedWeightsError"
         assert "which other processes use too" in text
         assert reader.do("state")[1] is False
         assert reader.do("tokens") == expected
 
+    writer.do("load_part", others)
+    assert writer.do("state")[1::2] == [True, address]
+    assert writer.do("tokens") not in (expected, theirs)  # with the head of the other weights
     writer.do("load", others)
     assert writer.do("state")[1::2] == [True, address]
     assert "load_weights is about to write to" in writer.log()

@@ -68,7 +68,7 @@ LEFT_OUT: Mapping[str, str] = {
     r"quant_config\.online_quantization_time$": "a measured time",
     r"quant_config\.(modules_in_block_to_quantize|modules_to_not_convert)\[": "a set's names in any order",
     r"\.handler_tensor$": "an address, of what a library packed for this process",
-    r"^load_weights$": "the plugin's own, so that who writes to shared weights later gets private ones first",
+    r"(^|\.)load_weights$": "the plugin's own, so that who writes to shared weights later gets private ones first",
 }
 """Paths that the walk leaves out, with the reason."""
 

@@ -23,7 +23,8 @@ logger = init_logger("vllm.companion")
 
 
 def let_write(model: nn.Module) -> None:
-    """From now on writing to `model`, bound to a companion's memory, has it made private first. Idempotent.
+    """From now on loading into `model`, or a part of it, bound to a companion's memory, has all of the engine's weights
+    made private first. Idempotent.
 
     What reloads weights without others to write renews the model instead.
     """
@@ -31,8 +32,10 @@ def let_write(model: nn.Module) -> None:
         if name in sys.modules:
             patches.RELOAD.apply(_reload)
             break
-    if hasattr(model, "load_weights") and "load_weights" not in vars(model):
-        patches.LIVE_WEIGHTS.on_for_good(model, functools.partial(_load_weights, current().engine_of(model)))
+    wrap = functools.partial(_load_weights, current().engine_of(model))
+    for part in model.modules():
+        if hasattr(type(part), "load_weights") and "load_weights" not in vars(part):
+            patches.LIVE_WEIGHTS.on_for_good(part, wrap)
 
 
 def _load_weights(engine: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
