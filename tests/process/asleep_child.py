@@ -13,12 +13,17 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from tests.support.sleeping import Sleeping, seeded
+from vllm_companion_plugin.client.attachment import Attachment
 from vllm_companion_plugin.client.publication import Publication
 from vllm_companion_plugin.core.identity import EntryKey
+from vllm_companion_plugin.errors import CompanionUnavailableError, LeaseLostError, TicketError
 from vllm_companion_plugin.settings import resolve
+
+TRIES_S = 30.0
 
 
 def main() -> None:
@@ -33,7 +38,7 @@ def main() -> None:
 def be(what: str, key: EntryKey) -> None:
     """Never returns."""
     sleeping = Sleeping(resolve(), key, seeded())
-    one = sleeping.attach()
+    one = attached(sleeping)
     if what.startswith("asleep"):
         sleeping.sleep(one, int(what[-1]))
     tell(os.getpid())
@@ -43,6 +48,18 @@ def be(what: str, key: EntryKey) -> None:
         sleeping.wake(one)
     while True:
         signal.pause()
+
+
+def attached(sleeping: Sleeping) -> Attachment:
+    """Tried again and again: the companion may have been killed a moment ago."""
+    late = time.monotonic() + TRIES_S
+    while True:
+        try:
+            return sleeping.attach()
+        except (CompanionUnavailableError, LeaseLostError, TicketError):
+            if time.monotonic() > late:
+                raise
+            time.sleep(0.02)
 
 
 def tell(value: Any) -> None:

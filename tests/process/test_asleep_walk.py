@@ -147,7 +147,7 @@ class Walk:
         """Memory that this process has by descriptor or mapping, and notes of what it would hand back."""
         shared = [x for x in self.attachments if not x.asleep and not x.is_private]
         mirrored = [x for x in shared if x._mirror is not None and not x._mirror.ended]
-        backups = [x for x in self.attachments if x.asleep and x.is_private and x._backup is not None]
+        backups = [x for x in self.attachments if x.asleep and x._backup is not None]
         private = [x for x in self.attachments if not x.asleep and x.is_private]
         return {
             "memfds": len(shared) + len(mirrored) + len(backups),

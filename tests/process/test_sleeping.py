@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -576,6 +577,22 @@ class TestWakesByLease:
         sleeping.wake(one)
         assert content(one) == expected
 
+    def test_private_without_room(self, alone: Sleeping) -> None:
+        """It sleeps on, and has its own bytes when there is room."""
+        alone.model = torch.nn.Linear(1 << 20, 16, bias=False)
+        one = alone.attach()
+        one.privatize(alone.connection())
+        write(one, PRIVATE_BYTE)
+        expected = content(one)
+        alone.sleep(one, 1)
+        for _ in range(2):
+            with no_more_addresses(), pytest.raises(ArenaError, match="memory"):
+                alone.wake(one)
+            assert one.asleep
+            assert not one.arena.mapping.is_mapped
+        assert alone.wake(one) == "host"
+        assert content(one) == expected
+
     def test_older_companion(self, place: Place) -> None:
         """It does not know the call: who wakes attaches, and the lease that slept ends."""
         place.run("-c", WITHOUT_WAKE)
@@ -617,6 +634,18 @@ sys.exit(main(["--device", "cpu"]))
 
 
 @contextlib.contextmanager
+def no_more_addresses() -> Iterator[None]:
+    """While open, this process can map a MiB more, and nothing larger."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@contextlib.contextmanager
 def one_descriptor_left() -> Iterator[None]:
     """While open, this process can have one more file, and no other."""
     gc.collect()  # else what other tests have left may end meanwhile
@@ -649,15 +678,44 @@ class TestUnloaded:
         assert sleeping.wake(one) == "checkpoint"
         assert content(one) == expected
 
-    def test_awake(self, sleeping: Sleeping) -> None:
-        """It can sleep all the same; nobody else has the bytes."""
+    @pytest.mark.parametrize(
+        ("level", "wish", "kept"),
+        [(1, AUTO, True), (1, STAY, True), (1, DROP, False), (2, AUTO, False), (2, PARK, True)],
+    )
+    def test_awake(self, sleeping: Sleeping, level: int, wish: WhenAsleep, kept: bool) -> None:
+        """It can sleep all the same. Nobody else has the bytes, so it keeps them if they are to stay anywhere."""
         one = sleeping.attach()
+        expected, address = content(one), one.arena.address
+        for _ in range(2):
+            forget(sleeping, one)
+            assert sleeping.sleep(one, level, wish) == ("host" if kept else "nowhere")
+            assert not one.arena.mapping.is_mapped
+            assert sleeping.wake(one) == ("host" if kept else "checkpoint")
+            assert (content(one), one.arena.address) == (expected, address)
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_written(self, sleeping: Sleeping, level: int) -> None:
+        """No checkpoint has what a trainer wrote."""
+        one = sleeping.attach()
+        with (
+            contextlib.closing(CompanionClient("cpu", runtime_dir=sleeping.settings.runtime_dir)) as client,
+            client.update(sleeping.key.model, "step-1", mode="direct") as update,
+        ):
+            update.load({"turned": sleeping.model.turned.detach() + 1})
+        one.advance(one.prepare(0, sleeping.settings))
         expected = content(one)
-        sleeping.unload()
-        until(lambda: one._mirror is not None and one._mirror.ended, 5, "the client is told")
-        assert sleeping.sleep(one, 1) == "nowhere"
-        assert sleeping.wake(one) == "checkpoint"
+        forget(sleeping, one)
+        assert sleeping.sleep(one, level) == "host"
+        assert sleeping.wake(one) == "host"
         assert content(one) == expected
+        one.privatize(None)
+        assert content(one) == expected
+
+
+def forget(sleeping: Sleeping, one: Attachment) -> None:
+    """Have the companion forget the entry, and this attachment know it."""
+    sleeping.unload()
+    until(lambda: one._is_forgotten, 5, "the client is told")
 
 
 class TestStayAwake:

@@ -22,7 +22,7 @@ from vllm_companion_plugin.client.mirror import Held, Mirror
 from vllm_companion_plugin.client.parked import bring_back
 from vllm_companion_plugin.client.sleeper import Sleeper
 from vllm_companion_plugin.core.arena import ArenaInfo
-from vllm_companion_plugin.core.residency import Residence, WhenAsleep
+from vllm_companion_plugin.core.residency import Residence, WhenAsleep, residence
 from vllm_companion_plugin.core.status import LoaderInfo
 from vllm_companion_plugin.errors import (
     ArenaError,
@@ -56,11 +56,12 @@ class Sleepable(Mapped):
     _is_private = False
     _follows = False
     _fixed = ""
+    _wish = WhenAsleep.AUTO
     _sleeper: Sleeper | None = None
     _kept: HostCopy | None = None
     """Of a copy in host memory that this process has made: what makes it quicker to bring back."""
     _backup: tuple[ArenaInfo, arenas.Descriptors] | None = None
-    """The bytes of memory of this process's own, while that sleeps."""
+    """The bytes of what nobody else has, while that sleeps: of memory of this process's own, or that was unloaded."""
 
     @property
     def can_sleep(self) -> bool:
@@ -121,8 +122,8 @@ class Sleepable(Mapped):
         if self.is_private:  # as vLLM does with memory of its own
             if self.device.type == "cuda":  # the engine may have written to it just now
                 torch.cuda.synchronize(self.device)
-            self._backup = kind.to_host(self.arena, self.device.index) if level < 2 else None
-            return str((Residence.HOST if self._backup else Residence.NOWHERE).value)
+            return self._back_up(Residence.HOST if level < 2 else Residence.NOWHERE)
+        self._wish = when_asleep
         return self._tell(lambda lease: lease.fall_asleep(level, when_asleep, self._leave_copy))
 
     def sleep_on(self) -> None:
@@ -145,10 +146,20 @@ class Sleepable(Mapped):
         except CompanionError:
             if not self._is_forgotten:
                 raise
-            where = Residence.NOWHERE.value  # it was unloaded: nobody waits for an answer
+            where = Residence.NOWHERE.value  # nobody waits for an answer
+        if where == Residence.NOWHERE.value and self._is_forgotten:  # it was unloaded, so nobody else has the bytes
+            is_owned = bool(self.held.published.version)
+            where = self._back_up(residence(self._wish, [self._level], is_owned=is_owned))
         if where != Residence.HOST.value:
             self._drop_kept()
         return where
+
+    def _back_up(self, wanted: Residence) -> str:
+        """Keep the bytes in host memory, unless they are to be nowhere; where they are. Raises `ArenaError`."""
+        if wanted is Residence.NOWHERE:
+            return str(wanted.value)
+        self._backup = arenas.KINDS[self.held.arena.kind].to_host(self.arena, self.device.index)
+        return str(Residence.HOST.value)
 
     @property
     def _is_forgotten(self) -> bool:
@@ -171,7 +182,7 @@ class Sleepable(Mapped):
         """Unmap the memory, whose addresses stay, and close all descriptors of it. Nothing may use it any more."""
         self.arena.unmap()
         self._asleep = True
-        if self._is_private:
+        if self._is_private or self._backup is not None:
             return
         if self._kept is not None:
             self._kept.lock()
@@ -236,6 +247,8 @@ class Sleepable(Mapped):
             raise ArenaError(f"{self.label} is awake.")
         if self._is_private:
             return self._wake_private()
+        if self._backup is not None:
+            return self._wake_alone(*self._backup)
         if self._wake_by_lease(settings, client_name):
             return Residence.DEVICE.value
         source = "device"
@@ -307,13 +320,28 @@ class Sleepable(Mapped):
         return True
 
     def _wake_private(self) -> str:
-        self.arena.map_private()
-        source = Residence.NOWHERE.value
-        if self._backup is not None:
-            (info, fds), self._backup, source = self._backup, None, Residence.HOST.value
-            arenas.KINDS[self.held.arena.kind].fill(self.arena, info, fds, self.device.index)
+        source = Residence.NOWHERE
+        try:
+            self.arena.map_private()
+            if self._backup is not None:
+                (info, fds), source = self._backup, Residence.HOST
+                arenas.KINDS[self.held.arena.kind].fill(self.arena, info, fds.dup(), self.device.index)
+        except BaseException:
+            self.arena.unmap()
+            raise
+        self._drop_backup()  # the only copy goes last
         self._asleep = False
-        return source
+        return str(source.value)
+
+    def _wake_alone(self, info: ArenaInfo, fds: arenas.Descriptors) -> str:
+        """Wake what no companion knows of any more, of the copy that this process has kept."""
+        kind = arenas.KINDS[self.held.arena.kind]
+        with contextlib.closing(kind.from_host(self.held.arena, info, fds.dup(), self.device.index)) as arena:
+            self.arena.map_again(self.held.arena, arena.fds.dup())
+        self.held = replace(self.held, fds=self.arena.fds)
+        self._drop_backup()
+        self._asleep = False
+        return str(Residence.HOST.value)
 
     def _has_woken(self, held: Held, lease: Lease, mirror: Mirror) -> None:
         self.is_stale |= not self.had(held) or held.arena.trained
