@@ -1,8 +1,8 @@
 """An engine that a test puts to sleep, wakes and writes to. Answers each line of standard input by "RESULT {...}".
 
-The argument is a JSON object: model, prompts, load_format, config (settings of the loader), and perhaps another model,
-of a second engine in this process. A line is a JSON list: what to do, and its arguments. The answer has "value", or
-"error" with the error's class and text.
+The argument is a JSON object: model, prompts, load_format, config (settings of the loader), flags, and perhaps another
+model, of a second engine in this process. A line is a JSON list: what to do, and its arguments. The answer has "value",
+or "error" with the error's class and text.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Engine:
                 max_model_len=128,
                 skip_tokenizer_init=True,
                 enable_prefix_caching=False,  # what is cached was computed with the weights of before
+                **options.get("flags", {}),
             )
             for model in ("model", "another")
             if model in options

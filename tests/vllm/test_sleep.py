@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.checkpoints import models
 from tests.support.place import Place, alive, until
 from tests.vllm.conftest import entries
 from tests.vllm.test_replace import pair
@@ -104,6 +105,18 @@ def test_newcomer(place: Place, start: Start, tiny_llama: Path) -> None:
     sleeper.do("wake")
     assert sleeper.do("tokens") == expected
     assert sleeper.do("state")[2] == newcomer.do("state")[2] == 1
+
+
+def test_a_draft_in_the_checkpoint(start: Start, tmp_path: Path) -> None:
+    """Alone at level 2 the engine loads both models again, though vLLM keeps no configuration of such a draft."""
+    case = models.CASES["mimo-mtp"]
+    models.make("mimo-mtp", tmp_path, tiny=True)
+    engine = Engine(start, str(tmp_path), flags={"speculative_config": case.flags["speculative_config"]})
+    expected = engine.do("tokens")
+    for _ in range(2):
+        engine.do("sleep", 2)
+        engine.do("wake")
+        assert engine.do("tokens") == expected
 
 
 def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:

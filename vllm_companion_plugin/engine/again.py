@@ -15,7 +15,7 @@ from vllm_companion_plugin.client.connection import Granted, Lease
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.engine import decide, publish
 from vllm_companion_plugin.engine.decisions import Load
-from vllm_companion_plugin.engine.live import LoadAgain, Weak
+from vllm_companion_plugin.engine.live import LoadAgain
 from vllm_companion_plugin.engine.vllm import building, devices, sources
 from vllm_companion_plugin.engine.vllm.naming import named_as_source
 from vllm_companion_plugin.errors import NotShareableError
@@ -39,14 +39,14 @@ def loader_of(
         key: under which it is published.
         content: identity of the checkpoint's files; if they are others by then, it raises.
     """
-    vllm_configs, model_configs = Weak(vllm_config), Weak(model_config)
+    # Of a draft vLLM keeps no configuration, and the model's layers would live as long as the engine's own one.
+    ours = building.without_layers(vllm_config)
 
     def load(lease: Lease, granted: Granted) -> Attachment:
         logger.info("Nobody has the weights of %s any more: loading them again.", key.short_title)
-        ours, model = vllm_configs.get(), model_configs.get()
         # What cannot be published is an error: a model of its own would be of no use.
         alone = replace(settings, fallback=False)
-        found = decide.find(ours, model, alone)
+        found = decide.find(ours, model_config, alone)
         if found.content != content:
             raise NotShareableError(
                 f"the checkpoint of {key.title} ({_name(found.path)}) has changed since it was loaded, so it cannot "
@@ -62,7 +62,7 @@ def loader_of(
                 set_current_vllm_config(config),
             ):
                 source = sources.source_loader(config.load_config, sources.source_format(alone.source_format, config))
-                publish.load_and_publish(decision, source, config, model, prefix, alone, kept.append)
+                publish.load_and_publish(decision, source, config, model_config, prefix, alone, kept.append)
         except BaseException:
             decision.close()
             raise

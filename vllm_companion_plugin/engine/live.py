@@ -221,17 +221,3 @@ def check_room(needed_bytes: int, free_bytes: int, what: str) -> None:
             f"{what} needs {needed_bytes / 2**30:.2f} GiB to wake, and {free_bytes / 2**30:.2f} GiB of the device are "
             "free. It sleeps, and can be woken when there is room."
         )
-
-
-class Weak:
-    """Refers to a configuration of vLLM as long as its engine lives: strongly, it would keep the model's tensors."""
-
-    def __init__(self, value: Any) -> None:
-        self._reference = weakref.ref(value)
-
-    def get(self) -> Any:
-        """Raises `ArenaError` if the engine has ended."""
-        value = self._reference()
-        if value is None:
-            raise ArenaError("The engine has ended, so its model cannot be loaded again.")
-        return value

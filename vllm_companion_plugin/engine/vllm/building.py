@@ -64,17 +64,23 @@ def model_without_weights(
         raise
 
 
+def without_layers(vllm_config: Any) -> Any:
+    """A copy of a configuration that refers to no module of the model that was built with it."""
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    if hasattr(config.compilation_config, "static_all_moe_layers"):
+        config.compilation_config.static_all_moe_layers = []
+    return config
+
+
 @contextmanager
 def beside(vllm_config: Any, *, is_draft: bool) -> Iterator[Any]:
     """A configuration with which a model can be built once more while the first one lives; it knows nothing of that.
 
     A draft shares rope modules with its target, as it did when it was built first.
     """
-    config = copy.copy(vllm_config)
-    config.compilation_config = copy.copy(vllm_config.compilation_config)
-    config.compilation_config.static_forward_context = {}
-    if hasattr(config.compilation_config, "static_all_moe_layers"):
-        config.compilation_config.static_all_moe_layers = []
+    config = without_layers(vllm_config)
     config.load_config = copy.copy(vllm_config.load_config)
     known = dict(_rope_cache())
     if not is_draft:

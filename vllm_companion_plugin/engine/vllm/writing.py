@@ -92,7 +92,8 @@ def _reload(inner: Callable[..., None]) -> Callable[..., None]:
         others = args or kwargs.get("weights_iterator") is not None or kwargs.get("weights_path") is not None
         if others or is_private or not models:
             about_to_write("reload_weights", engine)
-            with _processed_as_before(self.model_runner.model, models):
+            # Also what nobody else was ever given is processed as it was bound.
+            with _processed_as_before(self.model_runner.model, current().models(engine)):
                 inner(self, *args, **kwargs)
             return
         live.renew(models)
