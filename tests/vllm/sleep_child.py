@@ -1,8 +1,8 @@
 """An engine that a test puts to sleep, wakes and writes to. Answers each line of standard input by "RESULT {...}".
 
-The argument is a JSON object: model, prompts, load_format, config (settings of the loader), flags, and perhaps another
-model, of a second engine in this process. A line is a JSON list: what to do, and its arguments. The answer has "value",
-or "error" with the error's class and text.
+The argument is a JSON object: model, prompts, load_format, config (settings of the loader), flags, whether its
+publication is refused, and perhaps another model, of a second engine in this process. A line is a JSON list: what to
+do, and its arguments. The answer has "value", or "error" with the error's class and text.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm.results import tell
+from vllm_companion_plugin.client.publication import Publication
+from vllm_companion_plugin.errors import LeaseLostError
+
+
+def refuse(*_: Any) -> Any:
+    """As a companion does that is told to forget an entry while it is loaded."""
+    raise LeaseLostError("The companion ended the lease.")
 
 
 class Engine:
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
 
+        if options.get("refused"):
+            Publication.publish = refuse  # type: ignore[method-assign]
         self.prompts = options["prompts"]
         self.llms = [
             LLM(

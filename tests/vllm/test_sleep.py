@@ -119,6 +119,17 @@ def test_a_draft_in_the_checkpoint(start: Start, tmp_path: Path) -> None:
         assert engine.do("tokens") == expected
 
 
+def test_reload_of_what_was_not_published(start: Start, tiny_llama: Path) -> None:
+    """Its weights are bound as shared ones are, so vLLM processes what it reloads for the same kernels."""
+    normal = Engine(start, str(tiny_llama), load_format="auto")
+    engine = Engine(start, str(tiny_llama), refused=True)
+    expected = normal.do("tokens")
+    assert engine.do("tokens") == expected
+    for each in (normal, engine):
+        each.do("reload")
+        assert each.do("tokens") == expected
+
+
 def test_other_weights(place: Place, start: Start, tmp_path: Path) -> None:
     """They become one engine's own, and give the tokens of an engine that loaded them; the other keeps what it has."""
     own, others = pair(tmp_path, tiny=True)
