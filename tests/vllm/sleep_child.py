@@ -24,8 +24,9 @@ def refuse(*_: Any) -> Any:
 
 class Engine:
     def __init__(self, options: dict[str, Any]) -> None:
-        from vllm import LLM
+        from vllm import LLM, ModelRegistry
 
+        ModelRegistry.register_model("GatedForCausalLM", "tests.vllm.gated_model:GatedForCausalLM")
         if options.get("refused"):
             Publication.publish = refuse  # type: ignore[method-assign]
         self.prompts = options["prompts"]

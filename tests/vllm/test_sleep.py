@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.support.checkpoints import models
 from tests.support.place import Place, alive, until
 from tests.vllm.conftest import entries
 from tests.vllm.test_replace import pair
 from tests.vllm.test_turns import Process, start
+from vllm_companion_plugin import CompanionClient
 from vllm_companion_plugin.core.status import EntryState, LeaseState
 from vllm_companion_plugin.errors import CompanionError
 
@@ -117,6 +120,34 @@ def test_a_draft_in_the_checkpoint(start: Start, tmp_path: Path) -> None:
         engine.do("sleep", 2)
         engine.do("wake")
         assert engine.do("tokens") == expected
+
+
+def test_what_engines_process_for_themselves(place: Place, start: Start, tiny_llama: Path, tmp_path: Path) -> None:
+    """Where unprocessed weights are shared, it is theirs, stays what it is, and no other weights can take its place."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "gated"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["GatedForCausalLM"]}))
+    normal = Engine(start, str(model), load_format="auto")
+    expected = normal.do("tokens")
+    engines = [Engine(start, str(model)) for _ in range(2)]
+    assert [each.do("tokens") for each in engines] == [expected] * 2
+    assert any("Attached" in each.log() for each in engines)
+    for what in (("sleep", 1), ("sleep", 2), ("reload",)):
+        for each in engines:
+            each.do(*what)
+        for each in engines:
+            if what[0] == "sleep":
+                each.do("wake")
+            assert each.do("tokens") == expected, what
+    with (
+        contextlib.closing(CompanionClient("cpu", runtime_dir=place.settings.runtime_dir)) as client,
+        client.update(str(model), "step", mode="direct") as update,
+    ):
+        update.load({"lm_head.weight": load_file(model / "model.safetensors")["lm_head.weight"] * 2})
+    for each in engines:
+        name, text = each.try_to("update")["error"]
+        assert "tensors that it has processed for itself" in text, name
+        assert each.do("tokens") == expected
 
 
 def test_reload_of_what_was_not_published(start: Start, tiny_llama: Path) -> None:

@@ -67,6 +67,7 @@ class Mapped:
         self._weak_arena = weakref.ref(arena)
         self._mirror: Mirror | None = None
         self._clones: list[tuple[int, torch.Tensor]] = []
+        self._processed: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._with_it = ExitStack()
 
     @classmethod
@@ -185,13 +186,21 @@ class Mapped:
         """Whether this process had that very generation: its number may be given again after a companion has died."""
         return (other.generation, other.published) == (self.generation, self.held.published)
 
-    def keep_private(self, clones: Iterable[tuple[int, torch.Tensor]]) -> None:
-        """Remember what was cloned from the arena, for `renew`: the first byte there, and the clone, of dtype uint8."""
+    def keep_private(self, clones: Iterable[tuple[int, torch.Tensor]], processed: Iterable[torch.Tensor] = ()) -> None:
+        """Remember what was cloned from the arena, for `renew`.
+
+        Args:
+            clones: the first byte in the arena of each, and the clone, of dtype uint8.
+            processed: those that this process has made something else of, as it does of the same bytes each time.
+        """
         self._clones += clones
+        self._processed += [(clone, clone.clone()) for clone in processed]
 
     def renew(self) -> None:
-        """Give what was cloned the arena's bytes again, as they are mapped now."""
+        """Give what was cloned the arena's bytes again, as they are mapped now, or what this process makes of them."""
         self.views().renew(self._clones)
+        for clone, as_processed in self._processed:
+            clone.copy_(as_processed)
 
     def mirror(self, settings: Settings, client_name: str) -> None:
         """From now on, hand the entry back to the next companion if this one dies; the log says if it cannot be."""

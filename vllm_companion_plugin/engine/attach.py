@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     device, attachment = decision.device.torch_device, decision.attachment
     copy = settings.share == "copy"
     targets: dict[str, nn.Module] = {}
-    copied: list[int] = []
+    processed = Processed()
     _check_files(decision)
     flag_reads.check(attachment.manifest.flags, vllm_config, model_config)
     try:
@@ -70,7 +72,8 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
                 restorer.bind_early(lambda module: Strategy.HIDE)
                 restorer.finish()
                 if current().written is None:  # which is to load weights once more, and never to run
-                    with process_privately(model, settings) as copied:
+                    clones = () if copy else source.clones
+                    with process_privately(model, settings, source.addresses(), clones) as processed:
                         processing.post_process(model, model_config, device)
                 model.eval()
             else:
@@ -89,8 +92,8 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
         ) from error
     if not copy:
-        attachment.keep_private(source.clones)
-        attachment.fix(fixed_reason(decision.device.stage, copied, settings))
+        attachment.keep_private(source.clones, processed.changed)
+        attachment.fix(fixed_reason(decision.device.stage, processed, settings))
     draft.put_in(model, targets)
     if restorer.own:
         logger.debug("Values of this engine that differ from the publisher's: %s", restorer.own)
@@ -181,32 +184,65 @@ def around_restore(restorer: Restorer) -> Callable[[nn.Module], AbstractContextM
     return around
 
 
+@dataclass
+class Processed:
+    """What an engine has processed for itself, of weights that are shared unprocessed.
+
+    Attributes:
+        sizes: bytes of each copy, and of each tensor in `changed`.
+        changed: clones of published bytes that processing has changed, of dtype uint8.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    changed: list[torch.Tensor] = field(default_factory=list)
+
+
 @contextmanager
-def process_privately(model: nn.Module, settings: Settings) -> Iterator[list[int]]:
+def process_privately(
+    model: nn.Module,
+    settings: Settings,
+    published: Collection[int] = (),
+    clones: Sequence[tuple[int, torch.Tensor]] = (),
+) -> Iterator[Processed]:
     """Keep post-processing away from shared memory that holds unprocessed weights.
 
     Methods that would only pack a private copy see meta tensors and leave the shared weights
     in use, unless `cpu_prepack` asks for the packed kernel. All others get a copy of the
     module's weights first, because nothing says that they do not write to them.
 
-    Yields:
-        Bytes of each copy, complete at the end of `with`.
-    """
-    copied: list[int] = []
-    views: dict[int, list[torch.Tensor]] = {}
+    Args:
+        published: addresses of the storages that were published. Buffers and attributes on them are weights, too.
+        clones: as of `Attachment.keep_private`, with the bytes that were published.
 
-    def make_private(parameter: nn.Parameter) -> None:
-        """Give the storage of `parameter`, and all that views it, memory of this engine's own."""
-        if not views:
-            for slot in capture(model).slots():
-                if not slot.tensor.is_meta:
-                    views.setdefault(slot.tensor.untyped_storage()._cdata, []).append(slot.tensor)
-        storage = parameter.untyped_storage()
+    Yields:
+        What this engine has processed for itself, complete at the end of `with`.
+    """
+    processed = Processed()
+    before = [clone.clone() for _, clone in clones]
+    views: dict[int, list[torch.Tensor]] = {}
+    weights: dict[nn.Module, list[torch.Tensor]] = {}
+
+    @functools.cache
+    def look() -> None:
+        for live in capture(model).modules:
+            tensors = [slot.tensor for slot in live.slots if not slot.tensor.is_meta]
+            weights[live.module] = [each for each in tensors if each.untyped_storage().data_ptr() in published]
+            for each in tensors:
+                views.setdefault(each.untyped_storage()._cdata, []).append(each)
+
+    def weights_of(module: nn.Module) -> list[torch.Tensor]:
+        look()
+        found = (*module.parameters(recurse=False), *weights.pop(module, ()))
+        return list({id(each): each for each in found}.values())
+
+    def make_private(weight: torch.Tensor) -> None:
+        """Give the storage of `weight`, and all that views it, memory of this engine's own."""
+        storage = weight.untyped_storage()
         mine = storage.clone()  # type: ignore[no-untyped-call]
-        for tensor in views.pop(storage._cdata, [parameter]):
+        for tensor in views.pop(storage._cdata, [weight]):
             empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             tensor.data = empty.set_(mine, tensor.storage_offset(), tensor.shape, tensor.stride())
-        copied.append(mine.nbytes())
+        processed.sizes.append(mine.nbytes())
 
     @contextmanager
     def around(module: nn.Module) -> Iterator[None]:
@@ -216,24 +252,32 @@ def process_privately(model: nn.Module, settings: Settings) -> Iterator[list[int
             with meta_parameters(module):
                 yield
         else:
-            for parameter in module.parameters(recurse=False):
-                make_private(parameter)
+            for weight in weights_of(module):
+                make_private(weight)
             yield
 
     with ExitStack() as stack:
         stack.enter_context(processing.around_post_processing(model, around))
-        yield copied
-    if copied:
-        logger.info("%d tensors (%.2f GiB) are private: their kernels process them.", len(copied), sum(copied) / 2**30)
+        yield processed
+    for (_, clone), bytes_before in zip(clones, before, strict=True):
+        if not torch.equal(clone, bytes_before):
+            processed.changed.append(clone)
+            processed.sizes.append(clone.nbytes)
+    if processed.sizes:
+        logger.info(
+            "%d tensors (%.2f GiB) are private: their kernels process them.",
+            *(len(processed.sizes), sum(processed.sizes) / 2**30),
+        )
 
 
-def fixed_reason(stage: Stage, copied: Sequence[int], settings: Settings) -> str:
+def fixed_reason(stage: Stage, processed: Processed, settings: Settings) -> str:
     """Why an engine cannot take other weights at the same addresses; empty if it can.
 
     Args:
         stage: in which weights are shared.
-        copied: as `process_privately` yields it; nothing if what is shared was processed before.
+        processed: as `process_privately` yields it; nothing if what is shared was processed before.
     """
     if stage is Stage.UNPROCESSED and settings.cpu_prepack:
         return "it has packed its weights (cpu_prepack)"
-    return f"its kernels use {len(copied)} tensors that it has processed for itself" if copied else ""
+    count = len(processed.sizes)
+    return f"its kernels use {count} tensors that it has processed for itself" if count else ""

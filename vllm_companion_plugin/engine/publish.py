@@ -25,7 +25,7 @@ from vllm_companion_plugin.core.module_tree import Manifest, Stage
 from vllm_companion_plugin.core.process import collector_paused, quick_switches
 from vllm_companion_plugin.core.status import Progress
 from vllm_companion_plugin.engine import draft
-from vllm_companion_plugin.engine.attach import fixed_reason, process_privately
+from vllm_companion_plugin.engine.attach import Processed, fixed_reason, process_privately
 from vllm_companion_plugin.engine.decisions import Load, Outcome
 from vllm_companion_plugin.engine.identity import checkpoint
 from vllm_companion_plugin.engine.identity.flag_reads import FlagReads
@@ -48,7 +48,7 @@ from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.hidden import Known, hidden_tensors, storage_bytes
 from vllm_companion_plugin.tree.live import Tree, plain_tensors
 from vllm_companion_plugin.tree.observe import Observation
-from vllm_companion_plugin.tree.pack import copy, prepare, private_bytes, sources_of
+from vllm_companion_plugin.tree.pack import copy, prepare, private_bytes, published_addresses, sources_of
 from vllm_companion_plugin.tree.uses import Uses
 from vllm_companion_plugin.wire.manifest import manifest_to_bytes, sources_to_bytes
 
@@ -126,8 +126,9 @@ class _Publisher:
         self._environment: dict[str, str] = {}
         self.reading: Reading | None = None
         self.flag_reads = FlagReads()
-        self.copied: list[int] = []
+        self.processed = Processed()
         self._private: list[tuple[int, torch.Tensor]] = []
+        self.published: set[int] = set()
         self._bytes_before = devices.requested_bytes(decision.device)
 
     def _begin_uses(self, model: type[nn.Module] | None) -> Uses:
@@ -277,6 +278,7 @@ class _Publisher:
             )
             self._arena, self._manifest = arena, packed.manifest  # the model views it, published or not
             self._private = private_bytes(packed)
+            self.published = published_addresses(packed)
         copied = time.perf_counter()
         tensor_count = len(packed.manifest.tensors)
         ways = processing.ways(live.module for live in tree.modules) if device.stage is Stage.PROCESSED else {}
@@ -338,8 +340,8 @@ class _Publisher:
             if self.is_bound and self._arena is not None and self._manifest is not None:
                 device, lease = self._decision.device, self._decision.lease
                 attachment = Attachment(device.id, device.torch_device, lease, self._held, self._arena, self._manifest)
-                attachment.keep_private(self._private)
-                attachment.fix(fixed_reason(device.stage, self.copied, self._settings))
+                attachment.keep_private(self._private, self.processed.changed)
+                attachment.fix(fixed_reason(device.stage, self.processed, self._settings))
                 self._keep(attachment)
                 self._decision.election.release()
             else:
@@ -414,8 +416,8 @@ def _watched(
             if publisher._decision.device.stage is Stage.UNPROCESSED:
                 publisher.publish(model)
                 if publisher.is_bound:
-                    privately = process_privately(model, publisher._settings)
-                    publisher.copied = after_processing.enter_context(privately)
+                    privately = process_privately(model, publisher._settings, publisher.published, publisher._private)
+                    publisher.processed = after_processing.enter_context(privately)
 
         return load_weights
 

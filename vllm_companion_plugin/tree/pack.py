@@ -436,6 +436,13 @@ def private_bytes(packed: Packed) -> list[tuple[int, torch.Tensor]]:
     return found
 
 
+def published_addresses(packed: Packed) -> set[int]:
+    """Where the storages begin that were published, as the model's tensors have them by now."""
+    infos, tensors = packed.packing.infos, packed.packing.tensors
+    numbers = (number for storage in packed.packing.storages for number in storage.tensors if not infos[number].own)
+    return {tensors[number].untyped_storage().data_ptr() for number in numbers}
+
+
 def _replacements(packed: Packed, chunk: Chunk, views: ArenaViews) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The shared tensors of a chunk, each with its view of the arena."""
     packing = packed.packing

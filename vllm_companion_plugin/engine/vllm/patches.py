@@ -608,6 +608,16 @@ PROCESSING = Patch(
     undo="when the model is processed",
     each=True,
 )
+MODULES_PROCESSING = Patch(
+    "torch.nn:Module.process_weights_after_loading",
+    "engine.vllm.processing",
+    How.REPLACED,
+    Lifetime.PROCESSING,
+    reason="As above, of modules that process themselves by code that is not vLLM's.",
+    link="vllm/model_executor/model_loader/utils.py: process_weights_after_loading",
+    undo="when the model is processed",
+    each=True,
+)
 LAYERS_TO_LOAD = Patch(
     "vllm.model_executor.model_loader.reload.layerwise:LAYERWISE_INFO",
     "engine.vllm.processing",
