@@ -37,14 +37,26 @@ from vllm_companion_plugin.tree.classes import (
     slot_members,
 )
 from vllm_companion_plugin.tree.descriptions import answers, describe_value, key_texts
-from vllm_companion_plugin.tree.live import NO_BUFFER, NO_PARAMETER, LiveModule, LiveSlot, Place, Tree, named_modules
+from vllm_companion_plugin.errors import NotShareableError
+from vllm_companion_plugin.tree.live import (
+    NO_BUFFER,
+    NO_PARAMETER,
+    LiveModule,
+    LiveSlot,
+    Place,
+    Tree,
+    full_name,
+    named_modules,
+)
 from vllm_companion_plugin.tree.values import class_name, is_literal, text_of
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 """Names of what PyTorch keeps in every module for itself: tables of parameters, buffers, children and hooks."""
 _HOOKS = tuple(sorted(name for name, value in nn.Module().__dict__.items() if name.endswith("hooks")))
-_MAX_DEPTH = 48
-"""The walk goes no deeper: nothing in vLLM is half as deep."""
+_STRETCH = 48
+"""The walk goes so deep at once. What is deeper comes afterwards: Python's own stack has a limit."""
+_MOST_STRETCHES = 20
+"""Names of what is deeper would take more memory than the values. Nothing in vLLM is as deep as one stretch."""
 _OURS = __name__.partition(".")[0] + "."
 # The attribute of an enum takes Python 3.11 as long as two calls.
 _PARAMETER, _BUFFER = TensorKind.PARAMETER, TensorKind.BUFFER
@@ -162,6 +174,9 @@ class _Walk:
         self._texts: dict[int, tuple[Any, str]] = {}
         self._modules: list[types.ModuleType] = []
         self._steps: list[tuple[Any, Any]] = []
+        # How to go on at what is deep, with the steps to it, and how many stretches lead there.
+        self._deep: collections.deque[tuple[Callable[[], None], list[tuple[Any, Any]], int]] = collections.deque()
+        self._stretches = 0
 
     def classes(self) -> list[type]:
         """As of `Tree`."""
@@ -175,9 +190,28 @@ class _Walk:
     def values(self, live: LiveModule, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             self._value(live, name, value, None, name, 0)
+        self._go_deeper()
 
     def named_module(self, live: LiveModule) -> None:
         self._module(live, "", live.module, 0)
+        self._go_deeper()
+
+    def _later(self, live: LiveModule, path: str, go_on: Callable[[], None]) -> None:
+        """Go on with what is at `path` when the stack is empty again.
+
+        Raises:
+            NotShareableError: it is too deep.
+        """
+        if self._stretches == _MOST_STRETCHES:
+            where = full_name(live.path, f"{path[:80]}...")
+            raise NotShareableError(f"{where} has objects inside of more than {_STRETCH * _MOST_STRETCHES} others")
+        self._deep.append((go_on, self._steps.copy(), self._stretches + 1))
+
+    def _go_deeper(self) -> None:
+        while self._deep:
+            go_on, self._steps, self._stretches = self._deep.popleft()
+            go_on()
+        self._steps, self._stretches = [], 0
 
     def _module(self, live: LiveModule, prefix: str, module: nn.Module, depth: int) -> None:
         own = module.__dict__
@@ -351,24 +385,25 @@ class _Walk:
             self._other(live, path, value, holder, key, depth)
 
     def _object(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        if depth >= _STRETCH:
+            self._later(live, path, lambda: self._object(live, path, value, holder, key, 0))
+            return
         cls: Any = type(value)
         name = _name_of(cls)
-        if depth < _MAX_DEPTH:
-            first = self._first(live, path, value)
-            if first is not None:
-                name = f"{name} @{first}"
-            else:
-                self._insides(live, path, value, value, cls, depth)
+        first = self._first(live, path, value)
+        if first is not None:
+            name = f"{name} @{first}"
+        else:
+            self._insides(live, path, value, value, cls, depth)
         live.attributes[path] = name
 
     def _opaque(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         name = _name_of(type(value))
-        if depth < _MAX_DEPTH:
-            first = self._first(live, path, value)
-            if first is not None:
-                name = f"{name} @{first}"
-            else:
-                self._tree.opaque[live.index, path] = value
+        first = self._first(live, path, value)
+        if first is not None:
+            name = f"{name} @{first}"
+        else:
+            self._tree.opaque[live.index, path] = value
         live.attributes[path] = name
 
     def _other(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
@@ -381,6 +416,9 @@ class _Walk:
         else:
             text = describe_value(value)
             if text is None:
+                if depth >= _STRETCH:
+                    self._later(live, path, lambda: self._other(live, path, value, holder, key, 0))
+                    return
                 text = self._compound(live, path, value, depth)
             elif type(value) in MUTABLE:
                 self._tree.mutable[live.index, path] = value
@@ -396,7 +434,7 @@ class _Walk:
             if first is None:
                 self._inner_module(live, path, value, depth + 1)
             return name if first is None else f"{name} @{first}"
-        if isinstance(value, LEAVES) or depth >= _MAX_DEPTH:
+        if isinstance(value, LEAVES):
             if isinstance(value, types.ModuleType):
                 self._modules.append(value)
             return name
@@ -485,7 +523,10 @@ class _Walk:
 
     def _function(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
         """Take note of what a function takes along: captured values, defaults, arguments, the object of a method."""
-        if depth >= _MAX_DEPTH or id(value) in self._met:
+        if id(value) in self._met:
+            return
+        if depth >= _STRETCH:
+            self._later(live, path, lambda: self._function(live, path, value, 0))
             return
         self._met[id(value)] = live.path, path
         depth += 1
