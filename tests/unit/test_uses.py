@@ -24,6 +24,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from tests.unit.test_origins import Box, Model, Published, SlotModule, Slots, attach, nothing, publish
 from vllm_companion_plugin.cli.verify import differences
+from vllm_companion_plugin.core.identity import VARIANT, EntryKey
+from vllm_companion_plugin.engine.identity.key import variant
 from vllm_companion_plugin.engine.run.reachable import walk
 from vllm_companion_plugin.errors import ParityError
 
@@ -258,6 +260,13 @@ def test_another_value_is_another_variant() -> None:
     with pytest.raises(ParityError) as raised:
         attach(published, build, flag=0.25)
     assert (raised.value.where, raised.value.here) == ("alpha", "0.25")
+
+
+def test_long_values_that_differ_at_their_end_are_two_variants() -> None:
+    wanted = EntryKey("id", "model", "target", "single", {}, "", {})
+    first, second = (variant(wanted, "alpha", repr([0.0] * 400 + [last])) for last in (1.0, 2.0))
+    assert first.id != second.id
+    assert len(first.fields[VARIANT]) < 400
 
 
 def test_what_loading_does_not_use_is_the_engines() -> None:

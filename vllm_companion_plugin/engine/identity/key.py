@@ -31,7 +31,6 @@ MANIFEST_VERSION = 11
 _SHORT = 16
 _LARGEST_SMALL_FILE = 16 << 20
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "tekken", "spiece", "sentencepiece")
-_LONGEST_DIFFERENCE = 400
 _APART = "; "
 """Between the differences of a variant."""
 
@@ -81,7 +80,8 @@ def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
             difference, so that one more variant would be refused, too.
     """
     before = refused.fields.get(VARIANT, "")
-    difference = f"{where} is {here or 'different'}".replace(_APART, ", ")[:_LONGEST_DIFFERENCE]
+    texts = (where, here or "different")
+    difference = " is ".join(configuration.shortened(text.replace(_APART, ", ")) for text in texts)
     known = before.split(_APART) if before else []
     if difference in known:
         raise NotShareableError(f"what loading makes of {where} cannot be restored: a model like it was refused there")
