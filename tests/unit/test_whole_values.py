@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import array
+import ctypes
+import datetime
+import functools
+import io
+import queue
+import random
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.unit.test_origins import Model, attach, publish
 from vllm_companion_plugin.errors import NotShareableError
@@ -62,3 +72,145 @@ def test_what_is_too_deep_is_refused_by_name() -> None:
 
     with pytest.raises(NotShareableError, match=r"chain\.next\S* has objects inside of more than 960 others"):
         publish(build)
+
+
+def with_unit(value: Any, unit: Any = 1) -> Any:
+    value.unit = unit
+    return value
+
+
+class Tagged(np.ndarray[Any, Any]):
+    """With attributes beside its bytes, as those below."""
+
+
+class Numbers(random.Random):
+    pass
+
+
+class States(np.random.RandomState):
+    pass
+
+
+class Data(bytearray):
+    pass
+
+
+class Doubles(array.array):  # type: ignore[type-arg]
+    pass
+
+
+class File(io.BytesIO):
+    pass
+
+
+class Complex(complex):
+    pass
+
+
+class Delta(datetime.timedelta):
+    pass
+
+
+class Generator(torch.Generator):
+    pass
+
+
+class Waiting(queue.SimpleQueue):  # type: ignore[type-arg]
+    pass
+
+
+class Point(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_double),)
+
+
+def relu(x: Any) -> Any:
+    return max(x, 0)
+
+
+Change = Callable[[Model], object]
+Case = tuple[Callable[[], Any], Change, Callable[[Any], Any]]
+"""What building makes as `m.x`, what loading does, and what is looked at."""
+
+
+def setting(make: Callable[[], Any]) -> Change:
+    return lambda m: setattr(m, "x", make())
+
+
+def same_or_refused(case: Case) -> None:
+    """Also: an engine that builds the same, and loads nothing there, shares."""
+    make, change, look = case
+
+    def build(m: Model, flag: float) -> None:
+        m.x = make()
+
+    attach(publish(build), build)
+    try:
+        published = publish(build, change)
+    except NotShareableError as error:
+        refusal = str(error)
+    else:
+        attached = attach(published, build)
+        assert look(attached.x) == look(published.model.x)
+        return
+    assert re.match(r"loading (set|changed|replaced|left) x\b", refusal)
+
+
+BESIDE: dict[str, Case] = {
+    "array": (lambda: with_unit(np.ones(3).view(Tagged)), lambda m: m.x.__setitem__(0, 5.0), lambda x: [*x]),
+    "attribute of an array of objects": (
+        lambda: with_unit(np.array([1, None], dtype=object).view(Tagged)),
+        lambda m: setattr(m.x, "unit", 2),
+        lambda x: x.unit,
+    ),
+    "random numbers": (lambda: with_unit(Numbers(1)), lambda m: m.x.seed(7), lambda x: x.getstate()),
+    "random numbers of NumPy": (
+        lambda: with_unit(States(1)),
+        lambda m: m.x.seed(7),
+        lambda x: x.get_state()[1].tolist(),
+    ),
+    "random numbers of torch": (
+        lambda: with_unit(Generator().manual_seed(1)),
+        lambda m: m.x.manual_seed(9),
+        lambda x: x.get_state().tolist(),
+    ),
+    "bytes": (lambda: with_unit(Data(b"zzz")), lambda m: m.x.__setitem__(0, 65), bytes),
+    "numbers": (lambda: with_unit(Doubles("d", [1.0])), lambda m: m.x.__setitem__(0, 5.0), lambda x: x.tolist()),
+    "file": (lambda: with_unit(File()), lambda m: m.x.write(b"abc"), lambda x: x.getvalue()),
+    "complex number": (
+        lambda: with_unit(Complex(1, 1)),
+        setting(lambda: with_unit(Complex(2, 3))),
+        lambda x: (x.real, x.imag),
+    ),
+    "duration": (lambda: with_unit(Delta(1)), setting(lambda: with_unit(Delta(2))), lambda x: x.days),
+    "error": (lambda: with_unit(ValueError("a")), setting(lambda: with_unit(ValueError("b"))), str),
+    "argument of an error": (
+        lambda: with_unit(ValueError("a")),
+        lambda m: setattr(m.x, "args", ("b",)),
+        lambda x: x.args,
+    ),
+    "queue": (lambda: with_unit(Waiting()), lambda m: m.x.put(1), lambda x: x.qsize()),
+    "structure": (lambda: with_unit(Point(1.0)), lambda m: setattr(m.x, "x", 2.0), lambda x: x.x),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_an_object_of_c_holds_beside_its_attributes(kind: str) -> None:
+    same_or_refused(BESIDE[kind])
+
+
+OF_PARTIALS: dict[str, Case] = {
+    "changed": (lambda: with_unit(functools.partial(relu)), lambda m: setattr(m.x, "unit", 2), lambda x: x.unit),
+    "added": (lambda: functools.partial(relu), lambda m: setattr(m.x, "unit", 2), lambda x: x.unit),
+    "removed": (lambda: with_unit(functools.partial(relu)), lambda m: delattr(m.x, "unit"), lambda x: vars(x)),
+    "new": (lambda: None, setting(lambda: with_unit(functools.partial(relu))), lambda x: x.unit),
+    "object": (
+        lambda: with_unit(functools.partial(relu), Node(1.0)),
+        lambda m: setattr(m.x.unit, "value", 2.0),
+        lambda x: x.unit.value,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_PARTIALS)
+def test_attributes_of_a_partial(kind: str) -> None:
+    same_or_refused(OF_PARTIALS[kind])

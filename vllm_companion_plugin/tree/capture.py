@@ -23,6 +23,7 @@ from torch import nn
 
 from vllm_companion_plugin.core.module_tree import TensorKind
 from vllm_companion_plugin.core.packages import dictionary, module_of
+from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.classes import (
     CONTAINERS,
     FUNCTIONS,
@@ -32,12 +33,12 @@ from vllm_companion_plugin.tree.classes import (
     PLAIN_CONTAINERS,
     Kind,
     base_of,
+    has_state_of_c,
     is_opaque,
     kind_of,
     slot_members,
 )
 from vllm_companion_plugin.tree.descriptions import answers, describe_value, key_texts
-from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.tree.live import (
     NO_BUFFER,
     NO_PARAMETER,
@@ -57,6 +58,8 @@ _STRETCH = 48
 """The walk goes so deep at once. What is deeper comes afterwards: Python's own stack has a limit."""
 _MOST_STRETCHES = 20
 """Names of what is deeper would take more memory than the values. Nothing in vLLM is as deep as one stretch."""
+_SAID = (str, bytes, int, float)
+"""The text says all of these values, and of values of classes made from theirs, but for attributes."""
 _OURS = __name__.partition(".")[0] + "."
 # The attribute of an enum takes Python 3.11 as long as two calls.
 _PARAMETER, _BUFFER = TensorKind.PARAMETER, TensorKind.BUFFER
@@ -451,10 +454,12 @@ class _Walk:
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             for position, item in enumerate(value.flat):
                 self._value(live, f"{path}[{position}]", item, None, "", depth + 1)
+            if cls is not np.ndarray:
+                self._insides(live, path, value, value, cls, depth)
             return f"{name} of {value.shape}"
-        if isinstance(value, (str, bytes, int, float)):  # with attributes of its own
+        if isinstance(value, _SAID):  # with attributes of its own
             self._insides(live, path, value, value, cls, depth)
-            base = next(base for base in (str, bytes, int, float) if isinstance(value, base))
+            base = next(base for base in _SAID if isinstance(value, base))
             return f"{name} {base.__repr__(value)}"
         if is_opaque(cls):
             self._tree.opaque[live.index, path] = value
@@ -511,7 +516,8 @@ class _Walk:
             self._attributes(live, prefix, own, holder, depth + 1)
         members = slot_members(cls)
         found = self._members(live, prefix, value, members, depth + 1) if members else False
-        if not own and not found and not isinstance(value, CONTAINERS):
+        is_all = own or found or isinstance(value, CONTAINERS)
+        if not isinstance(value, _SAID) and (not is_all or has_state_of_c(cls)):
             self._tree.opaque[live.index, path] = value
 
     def _inner_module(self, live: LiveModule, path: str, module: nn.Module, depth: int) -> None:
@@ -552,6 +558,8 @@ class _Walk:
             self._value(live, f"{path}.args", value.args, value, "args", depth)
             for key, item in value.keywords.items():
                 self._value(live, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth)
+            if own := vars(value):
+                self._attributes(live, f"{path}.", own, own, depth)
         elif isinstance(value.__self__, torch.Tensor) or not isinstance(value.__self__, LEAVES):
             self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
 

@@ -78,6 +78,27 @@ def slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
     )
 
 
+@functools.cache
+def has_state_of_c(cls: Any) -> bool:
+    """Whether objects of `cls` hold what no attribute, slot or item shows, as a class made in C may let them."""
+    assert isinstance(cls, type)
+    return any(base.__basicsize__ > object.__basicsize__ and _is_of_c(base) for base in cls.__mro__)
+
+
+def _is_of_c(cls: type) -> bool:
+    """Whether `cls` was made in C, which shows in its methods. Python itself makes slots, and these two, so."""
+    slots = vars(cls).get("__slots__", ())
+    of_python = {"__dict__", "__weakref__", *((slots,) if isinstance(slots, str) else slots)}
+    parts = (part for name, part in vars(cls).items() if name not in of_python)
+    return any(isinstance(part, _OF_C) and part.__objclass__ is cls for part in parts)
+
+
+_OF_C = (
+    *(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType),
+    *(types.GetSetDescriptorType, types.MemberDescriptorType),
+)
+
+
 class Kind(Enum):
     """How to take note of the objects of a class. A model has some hundred classes and a hundred thousand objects."""
 

@@ -249,8 +249,10 @@ class LiveValues:
                 raise TypeError("it is Python's own, or PyTorch's")
             if not isinstance(parent, functools.partial):
                 object.__setattr__(parent, key, value)
-            elif key == "args":  # and it was made of its function
+            elif key == "args":
                 Place(((parent, key),), None).set(value)
+            elif key != "func":  # which it was made of
+                vars(parent)[key] = value
         else:
             key = value_of(part["key"])
             if isinstance(parent, tuple):

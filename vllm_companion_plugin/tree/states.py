@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import contextvars
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -46,8 +48,16 @@ def _state_of(value: Any, depth: int) -> str | None:
         return _configured(value, depth) if hasattr(value, "__dict__") else None
     if isinstance(value, (np.ndarray, memoryview)):
         return text_of(np.asarray(value))
+    if isinstance(value, (array.array, bytearray, ctypes.Array, ctypes.Structure)):  # and what is made from them
+        return hashlib.sha256(memoryview(value).cast("B")).hexdigest()
+    if isinstance(value, torch.Generator):
+        return f"{value.device.type} {text_of(value.get_state().numpy())}"
     if isinstance(value, random.Random):
         return text_of(value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return text_of(value.get_state(legacy=False))
+    if isinstance(value, np.random.Generator):
+        return text_of(value.bit_generator.state)
     if isinstance(value, functools._lru_cache_wrapper):
         return repr(sorted(map(repr, map(_parts_text, _remembered(value)))))
     if isinstance(value, _WEAK):
@@ -90,7 +100,7 @@ def parts_of(value: Any) -> dict[str, Any]:
     if isinstance(value, threading.local):
         return dict(vars(value))
     kind = type(value)
-    if kind.__module__ in _OF_PYTHON:
+    if any(base.__module__ in _OF_PYTHON for base in kind.__mro__ if base is not object):
         return {"parts": [part for part in gc.get_referents(value) if not issubclass(type(part), type)]}
     is_public = not any(part.startswith("_") for part in kind.__module__.split("."))
     return dict(packages.dictionary(value)) if is_public and packages.top(kind.__module__) in OPAQUE_THEMSELVES else {}
