@@ -453,7 +453,7 @@ class _Walk:
             return f"{name} of {base_of(value).__len__(value)}{_limits(value)}"
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             for position, item in enumerate(value.flat):
-                self._value(live, f"{path}[{position}]", item, None, "", depth + 1)
+                self._fixed(live, f"{path}[{position}]", item, depth + 1)
             if cls is not np.ndarray:
                 self._insides(live, path, value, value, cls, depth)
             return f"{name} of {value.shape}"
@@ -475,9 +475,13 @@ class _Walk:
             self._tree.orders[live.index, path] = tuple(texts)
             for text, (item_key, item) in zip(texts, items, strict=True):
                 self._value(live, f"{path}[{text}]", item, value, item_key, depth + 1)
+            if not is_literal(key for key, _ in items):
+                for position, (item_key, _) in enumerate(items):
+                    if not answers(item_key) or text_of(item_key) is None:
+                        self._fixed(live, f"{path}.keys()[{position}]", item_key, depth + 1, by_value=True)
         elif isinstance(value, (set, frozenset)):
             for position, item in enumerate(self._in_order(base_of(value).__iter__(value))):
-                self._value(live, f"{path}{{{position}}}", item, None, "", depth + 1)
+                self._fixed(live, f"{path}{{{position}}}", item, depth + 1, by_value=True)
         else:
             for position, item in enumerate(base_of(value).__iter__(value)):
                 self._value(live, f"{path}[{position}]", item, value, position, depth + 1)
@@ -516,8 +520,7 @@ class _Walk:
             self._attributes(live, prefix, own, holder, depth + 1)
         members = slot_members(cls)
         found = self._members(live, prefix, value, members, depth + 1) if members else False
-        is_all = own or found or isinstance(value, CONTAINERS)
-        if not isinstance(value, _SAID) and (not is_all or has_state_of_c(cls)):
+        if has_state_of_c(cls) or not (own or found or isinstance(value, (*CONTAINERS, *_SAID))):
             self._tree.opaque[live.index, path] = value
 
     def _inner_module(self, live: LiveModule, path: str, module: nn.Module, depth: int) -> None:
@@ -550,21 +553,32 @@ class _Walk:
             if own := value.__dict__:
                 self._attributes(live, f"{path}.", own, own, depth)
         elif isinstance(value, types.MethodType):
-            self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
+            self._fixed(live, f"{path}.__self__", value.__self__, depth)
             note = self._function if isinstance(value.__func__, FUNCTIONS) else self._called
             note(live, f"{path}.__func__", value.__func__, depth)
         elif isinstance(value, functools.partial):
-            self._value(live, f"{path}.func", value.func, None, "", depth)
+            self._fixed(live, f"{path}.func", value.func, depth)
             self._value(live, f"{path}.args", value.args, value, "args", depth)
             for key, item in value.keywords.items():
                 self._value(live, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth)
             if own := vars(value):
                 self._attributes(live, f"{path}.", own, own, depth)
         elif isinstance(value.__self__, torch.Tensor) or not isinstance(value.__self__, LEAVES):
-            self._value(live, f"{path}.__self__", value.__self__, None, "", depth)
+            self._fixed(live, f"{path}.__self__", value.__self__, depth)
 
     def _called(self, live: LiveModule, path: str, value: Any, depth: int) -> None:
         """Take note of an object that is the function of a method."""
+        self._fixed(live, path, value, depth)
+
+    def _fixed(self, live: LiveModule, path: str, value: Any, depth: int, *, by_value: bool = False) -> None:
+        """Take note of a value in whose place nothing else can be put.
+
+        Args:
+            by_value: it is found by its hash.
+        """
+        cls: Any = type(value)
+        is_hashed = by_value and cls.__hash__ is not object.__hash__ and not issubclass(cls, torch.Tensor)
+        self._tree.fixed[live.index, path] = is_hashed
         self._value(live, path, value, None, "", depth)
 
     def _first(self, live: LiveModule, path: str, value: Any) -> str | None:

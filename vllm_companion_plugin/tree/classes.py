@@ -82,7 +82,11 @@ def slot_members(cls: Any) -> tuple[tuple[str, Any], ...]:
 def has_state_of_c(cls: Any) -> bool:
     """Whether objects of `cls` hold what no attribute, slot or item shows, as a class made in C may let them."""
     assert isinstance(cls, type)
-    return any(base.__basicsize__ > object.__basicsize__ and _is_of_c(base) for base in cls.__mro__)
+    bases = (base for base in cls.__mro__ if base not in _SHOWN)
+    return any(base.__basicsize__ > object.__basicsize__ and _is_of_c(base) for base in bases)
+
+
+_SHOWN = frozenset((*CONTAINERS, collections.OrderedDict, collections.defaultdict, str, bytes, int, float))
 
 
 def _is_of_c(cls: type) -> bool:

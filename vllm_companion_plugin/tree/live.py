@@ -58,13 +58,15 @@ class Place:
 
     def set(self, value: Any) -> None:
         """Put `value` here. Raises `TypeError` or `AttributeError` if nothing can be put here."""
-        for holder, key in reversed(self.steps):
-            if not isinstance(holder, tuple):
-                _set_item(holder, key, value)
-                return
-            items = (*holder[:key], value, *holder[key + 1 :])
-            value = items if type(holder) is tuple else tuple.__new__(type(holder), items)
-        raise TypeError("it is a part of nothing that can be changed")
+        first = len(self.steps) - 1
+        while isinstance(self.steps[first][0], tuple):
+            first -= 1
+            if first < 0:
+                raise TypeError("it is a part of nothing that can be changed")
+        holder, key = self.steps[first]
+        keys = [key for _, key in self.steps[first + 1 :]]
+        # Another item may have been put into the same tuples: what is there now counts.
+        _set_item(holder, key, _with_item(_item(holder, key), keys, value) if keys else value)
 
     def delete(self) -> None:
         """Remove what is here. Raises `TypeError` or `AttributeError` if nothing can be removed here."""
@@ -75,6 +77,23 @@ class Place:
             raise TypeError(f"a {type(holder).__name__} cannot do without it")
         else:
             object.__delattr__(holder, key)
+
+
+def _with_item(held: Any, keys: list[Any], value: Any) -> Any:
+    """A tuple, in tuples, with `value` where `keys` lead, which may be its end."""
+    if not keys:
+        return value
+    if not isinstance(held, tuple):
+        raise TypeError(f"a {type(held).__name__} is there and no tuple")
+    key = keys[0]
+    items = (*held[:key], _with_item(held[key] if key < len(held) else None, keys[1:], value), *held[key + 1 :])
+    return items if type(held) is tuple else tuple.__new__(type(held), items)
+
+
+def _item(holder: Any, key: Any) -> Any:
+    if isinstance(holder, (dict, list, collections.deque)):
+        return holder[key]
+    return holder.cell_contents if isinstance(holder, types.CellType) else object.__getattribute__(holder, key)
 
 
 def _set_item(holder: Any, key: Any, value: Any) -> None:
@@ -97,6 +116,8 @@ class Tree:
             another one has replaced it.
         mutable: plain values that can be changed in place, by module and name.
         orders: texts of the keys of dicts that hold more than plain values, in their order, by module and name.
+        fixed: values in whose place nothing else can be put (keys, members of sets, the object of a method), by module
+            and name; and whether no part of them can change either, because they are found by their hash.
         places: where the wanted values live, by module and name.
         classes: the classes of all objects that the walk looked into, besides modules, and all enums.
         code: the functions, classes and modules of Python that the model holds.
@@ -108,6 +129,7 @@ class Tree:
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
     mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
     orders: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
+    fixed: dict[tuple[int, str], bool] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
     code: list[Any] = field(default_factory=list)

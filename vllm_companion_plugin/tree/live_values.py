@@ -163,6 +163,8 @@ class LiveValues:
                 if isinstance(value, (list, collections.deque)):
                     while len(place.value) > int(container["size"]):
                         place.value.pop()
+                elif isinstance(value, tuple) and len(place.value) > len(value):
+                    self._shorten(live, name, place, len(value))
                 return  # what is in it changes by itself
             if built is not None:  # loading changed this very object
                 built = built.removeprefix(AS_BUILT)
@@ -176,6 +178,15 @@ class LiveValues:
             place.value = value
         else:
             self._put(live, name, value)
+
+    def _shorten(self, live: LiveModule, name: str, place: Place, size: int) -> None:
+        """Take the items from a tuple that come after the first `size`."""
+        for position in range(size, len(place.value)):
+            self._places[live.index].pop(f"{name}[{position}]", None)
+            self._forget_parts(live, f"{name}[{position}]")
+        shorter = tuple.__new__(type(place.value), place.value[:size])
+        _change(live, name, lambda: place.set(shorter))
+        place.value = shorter
 
     def _check_built(self, live: LiveModule, name: str, value: Any, built: str) -> None:
         """Raise `ParityError` if loading changed a part of a value that was built as another one here.
@@ -229,19 +240,6 @@ class LiveValues:
             return  # processing makes it; if it does not, the comparison says so
         _change(live, name, lambda: self._put_into(live, name, parent, part, value))
 
-    def _put_into_tuple(self, live: LiveModule, name: str, held: tuple[Any, ...], key: int, value: Any) -> None:
-        """Let the tuple at `name` have another item: another tuple takes its place, also in a tuple that it is in."""
-        items = tuple.__new__(type(held), (*held[:key], value, *held[key + 1 :]))
-        place, part = self._place(live, name), PART.fullmatch(name)
-        if place is None:
-            raise TypeError("it is a part of nothing that can be changed")
-        around = self._holder(live, part["parent"]) if part is not None else None
-        if part is not None and isinstance(around, tuple):
-            self._put_into_tuple(live, part["parent"], around, value_of(part["key"]), items)
-        else:
-            place.set(items)
-        place.value = items
-
     def _put_into(self, live: LiveModule, name: str, parent: Any, part: re.Match[str], value: Any) -> None:
         key: Any = part["name"]
         if key is not None:
@@ -255,9 +253,11 @@ class LiveValues:
                 vars(parent)[key] = value
         else:
             key = value_of(part["key"])
-            if isinstance(parent, tuple):
-                self._put_into_tuple(live, part["parent"], parent, key, value)
-            elif isinstance(parent, (list, collections.deque)) and key == len(parent):
+            if isinstance(parent, tuple) and (around := self._place(live, part["parent"])) is not None:
+                place = self._places[live.index][name] = Place((*around.steps, (parent, key)), value)
+                place.set(value)
+                return
+            if isinstance(parent, (list, collections.deque)) and key == len(parent):
                 parent.append(value)
             else:
                 parent[key] = value
@@ -329,7 +329,7 @@ def _change(live: LiveModule, name: str, change: Callable[[], None]) -> None:
         change()
     except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         where = full_name(live.path, name)
-        raise ParityError(f"{where} cannot be set to what the published model has there: {error}.") from None
+        raise ParityError(f"{where} cannot be set to what the published model has there: {error}.", where) from None
 
 
 def _is_same_container(one: Any, other: Any) -> bool:

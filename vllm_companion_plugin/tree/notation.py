@@ -101,6 +101,21 @@ def as_built(text: str) -> str:
     return AS_BUILT + text
 
 
+def holders_of(name: str) -> Iterator[str]:
+    """The names of what holds the value of this name, the nearest first."""
+    while (part := _HELD.fullmatch(name)) is not None:
+        name = part["parent"]
+        yield name
+
+
+_HELD = re.compile(r"(?P<parent>.+?)(?:\.[^.\[\]]+|\[[^\[\]]+\]|\{\d+\})")
+
+
+def keeps_parts(text: str | None) -> bool:
+    """Whether parts of a value of this text are values of their own."""
+    return text is not None and (CONTAINER.fullmatch(text) is not None or _is_data(loaded_class(text) or object))
+
+
 def is_restorable(text: str | None) -> bool:
     """Whether a value of this text, or its absence, can be brought about in another model."""
     if text is None or text in (NO_PARAMETER, NO_BUFFER) or REFERENCE.fullmatch(text) or METHOD.fullmatch(text):
@@ -131,6 +146,8 @@ def can_be_put(name: str) -> bool:
         return False
     if part["name"] is not None:
         return not part["name"].startswith("__")
+    if part["parent"].endswith(".__closure__"):  # of a function that is another one without a name of its own
+        return False
     try:
         value_of(part["key"])
     except ValueError:

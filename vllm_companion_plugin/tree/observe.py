@@ -42,9 +42,11 @@ from vllm_companion_plugin.tree.notation import (
     CLASS,
     as_built,
     can_be_put,
+    holders_of,
     in_order,
     is_restorable,
     keeps_part,
+    keeps_parts,
     loaded_function,
     of_tensor,
     reference,
@@ -348,10 +350,11 @@ class Observation:
             if then.get(name) != texts.get(name) and name not in now.slots[path] and not is_time(texts.get(name))
         }
         values = without_known(values)
-        for name, (before, text) in list(values.items()):
-            if (owner := now.owners.get((path, name))) is not None and text is not None:
-                values[name] = before, f"{text} of {owner}"
-                values.pop(f"{name}.__self__", None)
+        for name in [*values]:
+            method = name.removesuffix(".__self__")
+            if (owner := now.owners.get((path, method))) is not None and (text := texts.get(method)) is not None:
+                values.pop(f"{method}.__self__", None)
+                values[method] = then.get(method), f"{text} of {owner}"
         for name, text in texts.items():
             keys, first = now.orders.get((path, name)), now.aliases.get((path, name))
             was_first = None if is_new else built.aliases.get((was, name))
@@ -366,6 +369,10 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        fixed = now.fixed.get(path, {}) | ({} if is_new else built.fixed.get(was, {}))
+        for name, (_, text) in values.items():
+            if (fixed and _is_fixed(name, fixed, values)) or (text is None and _is_left(name, values)):
+                raise NotShareableError(f"loading changed {full_name(path, name)}, in whose place no other can be put")
         for name, (_, text) in list(values.items()):
             if (before := then.get(name)) is not None and text is not None:
                 values |= keeps_part(name, before, text)
@@ -424,6 +431,20 @@ class Observation:
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
+
+
+def _is_fixed(name: str, fixed: Mapping[str, bool], values: Mapping[str, tuple[str | None, str | None]]) -> bool:
+    """Whether an engine could not give the value of this name another text: it is fixed, or a part of what is."""
+    holders = [*holders_of(name)]
+    if any(holder in values and not keeps_parts(values[holder][1]) for holder in holders):
+        return False  # it comes, or goes, with what holds it
+    return name in fixed or any(fixed.get(holder, False) for holder in holders)
+
+
+def _is_left(name: str, values: Mapping[str, tuple[str | None, str | None]]) -> bool:
+    """Whether the value of this name is gone from a function, which has no fewer in an engine."""
+    holder = next(holders_of(name), "")
+    return holder.endswith(".__closure__") and not any(each in values for each in holders_of(holder))
 
 
 def _check_functions(loaded: Loaded, tree: Tree) -> None:

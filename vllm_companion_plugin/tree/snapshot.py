@@ -34,6 +34,8 @@ class Snapshot:
     """Where the module is whose method a value is, for values that are methods of modules in the tree."""
     children: dict[str, list[str]]
     orders: dict[tuple[str, str], tuple[str, ...]]
+    fixed: dict[str, dict[str, bool]]
+    """As of `Tree`, by path of the module."""
     aliases: dict[tuple[str, str], str]
     """Where the walk met a value before, for values that can be changed in place and that it met before."""
     states: dict[tuple[str, str], str | None]
@@ -67,6 +69,9 @@ class Snapshot:
         places = {(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()}
         met: dict[int, str] = {}
         first_places = {place: met.setdefault(id(value), ":".join(place)) for place, value in places.items()}
+        fixed: dict[str, dict[str, bool]] = {}
+        for (index, name), is_hashed in tree.fixed.items():
+            fixed.setdefault(tree.modules[index].path, {})[name] = is_hashed
         opaque: dict[str, dict[str, Any]] = {}
         for (index, name), value in tree.opaque.items():
             opaque.setdefault(tree.modules[index].path, {})[name] = value
@@ -81,6 +86,7 @@ class Snapshot:
             owners=owners,
             children={live.path: list(live.module._modules) for live in tree.modules},
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
+            fixed=fixed,
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
             insides=_insides_of(tree),
