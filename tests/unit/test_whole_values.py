@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import array
+import cmath
 import ctypes
 import dataclasses
 import datetime
+import enum
 import functools
 import io
+import math
 import queue
 import random
 import re
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -73,6 +77,10 @@ def test_what_is_too_deep_is_refused_by_name() -> None:
 
     with pytest.raises(NotShareableError, match=r"chain\.next\S* has objects inside of more than 960 others"):
         publish(build)
+
+
+def nothing_more(m: Model, flag: float) -> None:
+    """Two linear layers."""
 
 
 def with_unit(value: Any, unit: Any = 1) -> Any:
@@ -366,3 +374,113 @@ def test_what_is_published_can_be_restored(kind: str) -> None:
         assert look(attached) == look(published.model)
         return
     assert re.match(r"loading (set|changed|replaced|left) [xy]\b", refusal)
+
+
+@functools.wraps(relu)
+def twice(x: Any) -> Any:
+    return 2 * x
+
+
+del twice.__wrapped__
+
+
+def class_with(factor: float) -> Any:
+    class Held:
+        by = factor
+
+    return Held
+
+
+def enum_of(first: int) -> Any:
+    return enum.Enum("Mode", "A B", start=first)  # type: ignore[misc]
+
+
+def tuple_of(factor: float) -> Any:
+    class Pair(NamedTuple):
+        first: float
+
+        def scaled(self) -> float:
+            return self.first * factor
+
+    return Pair(1.0)
+
+
+def text_with(factor: float) -> Any:
+    class Text(str):
+        __slots__ = ()
+        by = factor
+
+    return Text("a")
+
+
+ALIKE: dict[str, Callable[[], tuple[Any, Any, Callable[[Any], Any]]]] = {
+    "function": lambda: (relu, twice, lambda x: x(3.0)),
+    "method": lambda: (types.MethodType(relu, 3.0), types.MethodType(twice, 3.0), lambda x: x()),
+    "function of a partial": lambda: (functools.partial(relu), functools.partial(twice), lambda x: x(3.0)),
+    "class": lambda: (class_with(1.0), class_with(2.0), lambda x: x.by),
+    "member of an enum": lambda: (enum_of(1).A, enum_of(5).A, lambda x: x.value),
+    "named tuple": lambda: (tuple_of(1.0), tuple_of(2.0), lambda x: x.scaled()),
+    "text": lambda: (text_with(1.0), text_with(2.0), lambda x: x.by),
+    "module": lambda: (math, cmath, lambda x: x.__name__),
+}
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "a list": lambda x: [x],
+    "a dict": lambda x: {"a": x, "b": 1},
+    "a tuple": lambda x: (1, (x,)),
+    "an object": Node,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("kind", ALIKE)
+def test_another_of_the_same_name(kind: str, around: str) -> None:
+    """What looks the same may do something else."""
+    before, after, look = ALIKE[kind]()
+    put = AROUND[around]
+    assert look(before) != look(after)
+    same_or_refused((lambda: before, setting(lambda: after), look))
+    same_or_refused((lambda: put(before), setting(lambda: put(after)), lambda x: look(_within(x, type(after)))))
+
+
+def _within(held: Any, kind: type) -> Any:
+    while type(held) is not kind:
+        held = held.value if isinstance(held, Node) else held["a"] if isinstance(held, dict) else held[-1]
+    return held
+
+
+HUNG: dict[str, Callable[[], tuple[Any, ...]]] = {
+    **{kind: ALIKE[kind] for kind in ("function", "class", "member of an enum", "method")},
+    "closure": lambda: (scale_by(1.0), scale_by(2.0)),
+    "method of another object": lambda: (Getter(1.0).get, Getter(2.0).get),
+    "argument of a partial": lambda: (functools.partial(relu, 1.0), functools.partial(relu, 2.0)),
+}
+
+
+@pytest.mark.parametrize("kind", HUNG)
+def test_another_of_the_same_name_on_a_weight(kind: str) -> None:
+    before, after = HUNG[kind]()[:2]
+
+    def build(m: Model, flag: float) -> None:
+        m.first.weight.held = before
+
+    attach(publish(build), build)
+    with pytest.raises(NotShareableError, match=r"loading (set|changed|replaced) first\.weight\.held"):
+        publish(build, lambda m: setattr(m.first.weight, "held", after))
+
+
+def test_a_method_that_is_bound_again_is_the_same() -> None:
+    def build(m: Model, flag: float) -> None:
+        m.first.weight.held = m.first.forward
+        m.x = m.first.forward
+
+    def load(m: Model) -> None:
+        m.first.weight.held = m.first.forward
+        m.x = m.first.forward
+
+    attach(publish(build, load), build)
+
+
+def test_a_class_that_says_it_is_another_is_refused() -> None:
+    liar = type("Node", (), {"__module__": __name__})
+    with pytest.raises(NotShareableError, match=r"loading set x to another class .*Node"):
+        publish(nothing_more, lambda m: setattr(m, "x", liar))

@@ -362,16 +362,22 @@ class _Walk:
 
     def _constant(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         live.attributes[path] = self._text_once(value)
+        self._tree.named[live.index, path] = value
 
     def _member(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         self._classes[type(value)] = None
-        live.attributes[path] = self._text_once(value)
+        live.attributes[path] = self._text_once(value) or f"{value._name_} of a {_name_of(type(value))}"
+        self._tree.named[live.index, path] = value
 
     def _weak(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         live.attributes[path] = _name_of(type(value))
         self._tree.opaque[live.index, path] = value
 
     def _callable(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
+        if type(value) is types.FunctionType:
+            self._tree.named[live.index, path] = value
+        elif type(value) is types.MethodType:
+            self._tree.named[live.index, path] = value.__func__
         if id(value) in self._met:
             live.attributes[path] = self._text_once(value)
         elif not (isinstance(value, types.FunctionType) and module_of(value).startswith(_OURS)):
@@ -440,6 +446,7 @@ class _Walk:
         if isinstance(value, LEAVES):
             if isinstance(value, types.ModuleType):
                 self._modules.append(value)
+            self._tree.named[live.index, path] = value
             return name
         first = self._first(live, path, value)
         if first is not None:
@@ -515,6 +522,7 @@ class _Walk:
 
     def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
         self._classes[cls] = None
+        self._tree.named[live.index, path] = cls
         own, prefix = dictionary(value), path + "."
         if own:
             self._attributes(live, prefix, own, holder, depth + 1)

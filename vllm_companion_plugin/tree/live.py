@@ -121,6 +121,8 @@ class Tree:
         places: where the wanted values live, by module and name.
         classes: the classes of all objects that the walk looked into, besides modules, and all enums.
         code: the functions, classes and modules of Python that the model holds.
+        named: functions, classes (also those of objects), modules and members of enums, of which the text says no more
+            than a name, by module and name.
         hung: what was hung on tensors, as `tensor_attributes` says it, by id of the tensor.
         met: where each object was met first (path of the module, name), by its id. The model keeps objects alive.
     """
@@ -133,6 +135,7 @@ class Tree:
     places: dict[tuple[int, str], Place] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
     code: list[Any] = field(default_factory=list)
+    named: dict[tuple[int, str], Any] = field(default_factory=dict)
     hung: dict[int, dict[str, str]] = field(default_factory=dict)
     met: dict[int, tuple[str, str]] = field(default_factory=dict)
 

@@ -369,6 +369,10 @@ class Observation:
                 values[name] = None, text  # whoever else has the one that building made keeps it as it was
             if not is_restorable(text) or not (name in then or text is None or can_be_put(name)):
                 raise NotShareableError(f"loading set {full_name(path, name)} to {text}, which cannot be described")
+        known = {} if is_new else built.named.get(was, {})
+        for name, parts in now.named.get(path, {}).items():
+            if name not in values and name in known and not _are_same(parts, known[name]):
+                raise NotShareableError(f"loading set {full_name(path, name)} to another {texts[name]}")
         fixed = now.fixed.get(path, {}) | ({} if is_new else built.fixed.get(was, {}))
         for name, (_, text) in values.items():
             if (fixed and _is_fixed(name, fixed, values)) or (text is None and _is_left(name, values)):
@@ -433,6 +437,10 @@ class Observation:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
 
 
+def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
 def _is_fixed(name: str, fixed: Mapping[str, bool], values: Mapping[str, tuple[str | None, str | None]]) -> bool:
     """Whether an engine could not give the value of this name another text: it is fixed, or a part of what is."""
     holders = [*holders_of(name)]
@@ -448,7 +456,7 @@ def _is_left(name: str, values: Mapping[str, tuple[str | None, str | None]]) -> 
 
 
 def _check_functions(loaded: Loaded, tree: Tree) -> None:
-    """Raise `NotShareableError` if a function that loading put there is not the one that has its name.
+    """Raise `NotShareableError` if a function or a class that loading put there is not the one that has its name.
 
     One that wraps another says that it is that one.
     """
@@ -460,12 +468,13 @@ def _check_functions(loaded: Loaded, tree: Tree) -> None:
     for (index, name), place in capture(tree.modules[0].module, wanted=wanted).places.items() if wanted else ():
         path = tree.modules[index].path
         function = place.value.func if isinstance(place.value, functools.partial) else place.value
-        if isinstance(function, _PYTHONS) and loaded_function(class_name(function)) is not function:  # type: ignore[arg-type]
+        find = loaded_class if isinstance(function, type) else loaded_function
+        if isinstance(function, _PYTHONS) and find(class_name(function)) is not function:  # type: ignore[arg-type]
             raise NotShareableError(f"loading set {full_name(path, name)} to another {wanted[path][name]}")
 
 
-_FUNCTION = re.compile(r"(partial of )*function ")
-_PYTHONS = (types.FunctionType, types.BuiltinFunctionType)
+_FUNCTION = re.compile(r"(partial of )*function |class ")
+_PYTHONS = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
 def _make_plain(tree: Tree) -> None:

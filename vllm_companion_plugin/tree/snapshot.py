@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -34,6 +37,8 @@ class Snapshot:
     """Where the module is whose method a value is, for values that are methods of modules in the tree."""
     children: dict[str, list[str]]
     orders: dict[tuple[str, str], tuple[str, ...]]
+    named: dict[str, dict[str, tuple[Any, ...]]]
+    """By path of the module: objects of which a text says no more than a name, each with what it takes along unseen."""
     fixed: dict[str, dict[str, bool]]
     """As of `Tree`, by path of the module."""
     aliases: dict[tuple[str, str], str]
@@ -59,11 +64,18 @@ class Snapshot:
             for name, text in live.attributes.items():
                 if name.endswith(".__self__") and text.endswith(":") and " @" in text:
                     owners[live.path, name.removesuffix(".__self__")] = text.partition(" @")[2][:-1]
+        by_name: dict[str, dict[str, tuple[Any, ...]]] = {}
+        for (index, name), value in tree.named.items():
+            if not (type(value) is types.FunctionType and "<" in value.__qualname__):  # the text has a digest of it
+                by_name.setdefault(tree.modules[index].path, {})[name] = (value,)
         for slot in tree.slots():
             path = tree.modules[slot.module].path
             for name, text in tensor_attributes(slot.tensor).items():
                 attributes[path][f"{slot.name}.{name}"] = text
-                owner = paths.get(id(getattr(slot.tensor.__dict__[name], "__self__", None)))
+                value = slot.tensor.__dict__[name]
+                if parts := _taken_along(value):
+                    by_name.setdefault(path, {})[f"{slot.name}.{name}"] = parts
+                owner = paths.get(id(getattr(value, "__self__", None)))
                 if owner is not None:
                     owners[path, f"{slot.name}.{name}"] = owner
         places = {(tree.modules[index].path, name): value for (index, name), value in tree.mutable.items()}
@@ -86,12 +98,22 @@ class Snapshot:
             owners=owners,
             children={live.path: list(live.module._modules) for live in tree.modules},
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
+            named=by_name,
             fixed=fixed,
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
             insides=_insides_of(tree),
             classes={live.path: type(live.module) for live in tree.modules},
         )
+
+
+def _taken_along(value: Any) -> tuple[Any, ...]:
+    """What tells a function or a class that hangs on a tensor from others. No walk looks into it."""
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, *value.keywords, *value.keywords.values()
+    return (value,) if isinstance(value, (type, types.FunctionType, Enum)) else ()
 
 
 def _insides_of(tree: Tree) -> dict[tuple[str, str], dict[str, Any]]:

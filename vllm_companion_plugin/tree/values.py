@@ -59,6 +59,8 @@ def text_of(value: Any, depth: int = 0) -> str | None:
         return repr(value)
     if kind in _WRITERS:
         return None if depth > _MAX_DEPTH else _WRITERS[kind](value, depth + 1)
+    if issubclass(kind, _BY_THEIR_CLASS) and not _is_loaded(kind):  # its text would be that of another class
+        return None
     if issubclass(kind, enum.Flag) and value not in kind.__members__.values():  # several flags at once
         return f"{class_name(kind)}({value.value!r})"
     if issubclass(kind, enum.Enum):
@@ -78,6 +80,20 @@ def text_of(value: Any, depth: int = 0) -> str | None:
             return base.__repr__(value)
         return f"{class_name(kind)}({base.__repr__(value)})"
     return None
+
+
+def _is_loaded(cls: type) -> bool:
+    """Whether the name of a class leads to it."""
+    if cls not in _loaded:
+        if cls.__module__ not in _PYTHONS and loaded_class(class_name(cls)) is not cls:
+            return False
+        _loaded.add(cls)
+    return True
+
+
+_loaded: set[type] = set()
+_PYTHONS = ("builtins", "numpy", "torch")
+_BY_THEIR_CLASS = (enum.Enum, tuple, str, bytes, int, float)
 
 
 def value_of(text: str) -> Any:
