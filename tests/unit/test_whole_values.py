@@ -11,9 +11,12 @@ import enum
 import functools
 import io
 import math
+import os
+import pathlib
 import queue
 import random
 import re
+import tempfile
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_origins import Model, attach, publish
+from tests.unit.test_origins import Model, attach, nothing, publish
 from vllm_companion_plugin.errors import NotShareableError
 
 
@@ -484,3 +487,136 @@ def test_a_class_that_says_it_is_another_is_refused() -> None:
     liar = type("Node", (), {"__module__": __name__})
     with pytest.raises(NotShareableError, match=r"loading set x to another class .*Node"):
         publish(nothing_more, lambda m: setattr(m, "x", liar))
+
+
+def _tie_containers(m: Model) -> None:
+    m.a = [1.0, 2.0]
+    m.x = {"x": m.a}
+
+
+def _tie_on_a_weight(m: Model) -> None:
+    m.x = m.first.weight.tags = [1.0]
+
+
+def _views(m: Model) -> None:
+    m.a = np.arange(4.0)
+    m.x = m.a[:2]
+
+
+IN_COMMON: dict[str, tuple[Change, Change, Callable[[Model], Any]]] = {
+    "list in a dict": (nothing, _tie_containers, lambda m: (m.a.append(5.0), m.x)[1]),
+    "list in a tuple": (
+        nothing,
+        lambda m: m.__dict__.update(a=(a := [1.0]), x=(a,)),
+        lambda m: (m.a.append(5.0), m.x)[1],
+    ),
+    "tuple with a list": (
+        nothing,
+        lambda m: m.__dict__.update(a=(a := ([1.0], 2)), x=a),
+        lambda m: (m.a[0].pop(), m.x)[1],
+    ),
+    "one list thrice": (nothing, lambda m: setattr(m, "x", [[1.0]] * 3), lambda m: (m.x[0].append(2.0), m.x)[1]),
+    "list on a weight": (nothing, _tie_on_a_weight, lambda m: (m.x.append(2.0), m.first.weight.tags)[1]),
+    "views of an array": (nothing, _views, lambda m: (m.a.fill(7.0), m.x.tolist())[1]),
+    "no view any more": (_views, lambda m: setattr(m, "x", m.a[:2].copy()), lambda m: (m.a.fill(7.0), m.x.tolist())[1]),
+    "tied without a change": (
+        lambda m: m.__dict__.update(a=[1.0], x={"x": [1.0]}),
+        lambda m: m.x.update(x=m.a),
+        lambda m: (m.a.append(5.0), m.x)[1],
+    ),
+    "untied without a change": (_tie_containers, lambda m: m.x.update(x=[*m.a]), lambda m: (m.a.append(5.0), m.x)[1]),
+    "change of both": (_tie_containers, lambda m: m.a.append(3.0), lambda m: (m.a.append(5.0), m.x)[1]),
+    "one source of random numbers": (
+        nothing,
+        lambda m: m.__dict__.update(a=(a := np.random.default_rng(1)), x=np.random.Generator(a.bit_generator)),
+        lambda m: (m.a.random(), m.x.random())[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IN_COMMON)
+def test_parts_in_common(kind: str) -> None:
+    make, change, look = IN_COMMON[kind]
+
+    def build(m: Model, flag: float) -> None:
+        make(m)
+
+    attach(publish(build), build)
+    try:
+        published = publish(build, change)
+    except NotShareableError as error:
+        refusal = str(error)
+    else:
+        attached = attach(published, build)
+        assert look(attached) == look(published.model)
+        return
+    assert re.match(r"loading changed (a|x|first\.weight\.tags), which has a part", refusal)
+
+
+def test_parts_in_common_that_only_building_made() -> None:
+    def build(m: Model, flag: float) -> None:
+        _tie_containers(m)
+        _tie_on_a_weight(m)
+
+    attach(publish(build, lambda m: setattr(m, "more", [[3.0], [4.0]])), build)
+
+
+def _graded(m: Model) -> None:
+    m.first.weight.grad = torch.ones_like(m.first.weight)
+
+
+def _hooked(m: Model) -> None:
+    m.first.weight.requires_grad_(True).register_hook(lambda grad: grad)
+
+
+@pytest.mark.parametrize("leave", [_graded, _hooked])
+def test_what_autograd_keeps_on_a_weight(leave: Change) -> None:
+    def build(m: Model, flag: float) -> None:
+        leave(m)
+
+    publish(build)
+    with pytest.raises(NotShareableError, match=r"loading left a gradient, or a hook of gradients, on first\.weight"):
+        publish(nothing_more, leave)
+
+
+def test_a_compiled_module_is_refused_by_name() -> None:
+    def build(m: Model, flag: float) -> None:
+        m.inner = torch.jit.script(torch.nn.Linear(2, 2))
+
+    with pytest.raises(NotShareableError, match=r"inner \(\S*\) is compiled by torch\.jit"):
+        publish(build)
+
+
+def _open(m: Model) -> None:
+    m.x = os.open("/dev/null", os.O_RDONLY)
+
+
+OF_PROCESS: dict[str, tuple[Change, str]] = {
+    "ids": (lambda m: setattr(m, "x", {id(p): 2.0 for p in m.parameters()}), "the id of an object"),
+    "ids as keys of objects": (lambda m: setattr(m, "x", {id(m.first): [m.second.weight]}), "the id of an object"),
+    "id as text": (lambda m: setattr(m, "x", f"first at {id(m.first):#x}"), "the id of an object"),
+    "descriptor": (_open, "a file descriptor"),
+    "folder": (lambda m: setattr(m, "x", tempfile.mkdtemp()), "the path of a file"),
+    "file in a list": (lambda m: setattr(m, "x", [pathlib.Path(tempfile.mkstemp()[1])]), "the path of a file"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_PROCESS)
+def test_what_names_a_thing_of_the_process(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where building put it, it is each engine's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    load, what = OF_PROCESS[kind]
+    with pytest.raises(NotShareableError, match=rf"loading set x\S* to {what}"):
+        publish(nothing_more, load)
+
+    def build(m: Model, flag: float) -> None:
+        load(m)
+
+    if "keys" not in kind:  # names in which there are such numbers are others in each process
+        attach(publish(build), build)
+
+
+def test_numbers_and_paths_that_name_no_thing_of_the_process() -> None:
+    values = {"number": 1, "long": 10**12, "path": "/usr", "list": ["/usr", 3, 140000000000000]}
+    attached = attach(publish(nothing_more, lambda m: m.__dict__.update(values)), nothing_more)
+    assert {name: getattr(attached, name) for name in values} == values

@@ -196,6 +196,9 @@ class _Walk:
         self._go_deeper()
 
     def named_module(self, live: LiveModule) -> None:
+        if isinstance(live.module, torch.jit.ScriptModule):
+            where = f"{live.path} ({_name_of(type(live.module))})"
+            raise NotShareableError(f"{where} is compiled by torch.jit, so that no Python object has its tensors")
         self._module(live, "", live.module, 0)
         self._go_deeper()
 
@@ -431,6 +434,8 @@ class _Walk:
                 text = self._compound(live, path, value, depth)
             elif type(value) in MUTABLE:
                 self._tree.mutable[live.index, path] = value
+            elif isinstance(value, tuple):
+                self._tree.tuples[live.index, path] = value
             live.attributes[path] = text
 
     def _compound(self, live: LiveModule, path: str, value: Any, depth: int) -> str:

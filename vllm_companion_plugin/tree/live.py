@@ -115,6 +115,7 @@ class Tree:
         opaque: objects that are noted by their class alone, by module and name. Only the object itself shows whether
             another one has replaced it.
         mutable: plain values that can be changed in place, by module and name.
+        tuples: plain values that are tuples of more than numbers and strings, by module and name.
         orders: texts of the keys of dicts that hold more than plain values, in their order, by module and name.
         fixed: values in whose place nothing else can be put (keys, members of sets, the object of a method), by module
             and name; and whether no part of them can change either, because they are found by their hash.
@@ -130,6 +131,7 @@ class Tree:
     modules: list[LiveModule]
     opaque: dict[tuple[int, str], Any] = field(default_factory=dict)
     mutable: dict[tuple[int, str], Any] = field(default_factory=dict)
+    tuples: dict[tuple[int, str], tuple[Any, ...]] = field(default_factory=dict)
     orders: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)
     fixed: dict[tuple[int, str], bool] = field(default_factory=dict)
     places: dict[tuple[int, str], Place] = field(default_factory=dict)

@@ -52,6 +52,7 @@ from vllm_companion_plugin.tree.notation import (
     reference,
     without_known,
 )
+from vllm_companion_plugin.tree.of_process import Before
 from vllm_companion_plugin.tree.operators import Looks, Unseen, Watch, storage_of
 from vllm_companion_plugin.tree.snapshot import Snapshot
 from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints
@@ -91,6 +92,10 @@ class Observation:
             self._common = Common.of(tree)
             self.uses.built(tree, self._common.held)
             self._built = Snapshot.of(model, tree)
+            self._before = Before()
+            self._of_autograd = {
+                id(slot.tensor): found for slot in tree.slots() if (found := _of_autograd(slot.tensor))
+            }
             self._watch = Watch()
             # By full name: which memory building put there.
             self._built_at = {
@@ -284,6 +289,11 @@ class Observation:
         self._mark_moved(loaded, tree, is_at)
         self._mark_computed(loaded, tree, is_at)
         _check_functions(loaded, tree)
+        self._check_common_parts(now, loaded, tree, is_at)
+        self._check_process(loaded, tree)
+        for slot in tree.slots():
+            if _of_autograd(slot.tensor) not in ([], self._of_autograd.get(id(slot.tensor))):
+                raise NotShareableError(f"loading left a gradient, or a hook of gradients, on {tree.describe(slot)}")
         added = {f"{path}:{slot.name}" for path, seen in loaded.modules.items() for slot in seen.added}
         if self._moved:
             full = {f"{tree.modules[slot.module].path}:{slot.name}": slot.tensor for slot in tree.slots()}
@@ -292,6 +302,33 @@ class Observation:
             if origin in added:  # an engine could not tell the one that was there from the one that is there now
                 raise NotShareableError(f"loading moved {origin} to {name} and put another one there")
         return loaded
+
+    def _check_common_parts(self, now: Snapshot, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
+        """Raise `NotShareableError` if loading changed values that have parts in common, or which ones have."""
+        early = {live.path for live in tree.modules if id(live.module) in self._processed_early}
+        before = {
+            frozenset(((is_at.get(was, was), name), way) for (was, name), way in group)
+            for group in self._built.in_common
+        }
+        for group in sorted(before | now.in_common, key=repr):
+            places = sorted({place for place, _ in group})
+            if not early.isdisjoint(path for path, _ in places):
+                continue
+            changed = [place for place in places if place[1] in loaded.modules.get(place[0], Observed()).values]
+            if changed or group not in before or group not in now.in_common:
+                where = full_name(*(changed or places)[0])
+                raise NotShareableError(f"loading changed {where}, which has a part in common with another value")
+
+    def _check_process(self, loaded: Loaded, tree: Tree) -> None:
+        """Raise `NotShareableError` if loading set a value to what names a thing of this process."""
+        ids = {*tree.met, *(id(live.module) for live in tree.modules), *(id(slot.tensor) for slot in tree.slots())}
+        for path, seen in loaded.modules.items():
+            for name, (_, text) in seen.values.items():
+                what = self._before.found_in(f"{name} {text}" if "[" in name else text, ids) if text else None
+                if what is not None:
+                    raise NotShareableError(
+                        f"loading set {full_name(path, name)} to {what}, which is this process's own"
+                    )
 
     def _mark_moved(self, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
         """Mark what changed in objects that building made and loading moved: an engine has to have built the same.
@@ -435,6 +472,14 @@ class Observation:
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
+
+
+def _of_autograd(tensor: torch.Tensor) -> list[int]:
+    """The ids of a tensor's gradient and of its hooks."""
+    if not tensor.is_leaf:
+        return []
+    hooks = [*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values()]
+    return [id(each) for each in (tensor.grad, *hooks) if each is not None]
 
 
 def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

@@ -15,10 +15,12 @@ from torch.nn.parameter import is_lazy
 
 from vllm_companion_plugin.core.module_tree import AddedSlot
 from vllm_companion_plugin.tree.behind import behind
+from vllm_companion_plugin.tree.classes import MUTABLE
+from vllm_companion_plugin.tree.common_parts import Group, common_parts
 from vllm_companion_plugin.tree.descriptions import tensor_attributes
 from vllm_companion_plugin.tree.live import LiveSlot, Tree
 from vllm_companion_plugin.tree.states import parts_of, state_of
-from vllm_companion_plugin.tree.values import class_name
+from vllm_companion_plugin.tree.values import class_name, text_of
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class Snapshot:
     """By path of the module: objects of which a text says no more than a name, each with what it takes along unseen."""
     fixed: dict[str, dict[str, bool]]
     """As of `Tree`, by path of the module."""
+    in_common: set[Group]
+    """Which plain values have parts in common."""
     aliases: dict[tuple[str, str], str]
     """Where the walk met a value before, for values that can be changed in place and that it met before."""
     states: dict[tuple[str, str], str | None]
@@ -68,8 +72,18 @@ class Snapshot:
         for (index, name), value in tree.named.items():
             if not (type(value) is types.FunctionType and "<" in value.__qualname__):  # the text has a digest of it
                 by_name.setdefault(tree.modules[index].path, {})[name] = (value,)
+        plain: list[tuple[tuple[str, str], Any, bool]] = [
+            ((tree.modules[index].path, name), value, True)
+            for values in (tree.mutable, tree.tuples)
+            for (index, name), value in values.items()
+        ]
+        seen: set[int] = set()
         for slot in tree.slots():
             path = tree.modules[slot.module].path
+            if slot.tensor.__dict__ and id(slot.tensor) not in seen:
+                seen.add(id(slot.tensor))
+                hung = slot.tensor.__dict__.items()
+                plain += [((path, f"{slot.name}.{name}"), value, False) for name, value in hung if _is_plain(value)]
             for name, text in tensor_attributes(slot.tensor).items():
                 attributes[path][f"{slot.name}.{name}"] = text
                 value = slot.tensor.__dict__[name]
@@ -100,11 +114,16 @@ class Snapshot:
             orders={(tree.modules[index].path, name): keys for (index, name), keys in tree.orders.items()},
             named=by_name,
             fixed=fixed,
+            in_common=common_parts(plain),
             aliases={place: first for place, first in first_places.items() if first != ":".join(place)},
             states={(tree.modules[index].path, name): state_of(value) for (index, name), value in tree.opaque.items()},
             insides=_insides_of(tree),
             classes={live.path: type(live.module) for live in tree.modules},
         )
+
+
+def _is_plain(value: Any) -> bool:
+    return (type(value) in MUTABLE or isinstance(value, tuple)) and text_of(value) is not None
 
 
 def _taken_along(value: Any) -> tuple[Any, ...]:
