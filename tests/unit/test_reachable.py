@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import decimal
+import enum
 import functools
 import itertools
 import operator
@@ -183,6 +184,9 @@ PARTS: dict[str, Callable[[float], Any]] = {
     "storage": lambda x: torch.full((3,), x).untyped_storage(),
     "module": lambda x: nn.Dropout(x / 2),
     "type": lambda x: Box if x < 1 else Slots,
+    "class of one name": lambda x: type("Local", (), {"part": x}),
+    "method of a class of one name": lambda x: type("Local", (), {"part": eval(f"lambda self: {x}")}),
+    "enum of one name": lambda x: enum.Enum("Local", "A B", start=int(x * 8)).A,  # type: ignore[misc]
     "order of a dict": lambda x: dict(sorted({"a": 1, "b": 2}.items(), reverse=x < 1)),
     "set": lambda x: {x, 0.0},
     "frozenset": lambda x: frozenset((x, 0.0)),
@@ -306,6 +310,13 @@ class TestSharing:
         base = torch.arange(4.0)
         (line,) = found(model([base, base[1:3]]), model([base, base[1:3].clone()]))
         assert str(line) == "x[1] memory: x[0] normally, absent here"
+
+    def test_memory_of_arrays(self) -> None:
+        """So is that of an array, which has a base."""
+        base = np.arange(4.0)
+        (line,) = found(model([base, base[1:3]]), model([base, base[1:3].copy()]))
+        assert line.path == "x[1].memory"
+        assert found(model([base[:2], base[2:]]), model([base[:2].copy(), base[2:].copy()])) == []
 
     def test_neighbours(self) -> None:
         """Parts of one storage that do not overlap have no memory in common."""

@@ -25,7 +25,7 @@ import sys
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,24 +177,45 @@ class _Walk:
             self._reached.values[path] = f"weak reference to {to}"
 
     def _note_common_memory(self) -> None:
-        """Note for each tensor which earlier tensor shares its memory: a write to one of them changes both."""
-        order = {path: number for number, path in enumerate(self._reached.tensors)}
-        spans = sorted(
+        """Note for each tensor or array which earlier one shares its memory: a write to one of them changes both."""
+        tensors = self._reached.tensors
+        order = {path: number for number, path in enumerate(tensors)}
+        for first, other in _sharing(
             (*_span(value), order[path], path)
             for path, value in self._met.values()
             if path in order and issubclass(type(value), torch.Tensor) and _span(value)[1]
-        )
-        group: list[tuple[int, str]] = []
-        end = -1
-        for start, stop, number, path in [*spans, (sys.maxsize, sys.maxsize, -1, "")]:
-            if start >= end:
-                first = min(group, default=(-1, ""))[1]
-                for _, other in group:
-                    if other != first:
-                        self._reached.tensors[other]["memory"] = first
-                group = []
-            group.append((number, path))
-            end = max(end, stop) if start < end else stop
+        ):
+            tensors[other]["memory"] = first
+        for first, other in _sharing(
+            (*_bounds(value), number, path)
+            for number, (path, value) in enumerate(self._met.values())
+            if issubclass(type(value), np.ndarray) and value.size
+        ):
+            self._reached.values[f"{other}.memory"] = f"that of {first}"
+
+
+def _sharing(spans: Iterable[tuple[int, int, int, str]]) -> Iterator[tuple[str, str]]:
+    """Yield the paths of those whose memory overlaps, each with the path of the first of them.
+
+    Args:
+        spans: start, end, number and path of each.
+    """
+    group: list[tuple[int, str]] = []
+    end = -1
+    for start, stop, number, path in [*sorted(spans), (sys.maxsize, sys.maxsize, -1, "")]:
+        if start >= end:
+            first = min(group, default=(-1, ""))[1]
+            yield from ((first, other) for _, other in group if other != first)
+            group = []
+        group.append((number, path))
+        end = max(end, stop) if start < end else stop
+
+
+def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return where an array's items begin and end in memory."""
+    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    start = np.ndarray.ctypes.__get__(array).data
+    return start + sum(min(step, 0) for step in steps), start + sum(max(step, 0) for step in steps) + array.itemsize
 
 
 def _text(value: Any) -> str | None:
@@ -203,13 +224,14 @@ def _text(value: Any) -> str | None:
     if cls in _EXACT_VALUES:
         text = repr(value)
     elif issubclass(cls, enum.Enum):
-        return f"{name_of(cls)}.{value._name_}"
+        what = "" if _is_found(cls) else f" = {_text(value._value_)}, {_class_digest(cls)}"
+        return f"{name_of(cls)}.{value._name_}{what}"
     elif issubclass(cls, re.Pattern):  # whose own text is cut short
         text = f"{cls.__name__} {value.pattern!r} {value.flags}"
     elif issubclass(cls, _TEXTS):
         text = f"{cls.__name__} {value!r}"
     elif issubclass(cls, type):
-        return f"class {name_of(value)}"
+        return f"class {name_of(value)}" if _is_found(value) else f"class {name_of(value)} {_class_digest(value)}"
     elif issubclass(cls, types.ModuleType):
         return f"module {value.__name__}"
     elif issubclass(cls, _PROGRAM) or _reason(cls):
@@ -219,6 +241,27 @@ def _text(value: Any) -> str | None:
     else:
         return None
     return _shortened(text)
+
+
+def _is_found(cls: type) -> bool:
+    """Tell whether the name of a class leads to it, and so to the same class in each process."""
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    return found is cls
+
+
+def _class_digest(cls: type) -> str:
+    """Return what tells two classes of one name apart: code and values that say all of themselves."""
+    texts = []
+    for name, part in sorted(vars(cls).items()):
+        if isinstance(part, type):  # which may lead back here
+            texts.append(f"{name} {name_of(part)}")
+        elif name == "__module__" or not (name.startswith("__") or isinstance(part, enum.Enum)):
+            function = getattr(part, "__func__", getattr(part, "fget", part))
+            is_code = isinstance(function, types.FunctionType)
+            texts.append(f"{name} {_code_digest(function.__code__) if is_code else _text(part)}")
+    return hashlib.sha256(repr(texts).encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def _shortened(text: str) -> str:
