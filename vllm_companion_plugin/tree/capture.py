@@ -66,11 +66,13 @@ _PARAMETER, _BUFFER = TensorKind.PARAMETER, TensorKind.BUFFER
 _NON_PERSISTENT_BUFFER, _ATTRIBUTE = TensorKind.NON_PERSISTENT_BUFFER, TensorKind.ATTRIBUTE
 
 
-def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = None) -> Tree:
+def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = None, to_compare: bool = False) -> Tree:
     """The tree of `model`, in the order of `named_modules`. Reads no tensor data.
 
     Args:
         wanted: names of values by path of their module, whose places are wanted to change them.
+        to_compare: note also what tells whether loading changed what has the same text: `Tree.named`, `Tree.fixed` and
+            `Tree.tuples`. An engine that attaches needs none of it.
     """
     by_id: dict[int, LiveModule] = {}
     for path, module in named_modules(model):
@@ -80,7 +82,7 @@ def capture(model: nn.Module, *, wanted: Mapping[str, Collection[str]] | None = 
         else:
             known.aliases.append(path)
     tree = Tree(list(by_id.values()))
-    walk = _Walk(tree, by_id, wanted)
+    walk = _Walk(tree, by_id, wanted, to_compare=to_compare)
     for live in tree.modules:
         walk.named_module(live)
     tree.classes, tree.code = walk.classes(), walk.code()
@@ -165,10 +167,13 @@ class _Walk:
         tree: Tree,
         named: Mapping[int, LiveModule],
         wanted: Mapping[str, Collection[str]] | None,
+        *,
+        to_compare: bool = False,
     ) -> None:
         self._tree = tree
         self._named = named
         self._wanted = wanted
+        self._to_compare = to_compare
         self._met = tree.met
         self._noting: dict[type, _Noting] = {}
         self._classes: dict[type, None] = {}
@@ -365,22 +370,22 @@ class _Walk:
 
     def _constant(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         live.attributes[path] = self._text_once(value)
-        self._tree.named[live.index, path] = value
+        if self._to_compare:
+            self._tree.named[live.index, path] = value
 
     def _member(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         self._classes[type(value)] = None
         live.attributes[path] = self._text_once(value) or f"{value._name_} of a {_name_of(type(value))}"
-        self._tree.named[live.index, path] = value
+        if self._to_compare:
+            self._tree.named[live.index, path] = value
 
     def _weak(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
         live.attributes[path] = _name_of(type(value))
         self._tree.opaque[live.index, path] = value
 
     def _callable(self, live: LiveModule, path: str, value: Any, holder: Any, key: Any, depth: int) -> None:
-        if type(value) is types.FunctionType:
-            self._tree.named[live.index, path] = value
-        elif type(value) is types.MethodType:
-            self._tree.named[live.index, path] = value.__func__
+        if self._to_compare and type(value) in (types.FunctionType, types.MethodType):
+            self._tree.named[live.index, path] = getattr(value, "__func__", value)
         if id(value) in self._met:
             live.attributes[path] = self._text_once(value)
         elif not (isinstance(value, types.FunctionType) and module_of(value).startswith(_OURS)):
@@ -434,7 +439,7 @@ class _Walk:
                 text = self._compound(live, path, value, depth)
             elif type(value) in MUTABLE:
                 self._tree.mutable[live.index, path] = value
-            elif isinstance(value, tuple):
+            elif self._to_compare and isinstance(value, tuple):
                 self._tree.tuples[live.index, path] = value
             live.attributes[path] = text
 
@@ -451,7 +456,8 @@ class _Walk:
         if isinstance(value, LEAVES):
             if isinstance(value, types.ModuleType):
                 self._modules.append(value)
-            self._tree.named[live.index, path] = value
+            if self._to_compare:
+                self._tree.named[live.index, path] = value
             return name
         first = self._first(live, path, value)
         if first is not None:
@@ -527,7 +533,8 @@ class _Walk:
 
     def _insides(self, live: LiveModule, path: str, value: Any, holder: Any, cls: Any, depth: int) -> None:
         self._classes[cls] = None
-        self._tree.named[live.index, path] = cls
+        if self._to_compare:
+            self._tree.named[live.index, path] = cls
         own, prefix = dictionary(value), path + "."
         if own:
             self._attributes(live, prefix, own, holder, depth + 1)
@@ -589,9 +596,10 @@ class _Walk:
         Args:
             by_value: it is found by its hash.
         """
-        cls: Any = type(value)
-        is_hashed = by_value and cls.__hash__ is not object.__hash__ and not issubclass(cls, torch.Tensor)
-        self._tree.fixed[live.index, path] = is_hashed
+        if self._to_compare:
+            cls: Any = type(value)
+            is_hashed = by_value and cls.__hash__ is not object.__hash__ and not issubclass(cls, torch.Tensor)
+            self._tree.fixed[live.index, path] = is_hashed
         self._value(live, path, value, None, "", depth)
 
     def _first(self, live: LiveModule, path: str, value: Any) -> str | None:

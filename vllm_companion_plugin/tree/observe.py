@@ -87,7 +87,7 @@ class Observation:
     def __init__(self, model: nn.Module, uses: Uses | None = None) -> None:
         self.uses = Uses(None) if uses is None else uses
         with plain_tensors():
-            tree = capture(model)
+            tree = capture(model, to_compare=True)
             check_plain(tree)
             self._common = Common.of(tree)
             self.uses.built(tree, self._common.held)
@@ -174,7 +174,7 @@ class Observation:
         self._looks.close()
         self.uses.loaded()
         with plain_tensors(), self._watch.paused():
-            tree = capture(model)
+            tree = capture(model, to_compare=True)
             self._compare_bytes(tree)
             now = Snapshot.of(model, tree)
             self._loaded = self._compare(now, tree)
