@@ -620,3 +620,46 @@ def test_numbers_and_paths_that_name_no_thing_of_the_process() -> None:
     values = {"number": 1, "long": 10**12, "path": "/usr", "list": ["/usr", 3, 140000000000000]}
     attached = attach(publish(nothing_more, lambda m: m.__dict__.update(values)), nothing_more)
     assert {name: getattr(attached, name) for name in values} == values
+
+
+class Weight(torch.nn.Parameter):
+    """With a slot, as those below."""
+
+    __slots__ = ("held",)
+
+
+class Partial(functools.partial):  # type: ignore[type-arg]
+    __slots__ = ("held",)
+
+
+class Table(dict[str, float]):
+    __slots__ = ("held",)
+
+
+def with_held(value: Any, held: Any = 1.0) -> Any:
+    value.held = held
+    return value
+
+
+SLOTS: dict[str, Case] = {
+    kind: (make, lambda m: setattr(m.x, "held", 2.0), lambda x: (type(x), x.held))
+    for kind, make in {
+        "weight": lambda: with_held(Weight(torch.ones(2), requires_grad=False)),
+        "weight without": lambda: Weight(torch.ones(2), requires_grad=False),
+        "partial": lambda: with_held(Partial(relu)),
+        "dict": lambda: with_held(Table(a=1.0)),
+        "dict with a tuple": lambda: with_held(Table(held=1.0), (1.0, Node(2.0))),
+    }.items()
+} | {
+    "class of a partial": (lambda: functools.partial(relu), setting(lambda: with_held(Partial(relu))), type),
+    "dict that loses it": (
+        lambda: with_held(Table(held=1.0)),
+        lambda m: delattr(m.x, "held"),
+        lambda x: (dict(x), hasattr(x, "held")),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SLOTS)
+def test_slots(kind: str) -> None:
+    same_or_refused(SLOTS[kind])

@@ -295,7 +295,10 @@ class _Walk:
             except AttributeError:  # nothing was put there yet
                 continue
             found = True
-            self._value(live, f"{prefix}{name}", item, value, name, depth)
+            holder, key = (
+                (member, value) if isinstance(value, HOLDERS) else (value, name)
+            )  # whose items have names, too
+            self._value(live, f"{prefix}{name}", item, holder, key, depth)
         return found
 
     def _tensor(
@@ -310,6 +313,9 @@ class _Walk:
     ) -> None:
         live.slots.append(LiveSlot(path, kind, tensor, live.index, holder, key))
         hung = tensor.__dict__
+        if (members := slot_members(type(tensor))) and id(tensor) not in self._met:
+            self._met[id(tensor)] = live.path, path
+            self._members(live, f"{path}.", tensor, members, depth + 1)
         if hung and id(tensor) not in self._tree.hung:
             values = tuple(hung.values())
             layout = self._layout("", hung, values)
@@ -583,6 +589,9 @@ class _Walk:
                 self._value(live, f"{path}.keywords[{key!r}]", item, value.keywords, key, depth)
             if own := vars(value):
                 self._attributes(live, f"{path}.", own, own, depth)
+            cls: Any = type(value)
+            if members := slot_members(cls):
+                self._members(live, f"{path}.", value, members, depth)
         elif isinstance(value.__self__, torch.Tensor) or not isinstance(value.__self__, LEAVES):
             self._fixed(live, f"{path}.__self__", value.__self__, depth)
 

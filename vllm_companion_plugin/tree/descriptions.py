@@ -23,7 +23,8 @@ def describe_value(value: Any) -> str | None:
     if issubclass(kind, type):
         return f"class {class_name(value)}"
     if issubclass(kind, functools.partial):
-        return f"partial of {describe_value(value.func)}"
+        made_from_it = "" if kind is functools.partial else f"{class_name(kind)}, a "
+        return f"{made_from_it}partial of {describe_value(value.func)}"
     if issubclass(kind, types.MethodType):
         function: Any = value.__func__  # anything that can be called
         named = function if hasattr(function, "__qualname__") else type(function)

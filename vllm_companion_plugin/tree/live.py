@@ -71,7 +71,9 @@ class Place:
     def delete(self) -> None:
         """Remove what is here. Raises `TypeError` or `AttributeError` if nothing can be removed here."""
         holder, key = self.steps[-1]
-        if isinstance(holder, dict):
+        if isinstance(holder, types.MemberDescriptorType):
+            holder.__delete__(key)
+        elif isinstance(holder, dict):
             del holder[key]
         elif isinstance(holder, (list, tuple, collections.deque, types.CellType, functools.partial)):
             raise TypeError(f"a {type(holder).__name__} cannot do without it")
@@ -91,17 +93,21 @@ def _with_item(held: Any, keys: list[Any], value: Any) -> Any:
 
 
 def _item(holder: Any, key: Any) -> Any:
+    if isinstance(holder, types.MemberDescriptorType):
+        return holder.__get__(key)
     if isinstance(holder, (dict, list, collections.deque)):
         return holder[key]
     return holder.cell_contents if isinstance(holder, types.CellType) else object.__getattribute__(holder, key)
 
 
 def _set_item(holder: Any, key: Any, value: Any) -> None:
-    if isinstance(holder, (dict, list, collections.deque)):
+    if isinstance(holder, types.MemberDescriptorType):  # a slot of what has items, and the object
+        holder.__set__(key, value)
+    elif isinstance(holder, (dict, list, collections.deque)):
         holder[key] = value
     elif isinstance(holder, types.CellType):
         holder.cell_contents = value
-    elif isinstance(holder, functools.partial):
+    elif isinstance(holder, functools.partial) and key == "args":
         holder.__setstate__((holder.func, value, holder.keywords, vars(holder)))  # type: ignore[attr-defined]
     else:
         object.__setattr__(holder, key, value)
