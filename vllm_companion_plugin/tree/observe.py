@@ -306,15 +306,23 @@ class Observation:
     def _check_common_parts(self, now: Snapshot, loaded: Loaded, tree: Tree, is_at: dict[str, str]) -> None:
         """Raise `NotShareableError` if loading changed values that have parts in common, or which ones have."""
         early = {live.path for live in tree.modules if id(live.module) in self._processed_early}
-        before = {
-            frozenset(((is_at.get(was, was), name), way) for (was, name), way in group)
+
+        def is_changed(place: tuple[str, str]) -> bool:
+            return place[1] in loaded.modules.get(place[0], Observed()).values
+
+        # What loading changed has parts of its own in an engine.
+        kept = [
+            frozenset(
+                (place, way) for (was, name), way in group if not is_changed(place := (is_at.get(was, was), name))
+            )
             for group in self._built.in_common
-        }
+        ]
+        before = {group for group in kept if len(group) > 1 and any(way for _, way in group)}
         for group in sorted(before | now.in_common, key=repr):
             places = sorted({place for place, _ in group})
             if not early.isdisjoint(path for path, _ in places):
                 continue
-            changed = [place for place in places if place[1] in loaded.modules.get(place[0], Observed()).values]
+            changed = [*filter(is_changed, places)]
             if changed or group not in before or group not in now.in_common:
                 where = full_name(*(changed or places)[0])
                 raise NotShareableError(f"loading changed {where}, which has a part in common with another value")
