@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import decimal
 import fractions
@@ -30,7 +31,7 @@ from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.errors import CompanionError, NotShareableError, ParityError
 from vllm_companion_plugin.memory.tensors.views import ArenaViews
 from vllm_companion_plugin.tree import constants, pack
-from vllm_companion_plugin.tree.building import WithoutWeights, _Deferring
+from vllm_companion_plugin.tree.building import WithoutWeights, _Deferring, left_by_loading
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.classes import MUTABLE
 from vllm_companion_plugin.tree.observe import Observation
@@ -91,6 +92,18 @@ class SlotModule(nn.Module):
     __slots__ = ("value",)
 
 
+class Plain(nn.Module):
+    """Has nothing yet."""
+
+
+class Becomes(Plain):
+    """Of another class than it was built."""
+
+
+class Subclass(nn.Parameter):
+    """A parameter with a class of its own, as vLLM's are."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     value: Any
@@ -107,6 +120,11 @@ class Model(nn.Module):
         self.first = nn.Linear(8, 6)
         self.second = nn.Linear(8, 6)
         build(self, flag)
+
+
+def keep(model: Model, value: Any) -> Any:
+    model.kept = value
+    return value
 
 
 def _seed() -> None:
@@ -160,7 +178,7 @@ def attach(
 ) -> Model:
     """Build with this engine's flag, and bind to what was published."""
     _seed()
-    built = WithoutWeights(CPU)
+    built = WithoutWeights(CPU, left_by_loading(published.manifest))
     with built.building():
         model = of(build, flag)
     check_uses(published.manifest, model)
@@ -1073,18 +1091,122 @@ class TestTensor:
             model = Model(build, 1.0)
         assert model.where == {"meta"}
 
-    def test_a_parameter_that_loading_does_not_touch(self) -> None:
-        """A parameter that the checkpoint lacks has the value that its constructor gave it."""
+    @pytest.mark.parametrize("elements", [4, 1 << 15, LARGE], ids=["small", "deferred", "sampled"])
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda m, n, flag: keep(m, nn.Parameter(torch.full((n,), flag))),
+            lambda m, n, flag: keep(m, nn.Parameter(torch.zeros(n))).data.fill_(flag),
+            lambda m, n, flag: nn.init.constant_(keep(m, nn.Parameter(torch.empty(n))), flag),
+            lambda m, n, flag: keep(m, nn.init.constant_(nn.Parameter(torch.empty(n)), flag)),
+            lambda m, n, flag: keep(m, nn.Parameter(torch.empty(n).fill_(flag))),
+            lambda m, n, flag: keep(m, nn.Parameter(torch.full((n + int(flag * 4),), flag))),
+            lambda m, n, flag: keep(m, nn.init.constant_(nn.Parameter(torch.empty(n + int(flag * 4))), flag)),
+            lambda m, n, flag: keep(m, Subclass(torch.full((n,), flag), requires_grad=False)),
+            lambda m, n, flag: keep(m, Subclass(torch.empty(n), requires_grad=False)).fill_(flag),
+        ],
+    )
+    def test_a_parameter_that_loading_does_not_touch(
+        self, make: Callable[[Model, int, float], Any], elements: int
+    ) -> None:
+        """A parameter that the checkpoint lacks has the value that its constructor gave it, whatever its size."""
 
+        @torch.no_grad()
         def build(m: Model, flag: float) -> None:
-            m.small = nn.Parameter(torch.full((4,), flag))
-            m.large = nn.Parameter(torch.full((LARGE,), 3.0))
+            make(m, elements, flag)
 
         published = publish(build, flag=1.0)
         attached = attach(published, build, flag=0.25)
-        assert attached.small.tolist() == [0.25] * 4
-        assert attached.large.unique().tolist() == [3.0]
-        assert not in_arena(attached.large, published)
+        assert attached.kept.unique().tolist() == [0.25]
+        assert len(attached.kept) == len(Model(build, 0.25).kept)
+        assert type(attached.kept) is type(published.model.kept)
+        assert attached.kept.requires_grad == published.model.kept.requires_grad
+        assert not in_arena(attached.kept, published)
+
+    def test_numbers_drawn_for_a_parameter_that_loading_does_not_touch(self) -> None:
+        """They are those of a normal load, between others that are drawn for weights and lost."""
+
+        def build(m: Model, flag: float) -> None:
+            torch.manual_seed(int(flag * 4))
+            m.before = nn.Linear(512, 512)
+            m.kept = nn.Parameter(torch.empty(LARGE))
+            m.after = nn.Linear(512, 512)
+            nn.init.normal_(m.kept)
+
+        def load(m: Model) -> None:
+            for parameter in (*m.before.parameters(), *m.after.parameters()):
+                parameter.data.copy_(checkpoint(2.0)[: parameter.numel()].view_as(parameter))
+
+        published = publish(build, load)
+        attached = attach(published, build, flag=0.25)
+        assert torch.equal(attached.kept, Model(build, 0.25).kept)
+        assert in_arena(attached.before.weight, published)
+        assert in_arena(attached.after.weight, published)
+
+    def test_parameters_that_loading_does_not_touch_among_others(self) -> None:
+        """Modules of one class, of which loading fills some; one of them is moved, and one of another class then."""
+
+        def build(m: Model, flag: float) -> None:
+            m.layers = nn.ModuleList(nn.Linear(512, 512 + 2 * (number == 2), bias=False) for number in range(4))
+            for layer in m.layers:
+                layer.weight.data.fill_(flag)
+            m.other = Plain()
+            m.other.weight = nn.Parameter(torch.full((LARGE,), flag))
+
+        def load(m: Model) -> None:
+            for number in (0, 2):
+                weight = m.layers[number].weight
+                weight.data.copy_(checkpoint(2.0)[: weight.numel()].view_as(weight))
+            m.layers[1].moved = m.layers[1].weight
+            del m.layers[1].weight
+            m.other.__class__ = Becomes
+
+        published = publish(build, load)
+        attached = attach(published, build, flag=0.25)
+        assert [in_arena(attached.layers[number].weight, published) for number in (0, 2, 3)] == [True, True, False]
+        for kept in (attached.layers[1].moved, attached.layers[3].weight, attached.other.weight):
+            assert kept.unique().tolist() == [0.25]
+
+    def test_processing_a_parameter_that_loading_does_not_touch(self) -> None:
+        """The engine's post-processing sees the engine's value of it."""
+        seen: list[list[float]] = []
+
+        def build(m: Model, flag: float) -> None:
+            m.kept = nn.Parameter(torch.full((LARGE,), flag))
+
+        def process(m: Model) -> None:
+            seen.append(m.kept.unique().tolist())
+
+        attached = attach(publish(build, process=process), build, process, flag=0.25)
+        assert attached.kept.unique().tolist() == [0.25]
+        assert seen == [[1.0], [0.25]]
+
+    def test_a_part_that_is_written_unseen(self) -> None:
+        """A large parameter whose memory NumPy got is published, and not shared."""
+
+        def build(m: Model, flag: float) -> None:
+            m.kept = nn.Parameter(torch.zeros(LARGE), requires_grad=False)
+
+        def load(m: Model) -> None:
+            m.kept.numpy()[5] = 7.0
+
+        published = publish(build, load)
+        attached = attach(published, build)
+        assert attached.kept[5] == 7.0
+        assert not in_arena(attached.kept, published)
+
+    def test_a_parameter_that_is_written_unseen(self) -> None:
+        """A sample of its bytes shows that."""
+
+        def build(m: Model, flag: float) -> None:
+            m.kept = nn.Parameter(torch.zeros(LARGE), requires_grad=False)
+
+        def load(m: Model) -> None:
+            with torch._C.DisableTorchFunction():
+                ctypes.memset(m.kept.data_ptr(), 1, m.kept.nbytes)
+
+        published = publish(build, load)
+        assert attach(published, build).kept.unique().tolist() == published.model.kept.unique().tolist() != [0.0]
 
     def test_what_loading_writes_is_shared(self) -> None:
         """Weights are mapped, also those that were zeros and stay zeros."""

@@ -24,7 +24,7 @@ from vllm_companion_plugin.engine.vllm import building, processing, reload_notes
 from vllm_companion_plugin.errors import CompanionError, IntegrityError, NotShareableError, ParityError
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.tree import constants, uses
-from vllm_companion_plugin.tree.building import WithoutWeights
+from vllm_companion_plugin.tree.building import WithoutWeights, left_by_loading
 from vllm_companion_plugin.tree.capture import capture
 from vllm_companion_plugin.tree.restore import Restorer, Source, Strategy, meta_parameters
 from vllm_companion_plugin.tree.values import class_name
@@ -53,7 +53,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         views = attachment.views()
         # The device compares while the model is built here.
         verification = attachment.verification(views, settings.verify)
-        without_weights = WithoutWeights(device)
+        without_weights = WithoutWeights(device, left_by_loading(attachment.manifest))
         with (
             building.model_without_weights(vllm_config, model_config, prefix, without_weights) as model,
             ExitStack() as without,

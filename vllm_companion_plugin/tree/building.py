@@ -3,8 +3,9 @@
 Memory that a constructor asks for without giving it values will be filled by loading: it becomes a meta
 tensor. Whatever a constructor computes (caches, work space, tables, small numbers) is made for real, on the real
 device: its values are this engine's own, and may follow from this engine's flags. So memory that is no parameter's
-becomes real when a constructor writes to it by hand; a parameter's does not, but random numbers for it are drawn as in
-a normal load, because what is drawn later follows from them. And what was deferred says that it is on the real device,
+becomes real when a constructor writes to it by hand. A parameter's does so only if the publication names the parameter
+as one that loading leaves alone (`left_by_loading`); for others random numbers are drawn as in a normal load, because
+what is drawn later follows from them. And what was deferred says that it is on the real device,
 where a constructor that asks makes something of its own, as Marlin's work space. What would be computed of values that
 are not there yet is on meta, too; where it would reach something real, building fails.
 """
@@ -16,8 +17,9 @@ import re
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+
+from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, TensorKind
+from vllm_companion_plugin.tree.notation import CLASS
+from vllm_companion_plugin.tree.values import class_name, dtype_name
 
 DEFERRED_BYTES = 64 << 10
 """Smaller memory is made for real, which costs nothing."""
@@ -72,15 +78,52 @@ _PLACES: dict[Any, Callable[[torch.device], Any]] = {
 """Properties that say where a tensor is, and what each says of one on a device."""
 
 
+_Form = tuple[str, tuple[int, ...]]
+Left = Mapping[tuple[str, str], frozenset[_Form] | None]
+
+
+def left_by_loading(manifest: Manifest) -> Left:
+    """The parameters that a constructor made and that loading left alone: each engine keeps its own.
+
+    Returns:
+        By class of the module and name of the parameter, as they are built: dtypes and shapes; None for any, where no
+        other parameter has that class and name. A constructor does not say which module will be which.
+    """
+    modules = {module.path: module for module in manifest.modules}
+    left: dict[tuple[str, str], set[_Form]] = {}
+    others: set[tuple[str, str]] = set()
+    for module in manifest.modules:
+        for slot in module.slots:
+            info = manifest.tensors[slot.tensor]
+            if slot.kind is not TensorKind.PARAMETER or info.meta:
+                continue
+            path, _, name = module.observed.retied.get(slot.name, f"{module.path}:{slot.name}").partition(":")
+            place = _class_when_built(modules.get(path, module)), name
+            if info.own:
+                left.setdefault(place, set()).add((info.dtype, info.shape))
+            else:
+                others.add(place)
+    return {place: frozenset(forms) if place in others else None for place, forms in left.items()}
+
+
+def _class_when_built(module: ModuleInfo) -> str:
+    built, _ = module.observed.values.get(CLASS, (None, None))
+    return module.class_name if built is None else built.removeprefix("class ")
+
+
 class WithoutWeights:
     """What was deferred while one model was built.
+
+    Args:
+        left: as of `left_by_loading`: parameters that are not deferred.
 
     Attributes:
         device: where the model will be.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, left: Left = MappingProxyType({})) -> None:
         self.device = device
+        self._left = left
         if device.type == "cuda" and device.index is None:  # which no tensor says of itself
             self.device = torch.device("cuda", torch.cuda.current_device())
         # By address of the C++ storage, with what keeps that address from being used again.
@@ -101,7 +144,10 @@ class WithoutWeights:
         def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if threading.get_ident() == thread and parameter is not None:
                 with torch._C.DisableTorchFunction():  # modes would slow down each look at the parameter
-                    self._defer_parameter(parameter)
+                    if self._left and self._is_left_alone(module, name, parameter):
+                        self.make_real(parameter)
+                    else:
+                        self._defer_parameter(parameter)
 
         hook = register_module_parameter_registration_hook(registered)
         try:
@@ -160,17 +206,32 @@ class WithoutWeights:
         self._small[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def make_real(self, tensor: torch.Tensor) -> None:
-        """Give the deferred memory under `tensor` to all that view it, unless it is a parameter's."""
+        """Give the deferred memory under `tensor` to all that view it, unless loading will fill the parameter."""
         storage = tensor.untyped_storage()
+        if storage._cdata not in self._deferred:
+            return
         views = [view for weak in self._viewed_by.get(storage._cdata, ()) if (view := weak()) is not None]
         if all(view is not tensor for view in views):
-            return
+            if not self._may_be_left_alone(tensor):
+                return
+            views.append(tensor)
         memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device).untyped_storage()
         for view in views:
             real = torch.empty(0, dtype=view.dtype, device=self.device)
             real.set_(memory, view.storage_offset(), view.shape, view.stride())
+            if isinstance(view, nn.Parameter):
+                real = torch.Tensor._make_subclass(type(view), real, view.requires_grad)
             torch._C._swap_tensor_impl(view, real)
-        del self._viewed_by[storage._cdata], self._deferred[storage._cdata]
+        self._viewed_by.pop(storage._cdata, None)
+        del self._deferred[storage._cdata]
+
+    def _is_left_alone(self, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+        place = class_name(type(module)), name
+        return place in self._left and _is_one_of(self._left[place], parameter)
+
+    def _may_be_left_alone(self, tensor: torch.Tensor) -> bool:
+        """Whether it may become a parameter that loading leaves alone: no module may have it yet."""
+        return isinstance(tensor, nn.Parameter) and any(_is_one_of(forms, tensor) for forms in self._left.values())
 
     def note_made(self, tensor: torch.Tensor, *, is_ours: bool) -> None:
         """`tensor` is on meta because it is a view of what was deferred, or was computed from that.
@@ -215,6 +276,10 @@ class WithoutWeights:
             return
         self.note(parameter)
         self.touch(parameter)
+
+
+def _is_one_of(forms: frozenset[_Form] | None, tensor: torch.Tensor) -> bool:
+    return forms is None or (dtype_name(tensor.dtype), tuple(tensor.shape)) in forms
 
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)

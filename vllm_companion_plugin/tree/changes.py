@@ -53,6 +53,7 @@ def apply_loading(
         return
     _check_tensors(model, changed, is_unwritten)
     modules = dict(named_modules(model))
+    renamed = _removed_tensors(modules, changed)
     for path, observed in changed.items():
         if path in modules:
             _remove_slots(modules[path], observed)
@@ -71,7 +72,12 @@ def apply_loading(
             values.change(live, observed)
     # All are looked up before the first is put: loading may have swapped them.
     retied = [
-        (values.by_path[path], name, values.tensor(first), _kind_of(manifest, path, name))
+        (
+            values.by_path[path],
+            name,
+            renamed[first] if first in renamed else values.tensor(first),
+            _kind_of(manifest, path, name),
+        )
         for path, observed in changed.items()
         if path in values.by_path
         for name, first in observed.retied.items()
@@ -224,6 +230,18 @@ def _become(module: nn.Module, path: str, class_name: str) -> None:
         module.__class__ = cls
     except TypeError as error:
         raise ParityError(f"{path} cannot become a {class_name}: {error}.", path) from None
+
+
+def _removed_tensors(modules: dict[str, nn.Module], changed: dict[str, Observed]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that loading removed from one slot and put into another, by full name of the first."""
+    found: dict[str, torch.Tensor] = {}
+    for full in {first for observed in changed.values() for first in observed.retied.values()}:
+        path, _, name = full.partition(":")
+        if path in modules and path in changed and name in changed[path].removed:
+            for table in (modules[path]._parameters, modules[path]._buffers):
+                if (tensor := table.get(name)) is not None:
+                    found[full] = tensor
+    return found
 
 
 def _remove_slots(module: nn.Module, observed: Observed) -> None:

@@ -10,8 +10,9 @@ when it has been processed, and in between every operation on tensors is watched
   nothing (zeros, a workspace) is not;
 - it is *computed* if it was seen to get such bytes. What Python or a kernel fills unseen may be a workspace.
 
-What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes. A large
-parameter that nothing was seen to write is published without being shared: no engine computes with a guess.
+What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes, of a large
+parameter a sample of them. If the memory of a large one was lent to who may have written a part of it unseen, then it
+is published without being shared: no engine computes with a guess.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class Observation:
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
             }
             compared: dict[int, torch.Tensor] = {}
+            sampled: set[int] = set()
+            whole: set[int] = set()
             for slot in tree.slots():
                 storage = storage_of(slot.tensor)
                 if storage is None or slot.tensor.is_meta or is_lazy(slot.tensor):
@@ -110,9 +113,13 @@ class Observation:
                 self._watch.built.add(storage)
                 if slot.kind is _PARAMETER:
                     self._watch.parameters.add(storage)
-                if slot.kind is not _PARAMETER or slot.tensor.nbytes <= SMALL_BYTES:
-                    compared.setdefault(storage, slot.tensor)
-            self._fingerprints = fingerprints(compared)
+                compared.setdefault(storage, slot.tensor)
+                if slot.kind is _PARAMETER and slot.tensor.nbytes > SMALL_BYTES:
+                    sampled.add(storage)
+                else:
+                    whole.add(storage)
+            self._sampled = sampled - whole
+            self._fingerprints = fingerprints(compared, self._sampled)
             self._watch.clean |= self._watch.built
         # By id: modules that were post-processed before all was loaded, as online quantization does. All that
         # changed in them counts as made by processing, which engines do for themselves.
@@ -202,7 +209,10 @@ class Observation:
             for slot in tree.slots()
             if (storage := storage_of(slot.tensor)) in unwritten and storage in self._fingerprints
         }
-        now = fingerprints(tensors)
+        # Somebody may have written a part of what was lent, of which a sample says nothing.
+        for storage in self._sampled & self._watch.lent:
+            tensors.pop(storage, None)
+        now = fingerprints(tensors, self._sampled)
         self._same = {storage: data == self._fingerprints[storage] for storage, data in now.items()}
 
     def is_derived(self, tensor: torch.Tensor) -> bool:

@@ -38,6 +38,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_loading: the model is being loaded, and not yet processed.
         sources: by storage, those of `built` that it was computed from while these were as building had made them.
         looked: those of `built` whose data, or what was computed of it, loading read into Python.
+        lent: those of `built` whose memory was given to who can write there without an operator.
         partly: by storage of `built`, which of its bytes loading overwrote.
     """
 
@@ -54,6 +55,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_loading = True
         self.sources: dict[int, set[int]] = {}
         self.looked: set[int] = set()
+        self.lent: set[int] = set()
         self.partly: dict[int, np.ndarray[Any, Any]] = {}
         self._paused = False
         self._addresses: list[StorageWeakRef] = []
@@ -200,6 +202,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.placing.looked_at(storages)
         self.note_data(storages)
 
+    def note_lent(self, tensor: Any) -> None:
+        """Others than operators may write to the memory of `tensor` from now on."""
+        if not self._paused:
+            self.lent |= self.built & {*_storages(tensor)}
+
     def note_data(self, storages: set[int]) -> None:
         """Python was given data of these storages."""
         if self._is_loading_alone and not self._paused:
@@ -244,14 +251,19 @@ class Looks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if self._watch.is_loading and name in _GIVING and args:
-            self._watch.note_given(args[0], memory=name in _LENDING)
+        if self._watch.is_loading and name in _READING and args:
+            if name in _GIVING:
+                self._watch.note_given(args[0], memory=name in _LENDING)
+            if name not in _COPYING:
+                self._watch.note_lent(args[0])
         return func(*args, **(kwargs or {}))
 
 
 _LENDING = frozenset(("numpy", "__array__", "__dlpack__"))
 """Names of methods that give the memory of a tensor to others than operators."""
-_GIVING = _LENDING | {"tolist", "__reduce_ex__"}
+_COPYING = frozenset(("tolist", "__reduce_ex__"))
+"""Names of methods that give a copy of the data of a tensor to others than operators."""
+_GIVING = _LENDING | _COPYING
 """Names of methods that give data of a tensor to others than operators."""
 _READING = frozenset(
     (

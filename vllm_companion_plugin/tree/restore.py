@@ -259,6 +259,8 @@ class Restorer:
             if tensor is None:
                 continue
             to_load = isinstance(tensor, nn.Parameter) and name not in untouched and tensor.device == self._device
+            if tensor.is_meta and name in untouched:
+                self._check_has_no_value(tensor, full_name(self._name(module), name))
             if tensor.is_meta or to_load:
                 _replace(tensor, _benign(tensor, self._device), self._name(module))
         yield
@@ -288,7 +290,7 @@ class Restorer:
                 index, tensor = want.tensor, slot.tensor
                 info = tensors[index]
                 if info.own:
-                    self._keep_own(slot, info, index, live.path)
+                    self._keep_own(slot, info, live.path)
                     continue
                 if info.attributes != hung.get(id(tensor), _NOTHING):
                     compare_tensor_attributes(slot, info, live.path, published.observed)
@@ -330,17 +332,16 @@ class Restorer:
             arrange(table, [slot.name for slot in there])
         return pairs
 
-    def _keep_own(self, slot: LiveSlot, info: TensorInfo, index: int, path: str) -> None:
-        """Leave a slot the tensor that building this model made, unless that tensor was deferred."""
-        tensor = slot.tensor
-        if not tensor.is_meta or info.meta:
-            return
-        name = full_name(path, slot.name)
-        if info.storage >= 0 and tensor_difference(tensor, info) is None:
-            self._bind(tensor, index, name)  # what the publisher's constructor made of it
-        elif self._built is not None and self._built.is_uninitialized(tensor):
-            _replace(tensor, torch.empty_like(tensor, device=self._device), name)
-        else:
+    def _keep_own(self, slot: LiveSlot, info: TensorInfo, path: str) -> None:
+        """Leave a slot the tensor that building this model made, whatever the publisher's constructor made of it."""
+        if slot.tensor.is_meta and not info.meta:
+            name = full_name(path, slot.name)
+            self._check_has_no_value(slot.tensor, name)
+            _replace(slot.tensor, torch.empty_like(slot.tensor, device=self._device), name)
+
+    def _check_has_no_value(self, tensor: torch.Tensor, name: str) -> None:
+        """Raise `ParityError` if building this model gave a value to a tensor that was deferred."""
+        if self._built is None or not self._built.is_uninitialized(tensor):
             raise ParityError(f"{name} was left without data.", name)
 
     def _check_missing(self, path: str, missing: Iterable[SlotInfo]) -> None:

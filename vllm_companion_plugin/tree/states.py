@@ -15,6 +15,7 @@ import threading
 import types
 import warnings
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from vllm_companion_plugin.tree.values import class_name, text_of
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _DEEPEST = 8
 SMALL_BYTES = 1 << 20
-"""Parameters up to this size are compared by their bytes, too; larger ones are published if nothing wrote to them."""
+"""Parameters up to this size are compared by all of their bytes, larger ones by a sample."""
+_SAMPLES = 1024
 _ROW_BYTES = 4096
 
 
@@ -188,15 +190,20 @@ def built_text(shape: tuple[int, ...], fingerprint: bytes) -> str:
     return f"{tuple(shape)} {hashlib.sha256(fingerprint).hexdigest()[:16]}"
 
 
-def fingerprints(tensors: dict[int, torch.Tensor]) -> dict[int, bytes]:
+def fingerprints(tensors: dict[int, torch.Tensor], sampled: Collection[int] = ()) -> dict[int, bytes]:
     """For each storage a value that is equal if all bytes are: the bytes of small storages, sums of large ones.
 
     The bytes of all come from each device at once: one after the other, hundreds of them take tens of milliseconds.
+
+    Args:
+        sampled: storages of which some bytes are enough.
     """
     parts: dict[torch.device, dict[int, torch.Tensor]] = {}
     for storage, tensor in tensors.items():
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        if flat.numel() > SMALL_BYTES:
+        if storage in sampled:
+            flat = flat[:: (flat.numel() // _SAMPLES) | 1]  # an odd step meets all bytes of numbers
+        elif flat.numel() > SMALL_BYTES:
             whole = flat.numel() // _ROW_BYTES * _ROW_BYTES
             rows = flat[:whole].view(-1, _ROW_BYTES)
             flat = torch.cat([rows.sum(0), rows.sum(1), flat[whole:].long()]).view(torch.uint8)

@@ -522,7 +522,7 @@ PARAMETERS = Patch(
     "tree.building",
     How.HOOKED,
     Lifetime.BUILDING,
-    reason="A large parameter that has values gives them up at once.",
+    reason="A large parameter that has values gives them up at once, unless it is the engine's own.",
     link="torch/nn/modules/module.py: register_module_parameter_registration_hook",
     undo="when the model is built",
 )
