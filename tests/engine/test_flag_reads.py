@@ -7,6 +7,7 @@ import dataclasses
 import operator
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vllm_companion_plugin.core.module_tree import (
 )
 from vllm_companion_plugin.engine.identity import flag_reads
 from vllm_companion_plugin.engine.identity.flag_reads import FlagReads
+from vllm_companion_plugin.engine.vllm.threads import Threads
 from vllm_companion_plugin.errors import ParityError
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -72,8 +74,8 @@ def nothing(made: Any) -> None:
 
 
 def flags(made: Any, manifest: Manifest, *, building: Read = nothing, loading: Read = nothing) -> dict[str, str]:
-    reads = FlagReads()
-    with reads.watching():
+    reads, threads = FlagReads(), Threads()
+    with threads.followed(), reads.watching(threads):
         building(made)
         reads.begin_loading()
         loading(made)
@@ -92,7 +94,27 @@ def test_what_loading_reads(made: Any, name: str) -> None:
     flag_reads.check(found, made, made.model_config)
 
 
+def in_thread(read: Read) -> Read:
+    def start(made: Any) -> None:
+        thread = threading.Thread(target=read, args=(made,))
+        thread.start()
+        thread.join(10)
+
+    return start
+
+
+def in_executor(read: Read) -> Read:
+    def submit(made: Any) -> None:
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(read, made).result(10)
+
+    return submit
+
+
 WAYS: dict[str, Read] = {
+    "in a thread": in_thread(lambda c: c.scheduler_config.max_num_seqs),
+    "in an executor": in_executor(lambda c: c.scheduler_config.max_num_seqs),
+    "in a thread of a thread": in_thread(in_executor(lambda c: c.scheduler_config.max_num_seqs)),
     "all at once": lambda c: vars(c.scheduler_config)["max_num_seqs"],
     "its dictionary": lambda c: c.scheduler_config.__dict__["max_num_seqs"],
     "all fields": lambda c: dataclasses.asdict(c.scheduler_config),
@@ -185,9 +207,18 @@ def test_what_building_reads_and_loading_leaves(made: Any, kind: str) -> None:
 
 
 def test_another_thread_reads_for_itself(made: Any) -> None:
-    def elsewhere(made: Any) -> None:
-        thread = threading.Thread(target=COUNTED["model.seed"], args=(made,))
-        thread.start()
-        thread.join()
+    """One that the load has not begun."""
+    go = threading.Event()
 
-    assert flags(made, observed(), loading=elsewhere) == {}
+    def read() -> None:
+        go.wait(10)
+        COUNTED["model.seed"](made)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+
+    def wait(made: Any) -> None:
+        go.set()
+        thread.join(10)
+
+    assert flags(made, observed(), loading=wait) == {}

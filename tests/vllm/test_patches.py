@@ -19,6 +19,8 @@ LOADS = {
     patches.LOADERS_WEIGHTS.target,
     patches.MODELS_WEIGHTS.target,
     patches.PROCESSING.target,
+    patches.STARTS.target,
+    patches.TASKS.target,
     *(patch.target for patch in (*patches.CLOCKS, *patches.READS)),
 }
 LINEAR = "vllm.model_executor.layers.linear"

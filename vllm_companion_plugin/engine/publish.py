@@ -35,6 +35,7 @@ from vllm_companion_plugin.engine.session import current
 from vllm_companion_plugin.engine.vllm import building, devices, patches, processing, sources
 from vllm_companion_plugin.engine.vllm.clocks import marked_times
 from vllm_companion_plugin.engine.vllm.imports import around_imports
+from vllm_companion_plugin.engine.vllm.threads import Threads
 from vllm_companion_plugin.errors import (
     ArenaError,
     CompanionError,
@@ -86,7 +87,9 @@ def load_and_publish(
     ):
         if decision.found.path is not None:
             publisher.reading = after_processing.enter_context(observed_reading(decision.found.path))
-        after_processing.enter_context(publisher.flag_reads.watching())
+        after_processing.enter_context(publisher.followed)
+        publisher.followed.enter_context(publisher.threads.followed())
+        after_processing.enter_context(publisher.flag_reads.watching(publisher.threads))
         after_processing.enter_context(patches.LOADERS_WEIGHTS.on(source, _watched(publisher, after_processing)))
         with devices.own_pool(decision.device):
             model: nn.Module = source.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -127,6 +130,8 @@ class _Publisher:
         self.reading: Reading | None = None
         self.flag_reads = FlagReads()
         self.processed = Processed()
+        self.threads = Threads()
+        self.followed = ExitStack()  # until loading ends: what compilers begin then lives long
         self._private: list[tuple[int, torch.Tensor]] = []
         self.published: set[int] = set()
         self._bytes_before = devices.requested_bytes(decision.device)
@@ -160,6 +165,7 @@ class _Publisher:
             return
         until.enter_context(processing.around_post_processing(model, self._observation.processing))
         until.enter_context(self._observation.watching())
+        self.threads.surround(self._observation.watching_beside)
         until.enter_context(marked_times())
         if self._uses.are_looked_for:
             until.enter_context(self._uses_noted)
@@ -174,6 +180,7 @@ class _Publisher:
     def loaded(self, model: nn.Module) -> None:
         """The model was loaded, and will be post-processed."""
         self.flag_reads.end_loading()
+        self.followed.close()
         self._uses_noted.close()
         if self._observation is None:
             return

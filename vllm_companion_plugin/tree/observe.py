@@ -10,9 +10,9 @@ when it has been processed, and in between every operation on tensors is watched
   nothing (zeros, a workspace) is not;
 - it is *computed* if it was seen to get such bytes. What Python or a kernel fills unseen may be a workspace.
 
-What cannot be watched (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes, of a large
-parameter a sample of them. If the memory of a large one was lent to who may have written a part of it unseen, then it
-is published without being shared: no engine computes with a guess.
+What cannot be watched (a thread that was there before, a kernel launched past PyTorch) is found by comparing bytes, of
+a large parameter a sample of them. If the memory of a large one was lent to who may have written a part of it unseen,
+then it is published without being shared: no engine computes with a guess.
 """
 
 from __future__ import annotations
@@ -135,6 +135,12 @@ class Observation:
         """While open, all operations of this thread on tensors are watched."""
         with self._watch, self._looks:
             self._looks.enter_context(Looks(self._watch))
+            yield
+
+    @contextmanager
+    def watching_beside(self) -> Iterator[None]:
+        """The same in another thread, which works for the one that loads."""
+        with self._watch.beside(), Looks(self._watch):
             yield
 
     def note_import(self, module: types.ModuleType) -> None:

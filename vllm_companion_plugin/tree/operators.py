@@ -1,11 +1,13 @@
 """Watch operators of PyTorch while a model is loaded: what they write, and what that was computed from.
 
-What no operator shows (a thread of its own, a kernel launched past PyTorch) is found by comparing bytes (observe.py).
+What no operator shows (a thread that was there before, a kernel launched past PyTorch) is found by comparing bytes
+(observe.py).
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from vllm_companion_plugin.tree.live import plain_tensors
 from vllm_companion_plugin.tree.placing import Placing
@@ -57,7 +59,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.looked: set[int] = set()
         self.lent: set[int] = set()
         self.partly: dict[int, np.ndarray[Any, Any]] = {}
-        self._paused = False
+        self._paused_in: set[int] = set()  # threads
+        self._lock = threading.RLock()
         self._addresses: list[StorageWeakRef] = []
 
     def keep_addresses(self, value: Any) -> None:
@@ -81,16 +84,35 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While open, operations are our own, and do not belong to loading."""
-        before, self._paused = self._paused, True
+        thread = threading.get_ident()
+        is_outermost = thread not in self._paused_in
+        self._paused_in.add(thread)
         try:
             yield
         finally:
-            self._paused = before
+            if is_outermost:
+                self._paused_in.discard(thread)
+
+    @property
+    def _paused(self) -> bool:
+        return threading.get_ident() in self._paused_in
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """While open, this thread is watched, too, beside the one that has entered the mode.
+
+        Entering it here as well would mix up what PyTorch keeps of modes for all threads of the process.
+        """
+        _push_mode(self)
+        try:
+            yield
+        finally:
+            _pop_mode()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._paused:
-            with plain_tensors():
+            with plain_tensors(), self._lock:
                 self._note(func, args, kwargs or {}, result)
         return result
 

@@ -12,7 +12,6 @@ import dataclasses
 import os
 import re
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ import torch
 from vllm_companion_plugin.core.module_tree import Manifest
 from vllm_companion_plugin.engine.identity import configuration, openers, places
 from vllm_companion_plugin.engine.vllm import patches
+from vllm_companion_plugin.engine.vllm.threads import Threads
 from vllm_companion_plugin.errors import ParityError
 
 _ROWS = {
@@ -58,15 +58,14 @@ class FlagReads:
         self._watch = ExitStack()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While open, reads of this thread are noted, until loading ends."""
-        watched = threading.get_ident()
+    def watching(self, threads: Threads) -> Iterator[None]:
+        """While open, reads of those threads are noted, until loading ends."""
 
         def wrap(kind: str) -> Callable[[Any], Any]:
             def of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
                 def get(config: Any, name: str) -> Any:
                     found = read(config, name)
-                    if threading.get_ident() == watched and not callable(found):  # a method reads by itself
+                    if threads.is_here and not callable(found):  # a method reads by itself
                         self._note(kind, list(found) if name == "__dict__" else [name], sys._getframe(1).f_code)
                     return found
 

@@ -686,6 +686,21 @@ SWITCHES = Patch(
     undo="when it is done",
 )
 
+STARTS = Patch(
+    "threading:Thread.start",
+    "engine.vllm.threads",
+    How.REPLACED,
+    Lifetime.LOADING,
+    reason="What a model's code does in a thread that it starts while it is loaded is watched, too.",
+    link="torch/overrides.py: TorchFunctionMode",
+    undo="when the model is loaded",
+)
+RUNS = replace(STARTS, where="threading:Thread.run", reason="As above.", undo="when it begins to run", each=True)
+TASKS = replace(
+    STARTS,
+    where="concurrent.futures.thread:ThreadPoolExecutor.submit",
+    reason="As above, of a task, whenever its thread was started.",
+)
 READS_OF_MODEL = Patch(
     "vllm.config.model:ModelConfig.__getattribute__",
     "engine.identity.flag_reads",
