@@ -155,7 +155,7 @@ def publish(
     with observation.watching(), marked_times():
         noted = (
             patches.READS_OF_VALUES.on(nn.Module, uses.noting),
-            patches.READS_OF_PARAMETERS.on(nn.Parameter, uses.noting),
+            patches.READS_OF_TENSORS.on(torch.Tensor, uses.noting),
         )
         with torch.no_grad(), noted[0], noted[1]:
             for parameter in (*model.first.parameters(), *model.second.parameters()):

@@ -143,6 +143,17 @@ def by_vllm(m: Any) -> float:
     return 1.0
 
 
+def by_vllm_to_buffer(m: Any) -> float:
+    AutoWeightsLoader(m).load_weights([("table", torch.ones_like(m.table))])
+    return 1.0
+
+
+def tensor_with(**held: Any) -> torch.Tensor:
+    made = torch.ones(3)
+    vars(made).update(held)
+    return made
+
+
 def buffer(m: Any, flag: float, **held: Any) -> None:
     m.register_buffer("table", torch.ones(int(4 * flag)))
     vars(m.table).update(held)
@@ -196,6 +207,22 @@ WAYS: dict[str, tuple[Callable[[Any, float], object], Callable[[Any], float]]] =
         lambda m: len(m.table),
     ),
     "on a buffer": (lambda m, flag: buffer(m, 1.0, held=flag), lambda m: m.table.held),
+    "on a buffer among others": (
+        lambda m, flag: buffer(m, 1.0, held=flag),
+        lambda m: [table.held for table in m.buffers()][0],  # noqa: RUF015
+    ),
+    "all on a buffer among others": (
+        lambda m, flag: buffer(m, 1.0, held=flag),
+        lambda m: sum(sum(vars(table).values()) for table in m.buffers()),
+    ),
+    "on a tensor in a list": (
+        lambda m, flag: setattr(m, "tables", [tensor_with(held=flag)]),
+        lambda m: next(iter(vars(m)["tables"])).held,
+    ),
+    "of an object that vLLM calls for a buffer": (
+        lambda m, flag: buffer(m, 1.0, weight_loader=Loader(flag).load),
+        by_vllm_to_buffer,
+    ),
     "of an object on a buffer": (lambda m, flag: buffer(m, 1.0, box=Box(flag)), lambda m: m.table.box.value),
     "of an object met elsewhere": (
         lambda m, flag: (setattr(m, "box", Box(flag)), setattr(m, "boxes", [m.box])),

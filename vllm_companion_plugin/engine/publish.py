@@ -170,7 +170,7 @@ class _Publisher:
         if self._uses.are_looked_for:
             until.enter_context(self._uses_noted)
             self._uses_noted.enter_context(patches.READS_OF_VALUES.on(nn.Module, self._uses.noting))
-            self._uses_noted.enter_context(patches.READS_OF_PARAMETERS.on(nn.Parameter, self._uses.noting))
+            self._uses_noted.enter_context(patches.READS_OF_TENSORS.on(torch.Tensor, self._uses.noting))
 
     def read(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the checkpoint comes."""

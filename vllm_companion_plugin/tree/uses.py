@@ -63,7 +63,7 @@ class Uses:
         self.set_by_building: dict[str, str] = {}
         self._texts = _Texts()
         self._met: dict[int, tuple[str, str]] = {}
-        # By id: the path of a module, and what precedes the names of its attributes, or of a parameter's of it.
+        # By id: the path of a module, and what precedes the names of its attributes, or of a tensor's of it.
         self._places: dict[int, tuple[str, str]] = {}
         self._read: dict[str, set[str]] = {}
 
@@ -82,7 +82,7 @@ class Uses:
             self._places |= {id(live.module): (live.path, "") for live in tree.modules}
 
     def noting(self, read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-        """A way to read attributes, of modules or of parameters, that notes what the model's own code reads."""
+        """A way to read attributes, of modules or of tensors, that notes what the model's own code reads."""
 
         def get(held: Any, name: str) -> Any:
             try:

@@ -788,11 +788,11 @@ READS_OF_VALUES = Patch(
     link="torch/nn/modules/module.py: Module",
     undo="when the model is loaded",
 )
-READS_OF_PARAMETERS = replace(
+READS_OF_TENSORS = replace(
     READS_OF_VALUES,
-    where="torch.nn:Parameter.__getattribute__",
-    reason="As above, of values that building hung on parameters.",
-    link="torch/nn/parameter.py: Parameter",
+    where="torch:Tensor.__getattribute__",
+    reason="As above, of values that building hung on tensors.",
+    link="torch/_tensor.py: Tensor",
 )
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Patch))
