@@ -265,6 +265,79 @@ def test_loading_sees_what_building_kept(way: str) -> None:
         attach(published, builds, flag=1.5)
 
 
+@pytest.fixture
+def unseen() -> Iterator[types.ModuleType]:
+    """A module of the model's code that reads what nobody sees it read."""
+    made = types.ModuleType("code_that_reads_unseen")
+    made.__file__ = __file__
+    sys.modules[made.__name__] = made
+    yield made
+    del sys.modules[made.__name__]
+
+
+UNSEEN: dict[str, tuple[Callable[[Any, float], object], str]] = {
+    "of an object": (lambda m, flag: setattr(m, "alpha", flag), "object.__getattribute__(m, 'alpha')"),
+    "by a text": (lambda m, flag: setattr(m, "alpha", flag), "getattr(object, '__getattribute__')(m, 'alpha')"),
+    "statically": (lambda m, flag: setattr(m, "alpha", flag), "inspect.getattr_static(m, 'alpha')"),
+    "of another module": (
+        lambda m, flag: setattr(m.second, "alpha", flag),
+        "object.__getattribute__(m.second, '__dict__')['alpha']",
+    ),
+    "on a tensor": (
+        lambda m, flag: buffer(m, 1.0, alpha=flag),
+        "inspect.getattr_static(m._buffers['table'], 'alpha')",
+    ),
+    "the seed": (lambda m, flag: torch.manual_seed(int(4 * flag)), "torch.initial_seed()"),
+    "the state": (lambda m, flag: torch.manual_seed(int(4 * flag)), "float(torch.get_rng_state()[0])"),
+    "the state of numpy": (
+        lambda m, flag: np.random.seed(int(4 * flag)),
+        "float(numpy.random.get_state()[1][0] % 7 + 1)",
+    ),
+}
+FORMS = {
+    "a function": "def read(m): return {}",
+    "captured": "def outer(inner):\n  def read(m): return inner(m)\n  return read\nread = outer(lambda m: {})",
+    "a method": "class Reader:\n  def __getattr__(self, name): return lambda m: {}\nread = Reader().method",
+    "a partial": "read = functools.partial(lambda m: {})",
+    "in a table": "table = dict(a=lambda m: {})\ndef read(m): return table['a'](m)",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", UNSEEN)
+def test_reading_that_nobody_sees(unseen: types.ModuleType, way: str, form: str) -> None:
+    """Code that mentions such a way to read may have read all."""
+    builds, expression = UNSEEN[way]
+    exec("import functools, inspect, numpy, torch\n" + FORMS[form].format(expression), vars(unseen))
+
+    def uses(m: Any, flag: float) -> None:
+        builds(m, flag)
+        m.read = unseen.read
+
+    published = publish(uses, scaled(lambda m: unseen.read(m)), flag=1.0)
+    attach(published, uses, flag=1.0)
+    with pytest.raises(ParityError, match=r"is built as .* here and as .* in the published model, and loading uses it"):
+        attach(published, uses, flag=1.5)
+
+
+def test_random_numbers_after_which_the_state_is_put_back() -> None:
+    def seeded(m: Model, flag: float) -> None:
+        torch.manual_seed(int(flag * 4))
+
+    def forked(m: Any) -> float:
+        with torch.random.fork_rng():
+            return float(torch.rand(()))
+
+    def own_generator(m: Any) -> float:
+        return float(torch.rand((), generator=torch.Generator().manual_seed(3)))
+
+    published = publish(seeded, scaled(forked), flag=1.0)
+    attach(published, seeded, flag=1.0)
+    with pytest.raises(ParityError, match=r"random numbers of torch is built as"):
+        attach(published, seeded, flag=1.5)
+    attach(publish(seeded, scaled(own_generator), flag=1.0), seeded, flag=1.5)
+
+
 def test_random_numbers_that_loading_does_not_draw_are_the_engines() -> None:
     def seeded(m: Model, flag: float) -> None:
         torch.manual_seed(int(flag * 4))

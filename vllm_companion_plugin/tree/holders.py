@@ -8,6 +8,7 @@ import itertools
 import sys
 import types
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from vllm_companion_plugin.core import packages
@@ -144,8 +145,8 @@ def _absolute(name: str, module: types.ModuleType) -> str:
 
 
 def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
-    """Yield the code of its functions, also of those in wrappings, and of the methods of its classes."""
-    waiting, seen = list(vars(module).values()), set[int]()
+    """Yield the code of its functions, also of those that wrappings and functions hold, and of its classes' methods."""
+    waiting, seen = [*_in_containers(list(vars(module).values()))], set[int]()
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
@@ -158,13 +159,35 @@ def _codes_in(module: types.ModuleType) -> Iterator[types.CodeType]:
             waiting += [value.fget, value.fset, value.fdel]
         elif issubclass(kind, functools.cached_property):
             waiting.append(value.func)
+        elif issubclass(kind, functools.partial):
+            waiting += [value.func, *value.args]
         elif packages.module_of(value) == module.__name__:
             if kind is types.FunctionType:
                 yield from _with_inner(value.__code__)
+                waiting += _in_containers(_held_by(value))
             if issubclass(kind, type):
                 waiting += vars(value).values()
             else:
                 waiting.append(packages.dictionary(value).get("__wrapped__"))
+
+
+def _held_by(function: types.FunctionType) -> list[Any]:
+    """Return what a function captured, and its defaults."""
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing is in it yet
+            held.append(cell.cell_contents)
+    return held
+
+
+def mentioned_in(module: types.ModuleType) -> set[str]:
+    """Return the names and texts that the functions of `module` mention."""
+    found: set[str] = set()
+    for code in _codes_in(module):
+        if code.co_name != "__getattribute__":  # which asks those that it inherits; its objects are known
+            found.update(code.co_names)
+            found.update(constant for constant in code.co_consts if isinstance(constant, str))
+    return found
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

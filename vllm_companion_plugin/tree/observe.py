@@ -185,7 +185,7 @@ class Observation:
             NotShareableError: loading changed something that no engine could restore; it is named.
         """
         self._looks.close()
-        self.uses.loaded()
+        self.uses.loaded(self._watch.drawn_on)
         with plain_tensors(), self._watch.paused():
             tree = capture(model, to_compare=True)
             self._compare_bytes(tree)

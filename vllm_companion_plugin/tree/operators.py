@@ -40,6 +40,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_loading: the model is being loaded, and not yet processed.
         sources: by storage, those of `built` that it was computed from while these were as building had made them.
         looked: those of `built` whose data, or what was computed of it, loading read into Python.
+        drawn_on: kinds of devices for which random numbers of PyTorch were drawn, but by a generator of somebody's own.
         lent: those of `built` whose memory was given to who can write there without an operator.
         partly: by storage of `built`, which of its bytes loading overwrote.
     """
@@ -57,6 +58,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_loading = True
         self.sources: dict[int, set[int]] = {}
         self.looked: set[int] = set()
+        self.drawn_on: set[str] = set()
         self.lent: set[int] = set()
         self.partly: dict[int, np.ndarray[Any, Any]] = {}
         self._paused_in: set[int] = set()  # threads
@@ -117,7 +119,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        writes, reads = _traits(func)
+        writes, reads, draws = _traits(func)
+        if draws and kwargs.get("generator") is None:
+            self.drawn_on.update(tensor.device.type for tensor in _tensors((result, *args)))
         if reads or _leaves_device(args, result):
             self.note_look()
         read: set[int] = set()
@@ -315,15 +319,16 @@ _FILLING = frozenset(
 
 
 @functools.cache
-def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool]:
-    """Which arguments an operator writes, and whether what it returns to Python depends on data."""
+def _traits(func: Any) -> tuple[tuple[tuple[int | None, str], ...], bool, bool]:
+    """Which arguments an operator writes, whether what it returns to Python depends on data, whether it is random."""
     writes = tuple(
         (None if argument.kwarg_only else position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
     tags = getattr(func, "tags", ())
-    return writes, any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+    reads = any(tag in tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+    return writes, reads, torch.Tag.nondeterministic_seeded in tags
 
 
 def _leaves_device(args: Any, result: Any) -> bool:

@@ -32,6 +32,7 @@ from vllm_companion_plugin.tree.holders import (
     acts_for_callers,
     find,
     is_own,
+    mentioned_in,
     of_class,
     reference_of,
 )
@@ -74,9 +75,15 @@ class Uses:
         self.are_looked_for = any(map(is_own, holders))
         if self.are_looked_for:
             self._texts, self._met = _Texts.of(tree), tree.met
+            mentioned = _mentioned(holders)
+            is_blind = not mentioned.isdisjoint(_READING_UNSEEN)
             for live in tree.modules:
-                if _looks_up(type(live.module)) is not _looks_up(nn.Module):  # nobody sees what it reads
+                if is_blind or _looks_up(type(live.module)) is not _looks_up(nn.Module):  # nobody sees what it reads
                     self._read[live.path] = {*(packages.dictionary(live.module).keys() - MODULE_INTERNALS), _NAMES}
+            for slot in tree.slots() if is_blind else ():
+                names = {f"{slot.name}.{name}" for name in (*slot.tensor.__dict__, _NAMES)}
+                self._read[tree.modules[slot.module].path] |= names
+            self._read.setdefault("", set()).update(name for word, name in _STATES.items() if word in mentioned)
             # Not kept alive, so another object may get the id, which costs no more than that its reads count.
             self._places = {id(slot.tensor): (tree.modules[slot.module].path, f"{slot.name}.") for slot in tree.slots()}
             self._places |= {id(live.module): (live.path, "") for live in tree.modules}
@@ -120,11 +127,12 @@ class Uses:
             if (first := self._met.get(id(found))) is not None:  # what is in it is noted there
                 self._read.setdefault(first[0], set()).add(first[1])
 
-    def loaded(self) -> None:
-        """The model was loaded."""
+    def loaded(self, drawn_on: Iterable[str] = ()) -> None:
+        """The model was loaded. `drawn_on`: kinds of devices for which operators drew random numbers meanwhile."""
         if self.are_looked_for:
             built = self._texts.by_path[""]
             drawn = {name for name, state in _random_states().items() if built.get(name) != state}
+            drawn |= {_RANDOM + ("torch" if kind == "cpu" else f"torch.{kind}") for kind in drawn_on}
             self._read.setdefault("", set()).update(drawn)
 
     def used(self) -> dict[str, str]:
@@ -212,9 +220,10 @@ _HAVE_FLAGS = ("vllm", "transformers")
 
 def _random_states() -> dict[str, str]:
     """What decides which random numbers come next, by who makes them."""
-    states = {"numpy": np.random.get_state(), "torch": _bytes_of(torch.get_rng_state())}
+    states: dict[str, Any] = {"numpy": np.random.get_state(), "torch": _bytes_of(torch.get_rng_state())}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["torch.cuda"] = _bytes_of(torch.cuda.get_rng_state())
+    states["torch's seed"] = torch.initial_seed()
     return {_RANDOM + who: hashlib.sha256(repr(state).encode()).hexdigest()[:16] for who, state in states.items()}
 
 
@@ -261,6 +270,28 @@ def _text_of_entry(entry: Any, of_model: set[int]) -> str | None:
         _, _, *form = entry.state  # but for how often it was written
         return f"tensor {hashlib.sha256(repr(form).encode()).hexdigest()[:16]}"
     return entry.state if isinstance(entry.state, str) else None
+
+
+_READING_UNSEEN = frozenset(
+    (
+        *("__getattribute__", "getattr_static", "getmembers_static", "__reduce_ex__", "__getstate__"),
+        *("get_referents", "get_referrers", "get_objects", "py_object"),
+    )
+)
+"""Names by which code reads attributes where nobody sees it: it may have read all."""
+_STATES = {
+    "initial_seed": f"{_RANDOM}torch's seed",
+    "default_generator": f"{_RANDOM}torch's seed",
+    "get_rng_state": f"{_RANDOM}torch",
+    "get_state": f"{_RANDOM}numpy",
+}
+"""Names by which code reads what decides about random numbers, without drawing any."""
+
+
+def _mentioned(holders: Iterable[Holder]) -> set[str]:
+    """What the functions of the model's own code mention."""
+    modules = (one for one in holders if isinstance(one, types.ModuleType) and is_own(one))
+    return {name for module in modules for name in mentioned_in(module)}
 
 
 _WHOLE = frozenset(("__dict__", "__reduce_ex__", "__getstate__"))
