@@ -320,6 +320,59 @@ def test_reading_that_nobody_sees(unseen: types.ModuleType, way: str, form: str)
         attach(published, uses, flag=1.5)
 
 
+OF_PARAMETERS: dict[str, Callable[[Any], object]] = {
+    "in place": lambda m: m.kept.data.add_(1.0),
+    "one number": lambda m: m.first.weight.data.mul_(m.kept.data[0]),
+    "in Python": lambda m: m.first.weight.data.mul_(float(m.kept.data[0])),
+    "in NumPy": lambda m: m.first.weight.data.mul_(float(m.kept.numpy()[0])),
+    "into itself": lambda m: m.kept.data.copy_(m.kept.data * 2),
+    "beside what is put in": lambda m: m.kept.data.index_put_((torch.tensor([1]),), torch.tensor([5.0])),
+}
+
+
+@pytest.mark.parametrize("elements", [8, 1 << 15, 1 << 19], ids=["small", "deferred", "sampled"])
+@pytest.mark.parametrize("way", OF_PARAMETERS)
+def test_what_building_put_into_a_parameter(way: str, elements: int) -> None:
+    """It counts if loading reads it before it writes there."""
+
+    def kept(m: Any, flag: float) -> None:
+        m.kept = nn.Parameter(torch.empty(elements), requires_grad=False)
+        m.kept.fill_(flag)
+
+    def load(m: Any) -> None:
+        OF_PARAMETERS[way](m)
+
+    published = publish(kept, load, flag=1.0)
+    attached = attach(published, kept, flag=1.0)
+    assert torch.equal(attached.kept, published.model.kept)
+    with pytest.raises(
+        ParityError, match=r"kept is built as .* here and as .* in the published model, and loading used"
+    ):
+        attach(published, kept, flag=1.5)
+
+
+@pytest.mark.parametrize("elements", [8, 1 << 19])
+def test_parameters_that_say_nothing(elements: int) -> None:
+    """One that loading fills before it reads there, one that is empty, and one of which only the form is read."""
+
+    def kept(m: Any, flag: float) -> None:
+        m.kept = nn.Parameter(torch.full((elements,), flag), requires_grad=False)
+        m.empty = nn.Parameter(torch.empty(elements), requires_grad=False)
+        m.formed = nn.Parameter(torch.full((elements,), flag), requires_grad=False)
+
+    def load(m: Any) -> None:
+        m.kept.data.copy_(torch.ones(len(m.kept)))
+        m.kept.data.add_(m.kept.data)
+        m.empty.data.add_(1.0)
+        assert m.formed.view(-1, 2).t().shape[0] == 2
+        m.formed.data.narrow(0, 0, elements // 2).copy_(torch.zeros(elements // 2))
+        m.formed.data[elements // 2 :].fill_(3.0)
+
+    attached = attach(publish(kept, load, flag=1.0), kept, flag=1.5)
+    assert attached.kept.unique().tolist() == [2.0]
+    assert attached.formed.unique().tolist() == [0.0, 3.0]
+
+
 def test_random_numbers_after_which_the_state_is_put_back() -> None:
     def seeded(m: Model, flag: float) -> None:
         torch.manual_seed(int(flag * 4))

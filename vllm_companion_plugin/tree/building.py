@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, TensorKind
-from vllm_companion_plugin.tree.notation import CLASS
+from vllm_companion_plugin.tree.notation import CLASS, of_tensor
 from vllm_companion_plugin.tree.values import class_name, dtype_name
 
 DEFERRED_BYTES = 64 << 10
@@ -83,7 +83,7 @@ Left = Mapping[tuple[str, str], frozenset[_Form] | None]
 
 
 def left_by_loading(manifest: Manifest) -> Left:
-    """The parameters that a constructor made and that loading left alone: each engine keeps its own.
+    """The parameters that a constructor made and that loading left alone, or used: each engine makes its own.
 
     Returns:
         By class of the module and name of the parameter, as they are built: dtypes and shapes; None for any, where no
@@ -99,7 +99,7 @@ def left_by_loading(manifest: Manifest) -> Left:
                 continue
             path, _, name = module.observed.retied.get(slot.name, f"{module.path}:{slot.name}").partition(":")
             place = _class_when_built(modules.get(path, module)), name
-            if info.own:
+            if info.own or of_tensor(slot.name) in module.observed.values:
                 left.setdefault(place, set()).add((info.dtype, info.shape))
             else:
                 others.add(place)
@@ -131,7 +131,7 @@ class WithoutWeights:
         # By the same address: tensors on it, besides parameters.
         self._viewed_by: dict[int, list[weakref.ref[torch.Tensor]]] = {}
         self._touched: set[int] = set()
-        # The same for small memory that was asked for empty. Nobody else gets its address.
+        # The same for other memory that was asked for empty. Nobody else gets its address.
         self._small: dict[int, StorageWeakRef] = {}
         self._computed: list[torch.UntypedStorage] = []
         self._ours: set[int] = set()  # addresses of those that a normal load would have on the device
@@ -145,7 +145,9 @@ class WithoutWeights:
             if threading.get_ident() == thread and parameter is not None:
                 with torch._C.DisableTorchFunction():  # modes would slow down each look at the parameter
                     if self._left and self._is_left_alone(module, name, parameter):
-                        self.make_real(parameter)
+                        if parameter.is_meta:
+                            self.make_real(parameter)
+                            self.note_small(parameter)
                     else:
                         self._defer_parameter(parameter)
 
@@ -165,10 +167,14 @@ class WithoutWeights:
         return tensor.is_inference() or tensor._version == 0  # of what was made for inference nothing is counted
 
     def is_unwritten(self, tensor: torch.Tensor) -> bool:
-        """Whether a small tensor was made empty, and the constructor gave it no value."""
+        """Whether a tensor that was not deferred was made empty, and the constructor gave it no value."""
         address = tensor.untyped_storage()._cdata
         is_known = address in self._small and address not in self._touched
         return is_known and not tensor.is_inference() and tensor._version == 0
+
+    def has_no_value(self, tensor: torch.Tensor) -> bool:
+        """Whether the constructor made a tensor empty, and gave it no value."""
+        return self.is_unwritten(tensor) or self.is_uninitialized(tensor)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -201,7 +207,7 @@ class WithoutWeights:
             self._viewed_by[storage._cdata] = [weakref.ref(tensor)]
 
     def note_small(self, tensor: torch.Tensor) -> None:
-        """`tensor` was made empty, and is so small that it was not deferred."""
+        """`tensor` was made empty, and was not deferred, because it is small or each engine makes its own."""
         storage = tensor.untyped_storage()
         self._small[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
@@ -220,7 +226,7 @@ class WithoutWeights:
             real = torch.empty(0, dtype=view.dtype, device=self.device)
             real.set_(memory, view.storage_offset(), view.shape, view.stride())
             if isinstance(view, nn.Parameter):
-                real = torch.Tensor._make_subclass(type(view), real, view.requires_grad)
+                real = torch.Tensor._make_subclass(type(view), real.data, view.requires_grad)  # nothing is written
             torch._C._swap_tensor_impl(view, real)
         self._viewed_by.pop(storage._cdata, None)
         del self._deferred[storage._cdata]

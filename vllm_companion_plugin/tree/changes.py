@@ -28,7 +28,7 @@ from vllm_companion_plugin.tree.notation import (
     REFERENCE,
     without_known,
 )
-from vllm_companion_plugin.tree.states import built_text, fingerprints
+from vllm_companion_plugin.tree.states import built_text, fingerprints, is_sampled
 from vllm_companion_plugin.tree.values import loaded_class, value_of
 
 
@@ -106,11 +106,12 @@ def _check_tensors(
     for full, there in wanted.items():
         tensor = found.get(full)
         here = "without data"
+        if tensor is not None and is_unwritten(tensor):
+            continue
         if tensor is not None and not tensor.is_meta:
-            if is_unwritten(tensor):
-                continue
             storage = tensor.untyped_storage()._cdata
-            here = built_text(tensor.shape, fingerprints({storage: tensor})[storage])
+            sampled = (storage,) if is_sampled(tensor) else ()
+            here = built_text(tensor.shape, fingerprints({storage: tensor}, sampled)[storage])
         if here != there:
             name = full_name(*full.split(":", 1))
             raise ParityError(

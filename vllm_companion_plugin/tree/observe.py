@@ -56,7 +56,7 @@ from vllm_companion_plugin.tree.notation import (
 from vllm_companion_plugin.tree.of_process import Before
 from vllm_companion_plugin.tree.operators import Looks, Unseen, Watch, storage_of
 from vllm_companion_plugin.tree.snapshot import Snapshot
-from vllm_companion_plugin.tree.states import SMALL_BYTES, built_text, fingerprints
+from vllm_companion_plugin.tree.states import built_text, fingerprints, is_sampled
 from vllm_companion_plugin.tree.times import is_time, plain
 from vllm_companion_plugin.tree.uses import Uses
 from vllm_companion_plugin.tree.values import class_name, loaded_class
@@ -98,6 +98,7 @@ class Observation:
                 id(slot.tensor): found for slot in tree.slots() if (found := _of_autograd(slot.tensor))
             }
             self._watch = Watch()
+            self._watch.counts_parameters = self.uses.are_looked_for
             # By full name: which memory building put there.
             self._built_at = {
                 f"{tree.modules[slot.module].path}:{slot.name}": _memory_of(slot.tensor) for slot in tree.slots()
@@ -114,7 +115,7 @@ class Observation:
                 if slot.kind is _PARAMETER:
                     self._watch.parameters.add(storage)
                 compared.setdefault(storage, slot.tensor)
-                if slot.kind is _PARAMETER and slot.tensor.nbytes > SMALL_BYTES:
+                if slot.kind is _PARAMETER and is_sampled(slot.tensor):
                     sampled.add(storage)
                 else:
                     whole.add(storage)

@@ -38,6 +38,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         measured: ids of modules whose processing read data into Python; None for what belongs to no module.
         module: what is being processed.
         is_loading: the model is being loaded, and not yet processed.
+        counts_parameters: what building put into parameters may mean something. In those of vLLM's own models it does
+            not, before they are loaded.
         sources: by storage, those of `built` that it was computed from while these were as building had made them.
         looked: those of `built` whose data, or what was computed of it, loading read into Python.
         drawn_on: kinds of devices for which random numbers of PyTorch were drawn, but by a generator of somebody's own.
@@ -56,6 +58,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.module: nn.Module | None = None
         self.placing = Placing()
         self.is_loading = True
+        self.counts_parameters = False
         self.sources: dict[int, set[int]] = {}
         self.looked: set[int] = set()
         self.drawn_on: set[str] = set()
@@ -201,11 +204,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _built_under(self, read: set[int]) -> set[int]:
         """Those of `built` that `read` are, or were computed from."""
-        # What is in parameters before they are loaded means nothing.
         found = {
             storage
             for storage in read
-            if storage in self.built and storage not in self.written and storage not in self.parameters
+            if storage in self.built
+            and storage not in self.written
+            and (self.counts_parameters or storage not in self.parameters)
         }
         for storage in read & self.sources.keys():
             found |= self.sources[storage]

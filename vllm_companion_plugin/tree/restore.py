@@ -184,7 +184,7 @@ class Restorer:
     def bind_early(self, strategy: Callable[[nn.Module], Strategy]) -> None:
         """Do what loading did. Bind all that exists already and that post-processing will not make again."""
         with plain_tensors():
-            unwritten = {} if self._built is None else {"is_unwritten": self._built.is_unwritten}
+            unwritten = {} if self._built is None else {"is_unwritten": self._built.has_no_value}
             apply_loading(self._model, self._source.manifest, **unwritten)
             self._leave_on_meta()
             for path, module in named_modules(self._model):
@@ -341,7 +341,7 @@ class Restorer:
 
     def _check_has_no_value(self, tensor: torch.Tensor, name: str) -> None:
         """Raise `ParityError` if building this model gave a value to a tensor that was deferred."""
-        if self._built is None or not self._built.is_uninitialized(tensor):
+        if self._built is None or not self._built.has_no_value(tensor):
             raise ParityError(f"{name} was left without data.", name)
 
     def _check_missing(self, path: str, missing: Iterable[SlotInfo]) -> None:

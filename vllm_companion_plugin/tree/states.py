@@ -190,6 +190,11 @@ def built_text(shape: tuple[int, ...], fingerprint: bytes) -> str:
     return f"{tuple(shape)} {hashlib.sha256(fingerprint).hexdigest()[:16]}"
 
 
+def is_sampled(tensor: torch.Tensor) -> bool:
+    """Whether a sample of the bytes of this tensor has to do."""
+    return isinstance(tensor, torch.nn.Parameter) and tensor.nbytes > SMALL_BYTES
+
+
 def fingerprints(tensors: dict[int, torch.Tensor], sampled: Collection[int] = ()) -> dict[int, bytes]:
     """For each storage a value that is equal if all bytes are: the bytes of small storages, sums of large ones.
 
