@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,27 @@ def test_a_variant_that_was_refused_at_the_same_place_is_the_last(tiny: Path) ->
     for where, here in (("model.table", "[1]; [2]"), ("model.kind", "absent")):
         with pytest.raises(NotShareableError, match=f"what loading makes of {where} cannot be restored"):
             key.variant(other, where, here)
+
+
+def test_variants_that_differ_at_one_place(tiny: Path) -> None:
+    """If each engine has another value there, then no copy of its own serves anybody else."""
+    model = key_of(tiny)
+    held = [model, *(key.variant(model, "model.created", f"{number}.5") for number in range(key.MAX_VARIANTS - 1))]
+    other = key.variant(model, "model.created", "99.5")
+    key.check_variants(other, "model.created", held)
+    held.append(key.variant(model, "model.created", "77.5"))
+    with pytest.raises(NotShareableError, match=r"4 variants of it are held that differ at model\.created alone"):
+        key.check_variants(other, "model.created", held)
+    key.check_variants(held[-1], "model.created", held)  # which is there
+    key.check_variants(key.variant(model, "model.creat", "1"), "model.creat", held)
+    key.check_variants(key.variant(held[1], "model.kind", "absent"), "model.kind", held)
+    other_model = replace(model, fields=model.fields | {"model.dtype": "another"})
+    key.check_variants(key.variant(other_model, "model.created", "99.5"), "model.created", held)
+
+
+def test_variants_of_a_variant_that_differ_at_one_place(tiny: Path) -> None:
+    first = key.variant(key_of(tiny), "model.kind", "absent")
+    held = [key.variant(first, "model.created", str(number)) for number in range(key.MAX_VARIANTS)]
+    with pytest.raises(NotShareableError, match=r"differ at model\.created alone"):
+        key.check_variants(key.variant(first, "model.created", "99"), "model.created", held)
+    key.check_variants(key.variant(key_of(tiny), "model.created", "99"), "model.created", held)

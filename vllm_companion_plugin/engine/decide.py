@@ -187,6 +187,8 @@ def decide_variant(
         CompanionError: it cannot be shared.
     """
     wanted = key.variant(refused.wanted, error.where, error.here)
+    held = current().connection(refused.device.id, settings).status().entries
+    key.check_variants(wanted, error.where, [entry.key for entry in held])
     logger.info("%s is held, but differs: %s It is a variant of its own.", refused.key.short_title, error)
     return _obtain(vllm_config, refused.device, wanted, find(vllm_config, model_config, settings), settings)
 

@@ -125,14 +125,15 @@ class Loading:
     def _refused(self, decision: Attach, error: CompanionError, vllm_config: Any, model_config: Any) -> Decision:
         """What to do instead of an attach that failed: another variant of the entry, or a normal load."""
         self._give_up(decision)
+        reason = str(error)
         if isinstance(error, ParityError) and error.where:
             try:
                 return decide_variant(decision, error, vllm_config, model_config, self._settings)
             except CompanionError as other:
-                logger.debug("No variant: %s", other)
+                reason = f"{reason} It becomes no variant: {other}"
         if not self._settings.fallback:
             raise error
-        return Alone(str(error), error.code)
+        return Alone(reason, error.code)
 
     def _give_up(self, decision: Attach) -> None:
         """Undo an attach that failed, so that whatever comes next finds the memory that it needs."""

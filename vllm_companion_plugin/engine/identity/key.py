@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vllm_companion_plugin.errors import NotShareableError
 from vllm_companion_plugin.host.models import model_name
 
 MAX_VARIANTS = 4
-"""Limit of differences in one key. An engine that is refused once more loads alone."""
+"""Limit of differences in one key, and of variants that differ at one place. The next engine loads alone."""
 
 MANIFEST_VERSION = 11
 """Version of capture and packing. A change that makes older manifests fail raises it."""
@@ -80,8 +80,7 @@ def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
             difference, so that one more variant would be refused, too.
     """
     before = refused.fields.get(VARIANT, "")
-    texts = (where, here or "different")
-    difference = " is ".join(configuration.shortened(text.replace(_APART, ", ")) for text in texts)
+    difference = _difference(where, here or "different")
     known = before.split(_APART) if before else []
     if difference in known:
         raise NotShareableError(f"what loading makes of {where} cannot be restored: a model like it was refused there")
@@ -89,6 +88,37 @@ def variant(refused: EntryKey, where: str, here: str) -> EntryKey:
         raise NotShareableError(f"it differs from {MAX_VARIANTS} published ones: {before}")
     fields = {**refused.fields, VARIANT: _APART.join([*known, difference])}
     return replace(refused, id=_digest(fields), fields=fields)
+
+
+def check_variants(wanted: EntryKey, where: str, held: Iterable[EntryKey]) -> None:
+    """Check that the variant `wanted`, which has another value at `where`, is not one of ever more.
+
+    A time or the name of a temporary folder is another one in each engine: none would ever attach to such a variant.
+
+    Raises:
+        NotShareableError: `MAX_VARIANTS` variants of the same model with other values there are held.
+    """
+    keys = [*held]
+    if any(key.id == wanted.id for key in keys):
+        return
+    before, _, _ = wanted.fields[VARIANT].rpartition(_APART)
+    start = _APART.join([*([before] if before else []), _difference(where, "")])
+    others = {name: value for name, value in wanted.fields.items() if name != VARIANT}
+    alike = [
+        key
+        for key in keys
+        if key.fields.get(VARIANT, "").startswith(start)
+        and {name: value for name, value in key.fields.items() if name != VARIANT} == others
+    ]
+    if len(alike) >= MAX_VARIANTS:
+        raise NotShareableError(
+            f"{len(alike)} variants of it are held that differ at {where} alone, "
+            "so each engine may have a value of its own there"
+        )
+
+
+def _difference(where: str, here: str) -> str:
+    return " is ".join(configuration.shortened(text.replace(_APART, ", ")) for text in (where, here))
 
 
 def draft_fields(vllm_config: Any, draft_config: Any) -> dict[str, str]:
