@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, TensorKind
+from vllm_companion_plugin.core.module_tree import Manifest, ModuleInfo, SlotInfo, TensorInfo, TensorKind
 from vllm_companion_plugin.tree.notation import CLASS, of_tensor
 from vllm_companion_plugin.tree.values import class_name, dtype_name
 
@@ -92,18 +92,33 @@ def left_by_loading(manifest: Manifest) -> Left:
     modules = {module.path: module for module in manifest.modules}
     left: dict[tuple[str, str], set[_Form]] = {}
     others: set[tuple[str, str]] = set()
-    for module in manifest.modules:
-        for slot in module.slots:
-            info = manifest.tensors[slot.tensor]
-            if slot.kind is not TensorKind.PARAMETER or info.meta:
-                continue
-            path, _, name = module.observed.retied.get(slot.name, f"{module.path}:{slot.name}").partition(":")
-            place = _class_when_built(modules.get(path, module)), name
-            if info.own or of_tensor(slot.name) in module.observed.values:
-                left.setdefault(place, set()).add((info.dtype, info.shape))
-            else:
-                others.add(place)
+    for module, slot, info, is_left in _parameters_of(manifest):
+        if is_left:
+            left.setdefault(_place_when_built(module, slot, modules), set()).add((info.dtype, info.shape))
+    if left:  # which is rare: attaching looks at thousands of others else
+        others = {
+            _place_when_built(module, slot, modules)
+            for module, slot, _, is_left in _parameters_of(manifest)
+            if not is_left
+        }
     return {place: frozenset(forms) if place in others else None for place, forms in left.items()}
+
+
+def _parameters_of(manifest: Manifest) -> Iterator[tuple[ModuleInfo, SlotInfo, TensorInfo, bool]]:
+    """The parameters with data, and whether loading left each alone, or used what building put there."""
+    tensors, parameter = manifest.tensors, TensorKind.PARAMETER
+    for module in manifest.modules:
+        values = module.observed.values
+        for slot in module.slots:
+            info = tensors[slot.tensor]
+            if slot.kind is parameter and not info.meta:
+                yield module, slot, info, info.own or bool(values and of_tensor(slot.name) in values)
+
+
+def _place_when_built(module: ModuleInfo, slot: SlotInfo, modules: Mapping[str, ModuleInfo]) -> tuple[str, str]:
+    """The class of the module that building gave a parameter, and its name there."""
+    path, _, name = module.observed.retied.get(slot.name, f"{module.path}:{slot.name}").partition(":")
+    return _class_when_built(modules.get(path, module)), name
 
 
 def _class_when_built(module: ModuleInfo) -> str:
