@@ -392,6 +392,31 @@ def test_a_command_whose_output_is_closed_says_how_it_went(place: Place, command
     assert (process.returncode, process.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_processes_that_a_command_starts_have_all_streams(tmp_path: Path, closed: str) -> None:
+    """vLLM asks for the descriptor of its standard output, and ends if it has none."""
+    says = f"import sys; open({str(tmp_path / 'said')!r}, 'w').write(str([sys.stdin, sys.stdout, sys.stderr]))"
+    command = f"[sys.executable, '-c', {says!r}]"
+    code = f"""
+import os, sys
+from unittest import mock
+from vllm_companion_plugin.cli import main
+from vllm_companion_plugin.core.output import relayed
+from vllm_companion_plugin.supervise.children import Signals, run_to_end
+
+def started(arguments):
+    with Signals() as signals, relayed() as streams:
+        return run_to_end({command}, dict(os.environ), signals, *streams)
+
+with mock.patch.object(main, "_run", started):
+    sys.exit(main.main([]))
+"""
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], timeout=60)
+    assert done.returncode == 0
+    said = (tmp_path / "said").read_text()
+    assert "None" not in said, said
+
+
 def test_status_shows_entries_and_who_holds_them(place: Place) -> None:
     serve(place)
     with connect("cpu", place.settings, spawn=False) as connection:

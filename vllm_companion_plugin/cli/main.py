@@ -18,8 +18,9 @@ from vllm_companion_plugin.errors import CompanionError, SettingsError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
-    from vllm_companion_plugin.core import output
+    from vllm_companion_plugin.core import output, process
 
+    process.open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a reader may not know every character
             stream.reconfigure(errors="backslashreplace")

@@ -1,8 +1,9 @@
-"""Settings of this process: pauses of Python during work that takes milliseconds, and the limit of open files."""
+"""Settings of this process: pauses of Python in work of milliseconds, the limit of open files, standard streams."""
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
 import threading
@@ -10,6 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SWITCH_INTERVAL_S = 1e-4
+_STANDARD_FDS = 3
+
+
+def open_closed_streams() -> None:
+    """Open standard input, output and error on nothing, if the parent process closed them (`>&-`).
+
+    Otherwise child processes have none of these, and vLLM ends; or the next file that is opened becomes one of them.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    while null < _STANDARD_FDS:  # the kernel gives the lowest number that is free
+        os.set_inheritable(null, True)
+        null = os.open(os.devnull, os.O_RDWR)
+    os.close(null)
 
 
 @contextmanager
