@@ -2,7 +2,8 @@
 
 This module compares vLLM's own files with the list in vLLM's wheel (RECORD). If they agree, the version of vLLM
 identifies all of them. Versions identify the packages that lay out weights. `outside` identifies other code, such as
-plugins and code that came with a checkpoint. This module imports none of this code.
+plugins and code that came with a checkpoint; `replaced` finds what stands in vLLM's modules. This module imports none
+of this code.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 from vllm_companion_plugin.core import packages
-from vllm_companion_plugin.engine.identity import outside
+from vllm_companion_plugin.engine.identity import outside, replaced
 from vllm_companion_plugin.engine.identity.outside import sha256_of
+from vllm_companion_plugin.errors import NotShareableError
 
 # Names of distributions. The key leaves out those that are not installed.
 _LAYING_OUT = (
@@ -72,16 +74,30 @@ def fields(model_class: type, *involved: type) -> dict[str, str]:
     """Return the fields of a key that identify the code of a model of `model_class`.
 
     Args:
-        involved: other classes that take part, of the configuration and of the quantization.
+        involved: other classes that take part: of the configuration, the quantization, the worker and its loader.
+
+    Raises:
+        NotShareableError: code that takes part comes from no file.
     """
     found = {"class": " ".join(f"{one.__module__}.{one.__name__}" for one in _own_classes(model_class))}
     found |= _vllm_state(frozenset(_vllm_models(model_class.__mro__)))
     found |= _used_by(model_class.__module__)
-    own = (
+    own = [
         one for kind in involved for one in _own_classes(kind)[1:] if packages.top(kind.__module__) not in outside.KNOWN
-    )
-    names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins()}
-    return found | outside.fields(names)
+    ]
+    for one in (*model_class.__mro__, *involved, *own):
+        _check_has_file(one)
+    put_in = replaced.found()
+    names = {*_modules_of(model_class.__mro__), *_modules_of([*involved, *own]), *_plugins(), *put_in.modules}
+    return found | outside.fields(names, put_in.files)
+
+
+def _check_has_file(kind: type) -> None:
+    if not outside.has_file(kind.__module__):
+        raise NotShareableError(
+            f"{kind.__module__}.{kind.__qualname__} comes from no file, so nothing tells two versions of it apart",
+            remedy="Put that class into a module.",
+        )
 
 
 def folders(model_class: type, checkpoint: Path) -> list[str]:

@@ -60,7 +60,8 @@ def compute(
     fields |= configuration.engine_fields(vllm_config)
     # All but limits are in the key: building a model reads some, and which ones changes between versions.
     fields |= configuration.all_fields("lora", vllm_config.lora_config)
-    fields |= _model_fields(vllm_config, model_config)
+    loader = building.loading_classes(vllm_config, source_format.partition(" ")[0])
+    fields |= _model_fields(vllm_config, model_config, *loader)
     fields |= {f"version.{name}": value for name, value in (deployment.versions() | code.versions()).items()}
     fields |= {f"rank.{name}": value for name, value in ranks.items()}
     speculative = vllm_config.speculative_config
@@ -156,11 +157,12 @@ def _key(
     return EntryKey(_digest(fields), model_name(model_config.model), role, rank, fields, place, content)
 
 
-def _model_fields(vllm_config: Any, model_config: Any) -> dict[str, str]:
+def _model_fields(vllm_config: Any, model_config: Any, *involved: type) -> dict[str, str]:
     fields = configuration.model_fields(model_config)
     model_class = building.model_class(vllm_config, model_config)
     if model_class is not None:
-        fields |= code.fields(model_class, type(model_config.hf_config), *building.quantization_classes(vllm_config))
+        quantization = building.quantization_classes(vllm_config)
+        fields |= code.fields(model_class, type(model_config.hf_config), *quantization, *involved)
     return fields | _remote_code(model_config) | _tokenizer(model_config)
 
 

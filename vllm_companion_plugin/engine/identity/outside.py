@@ -62,12 +62,15 @@ _OF_THE_PROCESS = re.compile(
 )
 
 
-def fields(modules: Iterable[str]) -> dict[str, str]:
-    """Return the fields of a key that identify such code among `modules`, and what that code uses.
+def fields(modules: Iterable[str], files: Iterable[str] = ()) -> dict[str, str]:
+    """Return the fields of a key that identify such code among `modules` and `files`, and what that code uses.
 
     `code.` names a source file, `data.` a file beside it, `env.` a variable, `version.` an installed package.
+
+    Args:
+        files: sources that no loaded module has.
     """
-    units, versions = _followed(modules)
+    units, versions = _followed(modules, files)
     found: dict[str, set[str]] = {}
     for unit in units:
         for name, value in (unit.code() | unit.data() | unit.variables()).items():
@@ -125,6 +128,11 @@ def loaded_since(before: Iterable[str]) -> set[str]:
     )
     files = (_file(sys.modules.get(name)) for name in new)
     return {path for path in files if path and not _is_installed(path) and not places.is_no_models(path)}
+
+
+def has_file(module: str) -> bool:
+    """Tell whether a file, or a version, identifies the code of a module. It does not if that was typed in, or made."""
+    return packages.top(module) in KNOWN or _file(sys.modules.get(module)) is not None
 
 
 def is_installed(module: str) -> bool:
@@ -227,12 +235,14 @@ class _Unit:
         return found | {name for name in values if not is_installed(name)}
 
 
-def _followed(modules: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
-    """Return the units of `modules` and of what they use, and the versions of installed packages that they use."""
+def _followed(modules: Iterable[str], files: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
+    """Return these units and those of what they use, and the versions of installed packages that they use."""
     waiting = sorted(_full_name(name) for name in modules if name in sys.modules and packages.top(name) not in KNOWN)
     # These count by their files though they may be installed: a plugin may be made anew under its old version.
     ours = {unit.place for unit in map(_unit, waiting) if unit is not None}
-    units: dict[str, _Unit] = {}
+    # No module has the name of a path.
+    units = {path: _Unit(path, path, os.path.basename(path)) for path in files if path not in ours}
+    waiting += [name for unit in units.values() for name in unit.uses()]
     versions: dict[str, str] = {}
     seen: set[str] = set()
     while waiting:

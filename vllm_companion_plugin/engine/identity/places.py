@@ -24,12 +24,12 @@ def is_below(path: str, directory: str) -> bool:
 
 def is_vllms(path: str) -> bool:
     """Tell whether a file belongs to vLLM's package."""
-    return is_below(path, _vllm())
+    return is_below(path, vllm())
 
 
 def is_vllms_configuration(path: str) -> bool:
     """Tell whether a file belongs to vLLM's package of configurations."""
-    return is_below(path, os.path.join(_vllm(), "config"))
+    return is_below(path, os.path.join(vllm(), "config"))
 
 
 def is_own(path: str) -> bool:
@@ -70,10 +70,11 @@ def _caches() -> tuple[str, ...]:
 
 
 @cache
-def _vllm() -> str:
-    import vllm
+def vllm() -> str:
+    """Return the folder of vLLM's package."""
+    import vllm as package
 
-    return os.path.dirname(os.path.abspath(str(vllm.__file__)))
+    return os.path.dirname(os.path.abspath(str(package.__file__)))
 
 
 @cache
@@ -88,5 +89,5 @@ def _no_models() -> tuple[str, ...]:
     from vllm import envs
 
     secrets = (constants.HF_TOKEN_PATH, constants.HF_STORED_TOKENS_PATH)
-    others = (_vllm(), _OWN, envs.VLLM_CACHE_ROOT, envs.VLLM_CONFIG_ROOT, *secrets)
+    others = (vllm(), _OWN, envs.VLLM_CACHE_ROOT, envs.VLLM_CONFIG_ROOT, *secrets)
     return (*_SYSTEM, *_pythons(), *map(os.path.abspath, others))

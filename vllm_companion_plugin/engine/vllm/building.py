@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import set_current_vllm_config
+from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader.utils import get_model_architecture, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -122,6 +123,19 @@ def quantization_classes(vllm_config: Any) -> tuple[type, ...]:
     """Classes that say how this engine's weights are quantized."""
     config = getattr(vllm_config, "quant_config", None)
     return (type(config),) if config is not None else ()
+
+
+def loading_classes(vllm_config: Any, source_format: str) -> tuple[type, ...]:
+    """Classes that flags name, whose code runs while weights are loaded: of the worker, and of what reads a checkpoint.
+
+    A worker's extension is none: it adds methods to a worker, which somebody calls later.
+    """
+    worker = getattr(vllm_config.parallel_config, "worker_cls", None)
+    if isinstance(worker, str):
+        module, _, name = worker.rpartition(".")
+        worker = getattr(sys.modules.get(module), name, None)
+    found = (worker, getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(source_format))
+    return tuple(kind for kind in found if isinstance(kind, type))
 
 
 def _rope_cache() -> dict[Any, nn.Module]:
