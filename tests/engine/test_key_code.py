@@ -107,10 +107,38 @@ class TestCode:
         code._vllm_state.cache_clear()
         assert found == f"vllm/model_executor/layers/linear.py {code._base64(b'patched')}"
 
+    @pytest.mark.parametrize("how", ["size", "time"])
+    def test_a_patched_file_of_whatever_part_is_named(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+    ) -> None:
+        """A backend of attention has weights, too, and a worker loads them. These files are looked at, and not read."""
+        name = "vllm/v1/worker/worker_base.py"
+        real, read, released = os.stat, code.sha256_of, code._released
+        patched = tmp_path / "worker_base.py"
+
+        def looked(place: str) -> code._Release:
+            found = released(place)
+            size = found.sizes[name] + (how == "size")
+            patched.write_bytes(b"x" * size)
+            after_ns = found.installed_ns + (10**9 if how == "time" else -(10**9))
+            os.utime(patched, ns=(after_ns, after_ns))
+            return found
+
+        monkeypatch.setattr(code, "_released", looked)
+        monkeypatch.setattr(code, "sha256_of", lambda path: b"patched" if path.endswith(name) else read(path))
+        monkeypatch.setattr(
+            os, "stat", lambda path, **options: real(patched if str(path).endswith(name) else path, **options)
+        )
+        code._vllm_state.cache_clear()
+        found = key_of(tiny).fields["code.vllm"]
+        monkeypatch.undo()
+        code._vllm_state.cache_clear()
+        assert found == f"{name} {code._base64(b'patched')}"
+
     def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It has no list of what was released."""
         read, patched = code.sha256_of, b""
-        monkeypatch.setattr(code, "_released", lambda place: {})
+        monkeypatch.setattr(code, "_released", code._Release)
         monkeypatch.setattr(
             code, "sha256_of", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
         )

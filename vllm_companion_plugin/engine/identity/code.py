@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -49,11 +50,12 @@ _LAYING_OUT = (
     "aiter",
 )
 # Parts of vLLM's package that lay out and process weights of every model. Only the used models are added to these.
-_LOADING = ("model_executor", "kernels", "platforms", "_custom_ops.py", "scalar_type.py")
+# Of the rest a look is enough: the key names what is no file of the release by its size, or was written later.
+_LOADING = ("model_executor", "kernels", "platforms", "v1/attention", "_custom_ops.py", "scalar_type.py")
 _MODELS = ("vllm.model_executor.models.", "vllm.models.")
 _SHORT = 16
 _MOST_SHOWN = 3
-_RECORD_LINE = re.compile(r"^(?:(vllm/[^,]+\.py),sha256=([^,]+),|(vllm/[^/,]+\.so),sha256=[^,]+,(\d+))", re.MULTILINE)
+_RECORD_LINE = re.compile(r"^(vllm/[^,]+\.py|vllm/[^/,]+\.so),sha256=([^,]+),(\d+)", re.MULTILINE)
 _IMPORT = re.compile(rb"^\s*(?:from(?= [\w.]+ import )|import) (\w+)", re.MULTILINE)
 
 
@@ -172,9 +174,11 @@ def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
     here = {path[start:]: _base64(sha256_of(path)) for path in files}
     # Sizes tell libraries apart, because libraries are too large to be read here.
     here |= {f"vllm/{one.name}": str(one.stat().st_size) for one in os.scandir(root) if one.name.endswith(".so")}
-    released = _released(os.path.dirname(root))
-    if not released:  # an editable installation
+    release = _released(os.path.dirname(root))
+    if not release.digests:  # an editable installation
         return _by_folder(here)
+    here |= {name: _base64(sha256_of(os.path.join(root[:start], name))) for name in release.touched() - here.keys()}
+    released = release.digests | {name: str(size) for name, size in release.sizes.items() if name.endswith(".so")}
     changed = {name: value for name, value in here.items() if value != released.get(name)}
     shown = [f"{name} {value[:_SHORT]}" for name, value in changed.items()]
     if len(shown) > _MOST_SHOWN:
@@ -222,15 +226,39 @@ def _sources(root: str) -> Iterator[str]:
         yield from (os.path.join(directory, name) for name in sorted(files) if name.endswith(".py"))
 
 
-def _released(place: str) -> Mapping[str, str]:
-    """Read digests of vLLM's sources and sizes of its libraries from its wheel; an editable installation has none."""
-    found: dict[str, str] = {}
+@dataclass
+class _Release:
+    """What vLLM's wheel says of its files, by name: digests, and sizes in bytes. An editable installation has none."""
+
+    place: str
+    digests: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    installed_ns: int = 0
+
+    def touched(self) -> set[str]:
+        """Return the sources that are gone, have another size, or were written after the installation."""
+        found = set()
+        for name in self.digests:
+            try:
+                status = os.stat(os.path.join(self.place, name))
+            except OSError:
+                found.add(name)
+                continue
+            if name.endswith(".py") and (status.st_size != self.sizes[name] or status.st_mtime_ns > self.installed_ns):
+                found.add(name)
+        return found
+
+
+def _released(place: str) -> _Release:
+    release = _Release(place)
     for name in os.listdir(place):
         if name.startswith("vllm") and name.endswith(".dist-info"):
-            with contextlib.suppress(OSError), open(os.path.join(place, name, "RECORD"), errors="replace") as record:
-                for source, digest, library, size in _RECORD_LINE.findall(record.read()):
-                    found[source or library] = digest or size
-    return found
+            path = os.path.join(place, name, "RECORD")
+            with contextlib.suppress(OSError), open(path, errors="replace") as record:
+                for file, digest, size in _RECORD_LINE.findall(record.read()):
+                    release.digests[file], release.sizes[file] = digest, int(size)
+                    release.installed_ns = os.stat(path).st_mtime_ns
+    return release
 
 
 # ---- what code names
