@@ -113,6 +113,16 @@ class TestReading:
             (model / "left").touch()
         assert reading.files() == {}
 
+    def test_what_is_opened_to_write_and_only_read_counts(self, model: Path) -> None:
+        """So does `numpy.memmap` by default. A file that was changed that way is a cache of the process."""
+        for name in ("table", "cache"):
+            np.arange(4).tofile(model / name)
+        with observed_reading(model) as reading:
+            assert np.memmap(model / "table", dtype=np.int64)[1] == 1
+            with (model / "cache").open("r+b") as file:
+                file.write(b"changed, and longer than it was before, by some bytes")
+        assert [*reading.files()] == ["table"]
+
     def test_what_was_asked_for_and_was_not_there(self, model: Path, tmp_path: Path) -> None:
         """It would have been read. An engine that has it is another one; so is one that has lost it."""
         missing = [model / "scales.json", tmp_path / "factors.json"]

@@ -62,6 +62,7 @@ class Reading:
         self._versions: dict[str, list[_Version | None]] = {}
         self._began_ns = time.time_ns()
         self._written: set[str] = set()
+        self._read_to_write: set[str] = set()
         self._read_outside: set[str] = set()
         self._listed: set[str] = set()
         self._modules = set(sys.modules)
@@ -74,7 +75,11 @@ class Reading:
         Args:
             is_outside: code outside vLLM opens the file. False also if that makes no difference.
         """
-        if flags & os.O_ACCMODE == os.O_RDONLY:
+        may_write = flags & os.O_ACCMODE != os.O_RDONLY
+        if flags & os.O_ACCMODE == os.O_RDWR and not flags & (os.O_CREAT | os.O_TRUNC):
+            self._read_to_write.add(path)  # as `numpy.memmap` opens what it is to read
+            may_write = False
+        if not may_write:
             self._read.add(path)
             seen, version = self._versions.setdefault(path, []), _version(path)
             if version not in seen[-1:]:
@@ -110,6 +115,7 @@ class Reading:
             if os.path.basename(path) in _TOKENIZER_SEEN:
                 opened |= {os.path.join(os.path.dirname(path), name) for name in _TOKENIZER}
         written = {os.path.abspath(path) for path in list(self._written)}
+        to_write = {os.path.abspath(path) for path in list(self._read_to_write)}
         imported = outside.loaded_since(self._modules)
         listed = {
             os.path.join(folder, "")
@@ -134,6 +140,8 @@ class Reading:
             seen = self._versions.get(path, [])
             # What loading itself made and removed, as a program does that a model calls, is no file of the model.
             is_changed = any(map(self._is_older, seen)) if identity == ABSENT else not _is_as_opened(path, seen)
+            if is_changed and path in to_write:  # it was written
+                continue
             if is_changed:
                 raise NotShareableError(f"{name} changed while the model was loaded")
             found[name] = identity
