@@ -78,7 +78,9 @@ class TestCode:
         ("name", "is_compared"),
         [
             *((name, True) for name in ("FACTOR", "down_scale", "MODEL_KEY_SCALE", "MAX_TOKENS_FACTOR", "KEYS")),
-            *((name, False) for name in ("HF_TOKEN", "API_KEY", "MY_API_KEY_2", "AWS_SECRET_ACCESS_KEY", "KEY")),
+            *((name, False) for name in ("HF_TOKEN", "API_KEY", "MY_API_KEY_2", "AWS_SECRET_ACCESS_KEY")),
+            *((name, True) for name in ("SVD_RANK", "CKPT_KEY", "SCORE_TOKEN", "scale.factor", "SCALE-FACTOR", "KEY")),
+            *((name, False) for name in ("RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "GH_TOKEN")),
             *((name, False) for name in ("DB_PASSWORD", "CREDENTIALS_FILE", "http_proxy", "LOCAL_RANK", "home")),
         ],
     )
@@ -90,6 +92,13 @@ class TestCode:
         plain = key_of(first)
         monkeypatch.setenv(name, "2")
         assert (key_of(first) != plain) == is_compared
+
+    def test_what_may_be_a_secret_is_not_shown(
+        self, plugin: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (plugin / "factors.py").write_text("import os\nFACTOR = os.environ.get('SCORE_TOKEN')\n")
+        monkeypatch.setenv("SCORE_TOKEN", "12345")
+        assert "12345" not in key_of(first).fields["env.SCORE_TOKEN"]
 
     def test_vllm_as_released_is_said(self, tiny: Path) -> None:
         assert key_of(tiny).fields["code.vllm"] == "as released"

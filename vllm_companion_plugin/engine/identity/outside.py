@@ -45,21 +45,28 @@ _SWITCH = re.compile(r"[\w.,:+/ -]{0,31}", re.ASCII)
 _NOTES = (".log", ".lock", ".pid", ".tmp")
 """Files that programs write for themselves, also beside their code."""
 _ANY_DEPTH = "**"
-_VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_]+)["']""")
+_VARIABLE = re.compile(rb"""["']([A-Za-z_][A-Za-z0-9_.-]+)["']""")
+"""Names of variables, also those of a Kubernetes ConfigMap, which need not be identifiers."""
 _PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9]+_(\w*_)?", re.ASCII)
 """Texts that variables may begin with: code asks for those that do, or puts the rest of the name behind it."""
 _ASKING = re.compile(rb"getenv|environ|env_?prefix|envvar", re.IGNORECASE)
 """In sources that read variables. Elsewhere a text like `layer_` begins other names."""
 _NAMES = re.compile(r"[A-Z][A-Z0-9_]*_\*[A-Z0-9_]*|\*_[A-Z0-9_]{2,}[A-Z0-9]", re.ASCII)
 """Names of variables in an f-string, with values in them."""
-# Variables that say who a process is, where things are, or a secret: they differ between engines and make no weights.
+# Variables that say who a process is, where things are, or a secret of a service: they differ between engines and make
+# no weights. Launchers have exact names for ranks, because a model may have a rank as well.
 _OF_THE_PROCESS = re.compile(
-    r".*(RANK|WORLD_SIZE|VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
-    r"|(.*_)?(TOKEN|KEY|PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
+    r"((LOCAL|NODE|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
+    r"|(SLURM|TORCHELASTIC|FLUX|KUBERNETES)_.*"
+    r"|.*(VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
+    r"|(.*_)?(PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
+    r"|(.*_)?(HF|HUGGING_?FACE|HUB|GITHUB|GH|GITLAB|AUTH|ACCESS|BEARER)_TOKEN(_FILE|_PATH)?"
     r"|.*_PROXY|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
     r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS",
     re.IGNORECASE,
 )
+_MAY_BE_SECRET = re.compile(r"(.*_)?(TOKEN|KEY)(_ID|_FILE|_PATH)?", re.IGNORECASE)
+"""Variables that may be of a model (a token's id), or a secret: they count, and only a digest of them is shown."""
 
 
 def fields(modules: Iterable[str], files: Iterable[str] = ()) -> dict[str, str]:
@@ -190,7 +197,12 @@ class _Unit:
 
     def variables(self) -> dict[str, str]:
         """Return what is shown of the variables of the environment that count."""
-        return {f"env.{name}": _value_shown(value) for name, value in self._variables.items()}
+        return {
+            f"env.{name if name.isprintable() else ascii(name)}": _digest_of(value)
+            if _MAY_BE_SECRET.fullmatch(name)
+            else _value_shown(value)
+            for name, value in self._variables.items()
+        }
 
     @cached_property
     def _variables(self) -> dict[str, str]:
@@ -359,8 +371,10 @@ def _is_place(text: str) -> bool:
 
 def _value_shown(value: str) -> str:
     """Return a switch as it is, and a digest of what may be a secret, or no text."""
-    if _SWITCH.fullmatch(value):
-        return value
+    return value if _SWITCH.fullmatch(value) else _digest_of(value)
+
+
+def _digest_of(value: str) -> str:
     return hashlib.sha256(os.fsencode(value)).hexdigest()[:_SHORT]
 
 
