@@ -44,6 +44,9 @@ COUNTED: dict[str, Read] = {
     "lora.max_lora_rank": lambda c: c.lora_config.max_lora_rank,
     "compilation.max_cudagraph_capture_size": lambda c: c.compilation_config.max_cudagraph_capture_size,
     "parallel.max_parallel_loading_workers": lambda c: c.parallel_config.max_parallel_loading_workers,
+    "model.model": lambda c: c.model_config.model,
+    "model.tokenizer": lambda c: c.model_config.tokenizer,
+    "load.download_dir": lambda c: c.load_config.download_dir,
     "load.use_tqdm_on_load": lambda c: c.load_config.use_tqdm_on_load,
     "attention.flex_attn_block_m": lambda c: c.attention_config.flex_attn_block_m,
     "kernel.enable_jit_warmup": lambda c: c.kernel_config.enable_jit_warmup,
@@ -178,7 +181,7 @@ def test_another_value_is_another_variant(tiny: Path, made: Any) -> None:
     [
         lambda c: c.scheduler_config.compute_hash(),
         lambda c: (c.model_config.dtype, c.model_config.enforce_eager.real, c.cache_config.cache_dtype),
-        lambda c: (c.parallel_config.tensor_parallel_size, c.model_config.model, c.model_config.revision),
+        lambda c: (c.parallel_config.tensor_parallel_size, c.model_config.revision, c.instance_id),
     ],
     ids=["by vLLM", "in the key", "by itself"],
 )

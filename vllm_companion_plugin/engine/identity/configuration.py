@@ -31,13 +31,16 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "it is what the key has by itself": (
         *("model.hf_config", "model.hf_text_config", "model.hf_overrides", "model.model_arch_config"),
-        *("model.model", "model.model_weights", "model.revision", "model.tokenizer_revision", "model.hf_config_path"),
-        *("model.runner", "model.convert", "model.multimodal_config", "model.config_updated", "model.tokenizer"),
+        *("model.runner", "model.convert", "model.multimodal_config", "model.config_updated", "model.revision"),
         *("model.trust_remote_code", "quant", "device", "load.load_format", "load.model_loader_extra_config"),
         *("parallel.pipeline_parallel_size", "parallel.tensor_parallel_size", "parallel.world_size", "parallel.rank"),
         *("parallel.prefill_context_parallel_size", "parallel.decode_context_parallel_size"),
         *("parallel.data_parallel_size", "parallel.data_parallel_rank", "parallel.data_parallel_index"),
         *("lora", "speculative"),
+    ),
+    "it says where files are, of which the key has the content": (
+        *("model.model", "model.model_weights", "model.hf_config_path", "model.tokenizer", "model.tokenizer_revision"),
+        "load.download_dir",
     ),
     "it limits requests, memory or time": (
         *("scheduler", "model.max_model_len", "model.spec_target_max_model_len", "model.original_max_model_len"),
@@ -78,7 +81,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("multimodal.allow_missing_mm_embeddings", "multimodal.mm_ipc_gpu_memory_gb"),
     ),
     "it names this engine, its processes and what they talk through": (
-        *("instance_id", "model.hf_token", "load.download_dir", "parallel.master_addr", "parallel.master_port"),
+        *("instance_id", "model.hf_token", "parallel.master_addr", "parallel.master_port"),
         *("parallel.data_parallel_size_local", "parallel.data_parallel_rank_local", "parallel.data_parallel_backend"),
         *("parallel.data_parallel_master_ip", "parallel.data_parallel_master_port", "parallel.data_parallel_rpc_port"),
         *("parallel.data_parallel_external_lb", "parallel.data_parallel_hybrid_lb", "parallel.node_rank"),
