@@ -101,7 +101,16 @@ class TestReading:
         assert differences(found, model) == []
 
     def test_the_machines_and_pythons_are_not_the_models(self, model: Path) -> None:
-        assert read(model, Path("/proc/self/stat"), Path("/etc/hostname"), Path(json.__file__)) == {}
+        assert read(model, Path("/proc/self/stat"), Path("/sys/kernel/uevent_seqnum"), Path(json.__file__)) == {}
+
+    @pytest.mark.parametrize("place", ["/dev/shm", "/var/tmp"])
+    def test_folders_of_the_system_count_if_the_models_code_reads_there(self, model: Path, place: str) -> None:
+        """An administrator mounts a file for it in /etc, say. What vLLM or a package reads there is no model's."""
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            assert [*read(model, Path(file.name))] == [file.name]
+            with observed_reading(model) as reading:
+                exec(compile(f"open({file.name!r})", weight_utils.__file__, "exec"))
+            assert reading.files() == {}
 
     def test_what_is_written_or_gone_is_not_read(self, model: Path) -> None:
         """Caches that the process makes itself, and temporary files."""
@@ -251,11 +260,27 @@ class TestReading:
             (model / name).write_text("{}")
         assert list(read(model, model / "tokenizer_config.json")) == ["tokenizer.json", "tokenizer_config.json"]
 
-    def test_a_name_that_is_no_text_is_left_out(self, model: Path, tmp_path: Path) -> None:
-        """No manifest could have it."""
-        with observed_reading(model) as reading, pytest.raises(FileNotFoundError):
-            open(os.fsencode(tmp_path / "scales") + b"\xff").close()
-        assert reading.files() == {}
+    def test_a_name_that_is_no_text_is_escaped(self, model: Path, tmp_path: Path) -> None:
+        """A manifest is text, and a path is bytes."""
+        path = os.fsencode(model / "scales") + b"\xff%"
+        (model / "bytes:a").write_text("1")
+        Path(os.fsdecode(path)).write_text("1")
+        found = read(model, Path(os.fsdecode(path)), model / "bytes:a")
+        assert [*found] == ["bytes:bytes:a", "bytes:scales%FF%25"]
+        assert differences(found, model) == []
+        Path(os.fsdecode(path)).write_text("2")
+        assert [text.split(" has ")[0] for text in differences(found, model)] == ["bytes:scales%FF%25"]
+
+    def test_a_checkpoint_behind_a_link(self, model: Path, tmp_path: Path) -> None:
+        """Code may ask where the link leads, and another engine may start when it leads elsewhere."""
+        other = Path(shutil.copytree(model, tmp_path / "other"))
+        (tmp_path / "latest").symlink_to(model)
+        found = read(tmp_path / "latest", model / "modules.json")
+        assert [*found] == ["modules.json"]
+        (other / "modules.json").write_text("[1]")
+        (tmp_path / "latest").unlink()
+        (tmp_path / "latest").symlink_to(other)
+        assert len(differences(found, tmp_path / "latest")) == 1
 
     def test_two_observe_at_once(self, model: Path) -> None:
         with observed_reading(model) as outer:
@@ -538,14 +563,26 @@ class TestListing:
         shutil.rmtree(extra)
         assert [text.split(" and ")[1] for text in differences(found, model)] == ["is absent here"] * 2
 
-    def test_what_is_known_or_nobodys_does_not_count(
-        self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(extra))
+    def test_what_is_nobodys_does_not_count(self, model: Path) -> None:
         with observed_reading(model) as reading:
-            for folder in (model, model / "2_Dense", extra, "/proc", "/usr", os.path.dirname(torch.__file__)):
+            for folder in ("/proc", "/sys", os.path.dirname(torch.__file__)):
                 os.listdir(folder)
         assert reading.files() == {}
+
+    def test_folders_of_the_checkpoint_and_the_hub_count(
+        self, model: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Code may take the newest of their files. `checkpoint` knows the weights there."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(extra))
+        with observed_reading(model) as reading:
+            for folder in (model, model / "2_Dense", extra):
+                os.listdir(folder)
+        found = reading.files()
+        assert sorted(found) == ["./", "2_Dense/", "hub:./", "hub:a.safetensors"]
+        assert differences(found, model) == []
+        (model / "2_Dense" / "config-2.json").write_text("{}")
+        (model / "scales-2.json").write_text("{}")
+        assert [text.split(" has ")[0] for text in differences(found, model)] == ["./", "2_Dense/"]
 
     def test_a_folder_made_meanwhile_does_not_count(self, model: Path, extra: Path, tmp_path: Path) -> None:
         with observed_reading(model) as reading:

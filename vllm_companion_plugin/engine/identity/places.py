@@ -8,6 +8,8 @@ import sysconfig
 import tempfile
 from functools import cache
 
+_KERNEL = ("/proc", "/sys", "/dev")
+_SHARED_MEMORY = "/dev/shm"
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _CACHES = (
@@ -45,6 +47,17 @@ def is_pythons(path: str) -> bool:
 def is_no_models(path: str) -> bool:
     """Tell whether a file belongs to the machine, Python, vLLM or this package, or is the user's key to the hub."""
     return any(path == place or is_below(path, place) for place in _no_models())
+
+
+def is_systems(path: str) -> bool:
+    """Tell whether a file is in a folder of the system where an administrator may put files of a model (/etc)."""
+    if not path.startswith(_SYSTEM):
+        return False
+    is_kernels = any(path == place or is_below(path, place) for place in _KERNEL)
+    if is_kernels and not is_below(path, _SHARED_MEMORY):
+        return False
+    is_others = any(is_below(path, place) for place in _no_models() if place not in _SYSTEM)
+    return not is_others and any(is_below(path, place) for place in _SYSTEM)
 
 
 def is_anybodys(folder: str) -> bool:

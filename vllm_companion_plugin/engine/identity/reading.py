@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
+from vllm_companion_plugin.core.text import sendable
 from vllm_companion_plugin.engine.identity import openers, outside, places
 from vllm_companion_plugin.engine.identity.checkpoint import WEIGHT_SUFFIXES
 from vllm_companion_plugin.engine.identity.digest import digest_of
@@ -39,6 +41,8 @@ ABSENT = "absent"
 """Identity of a file that was asked for and was not there: it would have been read."""
 _PACKAGE = "package:"
 """Prefix of the name of a file in a package that is no part of vLLM, wherever that package is."""
+_ESCAPED = "bytes:"
+"""Prefix of a name in which some bytes are escaped by `%`, because they are no UTF-8."""
 _SHORT = 16
 # A tokenizer's own files. Rust or C++ reads the others once Python has opened the first.
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -120,17 +124,19 @@ class Reading:
         listed = {
             os.path.join(folder, "")
             for folder in map(os.path.abspath, list(self._listed))
-            if not any(_is_in(folder, place) for place in (self._checkpoint, places.hub()))
-            and folder not in written  # as a new folder for temporary files
+            if folder not in written  # as a new folder for temporary files
         }
-        weights = {path for folder in listed for path in _weights_in(folder)}
+        # `checkpoint` knows the weights beside config.json.
+        weights = {
+            path for folder in listed if not _is_in(folder[:-1], self._checkpoint) for path in _weights_in(folder)
+        }
         listed = {folder for folder in listed if not places.is_anybodys(os.path.dirname(folder) or "/")}
         by_outside = {os.path.abspath(path) for path in list(self._read_outside)} | imported | listed | weights
         names = outside.Names()
         found = {}
         for path in sorted((opened | by_outside) - written):
             name = _name(path, self._checkpoint, names, path in by_outside)
-            if name is None or not _can_be_sent(name):
+            if name is None:
                 continue
             identity = _identity(name, path)
             if identity is None and path in asked_for and not os.path.lexists(path):
@@ -143,8 +149,8 @@ class Reading:
             if is_changed and path in to_write:  # it was written
                 continue
             if is_changed:
-                raise NotShareableError(f"{name} changed while the model was loaded")
-            found[name] = identity
+                raise NotShareableError(f"{sendable(name)} changed while the model was loaded")
+            found[_escaped(name)] = identity
         return found
 
     def _is_older(self, version: _Version | None) -> bool:
@@ -177,7 +183,8 @@ def changed(recorded: Mapping[str, str], checkpoint: Path) -> dict[str, str | No
         The identity of the file here, by name; None for an absent file.
     """
     base = _directory_of(checkpoint)
-    here = {name: _identity(name, path) if (path := _path(name, base)) else None for name in sorted(recorded)}
+    plain = {name: _unescaped(name) for name in sorted(recorded)}
+    here = {name: _identity(one, path) if (path := _path(one, base)) else None for name, one in plain.items()}
     return {name: identity for name, identity in here.items() if (identity or ABSENT) != recorded[name]}
 
 
@@ -293,12 +300,12 @@ def _directory_of(checkpoint: Path) -> str:
 
 def _name(path: str, checkpoint: str, names: outside.Names, is_outside: bool) -> str | None:
     """Return a file's name for other processes; None if the file does not belong to the model."""
-    if places.is_below(path, checkpoint):
-        return os.path.relpath(path, checkpoint)
-    hub = places.hub()
-    if places.is_below(path, hub):
-        return _HUB + os.path.relpath(path, hub)
-    if places.is_no_models(path) or (_depends_on_opener(path) and not is_outside):
+    for prefix, place in (("", checkpoint), ("", os.path.realpath(checkpoint)), (_HUB, places.hub())):
+        if places.is_below(path, place):  # the name of a folder ends with a slash
+            return prefix + os.path.relpath(path, place) + ("/" if path.endswith("/") else "")
+    if places.is_no_models(path) and not (is_outside and places.is_systems(path)):
+        return None
+    if _depends_on_opener(path) and not is_outside:
         return None
     name = names.of(path)
     return path if name is None else _PACKAGE + name
@@ -306,7 +313,12 @@ def _name(path: str, checkpoint: str, names: outside.Names, is_outside: bool) ->
 
 def _depends_on_opener(path: str) -> bool:
     """Tell whether a file may be one that compilers keep, or that Python imports or asks for what is installed."""
-    return path.endswith(_CODE) or places.may_be_cached(path) or any(part in path for part in _RECORDS)
+    return (
+        path.endswith(_CODE)
+        or places.is_systems(path)
+        or places.may_be_cached(path)
+        or any(part in path for part in _RECORDS)
+    )
 
 
 def _path(name: str, checkpoint: str) -> str | None:
@@ -315,12 +327,17 @@ def _path(name: str, checkpoint: str) -> str | None:
     return os.path.join(places.hub() if name.startswith(_HUB) else checkpoint, name.removeprefix(_HUB))
 
 
-def _can_be_sent(name: str) -> bool:
+def _escaped(name: str) -> str:
+    """Return a name that UTF-8 can carry."""
     try:
         name.encode()
     except UnicodeEncodeError:  # bytes that are no UTF-8
-        return False
-    return True
+        return _ESCAPED + quote(os.fsencode(name), safe="/:")
+    return name if not name.startswith(_ESCAPED) else _ESCAPED + quote(name, safe="/:")
+
+
+def _unescaped(name: str) -> str:
+    return os.fsdecode(unquote_to_bytes(name.removeprefix(_ESCAPED))) if name.startswith(_ESCAPED) else name
 
 
 def _is_in(path: str, directory: str) -> bool:
