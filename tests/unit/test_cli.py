@@ -656,3 +656,38 @@ def test_serve_follows_a_companion_that_ends_while_another_one_is_started() -> N
     wards: Any = [first, second]
     with Signals() as signals:
         assert serve._supervise(wards, signals) == 0
+
+
+class TestModelAndFlags:
+    """A model is named as for `vllm serve`."""
+
+    @pytest.mark.parametrize(
+        ("words", "flags"),
+        [
+            (["M", "--dtype", "half"], ["--dtype", "half"]),
+            (["--model", "M", "--dtype", "half"], ["--dtype", "half"]),
+            (["--dtype", "half", "--model=M"], ["--dtype", "half"]),
+        ],
+    )
+    def test_by_a_word(self, words: list[str], flags: list[str]) -> None:
+        assert parser.model_and_flags("serve", words, ()) == ("M", flags)
+
+    @pytest.mark.parametrize("words", [["--config", "{}"], ["--config={}"], ["--dtype", "half", "--config", "{}"]])
+    def test_in_a_file(self, tmp_path: Path, words: list[str]) -> None:
+        """The file goes to vLLM as well, for its flags."""
+        path = tmp_path / "serve.yaml"
+        path.write_text("model: org/M\ndtype: half\n")
+        model, flags = parser.model_and_flags("serve", [word.format(path) for word in words], ())
+        assert model == "org/M"
+        assert flags[-2:] == ["--config", str(path)]
+
+    @pytest.mark.parametrize("text", [None, "dtype: half\n", "[1, 2]", "a: [", "model: 3"])
+    def test_nowhere(self, tmp_path: Path, text: str | None) -> None:
+        path = tmp_path / "serve.yaml"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(SettingsError, match=r"cannot be read|Flags of vLLM follow a model"):
+            parser.model_and_flags("serve", ["--config", str(path)], ())
+
+    def test_none_is_meant(self) -> None:
+        assert parser.model_and_flags("serve", [], ()) == (None, [])

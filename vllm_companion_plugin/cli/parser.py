@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -25,7 +26,7 @@ EXAMPLES = {
     "serve": (
         ("vllm-companion serve", "a companion for each GPU, which engines fill"),
         ("vllm-companion serve Qwen/Qwen3-8B -tp 2 --dtype bfloat16", "load a model before any engine exists"),
-        ("vllm-companion serve --device 0 Qwen/Qwen3-8B --config serve.yaml", "with the config file of `vllm serve`"),
+        ("vllm-companion serve --device 0 --config serve.yaml", "with the config file of `vllm serve`"),
     ),
     "status": (
         ("vllm-companion status", "a table that fits the terminal"),
@@ -65,7 +66,44 @@ EXAMPLES = {
 }
 
 
-def before_the_model(command: str, word: str, flags: Iterable[str]) -> SettingsError:
+def model_and_flags(command: str, rest: Sequence[str], flags: Iterable[str]) -> tuple[str | None, list[str]]:
+    """Return the model that a command is about, and the flags of vLLM; None if no words are left.
+
+    The model comes first, or is named by `--model` or in the file of `--config`, as for `vllm serve`.
+
+    Raises:
+        SettingsError: no model is named, or that file cannot be read.
+    """
+    words = [part for word in rest for part in _split(word)]
+    if not words or not words[0].startswith("-"):
+        return (rest[0], [*rest[1:]]) if rest else (None, [])
+    for number, word in enumerate(words[:-1]):
+        if word == "--model":
+            return words[number + 1], [*words[:number], *words[number + 2 :]]
+    for word, path in itertools.pairwise(words):
+        if word == "--config" and (model := _model_in(command, path)):
+            return model, words
+    raise _before_the_model(command, words[0], flags)
+
+
+def _split(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith(("--model=", "--config=")) else [word]
+
+
+def _model_in(command: str, path: str) -> str | None:
+    """Return the model that a config file of `vllm serve` names."""
+    import yaml  # type: ignore[import-untyped]  # vLLM needs it
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{command}: --config: {path} cannot be read: {error}") from error
+    model = found.get("model") if isinstance(found, dict) else None
+    return model if isinstance(model, str) else None
+
+
+def _before_the_model(command: str, word: str, flags: Iterable[str]) -> SettingsError:
     """Return the error for a flag before a model that the command does not know."""
     name = word.split("=")[0]
     return SettingsError(

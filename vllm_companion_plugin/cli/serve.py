@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable
 
 from vllm_companion_plugin.cli import metrics, table
 from vllm_companion_plugin.cli.devices import devices_named, visible_gpus
 from vllm_companion_plugin.cli.exits import Exit
-from vllm_companion_plugin.cli.parser import before_the_model
+from vllm_companion_plugin.cli.parser import model_and_flags
 from vllm_companion_plugin.cli.settings_options import settings_of
 from vllm_companion_plugin.client.connection import connect
 from vllm_companion_plugin.core.output import relayed, say, say_warnings
@@ -37,7 +36,7 @@ RETRY_S, RETRY_MOST_S = 0.5, 30.0
 
 def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
     """Run until a signal or `stop` ends all companions; return 0, or 1 after a failure."""
-    model, flags = _model_and_flags(rest, parsed.flags)
+    model, flags = model_and_flags("serve", rest, parsed.flags)
     raise_file_limit()  # this process holds all that the companions hold
     say_warnings()
     settings = settings_of(parsed)
@@ -69,14 +68,6 @@ def serve(parsed: argparse.Namespace, rest: list[str]) -> int:
         finally:
             for ward in wards:
                 ward.stop()
-
-
-def _model_and_flags(rest: list[str], flags_of_serve: Iterable[str]) -> tuple[str | None, list[str]]:
-    if not rest:
-        return None, []
-    if rest[0].startswith("-"):
-        raise before_the_model("serve", rest[0], flags_of_serve)
-    return rest[0], rest[1:]
 
 
 def _own(ward: Ward, signals: Signals, *, may_join: bool) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 from vllm_companion_plugin.cli import look
 from vllm_companion_plugin.cli.devices import devices_named
 from vllm_companion_plugin.cli.exits import Exit
-from vllm_companion_plugin.cli.parser import before_the_model
+from vllm_companion_plugin.cli.parser import model_and_flags
 from vllm_companion_plugin.cli.table import GIB, aligned
 from vllm_companion_plugin.core.output import say
 from vllm_companion_plugin.core.text import printable
@@ -105,11 +105,9 @@ def main(parsed: argparse.Namespace, rest: list[str]) -> int:
     Raises:
         CompanionUnavailableError: an engine did not start, with or without the companion.
     """
-    if rest and rest[0].startswith("-"):
-        raise before_the_model("verify", rest[0], parsed.flags)
-    if not rest:
+    model, flags = model_and_flags("verify", rest, parsed.flags)
+    if model is None:
         raise SettingsError("verify: which model?", remedy="Run: vllm-companion verify MODEL [flags of vLLM]")
-    model, flags = rest[0], rest[1:]
     asked = ["--adapter", parsed.adapter] if parsed.adapter else []
     try:
         others = shlex.split(parsed.publisher)
