@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import importlib
 import importlib.metadata
@@ -13,6 +14,7 @@ import os
 import pkgutil
 import runpy
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -253,6 +255,20 @@ class TestReading:
         (model / "late").write_text("1")
         (model / "late").read_text()
         assert list(reading.files()) == ["2_Dense/config.json", "a.npy", "b.bin", "modules.json"]
+
+    def test_a_database_and_a_library_count(self, model: Path) -> None:
+        """C opens them; Python says that it asks for that."""
+        with contextlib.closing(sqlite3.connect(model / "table.db")) as made:
+            made.execute("create table scales (scale)")
+        (model / "made.so").write_bytes(b"no library")
+        with observed_reading(model) as reading:
+            sqlite3.connect(model / "table.db").close()
+            sqlite3.connect(f"file:{model / 'table.db'}?mode=ro", uri=True).close()
+            sqlite3.connect(":memory:").close()
+            ctypes.CDLL("libc.so.6")
+            with pytest.raises(OSError, match="made"):
+                ctypes.CDLL(str(model / "made.so"))
+        assert [*reading.files()] == ["made.so", "table.db"]
 
     def test_a_tokenizer_is_seen_whole(self, model: Path) -> None:
         """Rust reads tokenizer.json without the interpreter."""

@@ -50,6 +50,9 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "m
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pxd", ".h", ".cu", ".cuh", ".cpp", ".ptx", ".cubin")
 _RECORDS = (".dist-info/", ".egg-info/")
 _EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "import", "os.putenv", "os.unsetenv")
+# What these open, a library of C opens: which Python only says in its own words.
+_OPENED_BY_LIBRARIES = {"sqlite3.connect": os.O_RDWR, "ctypes.dlopen": os.O_RDONLY}
+_HEARD = frozenset({*_EVENTS, *_OPENED_BY_LIBRARIES})
 _active: list[Reading] = []
 _adding = threading.Lock()
 _hearing: set[int] = set()
@@ -215,7 +218,7 @@ def _install() -> None:
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _active or event not in _EVENTS or (thread := threading.get_ident()) in _hearing:
+    if not _active or event not in _HEARD or (thread := threading.get_ident()) in _hearing:
         return
     _hearing.add(thread)
     try:
@@ -238,6 +241,11 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
     if not isinstance(path, (str, bytes)):  # a number of an open file
         return
     path = os.fsdecode(path)
+    if event in _OPENED_BY_LIBRARIES:
+        path = path.removeprefix("file:").partition("?")[0]
+        if os.sep not in path:  # a library of the system, or a database in memory
+            return
+        event, arguments = "open", (path, "r", _OPENED_BY_LIBRARIES[event])
     if not os.path.isabs(path):  # the working directory may be another one later
         try:
             path = os.path.abspath(path)
