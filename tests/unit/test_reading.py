@@ -221,6 +221,25 @@ class TestReading:
             monkeypatch.chdir(tmp_path)
         assert [*reading.files()] == ["modules.json"]
 
+    @pytest.mark.parametrize("kind", ["cwd", "home"])
+    def test_a_file_that_a_process_finds_by_what_is_its_own(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        """The file of the first engine is still there, and another engine finds another one."""
+        monkeypatch.setenv("HOME", "/nowhere")
+
+        def go(place: Path) -> None:
+            monkeypatch.chdir(place) if kind == "cwd" else monkeypatch.setenv("HOME", str(place))
+
+        for name in ("one", "two", "same"):
+            write(tmp_path / name / "scales.json", "2" if name == "two" else "1")
+        go(tmp_path / "one")
+        found = read(model, tmp_path / "one" / "scales.json")
+        assert [*found] == [f"{tmp_path}/one/scales.json", f"{kind}:scales.json"]
+        for name, count in (("one", 0), ("same", 0), ("two", 1)):
+            go(tmp_path / name)
+            assert len(differences(found, model)) == count
+
     def test_large_weights_are_left_to_others(self, model: Path) -> None:
         with (model / "model.bin").open("wb") as file:
             file.truncate(LARGEST_BYTES + 1)

@@ -12,6 +12,7 @@ counts with the weights in it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -43,6 +44,9 @@ _PACKAGE = "package:"
 """Prefix of the name of a file in a package that is no part of vLLM, wherever that package is."""
 _ESCAPED = "bytes:"
 """Prefix of a name in which some bytes are escaped by `%`, because they are no UTF-8."""
+_CWD = "cwd:"
+_HOME = "home:"
+"""Prefixes of a file's second name: code may have found it by the working directory, or by the user's home."""
 _SHORT = 16
 # A tokenizer's own files. Rust or C++ reads the others once Python has opened the first.
 _TOKENIZER_SEEN = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -65,6 +69,7 @@ class Reading:
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = _directory_of(checkpoint)
+        self._places = _places()  # a model's code may change the working directory
         self._read: set[str] = set()
         self._versions: dict[str, list[_Version | None]] = {}
         self._began_ns = time.time_ns()
@@ -80,7 +85,7 @@ class Reading:
         """Note an opened file. The interpreter calls this, in any thread.
 
         Args:
-            is_outside: code outside vLLM opens the file. False also if that makes no difference.
+            is_outside: code outside vLLM opens the file.
         """
         may_write = flags & os.O_ACCMODE != os.O_RDONLY
         if flags & os.O_ACCMODE == os.O_RDWR and not flags & (os.O_CREAT | os.O_TRUNC):
@@ -154,6 +159,8 @@ class Reading:
             if is_changed:
                 raise NotShareableError(f"{sendable(name)} changed while the model was loaded")
             found[_escaped(name)] = identity
+            if path in by_outside and os.path.isabs(name):
+                found |= {_escaped(one): identity for one in _by_process(path, self._places)}
         return found
 
     def _is_older(self, version: _Version | None) -> bool:
@@ -262,7 +269,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
                 reading.note_made(path)
     elif event == "open":
         flags = arguments[2]
-        is_outside = _depends_on_opener(path) and openers.is_outside()
+        is_outside = openers.is_outside()
         if isinstance(flags, int):
             for reading in _active:
                 reading.note(path, flags, is_outside)
@@ -319,6 +326,20 @@ def _name(path: str, checkpoint: str, names: outside.Names, is_outside: bool) ->
     return path if name is None else _PACKAGE + name
 
 
+def _by_process(path: str, of_process: list[tuple[str, str]]) -> list[str]:
+    """Return the names of a file by what belongs to a process: another one may find another file by them."""
+    end = "/" if path.endswith("/") else ""  # of a folder
+    return [prefix + os.path.relpath(path, place) + end for prefix, place in of_process if places.is_below(path, place)]
+
+
+def _places() -> list[tuple[str, str]]:
+    """Return the working directory, unless it is above everything or gone, and the user's home."""
+    found = [(_HOME, os.path.abspath(os.path.expanduser("~")))]
+    with contextlib.suppress(OSError):
+        found.append((_CWD, os.getcwd()))
+    return [(prefix, place) for prefix, place in found if place != "/"]
+
+
 def _depends_on_opener(path: str) -> bool:
     """Tell whether a file may be one that compilers keep, or that Python imports or asks for what is installed."""
     return (
@@ -332,6 +353,10 @@ def _depends_on_opener(path: str) -> bool:
 def _path(name: str, checkpoint: str) -> str | None:
     if name.startswith(_PACKAGE):
         return outside.path_of(name.removeprefix(_PACKAGE))
+    for prefix in (_CWD, _HOME):
+        if name.startswith(prefix):
+            place = dict(_places()).get(prefix)
+            return None if place is None else os.path.join(place, name.removeprefix(prefix))
     return os.path.join(places.hub() if name.startswith(_HUB) else checkpoint, name.removeprefix(_HUB))
 
 
@@ -377,7 +402,7 @@ def _identity(name: str, path: str) -> str | None:
             return None
         if status.st_size <= LARGEST_BYTES:
             return digest_of(Path(path))
-        if os.path.isabs(name) or name.startswith((_HUB, _PACKAGE)):
+        if os.path.isabs(name) or name.startswith((_HUB, _PACKAGE, _CWD, _HOME)):
             seen = look(path)
             return seen.text if seen.lasts is Lasts.EVER else whole_digest_of(Path(path))
         return None if name.endswith(WEIGHT_SUFFIXES) else whole_digest_of(Path(path))
