@@ -250,15 +250,17 @@ class _Release:
 
 
 def _released(place: str) -> _Release:
-    release = _Release(place)
+    digests: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    installed_ns = 0
     for name in os.listdir(place):
         if name.startswith("vllm") and name.endswith(".dist-info"):
             path = os.path.join(place, name, "RECORD")
             with contextlib.suppress(OSError), open(path, errors="replace") as record:
                 for file, digest, size in _RECORD_LINE.findall(record.read()):
-                    release.digests[file], release.sizes[file] = digest, int(size)
-                    release.installed_ns = os.stat(path).st_mtime_ns
-    return release
+                    digests[file], sizes[file] = digest, int(size)
+                    installed_ns = os.stat(path).st_mtime_ns
+    return _Release(place, digests, sizes, installed_ns)
 
 
 # ---- what code names
