@@ -22,12 +22,14 @@ Group = frozenset[tuple[Place, tuple[Any, ...]]]
 
 
 def common_parts(values: Iterable[tuple[Place, Any, bool]]) -> set[Group]:
-    """The groups of `values` (place, value, and whether it is noted elsewhere that the place has this object)."""
-    found: dict[int, list[tuple[Place, tuple[Any, ...]]]] = {}
+    """The groups of `values` (place, value, and whether it is noted elsewhere which places have this very object)."""
+    found: dict[int, dict[tuple[Any, ...], tuple[Place, tuple[Any, ...]]]] = {}
     for place, value, is_noted in values:
+        whole = (id(value),) if is_noted else place
         for part, way in _parts(value, () if is_noted else ("",)):
-            found.setdefault(id(part), []).append((place, way))
-    return {frozenset(each) for each in found.values() if len(each) > 1 and any(way for _, way in each)}
+            found.setdefault(id(part), {}).setdefault((*whole, *way), (place, way))
+    groups = (each.values() for each in found.values() if len(each) > 1)
+    return {frozenset(group) for group in groups if any(way for _, way in group)}
 
 
 def _parts(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:

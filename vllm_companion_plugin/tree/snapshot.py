@@ -73,7 +73,7 @@ class Snapshot:
             if not (type(value) is types.FunctionType and "<" in value.__qualname__):  # the text has a digest of it
                 by_name.setdefault(tree.modules[index].path, {})[name] = (value,)
         plain: list[tuple[tuple[str, str], Any, bool]] = [
-            ((tree.modules[index].path, name), value, True)
+            ((tree.modules[index].path, name), value, values is tree.mutable)
             for values in (tree.mutable, tree.tuples)
             for (index, name), value in values.items()
         ]
