@@ -97,7 +97,8 @@ class TestTable:
         module = importlib.import_module(patch.where.partition(":")[0])
         owner = patch.find_owner()
         named = patch.attribute in {*dir(owner), *getattr(owner, "__annotations__", {})}
-        set_by_constructors = ("load_weights", "process_weights_after_loading", "requested_memory", "weight_loader")  # of single objects
+        # Of single objects.
+        set_by_constructors = ("load_weights", "process_weights_after_loading", "requested_memory", "weight_loader")
         ours = patch.how is How.ADDED and patch.attribute.startswith("companion_")
         assert named or ours or (patch.each and patch.attribute in set_by_constructors), module
         importlib.import_module(f"vllm_companion_plugin.{patch.by}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.logger import init_logger
@@ -49,6 +51,7 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
     processed = Processed()
     _check_files(decision)
     flag_reads.check(attachment.manifest.flags, vllm_config, model_config)
+    undrawn = _random_states()
     try:
         views = attachment.views()
         # The device compares while the model is built here.
@@ -85,8 +88,10 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
             with reported(decision, settings.verify if verification.pieces else ""):
                 verified = verification.check(attachment.manifest, attachment.label)
     except CompanionError:
+        _put_back(*undrawn)  # the model is built again
         raise
     except Exception as error:  # vLLM's own code ran where it never runs: on the meta device
+        _put_back(*undrawn)
         logger.debug("Restoring failed", exc_info=True)
         raise NotShareableError(
             f"the model cannot be built without its weights: {type(error).__name__}: {error}"
@@ -132,6 +137,21 @@ def attach_model(decision: Attach, vllm_config: Any, model_config: Any, prefix: 
         attach_s=decision.seconds - decision.waited_s + finished - started,
     )
     return model
+
+
+def _random_states() -> tuple[Any, Any, torch.Tensor, torch.Tensor | None]:
+    is_on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state() if is_on_gpu else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _put_back(pythons: Any, numpys: Any, torchs: torch.Tensor, cuda: torch.Tensor | None) -> None:
+    """A normal load after a failed attach draws the numbers that it would have drawn alone."""
+    random.setstate(pythons)
+    np.random.set_state(numpys)
+    torch.set_rng_state(torchs)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
 
 
 def _check_files(decision: Attach) -> None:
