@@ -8,7 +8,6 @@ from, and its globals which module.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ _PLAIN = frozenset(
     {str, int, float, bool, type(None), tuple, list, dict, set, frozenset}
     | {BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType, WrapperDescriptorType}
 )
-_USES_VLLM = re.compile(rb"^\s*(?:from|import) vllm\b|[\"']vllm\.", re.MULTILINE)
+_USING_VLLM = (b"import vllm", b"from vllm", b'"vllm.', b"'vllm.")
 _AROUND = ("__wrapped__", "__func__", "func", "fget", "fset", "_self_wrapper")
 """Where objects of Python and of packages keep the function that they stand for, or call instead of it."""
 
@@ -209,6 +208,7 @@ def _counts(path: str) -> bool:
     if not packages.is_installed(path) and not places.is_pythons(path):
         return True
     try:
-        return _USES_VLLM.search(Path(path).read_bytes()) is not None
+        source = Path(path).read_bytes()
+        return any(text in source for text in _USING_VLLM)
     except OSError:
         return False
