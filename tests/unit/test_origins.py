@@ -1296,6 +1296,25 @@ class TestProcessing:
         assert attached.scale.item() == 5.0
         assert attached.kernel.value == 2
 
+    @pytest.mark.parametrize("value", [0.0, 1.0])
+    def test_a_parameter_that_it_removes_is_built_as_it_was(self, value: float) -> None:
+        """As a bias that no checkpoint has, which some quantizations then drop: what is made of it is the same."""
+
+        def build(m: Model, flag: float) -> None:
+            m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+            m.bias = nn.Parameter(torch.full((LARGE,), value), requires_grad=False)
+
+        def load(m: Model) -> None:
+            m.weight.data.copy_(checkpoint(5.0))
+
+        def process(m: Model) -> None:
+            m.has_bias = bool(m.bias.any())
+            m.register_parameter("bias", None)
+
+        attached = attach(publish(build, load, process), build, process)
+        assert attached.has_bias == bool(value)
+        assert attached.bias is None
+
     def test_numbers_that_follow_from_flags_are_the_engines(self) -> None:
         """What post-processing makes of a limit is this engine's limit."""
 

@@ -895,8 +895,9 @@ def test_loading_takes_the_shape_of_what_building_made(make: Callable[[torch.Ten
     assert torch.equal(attach(published, build, flag=0.25).made, published.model.made)
 
 
-def test_what_is_in_parameters_before_they_are_loaded_means_nothing() -> None:
-    """A model may be given its type before it is given its weights."""
+@pytest.mark.parametrize("flag", [1.0, 0.25])
+def test_what_is_in_parameters_before_they_are_loaded_counts_if_it_is_read(flag: float) -> None:
+    """As a model does that gives itself its type before it is given its weights."""
 
     def build(m: Model, flag: float) -> None:
         m.weight = nn.Parameter(torch.full((3,), flag), requires_grad=False)
@@ -906,4 +907,9 @@ def test_what_is_in_parameters_before_they_are_loaded_means_nothing() -> None:
         for number in range(3):
             m.weight[number].copy_(checkpoint(float(number))[0])
 
-    assert attach(publish(build, load, flag=1.0), build, flag=0.25).weight.tolist() == [0.0, 1.0, 2.0]
+    published = publish(build, load, flag=1.0)
+    if flag == 1.0:
+        assert attach(published, build, flag=flag).weight.tolist() == [0.0, 1.0, 2.0]
+    else:
+        with pytest.raises(ParityError, match="weight is built as"):
+            attach(published, build, flag=flag)

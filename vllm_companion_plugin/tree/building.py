@@ -87,7 +87,8 @@ def left_by_loading(manifest: Manifest) -> Left:
 
     Returns:
         By class of the module and name of the parameter, as they are built: dtypes and shapes; None for any, where no
-        other parameter has that class and name. A constructor does not say which module will be which.
+        other parameter has that class and name, or post-processing has removed it. A constructor does not say which
+        module will be which.
     """
     modules = {module.path: module for module in manifest.modules}
     left: dict[tuple[str, str], set[_Form]] = {}
@@ -101,7 +102,16 @@ def left_by_loading(manifest: Manifest) -> Left:
             for module, slot, _, is_left in _parameters_of(manifest)
             if not is_left
         }
-    return {place: frozenset(forms) if place in others else None for place, forms in left.items()}
+    found = {place: frozenset(forms) if place in others else None for place, forms in left.items()}
+    return found | dict.fromkeys(_removed_by_processing(manifest))
+
+
+def _removed_by_processing(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What loading left alone and is not there any more, so nothing says what form it had."""
+    for module in manifest.modules:
+        if untouched := module.observed.untouched:
+            there = {slot.name for slot in module.slots}
+            yield from ((_class_when_built(module), name) for name in untouched if name not in there)
 
 
 def _parameters_of(manifest: Manifest) -> Iterator[tuple[ModuleInfo, SlotInfo, TensorInfo, bool]]:
