@@ -21,7 +21,7 @@ import functools
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,11 +138,10 @@ class Observation:
             self._looks.enter_context(Looks(self._watch))
             yield
 
-    @contextmanager
-    def watching_beside(self) -> Iterator[None]:
-        """The same in another thread, which works for the one that loads."""
-        with self._watch.beside(), Looks(self._watch):
-            yield
+    @property
+    def watching_beside(self) -> Callable[[], AbstractContextManager[None]]:
+        """The same in another thread, which works for the one that loads. It may outlive the model."""
+        return functools.partial(_watching_beside, self._watch)
 
     def note_import(self, module: types.ModuleType) -> None:
         """`module` has just been imported."""
@@ -497,6 +496,12 @@ class Observation:
 
     def _untouched(self, slots: list[LiveSlot]) -> tuple[str, ...]:
         return tuple(slot.name for slot in slots if slot.kind is not _ATTRIBUTE and self.is_own(slot.tensor))
+
+
+@contextmanager
+def _watching_beside(watch: Watch) -> Iterator[None]:
+    with watch.beside(), Looks(watch):
+        yield
 
 
 def _of_autograd(tensor: torch.Tensor) -> list[int]:
