@@ -23,14 +23,11 @@ LOADS = {
     patches.TASKS.target,
     *(patch.target for patch in (*patches.CLOCKS, *patches.READS)),
 }
-LINEAR = "vllm.model_executor.layers.linear"
 LIVE_WEIGHTS = [
-    f"{LINEAR}.MergedColumnParallelLinear.load_weights",
-    f"{LINEAR}.QKVParallelLinear.load_weights",
     "vllm.model_executor.models.llama.LlamaForCausalLM.load_weights",
     "vllm.model_executor.models.llama.LlamaModel.load_weights",
 ]
-"""Of the model itself, and of the parts that load for themselves: the row is of any model's."""
+"""Of the model itself, and of the part that loads for itself: the row is of any model's."""
 ATTACHES = {patches.NOTES_FOR_RELOADS.target, patches.PROCESSING.target}
 
 

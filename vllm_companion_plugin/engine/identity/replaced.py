@@ -25,6 +25,7 @@ from types import (
 from typing import Any
 
 from vllm_companion_plugin.core import packages
+from vllm_companion_plugin.core.process import collector_paused
 from vllm_companion_plugin.engine.identity import outside, places
 from vllm_companion_plugin.errors import NotShareableError
 
@@ -51,6 +52,7 @@ class Found:
     files: set[str] = field(default_factory=set)
 
 
+@collector_paused()
 def found() -> Found:
     """Return the code that stands in vLLM's modules and classes, and is not vLLM's.
 
@@ -150,6 +152,8 @@ class _Walk:
 
     def _add(self, where: str, function: FunctionType) -> None:
         path, name = function.__code__.co_filename, str(function.__globals__.get("__name__"))
+        if packages.top(name) in outside.KNOWN and _file_of(name) == path:  # as a decorator of PyTorch
+            return
         module = sys.modules.get(name)
         is_its = module is not None and packages.dictionary(module) is function.__globals__
         if os.path.isabs(path) and _is_file(path):

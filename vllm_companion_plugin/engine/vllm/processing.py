@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ def _processes_itself(module: nn.Module) -> bool:
     return process is not None and not _is_vllms(process)
 
 
+@cache
 def _is_vllms(function: Any) -> bool:
     """Whether a function is vLLM's own code, perhaps decorated by PyTorch."""
     while function is not None:
@@ -95,12 +96,15 @@ def around_post_processing(
 
         return process_weights_after_loading
 
-    methods = {id(method): method for module in model.modules() if (method := _method_of(module)) is not None}
+    methods: dict[int, QuantizeMethodBase] = {}
     with ExitStack() as stack:
+        for module in model.modules():
+            if (method := _method_of(module)) is not None:
+                methods[id(method)] = method
+            if _processes_itself(module):
+                stack.enter_context(patches.MODULES_PROCESSING.on(module, partial(surrounding, module)))
         for method in methods.values():
             stack.enter_context(patches.PROCESSING.on(method, surrounded))
-        for module in filter(_processes_itself, model.modules()):
-            stack.enter_context(patches.MODULES_PROCESSING.on(module, partial(surrounding, module)))
         yield
 
 

@@ -33,9 +33,19 @@ def let_write(model: nn.Module) -> None:
             patches.RELOAD.apply(_reload)
             break
     wrap = functools.partial(_load_weights, current().engine_of(model))
-    for part in model.modules():
-        if hasattr(type(part), "load_weights") and "load_weights" not in vars(part):
+    for part in _parts_of(model):
+        if "load_weights" not in vars(part) and hasattr(type(part), "load_weights"):
             patches.LIVE_WEIGHTS.on_for_good(part, wrap)
+
+
+def _parts_of(model: nn.Module) -> list[nn.Module]:
+    """The model, and all modules in it that have modules themselves: what somebody may load into besides the model."""
+    found, seen = [model], {model}
+    for part in found:
+        inside = {each for each in part._modules.values() if each is not None and each._modules} - seen
+        seen |= inside
+        found += inside
+    return found
 
 
 def _load_weights(engine: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
