@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.support.configs import config
-from vllm_companion_plugin.engine.identity import code, replaced
+from vllm_companion_plugin.engine.identity import code, outside, replaced
 from vllm_companion_plugin.engine.vllm import building
 from vllm_companion_plugin.errors import NotShareableError
 
@@ -193,3 +193,9 @@ class TestNamedByFlags:
         monkeypatch.setitem(model_loader._LOAD_FORMAT_TO_MODEL_LOADER, "oot", loader)  # type: ignore[arg-type]
         assert loader in building.loading_classes(made, "oot")
         assert loader not in building.loading_classes(made, "auto")
+
+
+def test_code_of_a_checkpoint_has_a_file_though_its_module_is_not_loaded() -> None:
+    """A configuration comes without its module to a process that was spawned."""
+    assert outside.has_file("transformers_modules.org.model.configuration_x")
+    assert not outside.has_file("nobody_has_this")

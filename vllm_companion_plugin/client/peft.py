@@ -42,6 +42,8 @@ _PATTERN = r"(.*\.)?({})$"
 """How PEFT matches a key of its patterns with a module's name."""
 _ALPHA = 8
 """`lora_alpha` where PEFT's configuration says nothing."""
+_COMPUTED_IN = (torch.bfloat16, torch.float16)
+"""Narrow types that engines compute adapters in; a base may be packed in others."""
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 _ORDINARY_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Values of `init_lora_weights` that leave the base model as it is."""
@@ -227,7 +229,8 @@ def _served_dtype(base: nn.Module | None) -> torch.dtype | None:
     """Of a layer whose parameters view the memory that engines serve from; None of others."""
     parameters = base._parameters.values() if base is not None else ()
     # As `training.from_companion` makes them.
-    return next((each.dtype for each in parameters if each is not None and hasattr(each, "companion_name")), None)
+    found = next((each.dtype for each in parameters if each is not None and hasattr(each, "companion_name")), None)
+    return found if found in _COMPUTED_IN else None
 
 
 def _fields_of(config: Any, label: str) -> Mapping[str, Any]:
@@ -404,6 +407,7 @@ def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -
     return otherwise
 
 
+@torch.no_grad()
 def _scaled(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """Copies, multiplied in float32. By few kernels: one for each of hundreds takes milliseconds.
 

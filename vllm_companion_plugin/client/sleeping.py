@@ -150,7 +150,7 @@ class Sleepable(Mapped):
         if where == Residence.NOWHERE.value and self._is_forgotten:  # it was unloaded, so nobody else has the bytes
             is_owned = bool(self.held.published.version)
             where = self._back_up(residence(self._wish, [self._level], is_owned=is_owned))
-        if where != Residence.HOST.value:
+        if where != Residence.HOST.value or self._backup is not None:
             self._drop_kept()
         return where
 
@@ -158,6 +158,7 @@ class Sleepable(Mapped):
         """Keep the bytes in host memory, unless they are to be nowhere; where they are. Raises `ArenaError`."""
         if wanted is Residence.NOWHERE:
             return str(wanted.value)
+        self._drop_backup()
         self._backup = arenas.KINDS[self.held.arena.kind].to_host(self.arena, self.device.index)
         return str(Residence.HOST.value)
 

@@ -134,9 +134,13 @@ class Observation:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While open, all operations of this thread on tensors are watched."""
-        with self._watch, self._looks:
-            self._looks.enter_context(Looks(self._watch))
-            yield
+        self._watch.ended = False
+        try:
+            with self._watch, self._looks:
+                self._looks.enter_context(Looks(self._watch))
+                yield
+        finally:
+            self._watch.ended = True
 
     @property
     def watching_beside(self) -> Callable[[], AbstractContextManager[None]]:

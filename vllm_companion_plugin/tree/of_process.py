@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import stat
 import time
 from collections.abc import Collection, Iterator
 
@@ -54,11 +55,11 @@ def _opened() -> set[int]:
 
 
 def _is_open(number: int) -> bool:
+    """Whether a descriptor is of a file. Numbers of sockets and pipes, which come and go, are those of many values."""
     try:
-        os.fstat(number)
+        return stat.S_ISREG(os.fstat(number).st_mode)
     except OSError:  # that of the listing itself
         return False
-    return True
 
 
 def _paths(text: str) -> Iterator[str]:

@@ -58,6 +58,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.module: nn.Module | None = None
         self.placing = Placing()
         self.is_loading = True
+        self.ended = False  # threads that loading began may live on
         self.counts_parameters = False
         self.sources: dict[int, set[int]] = {}
         self.looked: set[int] = set()
@@ -116,7 +117,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._paused:
+        if not (self.ended or self._paused):
             with plain_tensors(), self._lock:
                 self._note(func, args, kwargs or {}, result)
         return result
@@ -281,7 +282,7 @@ class Looks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if self._watch.is_loading and name in _READING and args:
+        if self._watch.is_loading and not self._watch.ended and name in _READING and args:
             if name in _GIVING:
                 self._watch.note_given(args[0], memory=name in _LENDING)
             if name not in _COPYING:

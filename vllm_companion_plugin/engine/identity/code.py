@@ -257,9 +257,9 @@ def _released(place: str) -> _Release:
         if name.startswith("vllm") and name.endswith(".dist-info"):
             path = os.path.join(place, name, "RECORD")
             with contextlib.suppress(OSError), open(path, errors="replace") as record:
+                installed_ns = os.stat(path).st_mtime_ns
                 for file, digest, size in _RECORD_LINE.findall(record.read()):
                     digests[file], sizes[file] = digest, int(size)
-                    installed_ns = os.stat(path).st_mtime_ns
     return _Release(place, digests, sizes, installed_ns)
 
 

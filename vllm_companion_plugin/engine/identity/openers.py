@@ -23,11 +23,12 @@ _COMPILERS = (
 )
 
 
-def is_outside(*, acting: Callable[[CodeType], bool] = lambda code: False) -> bool:
+def is_outside(*, acting: Callable[[CodeType], bool] = lambda code: False, by_packages: bool = True) -> bool:
     """Tell whether the nearest caller that opens files on its own account is code outside vLLM, such as a model's.
 
     Args:
         acting: tells of code of vLLM whether it acts for its caller, as packages do.
+        by_packages: what to say of a thread that runs nothing but functions of packages.
 
     Packages open files for whoever calls them, except what imports modules, and compilers. If a thread runs nothing but
     functions of packages, then nothing says who called them, and it may have been a model.
@@ -39,7 +40,7 @@ def is_outside(*, acting: Callable[[CodeType], bool] = lambda code: False) -> bo
         if known is not None or outside.has_read(name):  # a plugin may be installed
             return known is not False
         frame = caller
-    return threading.get_ident() != threading.main_thread().ident
+    return by_packages and threading.get_ident() != threading.main_thread().ident
 
 
 def is_compiler() -> bool:

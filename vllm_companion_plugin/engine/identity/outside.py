@@ -56,11 +56,12 @@ _NAMES = re.compile(r"[A-Z][A-Z0-9_]*_\*[A-Z0-9_]*|\*_[A-Z0-9_]{2,}[A-Z0-9]", re
 # Variables that say who a process is, where things are, or a secret of a service: they differ between engines and make
 # no weights. Launchers have exact names for ranks, because a model may have a rank as well.
 _OF_THE_PROCESS = re.compile(
-    r"((LOCAL|NODE|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
+    r"((LOCAL|GLOBAL|NODE|MACHINE|GROUP|ROLE|DP|TP|PP)_)?(RANK|WORLD_SIZE)|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
     r"|(SLURM|TORCHELASTIC|FLUX|KUBERNETES)_.*"
     r"|.*(VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
     r"|(.*_)?(PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
-    r"|(.*_)?(HF|HUGGING_?FACE|HUB|GITHUB|GH|GITLAB|AUTH|ACCESS|BEARER)_TOKEN(_FILE|_PATH)?"
+    r"|(.*_)?(HF|HUGGING_?FACE|HUB|GITHUB|GH|GITLAB|AUTH|ACCESS|BEARER|SESSION|SECURITY|IDENTITY|JOB)_TOKEN(_FILE|_PATH)?"
+    r"|(AWS|AZURE|GOOGLE|VAULT)_(.*_)?(TOKEN|KEY)(_FILE|_PATH)?"
     r"|.*_PROXY|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
     r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS",
     re.IGNORECASE,
@@ -139,7 +140,8 @@ def loaded_since(before: Iterable[str]) -> set[str]:
 
 def has_file(module: str) -> bool:
     """Tell whether a file, or a version, identifies the code of a module. It does not if that was typed in, or made."""
-    return packages.top(module) in KNOWN or _file(sys.modules.get(module)) is not None
+    # A checkpoint's own code is known by its files, also where a configuration came without its module.
+    return packages.top(module) in (*KNOWN, _REMOTE) or _file(sys.modules.get(module)) is not None
 
 
 def is_installed(module: str) -> bool:

@@ -269,7 +269,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
                 reading.note_made(path)
     elif event == "open":
         flags = arguments[2]
-        is_outside = openers.is_outside()
+        is_outside = openers.is_outside(by_packages=not places.is_systems(path))
         if isinstance(flags, int):
             for reading in _active:
                 reading.note(path, flags, is_outside)

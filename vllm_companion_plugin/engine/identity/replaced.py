@@ -7,6 +7,7 @@ from, and its globals which module.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
-from typing import Any
+from typing import Any, cast
 
 from vllm_companion_plugin.core import packages
 from vllm_companion_plugin.core.process import collector_paused
@@ -31,6 +32,12 @@ from vllm_companion_plugin.errors import NotShareableError
 
 # Parts of vLLM that take requests and answer them, or tell of that. What is put in there makes no weights.
 _OF_REQUESTS = (
+    *(
+        "distributed.kv_transfer",
+        "distributed.ec_transfer",
+        "distributed.kv_events",
+        "distributed.aux_output_connector",
+    ),
     *("assets", "benchmarks", "engine", "entrypoints", "inputs", "logging_utils", "parser", "profiler", "reasoning"),
     *("renderers", "third_party", "tokenizers", "tool_parsers", "tracing", "usage"),
     *("v1.core", "v1.engine", "v1.kv_offload", "v1.metrics", "v1.sample", "v1.structured_output"),
@@ -96,7 +103,7 @@ class _Walk:
 
     def _is_of_vllm(self, path: str) -> bool:
         if path not in self._is_vllms:
-            self._is_vllms[path] = path.startswith(self._root)
+            self._is_vllms[path] = os.path.abspath(path).startswith(self._root)
         return self._is_vllms[path]
 
     def _is_new(self, value: object) -> bool:
@@ -116,10 +123,10 @@ class _Walk:
     def _other(self, where: str, value: object) -> None:
         if not self._is_new(value):
             return
-        if isinstance(value, type):
-            self._class(where, value)
-            return
         kind = type(value)
+        if issubclass(kind, type):
+            self._class(where, cast("type[Any]", value))
+            return
         if self._is_new(kind):
             self._class(where, kind)
         if not callable(value) and not hasattr(kind, "__get__"):
@@ -138,7 +145,9 @@ class _Walk:
                 self._other(where, value)
 
     def _class(self, where: str, kind: type) -> None:
-        name = kind.__module__
+        name = kind.__module__ if isinstance(kind.__module__, str) else ""
+        if issubclass(kind, logging.Logger):  # an application's own, which every module has
+            return
         if packages.top(name) == "vllm":
             self._values(where, vars(kind))
         elif packages.top(name) not in outside.KNOWN:
@@ -152,6 +161,7 @@ class _Walk:
 
     def _add(self, where: str, function: FunctionType) -> None:
         path, name = function.__code__.co_filename, str(function.__globals__.get("__name__"))
+        path = path if path.startswith("<") else os.path.abspath(path)
         if packages.top(name) in outside.KNOWN and _file_of(name) == path:  # as a decorator of PyTorch
             return
         module = sys.modules.get(name)

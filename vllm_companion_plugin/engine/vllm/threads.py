@@ -64,6 +64,12 @@ class Threads:
                     return followed
 
                 replaced = patches.RUNS.on_for_good(thread, wrap)
+                try:
+                    inner(thread)
+                except BaseException:  # it was not begun
+                    replaced.undo()
+                    raise
+                return
             inner(thread)
 
         return start
