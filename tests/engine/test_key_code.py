@@ -81,6 +81,11 @@ class TestCode:
             *((name, False) for name in ("HF_TOKEN", "API_KEY", "MY_API_KEY_2", "AWS_SECRET_ACCESS_KEY")),
             *((name, True) for name in ("SVD_RANK", "CKPT_KEY", "SCORE_TOKEN", "scale.factor", "SCALE-FACTOR", "KEY")),
             *((name, False) for name in ("RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "GH_TOKEN")),
+            *((name, True) for name in ("LORA_RANK", "SPECIAL_TOKEN", "CODEBOOK_KEY")),
+            *(
+                (name, False)
+                for name in ("GLOBAL_RANK", "DP_RANK", "AWS_SESSION_TOKEN", "VAULT_TOKEN", "AZURE_STORAGE_KEY")
+            ),
             *((name, False) for name in ("DB_PASSWORD", "CREDENTIALS_FILE", "http_proxy", "LOCAL_RANK", "home")),
         ],
     )

@@ -159,6 +159,15 @@ def test_what_answers_requests_does_not_count(path: Path, monkeypatch: pytest.Mo
     assert not named()
 
 
+def test_an_applications_loggers_do_not_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each module of vLLM has one, of whichever class the application has set."""
+    from vllm.model_executor.layers import linear
+
+    path.write_text("import logging\nclass Logger(logging.Logger):\n    pass\n")
+    monkeypatch.setattr(linear, "logger", importlib.import_module(NAME).Logger("vllm"))
+    assert not named()
+
+
 def test_in_an_ordinary_process_nothing_is_replaced() -> None:
     """Decorators, dataclasses, named tuples and what this package itself changes are no code of a user."""
     script = """

@@ -137,6 +137,27 @@ def test_what_it_writes_is_seen(begin: Callable[[Work], None]) -> None:
     assert not is_in_torch_dispatch_mode()
 
 
+def test_a_thread_that_outlives_the_load() -> None:
+    """What it does afterwards is nobody's, and kept nowhere."""
+    model, threads, go, worked = nn.Linear(4, 4), Threads(), threading.Event(), threading.Event()
+    observation = Observation(model)
+
+    def work() -> None:
+        assert go.wait(10)
+        for _ in range(100):
+            torch.ones(3).add(1).tolist()
+        worked.set()
+
+    with threads.followed(), observation.watching():
+        threads.surround(observation.watching_beside)
+        threading.Thread(target=work, daemon=True).start()
+        observation.end_loading(model)
+    known = len(observation._watch._addresses), len(observation._watch.measured)
+    go.set()
+    assert worked.wait(10)
+    assert (len(observation._watch._addresses), len(observation._watch.measured)) == known
+
+
 def test_a_thread_that_nobody_sees() -> None:
     """A thread that is begun past `threading` is none of the load's: its writes are found by the bytes."""
     threads, done, found = Threads(), threading.Event(), []

@@ -564,11 +564,7 @@ class TestWakesByLease:
 
     def test_private_in_vain(self, sleeping: Sleeping) -> None:
         """It has its own bytes afterwards."""
-        one = sleeping.attach()
-        one.privatize(sleeping.connection())
-        write(one, PRIVATE_BYTE)
-        expected = content(one)
-        sleeping.sleep(one, 1)
+        one, expected = asleep_with_its_own(sleeping)
         for _ in range(2):
             assert sleeping.wake(one) == "host"
             assert content(one) == expected
@@ -580,11 +576,7 @@ class TestWakesByLease:
     def test_private_without_room(self, alone: Sleeping) -> None:
         """It sleeps on, and has its own bytes when there is room."""
         alone.model = torch.nn.Linear(1 << 20, 16, bias=False)
-        one = alone.attach()
-        one.privatize(alone.connection())
-        write(one, PRIVATE_BYTE)
-        expected = content(one)
-        alone.sleep(one, 1)
+        one, expected = asleep_with_its_own(alone)
         for _ in range(2):
             with no_more_addresses(), pytest.raises(ArenaError, match="memory"):
                 alone.wake(one)
@@ -631,6 +623,16 @@ from vllm_companion_plugin.wire import fd_channel
 del fd_channel._REQUEST_BYTES[fd_channel.WAKE]
 sys.exit(main(["--device", "cpu"]))
 """
+
+
+def asleep_with_its_own(sleeping: Sleeping) -> tuple[Attachment, bytes]:
+    """One that has written to memory of its own, and sleeps at level 1; and what it has written."""
+    one = sleeping.attach()
+    one.privatize(sleeping.connection())
+    write(one, PRIVATE_BYTE)
+    expected = content(one)
+    sleeping.sleep(one, 1)
+    return one, expected
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -138,6 +139,43 @@ def test_convolutions_are_processed_as_in_a_normal_load() -> None:
     assert torch.equal(private.weight, normal.weight)
     assert vars(private).keys() == vars(normal).keys()
     assert torch.equal(shared, weight)
+
+
+class Doubled(QuantizeMethodBase):
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """It has them already."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, layer.weight)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.weight.data.mul_(2)
+
+
+class Increased(nn.Module):
+    """Processed by its method, and by code of its own."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.quant_method = Doubled()
+        self.rows = self.weight.data[:2]
+
+    def process_weights_after_loading(self) -> None:
+        self.weight.data.add_(1)
+
+
+def test_what_is_processed_twice_is_made_private_once() -> None:
+    """With all that views it."""
+    shared = torch.ones(4, 3)
+    model = Increased(shared)
+    with process_privately(model, resolve_extra_config({})) as processed:
+        model.quant_method.process_weights_after_loading(model)
+        model.process_weights_after_loading()
+    assert model.weight.tolist() == [[3.0] * 3] * 4
+    assert model.rows.tolist() == [[3.0] * 3] * 2
+    assert shared.tolist() == [[1.0] * 3] * 4
+    assert processed.sizes == [shared.nbytes]
 
 
 def test_the_cache_of_rope_modules_is_vllms_own() -> None:

@@ -1315,6 +1315,28 @@ class TestProcessing:
         assert attached.has_bias == bool(value)
         assert attached.bias is None
 
+    def test_other_parameters_get_no_memory_for_one_that_it_removes(self) -> None:
+        """Nothing says what form that one had, so whatever its class has under its name is built for real, no more."""
+
+        def build(m: Model, flag: float) -> None:
+            m.weight = nn.Parameter(torch.empty(LARGE), requires_grad=False)
+            nn.init.ones_(m.weight)
+            m.bias = nn.Parameter(torch.zeros(LARGE), requires_grad=False)
+
+        def load(m: Model) -> None:
+            m.weight.data.copy_(checkpoint(5.0))
+
+        def process(m: Model) -> None:
+            m.register_parameter("bias", None)
+
+        published = publish(build, load, process)
+        built = WithoutWeights(CPU, left_by_loading(published.manifest))
+        with built.building():
+            model = Model(build, 1.0)
+        assert model.weight.is_meta
+        assert not model.bias.is_meta
+        assert attach(published, build, process).weight.unique().tolist() == [5.0]
+
     def test_numbers_that_follow_from_flags_are_the_engines(self) -> None:
         """What post-processing makes of a limit is this engine's limit."""
 

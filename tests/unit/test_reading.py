@@ -114,6 +114,13 @@ class TestReading:
                 exec(compile(f"open({file.name!r})", weight_utils.__file__, "exec"))
             assert reading.files() == {}
 
+    def test_what_says_which_machine_it_is_does_not_count(self, model: Path) -> None:
+        """It is another one in each pod. The like of it does."""
+        files = [f"/etc/{name}" for name in ("hosts", "hostname", "resolv.conf", "os-release")]
+        assert read(model, *(Path(name) for name in files if os.path.exists(name))) == {}
+        assert not any(map(places.is_systems, [*files, "/run/secrets/token", "/etc/ssl/certs/ca.pem"]))
+        assert all(map(places.is_systems, ["/etc/hosts.json", "/etc/model/hosts", "/run/secrets-of-a-model"]))
+
     def test_what_is_written_or_gone_is_not_read(self, model: Path) -> None:
         """Caches that the process makes itself, and temporary files."""
         with observed_reading(model) as reading:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import cmath
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -16,6 +17,7 @@ import pathlib
 import queue
 import random
 import re
+import socket
 import tempfile
 import types
 from collections.abc import Callable
@@ -359,6 +361,21 @@ PLACES: dict[str, tuple[Change, Change, Callable[[Any], Any]]] = {
 }
 
 
+def check_equal_or_refused(
+    build: Callable[[Model, float], object], change: Change, look: Callable[[Model], Any], refusal: str
+) -> None:
+    """What loading changed is the same in an engine that attaches, or is refused when it is published."""
+    attach(publish(build), build)
+    try:
+        published = publish(build, change)
+    except NotShareableError as error:
+        said = str(error)
+    else:
+        assert look(attach(published, build)) == look(published.model)
+        return
+    assert re.match(refusal, said)
+
+
 @pytest.mark.parametrize("kind", PLACES)
 def test_what_is_published_can_be_restored(kind: str) -> None:
     """Else the loading engine refuses it, and no copy waits for nobody."""
@@ -367,16 +384,7 @@ def test_what_is_published_can_be_restored(kind: str) -> None:
     def build(m: Model, flag: float) -> None:
         make(m)
 
-    attach(publish(build), build)
-    try:
-        published = publish(build, change)
-    except NotShareableError as error:
-        refusal = str(error)
-    else:
-        attached = attach(published, build)
-        assert look(attached) == look(published.model)
-        return
-    assert re.match(r"loading (set|changed|replaced|left) [xy]\b", refusal)
+    check_equal_or_refused(build, change, look, r"loading (set|changed|replaced|left) [xy]\b")
 
 
 @functools.wraps(relu)
@@ -541,16 +549,7 @@ def test_parts_in_common(kind: str) -> None:
     def build(m: Model, flag: float) -> None:
         make(m)
 
-    attach(publish(build), build)
-    try:
-        published = publish(build, change)
-    except NotShareableError as error:
-        refusal = str(error)
-    else:
-        attached = attach(published, build)
-        assert look(attached) == look(published.model)
-        return
-    assert re.match(r"loading changed (a|x|first\.weight\.tags), which has a part", refusal)
+    check_equal_or_refused(build, change, look, r"loading changed (a|x|first\.weight\.tags), which has a part")
 
 
 def test_parts_in_common_that_only_building_made() -> None:
@@ -620,6 +619,19 @@ def test_numbers_and_paths_that_name_no_thing_of_the_process() -> None:
     values = {"number": 1, "long": 10**12, "path": "/usr", "list": ["/usr", 3, 140000000000000]}
     attached = attach(publish(nothing_more, lambda m: m.__dict__.update(values)), nothing_more)
     assert {name: getattr(attached, name) for name in values} == values
+
+
+def test_numbers_that_are_those_of_new_sockets() -> None:
+    """Connections come and go while a model is loaded, and many values are small numbers."""
+    with contextlib.ExitStack() as opened:
+
+        def load(m: Model) -> None:
+            one, other = socket.socketpair()
+            opened.enter_context(other)
+            m.x = opened.enter_context(one).fileno()
+
+        published = publish(nothing_more, load)
+        assert attach(published, nothing_more).x == published.model.x
 
 
 class Weight(torch.nn.Parameter):

@@ -240,6 +240,7 @@ def process_privately(
     processed = Processed()
     before = [clone.clone() for _, clone in clones]
     views: dict[int, list[torch.Tensor]] = {}
+    private: set[nn.Module] = set()
     weights: dict[nn.Module, list[torch.Tensor]] = {}
 
     @functools.cache
@@ -272,8 +273,10 @@ def process_privately(
             with meta_parameters(module):
                 yield
         else:
-            for weight in weights_of(module):
-                make_private(weight)
+            if module not in private:  # by its method, and by code of its own
+                private.add(module)
+                for weight in weights_of(module):
+                    make_private(weight)
             yield
 
     with ExitStack() as stack:

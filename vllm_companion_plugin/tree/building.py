@@ -156,6 +156,8 @@ class WithoutWeights:
         # By the same address: tensors on it, besides parameters.
         self._viewed_by: dict[int, list[weakref.ref[torch.Tensor]]] = {}
         self._touched: set[int] = set()
+        # Of parameters that modules have, and that loading will fill.
+        self._to_fill: set[int] = set()
         # The same for other memory that was asked for empty. Nobody else gets its address.
         self._small: dict[int, StorageWeakRef] = {}
         self._computed: list[torch.UntypedStorage] = []
@@ -171,10 +173,12 @@ class WithoutWeights:
                 with torch._C.DisableTorchFunction():  # modes would slow down each look at the parameter
                     if self._left and self._is_left_alone(module, name, parameter):
                         if parameter.is_meta:
+                            self._to_fill.discard(parameter.untyped_storage()._cdata)  # another module had it
                             self.make_real(parameter)
                             self.note_small(parameter)
                     else:
                         self._defer_parameter(parameter)
+                        self._to_fill |= self._deferred.keys() & {parameter.untyped_storage()._cdata}
 
         hook = register_module_parameter_registration_hook(registered)
         try:
@@ -219,6 +223,7 @@ class WithoutWeights:
         del deferred
         self._deferred.clear()
         self._touched.clear()
+        self._to_fill.clear()
         self._small.clear()
         self._computed.clear()
         self._ours.clear()
@@ -243,7 +248,7 @@ class WithoutWeights:
             return
         views = [view for weak in self._viewed_by.get(storage._cdata, ()) if (view := weak()) is not None]
         if all(view is not tensor for view in views):
-            if not self._may_be_left_alone(tensor):
+            if storage._cdata in self._to_fill or not self._may_be_left_alone(tensor):
                 return
             views.append(tensor)
         memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device).untyped_storage()

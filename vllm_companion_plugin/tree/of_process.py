@@ -6,6 +6,7 @@ In another process they name nothing, or another thing.
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import stat
@@ -39,8 +40,9 @@ class Before:
             return "the path of a file that loading made"
         return None
 
-    @property
+    @functools.cached_property
     def _new(self) -> set[int]:
+        """As it is when it is asked for first, when the model has been loaded."""
         return _opened() - self._opened
 
     def _is_new(self, path: str) -> bool:

@@ -13,16 +13,8 @@ _SHARED_MEMORY = "/dev/shm"
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/run", "/var", "/opt/nvidia")
 # Who the machine is, and what it gives to each pod: other in each, and no model's.
 _OF_THE_MACHINE = (
-    *("/run/secrets/", "/var/run/secrets/", "/var/lib/dbus/", "/etc/machine-id", "/etc/hostname", "/etc/hosts"),
-    *(
-        "/etc/resolv.conf",
-        "/etc/mtab",
-        "/etc/os-release",
-        "/etc/mime.types",
-        "/etc/localtime",
-        "/etc/ssl/",
-        "/etc/pki/",
-    ),
+    *("/run/secrets", "/var/run/secrets", "/var/lib/dbus", "/etc/machine-id", "/etc/hostname", "/etc/hosts"),
+    *("/etc/resolv.conf", "/etc/mtab", "/etc/os-release", "/etc/mime.types", "/etc/localtime", "/etc/ssl", "/etc/pki"),
 )
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _CACHES = (
@@ -69,7 +61,7 @@ def is_systems(path: str) -> bool:
     is_kernels = any(path == place or is_below(path, place) for place in _KERNEL)
     if is_kernels and not is_below(path, _SHARED_MEMORY):
         return False
-    if path.startswith(_OF_THE_MACHINE):
+    if any(path == place or is_below(path, place) for place in _OF_THE_MACHINE):
         return False
     is_others = any(is_below(path, place) for place in _no_models() if place not in _SYSTEM)
     return not is_others and any(is_below(path, place) for place in _SYSTEM)

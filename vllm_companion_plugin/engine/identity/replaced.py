@@ -32,12 +32,7 @@ from vllm_companion_plugin.errors import NotShareableError
 
 # Parts of vLLM that take requests and answer them, or tell of that. What is put in there makes no weights.
 _OF_REQUESTS = (
-    *(
-        "distributed.kv_transfer",
-        "distributed.ec_transfer",
-        "distributed.kv_events",
-        "distributed.aux_output_connector",
-    ),
+    *(f"distributed.{name}" for name in ("kv_transfer", "ec_transfer", "kv_events", "aux_output_connector")),
     *("assets", "benchmarks", "engine", "entrypoints", "inputs", "logging_utils", "parser", "profiler", "reasoning"),
     *("renderers", "third_party", "tokenizers", "tool_parsers", "tracing", "usage"),
     *("v1.core", "v1.engine", "v1.kv_offload", "v1.metrics", "v1.sample", "v1.structured_output"),
