@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm.config
 from vllm.config import MultiModalConfig, PoolerConfig
 from vllm.config.utils import replace
 
@@ -25,7 +26,7 @@ from vllm_companion_plugin.core.module_tree import (
     Stage,
     TensorKind,
 )
-from vllm_companion_plugin.engine.identity import flag_reads
+from vllm_companion_plugin.engine.identity import flag_reads, outside
 from vllm_companion_plugin.engine.identity.flag_reads import FlagReads
 from vllm_companion_plugin.engine.vllm.threads import Threads
 from vllm_companion_plugin.errors import ParityError
@@ -156,6 +157,13 @@ def test_what_a_configuration_reads_for_its_caller(made: Any) -> None:
 )
 def test_who_copies_reads_nothing(made: Any, copied: Read) -> None:
     assert flags(made, observed(), loading=copied) == {}
+
+
+def test_a_copy_reads_nothing_though_the_key_has_read_vllms_files(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it has if somebody copied or edited them."""
+    for path in Path(vllm.config.__file__).parent.glob("*.py"):
+        monkeypatch.setitem(outside._read, str(path), ((), b""))
+    assert flags(made, observed(), loading=lambda c: c.with_hf_config(c.model_config.hf_config)) == {}
 
 
 def test_what_is_no_flag_is_not_compared(made: Any) -> None:

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -148,6 +148,25 @@ class TestCode:
         monkeypatch.undo()
         code._vllm_state.cache_clear()
         assert found == f"{name} {code._base64(b'patched')}"
+
+    @pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, reverse=True)], ids=["after", "before"])
+    def test_a_plugin_of_vllm_has_a_list_of_its_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Callable[[list[str]], list[str]]
+    ) -> None:
+        """It may be called like vLLM, and was installed at another time."""
+        for name, text, seconds in (
+            ("vllm/__init__.py", "", 2),
+            ("vllm-1.0.dist-info/RECORD", "vllm/__init__.py,sha256=aa,0\n", 3),
+            ("vllm_plugin-1.0.dist-info/RECORD", "vllm_plugin.py,sha256=bb,1\n", 1),
+        ):
+            path = tmp_path / name
+            path.parent.mkdir()
+            path.write_text(text)
+            os.utime(path, (seconds, seconds))
+        listed = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda path: order(listed(path)))
+        found = code._released(str(tmp_path))
+        assert (found.digests, found.touched()) == ({"vllm/__init__.py": "aa"}, set())
 
     def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It has no list of what was released."""

@@ -250,17 +250,15 @@ class _Release:
 
 
 def _released(place: str) -> _Release:
-    digests: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    installed_ns = 0
     for name in os.listdir(place):
         if name.startswith("vllm") and name.endswith(".dist-info"):
             path = os.path.join(place, name, "RECORD")
             with contextlib.suppress(OSError), open(path, errors="replace") as record:
-                installed_ns = os.stat(path).st_mtime_ns
-                for file, digest, size in _RECORD_LINE.findall(record.read()):
-                    digests[file], sizes[file] = digest, int(size)
-    return _Release(place, digests, sizes, installed_ns)
+                if lines := _RECORD_LINE.findall(record.read()):  # plugins of vLLM are called like it
+                    digests = {file: digest for file, digest, _ in lines}
+                    sizes = {file: int(size) for file, _, size in lines}
+                    return _Release(place, digests, sizes, os.fstat(record.fileno()).st_mtime_ns)
+    return _Release(place)
 
 
 # ---- what code names

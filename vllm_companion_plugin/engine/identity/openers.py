@@ -36,9 +36,10 @@ def is_outside(*, acting: Callable[[CodeType], bool] = lambda code: False, by_pa
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:
         name = caller.f_code.co_filename
-        known = None if acting(caller.f_code) else _is_outside(name)
-        if known is not None or outside.has_read(name):  # a plugin may be installed
-            return known is not False
+        if not acting(caller.f_code):
+            known = _is_outside(name)
+            if known is not None or outside.has_read(name):  # a plugin may be installed
+                return known is not False
         frame = caller
     return by_packages and threading.get_ident() != threading.main_thread().ident
 
