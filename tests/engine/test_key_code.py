@@ -112,14 +112,14 @@ class TestCode:
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The file that is not its wheel's is named, with a digest."""
-        read = code.sha256_of
+        read = code._sha256_of
         monkeypatch.setattr(
-            code, "sha256_of", lambda path: b"patched" if path.endswith("layers/linear.py") else read(path)
+            code, "_sha256_of", lambda path: "patched" if path.endswith("layers/linear.py") else read(path)
         )
         code._vllm_state.cache_clear()
         found = key_of(tiny).fields["code.vllm"]
         code._vllm_state.cache_clear()
-        assert found == f"vllm/model_executor/layers/linear.py {code._base64(b'patched')}"
+        assert found == "vllm/model_executor/layers/linear.py patched"
 
     @pytest.mark.parametrize("how", ["size", "time"])
     def test_a_patched_file_of_whatever_part_is_named(
@@ -127,7 +127,7 @@ class TestCode:
     ) -> None:
         """A backend of attention has weights, too, and a worker loads them. These files are looked at, and not read."""
         name = "vllm/v1/worker/worker_base.py"
-        real, read, released = os.stat, code.sha256_of, code._released
+        real, read, released = os.stat, code._sha256_of, code._released
         patched = tmp_path / "worker_base.py"
 
         def looked(place: str) -> code._Release:
@@ -139,7 +139,7 @@ class TestCode:
             return found
 
         monkeypatch.setattr(code, "_released", looked)
-        monkeypatch.setattr(code, "sha256_of", lambda path: b"patched" if path.endswith(name) else read(path))
+        monkeypatch.setattr(code, "_sha256_of", lambda path: "patched" if path.endswith(name) else read(path))
         monkeypatch.setattr(
             os, "stat", lambda path, **options: real(patched if str(path).endswith(name) else path, **options)
         )
@@ -147,7 +147,7 @@ class TestCode:
         found = key_of(tiny).fields["code.vllm"]
         monkeypatch.undo()
         code._vllm_state.cache_clear()
-        assert found == f"{name} {code._base64(b'patched')}"
+        assert found == f"{name} patched"
 
     @pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, reverse=True)], ids=["after", "before"])
     def test_a_plugin_of_vllm_has_a_list_of_its_own(
@@ -170,14 +170,14 @@ class TestCode:
 
     def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It has no list of what was released."""
-        read, patched = code.sha256_of, b""
+        read, patched = code._sha256_of, ""
         monkeypatch.setattr(code, "_released", code._Release)
         monkeypatch.setattr(
-            code, "sha256_of", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
+            code, "_sha256_of", lambda path: patched if patched and path.endswith("layers/linear.py") else read(path)
         )
         code._vllm_state.cache_clear()
         plain = key_of(tiny)
-        patched = b"patched"
+        patched = "patched"
         code._vllm_state.cache_clear()
         other = key_of(tiny)
         code._vllm_state.cache_clear()

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -23,7 +23,6 @@ from types import CodeType, FunctionType, ModuleType
 
 from vllm_companion_plugin.core import packages
 from vllm_companion_plugin.engine.identity import outside, replaced
-from vllm_companion_plugin.engine.identity.outside import sha256_of
 from vllm_companion_plugin.errors import NotShareableError
 
 # Names of distributions. The key leaves out those that are not installed.
@@ -171,13 +170,13 @@ def _vllm_state(models: frozenset[str]) -> Mapping[str, str]:
     root = os.path.dirname(str(sys.modules["vllm"].__file__))
     start = len(os.path.dirname(root)) + 1
     files = [*_common_files(root), *sorted(str(sys.modules[name].__file__) for name in models)]
-    here = {path[start:]: _base64(sha256_of(path)) for path in files}
+    here = {path[start:]: _sha256_of(path) for path in files}
     # Sizes tell libraries apart, because libraries are too large to be read here.
     here |= {f"vllm/{one.name}": str(one.stat().st_size) for one in os.scandir(root) if one.name.endswith(".so")}
     release = _released(os.path.dirname(root))
     if not release.digests:  # an editable installation
         return _by_folder(here)
-    here |= {name: _base64(sha256_of(os.path.join(root[:start], name))) for name in release.touched() - here.keys()}
+    here |= {name: _sha256_of(os.path.join(root[:start], name)) for name in release.touched(here)}
     released = release.digests | {name: str(size) for name, size in release.sizes.items() if name.endswith(".so")}
     changed = {name: value for name, value in here.items() if value != released.get(name)}
     shown = [f"{name} {value[:_SHORT]}" for name, value in changed.items()]
@@ -208,8 +207,13 @@ def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _base64(digest: bytes) -> str:
-    """Encode a digest as RECORD does."""
+def _sha256_of(path: str) -> str:
+    """Return the digest of a file, as RECORD writes it; empty if the file cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            digest = hashlib.sha256(file.read()).digest()
+    except OSError:
+        return ""
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
@@ -235,16 +239,22 @@ class _Release:
     sizes: dict[str, int] = field(default_factory=dict)
     installed_ns: int = 0
 
-    def touched(self) -> set[str]:
-        """Return the sources that are gone, have another size, or were written after the installation."""
+    def touched(self, but: Container[str] = ()) -> set[str]:
+        """Return the sources that are gone, have another size, or were written after the installation.
+
+        Args:
+            but: names of sources that nobody asks for.
+        """
         found = set()
-        for name in self.digests:
+        for name, size in self.sizes.items():
+            if name in but:
+                continue
             try:
-                status = os.stat(os.path.join(self.place, name))
+                status = os.stat(f"{self.place}/{name}")
             except OSError:
                 found.add(name)
                 continue
-            if name.endswith(".py") and (status.st_size != self.sizes[name] or status.st_mtime_ns > self.installed_ns):
+            if name.endswith(".py") and (status.st_size != size or status.st_mtime_ns > self.installed_ns):
                 found.add(name)
         return found
 

@@ -41,6 +41,7 @@ _PLAIN = frozenset(
     {str, int, float, bool, type(None), tuple, list, dict, set, frozenset}
     | {BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType, WrapperDescriptorType}
 )
+_VLLM = b"vllm"
 _USING_VLLM = (b"import vllm", b"from vllm", b'"vllm.', b"'vllm.")
 _AROUND = ("__wrapped__", "__func__", "func", "fget", "fset", "_self_wrapper")
 """Where objects of Python and of packages keep the function that they stand for, or call instead of it."""
@@ -218,6 +219,6 @@ def _counts(path: str) -> bool:
         return True
     try:
         source = Path(path).read_bytes()
-        return any(text in source for text in _USING_VLLM)
+        return _VLLM in source and any(text in source for text in _USING_VLLM)
     except OSError:
         return False
