@@ -158,6 +158,32 @@ def test_a_thread_that_outlives_the_load() -> None:
     assert (len(observation._watch._addresses), len(observation._watch.measured)) == known
 
 
+@pytest.mark.parametrize("when", ["before it runs", "while it runs"])
+def test_whoever_starts_it_is_interrupted(when: str) -> None:
+    """As by SIGTERM or Ctrl-C: that reaches who started it, and the thread goes on."""
+    threads, go, began, found = Threads(), threading.Event(), threading.Event(), []
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert super().wait(10)
+            assert when != "while it runs" or began.wait(10)
+            raise KeyboardInterrupt
+
+        def set(self) -> None:
+            super().set()
+            assert when == "while it runs" or go.wait(10)
+
+    thread = threading.Thread(target=lambda: (began.set(), found.append(go.wait(10))))
+    thread._started = Interrupted()
+    with threads.followed():
+        with pytest.raises(KeyboardInterrupt):
+            thread.start()
+        go.set()
+        thread.join(10)
+    assert found == [True]
+    assert "run" not in vars(thread)
+
+
 def test_a_thread_that_nobody_sees() -> None:
     """A thread that is begun past `threading` is none of the load's: its writes are found by the bytes."""
     threads, done, found = Threads(), threading.Event(), []

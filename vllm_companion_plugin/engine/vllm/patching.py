@@ -6,6 +6,7 @@ Every process of vLLM imports this, so it imports neither vLLM nor PyTorch.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,10 +137,13 @@ class Applied:
         self._owner, self._attribute = owner, attribute
         # As it is stored, not as it is bound; nothing if the owner inherits it.
         self._before = {name: value for name, value in vars(owner).items() if name == attribute}
+        self._once = threading.Lock()
         self._put(wrap(getattr(owner, attribute)))
 
     def undo(self) -> None:
-        """Put back what was there."""
+        """Put back what was there. Idempotent, also if several threads call it."""
+        if not self._once.acquire(blocking=False):
+            return
         if self._before:
             self._put(self._before[self._attribute])
         elif isinstance(self._owner, (type, ModuleType)):
