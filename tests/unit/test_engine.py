@@ -178,6 +178,43 @@ def test_what_is_processed_twice_is_made_private_once() -> None:
     assert processed.sizes == [shared.nbytes]
 
 
+@pytest.mark.parametrize("is_tied", [True, False], ids=["parameter", "storage"])
+def test_what_two_modules_share_is_made_private_once(is_tied: bool) -> None:
+    """They go on sharing it."""
+    shared = torch.ones(4, 3)
+    model = nn.ModuleList([Increased(shared), Increased(shared)])
+    if is_tied:
+        model[1].weight = model[0].weight
+    with process_privately(model, resolve_extra_config({})) as processed:
+        for module in model:
+            module.quant_method.process_weights_after_loading(module)
+    assert [module.weight[0, 0].item() for module in model] == [4.0, 4.0]
+    assert [module.rows[0, 0].item() for module in model] == [4.0, 4.0]
+    assert shared.tolist() == [[1.0] * 3] * 4
+    assert processed.sizes == [shared.nbytes]
+
+
+class Adopting(Doubled):
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.weight = layer.part.weight
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_a_method_takes_from_another_module_is_made_private(is_known: bool) -> None:
+    """Before the module's own code writes to it. What the method makes is the engine's own."""
+    shared = torch.ones(4, 3)
+    model = Increased(torch.zeros(4, 3))
+    model.part = nn.Linear(3, 4, bias=False)
+    model.part.weight = nn.Parameter(shared, requires_grad=False)
+    model.quant_method = Adopting()
+    published = [shared.untyped_storage().data_ptr()] if is_known else []
+    with process_privately(model, resolve_extra_config({}), published):
+        model.quant_method.process_weights_after_loading(model)
+        model.process_weights_after_loading()
+    assert model.weight.tolist() == [[2.0] * 3] * 4
+    assert shared.tolist() == [[1.0] * 3] * 4
+
+
 def test_the_cache_of_rope_modules_is_vllms_own() -> None:
     assert building._rope_cache() is rotary_embedding._ROPE_DICT
 

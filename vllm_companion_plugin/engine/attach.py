@@ -240,26 +240,36 @@ def process_privately(
     processed = Processed()
     before = [clone.clone() for _, clone in clones]
     views: dict[int, list[torch.Tensor]] = {}
-    private: set[nn.Module] = set()
+    # By address, which nothing else gets as long as they are here.
+    private: dict[int, torch.UntypedStorage] = {}
     weights: dict[nn.Module, list[torch.Tensor]] = {}
+
+    def is_published(tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in published
 
     @functools.cache
     def look() -> None:
         for live in capture(model).modules:
             tensors = [slot.tensor for slot in live.slots if not slot.tensor.is_meta]
-            weights[live.module] = [each for each in tensors if each.untyped_storage().data_ptr() in published]
+            weights[live.module] = [*filter(is_published, tensors)]
             for each in tensors:
                 views.setdefault(each.untyped_storage()._cdata, []).append(each)
 
     def weights_of(module: nn.Module) -> list[torch.Tensor]:
         look()
-        found = (*module.parameters(recurse=False), *weights.pop(module, ()))
-        return list({id(each): each for each in found}.values())
+        built = weights.pop(module, None)
+        found = {id(each): each for each in (*module.parameters(recurse=False), *(built or ()))}.values()
+        if built is None and published:  # its method was here before, and may have made parameters or adopted some
+            return [*filter(is_published, found)]
+        return [*found]
 
     def make_private(weight: torch.Tensor) -> None:
         """Give the storage of `weight`, and all that views it, memory of this engine's own."""
         storage = weight.untyped_storage()
+        if storage._cdata in private:
+            return
         mine = storage.clone()  # type: ignore[no-untyped-call]
+        private[mine._cdata] = mine
         for tensor in views.pop(storage._cdata, [weight]):
             empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             tensor.data = empty.set_(mine, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -273,10 +283,8 @@ def process_privately(
             with meta_parameters(module):
                 yield
         else:
-            if module not in private:  # by its method, and by code of its own
-                private.add(module)
-                for weight in weights_of(module):
-                    make_private(weight)
+            for weight in weights_of(module):
+                make_private(weight)
             yield
 
     with ExitStack() as stack:
