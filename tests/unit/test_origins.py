@@ -833,6 +833,54 @@ class TestLoading:
         assert len(attach(publish(build), build).x) == 2
 
 
+class Filled(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(LARGE))
+        nn.init.constant_(self.weight, value)
+
+
+class Given(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((LARGE,), value))
+
+
+def renamed(m: Model, value: float) -> nn.Parameter:
+    m.before = nn.Parameter(torch.empty(LARGE))
+    nn.init.constant_(m.before, value)
+    kept = m.before
+    del m.before
+    return kept
+
+
+MADE_ELSEWHERE: dict[str, Callable[[Model, float], nn.Parameter]] = {
+    "filled": lambda m, value: Filled(value).weight,
+    "drawn": lambda m, value: nn.Embedding(LARGE // 8, 8).weight,
+    "made of values": lambda m, value: Given(value).weight,
+    "renamed": renamed,
+}
+
+
+class FilledByItsData(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(LARGE))
+        self.weight.data.fill_(value)
+
+
+def forget(m: Model) -> None:
+    del m.kept
+
+
+LOST: dict[str, tuple[Callable[[float], nn.Parameter], Change]] = {
+    "removed by processing": (lambda value: Filled(value).weight, forget),
+    "filled by its data": (lambda value: FilledByItsData(value).weight, nothing),
+    "computed": (lambda value: nn.Parameter(FilledByItsData(value).weight.data * 2), nothing),
+}
+"""Nothing says that they are what loading will leave alone, when they are given values."""
+
+
 class TestTensor:
     def test_work_space_is_private_and_the_engines(self) -> None:
         """A large buffer that nothing fills is never mapped, and has the shape of this engine's limits."""
@@ -1166,6 +1214,42 @@ class TestTensor:
         assert [in_arena(attached.layers[number].weight, published) for number in (0, 2, 3)] == [True, True, False]
         for kept in (attached.layers[1].moved, attached.layers[3].weight, attached.other.weight):
             assert kept.unique().tolist() == [0.25]
+
+    @pytest.mark.parametrize("made", MADE_ELSEWHERE.values(), ids=MADE_ELSEWHERE)
+    def test_a_parameter_that_another_module_had_and_loading_does_not_touch(
+        self, made: Callable[[Model, float], nn.Parameter]
+    ) -> None:
+        """The constructor that gave it values did not know where it will be."""
+
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+            torch.manual_seed(int(flag * 4))
+            m.kept = made(m, flag)
+
+        published = publish(build, lambda m: m.large.data.copy_(checkpoint(2.0)))
+        attached = attach(published, build, flag=0.25)
+        assert torch.equal(attached.kept, Model(build, 0.25).kept)
+        assert in_arena(attached.large, published)
+
+    @pytest.mark.parametrize("rows", [4, 512], ids=["small", "large"])
+    @pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse", "to_mkldnn"])
+    def test_a_parameter_without_a_storage_is_built(self, layout: str, rows: int) -> None:
+        built = WithoutWeights(CPU)
+        with built.building():
+            model = Model(lambda m, flag: setattr(m, "odd", nn.Parameter(getattr(torch.eye(rows), layout)())), 1.0)
+        assert torch.equal(model.odd.detach().to_dense(), torch.eye(rows))
+
+    @pytest.mark.parametrize(("made", "process"), LOST.values(), ids=LOST)
+    def test_values_of_a_parameter_that_are_lost_are_told(
+        self, made: Callable[[float], nn.Parameter], process: Change
+    ) -> None:
+        def build(m: Model, flag: float) -> None:
+            m.large = nn.Parameter(torch.empty(LARGE))
+            m.kept = made(flag)
+
+        published = publish(build, lambda m: m.large.data.copy_(checkpoint(2.0)), process)
+        with pytest.raises(RuntimeError, match=r"Model\.kept was given values elsewhere"):
+            attach(published, build, process)
 
     def test_processing_a_parameter_that_loading_does_not_touch(self) -> None:
         """The engine's post-processing sees the engine's value of it."""

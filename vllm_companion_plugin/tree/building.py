@@ -19,6 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -79,16 +80,37 @@ _PLACES: dict[Any, Callable[[torch.device], Any]] = {
 
 
 _Form = tuple[str, tuple[int, ...]]
-Left = Mapping[tuple[str, str], frozenset[_Form] | None]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Dtypes and shapes of parameters that are called the same.
+
+    Attributes:
+        known: those that they have in the end.
+        are_all: they may be built in any other form, too.
+    """
+
+    known: frozenset[_Form] = frozenset()
+    are_all: bool = True
+
+    def has(self, parameter: torch.Tensor) -> bool:
+        return self.are_all or self.knows(parameter)
+
+    def knows(self, parameter: torch.Tensor) -> bool:
+        return (dtype_name(parameter.dtype), tuple(parameter.shape)) in self.known
+
+
+Left = Mapping[tuple[str, str], Forms]
 
 
 def left_by_loading(manifest: Manifest) -> Left:
     """The parameters that a constructor made and that loading left alone, or used: each engine makes its own.
 
     Returns:
-        By class of the module and name of the parameter, as they are built: dtypes and shapes; None for any, where no
-        other parameter has that class and name, or post-processing has removed it. A constructor does not say which
-        module will be which.
+        By class of the module and name of the parameter, as they are built: their forms, which are all where no other
+        parameter has that class and name, or post-processing has removed it. A constructor does not say which module
+        will be which.
     """
     modules = {module.path: module for module in manifest.modules}
     left: dict[tuple[str, str], set[_Form]] = {}
@@ -102,8 +124,11 @@ def left_by_loading(manifest: Manifest) -> Left:
             for module, slot, _, is_left in _parameters_of(manifest)
             if not is_left
         }
-    found = {place: frozenset(forms) if place in others else None for place, forms in left.items()}
-    return found | dict.fromkeys(_removed_by_processing(manifest))
+    places = {*left, *_removed_by_processing(manifest)}
+    return {
+        place: Forms(frozenset(left.get(place, ())), are_all=place not in left or place not in others)
+        for place in places
+    }
 
 
 def _removed_by_processing(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -158,6 +183,8 @@ class WithoutWeights:
         self._touched: set[int] = set()
         # Of parameters that modules have, and that loading will fill.
         self._to_fill: set[int] = set()
+        # What a constructor gave values that nobody has any more.
+        self._lost: set[int] = set()
         # The same for other memory that was asked for empty. Nobody else gets its address.
         self._small: dict[int, StorageWeakRef] = {}
         self._computed: list[torch.UntypedStorage] = []
@@ -173,12 +200,11 @@ class WithoutWeights:
                 with torch._C.DisableTorchFunction():  # modes would slow down each look at the parameter
                     if self._left and self._is_left_alone(module, name, parameter):
                         if parameter.is_meta:
-                            self._to_fill.discard(parameter.untyped_storage()._cdata)  # another module had it
-                            self.make_real(parameter)
-                            self.note_small(parameter)
+                            self._make_left(parameter, f"{class_name(type(module))}.{name}")
                     else:
                         self._defer_parameter(parameter)
-                        self._to_fill |= self._deferred.keys() & {parameter.untyped_storage()._cdata}
+                        if parameter.is_meta:
+                            self._to_fill |= self._deferred.keys() & {parameter.untyped_storage()._cdata}
 
         hook = register_module_parameter_registration_hook(registered)
         try:
@@ -224,6 +250,7 @@ class WithoutWeights:
         self._deferred.clear()
         self._touched.clear()
         self._to_fill.clear()
+        self._lost.clear()
         self._small.clear()
         self._computed.clear()
         self._ours.clear()
@@ -248,7 +275,8 @@ class WithoutWeights:
             return
         views = [view for weak in self._viewed_by.get(storage._cdata, ()) if (view := weak()) is not None]
         if all(view is not tensor for view in views):
-            if storage._cdata in self._to_fill or not self._may_be_left_alone(tensor):
+            if not self._may_be_left_alone(tensor, has_module=storage._cdata in self._to_fill):
+                self._lost.add(storage._cdata)
                 return
             views.append(tensor)
         memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device).untyped_storage()
@@ -261,13 +289,25 @@ class WithoutWeights:
         self._viewed_by.pop(storage._cdata, None)
         del self._deferred[storage._cdata]
 
+    def _make_left(self, parameter: nn.Parameter, title: str) -> None:
+        """Make real what loading will leave alone. Raises `RuntimeError` if it has been given values that are lost."""
+        address = parameter.untyped_storage()._cdata
+        self._to_fill.discard(address)  # another module had it
+        if address not in self._lost:
+            self.make_real(parameter)
+        if self.is_ours(parameter):
+            raise RuntimeError(f"{title} was given values elsewhere")
+        self.note_small(parameter)
+
     def _is_left_alone(self, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
         place = class_name(type(module)), name
-        return place in self._left and _is_one_of(self._left[place], parameter)
+        return place in self._left and self._left[place].has(parameter)
 
-    def _may_be_left_alone(self, tensor: torch.Tensor) -> bool:
-        """Whether it may become a parameter that loading leaves alone: no module may have it yet."""
-        return isinstance(tensor, nn.Parameter) and any(_is_one_of(forms, tensor) for forms in self._left.values())
+    def _may_be_left_alone(self, tensor: torch.Tensor, *, has_module: bool) -> bool:
+        """Whether it may become a parameter that loading leaves alone. Another module may have it before."""
+        if not isinstance(tensor, nn.Parameter):
+            return False
+        return any(forms.knows(tensor) if has_module else forms.has(tensor) for forms in self._left.values())
 
     def note_made(self, tensor: torch.Tensor, *, is_ours: bool) -> None:
         """`tensor` is on meta because it is a view of what was deferred, or was computed from that.
@@ -297,11 +337,15 @@ class WithoutWeights:
         """Let a large parameter give up its values: the checkpoint or the publisher has those that count."""
         if type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or nn.parameter.is_lazy(parameter):
             return
+        if parameter.layout is not torch.strided:
+            return
         if parameter.is_meta:  # on memory that is the parameter's now
             self._viewed_by.pop(parameter.untyped_storage()._cdata, None)
         if parameter.device.type != self.device.type or parameter.nbytes < DEFERRED_BYTES:
             return
         if parameter.untyped_storage().nbytes() != parameter.nbytes:  # it is a part of something that may stay
+            return
+        if self._may_be_left_alone(parameter, has_module=True):
             return
         data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
         twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
@@ -312,10 +356,7 @@ class WithoutWeights:
             return
         self.note(parameter)
         self.touch(parameter)
-
-
-def _is_one_of(forms: frozenset[_Form] | None, tensor: torch.Tensor) -> bool:
-    return forms is None or (dtype_name(tensor.dtype), tuple(tensor.shape)) in forms
+        self._lost.add(parameter.untyped_storage()._cdata)
 
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
