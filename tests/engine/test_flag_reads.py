@@ -151,12 +151,19 @@ def test_what_a_configuration_reads_for_its_caller(made: Any) -> None:
     [
         copy.copy,
         copy.deepcopy,
+        lambda c: dataclasses.replace(c.cache_config),
         lambda c: c.with_hf_config(c.model_config.hf_config),
         lambda c: f"{c} {c.scheduler_config}",
     ],
 )
 def test_who_copies_reads_nothing(made: Any, copied: Read) -> None:
     assert flags(made, observed(), loading=copied) == {}
+
+
+def test_a_models_own_file_may_be_called_like_pythons(made: Any) -> None:
+    names: dict[str, Any] = {}
+    exec(compile("def read(c): return c.scheduler_config.max_num_seqs", "/models/mine/copy.py", "exec"), names)
+    assert [*flags(made, observed(), loading=names["read"])] == ["scheduler.max_num_seqs"]
 
 
 def test_a_copy_reads_nothing_though_the_key_has_read_vllms_files(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

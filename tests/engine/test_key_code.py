@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,10 +81,18 @@ class TestCode:
             *((name, False) for name in ("HF_TOKEN", "API_KEY", "MY_API_KEY_2", "AWS_SECRET_ACCESS_KEY")),
             *((name, True) for name in ("SVD_RANK", "CKPT_KEY", "SCORE_TOKEN", "scale.factor", "SCALE-FACTOR", "KEY")),
             *((name, False) for name in ("RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "GH_TOKEN")),
-            *((name, True) for name in ("LORA_RANK", "SPECIAL_TOKEN", "CODEBOOK_KEY")),
+            *((name, True) for name in ("LORA_RANK", "SPECIAL_TOKEN", "CODEBOOK_KEY", "TP_WORLD_SIZE", "PP_RANK")),
+            *((name, True) for name in ("IDENTITY_TOKEN", "GOOGLE_SUBWORD_TOKEN")),
             *(
                 (name, False)
-                for name in ("GLOBAL_RANK", "DP_RANK", "AWS_SESSION_TOKEN", "VAULT_TOKEN", "AZURE_STORAGE_KEY")
+                for name in (
+                    "GLOBAL_RANK",
+                    "DP_RANK",
+                    "OIDC_TOKEN",
+                    "AWS_SESSION_TOKEN",
+                    "VAULT_TOKEN",
+                    "AZURE_STORAGE_KEY",
+                )
             ),
             *((name, False) for name in ("DB_PASSWORD", "CREDENTIALS_FILE", "http_proxy", "LOCAL_RANK", "home")),
         ],
@@ -149,24 +157,35 @@ class TestCode:
         code._vllm_state.cache_clear()
         assert found == f"{name} patched"
 
+    @pytest.mark.parametrize("version", [1, 2])
     @pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, reverse=True)], ids=["after", "before"])
-    def test_a_plugin_of_vllm_has_a_list_of_its_own(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Callable[[list[str]], list[str]]
+    def test_the_list_of_what_is_installed_is_found_among_others(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        order: Callable[[Iterable[str]], list[str]],
+        version: int,
     ) -> None:
-        """It may be called like vLLM, and was installed at another time."""
+        """Plugins are called like vLLM, one has a file in vLLM's folder, and an upgrade left the list of before."""
+        monkeypatch.setattr(code, "_sha256_of", lambda path: Path(path).read_text())
+        listed = "vllm/__init__.py,sha256=a{0},0\nvllm/_version.py,sha256=v{0},2\n"
         for name, text, seconds in (
             ("vllm/__init__.py", "", 2),
-            ("vllm-1.0.dist-info/RECORD", "vllm/__init__.py,sha256=aa,0\n", 3),
-            ("vllm_plugin-1.0.dist-info/RECORD", "vllm_plugin.py,sha256=bb,1\n", 1),
+            ("vllm/_version.py", f"v{version}", 2),
+            ("vllm-1.dist-info/RECORD", listed.format(1), 3),
+            ("vllm-2.dist-info/RECORD", listed.format(2), 3),
+            ("vllm_more-1.dist-info/RECORD", "vllm/more.py,sha256=cc,1\n", 1),
+            ("vllm_plugin-1.dist-info/RECORD", "vllm_plugin.py,sha256=bb,1\n", 1),
         ):
             path = tmp_path / name
-            path.parent.mkdir()
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             os.utime(path, (seconds, seconds))
-        listed = os.listdir
-        monkeypatch.setattr(os, "listdir", lambda path: order(listed(path)))
+        names = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda path: order(names(path)))
         found = code._released(str(tmp_path))
-        assert (found.digests, found.touched()) == ({"vllm/__init__.py": "aa"}, set())
+        assert found.digests == {"vllm/__init__.py": f"a{version}", "vllm/_version.py": f"v{version}"}
+        assert not found.touched()
 
     def test_of_an_editable_vllm_each_folder_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It has no list of what was released."""

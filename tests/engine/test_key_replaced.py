@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import subprocess
 import sys
 import types
@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.support.configs import config
 from vllm_companion_plugin.engine.identity import code, outside, replaced
@@ -204,7 +206,40 @@ class TestNamedByFlags:
         assert loader not in building.loading_classes(made, "auto")
 
 
-def test_code_of_a_checkpoint_has_a_file_though_its_module_is_not_loaded() -> None:
-    """A configuration comes without its module to a process that was spawned."""
-    assert outside.has_file("transformers_modules.org.model.configuration_x")
+REMOTE = "transformers_modules.org.model.configuration_x"
+
+
+def test_code_of_a_checkpoint_counts_though_its_module_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration comes without its module to a process that was spawned. Both have one key."""
+    assert not outside.has_file(REMOTE)
+    file = (tmp_path / Path(*REMOTE.split("."))).with_suffix(".py")
+    file.parent.mkdir(parents=True)
+    file.write_text("import os\nSCALE = os.environ.get('MINE_SCALE')\n")
+    monkeypatch.setattr("transformers.utils.hub.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setenv("MINE_SCALE", "3")
+    assert outside.has_file(REMOTE)
+    spawned = outside.fields([REMOTE])
+    assert spawned["env.MINE_SCALE"] == "3"
+    spec = importlib.util.spec_from_file_location(REMOTE, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, REMOTE, module)
+    spec.loader.exec_module(module)
+    assert outside.fields([REMOTE]) == spawned
+
+
+def test_what_has_no_file() -> None:
     assert not outside.has_file("nobody_has_this")
+
+
+def test_code_of_a_text_is_not_vllms_wherever_the_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative name, as "<string>", would be below vLLM's package there."""
+    monkeypatch.chdir(Path(vllm.__file__).parent)
+    made: dict[str, Any] = {"__name__": "typed_in"}
+    exec("def apply(self): pass", made)
+    monkeypatch.setattr(UnquantizedLinearMethod, "apply", made["apply"])
+    with pytest.raises(NotShareableError, match=r"UnquantizedLinearMethod\.apply is code of typed_in"):
+        replaced.found()

@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader import weight_utils
 
 from vllm_companion_plugin.engine.identity import code, places
 from vllm_companion_plugin.engine.identity.reading import ABSENT, LARGEST_BYTES, differences, observed_reading
+from vllm_companion_plugin.engine.vllm.threads import Threads
 from vllm_companion_plugin.errors import NotShareableError
 
 pytestmark = pytest.mark.core
@@ -113,6 +114,21 @@ class TestReading:
             with observed_reading(model) as reading:
                 exec(compile(f"open({file.name!r})", weight_utils.__file__, "exec"))
             assert reading.files() == {}
+
+    def test_of_folders_of_the_system_what_a_thread_of_the_load_reads_counts(self, model: Path) -> None:
+        """It may run nothing but functions of packages. Threads that the load has not begun are a package's own."""
+        with (
+            tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".npy") as file,
+            ThreadPoolExecutor(1) as executor,
+            observed_reading(model) as reading,
+        ):
+            np.save(file, np.ones(2))
+            file.flush()
+            executor.submit(np.load, file.name).result()
+            assert reading.files() == {}
+            with Threads().followed():
+                executor.submit(np.load, file.name).result()
+            assert [*reading.files()] == [file.name]
 
     def test_what_says_which_machine_it_is_does_not_count(self, model: Path) -> None:
         """It is another one in each pod. The like of it does."""

@@ -595,6 +595,7 @@ OF_PROCESS: dict[str, tuple[Change, str]] = {
     "ids as keys of objects": (lambda m: setattr(m, "x", {id(m.first): [m.second.weight]}), "the id of an object"),
     "id as text": (lambda m: setattr(m, "x", f"first at {id(m.first):#x}"), "the id of an object"),
     "descriptor": (_open, "a file descriptor"),
+    "descriptor of a folder": (lambda m: setattr(m, "x", os.open("/", os.O_RDONLY)), "a file descriptor"),
     "folder": (lambda m: setattr(m, "x", tempfile.mkdtemp()), "the path of a file"),
     "file in a list": (lambda m: setattr(m, "x", [pathlib.Path(tempfile.mkstemp()[1])]), "the path of a file"),
 }

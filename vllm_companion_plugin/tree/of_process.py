@@ -57,9 +57,13 @@ def _opened() -> set[int]:
 
 
 def _is_open(number: int) -> bool:
-    """Whether a descriptor is of a file. Numbers of sockets and pipes, which come and go, are those of many values."""
+    """Whether a descriptor is of a file or folder.
+
+    Sockets, pipes and devices come and go in other threads and drivers: their numbers are those of many values.
+    """
     try:
-        return stat.S_ISREG(os.fstat(number).st_mode)
+        mode = os.fstat(number).st_mode
+        return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
     except OSError:  # that of the listing itself
         return False
 

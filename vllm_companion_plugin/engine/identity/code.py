@@ -9,7 +9,6 @@ of this code.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
 import re
@@ -55,6 +54,7 @@ _MODELS = ("vllm.model_executor.models.", "vllm.models.")
 _SHORT = 16
 _MOST_SHOWN = 3
 _RECORD_LINE = re.compile(r"^(vllm/[^,]+\.py|vllm/[^/,]+\.so),sha256=([^,]+),(\d+)", re.MULTILINE)
+_FIRST = "vllm/__init__.py"
 _IMPORT = re.compile(rb"^\s*(?:from(?= [\w.]+ import )|import) (\w+)", re.MULTILINE)
 
 
@@ -260,15 +260,29 @@ class _Release:
 
 
 def _released(place: str) -> _Release:
-    for name in os.listdir(place):
-        if name.startswith("vllm") and name.endswith(".dist-info"):
-            path = os.path.join(place, name, "RECORD")
-            with contextlib.suppress(OSError), open(path, errors="replace") as record:
-                if lines := _RECORD_LINE.findall(record.read()):  # plugins of vLLM are called like it
-                    digests = {file: digest for file, digest, _ in lines}
-                    sizes = {file: int(size) for file, _, size in lines}
-                    return _Release(place, digests, sizes, os.fstat(record.fileno()).st_mtime_ns)
-    return _Release(place)
+    """Return what the wheel of vLLM in the folder `place` says. An upgrade may have left the list of another one."""
+    found = [release for name in sorted(os.listdir(place)) if (release := _release(place, name)) is not None]
+    version = "vllm/_version.py"
+    here = _sha256_of(os.path.join(place, version))
+    return next((one for one in found if one.digests.get(version) == here), found[0] if found else _Release(place))
+
+
+def _release(place: str, name: str) -> _Release | None:
+    """Return what a folder of an installed package says of vLLM; None if the package is not vLLM, as a plugin of it."""
+    if not name.startswith("vllm") or not name.endswith(".dist-info"):
+        return None
+    try:
+        with open(os.path.join(place, name, "RECORD"), errors="replace") as record:
+            lines = _RECORD_LINE.findall(record.read())
+            installed_ns = os.fstat(record.fileno()).st_mtime_ns
+    except OSError:
+        return None
+    digests = {file: digest for file, digest, _ in lines}
+    return (
+        _Release(place, digests, {file: int(size) for file, _, size in lines}, installed_ns)
+        if _FIRST in digests
+        else None
+    )
 
 
 # ---- what code names

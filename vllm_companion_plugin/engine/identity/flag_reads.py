@@ -9,6 +9,7 @@ What post-processing reads does not count, as each engine does that for itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -41,7 +42,7 @@ _ROWS = {
     "kernel": patches.READS_OF_KERNEL,
 }
 _OF_MODEL = {"multimodal": "multimodal_config", "model.pooler_config": "pooler_config"}
-_WHOLE = ("copy.py", "copyreg.py", "pickle.py", "<string>")
+_WHOLE = ("copy.py", "copyreg.py", "pickle.py")
 """Code of Python that asks for all fields, to copy or to show them. Who reads the copy is seen."""
 _NUMBER = re.compile(r"\d+")
 _LEAST = 2
@@ -89,7 +90,7 @@ class FlagReads:
     def _note(self, kind: str, fields: list[str], reader: types.CodeType) -> None:
         names = (f"{kind}.{field}" for field in fields)
         new = [name for name in names if name not in self._reads and configuration.is_left_to_engines(name)]
-        if new and os.path.basename(reader.co_filename) not in _WHOLE and openers.is_outside(acting=_acts):
+        if new and not _asks_for_all(reader) and openers.is_outside(acting=_acts):
             self._reads.update(new)
 
     def flags(self, manifest: Manifest, vllm_config: Any, model_config: Any) -> dict[str, str]:
@@ -98,6 +99,14 @@ class FlagReads:
         left = _numbers(manifest) if building else set()
         counts = {name for name, text in building.items() if text.isdecimal() and text in left and int(text) >= _LEAST}
         return {name: _text(vllm_config, model_config, name) for name in sorted(self._loading | counts)}
+
+
+@functools.cache
+def _asks_for_all(code: types.CodeType) -> bool:
+    name = os.path.basename(code.co_filename)
+    if name == "dataclasses.py":
+        return code.co_name in ("replace", "_replace") and places.is_pythons(code.co_filename)
+    return code.co_filename == "<string>" or (name in _WHOLE and places.is_pythons(code.co_filename))
 
 
 def _acts(code: types.CodeType) -> bool:

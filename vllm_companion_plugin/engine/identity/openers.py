@@ -12,6 +12,7 @@ from types import CodeType
 
 from vllm_companion_plugin.core.packages import is_installed
 from vllm_companion_plugin.engine.identity import outside, places
+from vllm_companion_plugin.engine.vllm.threads import begins_work
 
 # What these read is no data of their caller: modules and their sources.
 _IMPORTING = ("<frozen importlib", "<frozen zipimport", "importlib/metadata/", "pkgutil.py", "linecache.py")
@@ -28,13 +29,14 @@ def is_outside(*, acting: Callable[[CodeType], bool] = lambda code: False, by_pa
 
     Args:
         acting: tells of code of vLLM whether it acts for its caller, as packages do.
-        by_packages: what to say of a thread that runs nothing but functions of packages.
+        by_packages: what to say of a thread that runs nothing but functions of packages, and that no load has begun.
 
     Packages open files for whoever calls them, except what imports modules, and compilers. If a thread runs nothing but
     functions of packages, then nothing says who called them, and it may have been a model.
     """
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:
+        by_packages |= begins_work(caller.f_code)
         name = caller.f_code.co_filename
         if not acting(caller.f_code):
             known = _is_outside(name)

@@ -56,12 +56,12 @@ _NAMES = re.compile(r"[A-Z][A-Z0-9_]*_\*[A-Z0-9_]*|\*_[A-Z0-9_]{2,}[A-Z0-9]", re
 # Variables that say who a process is, where things are, or a secret of a service: they differ between engines and make
 # no weights. Launchers have exact names for ranks, because a model may have a rank as well.
 _OF_THE_PROCESS = re.compile(
-    r"((LOCAL|GLOBAL|NODE|MACHINE|GROUP|ROLE|DP|TP|PP)_)?(RANK|WORLD_SIZE)|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
+    r"((LOCAL|GLOBAL|NODE|MACHINE|GROUP|ROLE|DP)_)?(RANK|WORLD_SIZE)|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
     r"|(SLURM|TORCHELASTIC|FLUX|KUBERNETES)_.*"
     r"|.*(VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
     r"|(.*_)?(PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
-    r"|(.*_)?(HF|HUGGING_?FACE|HUB|GITHUB|GH|GITLAB|AUTH|ACCESS|BEARER|SESSION|SECURITY|IDENTITY|JOB)_TOKEN(_FILE|_PATH)?"
-    r"|(AWS|AZURE|GOOGLE|VAULT)_(.*_)?(TOKEN|KEY)(_FILE|_PATH)?"
+    r"|(.*_)?(HF|HUGGING_?FACE|HUB|GITHUB|GH|GITLAB|AUTH|ACCESS|BEARER|SESSION|SECURITY|OIDC|WEB_IDENTITY|JOB)_TOKEN(_FILE|_PATH)?"
+    r"|(AWS|AZURE|VAULT)_(.*_)?(TOKEN|KEY)(_FILE|_PATH)?"
     r"|.*_PROXY|COMPANION_.*|HF_(HOME|HUB_.*|ENDPOINT)|XDG_.*|POD_.*|NODE_NAME|HOME|HOSTNAME"
     r"|PATH|PYTHONPATH|LD_LIBRARY_PATH|PWD|USER|TMPDIR|TERM|LANG|SHELL|OMP_NUM_THREADS",
     re.IGNORECASE,
@@ -140,8 +140,7 @@ def loaded_since(before: Iterable[str]) -> set[str]:
 
 def has_file(module: str) -> bool:
     """Tell whether a file, or a version, identifies the code of a module. It does not if that was typed in, or made."""
-    # A checkpoint's own code is known by its files, also where a configuration came without its module.
-    return packages.top(module) in (*KNOWN, _REMOTE) or _file(sys.modules.get(module)) is not None
+    return packages.top(module) in KNOWN or _source_of(module) is not None
 
 
 def is_installed(module: str) -> bool:
@@ -251,7 +250,8 @@ class _Unit:
 
 def _followed(modules: Iterable[str], files: Iterable[str]) -> tuple[list[_Unit], dict[str, str]]:
     """Return these units and those of what they use, and the versions of installed packages that they use."""
-    waiting = sorted(_full_name(name) for name in modules if name in sys.modules and packages.top(name) not in KNOWN)
+    known = (name for name in modules if name in sys.modules or _source_of(name) is not None)
+    waiting = sorted(_full_name(name) for name in known if packages.top(name) not in KNOWN)
     # These count by their files though they may be installed: a plugin may be made anew under its old version.
     ours = {unit.place for unit in map(_unit, waiting) if unit is not None}
     # No module has the name of a path.
@@ -275,6 +275,18 @@ def _followed(modules: Iterable[str], files: Iterable[str]) -> tuple[list[_Unit]
     return sorted(units.values(), key=lambda unit: unit.place), versions
 
 
+def _source_of(module: str) -> str | None:
+    """Return the file of a module that is loaded, or of a checkpoint's own code.
+
+    A class of such code comes to another process by its value, without the module.
+    """
+    file = _file(sys.modules.get(module))
+    if file is None and module.startswith(f"{_REMOTE}."):
+        path = f"{os.path.join(places.remote_code(), *module.split('.'))}.py"
+        return path if os.path.isfile(path) else None
+    return file
+
+
 def _full_name(module: str) -> str:
     """Return the name by which others import a module, also if it runs as a program (`python -m`)."""
     spec = getattr(sys.modules[module], "__spec__", None) if module in ("__main__", "__mp_main__") else None
@@ -284,7 +296,7 @@ def _full_name(module: str) -> str:
 def _unit(module: str) -> _Unit | None:
     """Find the outermost package around `module` that is no namespace, or its file, without an import."""
     if module.startswith(f"{_REMOTE}."):
-        file = _file(sys.modules.get(module))
+        file = _source_of(module)
         return _Unit(module.rpartition(".")[0], os.path.dirname(file), _REMOTE) if file is not None else None
     parts = module.split(".")
     folders: list[str] | None = None

@@ -84,6 +84,13 @@ def hub() -> str:
     return os.path.abspath(str(constants.HF_HUB_CACHE))
 
 
+def remote_code() -> str:
+    """Return the folder into which Transformers copies the code of checkpoints."""
+    from transformers.utils import hub
+
+    return os.path.abspath(hub.HF_MODULES_CACHE)
+
+
 def _caches() -> tuple[str, ...]:
     named = (os.path.join(place, "") for name in _CACHES if (place := os.environ.get(name)))
     return (*named, os.path.join(tempfile.gettempdir(), "torchinductor_"))  # and the user's name

@@ -99,7 +99,8 @@ class _Walk:
 
     def _is_of_vllm(self, path: str) -> bool:
         if path not in self._is_vllms:
-            self._is_vllms[path] = os.path.abspath(path).startswith(self._root)
+            # What was made of a text says "<string>", which is below whatever folder this process is in.
+            self._is_vllms[path] = not path.startswith("<") and os.path.abspath(path).startswith(self._root)
         return self._is_vllms[path]
 
     def _is_new(self, value: object) -> bool:

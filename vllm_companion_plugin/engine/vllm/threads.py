@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import CodeType
 from typing import Any
 
 from vllm_companion_plugin.engine.vllm import patches
@@ -84,3 +85,8 @@ class Threads:
 
 
 _EXECUTORS = "concurrent.futures.thread"
+
+
+def begins_work(code: CodeType) -> bool:
+    """Tell whether this code runs what a load has begun in another thread: it is on the stack of all that does."""
+    return code is Threads._run.__code__
