@@ -160,9 +160,11 @@ def test_who_copies_reads_nothing(made: Any, copied: Read) -> None:
     assert flags(made, observed(), loading=copied) == {}
 
 
-def test_a_models_own_file_may_be_called_like_pythons(made: Any) -> None:
+@pytest.mark.parametrize("file", ["<string>", "/models/mine/copy.py"])
+def test_a_models_own_file_may_be_called_like_pythons(made: Any, file: str) -> None:
+    """As may code that it makes of a text, which is how Python makes what shows a configuration."""
     names: dict[str, Any] = {}
-    exec(compile("def read(c): return c.scheduler_config.max_num_seqs", "/models/mine/copy.py", "exec"), names)
+    exec(compile("def read(c): return c.scheduler_config.max_num_seqs", file, "exec"), names)
     assert [*flags(made, observed(), loading=names["read"])] == ["scheduler.max_num_seqs"]
 
 

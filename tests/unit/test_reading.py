@@ -115,6 +115,15 @@ class TestReading:
                 exec(compile(f"open({file.name!r})", weight_utils.__file__, "exec"))
             assert reading.files() == {}
 
+    def test_code_of_a_text_is_not_vllms_wherever_the_process_is(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(places.vllm())
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            with observed_reading(model) as reading:
+                exec(compile(f"open({file.name!r})", "<in vLLM's folder>", "exec"))
+            assert [*reading.files()] == [file.name]
+
     def test_of_folders_of_the_system_what_a_thread_of_the_load_reads_counts(self, model: Path) -> None:
         """It may run nothing but functions of packages. Threads that the load has not begun are a package's own."""
         with (

@@ -90,7 +90,7 @@ class FlagReads:
     def _note(self, kind: str, fields: list[str], reader: types.CodeType) -> None:
         names = (f"{kind}.{field}" for field in fields)
         new = [name for name in names if name not in self._reads and configuration.is_left_to_engines(name)]
-        if new and not _asks_for_all(reader) and openers.is_outside(acting=_acts):
+        if new and not _asks_for_all(reader.co_filename, reader.co_name) and openers.is_outside(acting=_acts):
             self._reads.update(new)
 
     def flags(self, manifest: Manifest, vllm_config: Any, model_config: Any) -> dict[str, str]:
@@ -102,11 +102,14 @@ class FlagReads:
 
 
 @functools.cache
-def _asks_for_all(code: types.CodeType) -> bool:
-    name = os.path.basename(code.co_filename)
+def _asks_for_all(path: str, function: str) -> bool:
+    """Whether a function asks for all fields. It goes by where that is: codes of two files may be equal."""
+    name = os.path.basename(path)
+    if name == "<string>":  # as `dataclasses` makes it
+        return function == "__repr__"
     if name == "dataclasses.py":
-        return code.co_name in ("replace", "_replace") and places.is_pythons(code.co_filename)
-    return code.co_filename == "<string>" or (name in _WHOLE and places.is_pythons(code.co_filename))
+        return function in ("replace", "_replace") and places.is_pythons(path)
+    return name in _WHOLE and places.is_pythons(path)
 
 
 def _acts(code: types.CodeType) -> bool:

@@ -69,10 +69,12 @@ def _is_outside(filename: str) -> bool | None:
     """Return whether code in a file is outside vLLM; None if it acts for its caller."""
     if filename.startswith(_IMPORTING):
         return False
+    if filename.startswith("<"):  # made by its caller, wherever this process is
+        return None
     path = os.path.abspath(filename)
     if places.is_vllms(path):
         return False
-    if filename.startswith("<") or places.is_own(path):  # made by its caller, or around a function of its caller
+    if places.is_own(path):  # around a function of its caller
         return None
     if not is_installed(path) and not places.is_pythons(path):
         return True
