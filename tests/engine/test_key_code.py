@@ -82,13 +82,15 @@ class TestCode:
             *((name, True) for name in ("SVD_RANK", "CKPT_KEY", "SCORE_TOKEN", "scale.factor", "SCALE-FACTOR", "KEY")),
             *((name, False) for name in ("RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "GH_TOKEN")),
             *((name, True) for name in ("LORA_RANK", "SPECIAL_TOKEN", "CODEBOOK_KEY", "TP_WORLD_SIZE", "PP_RANK")),
-            *((name, True) for name in ("IDENTITY_TOKEN", "GOOGLE_SUBWORD_TOKEN")),
+            *((name, True) for name in ("IDENTITY_TOKEN", "GOOGLE_SUBWORD_TOKEN", "DP_WORLD_SIZE")),
             *(
                 (name, False)
                 for name in (
                     "GLOBAL_RANK",
                     "DP_RANK",
                     "OIDC_TOKEN",
+                    "GOOGLE_API_KEY",
+                    "GOOGLE_OAUTH_ACCESS_TOKEN",
                     "AWS_SESSION_TOKEN",
                     "VAULT_TOKEN",
                     "AZURE_STORAGE_KEY",

@@ -54,9 +54,10 @@ _ASKING = re.compile(rb"getenv|environ|env_?prefix|envvar", re.IGNORECASE)
 _NAMES = re.compile(r"[A-Z][A-Z0-9_]*_\*[A-Z0-9_]*|\*_[A-Z0-9_]{2,}[A-Z0-9]", re.ASCII)
 """Names of variables in an f-string, with values in them."""
 # Variables that say who a process is, where things are, or a secret of a service: they differ between engines and make
-# no weights. Launchers have exact names for ranks, because a model may have a rank as well.
+# no weights. Launchers have exact names for ranks, because a model may have a rank as well; of replicas only the rank
+# differs, and a model may split by their number.
 _OF_THE_PROCESS = re.compile(
-    r"((LOCAL|GLOBAL|NODE|MACHINE|GROUP|ROLE|DP)_)?(RANK|WORLD_SIZE)|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
+    r"((LOCAL|GLOBAL|NODE|MACHINE|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|DP_RANK|(OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI|PMIX)_(\w+_)?(RANK|SIZE)"
     r"|(SLURM|TORCHELASTIC|FLUX|KUBERNETES)_.*"
     r"|.*(VISIBLE_DEVICES|VISIBLE_MODULES|_ADDR|_HOST|_IP|_PORT|_URL|_PID|_DEBUG|LOG_LEVEL|LOGGING_LEVEL)"
     r"|(.*_)?(PASSWORD|PASSWD|CREDENTIALS?)(_ID|_FILE|_PATH)?|.*(API_?KEY|ACCESS_?KEY|SECRET).*|TOKENIZERS_.*"
