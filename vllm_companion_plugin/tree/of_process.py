@@ -6,6 +6,7 @@ In another process they name nothing, or another thing.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import os
 import re
@@ -43,7 +44,7 @@ class Before:
     @functools.cached_property
     def _new(self) -> set[int]:
         """As it is when it is asked for first, when the model has been loaded."""
-        return _opened() - self._opened
+        return {number for number, *_ in _opened() - self._opened}
 
     def _is_new(self, path: str) -> bool:
         try:
@@ -52,20 +53,18 @@ class Before:
             return False
 
 
-def _opened() -> set[int]:
-    return {number for name in os.listdir("/proc/self/fd") if _is_open(number := int(name))}
-
-
-def _is_open(number: int) -> bool:
-    """Whether a descriptor is of a file or folder.
+def _opened() -> set[tuple[int, int, int]]:
+    """Return the open files and folders, and which each is, because the number of one that was closed is given again.
 
     Sockets, pipes and devices come and go in other threads and drivers: their numbers are those of many values.
     """
-    try:
-        mode = os.fstat(number).st_mode
-        return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-    except OSError:  # that of the listing itself
-        return False
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            status = os.fstat(int(name))
+            if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+                found.add((int(name), status.st_dev, status.st_ino))
+    return found
 
 
 def _paths(text: str) -> Iterator[str]:
