@@ -14,6 +14,7 @@ import itertools
 import pathlib
 import random
 import re
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -834,10 +835,10 @@ class TestLoading:
 
 
 class Filled(nn.Module):
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, fill: Callable[[nn.Parameter, float], object] = nn.init.constant_) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(LARGE))
-        nn.init.constant_(self.weight, value)
+        fill(self.weight, value)
 
 
 class Given(nn.Module):
@@ -857,16 +858,30 @@ def renamed(m: Model, value: float) -> nn.Parameter:
 MADE_ELSEWHERE: dict[str, Callable[[Model, float], nn.Parameter]] = {
     "filled": lambda m, value: Filled(value).weight,
     "drawn": lambda m, value: nn.Embedding(LARGE // 8, 8).weight,
+    "drawn between bounds": lambda m, value: Filled(value, nn.init.trunc_normal_).weight,
     "made of values": lambda m, value: Given(value).weight,
     "renamed": renamed,
 }
 
 
-class FilledByItsData(nn.Module):
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(LARGE))
-        self.weight.data.fill_(value)
+def fill_its_data(weight: nn.Parameter, value: float) -> None:
+    weight.data.fill_(value)
+
+
+@torch.no_grad()
+def fill_in_a_list(weight: nn.Parameter, value: float) -> None:
+    torch._foreach_zero_([weight])
+
+
+@torch.no_grad()
+def fill_a_view(weight: nn.Parameter, value: float) -> None:
+    nn.init.orthogonal_(weight.view(128, -1), value)
+
+
+def fill_in_a_thread(weight: nn.Parameter, value: float) -> None:
+    thread = threading.Thread(target=nn.init.constant_, args=(weight, value))
+    thread.start()
+    thread.join()
 
 
 def forget(m: Model) -> None:
@@ -875,8 +890,11 @@ def forget(m: Model) -> None:
 
 LOST: dict[str, tuple[Callable[[float], nn.Parameter], Change]] = {
     "removed by processing": (lambda value: Filled(value).weight, forget),
-    "filled by its data": (lambda value: FilledByItsData(value).weight, nothing),
-    "computed": (lambda value: nn.Parameter(FilledByItsData(value).weight.data * 2), nothing),
+    "filled by its data": (lambda value: Filled(value, fill_its_data).weight, nothing),
+    "filled in a list": (lambda value: Filled(value, fill_in_a_list).weight, nothing),
+    "filled by a view": (lambda value: Filled(value, fill_a_view).weight, nothing),
+    "filled in a thread": (lambda value: Filled(value, fill_in_a_thread).weight, nothing),
+    "computed": (lambda value: nn.Parameter(Filled(value, fill_its_data).weight.data * 2), nothing),
 }
 """Nothing says that they are what loading will leave alone, when they are given values."""
 

@@ -55,8 +55,7 @@ _WRITES_NOT = re.compile(
     r"(requires_grad|detach|share_memory|rename|t|transpose|swapaxes|swapdims|squeeze|unsqueeze|as_strided|resize)_"
 )
 _DRAWS = re.compile(r"(\w*normal|\w*uniform|random|bernoulli|exponential|cauchy|geometric)_")
-"""Names of what draws random numbers. PyTorch's `trunc_normal_` and `orthogonal_` see that there is no memory, and draw
-none."""
+"""Names of what draws random numbers."""
 _DRAWS_OF = re.compile(r"\w*dropout|bernoulli|multinomial|normal|poisson|binomial|gumbel_softmax|rrelu")
 """Names of what draws random numbers for the values of its first argument."""
 _SHAPED = frozenset((torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.expand_as, torch.broadcast_tensors))
@@ -70,6 +69,8 @@ _MADE_LIKE = frozenset(
 """What takes the device of a tensor and none of its values."""
 _VALUELESS = _MADE_LIKE | _SHAPED
 _MOVES = frozenset((torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cuda, torch.Tensor.cpu))
+_is_meta_of: Callable[..., Any] = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+"""PyTorch's `trunc_normal_` and `orthogonal_` ask for it before they write, and draw nothing without memory."""
 _data_of: Callable[..., Any] = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _PLACES: dict[Any, Callable[[torch.device], Any]] = {
     torch.Tensor.device.__get__: lambda device: device,
@@ -183,8 +184,6 @@ class WithoutWeights:
         self._touched: set[int] = set()
         # Of parameters that modules have, and that loading will fill.
         self._to_fill: set[int] = set()
-        # What a constructor gave values that nobody has any more.
-        self._lost: set[int] = set()
         # The same for other memory that was asked for empty. Nobody else gets its address.
         self._small: dict[int, StorageWeakRef] = {}
         self._computed: list[torch.UntypedStorage] = []
@@ -250,7 +249,6 @@ class WithoutWeights:
         self._deferred.clear()
         self._touched.clear()
         self._to_fill.clear()
-        self._lost.clear()
         self._small.clear()
         self._computed.clear()
         self._ours.clear()
@@ -260,6 +258,8 @@ class WithoutWeights:
         """`tensor` was deferred."""
         storage = tensor.untyped_storage()
         self._deferred[storage._cdata] = storage
+        self._touched.discard(storage._cdata)  # of what had this address before
+        self._to_fill.discard(storage._cdata)
         if not isinstance(tensor, nn.Parameter):
             self._viewed_by[storage._cdata] = [weakref.ref(tensor)]
 
@@ -276,7 +276,7 @@ class WithoutWeights:
         views = [view for weak in self._viewed_by.get(storage._cdata, ()) if (view := weak()) is not None]
         if all(view is not tensor for view in views):
             if not self._may_be_left_alone(tensor, has_module=storage._cdata in self._to_fill):
-                self._lost.add(storage._cdata)
+                self.touch(tensor)
                 return
             views.append(tensor)
         memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device).untyped_storage()
@@ -293,7 +293,7 @@ class WithoutWeights:
         """Make real what loading will leave alone. Raises `RuntimeError` if it has been given values that are lost."""
         address = parameter.untyped_storage()._cdata
         self._to_fill.discard(address)  # another module had it
-        if address not in self._lost:
+        if self.is_uninitialized(parameter):
             self.make_real(parameter)
         if self.is_ours(parameter):
             raise RuntimeError(f"{title} was given values elsewhere")
@@ -356,7 +356,6 @@ class WithoutWeights:
             return
         self.note(parameter)
         self.touch(parameter)
-        self._lost.add(parameter.untyped_storage()._cdata)
 
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -445,6 +444,8 @@ class _Deferring(TorchFunctionMode):
         return self._noted(result, is_ours=bool(deferred))
 
     def _property(self, func: Any, args: Any) -> Any:
+        if func == _is_meta_of and self._model.is_ours(args[0]):
+            self._model.make_real(args[0])
         if func in _PLACES and self._model.is_ours(args[0]):
             return _PLACES[func](self._model.device)
         result = func(*args)
