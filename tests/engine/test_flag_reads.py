@@ -125,9 +125,9 @@ WAYS: dict[str, Read] = {
     "of a copy": lambda c: copy.copy(c).scheduler_config.max_num_seqs,
     "of a deep copy": lambda c: copy.deepcopy(c.scheduler_config).max_num_seqs,
     "of another one": lambda c: replace(c.scheduler_config, max_model_len=48, is_encoder_decoder=False).max_num_seqs,
-    "of one that dataclasses made": lambda c: dataclasses.replace(
-        c.scheduler_config, max_model_len=48, is_encoder_decoder=False
-    ).max_num_seqs,
+    "of one that dataclasses made": lambda c: (
+        dataclasses.replace(c.scheduler_config, max_model_len=48, is_encoder_decoder=False).max_num_seqs
+    ),
     "by name": lambda c: operator.attrgetter("scheduler_config.max_num_seqs")(c),
     "of a configuration for a part": lambda c: (
         c.with_hf_config(c.model_config.hf_config, architectures=["LlamaForCausalLM"]).scheduler_config.max_num_seqs
