@@ -101,7 +101,7 @@ def renamed(adapter: peft.Adapter, before: str, after: str) -> peft.Adapter:
         ("phi3", {}),
         ("gemma3", {}),
         ("hybrid", {"target_modules": "all-linear"}),
-        ("deepseek-v3", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}),
+        ("deepseek-v3", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),
         ("qwen3-vl", {"target_modules": r".*language_model.*_proj"}),
     ],
 )
@@ -119,6 +119,18 @@ def test_what_peft_makes(family: str, options: Any, path_of: Callable[[str], Pat
     found = sum(amount(b @ a) for module in manager.modules.values() for a, b in slots_of(module))
     pairs = [(a, adapter.tensors[name.replace("_A", "_B")]) for name, a in adapter.tensors.items() if "_A" in name]
     assert found == pytest.approx(sum(amount(b @ a) for a, b in pairs), rel=1e-4)
+
+
+def test_what_attention_has_made_weights_of(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """MLA calls that layer only where prompts are long; what was never trained changes nothing."""
+    path = path_of("deepseek-v3")
+    flags = models.CASES["deepseek-v3"].flags | models.CASES["deepseek-v3"].tiny_flags
+    worker = Worker(path, **{name: flag for name, flag in flags.items() if name != "skip_tokenizer_init"})
+    adapter = adapter_of(path, target_modules=["q_b_proj", "kv_b_proj"])
+    with pytest.raises(BadRequestError, match=r"attention of this engine's model computes .*kv_b_proj"):
+        worker.check(adapter, tmp_path)
+    untrained = {name: each * ("kv_b_proj" not in name) for name, each in adapter.tensors.items()}
+    worker.check(peft.Adapter(untrained, adapter.config), tmp_path)
 
 
 def amount(change: torch.Tensor) -> float:

@@ -339,6 +339,18 @@ NAMES_OF_POOLING_MODELS = replace(
     where="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
     reason="As above, of embeddings and the like.",
 )
+KINDS_OF_MESSAGES = Patch(
+    "vllm.entrypoints.serve.engine.serving:BaseServing._get_message_types",
+    "engine.vllm.adapters.serving",
+    How.REPLACED,
+    Lifetime.IMPORT,
+    reason=(
+        "An adapter that is called like a kind of content (`text`, `image`) would answer all chats with such content: "
+        "vLLM finds adapters for pictures and sounds by their names."
+    ),
+    link="vllm/entrypoints/serve/engine/serving.py: BaseServing._get_active_default_mm_loras",
+    undo=_ENDS,
+)
 SOURCE_FILES = Patch(
     "importlib.machinery:SourceFileLoader.exec_module",
     "engine.vllm.imports",

@@ -67,6 +67,13 @@ def check_fits(manager: Any, lora: Any, bound: Bound) -> None:
                 "that vLLM does not adapt. Other parts than the language model take --enable-tower-connector-lora."
             ),
         )
+    passed_by = [name for name in _passed_by(manager) if name in lora.loras and lora.loras[name].lora_b.any()]
+    if passed_by:
+        raise BadRequestError(
+            f"{bound}: attention of this engine's model computes with weights that it has made of "
+            f"{several(passed_by, _SHOWN)}, so the adapter would be served without these.",
+            remedy="Train the adapter without these modules.",
+        )
     found = (_misfit(name, each, places.get(name), lora.rank) for name, each in lora.loras.items())
     wrong = [text for text in (*found, *_incomplete(manager, lora.loras)) if text]
     if wrong:
@@ -90,6 +97,19 @@ def _places(manager: Any) -> dict[str, _Place | None]:
     if getattr(manager, "is_pooling_model", False):  # vLLM takes such names without the first part, too
         places |= {name.removeprefix("model."): place for name, place in places.items()}
     return places
+
+
+def _passed_by(manager: Any) -> Iterator[str]:
+    """The modules of which another one has made weights of its own when it was post-processed (`kv_b_proj` of MLA)."""
+    used = {
+        id(part)
+        for module in manager.model.modules()
+        if hasattr(type(module), "process_weights_after_loading")
+        for part in module.children()
+    }
+    for name, module in manager.modules.items():
+        if id(module) in used or id(getattr(module, "base_layer", None)) in used:
+            yield from manager.packed_modules.get(name) or (name,)
 
 
 def _places_of(module: Any, count: int) -> Sequence[_Place | None]:

@@ -37,6 +37,8 @@ _next_look: weakref.WeakKeyDictionary[Any, dict[str, float]] = weakref.WeakKeyDi
 def name_adapters() -> None:
     """Of `vllm.entrypoints.serve.engine.serving`, which has just been imported."""
     patches.NAMES_OF_MODELS.apply(_checking)
+    if hasattr(patches.KINDS_OF_MESSAGES.find_owner(), patches.KINDS_OF_MESSAGES.attribute):
+        patches.KINDS_OF_MESSAGES.apply(_without_ours)
 
 
 def name_pooling_adapters() -> None:
@@ -51,6 +53,16 @@ def _checking(inner: Callable[..., Any]) -> Callable[..., Any]:
         return await inner(self, request)
 
     return _check_model
+
+
+def _without_ours(inner: Callable[..., set[str]]) -> Callable[..., set[str]]:
+    @functools.wraps(inner)
+    def _get_message_types(self: Any, request: Any) -> set[str]:
+        known = self.models.lora_requests
+        ours = {name for name, each in known.items() if adapters.is_path(each.lora_path)}
+        return inner(self, request) - ours
+
+    return _get_message_types
 
 
 async def _look_up(models: Any, name: str | None) -> None:
