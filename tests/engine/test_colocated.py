@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from tests.support import lora
 from vllm_companion_plugin.core.status import EntryState
-from vllm_companion_plugin.errors import BadRequestError
+from vllm_companion_plugin.errors import BadRequestError, EntryNotFoundError
 from vllm_companion_plugin.training.together import Colocated
 
 TOKENS = torch.arange(1, 9).view(1, -1)
@@ -31,7 +31,8 @@ class Client:
         return self.count
 
     def remove_adapter(self, id: str) -> None:
-        del self.held[id]
+        if self.held.pop(id, None) is None:
+            raise EntryNotFoundError(f"There is no adapter {id}.")
 
     def list_adapters(self) -> list[Any]:
         return [
@@ -107,3 +108,32 @@ def test_what_is_sampled_is_the_trainers_own(both: Colocated) -> None:
     asked.append(both.sample("mine", "")[0])
     assert asked == [f"companion:mine?generation={number}" for number in (1, 1, 3, 3, 4)]
     assert both.sample("other", "") == ["companion:other"]
+
+
+def trained(both: Colocated) -> set[str]:
+    return {name for name, each in both.model.named_parameters() if each.requires_grad}
+
+
+def test_publishing_changes_nothing_of_what_is_trained(both: Colocated) -> None:
+    """Whichever adapters are active, and whatever of them is frozen."""
+    both.create_adapter("a")
+    lora.train(both.create_adapter("b"), 1)
+    for name, each in both.model.named_parameters():
+        each.requires_grad_("lora_B" in name)
+    for active in (["b"], ["a", "b"], ["a"]):
+        both.model.base_model.set_adapter(active)
+        for name, each in both.model.named_parameters():
+            each.requires_grad_("lora_B" in name)
+        before, said = trained(both), says(both)
+        for id in ("a", "b"):
+            both.publish(id)
+        assert (both.model.active_adapters, trained(both)) == (active, before)
+        assert torch.equal(says(both), said)
+
+
+def test_what_somebody_else_has_removed_is_removed_here(both: Colocated) -> None:
+    lora.train(both.create_adapter("mine"), 1)
+    both.publish("mine")
+    both.client.remove_adapter("mine")
+    both.remove_adapter("mine")
+    assert both.adapters == []

@@ -120,6 +120,20 @@ class TestCanonical:
         after = model.state_dict()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
+    @pytest.mark.parametrize(
+        ("pattern", "alpha"), [("q_proj", 8), ("q_proj.weight", 32), ("0.self_attn.q_proj.weight", 32)]
+    )
+    def test_patterns_of_parameters_that_are_named(self, pattern: str, alpha: int) -> None:
+        """PEFT matches them with the parameter's own name."""
+        options = {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"], "lora_alpha": 8}
+        model = tiny_peft(**options, alpha_pattern={pattern: alpha})
+        module = next(each for name, each in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+        assert module.scaling["default"] == alpha / module.r["default"]
+        expected = peft.canonical(model)
+        made = peft.canonical(get_peft_model_state_dict(model), model.peft_config["default"])
+        assert made.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(made.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
     def test_state_dicts(self) -> None:
         """With and without the adapter's name in the tensors' names, and with a configuration or its fields."""
         model = tiny_peft(rank_pattern={"v_proj": 8})

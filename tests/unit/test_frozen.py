@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -179,6 +181,19 @@ def test_a_copy_of_a_state_has_memory_of_its_own() -> None:
     assert torch.equal(state["weight"], memory)
     state["weight"].zero_()
     assert memory.any()
+
+
+def test_another_process_gets_a_copy() -> None:
+    """What is shared stays where it is: PyTorch moves what it sends into memory of its own."""
+    memory = torch.randn(4, 4)
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight = freeze("a", memory)
+    for sent in (linear.weight, linear.state_dict()["weight"]):
+        received = pickle.loads(ForkingPickler.dumps(sent))
+        assert torch.equal(received, memory)
+        assert received.data_ptr() != memory.data_ptr()
+    assert type(pickle.loads(ForkingPickler.dumps(linear.weight))) is nn.Parameter
+    assert not memory.is_shared()
 
 
 def test_it_is_saved_as_any_parameter() -> None:

@@ -395,9 +395,20 @@ def _rank_and_scaling(fields: Mapping[str, Any], module: str) -> tuple[int, floa
         module = module.removesuffix(".base_layer") + ".gate_up_proj"
     elif module.endswith(".experts"):
         module += ".down_proj"
+    else:
+        module += _parameter_of(module, fields.get("target_parameters") or ())
     rank = int(_matching(fields.get("rank_pattern"), module, fields["r"]))
     alpha = float(_matching(fields.get("alpha_pattern"), module, fields.get("lora_alpha", _ALPHA)))
     return rank, alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+
+
+def _parameter_of(module: str, target_parameters: Sequence[str]) -> str:
+    """What PEFT adds to a module's name where it adapts a parameter by that parameter's own name."""
+    for name in target_parameters:
+        owner, dot, parameter = name.rpartition(".")
+        if f".{module}".endswith(f".{owner}"):
+            return dot + parameter
+    return ""
 
 
 def _matching(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:

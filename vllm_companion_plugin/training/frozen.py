@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -77,6 +79,17 @@ class FrozenParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(plain(self), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _copied(frozen: Any) -> Any:
+    """For other processes: PyTorch would move what it sends into memory of its own, and the model with it."""
+    copied = plain(frozen).clone()
+    made = nn.Parameter(copied, frozen.requires_grad) if isinstance(frozen, nn.Parameter) else copied
+    return reduce_tensor(made)  # type: ignore[no-untyped-call]
+
+
+for _kind in (FrozenTensor, FrozenParameter):
+    ForkingPickler.register(_kind, _copied)
 
 
 def freeze(name: str, view: torch.Tensor) -> FrozenParameter:

@@ -108,7 +108,8 @@ class Colocated:
                 self.activate(others[-1])
             self.model.delete_adapter(id)
         if self._published.pop(id, None) is not None:
-            self.client.remove_adapter(id)
+            with contextlib.suppress(EntryNotFoundError):  # somebody else has removed it
+                self.client.remove_adapter(id)
 
     def list_adapters(self) -> tuple[EntryStatus, ...]:
         """All that engines of this companion can sample, of whichever trainer."""
@@ -128,12 +129,8 @@ class Colocated:
             CompanionError: as `CompanionClient.publish_adapter`.
         """
         self._check_made(id)
-        active = self.model.active_adapters
-        self.model.set_adapter(id)
-        try:
+        with self._alone(id):
             number = self.client.publish_adapter(id, self.model, version=version, dtype=self._dtype())
-        finally:
-            self.model.set_adapter(active[0])
         self._published[id] = _Published(number, self._state(id))
         return number
 
@@ -187,6 +184,23 @@ class Colocated:
     def _check_made(self, id: str) -> None:
         if id not in self.adapters:
             raise EntryNotFoundError(f"No adapter {id} was made here; there are: {', '.join(self.adapters) or 'none'}.")
+
+    @contextlib.contextmanager
+    def _alone(self, id: str) -> Iterator[None]:
+        """While open, no other adapter is active. PEFT makes all of what it activates trainable; that is undone."""
+        active = list(self.model.active_adapters)
+        if active == [id]:
+            yield
+            return
+        trained = {each: each.requires_grad for each in self.model.parameters()}
+        self.model.set_adapter(id)
+        try:
+            yield
+        finally:
+            self.model.base_model.set_adapter(active)
+            self.model.active_adapter = active[0]
+            for parameter, is_trained in trained.items():
+                parameter.requires_grad_(is_trained)
 
     def _is_current(self, id: str, generation: int) -> bool:
         """Whether nobody has removed this generation, or put another one in its place."""
