@@ -33,7 +33,7 @@ from vllm_companion_plugin.core.adapters import Asked, Bound
 from vllm_companion_plugin.core.entry_kinds import ADAPTER, WEIGHTS
 from vllm_companion_plugin.core.identity import EntryKey
 from vllm_companion_plugin.core.status import CompanionStatus, EntryState
-from vllm_companion_plugin.engine.adapters import FrontEnd
+from vllm_companion_plugin.engine.adapters import LOOKED_FOR, FrontEnd
 from vllm_companion_plugin.engine.room import in_the_way
 from vllm_companion_plugin.engine.vllm.adapters.loading import _Kept
 from vllm_companion_plugin.errors import (
@@ -528,6 +528,26 @@ class TestFrontEnd:
         served.clear()
         assert front.removed(Asked(NAME, 1)) == []
         assert sorted(front.removed(Asked(NAME))) == sorted([second, last])
+
+    def test_what_was_removed_and_nobody_asks_for(self, client: CompanionClient, front: FrontEnd) -> None:
+        """An engine forgets it when it is given another one: each name of ever more would keep its memory there."""
+        numbers: list[int] = []
+        for step in range(3 * LOOKED_FOR):
+            client.publish_adapter(f"{NAME}-{step}", small(step), config())
+            served = front.serve(Asked(f"{NAME}-{step}"))
+            front.sent(served)
+            numbers.append(served.number)
+        del served
+        kept, *gone = numbers
+        for step in range(1, 3 * LOOKED_FOR):
+            client.remove_adapter(f"{NAME}-{step}")
+        forgotten: list[int] = []
+        for step in range(4):
+            client.publish_adapter(NAME, small(step), config())
+            served = front.serve(Asked(NAME))
+            forgotten += front.sent(served)
+        assert set(gone) <= set(forgotten)
+        assert kept not in forgotten
 
     def test_removed_meanwhile(self, client: CompanionClient, front: FrontEnd) -> None:
         """A request in flight keeps what it has; the next one is refused."""

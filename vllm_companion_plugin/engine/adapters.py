@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_companion_plugin.client.adapter_leases import AdapterLease, AdapterLeases
 from vllm_companion_plugin.core.adapters import Asked, Bound
+from vllm_companion_plugin.errors import CompanionError
 from vllm_companion_plugin.settings import Settings
 from vllm_companion_plugin.wire.adapter_file import config_in
 
 MAX_NUMBERS = 1 << 16
 """Numbers of adapters that are remembered, so that no two have the same."""
+
+
+LOOKED_FOR = 4
+"""Idle adapters that companions are asked for when the engine is given another one; a millisecond each."""
 
 
 class Served:
@@ -65,6 +71,7 @@ class FrontEnd:
         self._pinned: weakref.WeakValueDictionary[Asked, Served] = weakref.WeakValueDictionary()
         self._numbers: dict[int, Bound] = {}
         self._sent: dict[int, Sent] = {}
+        self._gone: set[str] = set()
 
     def serve(self, asked: Asked) -> Served:
         """What a request that comes now is bound to. Raises as `AdapterLeases.lease`."""
@@ -77,6 +84,7 @@ class FrontEnd:
             is_it = not known.is_gone if asked.generation else self._leases.is_current(known.lease, found)
             if is_it and found:
                 return known
+        self._look_for_gone(asked.name)
         lease = self._leases.lease(asked, found)
         with self._mutex:
             # Another request may have been quicker: a generation has one lease.
@@ -102,11 +110,13 @@ class FrontEnd:
         return sent is not None and sent.served() is served
 
     def sent(self, served: Served) -> list[int]:
-        """The engine has it. The numbers of others with this name that no request is bound to any more: it may forget
-        them."""
+        """The engine has it. The numbers of others that no request is bound to any more, with this name or one that no
+        companion has: it may forget them."""
         with self._mutex:
             self._sent[served.number] = Sent(served.bound.name, weakref.ref(served))
-            return self._unused(served.bound.name, served.number)
+            gone, self._gone = self._gone - {served.bound.name}, set()
+            unused = [number for name in gone for number in self._unused(name, 0)]
+            return unused + self._unused(served.bound.name, served.number)
 
     def removed(self, asked: Asked) -> list[int]:
         """No companion has this any more: the numbers, if it is a whole adapter, that no request is bound to."""
@@ -114,6 +124,22 @@ class FrontEnd:
             return []
         with self._mutex:
             return self._unused(asked.name, 0)
+
+    def _look_for_gone(self, but: str) -> None:
+        """Ask companions for a few adapters that the engine may have and no request is bound to, each in its turn.
+
+        Nobody asks for what was removed, and each process of the engine keeps the memory of what it has not forgotten.
+        """
+        with self._mutex:
+            idle = {sent.name: number for number, sent in self._sent.items() if sent.served() is None}
+            idle.pop(but, None)
+            names = [*idle][:LOOKED_FOR]
+            for name in names:
+                self._sent[idle[name]] = self._sent.pop(idle[name])
+        with suppress(CompanionError):  # another request looks again
+            gone = {name for name in names if not self._leases.where(name)}
+            with self._mutex:
+                self._gone |= gone
 
     def _unused(self, name: str, but: int) -> list[int]:
         unused = [
