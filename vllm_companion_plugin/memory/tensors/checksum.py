@@ -2,9 +2,10 @@
 
 The arena is taken in pieces of 16 MiB, a piece as a matrix of 64-bit words. Its checksum is the sum of all words,
 each times a weight of its row plus one of its column, modulo 2**64. The weights are fixed random numbers whose sum is
-odd, so one damaged word is always found; anything else but a forgery passes with a chance of about 2**-63. This
-guards against accidents (memory errors, a stray kernel, blocks in the wrong order), not against a forger, who
-could publish what he likes.
+odd, so one damaged word is always found; random damage of more words passes with a chance of about 2**-63. Not found
+is what cancels in such sums: the highest bit of an even number of words, or the same change in two corners of a
+rectangle and its opposite in the other two. This guards against accidents (memory errors, a stray kernel, blocks in
+the wrong order), not against a forger, who could publish what he likes.
 """
 
 from __future__ import annotations
