@@ -89,7 +89,23 @@ def test_what_no_engine_can_have_is_refused_before_the_model_is_changed(
     assert torch.equal(says(both), base)
 
 
-@pytest.mark.parametrize("id", ["a.b", "", "keys", "training", "forward", "T_destination"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_peft_computes_in_its_own_way_is_not_made(both: Colocated, others: int) -> None:
+    """It could not be published. Nothing is left of it."""
+    base = says(both)
+    if others:
+        lora.train(both.create_adapter("other"), 1)
+    before = says(both)
+    with pytest.raises(BadRequestError, match="PEFT would compute adapter mine in its way of Mi"):
+        both.create_adapter("mine", peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="mica"))
+    assert both.adapters == ["other"][:others]
+    assert torch.equal(says(both), before)
+    for name in both.adapters:
+        both.remove_adapter(name)
+    assert torch.equal(says(both), base)
+
+
+@pytest.mark.parametrize("id", ["a.b", "", "keys", "training", "forward", "T_destination", "lora_A"])
 def test_ids_that_peft_cannot_have(both: Colocated, id: str) -> None:
     """PEFT's layers have adapters as attributes."""
     both.create_adapter("other")

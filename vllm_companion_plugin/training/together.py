@@ -71,7 +71,7 @@ class Colocated:
         Raises:
             BadRequestError: there is one of this id, PEFT or engines can have none of it, or there is no configuration.
         """
-        if "." in check_name(id) or any(hasattr(kind, id) for kind in _PEFT_HAS):
+        if "." in check_name(id) or id.startswith("lora_") or any(hasattr(kind, id) for kind in _PEFT_HAS):
             raise BadRequestError(
                 f"{id} is no id of an adapter that PEFT can have: its layers have adapters as attributes."
             )
@@ -86,6 +86,12 @@ class Colocated:
         else:
             self.model = peft.get_peft_model(self.model, config, adapter_name=id)
         self.activate(id)
+        if variant := self._variant(id):
+            self.remove_adapter(id)
+            raise BadRequestError(
+                f"PEFT would compute adapter {id} in its way of {variant}, which vLLM does not.",
+                remedy="Train plain LoRA.",
+            )
         return self.model
 
     def activate(self, id: str) -> None:
@@ -180,6 +186,11 @@ class Colocated:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _variant(self, id: str) -> str:
+        """How PEFT computes an adapter if it is not as plain LoRA; which says only what was made."""
+        variants = (getattr(each, "lora_variant", {}).get(id) for each in self.model.modules())
+        return next((type(each).__name__ for each in variants if each is not None), "")
 
     def _check_made(self, id: str) -> None:
         if id not in self.adapters:
