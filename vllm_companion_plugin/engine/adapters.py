@@ -20,8 +20,6 @@ from vllm_companion_plugin.wire.adapter_file import config_in
 
 MAX_NUMBERS = 1 << 16
 """Numbers of adapters that are remembered, so that no two have the same."""
-
-
 LOOKED_FOR = 4
 """Idle adapters that companions are asked for when the engine is given another one; a millisecond each."""
 

@@ -73,7 +73,8 @@ class Colocated:
         """
         if "." in check_name(id) or id.startswith("lora_") or any(hasattr(kind, id) for kind in _PEFT_HAS):
             raise BadRequestError(
-                f"{id} is no id of an adapter that PEFT can have: its layers have adapters as attributes."
+                f"{id} is no id of an adapter that PEFT can have: its layers have adapters as attributes, and "
+                "tensors whose names begin with lora_."
             )
         config = config or self._lora
         if config is None:
@@ -188,7 +189,7 @@ class Colocated:
         self.close()
 
     def _variant(self, id: str) -> str:
-        """How PEFT computes an adapter if it is not as plain LoRA; which says only what was made."""
+        """PEFT's name for its way to compute an adapter; empty of plain LoRA. Only layers that are made say so."""
         variants = (getattr(each, "lora_variant", {}).get(id) for each in self.model.modules())
         return next((type(each).__name__ for each in variants if each is not None), "")
 

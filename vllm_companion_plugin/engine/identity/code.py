@@ -208,7 +208,10 @@ def _by_folder(digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _sha256_of(path: str) -> str:
-    """Return the digest of a file, as RECORD writes it; empty if the file cannot be read."""
+    """Return the digest of a file, as RECORD writes it; empty if the file cannot be read.
+
+    Nothing remembers it: the files that `outside` remembers are a plugin's (`has_read`).
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             digest = hashlib.sha256(file.read()).digest()
@@ -243,7 +246,7 @@ class _Release:
         """Return the sources that are gone, have another size, or were written after the installation.
 
         Args:
-            but: names of sources that nobody asks for.
+            but: names of sources to leave out, because the caller has read them.
         """
         found = set()
         for name, size in self.sizes.items():

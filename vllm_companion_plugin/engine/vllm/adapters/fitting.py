@@ -100,7 +100,7 @@ def _places(manager: Any) -> dict[str, _Place | None]:
 
 
 def _passed_by(manager: Any) -> Iterator[str]:
-    """The modules of which another one has made weights of its own when it was post-processed (`kv_b_proj` of MLA)."""
+    """Modules that belong to another one with post-processing, which makes weights of its own of theirs (MLA)."""
     used = {
         id(part)
         for module in manager.model.modules()
